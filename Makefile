@@ -1,0 +1,72 @@
+# PYTHON=python3.12   the Python that the virtual environment is made with
+# TORCH_INDEX=<url>   the index that torch comes from, such as https://download.pytorch.org/whl/cpu
+# ARGS="..."          passed on to pytest, the demo or the benchmarks
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+READY := $(VENV)/.ready
+NATIVE := $(VENV)/.native
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
+
+.DEFAULT_GOAL := help
+.PHONY: help system venv native demo test test-slow test-gpu lint types docs bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+system:
+	@PYTHON="$(PYTHON)" scripts/setup-system.sh
+
+# torch comes first and pinned, so that nothing below can pull another build of it.
+$(READY): pyproject.toml constraints.txt | system
+	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	@echo "Installing into $(VENV); the first time this takes minutes, most of it for torch."
+	@$(PIP) setuptools
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@FASTCKPT_NO_NATIVE=1 $(PIP) --no-build-isolation --editable '.[dev,bench]'
+	@touch $@
+
+# Without a compiler this prints one sentence and leaves no stamp, so that the next run tries again.
+$(NATIVE): setup.py $(CSRC) $(READY)
+	@$(PY) setup.py --quiet build_ext --inplace
+	@rm -f $@; if ls fastckpt/_native*.so >/dev/null 2>&1; then touch $@; fi
+
+venv: $(READY) $(NATIVE) ## make .venv with everything that the other targets need
+
+native: $(READY) ## rebuild the C++ kernels (FASTCKPT_SANITIZE=address,undefined adds sanitizers)
+	@rm -f $(NATIVE)
+	@$(MAKE) --no-print-directory $(NATIVE)
+
+demo: venv ## save, damage, restore: the engine in a minute
+	@$(PY) examples/demo.py $(ARGS)
+
+# At most 15 minutes: no test starts after 10, and none may take longer than the 5 of pyproject.toml.
+test: venv ## run the tests
+	$(PY) -m pytest --session-timeout=600 $(ARGS)
+
+test-slow: venv ## run the tests that take minutes
+	$(PY) -m pytest -m slow $(ARGS)
+
+test-gpu: venv ## run the tests that need a CUDA device
+	$(PY) -m pytest -m gpu $(ARGS)
+
+lint: venv ## check style
+	$(PY) -m ruff format --check
+	$(PY) -m ruff check
+
+types: venv ## check types
+	$(PY) -m mypy
+
+docs: venv ## check the documents: links, and that their Python code runs
+	$(PY) -m pytest tests/docs $(ARGS)
+
+bench: venv ## run the benchmarks
+	$(PY) benchmarks/run.py $(ARGS)
+
+clean: ## remove everything that can be made again, .venv too
+	rm -rf $(VENV) build dist demo-out *.egg-info fastckpt/_native*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find fastckpt tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

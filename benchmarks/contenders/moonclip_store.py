@@ -1,0 +1,55 @@
+"""moonclip, full snapshots: its deltas need a series of checkpoints, and each save here is the first of its store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import moonclip
+from moonclip import CheckpointManager
+
+from benchmarks.contenders.base import Contender, State, fsync_tree, nothing_to_wait_for
+
+# keep_base_in_memory only serves the next delta; without one it would cost moonclip a copy of the state for nothing.
+OPTIONS: dict[str, Any] = {"compression_level": 3, "keep_base_in_memory": False, "world_size": 1, "rank": 0}
+
+
+class _Holder:
+    """CheckpointManager.save asks a model for its state_dict()."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+
+class Moonclip(Contender):
+    settings = {"options": {**OPTIONS, "async_save": False}, "fsync": "its default: on", "store": "new for each save"}
+
+    def version(self) -> str:
+        return str(moonclip.__version__)
+
+    def begin(self, state: State, directory: Path) -> Callable[[], None]:
+        manager = CheckpointManager(str(directory), async_save=self.asynchronous, **OPTIONS)
+        extra = {part: value for part, value in state.items() if part not in ("model", "optimizer", "scheduler")}
+        manager.save(1, _Holder(state["model"]), state["optimizer"], state["scheduler"], extra=extra)
+        if not self.asynchronous:
+            fsync_tree(directory)
+            return nothing_to_wait_for
+
+        def wait() -> None:
+            manager.flush()
+            fsync_tree(directory)
+
+        return wait
+
+    def load(self, directory: Path) -> State:
+        _, parts = CheckpointManager(str(directory), async_save=False, **OPTIONS).load_latest()
+        return {name.removeprefix("extra/"): value for name, value in parts.items()}
+
+
+class MoonclipAsync(Moonclip):
+    asynchronous = True
+    settings = {"options": {**OPTIONS, "async_save": True}, "fsync": "its default: on", "store": "new for each save"}

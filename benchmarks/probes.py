@@ -1,0 +1,54 @@
+"""The machine's own limits for the same bytes, taken in the same rounds: no contender can beat them."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import measure
+
+PIECE = 4 << 20
+
+
+def probe(state: Path, directory: Path) -> dict[str, float]:
+    """The bytes are those of the workload's own file: a disk or a hypervisor that compresses gets no zeros."""
+    source = torch.from_numpy(np.fromfile(state, np.uint8))
+    target = torch.ones_like(source)  # touched, so that the copy pays for no page faults
+    result: dict[str, float] = {"bytes": source.numel()}
+    threads = torch.get_num_threads()
+    for name, n in (("memcpy_one_thread", 1), ("memcpy_all_threads", threads)):
+        torch.set_num_threads(n)
+        start = time.perf_counter()
+        target.copy_(source)
+        result[name] = time.perf_counter() - start
+    del target
+    start = time.perf_counter()
+    fresh = source.clone()
+    result["memcpy_into_new_memory"] = time.perf_counter() - start
+    del fresh
+
+    path, data = directory / "probe", memoryview(source.numpy())
+    start = time.perf_counter()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    for at in range(0, len(data), PIECE):
+        os.write(fd, data[at : at + PIECE])
+    result["write"] = time.perf_counter() - start
+    os.fsync(fd)
+    result["write_fsync"] = time.perf_counter() - start
+    os.close(fd)
+
+    buffer = bytearray(PIECE)
+    for name in ("read_warm", "read_cold"):
+        if name == "read_cold":
+            measure.evict(directory)
+            result["resident_before_cold"] = measure.resident(directory)
+        start = time.perf_counter()
+        with open(path, "rb", buffering=0) as f:
+            while f.readinto(buffer):
+                pass
+        result[name] = time.perf_counter() - start
+    return result

@@ -1,0 +1,135 @@
+"""A GPT after real training steps, as the state that every contender stores.
+
+Word-level vocabulary over the English text that Python ships (``pydoc_data.topics``), AdamW, tied embeddings, scheduler
+and generator states. Random tensors would not do: what a compressing contender gains depends on the exponents of real
+weights and moments.
+
+    python -m benchmarks.workloads.gpt SIZE PATH
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SEED = 7
+VOCABULARY, CONTEXT, BATCH = 4096, 128, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    width: int
+    layers: int
+    heads: int
+    steps: int
+
+
+SIZES = {
+    "42m": Size(640, 8, 10, 40),  # 42.1 M parameters, 505 MB of state
+    "4m": Size(192, 8, 6, 12),  # 4.4 M parameters, 52 MB: for a smoke test
+}
+
+
+class Block(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        w, self.heads = size.width, size.heads
+        self.norm1, self.norm2 = nn.LayerNorm(w), nn.LayerNorm(w)
+        self.qkv, self.out = nn.Linear(w, 3 * w), nn.Linear(w, w)
+        self.mlp = nn.Sequential(nn.Linear(w, 4 * w), nn.GELU(), nn.Linear(4 * w, w))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, w = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, w))
+        mlp: Tensor = self.mlp(self.norm2(x))
+        return x + mlp
+
+
+class GPT(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.token, self.place = nn.Embedding(VOCABULARY, size.width), nn.Embedding(CONTEXT, size.width)
+        self.blocks = nn.Sequential(*(Block(size) for _ in range(size.layers)))
+        self.norm, self.head = nn.LayerNorm(size.width), nn.Linear(size.width, VOCABULARY, bias=False)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+        self.head.weight = self.token.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.token(tokens) + self.place.weight[: tokens.shape[1]]
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
+
+
+def tokens() -> Tensor:
+    from pydoc_data.topics import topics
+
+    words = re.findall(r"\w+|\s+|[^\w\s]", "\n".join(topics[name] for name in sorted(topics)))
+    known = {word: i + 1 for i, (word, _) in enumerate(Counter(words).most_common(VOCABULARY - 1))}
+    return torch.tensor([known.get(word, 0) for word in words])
+
+
+def build(name: str) -> dict[str, Any]:
+    size = SIZES[name]
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+    text, model = tokens(), GPT(size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
+    losses = []
+    for step in range(size.steps):
+        at = torch.randint(len(text) - CONTEXT - 1, (BATCH,)).tolist()
+        rows = torch.stack([text[i : i + CONTEXT + 1] for i in at])
+        loss = functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+        print(f"workload {name}: step {step + 1}/{size.steps}  loss {loss.item():.3f}", file=sys.stderr, flush=True)
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "progress": {"step": size.steps, "losses": losses},
+        "rng": {
+            "torch": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": {
+                "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+                "rest": (int(position), int(has_gauss), float(gauss)),
+            },
+        },
+    }
+
+
+def main(name: str, path: str) -> None:
+    start = time.monotonic()
+    state = build(name)
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(place)
+    print(f"workload {name}: {place.stat().st_size / 1e6:.0f} MB in {time.monotonic() - start:.0f} s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

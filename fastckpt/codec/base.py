@@ -1,0 +1,29 @@
+"""What an encoded chunk is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fastckpt.transform import Transform
+
+NO_PARAMETER = bytes(8)
+
+
+class CodecError(ValueError):
+    """Stored bytes that cannot be decoded. `expected` and `found` are words for a damage report."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        super().__init__(f"expected {expected}, found {found}")
+        self.expected = expected
+        self.found = found
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The result of encoding one chunk. `stored` may be a view of the caller's raw buffer (RAW)."""
+
+    transform: Transform
+    lane_bytes: int
+    parameter: bytes
+    stored: Any

@@ -1,0 +1,178 @@
+"""Files: the only module that creates, syncs, renames and removes them.
+
+A new file becomes visible in one step and only when it is whole and on stable storage:
+
+    create unnamed (O_TMPFILE) → write → fsync → link to a temporary name → rename over the target → fsync the directory
+
+An unnamed file vanishes with the process, so a killed save leaves nothing behind. Where the file system has no O_TMPFILE, a temporary
+name next to the target is used from the start, and a kill leaves that file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastckpt.errors import SaveError
+
+_WRITE_BYTES = 16 << 20  # Linux writes at most 2 GiB - 4 KiB in one call; a smaller step also lets signals through
+
+
+class Sink(Protocol):
+    """Where a container goes: written front to back, then finished or abandoned. Used by one thread."""
+
+    def write(self, data: Any) -> None:
+        """Append a buffer. On return the caller may reuse it."""
+
+    def commit(self) -> None:
+        """Make what was written durable and visible (paths) or flush it (file objects)."""
+
+    def abandon(self) -> None:
+        """Forget what was written: the target stays as it was. Never raises."""
+
+
+def _write_all(fd: int, data: Any) -> None:
+    view = memoryview(data).cast("B")
+    while view.nbytes:
+        view = view[os.write(fd, view[:_WRITE_BYTES]) :]
+
+
+def sync_directory(path: str) -> None:
+    """fsync a directory: until then a rename in it may be lost with the power."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class AtomicFile:
+    """A Sink that replaces the file at `path` whole or not at all.
+
+    A symbolic link is followed and stays. The new file gets the permissions of the old one, or those that the umask leaves.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._target = os.path.realpath(path)
+        self._directory, name = os.path.split(self._target)
+        if not os.path.isdir(self._directory):
+            raise SaveError(f"Parent directory {self._directory} does not exist.")
+        self._mode = self._mode_of_old()
+        self._name: str | None = None
+        self._temporary = os.path.join(self._directory, f".{name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        self._fd = self._create()
+        try:
+            if self._mode is not None:
+                os.fchmod(self._fd, self._mode)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _mode_of_old(self) -> int | None:
+        try:
+            found = os.stat(self._target)
+        except FileNotFoundError:
+            return None
+        if stat.S_ISDIR(found.st_mode):
+            raise SaveError(f"File {self._target} cannot be opened: it is a directory")
+        return stat.S_IMODE(found.st_mode)
+
+    def _create(self) -> int:
+        if hasattr(os, "O_TMPFILE"):
+            try:
+                fd = os.open(self._directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+                if os.path.exists(f"/proc/self/fd/{fd}"):
+                    return fd
+                os.close(fd)  # no /proc in this sandbox: an unnamed file could never be given a name
+            except OSError as error:
+                # Not every file system has unnamed files (NFS, FUSE, old overlayfs); kernels before 3.11 answer EISDIR.
+                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+                    raise
+        fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._name = self._temporary
+        return fd
+
+    def write(self, data: Any) -> None:
+        _write_all(self._fd, data)
+
+    def commit(self) -> None:
+        os.fsync(self._fd)
+        if self._name is None:
+            os.link(f"/proc/self/fd/{self._fd}", self._temporary, follow_symlinks=True)
+            self._name = self._temporary
+        os.rename(self._name, self._target)
+        self._name = None
+        os.close(self._fd)
+        self._fd = -1
+        sync_directory(self._directory)
+
+    def abandon(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._name is not None:
+            Path(self._name).unlink(missing_ok=True)
+            self._name = None
+
+
+class DirectFile:
+    """A Sink for a device or pipe at a path (/dev/null, a FIFO): there is nothing to replace."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+
+    def write(self, data: Any) -> None:
+        _write_all(self._fd, data)
+
+    def commit(self) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+    def abandon(self) -> None:
+        if self._fd >= 0:
+            self.commit()
+
+
+class FileObject:
+    """A Sink for a caller's writable object: needs `write` and `flush`, no seek. It stays open; durability is its owner's."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def write(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        while view.nbytes:
+            # bytes, not a view: writers may keep what they are given, and our buffers are used again.
+            written = self._target.write(data if isinstance(data, bytes) and len(data) == view.nbytes else bytes(view))
+            if written is None:  # torch accepts writers that return nothing; they have taken it all
+                return
+            if not isinstance(written, int) or not 0 < written <= view.nbytes:
+                raise SaveError(
+                    f"{type(self._target).__name__}.write returned {written!r} for {view.nbytes} bytes: expected None or "
+                    "the number of bytes that it took"
+                )
+            view = view[written:]
+
+    def commit(self) -> None:
+        self._target.flush()
+
+    def abandon(self) -> None:
+        """What was written stays in the object: it cannot be taken back."""
+
+
+def open_sink(target: Any) -> Sink:
+    """The sink for what `save` was given: a path (str, PathLike) or a file object."""
+    if not isinstance(target, (str, os.PathLike)):
+        return FileObject(target)
+    path = os.fspath(target)
+    if isinstance(path, str) and "://" in path:
+        raise SaveError(f"{path!r}: this version of fastckpt saves to paths and file objects, not to URLs")
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        return AtomicFile(path)
+    return AtomicFile(path) if stat.S_ISREG(kind) or stat.S_ISDIR(kind) else DirectFile(path)

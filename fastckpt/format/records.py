@@ -1,0 +1,112 @@
+"""The 64 bytes that describe a chunk (docs/format.md, section 4), in bulk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastckpt.errors import Damage
+from fastckpt.transform import IMPLEMENTED, MAX_RAW_BYTES, STORES_NOTHING, Transform, max_frame_bytes
+
+RECORD_BYTES = 64
+MAX_RECORDS = 1 << 26
+
+LAYOUT = np.dtype(
+    [
+        ("transform", "u1"),
+        ("lane_bytes", "u1"),
+        ("pack_width", "u1"),
+        ("zero", "u1"),
+        ("file", "<u4"),
+        ("offset", "<u8"),
+        ("stored_bytes", "<u4"),
+        ("raw_bytes", "<u4"),
+        ("digest", "V16"),
+        ("crc64nvme", "<u8"),
+        ("parameter", "V8"),
+        ("zeros", "<u8"),
+    ]
+)
+assert LAYOUT.itemsize == RECORD_BYTES
+
+_STORES_NOTHING = sorted(STORES_NOTHING)
+_READ_HERE = sorted(IMPLEMENTED)
+
+Records = npt.NDArray[Any]
+
+
+def unpack(data: bytes) -> Records:
+    """The records part as an array; the length has been checked."""
+    return np.frombuffer(data, LAYOUT)
+
+
+def unsupported(records: Records) -> list[int]:
+    """Numbers of the records whose transform this version does not read."""
+    return [int(i) for i in np.flatnonzero(~np.isin(records["transform"], (0, *_READ_HERE)))]
+
+
+def check(records: Records, payload_end: int) -> list[Damage]:
+    """Every *must* of section 4 that does not need the payload, for records of supported transforms.
+
+    payload_end: offset of the first byte after the payload, which starts at 64.
+    """
+    found: list[Damage] = []
+
+    def demand(right: npt.NDArray[np.bool_], field: str, expected: str, of: npt.NDArray[np.bool_] | None = None) -> None:
+        wrong = ~right if of is None else ~right & of
+        for i in np.flatnonzero(wrong):
+            value = records[field][i]
+            text = value.tobytes().hex() if isinstance(value, np.void) else str(value)
+            found.append(Damage("records", f"record {i}, {field.replace('_', ' ')}", expected, text))
+
+    transform, lane = records["transform"], records["lane_bytes"]
+    raw, stored = records["raw_bytes"].astype(np.int64), records["stored_bytes"].astype(np.int64)
+    nothing = np.isin(transform, _STORES_NOTHING)
+    is_raw, is_const, is_rot = (transform == t for t in (Transform.RAW, Transform.CONST, Transform.ROT))
+    # Records that this version does not read are reported as unsupported, not as damage; 0 is never valid.
+    known = np.isin(transform, _READ_HERE)
+
+    demand(transform != 0, "transform", "1 … 8")
+    demand(records["zero"] == 0, "zero", "0")
+    demand(records["zeros"] == 0, "zeros", "0")
+    demand((raw >= 1) & (raw <= MAX_RAW_BYTES), "raw_bytes", f"1 … {MAX_RAW_BYTES}")
+    demand(np.isin(lane, (1, 2, 4, 8)), "lane_bytes", "1, 2, 4 or 8", known)
+    demand(lane == 1, "lane_bytes", "1 (RAW)", is_raw)
+    demand(np.isin(lane, (2, 4, 8)), "lane_bytes", "2, 4 or 8 (ROT)", is_rot)
+    demand(raw % np.maximum(lane, 1) == 0, "raw_bytes", "a multiple of the lane bytes", known)
+    demand(records["pack_width"] == 0, "pack_width", "0", known)
+    demand(records["file"] == 0, "file", "0 (the container is self-contained)")
+    demand(stored == raw, "stored_bytes", "the raw bytes (RAW)", is_raw)
+    demand((stored >= 1) & (stored <= max_frame_bytes(raw)), "stored_bytes", "1 … 2 × raw + 1024", is_rot)
+    for field in ("offset", "stored_bytes", "crc64nvme"):
+        demand(records[field] == 0, field, "0 (the transform stores nothing)", nothing)
+    parameters = records["parameter"].view(("u1", 8)) if records.size else np.zeros((0, 8), np.uint8)
+    demand((parameters == 0).all(axis=1), "parameter", "zeros", is_raw | is_rot)
+    tail = np.arange(8)[None, :] >= lane[:, None]
+    demand(~((parameters != 0) & tail).any(axis=1), "parameter", "zeros after the lane", is_const)
+    return found or _check_tiling(records, ~nothing, payload_end)
+
+
+def _check_tiling(records: Records, stores: npt.NDArray[np.bool_], payload_end: int) -> list[Damage]:
+    rows = np.flatnonzero(stores)
+    rows = rows[np.lexsort((records["stored_bytes"][rows], records["offset"][rows]))]
+    found = []
+    position, previous = 64, -1
+    for row in rows.tolist():
+        record = records[row]
+        offset, end = int(record["offset"]), int(record["offset"]) + int(record["stored_bytes"])
+        if previous >= 0 and offset == int(records[previous]["offset"]):
+            if record.tobytes() != records[previous].tobytes():
+                found.append(
+                    Damage("records", f"record {row}", f"equal to record {previous}, which shares its bytes", "a difference")
+                )
+            continue
+        if offset != position:
+            what = f"the payload's next stretch at {position}"
+            found.append(Damage("records", f"record {row}, offset", what, str(offset)))
+        position, previous = max(position, end), row
+    if position != payload_end:
+        found.append(Damage("records", "end of the payload", str(payload_end), f"stored bytes that end at {position}"))
+    return found

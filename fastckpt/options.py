@@ -1,0 +1,99 @@
+"""Every knob, with its unit, default and trade-off. Argument beats environment beats default; validated once, when built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+_MIB = 1 << 20
+# Scratch of one chunk in flight: raw copy, ROT stream, frame (≤ 4 MiB each) and the finished bytes waiting for the writer.
+CHUNK_IN_FLIGHT_BYTES = 16 * _MIB
+
+
+def _physical_memory_bytes() -> int:
+    """What this process may use: the machine's memory, or its cgroup's limit if that is lower."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Knobs of save and load. Each can be set by an environment variable, FASTCKPT_ and its name in capitals."""
+
+    threads: int = 0
+    """Threads that encode or decode. 0: one for each CPU this process may use, at most 16; more are memory-bound."""
+    compress: bool = True
+    """False stores every chunk RAW (or CONST): 20–50 % more bytes, several times less CPU time. For very fast disks."""
+    host_budget_bytes: int = 0
+    """Most extra host memory of a save, its snapshot included. 0: half of this machine's (or cgroup's) memory.
+    A state that does not fit makes save_async write before it returns."""
+    max_load_bytes: int = 0
+    """Largest state that load will allocate host memory for. 0: this machine's (or cgroup's) memory.
+    Protects against files of a few kilobytes that say they hold terabytes."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                problems.append(f"{field.name} is {value!r}: it must be an integer ≥ 0")
+            if field.type == "bool" and not isinstance(value, bool):
+                problems.append(f"{field.name} is {value!r}: it must be True or False")
+        if problems:
+            raise ValueError("; ".join(problems))
+        if not self.threads:
+            object.__setattr__(self, "threads", min(_cpus(), 16))
+        if not self.host_budget_bytes:
+            object.__setattr__(self, "host_budget_bytes", _physical_memory_bytes() // 2)
+        if not self.max_load_bytes:
+            object.__setattr__(self, "max_load_bytes", _physical_memory_bytes())
+        if self.host_budget_bytes < CHUNK_IN_FLIGHT_BYTES:
+            raise ValueError(
+                f"host_budget_bytes is {self.host_budget_bytes}: one chunk in flight needs {CHUNK_IN_FLIGHT_BYTES}"
+            )
+
+    @property
+    def chunks_in_flight(self) -> int:
+        """How many chunks may be between the state and the file: two a thread keep all busy, the budget permitting."""
+        return max(1, min(2 * self.threads, self.host_budget_bytes // CHUNK_IN_FLIGHT_BYTES))
+
+    @classmethod
+    def from_env(cls) -> Options:
+        """The defaults, with what the environment says. ValueError lists every bad variable."""
+        found: dict[str, Any] = {}
+        problems = []
+        parsers: dict[str, Callable[[str], Any]] = {"int": int, "bool": _parse_bool}
+        for field in fields(cls):
+            variable = f"FASTCKPT_{field.name.upper()}"
+            text = os.environ.get(variable)
+            if text is None:
+                continue
+            try:
+                found[field.name] = parsers[str(field.type)](text)
+            except ValueError:
+                problems.append(f"{variable} is {text!r}: expected {field.type}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return cls(**found)
+
+
+def _parse_bool(text: str) -> bool:
+    values = {"1": True, "true": True, "yes": True, "y": True, "0": False, "false": False, "no": False, "n": False}
+    try:
+        return values[text.lower()]
+    except KeyError:
+        raise ValueError(text) from None

@@ -1,0 +1,91 @@
+"""Where a container is read from: a path or a caller's file object, by position."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import threading
+from typing import Any, Protocol
+
+from fastckpt.errors import CheckpointError
+
+
+class Source(Protocol):
+    """Bytes by position. `read_into` may be called from several threads at once."""
+
+    name: str
+    n_bytes: int
+
+    def read_into(self, offset: int, out: Any) -> None:
+        """Fill the writable buffer `out` from `offset` on; EOFError if the source ends before."""
+
+    def close(self) -> None:
+        """Let go of the source; a caller's file object stays open."""
+
+
+class PathSource:
+    """A regular file. Raises what open raises: FileNotFoundError, IsADirectoryError, PermissionError."""
+
+    def __init__(self, path: str | bytes) -> None:
+        self.name = os.fsdecode(path)
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found = os.fstat(self._fd)
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(21, "Is a directory", self.name)
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{self.name} is no regular file: a checkpoint is read back to front. Copy it to a file")
+            self.n_bytes = found.st_size
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, offset: int, out: Any) -> None:
+        view = memoryview(out).cast("B")
+        while view.nbytes:
+            n = os.preadv(self._fd, [view], offset)
+            if n == 0:
+                raise EOFError(f"{self.name} ends at byte {offset}: {view.nbytes} more were expected")
+            view, offset = view[n:], offset + n
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class FileObjectSource:
+    """A seekable file object, from its present position to its end. Positions count from where it stood."""
+
+    def __init__(self, file: Any) -> None:
+        self.name = str(getattr(file, "name", None) or f"<{type(file).__name__}>")
+        self._file = file
+        self._lock = threading.Lock()
+        self.base = file.tell()
+        file.seek(0, io.SEEK_END)
+        self.n_bytes = max(0, file.tell() - self.base)
+        file.seek(self.base)
+
+    def read_into(self, offset: int, out: Any) -> None:
+        view = memoryview(out).cast("B")
+        readinto = getattr(self._file, "readinto", None)
+        with self._lock:
+            self._file.seek(self.base + offset)
+            while view.nbytes:
+                if readinto is not None:
+                    n = readinto(view)
+                else:
+                    data = self._file.read(view.nbytes)
+                    n = len(data)
+                    view[:n] = data
+                if not n:
+                    raise EOFError(f"{self.name} ends: {view.nbytes} more bytes were expected")
+                view = view[n:]
+
+    def seek_to(self, offset: int) -> None:
+        """Leave the caller's file at this position."""
+        self._file.seek(self.base + offset)
+
+    def close(self) -> None:
+        pass

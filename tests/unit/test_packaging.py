@@ -1,0 +1,67 @@
+"""What a user of the installed package relies on: its public names, its types, and a cheap import."""
+
+from __future__ import annotations
+
+import __future__
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import ModuleType
+
+import fastckpt
+
+PACKAGE = Path(fastckpt.__file__).parent
+
+
+def test_all_lists_exactly_the_public_names() -> None:
+    public = {
+        name
+        for name, value in vars(fastckpt).items()
+        if not name.startswith("_") and not isinstance(value, (ModuleType, __future__._Feature))
+    }
+    assert len(fastckpt.__all__) == len(set(fastckpt.__all__))
+    assert {name for name in fastckpt.__all__ if not name.startswith("_")} == public
+    assert all(hasattr(fastckpt, name) for name in fastckpt.__all__)
+
+
+def test_no_module_takes_the_place_of_a_public_name() -> None:
+    # fastckpt/save.py and the function fastckpt.save share a name: importing the module first must not hide the function.
+    namesakes = [name for name in fastckpt.__all__ if importlib.util.find_spec(f"fastckpt.{name}")]
+    for name in namesakes:
+        importlib.import_module(f"fastckpt.{name}")
+        assert not isinstance(getattr(fastckpt, name), ModuleType), name
+
+
+def test_heavy_dependencies_are_imported_only_when_used() -> None:
+    program = "import sys, fastckpt; print(*sorted({'boto3', 'botocore', 'numba', 'obstore'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, check=True, text=True)
+    assert done.stdout.strip() == ""
+
+
+CONSUMER = """
+    import fastckpt
+    import torch
+
+    model = torch.nn.Linear(2, 2)
+    fastckpt.save(model.state_dict(), "x.fckpt")
+    state: dict[str, torch.Tensor] = fastckpt.load("x.fckpt", map_location="cpu")
+    with fastckpt.open("x.fckpt") as reader:
+        weight: torch.Tensor = reader["weight"]
+        number: int = reader["weight"]  # type: ignore[assignment]  # strict refuses an ignore that nothing needs
+    fastckpt.save(state)  # type: ignore[call-arg]
+"""
+
+
+def test_a_users_program_type_checks(tmp_path: Path) -> None:
+    """Takes up to a minute at first: mypy reads all of torch. Later runs find it in the cache."""
+    assert (PACKAGE / "py.typed").is_file()
+    (tmp_path / "consumer.py").write_text(textwrap.dedent(CONSUMER), encoding="utf-8")
+    cache = PACKAGE.parent / ".mypy_cache" / "consumer"
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", f"--cache-dir={cache}", "consumer.py"]
+    env = os.environ | {"MYPYPATH": str(PACKAGE.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
