@@ -9,6 +9,7 @@ The kernels are optional: without them fastckpt uses slower ones that give the s
 
 import os
 import sys
+import textwrap
 from glob import glob
 from pathlib import Path
 
@@ -24,7 +25,7 @@ REQUIRED = is_set("FASTCKPT_REQUIRE_NATIVE")
 
 
 class BuildNative(build_ext):
-    """build_ext that survives a missing compiler, says so, and never leaves an older build in place."""
+    """build_ext that survives a missing compiler, says so, and then leaves no older build in place."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -37,7 +38,7 @@ class BuildNative(build_ext):
         except Exception as error:
             if REQUIRED:
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = textwrap.shorten(str(error), 100) or type(error).__name__
             print(
                 f"fastckpt: the C++ kernels were not built ({reason}); the Numba and NumPy kernels are used instead: "
                 "the same bytes, more slowly.",
@@ -55,7 +56,8 @@ def native_extension() -> Extension:
     compile_args = ["-std=c++17", "-Wall", "-Wextra"]
     link_args = []
     if sanitizers := os.environ.get("FASTCKPT_SANITIZE"):
-        compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", f"-fsanitize={sanitizers}"]
+        compile_args += ["-O1", "-g", "-fno-omit-frame-pointer"]
+        compile_args += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
         link_args += [f"-fsanitize={sanitizers}"]
     else:
         compile_args += ["-O3"]

@@ -1,6 +1,7 @@
 """The Python code in README.md and docs/how-to/ runs as it stands there.
 
-The blocks of one document run in order, in one namespace, in an empty directory: a reader who types them in gets what we get.
+The blocks of one document run in order, in one namespace, in an empty directory: who types them in gets what
+we get.
 A block that cannot run here is fenced as "```python no-run: <reason>".
 """
 
@@ -38,7 +39,7 @@ def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_blocks_are_found_at_their_lines() -> None:
-    text = "# T\n\n```python\n1 / 0\n```\n\n```python no-run: needs a bucket\nx\n```\n\n```sh\nls\n```\n\n```python\ny\n```\n"
-    assert runnable_blocks(text, "doc.md") == ["\n\n\n1 / 0\n", "\n" * 15 + "y\n"]
+    text = "# T\n\n```python\n1 / 0\n```\n```python no-run: needs a bucket\nx\n```\n```sh\nls\n```\n```python\ny\n```\n"
+    assert runnable_blocks(text, "doc.md") == ["\n" * 3 + "1 / 0\n", "\n" * 12 + "y\n"]
     with pytest.raises(ValueError, match=r"doc\.md:1:"):
         runnable_blocks("```python no-run:\nx\n```\n", "doc.md")

@@ -12,8 +12,9 @@ import re
 import struct
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import accumulate
+from operator import xor
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,9 +135,8 @@ def crc64nvme(data: bytes) -> int:
         for column in columns:
             sums = CRC_TABLE[(sums ^ column) & 255] ^ (sums >> 8)
         for block_sum in sums.tolist():
-            for k, table in enumerate(_crc_shift()):
-                block_sum ^= table[state >> 8 * k & 255]
-            state = block_sum
+            shifted = [table[state >> 8 * k & 255] for k, table in enumerate(_crc_shift())]
+            state = reduce(xor, shifted, block_sum)
     for byte in data[blocks * CRC_BLOCK :]:
         state = CRC_LIST[(state ^ byte) & 255] ^ (state >> 8)
     return state ^ ((1 << 64) - 1)
@@ -339,6 +339,8 @@ def _tensor(what: str, tensor: Any, directory: dict[str, Any], storages: list[by
         steps = [step * numpy_type.itemsize if n > 1 else 0 for n, step in zip(shape, stride, strict=True)]
         return np.ndarray(shape, numpy_type, data, offset * numpy_type.itemsize, steps)
     except (ValueError, OverflowError) as error:
+        if len(shape) > 32:  # NumPy 1 has no more dimensions
+            return None
         raise FormatError("directory", f"{what}: {error}") from None
 
 

@@ -1,8 +1,8 @@
 """What a user of the installed package relies on: its public names, its types, and a cheap import."""
 
 from __future__ import annotations
-
 import __future__
+
 import importlib
 import importlib.util
 import os
@@ -29,7 +29,7 @@ def test_all_lists_exactly_the_public_names() -> None:
 
 
 def test_no_module_takes_the_place_of_a_public_name() -> None:
-    # fastckpt/save.py and the function fastckpt.save share a name: importing the module first must not hide the function.
+    # With a module fastckpt/save.py, importing it must not hide the function fastckpt.save.
     namesakes = [name for name in fastckpt.__all__ if importlib.util.find_spec(f"fastckpt.{name}")]
     for name in namesakes:
         importlib.import_module(f"fastckpt.{name}")
@@ -38,7 +38,9 @@ def test_no_module_takes_the_place_of_a_public_name() -> None:
 
 def test_heavy_dependencies_are_imported_only_when_used() -> None:
     program = "import sys, fastckpt; print(*sorted({'boto3', 'botocore', 'numba', 'obstore'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, check=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, check=True, text=True
+    )
     assert done.stdout.strip() == ""
 
 
@@ -61,7 +63,15 @@ def test_a_users_program_type_checks(tmp_path: Path) -> None:
     assert (PACKAGE / "py.typed").is_file()
     (tmp_path / "consumer.py").write_text(textwrap.dedent(CONSUMER), encoding="utf-8")
     cache = PACKAGE.parent / ".mypy_cache" / "consumer"
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", f"--cache-dir={cache}", "consumer.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--follow-imports=silent",
+        f"--cache-dir={cache}",
+        "consumer.py",
+    ]
     env = os.environ | {"MYPYPATH": str(PACKAGE.parent)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,187 @@
+"""Storages out of a container: read, verified, decoded and put in place by several threads, ahead of the unpickler.
+
+    unpickler ── take(n) ──→ StorageLoader ── schedules chunks ──→ threads: read → crc → decode → digest → into the storage
+
+Chunks are decoded once each, straight into the memory that the caller will own; only a chunk that serves several storages passes
+through a scratch buffer. At most `window_bytes` of storages that nobody has taken yet are in memory: all of them when they
+stay in host memory anyway, a few when each one goes on to a device.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+
+import numpy as np
+from torch.storage import UntypedStorage
+
+from fastckpt import events
+from fastckpt.errors import CorruptCheckpointError, Damage, TooLargeError
+from fastckpt.reader import Reader, storage_bytes
+from fastckpt.state.capture import U8, host_view
+from fastckpt.transform import transform_name
+
+# Enough chunks ahead to keep 16 threads busy while a storage travels to a device.
+DEVICE_WINDOW_BYTES = 256 << 20
+_INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
+
+
+def check_size(reader: Reader, max_load_bytes: int) -> None:
+    """TooLargeError if the storages need more than may be allocated. Before anything is."""
+    needed = storage_bytes(reader)
+    if needed > max_load_bytes:
+        raise TooLargeError(
+            f"{reader.source.name} says that it holds {needed} bytes of tensors in a file of {reader.source.n_bytes}; at most "
+            f"{max_load_bytes} may be allocated here. If you trust it, set FASTCKPT_MAX_LOAD_BYTES, or fetch single tensors "
+            "with fastckpt.open"
+        )
+
+
+class _Loading:
+    """One storage on its way: its memory, and how many chunks are still missing."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self.storage = UntypedStorage(n_bytes)
+        self.view = host_view(self.storage)
+        self.missing = 0
+
+
+class StorageLoader:
+    """A StorageProvider over a container. Use as a context manager; one thread takes, `threads` decode."""
+
+    def __init__(self, reader: Reader, threads: int, window_bytes: int | None) -> None:
+        """window_bytes: see the module; None: no limit."""
+        self._reader = reader
+        self._window_bytes = window_bytes
+        self._storages = reader.directory.storages
+        self._by_record: dict[int, list[tuple[int, int, int, int]]] = defaultdict(list)
+        self._records_of: list[list[int]] = []
+        for number in range(len(self._storages)):
+            records = []
+            for record, offset, position, n_bytes in reader.pieces(number):
+                self._by_record[record].append((number, offset, position, n_bytes))
+                records.append(record)
+            self._records_of.append(records)
+        self._loading: dict[int, _Loading] = {}
+        self._scheduled: set[int] = set()
+        self._next = 0
+        self._held_bytes = 0
+        self._damage: list[Damage] = []
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        inline = storage_bytes(reader) <= _INLINE_BYTES or threads == 1
+        self._pool = None if inline else ThreadPoolExecutor(threads, thread_name_prefix="fastckpt-load")
+
+    def __enter__(self) -> StorageLoader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def n_bytes(self, number: int) -> int | None:
+        return self._storages[number].n_bytes if number < len(self._storages) else None
+
+    def has_data(self, number: int) -> bool:
+        return self._storages[number].extents is not None
+
+    def take(self, number: int) -> UntypedStorage:
+        """The storage, whole and verified. CorruptCheckpointError lists all damage of the whole container."""
+        self._schedule_storage(number)
+        self._schedule_ahead()
+        with self._changed:
+            loading = self._loading[number]
+            self._changed.wait_for(lambda: not loading.missing or self._damage or self._error)
+            if self._error is not None:
+                raise self._error
+            if self._damage:
+                damaged = True
+            else:
+                damaged = False
+                del self._loading[number]
+                self._held_bytes -= self._storages[number].n_bytes
+        if damaged:
+            self._raise_all_damage()
+        self._schedule_ahead()
+        return loading.storage
+
+    def _schedule_ahead(self) -> None:
+        if self._pool is None:
+            return
+        while self._next < len(self._storages):
+            if self._window_bytes is not None and self._held_bytes >= self._window_bytes:
+                return
+            self._schedule_storage(self._next)
+            self._next += 1
+
+    def _schedule_storage(self, number: int) -> None:
+        self._allocate(number)
+        for record in self._records_of[number]:
+            if record in self._scheduled:
+                continue
+            self._scheduled.add(record)
+            for other, *_ in self._by_record[record]:
+                self._allocate(other)
+            if self._pool is None:
+                self._load_chunk(record)
+            else:
+                self._pool.submit(self._load_chunk, record)
+
+    def _allocate(self, number: int) -> None:
+        # A storage enters when the first of its chunks is scheduled, and that happens once.
+        with self._changed:
+            if number in self._loading or not self.has_data(number) or self._records_of[number] == [-1]:
+                return
+            loading = self._loading[number] = _Loading(self._storages[number].n_bytes)
+            loading.missing = len(self._records_of[number])
+            self._held_bytes += self._storages[number].n_bytes
+
+    def _load_chunk(self, record: int) -> None:
+        try:
+            damage = self._load_chunk_into_place(record)
+        except BaseException as error:  # reaches the taker, whatever it is
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
+            return
+        with self._changed:
+            if damage is not None:
+                self._damage.append(damage)
+            for number, *_ in self._by_record[record]:
+                self._loading[number].missing -= 1
+            self._changed.notify_all()
+
+    def _load_chunk_into_place(self, record: int) -> Damage | None:
+        reader, row = self._reader, self._reader.records[record]
+        n_bytes = int(row["raw_bytes"])
+        pieces = self._by_record[record]
+        number, offset, position, length = pieces[0]
+        if len(pieces) == 1 and length == n_bytes:
+            out: U8 = self._loading[number].view[position : position + n_bytes]
+            damage = reader.read_chunk(record, out)
+        else:
+            out = np.empty(n_bytes, np.uint8)
+            damage = reader.read_chunk(record, out)
+            for number, offset, position, length in pieces:
+                self._loading[number].view[position : position + length] = out[offset : offset + length]
+        if damage is None:
+            name = transform_name(int(row["transform"]))
+            stored = int(row["stored_bytes"])
+            events.emit(
+                events.ChunkLoaded(source=reader.source.name, record=record, transform=name, raw_bytes=n_bytes, stored_bytes=stored)
+            )
+        return damage
+
+    def _raise_all_damage(self) -> None:
+        """What one chunk has shown calls for a look at all of them: the error lists everything that is lost."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        found = {item for item in self._damage}
+        scratch = np.empty(4 << 20, np.uint8)
+        for record in range(len(self._reader.records)):
+            damage = self._reader.read_chunk(record, scratch[: int(self._reader.records["raw_bytes"][record])])
+            if damage is not None:
+                found.add(damage)
+        raise CorruptCheckpointError(self._reader.source.name, sorted(found, key=lambda item: item.place))

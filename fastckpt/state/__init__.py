@@ -1,0 +1,10 @@
+"""Nested state ↔ skeleton + storages + names. torch's own serializer decides what an object is; its bytes are ours to move.
+
+`capture` pickles the object with its storages taken out, `naming` finds the name of every tensor in it, `rebuild` unpickles
+the skeleton, by default through torch's restricted unpickler, and asks for the storages one by one.
+"""
+
+from fastckpt.state.capture import Captured, CapturedStorage, capture
+from fastckpt.state.rebuild import Rebuild, StorageProvider, unsafe_globals
+
+__all__ = ["Captured", "CapturedStorage", "Rebuild", "StorageProvider", "capture", "unsafe_globals"]

@@ -1,0 +1,230 @@
+"""Skeleton → object. torch's unpicklers do the work; storages come from a provider, verified, one by one."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import _weights_only_unpickler as restricted
+from torch.serialization import StorageType, _get_restore_location, _is_meta_location, _maybe_decode_ascii
+from torch.storage import TypedStorage, UntypedStorage
+
+from fastckpt.errors import CheckpointError, CorruptCheckpointError, Damage
+from fastckpt.format.element_types import NUMPY_PREFIX, element_type
+
+_TRUE = ("1", "y", "yes", "true")
+_ARRAY_GLOBALS = ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype")
+# torch renamed this module; its own loader maps it too.
+_MOVED_MODULES = {"torch.tensor": "torch._tensor"}
+
+
+class StorageProvider(Protocol):
+    """Where the bytes of the storages come from. Used by the unpickling thread."""
+
+    def n_bytes(self, number: int) -> int | None:
+        """Length of a storage, or None if there is none of that number."""
+
+    def has_data(self, number: int) -> bool:
+        """False for a meta storage."""
+
+    def take(self, number: int) -> UntypedStorage:
+        """The storage in host memory, verified; the caller owns it. Called at most once for each number."""
+
+
+def resolve_weights_only(weights_only: bool | None, pickle_module: Any) -> bool:
+    """torch.load's rules for `weights_only`, its environment variables and `pickle_module`."""
+    not_set = weights_only is None
+    if weights_only is None:
+        weights_only = pickle_module is None
+    force = os.getenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0").lower() in _TRUE
+    force_not = os.getenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "0").lower() in _TRUE
+    if force and force_not:
+        raise RuntimeError(
+            "Only one of `TORCH_FORCE_WEIGHTS_ONLY_LOAD` or `TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD` "
+            "should be set, but both were set."
+        )
+    if force:
+        weights_only = True
+    elif force_not and not_set:
+        warnings.warn(
+            "Environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD detected, since the"
+            "`weights_only` argument was not explicitly passed to `torch.load`, forcing weights_only=False.",
+            UserWarning,
+            stacklevel=4,
+        )
+        weights_only = False
+    if weights_only and pickle_module is not None:
+        raise RuntimeError("Can not safely load weights when explicit pickle_module is specified")
+    return weights_only
+
+
+def unsafe_globals(skeleton: bytes, holds_arrays: bool) -> list[str]:
+    """Globals of the skeleton that a restricted load refuses, as torch.serialization.get_unsafe_globals_in_checkpoint."""
+    used = restricted.get_globals_in_pkl(io.BytesIO(skeleton))
+    if holds_arrays:
+        used |= set(_ARRAY_GLOBALS)
+    return sorted(used - set(restricted._get_allowed_globals()) - set(restricted._get_user_allowed_globals()))
+
+
+@dataclass
+class Rebuild:
+    """One unpickling. `run` may be called once."""
+
+    skeleton: bytes
+    provider: StorageProvider
+    source: str
+    map_location: Any
+    weights_only: bool
+    pickle_module: Any
+    load_args: dict[str, Any]
+    _loaded: dict[int, Any] = field(default_factory=dict)
+
+    def run(self) -> Any:
+        """The object. pickle.UnpicklingError with torch's words when a restricted load refuses something."""
+        self._restore_location = _get_restore_location(self.map_location)
+        self._to_meta = _is_meta_location(self.map_location)
+        try:
+            if self.weights_only:
+                try:
+                    return self._unpickle(restricted)
+                except pickle.UnpicklingError as error:
+                    raise pickle.UnpicklingError(_weights_only_message(str(error))) from None
+                except (CheckpointError, MemoryError):
+                    raise
+                except Exception as error:
+                    if _raised_in_unpickler(error):  # IndexError, KeyError, struct.error …: the stream itself makes no sense
+                        raise self._damage("pickle stream", "one that torch can read", error) from error
+                    raise
+            return self._unpickle(self.pickle_module)
+        finally:
+            self._loaded.clear()
+
+    def _unpickle(self, module: Any) -> Any:
+        class Unpickler(module.Unpickler):  # type: ignore[misc]
+            def find_class(self, module_name: str, name: str) -> Any:
+                if type(name) is str and "Storage" in name:
+                    try:
+                        return StorageType(name)
+                    except KeyError:
+                        pass
+                return super().find_class(_MOVED_MODULES.get(module_name, module_name), name)
+
+        unpickler = Unpickler(io.BytesIO(self.skeleton), **self.load_args)
+        unpickler.persistent_load = self._persistent_load
+        local = torch.serialization._serialization_tls
+        before = local.map_location
+        # For tensors whose memory is no storage (wrapper subclasses, tensors rebuilt from arrays). torch itself leaves
+        # this set when unpickling raises.
+        local.map_location = self.map_location
+        try:
+            result = unpickler.load()
+        finally:
+            local.map_location = before
+            unpickler.persistent_load = None
+        torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
+        return result
+
+    def _damage(self, place: str, expected: str, found: object) -> CorruptCheckpointError:
+        return CorruptCheckpointError(self.source, [Damage("skeleton", place, expected, f"{found!r:.80}")])
+
+    def _persistent_load(self, saved_id: Any) -> Any:
+        if not isinstance(saved_id, tuple) or len(saved_id) not in (5, 9) or _maybe_decode_ascii(saved_id[0]) != "storage":
+            raise self._damage("persistent id", '("storage", type, key, location, elements)', saved_id)
+        kind, key, location, numel = saved_id[1:5]
+        key, location = (_maybe_decode_ascii(text) if isinstance(text, (bytes, str)) else text for text in (key, location))
+        if not isinstance(key, str) or not re.fullmatch(r"0|[1-9][0-9]{0,9}", key) or not isinstance(location, str):
+            raise self._damage("persistent id", "a storage number and a location", (key, location))
+        number = int(key)
+        n_bytes = self.provider.n_bytes(number)
+        if n_bytes is None:
+            raise self._damage(f"storage {key}", "a storage of the directory", "none of that number")
+        dtype = torch.uint8 if kind is UntypedStorage else getattr(kind, "dtype", None)
+        if not isinstance(dtype, torch.dtype) or type(numel) is not int:
+            raise self._damage(f"storage {key}", "a storage type and a number of elements", (kind, numel))
+        if numel * torch._utils._element_size(dtype) != n_bytes:
+            raise self._damage(f"storage {key}", f"{n_bytes} bytes", f"{numel} elements of {dtype}")
+        if number not in self._loaded:
+            if len(saved_id) == 9:
+                self._loaded[number] = self._array(number, n_bytes, *saved_id[5:])
+            else:
+                self._loaded[number] = self._storage(number, n_bytes, dtype, location)
+        value = self._loaded[number]
+        if isinstance(value, np.ndarray) != (len(saved_id) == 9):
+            raise self._damage(f"storage {key}", "one kind of object", "an array and a storage")
+        return value
+
+    def _storage(self, number: int, n_bytes: int, dtype: torch.dtype, location: str) -> TypedStorage:
+        if torch._guards.detect_fake_mode(None) is not None:
+            storage = UntypedStorage(n_bytes, device="meta")
+            storage._fake_device = location  # type: ignore[attr-defined]
+        elif self._to_meta or not self.provider.has_data(number):
+            storage = UntypedStorage(n_bytes, device="meta")
+        else:
+            storage = self._restore_location(self.provider.take(number), location)
+        return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+
+    def _array(self, number: int, n_bytes: int, mark: Any, dtype_text: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
+        words = '("ndarray", dtype, shape, "C" or "F")'
+        if mark != "ndarray" or not isinstance(dtype_text, str) or order not in ("C", "F") or not isinstance(shape, tuple):
+            raise self._damage(f"storage {number}", words, (mark, dtype_text, shape, order))
+        element = element_type(NUMPY_PREFIX + dtype_text)
+        if element is None or len(shape) > 64 or not all(type(size) is int and size >= 0 for size in shape):
+            raise self._damage(f"storage {number}", words, (mark, dtype_text, shape, order))
+        numel = 1
+        for size in shape:
+            numel *= size
+        if numel * element.n_bytes != n_bytes or not self.provider.has_data(number):
+            raise self._damage(f"storage {number}", f"an array of {n_bytes} bytes", (dtype_text, shape))
+        if self.weights_only and not any(
+            name.endswith("multiarray._reconstruct") for name in restricted._get_user_allowed_globals()
+        ):
+            # Small arrays are in the pickle, where torch refuses them in these words; large ones must not differ.
+            raise pickle.UnpicklingError(
+                f"Unsupported global: GLOBAL {_ARRAY_GLOBALS[0]} was not an allowed global by default. "
+                f"Please use `torch.serialization.add_safe_globals([{_ARRAY_GLOBALS[0]}])` or the "
+                f"`torch.serialization.safe_globals([{_ARRAY_GLOBALS[0]}])` context manager to allowlist this global "
+                "if you trust this class/function."
+            )
+        storage = self.provider.take(number)
+        flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()  # type: ignore[call-overload]
+        return np.ndarray(shape, np.dtype(dtype_text), flat, order=order)
+
+
+def _raised_in_unpickler(error: BaseException) -> bool:
+    """Whether torch's restricted unpickler itself failed, not something that it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__") == restricted.__name__
+
+
+def _weights_only_message(message: str) -> str:
+    """torch.load's wrapping of a refusal: a function inside torch.load, so its words are repeated here; users search for them."""
+    advice: str = torch.serialization.UNSAFE_MESSAGE
+    docs = (
+        "\n\nCheck the documentation of torch.load to learn more about types accepted by default with "
+        "weights_only https://pytorch.org/docs/stable/generated/torch.load.html."
+    )
+    if re.search(r"GLOBAL (\S+) was not an allowed global by default.", message):
+        return (
+            "Weights only load failed. This file can still be loaded, to do so you have two options, "
+            "\033[1mdo those steps only if you trust the source of the checkpoint\033[0m. "
+            f"\n\t(1) {advice}\n\t(2) Alternatively, to load with `weights_only=True` please check "
+            "the recommended steps in the following error message.\n\tWeightsUnpickler error: " + message + docs
+        )
+    if re.search(r"(\S+) must be (\S+) to load", message):
+        return f"Weights only load failed. {message}\n {advice}\n"
+    text = f"Weights only load failed. {advice}\n"
+    if not re.search(r"whose module (\S+) is blocked", message):
+        text += (
+            "Please file an issue with the following so that we can make "
+            "`weights_only=True` compatible with your use case: WeightsUnpickler error: "
+        )
+    return text + "\n\n" + message + docs
