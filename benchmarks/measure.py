@@ -27,9 +27,10 @@ class Span:
     files, too: a contender that maps its file shows the file's pages here although the kernel may drop them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trim: bool = True) -> None:
         gc.collect()
-        libc.malloc_trim(0)  # or memory freed earlier would be reused and not show
+        if trim:
+            libc.malloc_trim(0)  # or memory freed earlier would be reused and not show
         Path("/proc/self/clear_refs").write_text("5")
         self.baseline = memory("VmRSS")
         self.cpu_start = time.process_time()

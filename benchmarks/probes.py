@@ -1,4 +1,4 @@
-"""The machine's own limits for the same bytes, taken in the same rounds: no contender can beat them."""
+"""The machine's own limits for the same bytes, taken in the same rounds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ import torch
 from benchmarks import measure
 
 PIECE = 4 << 20
+# A limit is what the machine can do at its best: on a virtual machine the first write into memory that the host has not
+# given out yet takes twice the time of the next (0.23 s and 0.10 s for 53 MB).
+TRIES = 3
 
 
 def probe(state: Path, directory: Path) -> dict[str, float]:
     """The bytes are those of the workload's own file: a disk or a hypervisor that compresses gets no zeros."""
     source = torch.from_numpy(np.fromfile(state, np.uint8))
+    tries = [_one(source, directory) for _ in range(TRIES)]
+    best = {key: min(t[key] for t in tries) for key in tries[0]}
+    best["resident_before_cold"] = max(t["resident_before_cold"] for t in tries)
+    return {"bytes": source.numel(), **best}
+
+
+def _one(source: torch.Tensor, directory: Path) -> dict[str, float]:
+    result: dict[str, float] = {}
     target = torch.ones_like(source)  # touched, so that the copy pays for no page faults
-    result: dict[str, float] = {"bytes": source.numel()}
     threads = torch.get_num_threads()
     for name, n in (("memcpy_one_thread", 1), ("memcpy_all_threads", threads)):
         torch.set_num_threads(n)
@@ -31,9 +41,11 @@ def probe(state: Path, directory: Path) -> dict[str, float]:
     result["memcpy_into_new_memory"] = time.perf_counter() - start
     del fresh
 
-    path, data = directory / "probe", memoryview(source.numpy())
+    path, data = directory / "probe", source.numpy().data
+    path.unlink(missing_ok=True)
+    os.sync()
     start = time.perf_counter()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     for at in range(0, len(data), PIECE):
         os.write(fd, data[at : at + PIECE])
     result["write"] = time.perf_counter() - start

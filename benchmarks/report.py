@@ -49,10 +49,15 @@ def cell(values: list[float | None], decimals: int) -> str:
 
 
 def remarks(entry: dict[str, Any]) -> str:
-    """"identical" only if the comparison found nothing at all; its findings otherwise; then the contender's own note."""
+    """What the comparison found, then the contender's own note."""
     checked = [s["warm"]["differences"] for s in complete(entry) if "differences" in s["warm"]]
-    found = "not compared" if not checked else "; ".join(checked[0]) or "identical"
-    return f"{found}; {entry['note']}" if entry["note"] else found
+    same = "identical tensors" if entry["tensors_only"] else "identical"
+    words = ["; ".join(checked[0]) or same if checked else "not compared"]
+    isolated = [s["isolation"] for s in complete(entry) if "isolation" in s]
+    for result in isolated:
+        late = result.get("error") or "; ".join(d for d in result["differences"] if d.startswith("WRONG"))
+        words += [f"changed during the save: {late}"] if late else []
+    return "; ".join([*words, entry["note"]] if entry["note"] else words)
 
 
 def machine_lines(result: dict[str, Any]) -> list[str]:
@@ -60,11 +65,13 @@ def machine_lines(result: dict[str, Any]) -> list[str]:
     begin, end = s["load_average"]["start"][0], s["load_average"]["end"][0]
     return [
         f"{result['date']}. {m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 1e9:.0f} GB; Linux {m['kernel']}, "
-        f"{m['filesystem']}; Python {m['python']}, torch {m['torch']}. Workload {s['workload']} after {s['steps']} real "
-        f"training steps, seed {s['seed']}; {s['rounds']} rounds. Load average {begin:.1f} before, {end:.1f} after.",
+        f"{m['filesystem']}; Python {m['python']}, torch {m['torch']}. Workload {s['workload']} after {s['steps']} "
+        f"real training steps, seed {s['seed']}; {s['rounds']} rounds. "
+        f"Load average {begin:.1f} before, {end:.1f} after.",
         "",
-        f"Medians (smallest–largest). Order: {s['order']}. Memory: {s['memory']}. Load: {s['load']}. Cold: {s['cold']}. "
-        "Stall: the caller is blocked; \"again\" is a second save in the same process. MB = 10^6 bytes.",
+        f"Medians (smallest–largest). Order: {s['order']}. Memory: {s['memory']}. Load: {s['load']}. "
+        f"Cold: {s['cold']}. Stall: the caller is blocked; 'again' is a second save in the same process. "
+        "MB = 10^6 bytes.",
     ]
 
 
@@ -73,7 +80,8 @@ def probe_lines(probes: list[dict[str, Any]]) -> list[str]:
     if not good:
         return []
     megabytes = good[0]["bytes"] / 1e6
-    lines = ["", f"The machine, with the same {megabytes:.0f} MB, in the same rounds:", "", "| | s | GB/s |", "|---|---|---|"]
+    lines = ["", f"The machine, with the same {megabytes:.0f} MB, best of three in each round:", ""]
+    lines += ["| | s | GB/s |", "|---|---|---|"]
     for text, key in PROBES:
         seconds = [p[key] for p in good]
         lines.append(f"| {text} | {cell(seconds, 3)} | {megabytes / 1e3 / statistics.median(seconds):.2f} |")
@@ -151,7 +159,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
             middle = [statistics.median(v) for v in values]
             below = [m - min(v) for m, v in zip(middle, values, strict=True)]
             above = [max(v) - m for m, v in zip(middle, values, strict=True)]
-            axis.barh(places, middle, height, xerr=[below, above], color=colour, label=label, capsize=2, ecolor="#444444")
+            whiskers = {"xerr": [below, above], "capsize": 2, "ecolor": "#444444"}
+            axis.barh(places, middle, height, color=colour, label=label, **whiskers)
             for place, m, high in zip(places, middle, above, strict=True):
                 text = f"{m:.0f}" if "MB" in title else f"{m:.2f}"
                 axis.annotate(text, (m + high, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
@@ -165,7 +174,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
     s = result["settings"]
-    figure.suptitle(f"{s['workload']}, {result['machine']['cores']} cores, {s['rounds']} rounds: medians, smallest to largest")
+    cores = result["machine"]["cores"]
+    figure.suptitle(f"{s['workload']}, {cores} cores, {s['rounds']} rounds: medians, smallest to largest")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -74,7 +74,10 @@ def ensure_state(size: str) -> Path:
     return path
 
 
-def one_contender(name: str, state: Path, work: Path, check: bool, show: Progress) -> dict[str, Any]:
+def one_contender(
+    name: str, state: Path, work: Path, check: bool, asynchronous: bool, show: Progress
+) -> dict[str, Any]:
+    """`check`: compare what comes back, once in a run."""
     directory = work / name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -89,6 +92,10 @@ def one_contender(name: str, state: Path, work: Path, check: bool, show: Progres
         times = f"stall {s['stall']:.3f} s, durable {s['durable']:.3f} s"
         show(f"{name}: {times}, load {w['seconds']:.3f} s warm, {c['seconds']:.3f} s cold, {s['bytes'] / 1e6:.1f} MB")
     shutil.rmtree(directory, ignore_errors=True)
+    if check and asynchronous and "error" not in sample["save"]:
+        directory.mkdir()
+        sample["isolation"] = worker("isolation", name, state, directory)
+        shutil.rmtree(directory, ignore_errors=True)
     return sample
 
 
@@ -112,7 +119,8 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         show(f"round {number + 1}: machine, load average {os.getloadavg()[0]:.1f}")
         first = number % max(len(runnable), 1)
         for name in runnable[first:] + runnable[:first]:
-            samples[name].append(one_contender(name, state, work, number == 0, show))
+            asynchronous = about[name]["asynchronous"]
+            samples[name].append(one_contender(name, state, work, number == 0, asynchronous, show))
     shutil.rmtree(work, ignore_errors=True)
     return {
         "benchmark": "save-load",
@@ -145,7 +153,9 @@ def failures(result: dict[str, Any]) -> list[str]:
             found.append(f"{name}: {entry['error']}")
         for sample in entry["samples"]:
             found += [f"{name}: {part['error']}" for part in sample.values() if "error" in part]
-            found += [f"{name}: {d}" for d in sample.get("warm", {}).get("differences", []) if d.startswith("WRONG")]
+            for mode in ("warm", "isolation"):
+                wrong = [d for d in sample.get(mode, {}).get("differences", []) if d.startswith("WRONG")]
+                found += [f"{name}, {mode}: {d}" for d in wrong]
     return found
 
 
@@ -161,9 +171,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="default 5, with --quick 2")
     parser.add_argument("--quick", action="store_true", help="4 M parameters instead of 42 M: a smoke test, no result")
-    parser.add_argument("--contenders", type=names_of, default=list(contenders.WHERE), help=", ".join(contenders.WHERE))
+    everybody = list(contenders.WHERE)
+    parser.add_argument("--contenders", type=names_of, default=everybody, help=", ".join(everybody))
     parser.add_argument("--dir", default=str(CACHE / "work"), help="where the checkpoints are written")
-    parser.add_argument("--out", help="where the results go (default: benchmarks/results, with --quick benchmarks/.cache)")
+    parser.add_argument("--out", help="where the results go (default: benchmarks/results; --quick: benchmarks/.cache)")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     args = parser.parse_args()
     args.rounds = args.rounds or (2 if args.quick else 5)

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: `save`, `warm` or `cold` load of one contender, or `probe`.
+"""One measurement in a process of its own: `save`, `warm` or `cold` load of one contender, `isolation`, or `probe`.
 
 Started by run.py; writes one JSON object to the file named last.
 """
@@ -31,9 +31,9 @@ def rehearse(contender: Contender, state: State, directory: Path) -> None:
     shutil.rmtree(place)
 
 
-def one_save(contender: Contender, state: State, directory: Path) -> dict[str, Any]:
+def one_save(contender: Contender, state: State, directory: Path, trim: bool = True) -> dict[str, Any]:
     os.sync()  # somebody else's dirty pages are not this contender's
-    span = measure.Span()
+    span = measure.Span(trim)
     wait = contender.begin(state, directory)
     stall = span.seconds()
     wait()
@@ -51,10 +51,10 @@ def save(contender: Contender, state: State, directory: Path) -> dict[str, Any]:
     rehearse(contender, state, directory)
     result = one_save(contender, state, directory)
     if contender.asynchronous:
-        # In a long run buffers are there from the save before; the first save pays for their pages.
+        # In a long run buffers, or freed memory, are there from the save before; the first save pays for their pages.
         again = directory.with_name(directory.name + "-again")
         again.mkdir()
-        result["again"] = one_save(contender, state, again)
+        result["again"] = one_save(contender, state, again, trim=False)
         shutil.rmtree(again)
     return result
 
@@ -80,14 +80,26 @@ def load(contender: Contender, directory: Path, cold: bool, original: Path, chec
         "resident_before": cached,
     }
     if check:
-        saved = torch.load(original)
-        if contender.tensors_only:
-            from benchmarks.contenders.safetensors_file import tensors_of
-
-            result["differences"] = compare.compare_tensors(dict(tensors_of(saved)), state)
-        else:
-            result["differences"] = compare.compare(saved, state)
+        result["differences"] = differences(contender, torch.load(original), state)
     return result
+
+
+def isolation(contender: Contender, original: Path, directory: Path) -> dict[str, Any]:
+    """Is the stall the whole stall? Changes every byte as soon as `begin` returns and looks at what was stored."""
+    state = torch.load(original)
+    wait = contender.begin(state, directory)
+    for data in measure.memories(state):
+        data.bitwise_not_()
+    wait()
+    return {"differences": differences(contender, torch.load(original), contender.load(directory))}
+
+
+def differences(contender: Contender, saved: State, loaded: State) -> list[str]:
+    if contender.tensors_only:
+        from benchmarks.contenders.safetensors_file import tensors_of
+
+        return compare.compare_tensors(dict(tensors_of(saved)), loaded)
+    return compare.compare(saved, loaded)
 
 
 def main(mode: str, name: str, original: str, directory: str, check: str, out: str) -> None:
@@ -101,6 +113,8 @@ def main(mode: str, name: str, original: str, directory: str, check: str, out: s
             result = describe(contender)
         elif mode == "save":
             result = save(contender, torch.load(original), Path(directory))
+        elif mode == "isolation":
+            result = isolation(contender, Path(original), Path(directory))
         else:
             result = load(contender, Path(directory), mode == "cold", Path(original), check == "check")
     result.update(load_average=before, at=time.time())
@@ -114,6 +128,7 @@ def describe(contender: Contender) -> dict[str, Any]:
         "version": contender.version(),
         "unavailable": contender.unavailable(),
         "asynchronous": contender.asynchronous,
+        "tensors_only": contender.tensors_only,
         "settings": contender.settings,
         "note": contender.note,
         "threads": torch.get_num_threads(),

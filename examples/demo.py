@@ -11,7 +11,8 @@ of (2) and (3) are compared with (1), bit for bit. The exit code is 0 if they ar
 
     python examples/demo.py [--steps N] [--out DIR] [--json] [--forget PART]
 
-``--forget rng`` (or data, optimizer, scheduler, model) leaves one part out of the restore, to show that the comparison notices.
+``--forget rng`` (or data, optimizer, scheduler, model) leaves one part out of the restore, to show that the comparison
+notices.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class Block(nn.Module):
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.drop(self.out(attended.transpose(1, 2).reshape(b, t, WIDTH)))
         mlp: Tensor = self.mlp(self.norm2(x))
-        return x + self.drop(mlp)
+        mixed: Tensor = x + self.drop(mlp)
+        return mixed
 
 
 class GPT(nn.Module):
@@ -252,8 +254,8 @@ def fingerprint(state: dict[str, Any]) -> dict[str, str]:
 
 def raw_bytes(state: dict[str, Any]) -> int:
     """Bytes of the tensors; memory that two of them share counts once."""
-    storages = {s.data_ptr(): s.nbytes() for _, t in leaves(state) if isinstance(t, Tensor) for s in [t.untyped_storage()]}
-    return sum(storages.values())
+    storages = [value.untyped_storage() for _, value in leaves(state) if isinstance(value, Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 # --- the three processes ---------------------------------------------------------------------------------------------
@@ -408,7 +410,7 @@ def run_all(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "ratio": {name: size / one["raw_bytes"] for name, size in one["file_bytes"].items()},
         "save_seconds": one["save_seconds"],
         "load_seconds": two["load_seconds"],
-        "process_seconds": {r: d["process_seconds"] for r, d in zip(("reference", "first", "second"), (ref, one, two), strict=True)},
+        "process_seconds": [one_of["process_seconds"] for one_of in (ref, one, two)],
         "seconds": time.perf_counter() - start,
     }
 

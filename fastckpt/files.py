@@ -102,7 +102,8 @@ class AtomicFile:
     def commit(self) -> None:
         os.fsync(self._fd)
         if self._name is None:
-            os.link(f"/proc/self/fd/{self._fd}", self._temporary, follow_symlinks=True)
+            # src_dir_fd plays no part with an absolute path, but makes CPython call linkat, which alone follows the link.
+            os.link(f"/proc/self/fd/{self._fd}", self._temporary, src_dir_fd=self._fd, follow_symlinks=True)
             self._name = self._temporary
         os.rename(self._name, self._target)
         self._name = None

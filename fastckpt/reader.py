@@ -18,6 +18,7 @@ from fastckpt.errors import CorruptCheckpointError, Damage, UnsupportedFormatErr
 from fastckpt.format import container, directory, records
 from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, INDEX_PARTS, MIN_BYTES, READ_SELF_CONTAINED
 from fastckpt.format.digest import crc64nvme, digest
+from fastckpt.format.element_types import NUMPY_PREFIX
 from fastckpt.format.tensor_names import dotted
 from fastckpt.sources import Source
 from fastckpt.transform import Transform, transform_name
@@ -82,6 +83,11 @@ class Reader:
         damage = records.check(self.records, self.footer.payload_end)
         if damage:
             raise CorruptCheckpointError(self.source.name, damage)
+
+    @property
+    def holds_arrays(self) -> bool:
+        """Whether some storages are NumPy arrays."""
+        return any(storage.dtype.startswith(NUMPY_PREFIX) for storage in self.directory.storages)
 
     def require_readable(self) -> None:
         """UnsupportedFormatError if any chunk has a transform that this version does not read; names chunks and tensors."""

@@ -9,9 +9,9 @@ stay in host memory anyway, a few when each one goes on to a device.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
@@ -19,9 +19,10 @@ from torch.storage import UntypedStorage
 
 from fastckpt import events
 from fastckpt.errors import CorruptCheckpointError, Damage, TooLargeError
+from fastckpt.format.records import transform_of
 from fastckpt.reader import Reader, storage_bytes
 from fastckpt.state.capture import U8, host_view
-from fastckpt.transform import transform_name
+from fastckpt.workers import WorkerPool
 
 # Enough chunks ahead to keep 16 threads busy while a storage travels to a device.
 DEVICE_WINDOW_BYTES = 256 << 20
@@ -65,6 +66,7 @@ class StorageLoader:
                 records.append(record)
             self._records_of.append(records)
         self._loading: dict[int, _Loading] = {}
+        self._entered: set[int] = set()  # storages that have got their memory, once
         self._scheduled: set[int] = set()
         self._next = 0
         self._held_bytes = 0
@@ -72,14 +74,14 @@ class StorageLoader:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         inline = storage_bytes(reader) <= _INLINE_BYTES or threads == 1
-        self._pool = None if inline else ThreadPoolExecutor(threads, thread_name_prefix="fastckpt-load")
+        self._pool = None if inline else WorkerPool(threads, "fastckpt-load")
 
     def __enter__(self) -> StorageLoader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.close()
 
     def n_bytes(self, number: int) -> int | None:
         return self._storages[number].n_bytes if number < len(self._storages) else None
@@ -96,10 +98,8 @@ class StorageLoader:
             self._changed.wait_for(lambda: not loading.missing or self._damage or self._error)
             if self._error is not None:
                 raise self._error
-            if self._damage:
-                damaged = True
-            else:
-                damaged = False
+            damaged = bool(self._damage)
+            if not damaged:
                 del self._loading[number]
                 self._held_bytes -= self._storages[number].n_bytes
         if damaged:
@@ -127,13 +127,13 @@ class StorageLoader:
             if self._pool is None:
                 self._load_chunk(record)
             else:
-                self._pool.submit(self._load_chunk, record)
+                self._pool.submit(functools.partial(self._load_chunk, record))
 
     def _allocate(self, number: int) -> None:
-        # A storage enters when the first of its chunks is scheduled, and that happens once.
         with self._changed:
-            if number in self._loading or not self.has_data(number) or self._records_of[number] == [-1]:
+            if number in self._entered or not self.has_data(number):
                 return
+            self._entered.add(number)
             loading = self._loading[number] = _Loading(self._storages[number].n_bytes)
             loading.missing = len(self._records_of[number])
             self._held_bytes += self._storages[number].n_bytes
@@ -167,7 +167,7 @@ class StorageLoader:
             for number, offset, position, length in pieces:
                 self._loading[number].view[position : position + length] = out[offset : offset + length]
         if damage is None:
-            name = transform_name(int(row["transform"]))
+            name = transform_of(row)
             stored = int(row["stored_bytes"])
             events.emit(
                 events.ChunkLoaded(source=reader.source.name, record=record, transform=name, raw_bytes=n_bytes, stored_bytes=stored)
@@ -177,7 +177,7 @@ class StorageLoader:
     def _raise_all_damage(self) -> None:
         """What one chunk has shown calls for a look at all of them: the error lists everything that is lost."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.close()
         found = {item for item in self._damage}
         scratch = np.empty(4 << 20, np.uint8)
         for record in range(len(self._reader.records)):

@@ -15,6 +15,7 @@ WHERE = {
     "dcp-async": "dcp:DcpAsync",
     "moonclip": "moonclip_store:Moonclip",
     "moonclip-async": "moonclip_store:MoonclipAsync",
+    "moonclip-async-1": "moonclip_store:MoonclipAsyncLevel1",
     "fastckpt": "fastckpt_file:Fastckpt",
     "fastckpt-async": "fastckpt_file:FastckptAsync",
     "gpu-direct": "gpu_direct:GpuDirect",

@@ -17,7 +17,7 @@ class Contender:
     asynchronous = False
     tensors_only = False  # loads a flat dictionary of tensors, compared as such
     note = ""  # one line for the table: what this contender does not keep, or why it cannot run
-    settings: dict[str, object] = {}  # everything that differs from the library's defaults, and the defaults that matter
+    settings: dict[str, object] = {}  # what differs from the library's defaults, and the defaults that matter
 
     def version(self) -> str:
         raise NotImplementedError

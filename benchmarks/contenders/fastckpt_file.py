@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fastckpt
-
 from benchmarks.contenders.base import Contender, State, nothing_to_wait_for
 
 
 class Fastckpt(Contender):
-    settings = {"save": "fastckpt.save(state, path)", "load": "fastckpt.load(path), weights_only=True; every checksum checked"}
+    settings = {"save": "fastckpt.save(state, path)", "load": "fastckpt.load(path), weights_only=True"}
 
     def version(self) -> str:
         return str(fastckpt.__version__)
@@ -27,10 +26,8 @@ class Fastckpt(Contender):
 
 class FastckptAsync(Fastckpt):
     asynchronous = True
-    settings = {
-        "save": "fastckpt.save_async(state, path); stall ends when .staged is done, the first moment at which "
-        "the caller may change its tensors",
-    }
+    # The stall ends when .staged is done: the first moment at which the caller may change its tensors.
+    settings = {"save": "fastckpt.save_async(state, path); stalled until .staged"}
 
     def begin(self, state: State, directory: Path) -> Callable[[], None]:
         handle = fastckpt.save_async(state, directory / "state.fckpt")

@@ -24,7 +24,7 @@ def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]
 class Safetensors(Contender):
     tensors_only = True
     settings = {"save": "safetensors.torch.save_file, then fsync", "load": "safetensors.torch.load_file (mapped)"}
-    note = "tensors only: no structure, no optimizer or scheduler scalars, no Python RNG, no shared tensors; no checksums"
+    note = "tensors only: no structure, no optimizer or scheduler scalars, no Python RNG, no sharing; no checksums"
 
     def version(self) -> str:
         return str(safetensors.__version__)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt.errors import Damage
-from fastckpt.transform import IMPLEMENTED, MAX_RAW_BYTES, STORES_NOTHING, Transform, max_frame_bytes
+from fastckpt.transform import IMPLEMENTED, MAX_RAW_BYTES, STORES_NOTHING, Transform, max_frame_bytes, transform_name
 
 RECORD_BYTES = 64
 MAX_RECORDS = 1 << 26
@@ -35,6 +35,11 @@ _STORES_NOTHING = sorted(STORES_NOTHING)
 _READ_HERE = sorted(IMPLEMENTED)
 
 Records = npt.NDArray[Any]
+
+
+def transform_of(record: Any) -> str:
+    """The name of a record's transform."""
+    return transform_name(int(record["transform"]))
 
 
 def unpack(data: bytes) -> Records:

@@ -66,6 +66,14 @@ class Captured:
     storages: list[CapturedStorage] = field(default_factory=list)
     tensors: list[TensorEntry] = field(default_factory=list)
 
+    def detach(self) -> None:
+        """Replace every storage by a private copy in host memory: the state may change once this returns."""
+        for storage in self.storages:
+            if storage.has_data:
+                copy = np.empty(storage.n_bytes, np.uint8)
+                storage.read_into(0, copy)
+                storage._host, storage._device, storage._owner = copy, None, None
+
     @property
     def n_bytes(self) -> int:
         """Raw bytes of all storages that have data."""

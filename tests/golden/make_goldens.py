@@ -289,6 +289,7 @@ class Draft:
     skeleton: bytes | None = None
     records_tail: bytes = b""
     gap: bytes = b""
+    flags: dict[str, Any] = field(default_factory=dict)
 
     def chunk(
         self, raw: bytes, transform: int = RAW, lane: int = 1, stored: bytes | None = None, **fields: object
@@ -420,7 +421,7 @@ class Draft:
         tensors = {json.dumps(t["name"], ensure_ascii=False): self.expected_tensor(t) for t in self.tensors}
         storages = [None if d is None else {"bytes": len(d), "sha256": sha256(d)} for d in self.data]
         load = {"absent": True} if self.skeleton == b"" else show(self.root)
-        return {"about": about, "load": load, "storages": storages, "tensors": tensors}
+        return {"about": about, "load": load, "storages": storages, "tensors": tensors} | self.flags
 
     def expected_tensor(self, tensor: dict[str, Any]) -> dict[str, Any]:
         """The tensor's description, and the digest of its elements in row-major order."""
@@ -787,8 +788,8 @@ def empty_storage() -> Draft:
 
 @must_read
 def meta_storage() -> Draft:
-    """A storage without data."""
-    d = Draft()
+    """A storage without data, by a persistent id as torch writes it for such a storage alone."""
+    d = Draft(flags={"proposed": True})
     d.root = {"a": d.tensor(["a"], [4], d.storage("float32", None, None, "meta", 16))}
     return d
 
@@ -796,7 +797,7 @@ def meta_storage() -> Draft:
 @must_read
 def location_cuda() -> Draft:
     """A tensor that was on a GPU when it was saved."""
-    d = Draft()
+    d = Draft(flags={"map_location": "cpu"})
     raw = floats(1, 2)
     s = d.storage("float32", raw, [[d.chunk(raw), 0, 8]], "cuda:1")
     d.root = {"a": d.tensor(["a"], [2], s)}
@@ -1391,7 +1392,7 @@ def reject_directory() -> None:
     wrong("tensor_name_not_an_array", "a string", with_tensor(name="a"))
     wrong("tensor_name_bad_key", "a key of 1.5", with_tensor(name=[1.5]))
     wrong("tensor_name_bad_repr", "a key that is an object, but no repr", with_tensor(name=[{"repr": 5}]))
-    wrong("tensor_kind_unknown", "a kind that is not in the table", with_tensor(kind="tensors"))
+    proposed("tensor_kind_unknown", "a kind that is not in the table", with_tensor(kind="tensors"))
     wrong("tensor_requires_grad", "requires_grad is a number", with_tensor(requires_grad=0))
     objects = with_tensor(dtype="numpy:|O", shape=[2], kind="array")
     proposed("tensor_numpy_objects", "an array of Python objects would be made of stored bytes", objects)

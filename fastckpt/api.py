@@ -1,0 +1,288 @@
+"""save, load, save_async, open: torch.save's and torch.load's shapes. What they do is elsewhere."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fastckpt import events, foreign
+from fastckpt.errors import EmptyCheckpointError, NotACheckpointError, SaveError
+from fastckpt.files import AtomicFile, Sink, open_sink
+from fastckpt.format.container import MAGIC
+from fastckpt.options import CHUNK_IN_FLIGHT_BYTES, Options
+from fastckpt.reader import Reader, storage_bytes
+from fastckpt.restore import DEVICE_WINDOW_BYTES, StorageLoader, check_size
+from fastckpt.save import start_workers, write
+from fastckpt.sources import FileObjectSource, PathSource, Source
+from fastckpt.state import Rebuild, capture, unsafe_globals
+from fastckpt.state.rebuild import resolve_weights_only
+from fastckpt.tensors import TensorReader
+
+
+def _describe(f: Any) -> str:
+    if isinstance(f, (str, os.PathLike)):
+        return os.fsdecode(os.fspath(f))
+    return str(getattr(f, "name", None) or f"<{type(f).__name__}>")
+
+
+def save(
+    obj: object,
+    f: Any,
+    pickle_module: Any = pickle,
+    pickle_protocol: int = 2,
+    _use_new_zipfile_serialization: bool = True,
+    _disable_byteorder_record: bool = False,
+) -> None:
+    """Save an object to a path or a writable file object: torch.save's arguments, one self-describing container.
+
+    A path: when this returns, the file is whole and on stable storage; if it raises or the process dies, what was at the path
+    before is untouched. A file object needs `write` and `flush`; it stays open, and making it durable is its owner's task.
+
+    Blocks until done; the state must not change meanwhile. Uses `Options.from_env()`: threads, compression, memory.
+    `_use_new_zipfile_serialization=False` writes torch's legacy format instead, `_disable_byteorder_record` has no effect.
+
+    Raises what torch.save raises for the object; OSError for the target; SaveError (docs: fastckpt.errors).
+    """
+    torch.serialization._check_dill_version(pickle_module)  # type: ignore[no-untyped-call]
+    torch.serialization._check_save_filelike(f)  # type: ignore[no-untyped-call]
+    options = Options.from_env()
+    if not _use_new_zipfile_serialization:
+        _save_legacy(obj, f, pickle_module, pickle_protocol)
+        return
+    started = time.perf_counter()
+    captured = capture(obj, pickle_module, pickle_protocol)
+    skeleton_s = time.perf_counter() - started
+    sink = open_sink(f)
+    try:
+        pool = start_workers(captured, options)
+    except BaseException:
+        sink.abandon()
+        raise
+    write(captured, sink, _describe(f), options, pool, skeleton_s)
+
+
+def _save_legacy(obj: object, f: Any, pickle_module: Any, pickle_protocol: int) -> None:
+    """torch's pre-1.6 format, but as atomic as ours."""
+    sink = open_sink(f)
+    if not isinstance(sink, AtomicFile):
+        sink.abandon()
+        torch.save(obj, f, pickle_module, pickle_protocol, False)
+        return
+    try:
+        torch.save(obj, _SinkFile(sink), pickle_module, pickle_protocol, False)
+        sink.commit()
+    except BaseException:
+        sink.abandon()
+        raise
+
+
+class _SinkFile:
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def write(self, data: Any) -> int:
+        self._sink.write(data)
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        pass
+
+
+class SaveHandle:
+    """A save under way. Not waiting for it is allowed: the interpreter does at exit, and a failure is logged in any case."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+        self.staged: Future[None] = Future()
+        """Done when the state may change again. Carries the error if staging failed."""
+        self.durable: Future[int] = Future()
+        """Done when the file is whole and on stable storage; the result is its bytes. Carries the error if anything failed."""
+
+    def done(self) -> bool:
+        """Whether the save has ended, well or not."""
+        return self.durable.done()
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Block until durable; returns the bytes of the file. Raises the save's error, or TimeoutError (the save goes on)."""
+        return self.durable.result(timeout_s)
+
+
+def save_async(obj: object, f: Any, *, pickle_module: Any = pickle, pickle_protocol: int = 2, options: Options | None = None) -> SaveHandle:
+    """Copy the state to host memory, return, and write it in the background.
+
+    When this returns, `handle.staged` is done: the state may change again. If the copy does not fit `host_budget_bytes`, the file is
+    written before this returns. A file object must be left alone until `handle.durable` is done.
+
+    Raises at once what can be known at once (an object that cannot be pickled, a directory that does not exist); the rest reaches
+    `handle.durable` and the log.
+    """
+    torch.serialization._check_save_filelike(f)  # type: ignore[no-untyped-call]
+    options = options or Options.from_env()
+    started = time.perf_counter()
+    captured = capture(obj, pickle_module, pickle_protocol)
+    fits = captured.n_bytes + CHUNK_IN_FLIGHT_BYTES * options.chunks_in_flight <= options.host_budget_bytes
+    if fits:
+        captured.detach()
+    skeleton_s = time.perf_counter() - started
+    sink = open_sink(f)
+    handle = SaveHandle(_describe(f))
+    try:
+        pool = start_workers(captured, options)
+    except BaseException:
+        sink.abandon()
+        raise
+
+    def run() -> None:
+        try:
+            handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s))
+        except BaseException as error:
+            events.logger.error("saving %s in the background failed: %s: %s", handle.target, type(error).__name__, error)
+            handle.durable.set_exception(error)
+
+    if not fits:
+        events.logger.warning(
+            "the copy of %d bytes does not fit the budget of %d: %s is written before save_async returns",
+            captured.n_bytes,
+            options.host_budget_bytes,
+            handle.target,
+        )
+        n_bytes = write(captured, sink, handle.target, options, pool, skeleton_s)
+        handle.durable.set_result(n_bytes)
+        handle.staged.set_result(None)
+        return handle
+    try:
+        threading.Thread(target=run, name="fastckpt-save").start()
+    except BaseException:
+        if pool is not None:
+            pool.close()
+        sink.abandon()
+        raise
+    handle.staged.set_result(None)
+    return handle
+
+
+def load(
+    f: Any,
+    map_location: Any = None,
+    pickle_module: Any = None,
+    *,
+    weights_only: bool | None = None,
+    mmap: bool | None = None,
+    **pickle_load_args: Any,
+) -> Any:
+    """Load what fastckpt.save, torch.save or safetensors wrote: torch.load's arguments, every byte verified (fastckpt's own files).
+
+    f: a path, or a file object that can seek; it is left behind the object. `mmap=True` is accepted for paths and gives ordinary
+    private memory. `map_location="meta"` reads no tensor data.
+
+    Raises CorruptCheckpointError (lists all damage), UnsupportedFormatError, NotACheckpointError, TooLargeError; pickle.UnpicklingError
+    for what `weights_only` refuses, in torch's words; OSError for the path.
+    """
+    with _open_source(f) as source:
+        if not _is_ours(source, f):
+            return foreign.load(f, source, map_location, pickle_module, weights_only=weights_only, mmap=mmap, **pickle_load_args)
+        weights_only = resolve_weights_only(weights_only, pickle_module)
+        torch.serialization._check_dill_version(pickle_module)  # type: ignore[no-untyped-call]
+        if mmap and not isinstance(source, PathSource):
+            raise ValueError("f must be a file path in order to use the mmap argument")
+        if pickle_load_args and weights_only:
+            foreign.warn_unused_arguments()
+        pickle_load_args.setdefault("encoding", "utf-8")
+        reader = Reader.open(source, alone=isinstance(source, PathSource))
+        result = _load(reader, map_location, pickle_module or pickle, weights_only, pickle_load_args)
+        if isinstance(source, FileObjectSource):
+            source.seek_to(reader.start + reader.footer.container_bytes)
+        return result
+
+
+def _load(reader: Reader, map_location: Any, pickle_module: Any, weights_only: bool, load_args: dict[str, Any]) -> Any:
+    options = Options.from_env()
+    started = time.perf_counter()
+    n_bytes = storage_bytes(reader)
+    meta = torch.serialization._is_meta_location(map_location)  # type: ignore[no-untyped-call]
+    refused = weights_only and unsafe_globals(reader.skeleton, reader.holds_arrays)
+    # Nothing is read ahead for a load that will be refused, nor for one that needs no data.
+    read_ahead = not meta and not refused and torch._guards.detect_fake_mode(None) is None
+    if read_ahead:
+        check_size(reader, options.max_load_bytes)
+    reader.require_readable()
+    events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
+    window = (None if _stays_on_host(reader, map_location) else DEVICE_WINDOW_BYTES) if read_ahead else 0
+    with StorageLoader(reader, options.threads, window) as loader:
+        rebuild = Rebuild(reader.skeleton, loader, reader.source.name, map_location, weights_only, pickle_module, load_args)
+        result = rebuild.run()
+    events.emit(events.LoadFinished(source=reader.source.name, raw_bytes=n_bytes, seconds=time.perf_counter() - started))
+    return result
+
+
+def _stays_on_host(reader: Reader, map_location: Any) -> bool:
+    if map_location is None:
+        return all(storage.location == "cpu" for storage in reader.directory.storages)
+    return isinstance(map_location, (str, torch.device)) and torch.device(map_location).type == "cpu"
+
+
+def get_unsafe_globals(f: Any) -> list[str]:
+    """Names of the functions and classes in a checkpoint that `weights_only` refuses. Reads no tensor data, runs nothing."""
+    with _open_source(f) as source:
+        if not _is_ours(source, f):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(f))
+        reader = Reader.open(source, alone=isinstance(source, PathSource))
+        return unsafe_globals(reader.skeleton, reader.holds_arrays)
+
+
+def open(f: Any) -> TensorReader:
+    """Open a checkpoint to look at names, shapes and dtypes and to fetch single tensors: no pickle is read.
+
+    Use as a context manager, or call close(). Raises as load does; files of torch.save and safetensors are refused.
+    """
+    source = _source(f)
+    try:
+        if not _is_ours(source, f):
+            raise NotACheckpointError(f"{source.name} is no fastckpt container: fastckpt.load reads files of torch.save and safetensors")
+        return TensorReader(Reader.open(source, alone=isinstance(source, PathSource)), Options.from_env())
+    except BaseException:
+        source.close()
+        raise
+
+
+def _source(f: Any) -> Source:
+    if isinstance(f, (str, os.PathLike)):
+        path = os.fspath(f)
+        if isinstance(path, str) and "://" in path:
+            raise SaveError(f"{path!r}: this version of fastckpt loads from paths and file objects, not from URLs")
+        return PathSource(path)
+    torch.serialization._check_seekable(f)
+    return FileObjectSource(f)
+
+
+@contextmanager
+def _open_source(f: Any) -> Iterator[Source]:
+    source = _source(f)
+    try:
+        yield source
+    finally:
+        source.close()
+
+
+def _is_ours(source: Source, f: Any) -> bool:
+    """Whether this is (or was) a fastckpt container. Leaves a file object where it stood."""
+    if source.n_bytes == 0:
+        raise EmptyCheckpointError(f"{source.name} is empty: not a checkpoint")
+    head, tail = bytearray(min(8, source.n_bytes)), bytearray(min(8, source.n_bytes))
+    source.read_into(0, head)
+    source.read_into(source.n_bytes - len(tail), tail)
+    if isinstance(source, FileObjectSource):
+        source.seek_to(0)
+    return MAGIC in (bytes(head), bytes(tail))
+
+
+__all__ = ["SaveHandle", "get_unsafe_globals", "load", "open", "save", "save_async"]
+

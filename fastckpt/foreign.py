@@ -1,0 +1,61 @@
+"""Files that fastckpt did not write: torch.save's formats and safetensors, so that a caller can switch before old files are gone."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from fastckpt.errors import NotACheckpointError
+from fastckpt.sources import FileObjectSource, Source
+
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_TAR_MAGIC_OFFSET = 257
+
+
+def warn_unused_arguments() -> None:
+    """torch.load's warning."""
+    warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=3)
+
+
+def load(f: Any, source: Source, map_location: Any, pickle_module: Any, **arguments: Any) -> Any:
+    """Hand the file to its own loader. NotACheckpointError if it is nobody's."""
+    head = bytearray(min(512, source.n_bytes))
+    source.read_into(0, head)
+    if isinstance(source, FileObjectSource):
+        source.seek_to(0)
+    path = os.fsdecode(os.fspath(f)) if isinstance(f, (str, os.PathLike)) else ""
+    if path.endswith(".safetensors"):
+        return torch.load(f, map_location, pickle_module, **arguments)
+    if head.startswith((_ZIP, _PICKLE)) or head[_TAR_MAGIC_OFFSET : _TAR_MAGIC_OFFSET + 5] == b"ustar":
+        return torch.load(f, map_location, pickle_module, **arguments)
+    if _looks_like_safetensors(head, source.n_bytes):
+        return _load_safetensors(source, map_location)
+    raise NotACheckpointError(
+        f"{source.name} is not a checkpoint: it starts with {bytes(head[:8])!r}; known are fastckpt containers (b'FASTCKPT'), "
+        "torch.save's zip, pickle and tar files, and safetensors. If it was a checkpoint once, its beginning and end are gone"
+    )
+
+
+def _looks_like_safetensors(head: bytes | bytearray, n_bytes: int) -> bool:
+    header_bytes = int.from_bytes(head[:8], "little")
+    return len(head) > 9 and 2 <= header_bytes <= n_bytes - 8 and head[8:9] == b"{"
+
+
+def _load_safetensors(source: Source, map_location: Any) -> dict[str, torch.Tensor]:
+    import safetensors.torch  # noqa: PLC0415 - only for its files
+
+    if map_location is not None and not isinstance(map_location, (str, torch.device)):
+        raise RuntimeError(
+            f"Loading safetensors file with {type(map_location).__name__} map_location is not supported. "
+            "Use a device string or torch.device instead."
+        )
+    data = io.BytesIO(bytearray(source.n_bytes))
+    source.read_into(0, data.getbuffer())
+    tensors = safetensors.torch.load(data.getvalue())
+    if isinstance(source, FileObjectSource):
+        source.seek_to(source.n_bytes)
+    return {name: tensor if map_location is None else tensor.to(map_location) for name, tensor in tensors.items()}

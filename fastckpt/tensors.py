@@ -1,0 +1,122 @@
+"""Single tensors by name, without the object around them and without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastckpt.errors import UnknownTensorError, UnsupportedFormatError
+from fastckpt.format.directory import TensorEntry
+from fastckpt.format.element_types import NUMPY_PREFIX
+from fastckpt.format.tensor_names import Key, dotted
+from fastckpt.options import Options
+from fastckpt.reader import Reader, summary
+from fastckpt.restore import StorageLoader
+from fastckpt.state.naming import named_tensors
+
+
+class TensorReader(Mapping[str, Any]):
+    """Names → tensors of one container. Tensors are fetched and verified when asked for; each has memory of its own.
+
+    Names are dotted ("model.wte.weight"); where two look alike, the tuple of keys ("state", 0, "exp_avg") tells them apart.
+    Use from one thread, as a context manager or with close().
+    """
+
+    def __init__(self, reader: Reader, options: Options) -> None:
+        self._reader = reader
+        self._options = options
+        self._entries: dict[str, list[TensorEntry]] = {}
+        for entry in reader.directory.tensors:
+            self._entries.setdefault(dotted(entry.name), []).append(entry)
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._reader.source.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def entry(self, name: str | tuple[Key, ...]) -> TensorEntry:
+        """dtype, shape and stride of a tensor, without its data. UnknownTensorError for no such name, or several."""
+        if isinstance(name, str):
+            found = self._entries.get(name, [])
+        else:
+            found = [entry for entry in self._reader.directory.tensors if entry.name == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(str(entry.name) for entry in found)
+            raise UnknownTensorError(f"{name!r} is the name of {len(found)} tensors: ask for one of {names}")
+        near = [known for known in self._entries if str(name).rpartition(".")[2] == known.rpartition(".")[2]][:3]
+        hint = f"; similar: {', '.join(near)}" if near else ""
+        raise UnknownTensorError(f"{self._reader.source.name} has no tensor {name!r} ({len(self)} names{hint})")
+
+    def __getitem__(self, name: str | tuple[Key, ...]) -> Any:
+        """The tensor (or NumPy array), in host memory."""
+        entry = self.entry(name)
+        if entry.kind == "quantized":
+            raise UnsupportedFormatError(f"{name!r} is quantized: its scales are in the skeleton, use fastckpt.load")
+        self._reader.require_readable()
+        storage_entry = self._reader.directory.storages[entry.storage]
+        if storage_entry.extents is None:
+            return torch.empty_strided(entry.shape, entry.stride, dtype=getattr(torch, entry.dtype), device="meta")
+        with StorageLoader(self._reader, self._options.threads, 0) as loader:
+            storage = loader.take(entry.storage)
+        if entry.dtype.startswith(NUMPY_PREFIX):
+            n_bytes = storage.nbytes()
+            flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()  # type: ignore[call-overload]
+            dtype = np.dtype(entry.dtype.removeprefix(NUMPY_PREFIX))
+            strides = tuple(step * dtype.itemsize for step in entry.stride)
+            return np.ndarray(entry.shape, dtype, flat, entry.offset * dtype.itemsize, strides)
+        empty = torch.empty(0, dtype=getattr(torch, entry.dtype))
+        return empty.set_(storage, entry.offset, entry.shape, entry.stride)  # type: ignore[call-overload]
+
+    def load_into(self, state: Any, *, strict: bool = True) -> list[str]:
+        """Copy the tensors of this checkpoint into those of the same name in `state`, in place; returns the names copied.
+
+        strict: every tensor of `state` must be here in the same shape and dtype; UnknownTensorError lists all that are not, and nothing is
+        copied. Damage found on the way raises CorruptCheckpointError; tensors copied before it keep their new values.
+        """
+        wanted = [named for named in named_tensors(state) if isinstance(named.value, torch.Tensor)]
+        here = {entry.name: entry for entry in self._reader.directory.tensors}
+        problems, plan = [], []
+        for named in wanted:
+            entry = here.get(named.name)
+            value = named.value
+            assert isinstance(value, torch.Tensor)
+            dtype = str(value.dtype).removeprefix("torch.")
+            if entry is None:
+                problems.append(f"{dotted(named.name)}: not in the checkpoint")
+            elif entry.shape != tuple(value.shape) or entry.dtype != dtype:
+                problems.append(
+                    f"{dotted(named.name)}: {entry.dtype} {list(entry.shape)} in the checkpoint, {dtype} {list(value.shape)} in the state"
+                )
+            else:
+                plan.append((named.name, value))
+        if problems and strict:
+            raise UnknownTensorError(f"{self._reader.source.name} does not fit the state:\n  " + "\n  ".join(problems))
+        with torch.no_grad():
+            for name, value in plan:
+                value.copy_(self[name])
+        return [dotted(name) for name, _ in plan]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """container_bytes, raw_bytes, chunks, tensors, storages."""
+        return summary(self._reader)
