@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
 from fastckpt import events, foreign
-from fastckpt.errors import EmptyCheckpointError, NotACheckpointError, SaveError
+from fastckpt.errors import CheckpointError, EmptyCheckpointError, NotACheckpointError, SaveError
 from fastckpt.files import AtomicFile, Sink, open_sink
 from fastckpt.format.container import MAGIC
 from fastckpt.options import CHUNK_IN_FLIGHT_BYTES, Options
@@ -51,8 +51,8 @@ def save(
 
     Raises what torch.save raises for the object; OSError for the target; SaveError (docs: fastckpt.errors).
     """
-    torch.serialization._check_dill_version(pickle_module)  # type: ignore[no-untyped-call]
-    torch.serialization._check_save_filelike(f)  # type: ignore[no-untyped-call]
+    torch.serialization._check_dill_version(pickle_module)
+    torch.serialization._check_save_filelike(f)
     options = Options.from_env()
     if not _use_new_zipfile_serialization:
         _save_legacy(obj, f, pickle_module, pickle_protocol)
@@ -77,7 +77,7 @@ def _save_legacy(obj: object, f: Any, pickle_module: Any, pickle_protocol: int) 
         torch.save(obj, f, pickle_module, pickle_protocol, False)
         return
     try:
-        torch.save(obj, _SinkFile(sink), pickle_module, pickle_protocol, False)
+        torch.save(obj, cast(IO[bytes], _SinkFile(sink)), pickle_module, pickle_protocol, False)
         sink.commit()
     except BaseException:
         sink.abandon()
@@ -115,7 +115,9 @@ class SaveHandle:
         return self.durable.result(timeout_s)
 
 
-def save_async(obj: object, f: Any, *, pickle_module: Any = pickle, pickle_protocol: int = 2, options: Options | None = None) -> SaveHandle:
+def save_async(
+    obj: object, f: Any, *, pickle_module: Any = pickle, pickle_protocol: int = 2, options: Options | None = None
+) -> SaveHandle:
     """Copy the state to host memory, return, and write it in the background.
 
     When this returns, `handle.staged` is done: the state may change again. If the copy does not fit `host_budget_bytes`, the file is
@@ -124,7 +126,7 @@ def save_async(obj: object, f: Any, *, pickle_module: Any = pickle, pickle_proto
     Raises at once what can be known at once (an object that cannot be pickled, a directory that does not exist); the rest reaches
     `handle.durable` and the log.
     """
-    torch.serialization._check_save_filelike(f)  # type: ignore[no-untyped-call]
+    torch.serialization._check_save_filelike(f)
     options = options or Options.from_env()
     started = time.perf_counter()
     captured = capture(obj, pickle_module, pickle_protocol)
@@ -144,7 +146,9 @@ def save_async(obj: object, f: Any, *, pickle_module: Any = pickle, pickle_proto
         try:
             handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s))
         except BaseException as error:
-            events.logger.error("saving %s in the background failed: %s: %s", handle.target, type(error).__name__, error)
+            events.logger.error(
+                "saving %s in the background failed: %s: %s", handle.target, type(error).__name__, error
+            )
             handle.durable.set_exception(error)
 
     if not fits:
@@ -188,9 +192,11 @@ def load(
     """
     with _open_source(f) as source:
         if not _is_ours(source, f):
-            return foreign.load(f, source, map_location, pickle_module, weights_only=weights_only, mmap=mmap, **pickle_load_args)
+            return foreign.load(
+                f, source, map_location, pickle_module, weights_only=weights_only, mmap=mmap, **pickle_load_args
+            )
         weights_only = resolve_weights_only(weights_only, pickle_module)
-        torch.serialization._check_dill_version(pickle_module)  # type: ignore[no-untyped-call]
+        torch.serialization._check_dill_version(pickle_module)
         if mmap and not isinstance(source, PathSource):
             raise ValueError("f must be a file path in order to use the mmap argument")
         if pickle_load_args and weights_only:
@@ -207,7 +213,11 @@ def _load(reader: Reader, map_location: Any, pickle_module: Any, weights_only: b
     options = Options.from_env()
     started = time.perf_counter()
     n_bytes = storage_bytes(reader)
-    meta = torch.serialization._is_meta_location(map_location)  # type: ignore[no-untyped-call]
+    if not reader.skeleton:
+        raise CheckpointError(
+            f"{reader.source.name} holds tensors but no object to load: fetch them with fastckpt.open"
+        )
+    meta = torch.serialization._is_meta_location(map_location)
     refused = weights_only and unsafe_globals(reader.skeleton, reader.holds_arrays)
     # Nothing is read ahead for a load that will be refused, nor for one that needs no data.
     read_ahead = not meta and not refused and torch._guards.detect_fake_mode(None) is None
@@ -217,9 +227,13 @@ def _load(reader: Reader, map_location: Any, pickle_module: Any, weights_only: b
     events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
     window = (None if _stays_on_host(reader, map_location) else DEVICE_WINDOW_BYTES) if read_ahead else 0
     with StorageLoader(reader, options.threads, window) as loader:
-        rebuild = Rebuild(reader.skeleton, loader, reader.source.name, map_location, weights_only, pickle_module, load_args)
+        rebuild = Rebuild(
+            reader.skeleton, loader, reader.source.name, map_location, weights_only, pickle_module, load_args
+        )
         result = rebuild.run()
-    events.emit(events.LoadFinished(source=reader.source.name, raw_bytes=n_bytes, seconds=time.perf_counter() - started))
+    events.emit(
+        events.LoadFinished(source=reader.source.name, raw_bytes=n_bytes, seconds=time.perf_counter() - started)
+    )
     return result
 
 
@@ -246,7 +260,9 @@ def open(f: Any) -> TensorReader:
     source = _source(f)
     try:
         if not _is_ours(source, f):
-            raise NotACheckpointError(f"{source.name} is no fastckpt container: fastckpt.load reads files of torch.save and safetensors")
+            raise NotACheckpointError(
+                f"{source.name} is no fastckpt container: fastckpt.load reads files of torch.save and safetensors"
+            )
         return TensorReader(Reader.open(source, alone=isinstance(source, PathSource)), Options.from_env())
     except BaseException:
         source.close()
@@ -285,4 +301,3 @@ def _is_ours(source: Source, f: Any) -> bool:
 
 
 __all__ = ["SaveHandle", "get_unsafe_globals", "load", "open", "save", "save_async"]
-

@@ -1,7 +1,7 @@
 """Where storages are cut into chunks (docs/format.md, section 8). Pure: sizes and names in, pieces out.
 
-    large storage  ──cut──→  chunk chunk chunk
-    small storages ──pack─→  bundle (same element type, role, requires_grad)
+large storage  ──cut──→  chunk chunk chunk
+small storages ──pack─→  bundle (same element type, role, requires_grad)
 """
 
 from __future__ import annotations

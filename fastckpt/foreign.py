@@ -46,7 +46,7 @@ def _looks_like_safetensors(head: bytes | bytearray, n_bytes: int) -> bool:
 
 
 def _load_safetensors(source: Source, map_location: Any) -> dict[str, torch.Tensor]:
-    import safetensors.torch  # noqa: PLC0415 - only for its files
+    import safetensors.torch
 
     if map_location is not None and not isinstance(map_location, (str, torch.device)):
         raise RuntimeError(

@@ -54,7 +54,9 @@ class Reader:
         """
         start, footer = _find_footer(source, alone)
         if not footer.header.read_features & READ_SELF_CONTAINED:
-            raise UnsupportedFormatError(f"{source.name} refers to other files: it is part of a repository, not a file to load")
+            raise UnsupportedFormatError(
+                f"{source.name} refers to other files: it is part of a repository, not a file to load"
+            )
         head = _read(source, start, HEADER_BYTES, "header")
         if head != footer.header_bytes:
             container.parse_header(head, source.name)  # a damaged header is named as such
@@ -204,7 +206,12 @@ def _find_footer(source: Source, alone: bool) -> tuple[int, container.Footer]:
     end = source.n_bytes
     while True:
         if end < MIN_BYTES:
-            damage = Damage("footer", "whole file" if end == source.n_bytes else f"byte {end}", f"at least {MIN_BYTES} bytes", str(end))
+            damage = Damage(
+                "footer",
+                "whole file" if end == source.n_bytes else f"byte {end}",
+                f"at least {MIN_BYTES} bytes",
+                str(end),
+            )
             raise CorruptCheckpointError(source.name, [damage])
         footer = container.parse_footer(_read(source, end - FOOTER_BYTES, FOOTER_BYTES, "footer"), end, source.name)
         start = end - footer.container_bytes

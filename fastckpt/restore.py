@@ -15,17 +15,19 @@ from collections import defaultdict
 from types import TracebackType
 
 import numpy as np
+import torch
 from torch.storage import UntypedStorage
 
 from fastckpt import events
 from fastckpt.errors import CorruptCheckpointError, Damage, TooLargeError
 from fastckpt.format.records import transform_of
 from fastckpt.reader import Reader, storage_bytes
-from fastckpt.state.capture import U8, host_view
+from fastckpt.state.capture import U8
 from fastckpt.workers import WorkerPool
 
 # Enough chunks ahead to keep 16 threads busy while a storage travels to a device.
 DEVICE_WINDOW_BYTES = 256 << 20
+_ALIGNMENT_BYTES = 64
 _INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
 
 
@@ -44,8 +46,12 @@ class _Loading:
     """One storage on its way: its memory, and how many chunks are still missing."""
 
     def __init__(self, n_bytes: int) -> None:
-        self.storage = UntypedStorage(n_bytes)
-        self.view = host_view(self.storage)
+        # NumPy's memory: a storage over it cannot be resized, as torch.load's cannot. One that can would let a hostile skeleton
+        # ask for a tensor past its end and get whatever lies in fresh memory. Aligned as torch aligns its own.
+        room = np.empty(n_bytes + _ALIGNMENT_BYTES, np.uint8)
+        start = -room.ctypes.data % _ALIGNMENT_BYTES
+        self.view: U8 = room[start : start + n_bytes]
+        self.storage: UntypedStorage = torch.from_numpy(self.view).untyped_storage()
         self.missing = 0
 
 
@@ -79,7 +85,9 @@ class StorageLoader:
     def __enter__(self) -> StorageLoader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._pool is not None:
             self._pool.close()
 
@@ -170,7 +178,9 @@ class StorageLoader:
             name = transform_of(row)
             stored = int(row["stored_bytes"])
             events.emit(
-                events.ChunkLoaded(source=reader.source.name, record=record, transform=name, raw_bytes=n_bytes, stored_bytes=stored)
+                events.ChunkLoaded(
+                    source=reader.source.name, record=record, transform=name, raw_bytes=n_bytes, stored_bytes=stored
+                )
             )
         return damage
 
@@ -178,7 +188,7 @@ class StorageLoader:
         """What one chunk has shown calls for a look at all of them: the error lists everything that is lost."""
         if self._pool is not None:
             self._pool.close()
-        found = {item for item in self._damage}
+        found = set(self._damage)
         scratch = np.empty(4 << 20, np.uint8)
         for record in range(len(self._reader.records)):
             damage = self._reader.read_chunk(record, scratch[: int(self._reader.records["raw_bytes"][record])])

@@ -2,8 +2,8 @@
 
     cut ─→ [gather → digest → encode → crc] × threads ─→ sink, in the order of the records ─→ index ─→ footer ─→ commit
 
-At most `chunks_in_flight` chunks are between the state and the sink, each with a scratch buffer of its own. The first error cancels the rest,
-abandons the sink and reaches the caller.
+At most `chunks_in_flight` chunks are between the state and the sink, each with a scratch buffer of its own. The first
+error cancels the rest, abandons the sink and reaches the caller.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def start_workers(captured: Captured, options: Options) -> WorkerPool | None:
     return WorkerPool(options.threads, "fastckpt-save")
 
 
-def write(captured: Captured, sink: Sink, target: str, options: Options, pool: WorkerPool | None, skeleton_s: float) -> int:
+def write(
+    captured: Captured, sink: Sink, target: str, options: Options, pool: WorkerPool | None, skeleton_s: float
+) -> int:
     """Write a container to the sink and commit it. Returns its bytes.
 
     On any error, KeyboardInterrupt included, the sink is abandoned and the error raised. Closes the pool.
@@ -139,11 +141,11 @@ class _Writer:
         more = True
         while more or pending:
             while free and more:
-                chunk = next(waiting, None)
-                if chunk is None:
+                upcoming = next(waiting, None)
+                if upcoming is None:
                     more = False
                 else:
-                    pending.append(self._pool.submit(functools.partial(self._encode, chunk, free.pop())))
+                    pending.append(self._pool.submit(functools.partial(self._encode, upcoming, free.pop())))
             if pending:
                 result = pending.popleft().result()
                 yield result
@@ -237,7 +239,9 @@ def _shapes(captured: Captured) -> list[StorageShape]:
             shapes.append(StorageShape(number, n_bytes, element))
         else:
             place = _first_global_element(first)
-            shapes.append(StorageShape(number, n_bytes, element, first.name, _role(first.name), first.requires_grad, place))
+            shapes.append(
+                StorageShape(number, n_bytes, element, first.name, _role(first.name), first.requires_grad, place)
+            )
     return shapes
 
 

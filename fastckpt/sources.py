@@ -35,7 +35,9 @@ class PathSource:
             if stat.S_ISDIR(found.st_mode):
                 raise IsADirectoryError(21, "Is a directory", self.name)
             if not stat.S_ISREG(found.st_mode):
-                raise CheckpointError(f"{self.name} is no regular file: a checkpoint is read back to front. Copy it to a file")
+                raise CheckpointError(
+                    f"{self.name} is no regular file: a checkpoint is read back to front. Copy it to a file"
+                )
             self.n_bytes = found.st_size
         except BaseException:
             self.close()

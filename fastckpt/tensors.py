@@ -36,7 +36,9 @@ class TensorReader(Mapping[str, Any]):
     def __enter__(self) -> TensorReader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -80,12 +82,12 @@ class TensorReader(Mapping[str, Any]):
             storage = loader.take(entry.storage)
         if entry.dtype.startswith(NUMPY_PREFIX):
             n_bytes = storage.nbytes()
-            flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()  # type: ignore[call-overload]
+            flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()
             dtype = np.dtype(entry.dtype.removeprefix(NUMPY_PREFIX))
             strides = tuple(step * dtype.itemsize for step in entry.stride)
             return np.ndarray(entry.shape, dtype, flat, entry.offset * dtype.itemsize, strides)
         empty = torch.empty(0, dtype=getattr(torch, entry.dtype))
-        return empty.set_(storage, entry.offset, entry.shape, entry.stride)  # type: ignore[call-overload]
+        return empty.set_(storage, entry.offset, entry.shape, entry.stride)
 
     def load_into(self, state: Any, *, strict: bool = True) -> list[str]:
         """Copy the tensors of this checkpoint into those of the same name in `state`, in place; returns the names copied.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -85,7 +86,8 @@ def build(directory: Directory) -> bytes:
         "world": directory.world,
         "meta": directory.meta,
         "storages": [
-            {"dtype": s.dtype, "bytes": s.n_bytes, "location": s.location, "extents": s.extents} for s in directory.storages
+            {"dtype": s.dtype, "bytes": s.n_bytes, "location": s.location, "extents": s.extents}
+            for s in directory.storages
         ],
         "tensors": [_tensor_to_json(entry) for entry in tensors],
     }
@@ -244,8 +246,8 @@ def _storages(values: list[Any], raw_bytes: npt.NDArray[Any], findings: _Finding
             findings.add(f"{place}, extents", "an array or null", extents)
             extents = None
         checked = None if extents is None else tuple(_extents(extents, place, raw_bytes, ends, findings))
-        if checked is None and location != "meta":
-            findings.add(f"{place}, extents", 'an array (null only with location "meta")', None)
+        if (checked is None) != (location == "meta"):
+            findings.add(f"{place}, extents", 'null if the location is "meta", otherwise an array', extents)
         if checked is not None and sum(extent.n_bytes for extent in checked) != n_bytes:
             findings.add(f"{place}, extents", f"{n_bytes} bytes in all", sum(extent.n_bytes for extent in checked))
         storages.append(StorageEntry(dtype, n_bytes, location, checked))
@@ -300,6 +302,8 @@ def _tensors(values: list[Any], storages: Sequence[StorageEntry], findings: _Fin
             findings.add(f"{place}, stride", f"{len(shape)} entries", stride)
         elif storage >= len(storages):
             findings.add(f"{place}, storage", f"below {len(storages)}", storage)
+        elif math.prod(size for size in shape if size) * element_bytes >= _LIMIT:
+            findings.add(f"{place}, shape", "less than 2^63 bytes", shape)
         elif kind != "quantized" and 0 not in shape:
             last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
             if last * element_bytes > storages[storage].n_bytes:

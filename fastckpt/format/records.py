@@ -59,7 +59,9 @@ def check(records: Records, payload_end: int) -> list[Damage]:
     """
     found: list[Damage] = []
 
-    def demand(right: npt.NDArray[np.bool_], field: str, expected: str, of: npt.NDArray[np.bool_] | None = None) -> None:
+    def demand(
+        right: npt.NDArray[np.bool_], field: str, expected: str, of: npt.NDArray[np.bool_] | None = None
+    ) -> None:
         wrong = ~right if of is None else ~right & of
         for i in np.flatnonzero(wrong):
             value = records[field][i]
@@ -105,7 +107,12 @@ def _check_tiling(records: Records, stores: npt.NDArray[np.bool_], payload_end: 
         if previous >= 0 and offset == int(records[previous]["offset"]):
             if record.tobytes() != records[previous].tobytes():
                 found.append(
-                    Damage("records", f"record {row}", f"equal to record {previous}, which shares its bytes", "a difference")
+                    Damage(
+                        "records",
+                        f"record {row}",
+                        f"equal to record {previous}, which shares its bytes",
+                        "a difference",
+                    )
                 )
             continue
         if offset != position:

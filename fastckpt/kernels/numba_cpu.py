@@ -13,7 +13,7 @@ from fastckpt.kernels.reference import STRIPE_LANES
 _TABLES = reference.crc_tables()
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True)
 def _crc(tables: Any, words: Any, tail: Any) -> Any:
     crc = ~np.uint64(0)
     byte = np.uint64(255)
@@ -27,7 +27,7 @@ def _crc(tables: Any, words: Any, tail: Any) -> Any:
     return ~crc
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True)
 def _split(lanes: Any, stream: Any, width: int) -> None:
     one, rest = lanes.dtype.type(1), lanes.dtype.type(8 * width - 1)
     for first in range(0, lanes.size, STRIPE_LANES):
@@ -42,7 +42,7 @@ def _split(lanes: Any, stream: Any, width: int) -> None:
                 plane[i] = ((x << one) | (x >> rest)) >> shift
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True)
 def _merge(stream: Any, lanes: Any, width: int) -> None:
     kind = lanes.dtype.type
     one, rest = kind(1), kind(8 * width - 1)

@@ -40,7 +40,9 @@ def _advance_by_8(register: U64) -> U64:
 def _apply(columns: U64, vectors: U64) -> U64:
     """A linear map over GF(2), given by the images of the 64 unit vectors, applied to each of `vectors`."""
     bits = (vectors[..., None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
-    return np.asarray(np.bitwise_xor.reduce(np.where(bits.astype(bool), columns, np.uint64(0)), axis=-1), dtype=np.uint64)
+    return np.asarray(
+        np.bitwise_xor.reduce(np.where(bits.astype(bool), columns, np.uint64(0)), axis=-1), dtype=np.uint64
+    )
 
 
 def _advance_by_zeros(words: int) -> U64:

@@ -28,14 +28,14 @@ class Kernels(NamedTuple):
 @functools.cache
 def _load(name: str) -> Kernels:
     if name == "native":
-        from fastckpt import _native as native  # noqa: PLC0415
+        import fastckpt._native as native
 
         return Kernels("native", native.crc64nvme, native.rot_split, native.rot_merge)
     if name == "numba":
-        from fastckpt.kernels import numba_cpu  # noqa: PLC0415
+        from fastckpt.kernels import numba_cpu
 
         return Kernels("numba", numba_cpu.crc64nvme, numba_cpu.rot_split, numba_cpu.rot_merge)
-    from fastckpt.kernels import reference  # noqa: PLC0415
+    from fastckpt.kernels import reference
 
     return Kernels("reference", reference.crc64nvme, reference.rot_split, reference.rot_merge)
 

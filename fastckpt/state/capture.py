@@ -31,7 +31,7 @@ def host_view(storage: UntypedStorage) -> U8:
     n_bytes = storage.nbytes()
     if not n_bytes:
         return np.empty(0, np.uint8)
-    return np.frombuffer((ctypes.c_ubyte * n_bytes).from_address(storage.data_ptr()), np.uint8)
+    return np.frombuffer(memoryview((ctypes.c_ubyte * n_bytes).from_address(storage.data_ptr())), np.uint8)
 
 
 @dataclass
@@ -115,12 +115,10 @@ class _Capture:
             storage, dtype = obj, torch.uint8
             kind = torch.serialization.normalize_storage_type(type(obj))
             numel = storage.nbytes()
-        if storage.device.type != "meta" and storage.data_ptr() != 0:
-            if self._dtype_at.setdefault(storage.data_ptr(), dtype) != dtype:
-                # torch's own text: people search for it.
-                raise RuntimeError(
-                    "Cannot save multiple tensors or storages that view the same data as different types"
-                )
+        has_memory = storage.device.type != "meta" and storage.data_ptr() != 0
+        if has_memory and self._dtype_at.setdefault(storage.data_ptr(), dtype) != dtype:
+            # torch's own text: people search for it.
+            raise RuntimeError("Cannot save multiple tensors or storages that view the same data as different types")
         location = torch.serialization.location_tag(storage)
         number = self.number_of_storage.get(storage._cdata)
         if number is None:
@@ -135,7 +133,9 @@ class _Capture:
             number = self.number_of_array[id(array)] = len(self.storages)
             flat = np.asarray(array, order=order).reshape(-1, order=order)
             self.storages.append(
-                CapturedStorage(NUMPY_PREFIX + array.dtype.str, array.nbytes, "cpu", flat.view(np.uint8), _owner=(array, flat))
+                CapturedStorage(
+                    NUMPY_PREFIX + array.dtype.str, array.nbytes, "cpu", flat.view(np.uint8), _owner=(array, flat)
+                )
             )
         shape = tuple(int(n) for n in array.shape)
         return ("storage", UntypedStorage, str(number), "cpu", array.nbytes, "ndarray", array.dtype.str, shape, order)
@@ -150,7 +150,7 @@ def _captured(storage: UntypedStorage, dtype: torch.dtype, n_bytes: int, locatio
         captured._host = host_view(storage)[:n_bytes]
     elif storage.device.type != "meta":
         bytes_of = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        captured._device = bytes_of.set_(storage, 0, (n_bytes,), (1,))  # type: ignore[call-overload]
+        captured._device = bytes_of.set_(storage, 0, (n_bytes,), (1,))
     return captured
 
 
@@ -164,7 +164,7 @@ def capture(obj: object, pickle_module: Any, pickle_protocol: int) -> Captured:
     state = _Capture()
     buffer = io.BytesIO()
 
-    class Pickler(pickle_module.Pickler):  # type: ignore[name-defined,misc]
+    class Pickler(pickle_module.Pickler):  # type: ignore[misc]
         def persistent_id(self, obj: object) -> tuple[Any, ...] | None:
             return state.persistent_id(obj)
 
@@ -195,7 +195,15 @@ def _entry(named: Named, state: _Capture) -> TensorEntry | None:
     if storage.dtype == "uint8" and element is not None and storage.n_bytes % element.n_bytes == 0:
         storage.dtype = dtype  # torch writes its newer types through untyped storages; their width matters for the cuts
     return TensorEntry(
-        name, dtype, tuple(value.shape), tuple(value.stride()), value.storage_offset(), number, kind, value.requires_grad, place
+        name,
+        dtype,
+        tuple(value.shape),
+        tuple(value.stride()),
+        int(value.storage_offset()),
+        number,
+        kind,
+        value.requires_grad,
+        place,
     )
 
 

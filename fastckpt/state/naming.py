@@ -17,7 +17,15 @@ import torch
 from fastckpt.format.directory import GlobalPlace
 from fastckpt.format.tensor_names import Name, key_of
 
-_OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, torch.dtype, torch.device)
+_OPAQUE = (
+    type,
+    types.ModuleType,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    torch.dtype,
+    torch.device,
+)
 _COMPRESSED = {
     torch.sparse_csr: ("crow_indices", "col_indices", "values"),
     torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
@@ -43,7 +51,9 @@ def named_tensors(obj: object) -> Iterator[Named]:
         name, value = stack.pop()
         if isinstance(value, torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
-                yield from _tensor(name, value, "parameter" if isinstance(value, torch.nn.Parameter) else "tensor", None)
+                yield from _tensor(
+                    name, value, "parameter" if isinstance(value, torch.nn.Parameter) else "tensor", None
+                )
             continue
         if isinstance(value, np.ndarray):
             yield Named(name, value, "array")
@@ -66,8 +76,14 @@ def _children(value: object) -> list[tuple[Any, object]]:
         return []
     children: list[tuple[Any, object]] = []
     for key, child in attributes.items():
-        if isinstance(value, torch.nn.Module) and key in ("_parameters", "_buffers", "_modules") and isinstance(child, dict):
-            children += [(key_of(inner), item) for inner, item in child.items()]  # model.weight, not model._parameters.weight
+        if (
+            isinstance(value, torch.nn.Module)
+            and key in ("_parameters", "_buffers", "_modules")
+            and isinstance(child, dict)
+        ):
+            children += [
+                (key_of(inner), item) for inner, item in child.items()
+            ]  # model.weight, not model._parameters.weight
         else:
             children.append((key_of(key), child))
     return children
@@ -77,7 +93,12 @@ def _tensor(name: Name, tensor: torch.Tensor, kind: str, place: GlobalPlace | No
     for part, value in _parts(tensor):
         inner = _global_place(tensor) if part == "_local_tensor" else None
         yield from _tensor((*name, part), value, "part", inner)
-    if tensor.layout is torch.strided and not tensor.is_nested and not _is_wrapper(tensor) and torch._C._has_storage(tensor):
+    if (
+        tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not _is_wrapper(tensor)
+        and torch._C._has_storage(tensor)
+    ):
         yield Named(name, tensor, "quantized" if tensor.is_quantized else kind, place)
 
 
@@ -117,10 +138,15 @@ def _global_place(tensor: torch.Tensor) -> GlobalPlace | None:
     """Where a DTensor's local part lies in the whole, if it is one block of it."""
     if not hasattr(tensor, "placements") or not hasattr(tensor, "device_mesh"):
         return None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # noqa: PLC0415 - rarely needed
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     try:
         _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    except (RuntimeError, NotImplementedError, ValueError, AssertionError):  # strided or partial placements have no one block
+    except (
+        RuntimeError,
+        NotImplementedError,
+        ValueError,
+        AssertionError,
+    ):  # strided or partial placements have no one block
         return None
     return GlobalPlace(tuple(tensor.shape), tuple(offset))

@@ -99,7 +99,9 @@ class Rebuild:
                 except (CheckpointError, MemoryError):
                     raise
                 except Exception as error:
-                    if _raised_in_unpickler(error):  # IndexError, KeyError, struct.error …: the stream itself makes no sense
+                    if _raised_in_unpickler(
+                        error
+                    ):  # IndexError, KeyError, struct.error …: the stream itself makes no sense
                         raise self._damage("pickle stream", "one that torch can read", error) from error
                     raise
             return self._unpickle(self.pickle_module)
@@ -128,17 +130,23 @@ class Rebuild:
         finally:
             local.map_location = before
             unpickler.persistent_load = None
-        torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
+        torch._utils._validate_loaded_sparse_tensors()
         return result
 
     def _damage(self, place: str, expected: str, found: object) -> CorruptCheckpointError:
         return CorruptCheckpointError(self.source, [Damage("skeleton", place, expected, f"{found!r:.80}")])
 
     def _persistent_load(self, saved_id: Any) -> Any:
-        if not isinstance(saved_id, tuple) or len(saved_id) not in (5, 9) or _maybe_decode_ascii(saved_id[0]) != "storage":
+        if (
+            not isinstance(saved_id, tuple)
+            or len(saved_id) not in (5, 9)
+            or _maybe_decode_ascii(saved_id[0]) != "storage"
+        ):
             raise self._damage("persistent id", '("storage", type, key, location, elements)', saved_id)
         kind, key, location, numel = saved_id[1:5]
-        key, location = (_maybe_decode_ascii(text) if isinstance(text, (bytes, str)) else text for text in (key, location))
+        key, location = (
+            _maybe_decode_ascii(text) if isinstance(text, (bytes, str)) else text for text in (key, location)
+        )
         if not isinstance(key, str) or not re.fullmatch(r"0|[1-9][0-9]{0,9}", key) or not isinstance(location, str):
             raise self._damage("persistent id", "a storage number and a location", (key, location))
         number = int(key)
@@ -163,16 +171,23 @@ class Rebuild:
     def _storage(self, number: int, n_bytes: int, dtype: torch.dtype, location: str) -> TypedStorage:
         if torch._guards.detect_fake_mode(None) is not None:
             storage = UntypedStorage(n_bytes, device="meta")
-            storage._fake_device = location  # type: ignore[attr-defined]
+            storage._fake_device = location  # type: ignore[assignment]
         elif self._to_meta or not self.provider.has_data(number):
             storage = UntypedStorage(n_bytes, device="meta")
         else:
             storage = self._restore_location(self.provider.take(number), location)
         return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
 
-    def _array(self, number: int, n_bytes: int, mark: Any, dtype_text: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
+    def _array(
+        self, number: int, n_bytes: int, mark: Any, dtype_text: Any, shape: Any, order: Any
+    ) -> np.ndarray[Any, Any]:
         words = '("ndarray", dtype, shape, "C" or "F")'
-        if mark != "ndarray" or not isinstance(dtype_text, str) or order not in ("C", "F") or not isinstance(shape, tuple):
+        if (
+            mark != "ndarray"
+            or not isinstance(dtype_text, str)
+            or order not in ("C", "F")
+            or not isinstance(shape, tuple)
+        ):
             raise self._damage(f"storage {number}", words, (mark, dtype_text, shape, order))
         element = element_type(NUMPY_PREFIX + dtype_text)
         if element is None or len(shape) > 64 or not all(type(size) is int and size >= 0 for size in shape):
@@ -193,7 +208,7 @@ class Rebuild:
                 "if you trust this class/function."
             )
         storage = self.provider.take(number)
-        flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()  # type: ignore[call-overload]
+        flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()
         return np.ndarray(shape, np.dtype(dtype_text), flat, order=order)
 
 

@@ -13,8 +13,8 @@ PACKAGE = Path(fastckpt.__file__).parent
 # From the bottom up. A module or folder may import those of the layers below its own, and no other of its own layer.
 # A new one is entered here, as low as it can be.
 LAYERS = (
-    ("_native", "errors"),
-    ("kernels", "transform", "events", "files", "ranks"),
+    ("_native", "_version", "errors"),
+    ("kernels", "transform", "events", "files", "ranks", "workers"),
     ("options", "sources", "sinks"),
     ("codec", "format", "store", "plan"),
     ("chunking", "delta_policy"),
@@ -22,7 +22,7 @@ LAYERS = (
     ("snapshot", "commit"),
     ("catalog", "restore_plan", "reader"),
     ("save", "restore"),
-    ("retention", "check"),
+    ("retention", "check", "foreign", "tensors"),
     ("spot",),
     ("checkpointer",),
     ("api",),

@@ -1,0 +1,7 @@
+"""python -m fastckpt."""
+
+import sys
+
+from fastckpt.cli import main
+
+sys.exit(main())
