@@ -222,7 +222,7 @@ def _load(reader: Reader, map_location: Any, pickle_module: Any, weights_only: b
     # Nothing is read ahead for a load that will be refused, nor for one that needs no data.
     read_ahead = not meta and not refused and torch._guards.detect_fake_mode(None) is None
     if read_ahead:
-        check_size(reader, options.max_load_bytes)
+        check_size(reader, n_bytes, options.max_load_bytes)
     reader.require_readable()
     events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
     window = (None if _stays_on_host(reader, map_location) else DEVICE_WINDOW_BYTES) if read_ahead else 0

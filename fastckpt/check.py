@@ -11,7 +11,7 @@ from fastckpt.errors import CorruptCheckpointError, Damage
 from fastckpt.format import records
 from fastckpt.reader import Reader, affected
 from fastckpt.sources import Source
-from fastckpt.transform import MAX_RAW_BYTES, Transform, transform_name
+from fastckpt.transform import MAX_RAW_BYTES, transform_name
 
 
 @dataclass
@@ -61,11 +61,8 @@ def check(source: Source, progress: Callable[[int, int], None] = lambda done, to
         progress(number, report.chunks)
         if number in unread:
             continue
-        record = reader.records[number]
-        n_bytes = int(record["raw_bytes"])
+        n_bytes = int(reader.records["raw_bytes"][number])
         found = reader.read_chunk(number, out[:n_bytes])
-        if found is None and record["transform"] == Transform.RAW:
-            found = reader.check_stored(number)
         if found is not None:
             report.damage.append(found)
         report.raw_bytes += n_bytes

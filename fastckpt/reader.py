@@ -152,16 +152,16 @@ class Reader:
             first = int(record["offset"])
             place += f", bytes {first}–{first + n_stored}"
         try:
-            # RAW is read in place, and its digest covers the same bytes as its crc.
             stored = out if transform is Transform.RAW else self._scratch_of(n_stored)
             if n_stored:
                 self.source.read_into(self.start + int(record["offset"]), stored)
         except EOFError as error:
             return self._damage(number, place, f"{n_stored} stored bytes", str(error))
-        if transform is not Transform.RAW:
-            if n_stored and crc64nvme(stored) != int(record["crc64nvme"]):
-                found = f"{crc64nvme(stored):016x}"
-                return self._damage(number, f"{place}, crc64nvme", f"{int(record['crc64nvme']):016x}", found)
+        # Before the decoder sees it: damage never reaches a decoder, only malice does.
+        if n_stored and crc64nvme(stored) != int(record["crc64nvme"]):
+            found = f"{crc64nvme(stored):016x}"
+            return self._damage(number, f"{place}, crc64nvme", f"{int(record['crc64nvme']):016x}", found)
+        if transform is not Transform.RAW:  # RAW was read into its place
             try:
                 codec.decode(transform, int(record["lane_bytes"]), record["parameter"].tobytes(), stored, out)
             except codec.CodecError as error:
@@ -170,16 +170,6 @@ class Reader:
         if found_digest != record["digest"].tobytes():
             return self._damage(number, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
         return None
-
-    def check_stored(self, number: int) -> Damage | None:
-        """Check the crc of a RAW chunk, which read_chunk leaves to the digest."""
-        record = self.records[number]
-        stored = self._scratch_of(int(record["stored_bytes"]))
-        self.source.read_into(self.start + int(record["offset"]), stored)
-        found = crc64nvme(stored)
-        if found == int(record["crc64nvme"]):
-            return None
-        return self._damage(number, f"chunk {number}, crc64nvme", f"{int(record['crc64nvme']):016x}", f"{found:016x}")
 
     def _damage(self, number: int, place: str, expected: str, found: str) -> Damage:
         return Damage("payload", place, expected, found, self.tensors_of(number))

@@ -31,12 +31,11 @@ _ALIGNMENT_BYTES = 64
 _INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
 
 
-def check_size(reader: Reader, max_load_bytes: int) -> None:
-    """TooLargeError if the storages need more than may be allocated. Before anything is."""
-    needed = storage_bytes(reader)
-    if needed > max_load_bytes:
+def check_size(reader: Reader, needed_bytes: int, max_load_bytes: int) -> None:
+    """TooLargeError if storages need more than may be allocated. Before anything is."""
+    if needed_bytes > max_load_bytes:
         raise TooLargeError(
-            f"{reader.source.name} says that it holds {needed} bytes of tensors in a file of {reader.source.n_bytes}; at most "
+            f"{reader.source.name} says that it holds {needed_bytes} bytes of tensors in a file of {reader.source.n_bytes}; at most "
             f"{max_load_bytes} may be allocated here. If you trust it, set FASTCKPT_MAX_LOAD_BYTES, or fetch single tensors "
             "with fastckpt.open"
         )

@@ -15,7 +15,7 @@ from fastckpt.format.element_types import NUMPY_PREFIX
 from fastckpt.format.tensor_names import Key, dotted
 from fastckpt.options import Options
 from fastckpt.reader import Reader, summary
-from fastckpt.restore import StorageLoader
+from fastckpt.restore import StorageLoader, check_size
 from fastckpt.state.naming import named_tensors
 
 
@@ -78,6 +78,7 @@ class TensorReader(Mapping[str, Any]):
         storage_entry = self._reader.directory.storages[entry.storage]
         if storage_entry.extents is None:
             return torch.empty_strided(entry.shape, entry.stride, dtype=getattr(torch, entry.dtype), device="meta")
+        check_size(self._reader, storage_entry.n_bytes, self._options.max_load_bytes)
         with StorageLoader(self._reader, self._options.threads, 0) as loader:
             storage = loader.take(entry.storage)
         if entry.dtype.startswith(NUMPY_PREFIX):
