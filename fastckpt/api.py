@@ -218,7 +218,7 @@ def _load(reader: Reader, map_location: Any, pickle_module: Any, weights_only: b
             f"{reader.source.name} holds tensors but no object to load: fetch them with fastckpt.open"
         )
     meta = torch.serialization._is_meta_location(map_location)
-    refused = weights_only and unsafe_globals(reader.skeleton, reader.holds_arrays)
+    refused = weights_only and _refuses(reader)
     # Nothing is read ahead for a load that will be refused, nor for one that needs no data.
     read_ahead = not meta and not refused and torch._guards.detect_fake_mode(None) is None
     if read_ahead:
@@ -235,6 +235,14 @@ def _load(reader: Reader, map_location: Any, pickle_module: Any, weights_only: b
         events.LoadFinished(source=reader.source.name, raw_bytes=n_bytes, seconds=time.perf_counter() - started)
     )
     return result
+
+
+def _refuses(reader: Reader) -> bool:
+    """Whether a restricted load is sure to fail. Its error comes from the unpickler; this only saves reading the payload."""
+    try:
+        return bool(unsafe_globals(reader.skeleton, reader.holds_arrays))
+    except Exception:  # a stream that cannot even be scanned cannot be loaded
+        return True
 
 
 def _stays_on_host(reader: Reader, map_location: Any) -> bool:

@@ -19,6 +19,8 @@ from torch.storage import TypedStorage, UntypedStorage
 from fastckpt.errors import CheckpointError, CorruptCheckpointError, Damage
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
 
+# torch's functions that lay a tensor over a storage; they fail when it does not fit.
+_PLACES_A_TENSOR = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")
 _TRUE = ("1", "y", "yes", "true")
 _ARRAY_GLOBALS = ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype")
 # torch renamed this module; its own loader maps it too.
@@ -91,20 +93,21 @@ class Rebuild:
         self._restore_location = _get_restore_location(self.map_location)
         self._to_meta = _is_meta_location(self.map_location)
         try:
-            if self.weights_only:
-                try:
-                    return self._unpickle(restricted)
-                except pickle.UnpicklingError as error:
-                    raise pickle.UnpicklingError(_weights_only_message(str(error))) from None
-                except (CheckpointError, MemoryError):
-                    raise
-                except Exception as error:
-                    if _raised_in_unpickler(
-                        error
-                    ):  # IndexError, KeyError, struct.error …: the stream itself makes no sense
-                        raise self._damage("pickle stream", "one that torch can read", error) from error
-                    raise
-            return self._unpickle(self.pickle_module)
+            if not self.weights_only:
+                return self._unpickle(self.pickle_module)
+            try:
+                return self._unpickle(restricted)
+            except pickle.UnpicklingError as error:
+                raise pickle.UnpicklingError(_weights_only_message(str(error))) from None
+        except (CheckpointError, MemoryError, pickle.UnpicklingError):
+            raise
+        except Exception as error:
+            module, function = _origin(error)
+            if module == restricted.__name__:  # IndexError, KeyError, EOFError …: the stream itself makes no sense
+                raise self._damage("pickle stream", "one that torch can read", error) from error
+            if module == "torch._utils" and function in _PLACES_A_TENSOR:
+                raise self._damage("a tensor", "a place within its storage", error) from error
+            raise
         finally:
             self._loaded.clear()
 
@@ -212,12 +215,14 @@ class Rebuild:
         return np.ndarray(shape, np.dtype(dtype_text), flat, order=order)
 
 
-def _raised_in_unpickler(error: BaseException) -> bool:
-    """Whether torch's restricted unpickler itself failed, not something that it called."""
+def _origin(error: BaseException) -> tuple[str, str]:
+    """Module and function of the innermost Python frame that the error came through."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__") == restricted.__name__
+    if trace is None:
+        return "", ""
+    return str(trace.tb_frame.f_globals.get("__name__")), trace.tb_frame.f_code.co_name
 
 
 def _weights_only_message(message: str) -> str:
