@@ -62,14 +62,18 @@ def remarks(entry: dict[str, Any]) -> str:
 
 def machine_lines(result: dict[str, Any]) -> list[str]:
     m, s = result["machine"], result["settings"]
-    begin, end = s["load_average"]["start"][0], s["load_average"]["end"][0]
+    samples = [part for e in result["contenders"].values() for sample in e["samples"] for part in sample.values()]
+    loads = sorted(part["load_average"] for part in samples if "load_average" in part) or [s["load_average"]["end"][0]]
+    begin, middle, most = s["load_average"]["start"][0], statistics.median(loads), loads[-1]
     return [
         f"{result['date']}. {m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 1e9:.0f} GB; Linux {m['kernel']}, "
         f"{m['filesystem']}; Python {m['python']}, torch {m['torch']}. Workload {s['workload']} after {s['steps']} "
         f"real training steps, seed {s['seed']}; {s['rounds']} rounds. "
-        f"Load average {begin:.1f} before, {end:.1f} after.",
+        f"Load average {begin:.1f} before, during the run {middle:.1f} in the median and {most:.1f} at most"
+        f"{'; **others used the machine: provisional**' if middle > m['cores'] or most > 2 * m['cores'] else ''}.",
         "",
-        f"Medians (smallest–largest). Order: {s['order']}. Memory: {s['memory']}. Load: {s['load']}. "
+        f"Medians (smallest–largest). Order: {s['order']}. Memory: {s['memory']}; pages of mapped "
+        f"files count. Load: {s['load']}. "
         f"Cold: {s['cold']}. Stall: the caller is blocked; 'again' is a second save in the same process. "
         "MB = 10^6 bytes.",
     ]
@@ -164,13 +168,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
             for place, m, high in zip(places, middle, above, strict=True):
                 text = f"{m:.0f}" if "MB" in title else f"{m:.2f}"
                 axis.annotate(text, (m + high, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title, fontsize=10, loc="left")
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="#dddddd")
         axis.set_axisbelow(True)
         if len(bars) > 1:
-            axis.legend(fontsize=8, loc="lower right", framealpha=0.9)
+            axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.1)
     axes[0, 0].set_yticks(range(len(names)), names)
     axes[0, 0].invert_yaxis()
     s = result["settings"]

@@ -41,7 +41,7 @@ class Dcp(Contender):
         # What dcp.format_utils.dcp_to_torch_save uses: the only way to load without a state of the same form at hand.
         state: State = {}
         reader = FileSystemReader(directory / "dcp")
-        _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)  # type: ignore[no-untyped-call]
+        _load_state_dict(state, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
         return state
 
 

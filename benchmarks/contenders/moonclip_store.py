@@ -58,7 +58,10 @@ class MoonclipAsync(Moonclip):
 
 
 class MoonclipAsyncLevel1(MoonclipAsync):
-    """Durable after 1.4 s instead of 2.2 s for 505 MB, and the file no larger: its best setting for such a state."""
+    """Durable after 1.4 s instead of 2.2 s for 505 MB, and the file 0.03 % larger: its fastest that compresses.
+
+    Level 0 does not (505 MB, durable after 0.9 s) and is not measured. Medians of three, in one process.
+    """
 
     level = 1
     settings = {**Moonclip.settings, "level": 1}

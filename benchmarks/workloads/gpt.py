@@ -97,7 +97,7 @@ def build(name: str) -> dict[str, Any]:
         rows = torch.stack([text[i : i + CONTEXT + 1] for i in at])
         loss = functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
