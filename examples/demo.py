@@ -427,7 +427,7 @@ def verdict(result: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=24, help="training steps of the reference (default 48)")
+    parser.add_argument("--steps", type=int, default=24, help="training steps of the reference (default 24)")
     parser.add_argument("--out", help="keep the files in this directory (default: a temporary one, removed)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--forget", choices=PARTS, help="leave this part out of the restore: must be noticed")

@@ -43,8 +43,9 @@ def save(
 ) -> None:
     """Save an object to a path or a writable file object: torch.save's arguments, one self-describing container.
 
-    A path: when this returns, the file is whole and on stable storage; if it raises or the process dies, what was at the path
-    before is untouched. A file object needs `write` and `flush`; it stays open, and making it durable is its owner's task.
+    A path: when this returns, the file is whole and on stable storage. If it raises or the process dies, the old file or
+    the new one is at the path, whole: the old one, unless the error came from the very last step, the fsync of the directory.
+    A file object needs `write` and `flush`; it stays open, and making it durable is its owner's task.
 
     Blocks until done; the state must not change meanwhile. Uses `Options.from_env()`: threads, compression, memory.
     `_use_new_zipfile_serialization=False` writes torch's legacy format instead, `_disable_byteorder_record` has no effect.

@@ -63,7 +63,7 @@ class SaveFinished(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SaveFailed(Event):
-    """Nothing was changed at the target."""
+    """The target is as it was, unless the error came from the fsync of the directory after the rename: then the new file is there."""
 
     target: str
     error: BaseException

@@ -11,6 +11,7 @@ name next to the target is used from the start, and a kill leaves that file.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import secrets
 import stat
@@ -19,6 +20,9 @@ from typing import Any, Protocol
 
 from fastckpt.errors import SaveError
 
+logger = logging.getLogger("fastckpt")
+
+_OBJECT_WRITE_BYTES = 4 << 20  # what is copied for one call of a caller's `write`
 _WRITE_BYTES = 16 << 20  # Linux writes at most 2 GiB - 4 KiB in one call; a smaller step also lets signals through
 
 
@@ -62,10 +66,13 @@ class AtomicFile:
         if not os.path.isdir(self._directory):
             raise SaveError(f"Parent directory {self._directory} does not exist.")
         self._mode = self._mode_of_old()
+        short = os.fsencode(name)[:150].decode("utf-8", "ignore")  # a file name has at most 255 bytes
+        self._temporary = os.path.join(self._directory, f".{short}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         self._name: str | None = None
-        self._temporary = os.path.join(self._directory, f".{name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        self._fd = self._create()
+        """The temporary name, from just before the file may have it until the rename."""
+        self._fd = -1
         try:
+            self._fd = self._create()
             if self._mode is not None:
                 os.fchmod(self._fd, self._mode)
         except BaseException:
@@ -92,9 +99,12 @@ class AtomicFile:
                 # Not every file system has unnamed files (NFS, FUSE, old overlayfs); kernels before 3.11 answer EISDIR.
                 if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
                     raise
-        fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._name = self._temporary
-        return fd
+        try:
+            return os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            self._name = None  # 32 random bits met somebody else's file: not ours to remove
+            raise
 
     def write(self, data: Any) -> None:
         _write_all(self._fd, data)
@@ -103,21 +113,31 @@ class AtomicFile:
         os.fsync(self._fd)
         if self._name is None:
             # src_dir_fd plays no part with an absolute path, but makes CPython call linkat, which alone follows the link.
-            os.link(f"/proc/self/fd/{self._fd}", self._temporary, src_dir_fd=self._fd, follow_symlinks=True)
             self._name = self._temporary
+            os.link(f"/proc/self/fd/{self._fd}", self._temporary, src_dir_fd=self._fd, follow_symlinks=True)
         os.rename(self._name, self._target)
         self._name = None
-        os.close(self._fd)
-        self._fd = -1
+        self._close()
         sync_directory(self._directory)
 
+    def _close(self) -> None:
+        # Forgotten first: Linux has closed a descriptor even when close reports an error, and closing it
+        # again could close another thread's file.
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
     def abandon(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-        if self._name is not None:
-            Path(self._name).unlink(missing_ok=True)
-            self._name = None
+        name, self._name = self._name, None
+        try:
+            self._close()
+        except OSError as error:
+            logger.warning("closing the unfinished file for %s failed: %s", self._target, error)
+        if name is not None:
+            try:
+                Path(name).unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("the temporary file %s could not be removed: %s", name, error)
 
 
 class DirectFile:
@@ -135,7 +155,10 @@ class DirectFile:
 
     def abandon(self) -> None:
         if self._fd >= 0:
-            self.commit()
+            try:
+                self.commit()
+            except OSError as error:
+                logger.warning("closing the unfinished output failed: %s", error)
 
 
 class FileObject:
@@ -148,12 +171,13 @@ class FileObject:
         view = memoryview(data).cast("B")
         while view.nbytes:
             # bytes, not a view: writers may keep what they are given, and our buffers are used again.
-            written = self._target.write(data if isinstance(data, bytes) and len(data) == view.nbytes else bytes(view))
+            piece = bytes(view[:_OBJECT_WRITE_BYTES])
+            written = self._target.write(piece)
             if written is None:  # torch accepts writers that return nothing; they have taken it all
-                return
-            if not isinstance(written, int) or not 0 < written <= view.nbytes:
+                written = len(piece)
+            if type(written) is not int or not 0 < written <= len(piece):
                 raise SaveError(
-                    f"{type(self._target).__name__}.write returned {written!r} for {view.nbytes} bytes: expected None or "
+                    f"{type(self._target).__name__}.write returned {written!r} for {len(piece)} bytes: expected None or "
                     "the number of bytes that it took"
                 )
             view = view[written:]
@@ -169,8 +193,8 @@ def open_sink(target: Any) -> Sink:
     """The sink for what `save` was given: a path (str, PathLike) or a file object."""
     if not isinstance(target, (str, os.PathLike)):
         return FileObject(target)
-    path = os.fspath(target)
-    if isinstance(path, str) and "://" in path:
+    path = os.fsdecode(os.fspath(target))
+    if "://" in path:
         raise SaveError(f"{path!r}: this version of fastckpt saves to paths and file objects, not to URLs")
     try:
         kind = os.stat(path).st_mode

@@ -11,7 +11,6 @@ import torch
 
 import fastckpt
 
-
 # torch deprecates its quantized types, which people still have in their files.
 pytestmark = pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
 

@@ -31,7 +31,9 @@ def test_all_lists_exactly_the_public_names() -> None:
 
 def test_no_module_takes_the_place_of_a_public_name() -> None:
     # With a module fastckpt/save.py, importing it must not hide the function fastckpt.save.
-    namesakes = [name for name in set(fastckpt.__all__) - PUBLIC_MODULES if importlib.util.find_spec(f"fastckpt.{name}")]
+    namesakes = [
+        name for name in set(fastckpt.__all__) - PUBLIC_MODULES if importlib.util.find_spec(f"fastckpt.{name}")
+    ]
     for name in namesakes:
         importlib.import_module(f"fastckpt.{name}")
         assert not isinstance(getattr(fastckpt, name), ModuleType), name
