@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,14 @@ from typing import IO, Any, cast
 import torch
 
 from fastckpt import events, foreign
-from fastckpt.errors import CheckpointError, EmptyCheckpointError, NotACheckpointError, SaveError
+from fastckpt.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    Damage,
+    EmptyCheckpointError,
+    NotACheckpointError,
+    SaveError,
+)
 from fastckpt.files import AtomicFile, Sink, open_sink
 from fastckpt.format.container import MAGIC
 from fastckpt.options import CHUNK_IN_FLIGHT_BYTES, Options
@@ -222,7 +230,8 @@ def _load(reader: Reader, map_location: Any, pickle_module: Any, weights_only: b
     refused = weights_only and _refuses(reader)
     # Nothing is read ahead for a load that will be refused, nor for one that needs no data.
     read_ahead = not meta and not refused and torch._guards.detect_fake_mode(None) is None
-    if read_ahead:
+    # Also where nothing is read ahead: what comes before a refused global is read all the same.
+    if not meta:
         check_size(reader, n_bytes, options.max_load_bytes)
     reader.require_readable()
     events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
@@ -258,7 +267,11 @@ def get_unsafe_globals(f: Any) -> list[str]:
         if not _is_ours(source, f):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(f))
         reader = Reader.open(source, alone=isinstance(source, PathSource))
-        return unsafe_globals(reader.skeleton, reader.holds_arrays)
+        try:
+            return unsafe_globals(reader.skeleton, reader.holds_arrays)
+        except (EOFError, LookupError, ValueError, AssertionError, struct.error) as error:
+            damage = Damage("skeleton", "pickle stream", "one that torch can read", repr(error))
+            raise CorruptCheckpointError(source.name, [damage]) from error
 
 
 def open(f: Any) -> TensorReader:

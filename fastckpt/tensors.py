@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.storage import UntypedStorage
 
-from fastckpt.errors import UnknownTensorError, UnsupportedFormatError
+from fastckpt.errors import CheckpointError, CorruptCheckpointError, Damage, UnknownTensorError, UnsupportedFormatError
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import NUMPY_PREFIX
 from fastckpt.format.tensor_names import Key, dotted
@@ -76,19 +77,19 @@ class TensorReader(Mapping[str, Any]):
             raise UnsupportedFormatError(f"{name!r} is quantized: its scales are in the skeleton, use fastckpt.load")
         self._reader.require_readable()
         storage_entry = self._reader.directory.storages[entry.storage]
-        if storage_entry.extents is None:
-            return torch.empty_strided(entry.shape, entry.stride, dtype=getattr(torch, entry.dtype), device="meta")
         check_size(self._reader, storage_entry.n_bytes, self._options.max_load_bytes)
-        with StorageLoader(self._reader, self._options.threads, 0) as loader:
-            storage = loader.take(entry.storage)
-        if entry.dtype.startswith(NUMPY_PREFIX):
-            n_bytes = storage.nbytes()
-            flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()
-            dtype = np.dtype(entry.dtype.removeprefix(NUMPY_PREFIX))
-            strides = tuple(step * dtype.itemsize for step in entry.stride)
-            return np.ndarray(entry.shape, dtype, flat, entry.offset * dtype.itemsize, strides)
-        empty = torch.empty(0, dtype=getattr(torch, entry.dtype))
-        return empty.set_(storage, entry.offset, entry.shape, entry.stride)
+        try:
+            if storage_entry.extents is None:
+                dtype = getattr(torch, entry.dtype)
+                return torch.empty_strided(entry.shape, entry.stride, dtype=dtype, device="meta")
+            with StorageLoader(self._reader, self._options.threads, 0) as loader:
+                return _view(entry, loader.take(entry.storage))
+        except (RuntimeError, ValueError, OverflowError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            # Only a hostile directory gets here: a shape with a 0 in it may stand anywhere, and torch and NumPy have limits.
+            damage = Damage("directory", f"tensor {dotted(entry.name)!r}", "a tensor that can be made", str(error))
+            raise CorruptCheckpointError(self._reader.source.name, [damage]) from error
 
     def load_into(self, state: Any, *, strict: bool = True) -> list[str]:
         """Copy the tensors of this checkpoint into those of the same name in `state`, in place; returns the names copied.
@@ -123,3 +124,15 @@ class TensorReader(Mapping[str, Any]):
     def summary(self) -> dict[str, Any]:
         """container_bytes, raw_bytes, chunks, tensors, storages."""
         return summary(self._reader)
+
+
+def _view(entry: TensorEntry, storage: UntypedStorage) -> Any:
+    """The tensor or array that an entry describes, over its storage."""
+    if not entry.dtype.startswith(NUMPY_PREFIX):
+        empty = torch.empty(0, dtype=getattr(torch, entry.dtype))
+        return empty.set_(storage, entry.offset, entry.shape, entry.stride)
+    n_bytes = storage.nbytes()
+    flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()
+    dtype = np.dtype(entry.dtype.removeprefix(NUMPY_PREFIX))
+    strides = tuple(step * dtype.itemsize for step in entry.stride)
+    return np.ndarray(entry.shape, dtype, flat, entry.offset * dtype.itemsize, strides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -141,7 +142,7 @@ def parse_file_table(data: bytes, source: str) -> None:
     """Check the file table of a self-contained container: it must be empty."""
     value = _load_json(data, "file table", source)
     if value != []:
-        damage = Damage("file table", "as a whole", "[] (the container is self-contained)", f"{value!r:.80}")
+        damage = Damage("file table", "as a whole", "[] (the container is self-contained)", reprlib.repr(value))
         raise CorruptCheckpointError(source, [damage])
 
 
@@ -153,7 +154,7 @@ class _Findings:
         self.unsupported: list[str] = []
 
     def add(self, place: str, expected: str, found: object) -> None:
-        self.damage.append(Damage("directory", place, expected, f"{found!r:.80}"))
+        self.damage.append(Damage("directory", place, expected, reprlib.repr(found)))
 
     def get(self, owner: dict[str, Any], place: str, member: str, kind: type | tuple[type, ...], words: str) -> Any:
         value = owner.get(member)

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import re
+import reprlib
 import warnings
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import _weights_only_unpickler as restricted
-from torch.serialization import StorageType, _get_restore_location, _is_meta_location, _maybe_decode_ascii
+from torch.serialization import StorageType, _get_restore_location, _is_meta_location
 from torch.storage import TypedStorage, UntypedStorage
 
 from fastckpt.errors import CheckpointError, CorruptCheckpointError, Damage
@@ -132,24 +133,16 @@ class Rebuild:
             result = unpickler.load()
         finally:
             local.map_location = before
-            unpickler.persistent_load = None
         torch._utils._validate_loaded_sparse_tensors()
         return result
 
     def _damage(self, place: str, expected: str, found: object) -> CorruptCheckpointError:
-        return CorruptCheckpointError(self.source, [Damage("skeleton", place, expected, f"{found!r:.80}")])
+        return CorruptCheckpointError(self.source, [Damage("skeleton", place, expected, reprlib.repr(found))])
 
     def _persistent_load(self, saved_id: Any) -> Any:
-        if (
-            not isinstance(saved_id, tuple)
-            or len(saved_id) not in (5, 9)
-            or _maybe_decode_ascii(saved_id[0]) != "storage"
-        ):
+        if not isinstance(saved_id, tuple) or len(saved_id) not in (5, 9) or _text(saved_id[0]) != "storage":
             raise self._damage("persistent id", '("storage", type, key, location, elements)', saved_id)
-        kind, key, location, numel = saved_id[1:5]
-        key, location = (
-            _maybe_decode_ascii(text) if isinstance(text, (bytes, str)) else text for text in (key, location)
-        )
+        kind, key, location, numel = saved_id[1], _text(saved_id[2]), _text(saved_id[3]), saved_id[4]
         if not isinstance(key, str) or not re.fullmatch(r"0|[1-9][0-9]{0,9}", key) or not isinstance(location, str):
             raise self._damage("persistent id", "a storage number and a location", (key, location))
         number = int(key)
@@ -213,6 +206,11 @@ class Rebuild:
         storage = self.provider.take(number)
         flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()
         return np.ndarray(shape, np.dtype(dtype_text), flat, order=order)
+
+
+def _text(value: Any) -> Any:
+    """Strings are bytes in a stream that Python 2 wrote or a hostile hand."""
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else value
 
 
 def _origin(error: BaseException) -> tuple[str, str]:

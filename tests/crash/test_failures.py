@@ -123,7 +123,9 @@ def test_most_operations_are_interrupted_after(path: Path, tmpfile: bool) -> Non
 
 
 @MODES
-@pytest.mark.xfail(reason="a signal between open and the assignment leaks the descriptor until the process ends: Python has no way around it")
+@pytest.mark.xfail(
+    reason="a signal between open and the assignment leaks the descriptor until the process ends: Python has no way around it"
+)
 def test_interrupted_after_open(path: Path, tmpfile: bool) -> None:
     fail_each_operation(path, KeyboardInterrupt, tmpfile=tmpfile, after=True, skip=only("open"))
 

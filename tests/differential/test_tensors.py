@@ -23,11 +23,12 @@ DTYPES = [getattr(torch, name) for name in NAMES.split() if hasattr(torch, name)
 def raw(dtype: torch.dtype, n: int, seed: int = 0) -> torch.Tensor:
     """Elements of random bytes: NaN payloads, denormals, negative zeros (but true booleans)."""
     generator = torch.Generator().manual_seed(seed)
-    width = torch._utils._element_size(dtype)
+    width = dtype.itemsize
     data = torch.randint(0, 2 if dtype is torch.bool else 256, (n * width,), dtype=torch.uint8, generator=generator)
     return torch.empty(0, dtype=dtype).set_(data.untyped_storage(), 0, (n,), (1,))
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [0, 1, 7, 40_000])
 def test_dtypes(dtype: torch.dtype, n: int, tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "equal but apart": lambda: [torch.zeros(5000), torch.zeros(5000), torch.ones(()), torch.ones(())],
     "channels last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     "expand": lambda: torch.randn(1, 3).expand(7, 3),
-    "conj": lambda: (lambda x: [x, x.conj(), x.conj().imag, x.real, x.conj()[::2]])(torch.randn(4, dtype=torch.cfloat)),
+    "conj": lambda: (lambda x: [x, x.conj(), x.conj()[::2]])(torch.randn(4, dtype=torch.cfloat)),
     "neg": lambda: torch.randn(4, dtype=torch.cfloat).conj().imag,
     "empty": lambda: [torch.empty(0), torch.empty(3, 0, 2), torch.empty(0).expand(4, 0), torch.randn(4)[4:]],
     "zero dim": lambda: [torch.tensor(1.5), torch.tensor(True), torch.tensor(7), base()[1, 2]],
@@ -156,7 +157,10 @@ def test_dtensor(tmp_path: Path) -> None:
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
         try:
             mesh = init_device_mesh("cpu", (1,))
-            state = {"s": distribute_tensor(base(), mesh, [Shard(0)]), "r": distribute_tensor(base(), mesh, [Replicate()])}
+            state = {
+                "s": distribute_tensor(base(), mesh, [Shard(0)]),
+                "r": distribute_tensor(base(), mesh, [Replicate()]),
+            }
             expected, found = same(state)
             for name in state:
                 assert describe(found[name]._local_tensor) == describe(expected[name]._local_tensor)
@@ -169,6 +173,8 @@ def test_dtensor(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 def test_storages() -> None:
     x = torch.arange(5.0)
-    _, found = same({"typed": x.storage(), "tensor": x, "bytes": torch.randn(3).untyped_storage(), "e": torch.UntypedStorage(0)})
+    _, found = same(
+        {"typed": x.storage(), "tensor": x, "bytes": torch.randn(3).untyped_storage(), "e": torch.UntypedStorage(0)}
+    )
     found["typed"][0] = 9.0
     assert found["tensor"][0] == 9.0

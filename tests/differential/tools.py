@@ -71,11 +71,13 @@ class Describe:
         return [(self(key), self(item)) for key, item in value.items()]
 
     def storage(self, storage: UntypedStorage) -> Any:
+        if not storage.nbytes():  # torch loads empty storages apart, also those that were one: nobody can tell
+            return ("empty", str(storage.device))
         number = self.storages.setdefault(storage._cdata, len(self.storages))
         self.kept.append(storage)
         data = None
         if storage.device.type == "cpu":
-            data = ctypes.string_at(storage.data_ptr(), storage.nbytes()) if storage.nbytes() else b""
+            data = ctypes.string_at(storage.data_ptr(), storage.nbytes())
         return (number, str(storage.device), storage.nbytes(), data)
 
     def tensor(self, value: torch.Tensor) -> Any:

@@ -112,6 +112,7 @@ def test_the_good_one_loads_and_holds_all_transforms() -> None:
 
 
 def test_any_bit_of_a_thousand(tmp_path: Path) -> None:
+    """Over 5 s: a thousand files, each loaded once or twice and up to two tensors fetched."""
     rng = seeded("bits")
     for i, bit in enumerate(rng.sample(range(len(good()) * 8), 1000)):
         data = flipped(good(), bit)
@@ -177,6 +178,7 @@ def ranges(rng: random.Random) -> Iterator[tuple[int, int]]:
 
 
 def test_ranges_of_zeros() -> None:
+    """Over 5 s: some six hundred files."""
     for begin, end in ranges(seeded("zeros")):
         stop = min(end, len(good()))
         data = good()[:begin] + bytes(stop - begin) + good()[stop:]

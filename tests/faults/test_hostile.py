@@ -246,6 +246,7 @@ def run_cases(kind: str, count: int, salt: str = "") -> Counter[str]:
 
 @pytest.mark.parametrize("kind", COUNTS)
 def test_only_known_errors(kind: str) -> None:
+    """Up to 12 s: hundreds of files each; 2,300 in all."""
     found = run_cases(kind, COUNTS[kind])
     assert not found, "\n".join(f"{n} × {text}" for text, n in found.most_common(20))
 
@@ -305,7 +306,6 @@ def test_foreign_code_does_not_run(tmp_path: Path, weights_only: bool | None) ->
         assert not target.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="api._load skips check_size when the skeleton names a refused global")
 def test_an_unsafe_global_at_the_end_does_not_lift_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit holds also where the load will be refused in the end: storages are taken before the refusal."""
     data = container_of({"a": torch.zeros(4 << 20)})

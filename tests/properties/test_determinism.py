@@ -93,6 +93,5 @@ def test_nothing_of_time_or_host_is_in_the_directory() -> None:
     assert json.loads(Parts.of(first()).directory)["writer"].keys() <= {"name", "version", "torch", "python"}
 
 
-@pytest.mark.xfail(strict=True, reason="Rebuild._unpickle sets persistent_load = None, which C's Unpickler refuses")
 def test_an_unrestricted_load_gives_the_same() -> None:
     assert torch.equal(fastckpt.load(io.BytesIO(first()), weights_only=False)["big"], state()["big"])

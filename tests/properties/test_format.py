@@ -34,7 +34,8 @@ def test_keys_are_typed(value: Any) -> None:
 @given(names=st.lists(NAMES, max_size=12))
 def test_canonical_order_is_total(names: list[Any]) -> None:
     ordered = sorted(names, key=canonical)
-    assert sorted(names[::-1], key=canonical) == ordered
+    backwards = names[::-1]
+    assert sorted(backwards, key=canonical) == ordered
     for a, b in itertools.pairwise(ordered):
         assert (canonical(a) == canonical(b)) == (a == b)
     for name in names:
