@@ -258,7 +258,7 @@ def _refuses(reader: Reader) -> bool:
 def _stays_on_host(reader: Reader, map_location: Any) -> bool:
     if map_location is None:
         return all(storage.location == "cpu" for storage in reader.directory.storages)
-    return isinstance(map_location, (str, torch.device)) and torch.device(map_location).type == "cpu"
+    return isinstance(map_location, (str, torch.device)) and str(map_location) == "cpu"
 
 
 def get_unsafe_globals(f: Any) -> list[str]:

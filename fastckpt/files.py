@@ -63,8 +63,9 @@ class AtomicFile:
     def __init__(self, path: str) -> None:
         self._target = os.path.realpath(path)
         self._directory, name = os.path.split(self._target)
-        if not os.path.isdir(self._directory):
-            raise SaveError(f"Parent directory {self._directory} does not exist.")
+        for parent in (os.path.dirname(path), self._directory):  # as it was given first: torch.save's words
+            if parent and not os.path.isdir(parent):
+                raise SaveError(f"Parent directory {parent} does not exist.")
         self._mode = self._mode_of_old()
         short = os.fsencode(name)[:150].decode("utf-8", "ignore")  # a file name has at most 255 bytes
         self._temporary = os.path.join(self._directory, f".{short}.{os.getpid()}-{secrets.token_hex(4)}.tmp")

@@ -85,6 +85,8 @@ def _plain_array(value: object) -> bool:
     if type(value) is not np.ndarray or value.nbytes <= _ARRAY_BYTES:
         return False
     dtype = value.dtype
+    if not dtype.isnative:  # NumPy's own pickle turns these into native ones; ours must not depend on the array's size
+        return False
     if dtype.hasobject or dtype.fields is not None or dtype.metadata or dtype.subdtype is not None:
         return False
     return np.dtype(dtype.str) == dtype and element_type(NUMPY_PREFIX + dtype.str) is not None

@@ -193,19 +193,31 @@ class Rebuild:
             numel *= size
         if numel * element.n_bytes != n_bytes or not self.provider.has_data(number):
             raise self._damage(f"storage {number}", f"an array of {n_bytes} bytes", (dtype_text, shape))
-        if self.weights_only and not any(
-            name.endswith("multiarray._reconstruct") for name in restricted._get_user_allowed_globals()
-        ):
-            # Small arrays are in the pickle, where torch refuses them in these words; large ones must not differ.
-            raise pickle.UnpicklingError(
-                f"Unsupported global: GLOBAL {_ARRAY_GLOBALS[0]} was not an allowed global by default. "
-                f"Please use `torch.serialization.add_safe_globals([{_ARRAY_GLOBALS[0]}])` or the "
-                f"`torch.serialization.safe_globals([{_ARRAY_GLOBALS[0]}])` context manager to allowlist this global "
-                "if you trust this class/function."
-            )
+        if self.weights_only:
+            _refuse_array_unless_allowed(np.dtype(dtype_text))
         storage = self.provider.take(number)
         flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()
         return np.ndarray(shape, np.dtype(dtype_text), flat, order=order)
+
+
+def _refuse_array_unless_allowed(dtype: np.dtype[Any]) -> None:
+    """Small arrays are in the pickle, where torch refuses them in these words; large ones must not differ."""
+    names = restricted._get_user_allowed_globals()
+    allowed = list(names.values())
+    here = (any(name.endswith("multiarray._reconstruct") for name in names), np.ndarray in allowed, np.dtype in allowed)
+    for name, present in zip(_ARRAY_GLOBALS, here, strict=True):
+        if not present:
+            raise pickle.UnpicklingError(
+                f"Unsupported global: GLOBAL {name} was not an allowed global by default. "
+                f"Please use `torch.serialization.add_safe_globals([{name}])` or the "
+                f"`torch.serialization.safe_globals([{name}])` context manager to allowlist this global "
+                "if you trust this class/function."
+            )
+    if type(dtype) not in allowed:
+        raise pickle.UnpicklingError(
+            "Can only build Tensor, Parameter, OrderedDict or types allowlisted "
+            f"via `add_safe_globals`, but got {type(dtype)}"
+        )
 
 
 def _text(value: Any) -> Any:

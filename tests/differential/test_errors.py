@@ -105,7 +105,6 @@ def test_safe_arrays() -> None:
         same([np.arange(3.0), np.arange(20_000.0)])
 
 
-@pytest.mark.xfail(strict=True, reason="large arrays need only _reconstruct to be allowed; torch asks for all globals")
 def test_partly_safe_arrays() -> None:
     from numpy._core.multiarray import _reconstruct
 
@@ -135,7 +134,6 @@ def test_paths(tmp_path: Path) -> None:
         alike(outcome(lambda: fastckpt.load(missing)), outcome(lambda: torch.load(missing)))  # noqa: B023
 
 
-@pytest.mark.xfail(strict=True, reason="fastckpt names the absolute parent, torch the one given")
 def test_relative_missing_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     alike(outcome(lambda: fastckpt.save({}, "no/x")), outcome(lambda: torch.save({}, "no/x")))
@@ -164,10 +162,7 @@ def test_not_seekable() -> None:
 
 LOAD_ARGUMENTS: list[Any] = [
     {"pickle_module": pickle, "weights_only": True},
-    pytest.param(
-        {"map_location": "bogus"},
-        marks=pytest.mark.xfail(strict=True, reason="torch.device('bogus') raises before torch's restore does"),
-    ),
+    {"map_location": "bogus"},
     {"map_location": 3},
     {"map_location": b"cpu"},
     {"map_location": "cpu:0"},

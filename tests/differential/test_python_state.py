@@ -63,7 +63,7 @@ ARRAYS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("name", list(ARRAYS))
 def test_arrays(name: str, tmp_path: Path) -> None:
     same({"x": ARRAYS[name](), "t": torch.ones(3)}, tmp_path, weights_only=False)
 

@@ -44,6 +44,8 @@ class Describe:
         kind = type(value).__qualname__
         attributes = getattr(value, "__dict__", None)
         extra = self.pairs(attributes) if isinstance(attributes, dict) else None
+        if isinstance(value, torch.Tensor) and value.layout is torch.jagged:
+            return (kind, self.tensor(value))  # its attributes number every nested tensor ever made
         if isinstance(value, torch.Tensor):
             return (kind, self.tensor(value), extra)
         if isinstance(value, (TypedStorage, UntypedStorage)):
@@ -73,6 +75,8 @@ class Describe:
     def storage(self, storage: UntypedStorage) -> Any:
         if not storage.nbytes():  # torch loads empty storages apart, also those that were one: nobody can tell
             return ("empty", str(storage.device))
+        if storage.device.type == "meta":  # torch loads each apart; fastckpt keeps what was shared
+            return ("meta", storage.nbytes())
         number = self.storages.setdefault(storage._cdata, len(self.storages))
         self.kept.append(storage)
         data = None

@@ -23,7 +23,7 @@ def state() -> dict[object, object]:
         "model": {"w": base, "wt": base.t()[::2], "bias": torch.zeros(3, dtype=torch.bfloat16)},
         1: torch.tensor(1),
         "1": torch.tensor(2),
-        "array": np.asfortranarray(np.arange(40_000, dtype=">f4").reshape(200, 200)),
+        "array": np.asfortranarray(np.arange(40_000, dtype="<f4").reshape(200, 200)),
         "empty": torch.empty(0, 4),
         "q": torch.quantize_per_tensor(torch.randn(8), 0.1, 0, torch.qint8),
         "sparse": torch.eye(4).to_sparse(),
@@ -47,7 +47,7 @@ def test_names_shapes_values(state: dict[str, dict[str, torch.Tensor]], path: Pa
         assert reader["empty"].shape == (0, 4)
         assert np.array_equal(reader["array"], state["array"])
         assert reader["array"].flags.f_contiguous
-        assert reader["array"].dtype == np.dtype(">f4")
+        assert reader["array"].dtype == np.dtype("<f4")
         assert reader.entry("model.w").shape == (300, 200)
 
 
