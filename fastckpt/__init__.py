@@ -1,13 +1,22 @@
 """fastckpt: a checkpoint storage engine for PyTorch.
 
-    the way out                                               the way back
-    state ─→ chunking ─→ codec ─→ format ─→ file       file ─→ reader ─→ restore ─→ state
-    nested   where to    bytes →  container  atomic           verified   decoded     unpickled,
-    objects  cut         fewer    + index    replace          index      in threads  restricted
-             └────────── save.py moves it all ─────┘
+    the way out                                                  the way back
+    state ─→ staging ─→ chunking ─→ codec ─→ format ─→ store     catalog ─→ reader ─→ restore ─→ state
+    nested   private    where to    bytes →  container  bytes    which      verified   decoded    unpickled,
+    objects  copy       cut         fewer    or packs   by key   commit     index      in threads restricted
+                    └──────── save.py, upload.py move it ────┘
+                                     └─→ commit.py: one conditional put
 
-`save`, `load` and `save_async` take torch.save's and torch.load's arguments; `open` fetches single tensors by name.
-docs/architecture.md has the whole map, docs/format.md the bytes.
+`save`, `load` and `save_async` take torch.save's and torch.load's arguments; `open` fetches single tensors by name. A training loop uses
+
+    with fastckpt.Checkpointer("s3://bucket/run-7", {"model": model, "optim": optim, "rng": fastckpt.RNGState()}) as ckpt:
+        for step in range(ckpt.restore(), total_steps):
+            train_one(step)
+            if ckpt.step(step + 1, metrics={"loss": loss}):   # True: a notice came, and this step is durable
+                break
+    sys.exit(ckpt.exit_code)
+
+docs/architecture.md has the whole map, docs/format.md the bytes, docs/guarantees.md the promises.
 """
 
 from __future__ import annotations
@@ -17,29 +26,54 @@ import importlib.metadata as _metadata
 from fastckpt import errors, events
 from fastckpt._version import __version__
 from fastckpt.api import SaveHandle, get_unsafe_globals, load, open, save, save_async
+from fastckpt.background import CommitHandle
+from fastckpt.checkpointer import EXIT_CODE_NOTICE, Checkpointer
 from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
     EmptyCheckpointError,
+    NoCheckpointError,
     NotACheckpointError,
+    PartialRestoreError,
+    RepositoryError,
+    RestoreError,
     SaveError,
+    StoreError,
+    SupersededError,
     TooLargeError,
+    TornSnapshotError,
     UnknownTensorError,
     UnsupportedFormatError,
 )
 from fastckpt.options import Options
+from fastckpt.retention import Keep
+from fastckpt.rng import RNGState
+from fastckpt.schedule import Every
 from fastckpt.tensors import TensorReader
 
 __all__ = [
+    "EXIT_CODE_NOTICE",
     "CheckpointError",
+    "Checkpointer",
+    "CommitHandle",
     "CorruptCheckpointError",
     "EmptyCheckpointError",
+    "Every",
+    "Keep",
+    "NoCheckpointError",
     "NotACheckpointError",
     "Options",
+    "PartialRestoreError",
+    "RNGState",
+    "RepositoryError",
+    "RestoreError",
     "SaveError",
     "SaveHandle",
+    "StoreError",
+    "SupersededError",
     "TensorReader",
     "TooLargeError",
+    "TornSnapshotError",
     "UnknownTensorError",
     "UnsupportedFormatError",
     "__version__",

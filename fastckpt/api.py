@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import IO, Any, cast
@@ -16,7 +17,6 @@ import torch
 
 from fastckpt import events, foreign
 from fastckpt.errors import (
-    CheckpointError,
     CorruptCheckpointError,
     Damage,
     EmptyCheckpointError,
@@ -25,13 +25,17 @@ from fastckpt.errors import (
 )
 from fastckpt.files import AtomicFile, Sink, open_sink
 from fastckpt.format.container import MAGIC
+from fastckpt.loading import load_object
+from fastckpt.object_sink import ObjectSink
+from fastckpt.object_source import ObjectSource
 from fastckpt.options import CHUNK_IN_FLIGHT_BYTES, Options
-from fastckpt.reader import Reader, storage_bytes
-from fastckpt.restore import DEVICE_WINDOW_BYTES, StorageLoader, check_size
+from fastckpt.reader import Reader
 from fastckpt.save import start_workers, write
 from fastckpt.sources import FileObjectSource, PathSource, Source
-from fastckpt.state import Rebuild, capture, unsafe_globals
+from fastckpt.state import capture, unsafe_globals
 from fastckpt.state.rebuild import resolve_weights_only
+from fastckpt.store.base import Store
+from fastckpt.store.open import open_store
 from fastckpt.tensors import TensorReader
 
 
@@ -49,10 +53,11 @@ def save(
     _use_new_zipfile_serialization: bool = True,
     _disable_byteorder_record: bool = False,
 ) -> None:
-    """Save an object to a path or a writable file object: torch.save's arguments, one self-describing container.
+    """Save an object to a path, a URL or a writable file object: torch.save's arguments, one self-describing container.
 
     A path: when this returns, the file is whole and on stable storage. If it raises or the process dies, the old file or
     the new one is at the path, whole: the old one, unless the error came from the very last step, the fsync of the directory.
+    A URL ("s3://bucket/key"): when this returns, the object is there, whole and durable; if it raises, see docs/guarantees.md, S4.
     A file object needs `write` and `flush`; it stays open, and making it durable is its owner's task.
 
     Blocks until done; the state must not change meanwhile. Uses `Options.from_env()`: threads, compression, memory.
@@ -69,7 +74,7 @@ def save(
     started = time.perf_counter()
     captured = capture(obj, pickle_module, pickle_protocol)
     skeleton_s = time.perf_counter() - started
-    sink = open_sink(f)
+    sink = _sink(f)
     try:
         pool = start_workers(captured, options)
     except BaseException:
@@ -80,8 +85,8 @@ def save(
 
 def _save_legacy(obj: object, f: Any, pickle_module: Any, pickle_protocol: int) -> None:
     """torch's pre-1.6 format, but as atomic as ours."""
-    sink = open_sink(f)
-    if not isinstance(sink, AtomicFile):
+    sink = _sink(f)
+    if not isinstance(sink, (AtomicFile, ObjectSink)):
         sink.abandon()
         torch.save(obj, f, pickle_module, pickle_protocol, False)
         return
@@ -111,7 +116,7 @@ class SaveHandle:
     def __init__(self, target: str) -> None:
         self.target = target
         self.staged: Future[None] = Future()
-        """Done when the state may change again. Carries the error if staging failed."""
+        """Done when the state may change again. What can go wrong before that is raised by save_async itself."""
         self.durable: Future[int] = Future()
         """Done when the file is whole and on stable storage; the result is its bytes. Carries the error if anything failed."""
 
@@ -121,7 +126,13 @@ class SaveHandle:
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Block until durable; returns the bytes of the file. Raises the save's error, or TimeoutError (the save goes on)."""
-        return self.durable.result(timeout_s)
+        try:
+            return self.durable.result(timeout_s)
+        except futures.TimeoutError:
+            if self.durable.done():  # the save's own error
+                raise
+            # Before Python 3.11 it is not the built-in one that callers catch.
+            raise TimeoutError(f"{self.target} is not durable after {timeout_s} s; the save goes on") from None
 
 
 def save_async(
@@ -143,7 +154,7 @@ def save_async(
     if fits:
         captured.detach()
     skeleton_s = time.perf_counter() - started
-    sink = open_sink(f)
+    sink = _sink(f)
     handle = SaveHandle(_describe(f))
     try:
         pool = start_workers(captured, options)
@@ -193,14 +204,14 @@ def load(
 ) -> Any:
     """Load what fastckpt.save, torch.save or safetensors wrote: torch.load's arguments, every byte verified (fastckpt's own files).
 
-    f: a path, or a file object that can seek; it is left behind the object. `mmap=True` is accepted for paths and gives ordinary
+    f: a path, a URL, or a file object that can seek; it is left behind the object. `mmap=True` is accepted for paths and gives ordinary
     private memory. `map_location="meta"` reads no tensor data.
 
     Raises CorruptCheckpointError (lists all damage), UnsupportedFormatError, NotACheckpointError, TooLargeError; pickle.UnpicklingError
     for what `weights_only` refuses, in torch's words; OSError for the path.
     """
     with _open_source(f) as source:
-        if not _is_ours(source, f):
+        if not _is_ours(source):
             return foreign.load(
                 f, source, map_location, pickle_module, weights_only=weights_only, mmap=mmap, **pickle_load_args
             )
@@ -211,62 +222,28 @@ def load(
         if pickle_load_args and weights_only:
             foreign.warn_unused_arguments()
         pickle_load_args.setdefault("encoding", "utf-8")
-        reader = Reader.open(source, alone=isinstance(source, PathSource))
-        result = _load(reader, map_location, pickle_module or pickle, weights_only, pickle_load_args)
+        reader = Reader.open(source, alone=not isinstance(source, FileObjectSource))
+        options = Options.from_env()
+        result = load_object(
+            reader,
+            options,
+            options.threads,
+            map_location=map_location,
+            pickle_module=pickle_module or pickle,
+            weights_only=weights_only,
+            load_args=pickle_load_args,
+        )
         if isinstance(source, FileObjectSource):
             source.seek_to(reader.start + reader.footer.container_bytes)
         return result
 
 
-def _load(reader: Reader, map_location: Any, pickle_module: Any, weights_only: bool, load_args: dict[str, Any]) -> Any:
-    options = Options.from_env()
-    started = time.perf_counter()
-    n_bytes = storage_bytes(reader)
-    if not reader.skeleton:
-        raise CheckpointError(
-            f"{reader.source.name} holds tensors but no object to load: fetch them with fastckpt.open"
-        )
-    meta = torch.serialization._is_meta_location(map_location)
-    refused = weights_only and _refuses(reader)
-    # Nothing is read ahead for a load that will be refused, nor for one that needs no data.
-    read_ahead = not meta and not refused and torch._guards.detect_fake_mode(None) is None
-    # Also where nothing is read ahead: what comes before a refused global is read all the same.
-    if not meta:
-        check_size(reader, n_bytes, options.max_load_bytes)
-    reader.require_readable()
-    events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
-    window = (None if _stays_on_host(reader, map_location) else DEVICE_WINDOW_BYTES) if read_ahead else 0
-    with StorageLoader(reader, options.threads, window) as loader:
-        rebuild = Rebuild(
-            reader.skeleton, loader, reader.source.name, map_location, weights_only, pickle_module, load_args
-        )
-        result = rebuild.run()
-    events.emit(
-        events.LoadFinished(source=reader.source.name, raw_bytes=n_bytes, seconds=time.perf_counter() - started)
-    )
-    return result
-
-
-def _refuses(reader: Reader) -> bool:
-    """Whether a restricted load is sure to fail. Its error comes from the unpickler; this only saves reading the payload."""
-    try:
-        return bool(unsafe_globals(reader.skeleton, reader.holds_arrays))
-    except Exception:  # a stream that cannot even be scanned cannot be loaded
-        return True
-
-
-def _stays_on_host(reader: Reader, map_location: Any) -> bool:
-    if map_location is None:
-        return all(storage.location == "cpu" for storage in reader.directory.storages)
-    return isinstance(map_location, (str, torch.device)) and str(map_location) == "cpu"
-
-
 def get_unsafe_globals(f: Any) -> list[str]:
     """Names of the functions and classes in a checkpoint that `weights_only` refuses. Reads no tensor data, runs nothing."""
     with _open_source(f) as source:
-        if not _is_ours(source, f):
+        if not _is_ours(source):
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(f))
-        reader = Reader.open(source, alone=isinstance(source, PathSource))
+        reader = Reader.open(source, alone=not isinstance(source, FileObjectSource))
         try:
             return unsafe_globals(reader.skeleton, reader.holds_arrays)
         except (EOFError, LookupError, ValueError, AssertionError, struct.error) as error:
@@ -281,22 +258,48 @@ def open(f: Any) -> TensorReader:
     """
     source = _source(f)
     try:
-        if not _is_ours(source, f):
+        if not _is_ours(source):
             raise NotACheckpointError(
                 f"{source.name} is no fastckpt container: fastckpt.load reads files of torch.save and safetensors"
             )
-        return TensorReader(Reader.open(source, alone=isinstance(source, PathSource)), Options.from_env())
+        return TensorReader(Reader.open(source, alone=not isinstance(source, FileObjectSource)), Options.from_env())
     except BaseException:
         source.close()
         raise
 
 
+def _url(f: Any) -> str | None:
+    """The URL that `f` is, if it is one."""
+    return f if isinstance(f, str) and "://" in f else None
+
+
+def _object(url: str) -> tuple[Store, str]:
+    """The store and the key of one object. SaveError for a URL that names none."""
+    root, _, key = url.rpartition("/")
+    if not key or root.endswith(("/", ":")):
+        raise SaveError(f"{url!r} names no object: expected scheme://place/…/name")
+    return open_store(root), key
+
+
+def _sink(f: Any) -> Sink:
+    url = _url(f)
+    if url is None:
+        return open_sink(f)
+    store, key = _object(url)
+    return ObjectSink(store, key)
+
+
 def _source(f: Any) -> Source:
+    url = _url(f)
+    if url is not None:
+        store, key = _object(url)
+        try:
+            return ObjectSource(store, key, owns_store=True)
+        except BaseException:
+            store.close()
+            raise
     if isinstance(f, (str, os.PathLike)):
-        path = os.fspath(f)
-        if isinstance(path, str) and "://" in path:
-            raise SaveError(f"{path!r}: this version of fastckpt loads from paths and file objects, not from URLs")
-        return PathSource(path)
+        return PathSource(os.fspath(f))
     torch.serialization._check_seekable(f)
     return FileObjectSource(f)
 
@@ -310,7 +313,7 @@ def _open_source(f: Any) -> Iterator[Source]:
         source.close()
 
 
-def _is_ours(source: Source, f: Any) -> bool:
+def _is_ours(source: Source) -> bool:
     """Whether this is (or was) a fastckpt container. Leaves a file object where it stood."""
     if source.n_bytes == 0:
         raise EmptyCheckpointError(f"{source.name} is empty: not a checkpoint")

@@ -7,7 +7,18 @@
      │   └─ EmptyCheckpointError(EOFError)   a file of 0 bytes, as torch.load's EOFError
      ├─ TooLargeError(MemoryError)           says it holds more than this machine has. Raise the limit if you trust it
      ├─ UnknownTensorError(KeyError)         a name that is not in the checkpoint
-     └─ SaveError                            the state or the target cannot be saved as asked. Fix the call
+     ├─ SaveError                            the state or the target cannot be saved as asked. Fix the call
+     │   └─ TornSnapshotError                the state changed while it was copied. Nothing was committed
+     ├─ RestoreError                         a restore cannot do what was asked. Nothing was changed
+     │   ├─ NoCheckpointError                there is no such checkpoint
+     │   └─ PartialRestoreError              it failed midway: the state is a mixture. Restore again before training
+     ├─ RepositoryError                      a directory or prefix that is not what it must be, or is used against its rules
+     │   └─ SupersededError                  another incarnation of this job has taken over. Stop this one
+     └─ StoreError                           a store refused, for good
+         ├─ StoreAccessError                 credentials, permissions, wrong owner
+         ├─ StoreUnavailableError            no answer, or "later": worth another try (already tried several times)
+         ├─ ObjectNotFoundError              no such key
+         └─ ObjectExistsError                create-if-absent met an object
 
 Operating system errors (OSError: no such file, disk full, permission denied) and torch's own (UnpicklingError for a refused global,
 RuntimeError for a device that is not there) pass through as they are, so that code written for torch.save and torch.load keeps working.
@@ -50,7 +61,7 @@ class Damage:
 class CorruptCheckpointError(CheckpointError):
     """Stored bytes are damaged. `.damage` lists every finding of the operation, not only the first."""
 
-    def __init__(self, source: str, damage: Iterable[Damage]) -> None:
+    def __init__(self, source: str, damage: Iterable[Damage], advice: str = "") -> None:
         self.source = source
         self.damage = tuple(damage)
         lines = [str(item) for item in self.damage[:_MESSAGE_LINES]]
@@ -59,7 +70,8 @@ class CorruptCheckpointError(CheckpointError):
         super().__init__(
             f"{source} is damaged:\n  "
             + "\n  ".join(lines)
-            + "\nNothing was loaded. Use another copy of it; `fastckpt check` lists everything affected."
+            + "\nNothing was loaded. "
+            + (advice or "Use another copy of it; `fastckpt check` lists everything affected.")
         )
 
 
@@ -88,3 +100,47 @@ class UnknownTensorError(CheckpointError, KeyError):
 
 class SaveError(CheckpointError):
     """The state or the target cannot be saved as asked."""
+
+
+class TornSnapshotError(SaveError):
+    """A tensor changed between the call of `save` and the end of its copy. Nothing was committed."""
+
+
+class RestoreError(CheckpointError):
+    """A restore that cannot be done as asked. The state was not touched, unless this is a PartialRestoreError."""
+
+
+class NoCheckpointError(RestoreError):
+    """The repository has no checkpoint that fits what was asked for."""
+
+
+class PartialRestoreError(RestoreError):
+    """Loading the state into its objects failed midway: they are a mixture of old and new. Training must not go on from here."""
+
+
+class RepositoryError(CheckpointError):
+    """A repository is not what it must be, or is used against its rules (docs/guarantees.md)."""
+
+
+class SupersededError(RepositoryError):
+    """A newer incarnation of this job has claimed the repository: what this one saves will not be restored by default."""
+
+
+class StoreError(CheckpointError):
+    """A store refused an operation, and another try will not help."""
+
+
+class StoreAccessError(StoreError):
+    """The store does not allow it: credentials, permissions, the bucket's owner."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store did not answer, or asked to come back later. A write that ends like this may have been done."""
+
+
+class ObjectNotFoundError(StoreError):
+    """No object of that key."""
+
+
+class ObjectExistsError(StoreError):
+    """`put_if_absent` met an object."""

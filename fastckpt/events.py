@@ -70,6 +70,70 @@ class SaveFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackStored(Event):
+    """One pack is durable."""
+
+    target: str
+    key: str
+    stored_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Committed(Event):
+    """This process created a commit record: the checkpoint exists."""
+
+    target: str
+    key: str
+    epoch: int
+    step: int
+    world: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointDurable(Event):
+    """A save was acknowledged."""
+
+    target: str
+    step: int
+    trigger: str
+    raw_bytes: int
+    stored_bytes: int
+    seconds: float
+    """From the call of save on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveDeferred(Event):
+    """A step was due, but earlier saves hold the memory: it is tried again at the next step."""
+
+    target: str
+    step: int
+    waiting: int
+    """Saves under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalSave(Event):
+    """A notice has come and the last save of this run begins."""
+
+    target: str
+    step: int
+    source: str
+    seconds_left: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retired(Event):
+    """A checkpoint no longer exists; its bytes go later."""
+
+    target: str
+    epoch: int
+    step: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadStarted(Event):
     source: str
     raw_bytes: int

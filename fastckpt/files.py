@@ -60,7 +60,9 @@ class AtomicFile:
     A symbolic link is followed and stays. The new file gets the permissions of the old one, or those that the umask leaves.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, exclusive: bool = False) -> None:
+        """exclusive: `commit` raises FileExistsError if there is something at the path, and leaves it alone."""
+        self._exclusive = exclusive
         self._target = os.path.realpath(path)
         self._directory, name = os.path.split(self._target)
         for parent in (os.path.dirname(path), self._directory):  # as it was given first: torch.save's words
@@ -112,12 +114,26 @@ class AtomicFile:
 
     def commit(self) -> None:
         os.fsync(self._fd)
+        if self._exclusive:
+            self._link_exclusively()
+            return
         if self._name is None:
             # src_dir_fd plays no part with an absolute path, but makes CPython call linkat, which alone follows the link.
             self._name = self._temporary
             os.link(f"/proc/self/fd/{self._fd}", self._temporary, src_dir_fd=self._fd, follow_symlinks=True)
         os.rename(self._name, self._target)
         self._name = None
+        self._close()
+        sync_directory(self._directory)
+
+    def _link_exclusively(self) -> None:
+        """link(2) is the one operation that creates a name only if it is free, on every file system that has links."""
+        if self._name is None:
+            os.link(f"/proc/self/fd/{self._fd}", self._target, src_dir_fd=self._fd, follow_symlinks=True)
+        else:
+            os.link(self._name, self._target)
+            os.unlink(self._name)
+            self._name = None
         self._close()
         sync_directory(self._directory)
 
@@ -202,3 +218,34 @@ def open_sink(target: Any) -> Sink:
     except FileNotFoundError:
         return AtomicFile(path)
     return AtomicFile(path) if stat.S_ISREG(kind) or stat.S_ISDIR(kind) else DirectFile(path)
+
+
+def make_directories(path: str) -> None:
+    """mkdir -p, each new entry synced into its parent: without that a power cut could take the directory and all that is in it."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for directory in reversed(missing):
+        try:
+            os.mkdir(directory)
+        except FileExistsError:
+            if not os.path.isdir(directory):
+                raise
+        sync_directory(os.path.dirname(directory))
+
+
+def remove_file(path: str) -> None:
+    """Unlink, durably: what is removed afterwards is not found without this one gone too. FileNotFoundError."""
+    os.unlink(path)
+    sync_directory(os.path.dirname(path))
+
+
+def remove_empty_directories(path: str, root: str) -> None:
+    """Remove a directory and its parents below the root as long as they are empty; others' files in them are no error."""
+    while path != root and path.startswith(root):
+        try:
+            os.rmdir(path)
+        except OSError:
+            return
+        path = os.path.dirname(path)

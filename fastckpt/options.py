@@ -41,6 +41,8 @@ class Options:
     host_budget_bytes: int = 0
     """Most extra host memory of a save, its snapshot included. 0: half of this machine's (or cgroup's) memory.
     A state that does not fit makes save_async write before it returns."""
+    connections: int = 8
+    """Uploads and downloads under way at once, for stores. One connection to S3 gives some 80 MB/s; each holds one pack of up to 32 MiB."""
     max_load_bytes: int = 0
     """Largest state that load will allocate host memory for. 0: this machine's (or cgroup's) memory.
     Protects against files of a few kilobytes that say they hold terabytes."""
@@ -61,6 +63,8 @@ class Options:
             object.__setattr__(self, "host_budget_bytes", _physical_memory_bytes() // 2)
         if not self.max_load_bytes:
             object.__setattr__(self, "max_load_bytes", _physical_memory_bytes())
+        if not self.connections:
+            raise ValueError("connections is 0: at least one is needed")
         if self.host_budget_bytes < CHUNK_IN_FLIGHT_BYTES:
             raise ValueError(
                 f"host_budget_bytes is {self.host_budget_bytes}: one chunk in flight needs {CHUNK_IN_FLIGHT_BYTES}"

@@ -6,7 +6,7 @@ The one place where stored bytes become raw bytes: crc before the decoder sees a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt import codec
-from fastckpt.errors import CorruptCheckpointError, Damage, UnsupportedFormatError
+from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
 from fastckpt.format import container, directory, records
 from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, INDEX_PARTS, MIN_BYTES, READ_SELF_CONTAINED
 from fastckpt.format.digest import crc64nvme, digest
+from fastckpt.format.directory import FileEntry
 from fastckpt.format.element_types import NUMPY_PREFIX
 from fastckpt.format.tensor_names import dotted
 from fastckpt.sources import Source
@@ -32,16 +33,26 @@ class Reader:
     `read_chunk` may be called from several threads at once. Does not own the source.
     """
 
-    def __init__(self, source: Source, start: int, footer: container.Footer) -> None:
+    def __init__(
+        self,
+        source: Source,
+        start: int,
+        footer: container.Footer,
+        open_file: Callable[[FileEntry], Source] | None = None,
+    ) -> None:
+        """open_file: makes the sources of a vote's packs; None: the container is self-contained."""
         self.source = source
         self.start = start
         """Where the container begins in the source; offsets in the index count from here."""
         self.footer = footer
+        self._self_contained = open_file is None
         parts = self._read_index()
         self.skeleton = parts["skeleton"]
         self.records = records.unpack(parts["records"])
+        self.files = directory.parse_file_table(parts["file table"], open_file is None, source.name)
+        """Other files that hold chunks."""
+        self._sources = [source, *(open_file(file) for file in self.files)] if open_file else [source]
         self._check_records()
-        directory.parse_file_table(parts["file table"], source.name)
         self.directory = directory.parse(parts["directory"], self.records["raw_bytes"], source.name)
         self._scratch = threading.local()
 
@@ -64,6 +75,18 @@ class Reader:
             raise CorruptCheckpointError(source.name, [damage])
         return cls(source, start, footer)
 
+    @classmethod
+    def open_vote(cls, source: Source, open_file: Callable[[FileEntry], Source]) -> Reader:
+        """Read and check a vote: an index whose chunks are in packs. Errors as those of `open`."""
+        start, footer = _find_footer(source, alone=True)
+        if footer.header.read_features & READ_SELF_CONTAINED:
+            damage = Damage("header", "read features", "not SELF_CONTAINED (a vote)", "SELF_CONTAINED")
+            raise CorruptCheckpointError(source.name, [damage])
+        if _read(source, start, HEADER_BYTES, "header") != footer.header_bytes:
+            damage = Damage("header", "bytes 0–64", "the copy in the footer", "another header")
+            raise CorruptCheckpointError(source.name, [damage])
+        return cls(source, start, footer, open_file)
+
     def _read_index(self) -> dict[str, bytes]:
         first = self.footer.payload_end
         data = _read(self.source, self.start + first, self.footer.container_bytes - FOOTER_BYTES - first, "directory")
@@ -82,7 +105,8 @@ class Reader:
         return parts
 
     def _check_records(self) -> None:
-        damage = records.check(self.records, self.footer.payload_end)
+        lengths = None if self._self_contained else [file.n_bytes for file in self.files]
+        damage = records.check(self.records, self.footer.payload_end, lengths)
         if damage:
             raise CorruptCheckpointError(self.source.name, damage)
 
@@ -139,6 +163,11 @@ class Reader:
         storages = sorted(set(self._storages_of_record[record]))
         return tuple(name for n in storages for name in self._names_of_storage[n] or [f"storage {n}"])
 
+    def tensors_of_file(self, file: int) -> tuple[str, ...]:
+        """Names of the tensors that need a file of the file table; 1 is the first."""
+        found = (name for n in np.flatnonzero(self.records["file"] == file) for name in self.tensors_of(int(n)))
+        return tuple(dict.fromkeys(found))
+
     def read_chunk(self, number: int, out: U8) -> Damage | None:
         """Read, verify and decode one chunk into `out` (as long as its raw bytes). Returns the damage, if there is any.
 
@@ -149,13 +178,13 @@ class Reader:
         place = f"chunk {number}"
         n_stored = int(record["stored_bytes"])
         if n_stored:
-            first = int(record["offset"])
-            place += f", bytes {first}–{first + n_stored}"
+            first, file = int(record["offset"]), int(record["file"])
+            place += f", bytes {first}–{first + n_stored}" + (f" of {self.files[file - 1].key}" if file else "")
         try:
             stored = out if transform is Transform.RAW else self._scratch_of(n_stored)
             if n_stored:
-                self.source.read_into(self.start + int(record["offset"]), stored)
-        except EOFError as error:
+                self._read_stored(record, stored)
+        except (EOFError, ObjectNotFoundError) as error:
             return self._damage(number, place, f"{n_stored} stored bytes", str(error))
         # Before the decoder sees it: damage never reaches a decoder, only malice does.
         if n_stored and crc64nvme(stored) != int(record["crc64nvme"]):
@@ -170,6 +199,10 @@ class Reader:
         if found_digest != record["digest"].tobytes():
             return self._damage(number, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
         return None
+
+    def _read_stored(self, record: Any, out: U8) -> None:
+        file, offset = int(record["file"]), int(record["offset"])
+        self._sources[file].read_into(offset if file else self.start + offset, out)
 
     def _damage(self, number: int, place: str, expected: str, found: str) -> Damage:
         return Damage("payload", place, expected, found, self.tensors_of(number))

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from fastckpt._version import __version__
 from fastckpt.chunking import Chunk, StorageShape
 from fastckpt.files import Sink
 from fastckpt.format import container, directory, records
-from fastckpt.format.container import HEADER_BYTES, INDEX_PARTS, PartEntry
+from fastckpt.format.container import HEADER_BYTES, PartEntry
 from fastckpt.format.digest import crc64nvme, digest
 from fastckpt.format.element_types import element_type
 from fastckpt.format.tensor_names import Name, canonical
@@ -37,6 +37,27 @@ from fastckpt.workers import WorkerPool
 U8 = npt.NDArray[np.uint8]
 
 _INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
+
+
+class Payload(Protocol):
+    """Where stored bytes go."""
+
+    def add(self, stored: Any) -> tuple[int, int]:
+        """Take a chunk's stored bytes; returns its file number and offset. On return the caller may reuse the buffer."""
+
+
+class _ContainerPayload:
+    """The payload of a self-contained container: written through to the sink."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self.n_bytes = 0
+
+    def add(self, stored: Any) -> tuple[int, int]:
+        offset = HEADER_BYTES + self.n_bytes
+        self._sink.write(stored)
+        self.n_bytes += len(stored)
+        return 0, offset
 
 
 class _Encoded(NamedTuple):
@@ -65,7 +86,8 @@ def write(
     started = time.perf_counter()
     try:
         try:
-            writer = _Writer(captured, sink, target, options, pool)
+            payload = _ContainerPayload(sink)
+            writer = ChunkWriter(captured, payload, target, options, pool)
             chunks = len(writer.cuts.chunks)
             events.emit(
                 events.SaveStarted(
@@ -76,7 +98,14 @@ def write(
                     skeleton_s=skeleton_s,
                 )
             )
-            n_bytes = writer.run()
+            header = container.build_header()
+            sink.write(header)
+            writer.run()
+            parts = [directory.build(writer.directory()), b"[]", writer.records.tobytes(), captured.skeleton]
+            rest = index_and_footer(header, payload.n_bytes, parts)
+            for part in rest:
+                sink.write(part)
+            n_bytes = HEADER_BYTES + payload.n_bytes + sum(map(len, rest))
             before_commit = time.perf_counter()
             sink.commit()
         finally:
@@ -99,34 +128,26 @@ def write(
     return n_bytes
 
 
-class _Writer:
-    def __init__(self, captured: Captured, sink: Sink, target: str, options: Options, pool: WorkerPool | None) -> None:
+class ChunkWriter:
+    """Encodes the chunks of a state and hands them, in order, to a payload. Used once, by one thread."""
+
+    def __init__(
+        self, captured: Captured, payload: Payload, target: str, options: Options, pool: WorkerPool | None
+    ) -> None:
         self._captured = captured
-        self._sink = sink
+        self._payload = payload
         self._target = target
         self._options = options
         self._pool = pool
         self.cuts = chunking.cut(_shapes(captured))
-        self._records = np.zeros(len(self.cuts.chunks), records.LAYOUT)
+        self.records = np.zeros(len(self.cuts.chunks), records.LAYOUT)
         self._written: dict[tuple[bytes, int], int] = {}
-        """(digest, raw bytes) of each chunk in the file → its record. Written by one thread; encoders only look."""
-        self._position = HEADER_BYTES
+        """(digest, raw bytes) of each chunk that is stored → its record. Written by one thread; encoders only look."""
 
-    def run(self) -> int:
-        header = container.build_header()
-        self._sink.write(header)
+    def run(self) -> None:
+        """Afterwards `records` is complete. The first error cancels the rest and is raised."""
         for number, (chunk, result) in enumerate(zip(self.cuts.chunks, self._encode_all(), strict=True)):
             self._write_chunk(number, chunk, result)
-        parts = dict(zip(INDEX_PARTS, self._index(), strict=True))
-        payload_bytes = self._position - HEADER_BYTES
-        entries = []
-        for part in parts.values():
-            entries.append(PartEntry(self._position, len(part), digest(part)))
-            self._sink.write(part)
-            self._position += len(part)
-        footer = container.build_footer(entries, payload_bytes, header)
-        self._sink.write(footer)
-        return self._position + len(footer)
 
     def _encode_all(self) -> Iterator[_Encoded]:
         """Results in order. The scratch buffer of each goes back to work once the consumer asks for the next."""
@@ -170,11 +191,11 @@ class _Writer:
 
     def _write_chunk(self, number: int, chunk: Chunk, result: _Encoded) -> None:
         started = time.perf_counter()
-        row = self._records[number]
+        row = self.records[number]
         earlier = self._written.get((result.digest, chunk.n_bytes))
         stored_bytes = 0
         if earlier is not None:
-            self._records[number] = self._records[earlier]
+            self.records[number] = self.records[earlier]
         else:
             encoded = result.encoded
             assert encoded is not None, "an encoder saw a chunk as written that is not"
@@ -184,15 +205,13 @@ class _Writer:
             row["digest"], row["crc64nvme"] = np.void(result.digest), result.crc
             row["parameter"] = np.void(encoded.parameter)
             if stored_bytes:
-                row["offset"] = self._position
-                self._sink.write(encoded.stored)
-                self._position += stored_bytes
+                row["file"], row["offset"] = self._payload.add(encoded.stored)
                 self._written[result.digest, chunk.n_bytes] = number
         events.emit(
             events.ChunkStored(
                 target=self._target,
                 record=number,
-                transform=records.transform_of(self._records[number]),
+                transform=records.transform_of(self.records[number]),
                 raw_bytes=chunk.n_bytes,
                 stored_bytes=stored_bytes,
                 encode_s=result.seconds,
@@ -200,7 +219,8 @@ class _Writer:
             )
         )
 
-    def _index(self) -> Sequence[bytes]:
+    def directory(self) -> directory.Directory:
+        """What the index says about storages and tensors. The caller adds step, rank, world and meta."""
         captured = self._captured
         storages = tuple(
             directory.StorageEntry(s.dtype, s.n_bytes, s.location, self.cuts.extents[n] if s.has_data else None)
@@ -212,8 +232,17 @@ class _Writer:
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         }
-        built = directory.build(directory.Directory(storages, tuple(captured.tensors), writer=writer))
-        return built, b"[]", self._records.tobytes(), captured.skeleton
+        return directory.Directory(storages, tuple(captured.tensors), writer=writer)
+
+
+def index_and_footer(header: bytes, payload_bytes: int, parts: Sequence[bytes]) -> list[bytes]:
+    """The bytes behind the payload, parts first, footer last. parts: in the order of INDEX_PARTS."""
+    position = HEADER_BYTES + payload_bytes
+    entries = []
+    for part in parts:
+        entries.append(PartEntry(position, len(part), digest(part)))
+        position += len(part)
+    return [*parts, container.build_footer(entries, payload_bytes, header)]
 
 
 def _role(name: Name) -> str:

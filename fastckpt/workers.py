@@ -51,6 +51,11 @@ class WorkerPool:
         self._queue.put((future, call))
         return future
 
+    def drain(self) -> None:
+        """Nothing more will be submitted: the threads end by themselves once the queue is empty. Does not wait."""
+        for _ in self._threads:
+            self._queue.put(None)
+
     def close(self) -> None:
         """Cancel what has not begun, wait for what has, end the threads. May be called twice."""
         self._cancelled = True

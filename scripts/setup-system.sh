@@ -55,3 +55,13 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
         "$("$PYTHON" -c 'import platform; print(platform.python_version())'). Name another: make PYTHON=python3.12 ..."
     exit 1
 fi
+
+# A real S3 server for the tests. Without it they use the moto emulator or are skipped, and say so.
+if ! command -v radosgw >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "installing radosgw ceph-mon ceph-osd openssl (the S3 server that the tests talk to)"
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends radosgw ceph-mon ceph-osd openssl; } </dev/null >/dev/null ||
+        say "apt-get failed: tests against S3 will be skipped"
+elif ! command -v radosgw >/dev/null; then
+    say "radosgw is not installed: tests against S3 are skipped (apt-get install radosgw ceph-mon ceph-osd)"
+fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,26 @@ import numpy.typing as npt
 
 from fastckpt.errors import CorruptCheckpointError, Damage, UnsupportedFormatError
 from fastckpt.format.element_types import element_type
+from fastckpt.format.json_text import load_json
 from fastckpt.format.tensor_names import Name, canonical, dotted, from_json, to_json
 
 MAX_DIMS = 64
-_MAX_DIGITS = 19
 _LIMIT = 1 << 63
 KINDS = frozenset({"tensor", "parameter", "array", "quantized", "part"})
+
+
+# A pack of this repository and nothing else: what a record names is read, and may one day be deleted.
+_FILE_KEY = re.compile(r"data/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+_MAX_KEY_BYTES = 1024
+_CRC = re.compile(r"[0-9a-f]{16}")
+
+
+class FileEntry(NamedTuple):
+    """Another file that holds chunks: its key from the repository's root."""
+
+    key: str
+    n_bytes: int
+    crc64nvme: int
 
 
 class Extent(NamedTuple):
@@ -74,6 +89,8 @@ class Directory:
     world: int = 1
     writer: dict[str, str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    save: dict[str, Any] | None = None
+    """Of a vote: which save it belongs to. Checked by `format.vote`."""
 
 
 def build(directory: Directory) -> bytes:
@@ -86,6 +103,7 @@ def build(directory: Directory) -> bytes:
         "rank": directory.rank,
         "world": directory.world,
         "meta": directory.meta,
+        **({"save": directory.save} if directory.save is not None else {}),
         "storages": [
             {"dtype": s.dtype, "bytes": s.n_bytes, "location": s.location, "extents": s.extents}
             for s in directory.storages
@@ -111,39 +129,35 @@ def _tensor_to_json(entry: TensorEntry) -> dict[str, Any]:
     return value
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a member occurs twice in one object")
-    return result
+def build_file_table(files: Sequence[FileEntry]) -> bytes:
+    """The JSON of a file table."""
+    rows = [{"key": f.key, "bytes": f.n_bytes, "crc64nvme": f"{f.crc64nvme:016x}"} for f in files]
+    return json.dumps(rows, separators=(",", ":")).encode()
 
 
-def _integer(text: str) -> int:
-    if len(text.lstrip("-")) > _MAX_DIGITS:
-        raise ValueError(f"an integer of {len(text)} digits")
-    return int(text)
-
-
-def _constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _load_json(data: bytes, part: str, source: str) -> Any:
-    try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_integer, parse_constant=_constant
+def parse_file_table(data: bytes, self_contained: bool, source: str) -> tuple[FileEntry, ...]:
+    """Check and read a file table; that of a self-contained container is empty. CorruptCheckpointError."""
+    value = load_json(data, "file table", source)
+    if self_contained:
+        if value != []:
+            damage = Damage("file table", "as a whole", "[] (the container is self-contained)", reprlib.repr(value))
+            raise CorruptCheckpointError(source, [damage])
+        return ()
+    damage_found, files = [], []
+    for number, item in enumerate(value if isinstance(value, list) else [value]):
+        key, n_bytes, crc = (
+            (item.get(m) for m in ("key", "bytes", "crc64nvme")) if isinstance(item, dict) else [None] * 3
         )
-    except (ValueError, RecursionError) as error:
-        damage = Damage(part, "as a whole", "JSON", f"{type(error).__name__}: {error!s:.200}")
-        raise CorruptCheckpointError(source, [damage]) from error
-
-
-def parse_file_table(data: bytes, source: str) -> None:
-    """Check the file table of a self-contained container: it must be empty."""
-    value = _load_json(data, "file table", source)
-    if value != []:
-        damage = Damage("file table", "as a whole", "[] (the container is self-contained)", reprlib.repr(value))
-        raise CorruptCheckpointError(source, [damage])
+        right = isinstance(key, str) and _FILE_KEY.fullmatch(key) and ".." not in key and len(key) <= _MAX_KEY_BYTES
+        right = right and type(n_bytes) is int and 0 <= n_bytes < _LIMIT
+        if right and isinstance(crc, str) and _CRC.fullmatch(crc):
+            files.append(FileEntry(str(key), int(n_bytes or 0), int(crc, 16)))
+        else:
+            expected = "a pack's key, its bytes and 16 hex digits of crc64nvme"
+            damage_found.append(Damage("file table", f"file {number}", expected, reprlib.repr(item)))
+    if damage_found:
+        raise CorruptCheckpointError(source, damage_found)
+    return tuple(files)
 
 
 class _Findings:
@@ -198,7 +212,7 @@ def parse(data: bytes, raw_bytes: npt.NDArray[Any], source: str) -> Directory:
     raw_bytes: of each record, already checked. CorruptCheckpointError lists everything that is wrong; UnsupportedFormatError for a
     byte order or element type that this version does not know.
     """
-    value = _load_json(data, "directory", source)
+    value = load_json(data, "directory", source)
     findings = _Findings()
     if not isinstance(value, dict):
         findings.add("as a whole", "an object", value)
@@ -217,10 +231,13 @@ def parse(data: bytes, raw_bytes: npt.NDArray[Any], source: str) -> Directory:
         findings.add("top level, step", "an integer ≥ 0 or null", step)
     writer = findings.get(value, "top level", "writer", dict, "an object") or {}
     meta = findings.get(value, "top level", "meta", dict, "an object") or {}
+    save = value.get("save")
+    if save is not None and not isinstance(save, dict):
+        findings.add("top level, save", "an object", save)
     if findings.damage:
         raise CorruptCheckpointError(source, findings.damage)
     _raise_unsupported(findings, source)
-    return Directory(storages, tensors, step, rank, world, {str(k): str(v) for k, v in writer.items()}, meta)
+    return Directory(storages, tensors, step, rank, world, {str(k): str(v) for k, v in writer.items()}, meta, save)
 
 
 def _raise_unsupported(findings: _Findings, source: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,10 +53,11 @@ def unsupported(records: Records) -> list[int]:
     return [int(i) for i in np.flatnonzero(~np.isin(records["transform"], (0, *_READ_HERE)))]
 
 
-def check(records: Records, payload_end: int) -> list[Damage]:
+def check(records: Records, payload_end: int, file_bytes: Sequence[int] | None = None) -> list[Damage]:
     """Every *must* of section 4 that does not need the payload, for records of supported transforms.
 
-    payload_end: offset of the first byte after the payload, which starts at 64.
+    payload_end: offset of the first byte after the payload, which starts at 64. file_bytes: lengths of the files in the file table of
+    a vote; None: the container is self-contained.
     """
     found: list[Damage] = []
 
@@ -84,7 +86,11 @@ def check(records: Records, payload_end: int) -> list[Damage]:
     demand(np.isin(lane, (2, 4, 8)), "lane_bytes", "2, 4 or 8 (ROT)", is_rot)
     demand(raw % np.maximum(lane, 1) == 0, "raw_bytes", "a multiple of the lane bytes", known)
     demand(records["pack_width"] == 0, "pack_width", "0", known)
-    demand(records["file"] == 0, "file", "0 (the container is self-contained)")
+    if file_bytes is None:
+        demand(records["file"] == 0, "file", "0 (the container is self-contained)")
+    else:
+        demand(records["file"] <= len(file_bytes), "file", f"at most {len(file_bytes)}, the length of the file table")
+        demand((records["file"] == 0) == nothing, "file", "0 exactly if the transform stores nothing")
     demand(stored == raw, "stored_bytes", "the raw bytes (RAW)", is_raw)
     demand((stored >= 1) & (stored <= max_frame_bytes(raw)), "stored_bytes", "1 … 2 × raw + 1024", is_rot)
     for field in ("offset", "stored_bytes", "crc64nvme"):
@@ -93,7 +99,16 @@ def check(records: Records, payload_end: int) -> list[Damage]:
     demand((parameters == 0).all(axis=1), "parameter", "zeros", is_raw | is_rot)
     tail = np.arange(8)[None, :] >= lane[:, None]
     demand(~((parameters != 0) & tail).any(axis=1), "parameter", "zeros after the lane", is_const)
-    return found or _check_tiling(records, ~nothing, payload_end)
+    if found or file_bytes is None:
+        return found or _check_tiling(records, ~nothing, payload_end)
+    room = np.array([0, *file_bytes], np.uint64)[records["file"]]
+    stored_u64 = records["stored_bytes"].astype(np.uint64)
+    demand(
+        (stored_u64 <= room) & (records["offset"] <= room - np.minimum(stored_u64, room)), "offset", "within its file"
+    )
+    if payload_end != 64:
+        found.append(Damage("footer", "payload length", "0 (the chunks are in other files)", str(payload_end - 64)))
+    return found
 
 
 def _check_tiling(records: Records, stores: npt.NDArray[np.bool_], payload_end: int) -> list[Damage]:

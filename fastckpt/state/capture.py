@@ -50,6 +50,15 @@ class CapturedStorage:
         """False for meta storages."""
         return self._host is not None or self._device is not None
 
+    @property
+    def address(self) -> int:
+        """Where the bytes lie in host memory; 0 if they lie elsewhere."""
+        return 0 if self._host is None or not self._host.size else self._host.ctypes.data
+
+    def replace(self, copy: U8) -> None:
+        """Take a private copy of the bytes for the bytes themselves, and let go of their owner."""
+        self._host, self._device, self._owner = copy, None, None
+
     def read_into(self, offset: int, out: U8) -> None:
         """Copy bytes from `offset` on into host memory. Any thread; blocks until they are there."""
         if self._host is not None:
@@ -72,7 +81,7 @@ class Captured:
             if storage.has_data:
                 copy = np.empty(storage.n_bytes, np.uint8)
                 storage.read_into(0, copy)
-                storage._host, storage._device, storage._owner = copy, None, None
+                storage.replace(copy)
 
     @property
     def n_bytes(self) -> int:

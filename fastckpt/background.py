@@ -1,0 +1,206 @@
+"""Saves of a Checkpointer in the background: one uploads while the next is staged.
+
+A thread lives only while there is work, and is no daemon: no save is lost at the end of a script, and an idle Checkpointer keeps no
+interpreter alive.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastckpt import events
+from fastckpt.errors import CheckpointError
+from fastckpt.events import logger
+from fastckpt.format.repository_records import Commit
+from fastckpt.incarnation import Incarnation
+from fastckpt.retention import Keep
+from fastckpt.staging import HostMemory, Staging
+from fastckpt.state import Captured
+from fastckpt.state.capture import U8
+
+MAX_JOBS = 2  # one uploads, one is staged
+
+
+class CommitHandle:
+    """A save of a repository under way."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.durable: Future[Commit] = Future()
+        """Done when the commit record was seen and acknowledged. Carries the error if anything failed."""
+
+    def done(self) -> bool:
+        """Whether the save has ended, well or not."""
+        return self.durable.done()
+
+    def wait(self, timeout_s: float | None = None) -> Commit:
+        """Block until durable; the commit record. Raises the save's error, or TimeoutError (the save goes on)."""
+        try:
+            return self.durable.result(timeout_s)
+        except futures.TimeoutError:
+            if self.durable.done():  # the save's own error
+                raise
+            # Before Python 3.11 it is not the built-in one that callers catch.
+            raise TimeoutError(f"step {self.step} is not durable after {timeout_s} s; the save goes on") from None
+
+
+@dataclass
+class Job:
+    """One save. `staging` None: the state itself is read, and whoever queued this waits."""
+
+    step: int
+    trigger: str
+    metrics: Mapping[str, float]
+    meta: Mapping[str, Any]
+    captured: Captured
+    staging: Staging | None
+    buffers: Sequence[U8]
+    called_s: float
+    handle: CommitHandle
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass
+class Measured:
+    """What finished saves took: the basis of estimates."""
+
+    stored_bytes: int = 0
+    seconds: float = 0.0
+    """From the start of the upload to the acknowledgement."""
+
+
+class SaveQueue:
+    """Runs jobs in order. `put`, `wait_idle` and `cancel` are for the training thread; failures are collected, never raised here."""
+
+    def __init__(self, incarnation: Incarnation, memory: HostMemory, keep: Keep | None, grace_s: float) -> None:
+        self._incarnation = incarnation
+        self._memory = memory
+        self._keep, self._grace_s = keep, grace_s
+        self._changed = threading.Condition()
+        self._jobs: deque[Job] = deque()
+        """Under way first; a job leaves when it has ended."""
+        self._running = False
+        self._failures: list[BaseException] = []
+        self.measured: Measured | None = None
+        self.last_commit: Commit | None = None
+        self.retention_error: BaseException | None = None
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Those not ended, oldest first."""
+        with self._changed:
+            return tuple(self._jobs)
+
+    def put(self, job: Job) -> None:
+        """Queue a job. The caller has looked at `len`."""
+        with self._changed:
+            self._jobs.append(job)
+            if not self._running:
+                threading.Thread(target=self._work, name="fastckpt-checkpointer").start()
+                self._running = True
+
+    def take_failures(self) -> list[BaseException]:
+        """What has gone wrong since the last call."""
+        with self._changed:
+            failures, self._failures = self._failures, []
+        return failures
+
+    def forget_failure(self, error: BaseException) -> None:
+        """Somebody else has raised it."""
+        with self._changed:
+            self._failures = [failure for failure in self._failures if failure is not error]
+
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        """Wait until no job is left. False after the time-out."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._jobs and not self._running, timeout_s)
+
+    def wait_room(self, timeout_s: float | None = None) -> bool:
+        """Wait until a job can be put. False after the time-out."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self._jobs) < MAX_JOBS, timeout_s)
+
+    def cancel(self) -> None:
+        """End all jobs at the next chunk or pack. Does not wait."""
+        for job in self.jobs:
+            job.cancelled.set()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._jobs:
+                    self._running = False
+                    self._changed.notify_all()
+                    return
+                job = self._jobs[0]
+            try:
+                commit = self._run(job)
+            except BaseException as error:
+                logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
+                self._end(job, error)
+                job.handle.durable.set_exception(error)
+            else:
+                self._end(job, None)
+                job.handle.durable.set_result(commit)
+                self._retain()
+            del job
+
+    def _run(self, job: Job) -> Commit:
+        if job.staging is not None:
+            job.staging.done.result()
+        started = time.monotonic()
+        commit = self._incarnation.save(
+            job.captured,
+            job.step,
+            trigger=job.trigger,
+            metrics=job.metrics,
+            meta=job.meta,
+            called_s=job.called_s,
+            cancelled=job.cancelled.is_set,
+        )
+        self.measured = Measured(commit.stored_bytes, time.monotonic() - started)
+        self.last_commit = commit
+        events.emit(
+            events.CheckpointDurable(
+                target=self._incarnation.repository.url,
+                step=job.step,
+                trigger=job.trigger,
+                raw_bytes=commit.raw_bytes,
+                stored_bytes=commit.stored_bytes,
+                seconds=time.monotonic() - job.called_s,
+            )
+        )
+        return commit
+
+    def _end(self, job: Job, error: BaseException | None) -> None:
+        if job.staging is not None:
+            # A failed job's copies may still be under way: the buffers are theirs until then.
+            job.staging.done.exception()
+            self._memory.give_back(job.buffers)
+        with self._changed:
+            if error is not None:
+                self._failures.append(error)
+            self._jobs.popleft()
+            self._changed.notify_all()
+
+    def _retain(self) -> None:
+        """What retention cannot do is no failure of the save: it is logged, and tried again after the next."""
+        if self._keep is None:
+            return
+        try:
+            self._incarnation.retain(self._keep, self._grace_s)
+            self.retention_error = None
+        except CheckpointError as error:
+            if str(error) != str(self.retention_error):
+                logger.warning("old checkpoints could not be removed: %s", error)
+            self.retention_error = error

@@ -1,0 +1,526 @@
+"""The training loop's object: saves when a step is due or the machine is about to go, restores in place."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from fastckpt import events, targets
+from fastckpt.background import MAX_JOBS, CommitHandle, Job, SaveQueue
+from fastckpt.catalog import Catalog, Step
+from fastckpt.commit import open_vote
+from fastckpt.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    PartialRestoreError,
+    RestoreError,
+    SaveError,
+    SupersededError,
+)
+from fastckpt.events import logger
+from fastckpt.format.keys import MAX_STEP
+from fastckpt.format.repository_records import Commit, Skipped, metrics_to_json
+from fastckpt.incarnation import Incarnation
+from fastckpt.loading import load_object
+from fastckpt.options import CHUNK_IN_FLIGHT_BYTES, Options
+from fastckpt.repository import Repository
+from fastckpt.retention import GRACE_S, Keep
+from fastckpt.schedule import Every
+from fastckpt.spot import Notice, Watcher, open_sources
+from fastckpt.spot.deadline import Choice, choose
+from fastckpt.staging import Fenced, HostMemory, Staging, fenced_tensors
+from fastckpt.state import Captured, capture
+from fastckpt.store.base import Store
+from fastckpt.store.open import open_store
+
+EXIT_CODE_NOTICE = 75
+"""EX_TEMPFAIL of sysexits.h: the job is not finished, start it again. Every launcher takes it for a failure worth a restart."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What saving has cost so far."""
+
+    saves: int
+    """Begun."""
+    durable_step: int | None
+    deferred: int
+    """Calls of `step` at which a save was due and had to wait for an earlier one: back-pressure."""
+    stall_s: float
+    """Seconds that `step` and the optimizers' hooks have kept the training thread, final saves apart."""
+    snapshot_bytes: int
+    """Host memory that staged states hold now."""
+
+
+class Checkpointer:
+    """See `help(fastckpt)` for the loop around it. Used by the thread that trains; close it, or use `with`.
+
+    url: a directory, "s3://bucket/prefix", or a Store. state: names → objects with state_dict and load_state_dict, tensors, dicts or lists.
+
+    every: when to save; None: only `save_now` and notices. keep: which checkpoints stay; None: all. fresh: begin a new history where
+    there are checkpoints. spot: "auto", None, or sources (docs/spot.md). on_exception: "save" saves once more when the block is left by an
+    exception. close_timeout_s: what a save in flight gets then. grace_s: how long bytes of retired checkpoints stay.
+
+    Opening reads the repository's marker, or makes it and probes the store. Errors of background saves are raised by the next call, and by
+    `close`. No error, no notice and no store that hangs keeps `step` from returning, except for the final save, which has a deadline.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | Store,
+        state: Mapping[str, Any],
+        *,
+        every: Every | None = Every(minutes=10),  # noqa: B008 - frozen
+        keep: Keep | None = Keep(last=3),  # noqa: B008 - frozen
+        spot: Any = "auto",
+        fresh: bool = False,
+        on_exception: Literal["save"] | None = None,
+        close_timeout_s: float = 30.0,
+        grace_s: float = GRACE_S,
+        options: Options | None = None,
+    ) -> None:
+        if on_exception not in (None, "save"):
+            raise ValueError(f'on_exception is {on_exception!r}: expected "save" or None')
+        _refuse_many_ranks()
+        self._targets = targets.check_targets(state)
+        self._optimizers = [t for t in self._targets.values() if isinstance(t, torch.optim.Optimizer)]
+        self._options = options or Options.from_env()
+        self._every, self._fresh = every, fresh
+        self._on_exception, self._close_timeout_s = on_exception, close_timeout_s
+        self._owns_store = not isinstance(url, Store)
+        self._store = url if isinstance(url, Store) else open_store(os.fspath(url))
+        self._repository = Repository(self._store)
+        self._watcher: Watcher | None = None
+        self._hooks: list[Any] = []
+        self._closed = False
+        self._incarnation = Incarnation(self._repository, self._options)
+        working_bytes = CHUNK_IN_FLIGHT_BYTES * self._options.chunks_in_flight
+        self._memory = HostMemory(max(0, self._options.host_budget_bytes - working_bytes))
+        self._queue = SaveQueue(self._incarnation, self._memory, keep, grace_s)
+        try:
+            self._repository.initialise()
+            sources = open_sources(spot)
+            if sources:
+                self._watcher = Watcher(sources)
+                self._watcher.start()
+            self._hooks = [o.register_step_pre_hook(self._before_optimizer_step) for o in self._optimizers]
+        except BaseException:
+            self._let_go()
+            raise
+        self._began = False
+        self._broken: PartialRestoreError | None = None
+        self._staging: Staging | None = None
+        self._fired: set[int] = set()
+        """Optimizers whose hook has fired since the last call of `step`."""
+        self._step: int | None = None
+        self._last_start_s = time.monotonic()
+        self._due: str | None = None
+        """The trigger of a save that is due and had to wait."""
+        self._early_seen = False
+        self._final: Notice | None = None
+        self._left = False
+        self._saves = self._deferred = 0
+        self._stall_s = 0.0
+        self.restored: Commit | None = None
+        """The record of the checkpoint that `restore` took: its metrics, meta, time."""
+
+    # -- restoring -----------------------------------------------------------------------------------------------------
+
+    def restore(self, step: Step = "latest", *, weights_only: bool = True) -> int:
+        """Put the newest complete checkpoint (or the one asked for) into the objects, in place; returns its step.
+
+        0 if the repository has never had one. step: a number goes back to it; "latest-valid" passes over damaged ones, with a warning
+        and a record of it.
+
+        CorruptCheckpointError, NoCheckpointError, StoreError, TooLargeError, RestoreError: nothing was changed. PartialRestoreError: an
+        object did not take its state; `step` refuses to go on until a restore succeeds.
+        """
+        self._require_open()
+        self.fence()
+        self._queue.wait_idle()
+        self._raise_failures()
+        if self._fresh and step == "latest":
+            self._begin()
+            return 0
+        known_bad: list[Skipped] = []
+        while True:
+            choice = self._incarnation.restore(step, known_bad)
+            self._began = True
+            if choice is None:
+                return 0
+            commit = choice.commit
+            try:
+                loaded = self._load(commit, weights_only)
+            except CorruptCheckpointError as error:
+                if step != "latest-valid":
+                    raise Catalog(self._repository).with_advice(commit.checkpoint, error) from error
+                logger.warning("step %d is passed over: %s", commit.save.step, error)
+                known_bad = [*choice.skipped, Skipped(commit.checkpoint, str(error)[:500])]
+                continue
+            break
+        try:
+            targets.apply(self._targets, loaded, self._repository.location(commit.checkpoint))
+        except PartialRestoreError as error:
+            self._broken = error
+            raise
+        self._broken, self.restored, self._step = None, commit, commit.save.step
+        self._last_start_s = time.monotonic()
+        return commit.save.step
+
+    def _load(self, commit: Commit, weights_only: bool) -> Any:
+        if commit.world != 1:
+            raise RestoreError(
+                f"{self._repository.location(commit.checkpoint)} was saved by {commit.world} ranks; this version restores those of one. "
+                "`fastckpt restore --rank` exports each rank's state"
+            )
+        reader = open_vote(self._store, commit.vote(0))
+        # Where objects travel over a network, threads wait rather than work: as many as there may be connections.
+        return load_object(
+            reader,
+            self._options,
+            max(self._options.threads, self._options.connections),
+            map_location="cpu",
+            pickle_module=pickle,
+            weights_only=weights_only,
+            load_args={"encoding": "utf-8"},
+        )
+
+    def _begin(self) -> None:
+        self._incarnation.begin(fresh=self._fresh)
+        self._began = True
+
+    # -- saving --------------------------------------------------------------------------------------------------------
+
+    def step(
+        self, step: int, *, metrics: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
+    ) -> bool:
+        """To be called after each optimizer step, with the number of steps done. Saves when due.
+
+        True: a notice has come and the final save is durable: leave the loop, and exit with `exit_code`. metrics: numbers for `keep` and
+        `ls`; meta: anything that JSON can hold.
+
+        Raises what a background save has failed with since the last call (the state and earlier checkpoints are unharmed: catching it and
+        going on is allowed), SaveError for a step that goes backwards, SupersededError when another incarnation has taken over.
+        """
+        started = time.monotonic()
+        self._require_open()
+        if self._broken is not None:
+            raise self._broken
+        self._raise_failures()
+        metrics, meta = _checked(metrics, meta)
+        if type(step) is not int or not 0 <= step <= MAX_STEP:
+            raise SaveError(f"step is {step!r}: expected an integer from 0 to {MAX_STEP}")
+        if self._step is not None and step < self._step:
+            raise SaveError(f"step {step} comes after step {self._step}: to go back, call restore(step=…)")
+        if self._left:
+            return True
+        before, self._step = self._step, step
+        notice = self._watcher.final if self._watcher is not None else None
+        if notice is not None:
+            self._final_save(step, metrics, meta, notice)
+            return True
+        if self._every is not None and self._every.due(before, step, started - self._last_start_s, metrics):
+            self._due = self._due or "interval"
+        if self._watcher is not None and self._watcher.early is not None and not self._early_seen:
+            self._early_seen, self._due = True, "rebalance"
+        if self._due is not None and not self._saved(step):
+            if self._try_start(step, self._due, metrics, meta) is not None:
+                self._due = None
+            else:
+                self._deferred += 1
+                events.emit(events.SaveDeferred(target=self._repository.url, step=step, waiting=len(self._queue)))
+        self._fired.clear()
+        self._stall_s += time.monotonic() - started
+        return False
+
+    def save_now(
+        self, step: int, *, metrics: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
+    ) -> CommitHandle:
+        """Save this step, due or not. Waits while earlier saves hold the memory that this one needs; `handle.wait()`: until it is durable.
+
+        A step that is being saved, or is the last one saved, is not saved again. Raises as `step` does.
+        """
+        self._require_open()
+        if self._broken is not None:
+            raise self._broken
+        self._raise_failures()
+        metrics, meta = _checked(metrics, meta)
+        if self._step is not None and type(step) is int and step < self._step:
+            raise SaveError(f"step {step} comes after step {self._step}: to go back, call restore(step=…)")
+        handle = self._start(step, "manual", metrics, meta)
+        self._step = step
+        return handle
+
+    def _saved(self, step: int) -> bool:
+        last = self._incarnation.last
+        return any(job.step == step for job in self._queue.jobs) or (last is not None and last.checkpoint.step == step)
+
+    def _start(self, step: int, trigger: str, metrics: Mapping[str, float], meta: Mapping[str, Any]) -> CommitHandle:
+        """Begin a save, waiting for room."""
+        for job in self._queue.jobs:
+            if job.step == step:
+                return job.handle
+        last = self._queue.last_commit or self.restored
+        if last is not None and last.save.step == step and self._saved(step):
+            handle = CommitHandle(step)
+            handle.durable.set_result(last)
+            return handle
+        while (handle_or_none := self._try_start(step, trigger, metrics, meta)) is None:
+            jobs = self._queue.jobs
+            if jobs:
+                jobs[0].handle.durable.exception()
+        return handle_or_none
+
+    def _try_start(
+        self, step: int, trigger: str, metrics: Mapping[str, float], meta: Mapping[str, Any]
+    ) -> CommitHandle | None:
+        """Stage the state and queue its upload. None if earlier saves leave no room for it now."""
+        if len(self._queue) >= MAX_JOBS:
+            return None
+        called_s = time.monotonic()
+        if not self._began:
+            self._begin()
+        if not len(self._queue):
+            self._incarnation.check_step(step)
+        trusted = bool(self._optimizers) and self._fired.issuperset(map(id, self._optimizers))
+        self.fence()
+        captured = capture(targets.state_of(self._targets), pickle, 2)
+        buffers = self._memory.take([s.n_bytes for s in captured.storages if s.has_data])
+        if buffers is None and len(self._queue):
+            return None
+        handle = CommitHandle(step)
+        job = Job(step, trigger, metrics, meta, captured, None, buffers or (), called_s, handle)
+        if buffers is None:
+            self._write_through(job)
+        else:
+            job.staging = self._staging = self._stage(captured, buffers, trusted)
+            self._queue.put(job)
+        self._saves += 1
+        self._last_start_s = called_s
+        return handle
+
+    def _stage(self, captured: Captured, buffers: list[Any], trusted: bool) -> Staging:
+        # Until each optimizer's hook has been seen to fire between two steps, nothing may be left for it to wait for.
+        fenced: Fenced = fenced_tensors(self._optimizers) if trusted else {}
+        try:
+            return Staging(captured, buffers, fenced, self._options.threads)
+        except BaseException:
+            self._memory.give_back(buffers)
+            raise
+
+    def _write_through(self, job: Job) -> None:
+        """The state does not fit the budget: upload it from where it is, and let training wait."""
+        logger.warning(
+            "a copy of %d bytes does not fit the budget of %d: training waits until step %d is uploaded. Raise host_budget_bytes",
+            job.captured.n_bytes,
+            self._options.host_budget_bytes,
+            job.step,
+        )
+        self._queue.put(job)
+        job.handle.durable.exception()  # its error is raised by the next call, as that of any other save
+
+    # -- the fence -----------------------------------------------------------------------------------------------------
+
+    def fence(self) -> None:
+        """Wait until the state has been copied. Call it before you change parameters or optimizer state by other means than a step."""
+        staging, self._staging = self._staging, None
+        if staging is not None:
+            staging.fence()
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        started = time.monotonic()
+        self._fired.add(id(optimizer))
+        self.fence()
+        self._stall_s += time.monotonic() - started
+
+    # -- notices -------------------------------------------------------------------------------------------------------
+
+    @property
+    def notice(self) -> Notice | None:
+        """The notice that ends this run, once there is one; `step` acts on it."""
+        return self._final or (self._watcher.final if self._watcher is not None else None)
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should exit with: 75 (EX_TEMPFAIL: start me again) after a notice, otherwise 0."""
+        return EXIT_CODE_NOTICE if self._left or self.notice is not None else 0
+
+    def _final_save(self, step: int, metrics: Mapping[str, float], meta: Mapping[str, Any], notice: Notice) -> None:
+        """Have the newest step durable that the time allows. SaveError or the save's own error if this step could not be saved."""
+        self._final = notice
+        left_s = notice.seconds_left(time.monotonic())
+        events.emit(events.FinalSave(target=self._repository.url, step=step, source=notice.source, seconds_left=left_s))
+        logger.warning(
+            "%s: final save at step %d, %s seconds left",
+            notice.source,
+            step,
+            "?" if left_s is None else f"{left_s:.0f}",
+        )
+        if self._saved(step):
+            decision = Choice.FRESH
+        else:
+            estimate = self._queue.measured.seconds if self._queue.measured is not None else None
+            busy = estimate if len(self._queue) else 0.0
+            decision = choose(left_s, estimate, busy)
+        if decision in (Choice.FRESH, Choice.FINISH_THEN_FRESH):
+            if decision is Choice.FRESH and not self._saved(step):
+                self._queue.cancel()  # an older step's upload would only take bandwidth from this one
+            self._wait_for(self._start(step, "notice", metrics, meta), notice)
+        elif decision is Choice.FINISH and self._queue.jobs:
+            self._wait_for(self._queue.jobs[0].handle, notice)
+        self._left = True
+        for failure in self._queue.take_failures():
+            logger.warning("an earlier save had failed: %s", failure)
+
+    def _wait_for(self, handle: CommitHandle, notice: Notice) -> None:
+        left_s = notice.seconds_left(time.monotonic())
+        try:
+            handle.wait(left_s)
+        except TimeoutError as error:
+            if handle.done():  # the save's own
+                raise
+            self._queue.cancel()
+            last = self._queue.last_commit
+            stands = "no checkpoint of this run" if last is None else f"step {last.save.step}"
+            raise SaveError(
+                f"{notice.source}: step {handle.step} was not durable when the time was over. What stands is {stands}"
+            ) from error
+        except BaseException as error:
+            self._queue.forget_failure(error)
+            raise
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until all saves have ended; raises what failed, or TimeoutError."""
+        self._require_open()
+        self.fence()
+        if not self._queue.wait_idle(timeout_s):
+            raise TimeoutError(
+                f"saves are still under way after {timeout_s} s: steps {[job.step for job in self._queue.jobs]}"
+            )
+        self._raise_failures()
+
+    @property
+    def stats(self) -> Stats:
+        """What saving has cost so far."""
+        last = self._queue.last_commit or self.restored
+        return Stats(
+            saves=self._saves,
+            durable_step=None if last is None else last.save.step,
+            deferred=self._deferred,
+            stall_s=self._stall_s,
+            snapshot_bytes=self._memory.used_bytes,
+        )
+
+    def close(self) -> None:
+        """Wait until saves under way are durable, then let go of everything. Raises what has failed and was not raised yet."""
+        if self._closed:
+            return
+        try:
+            self.fence()
+            self._queue.wait_idle()
+        finally:
+            self._closed = True
+            self._let_go()
+        self._raise_failures()
+
+    def _let_go(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._watcher is not None:
+            self._watcher.close()
+        if self._owns_store and not len(self._queue):  # a save that was given up may still be in its last request
+            self._store.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self._abort()
+        except BaseException as ours:
+            # The first error is the one to see; ours goes with it.
+            logger.error("closing the Checkpointer after an exception: %s: %s", type(ours).__name__, ours)
+            if sys.version_info >= (3, 11):
+                error.add_note(f"fastckpt: {type(ours).__name__}: {ours}")
+
+    def _abort(self) -> None:
+        """Leave after an exception: what is in flight gets `close_timeout_s`, and nothing new begins unless it was asked for."""
+        if self._closed:
+            return
+        try:
+            self.fence()
+            if (
+                self._on_exception == "save"
+                and self._step is not None
+                and self._broken is None
+                and not self._saved(self._step)
+            ):
+                self._start(self._step, "exception", {}, {})
+            if not self._queue.wait_idle(self._close_timeout_s):
+                self._queue.cancel()
+                raise SaveError(
+                    f"saves of steps {[job.step for job in self._queue.jobs]} were not durable after close_timeout_s = "
+                    f"{self._close_timeout_s} and were given up. Earlier checkpoints are as they were"
+                )
+        finally:
+            self._closed = True
+            self._let_go()
+        self._raise_failures()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise CheckpointError("this Checkpointer is closed")
+
+    def _raise_failures(self) -> None:
+        failures = self._queue.take_failures()
+        if not failures:
+            return
+        first = next((f for f in failures if isinstance(f, SupersededError)), failures[0])
+        for other in failures:
+            if other is not first:
+                logger.error("another save failed too: %s: %s", type(other).__name__, other)
+        raise first
+
+
+def _checked(
+    metrics: Mapping[str, float] | None, meta: Mapping[str, Any] | None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Copies that can be written. TypeError at the call that brings them, not in the background."""
+    try:
+        numbers = {str(name): float(value) for name, value in (metrics or {}).items()}
+        metrics_to_json(numbers)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"metrics must be names and numbers: {error}") from error
+    try:
+        copy = json.loads(json.dumps(dict(meta or {}), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"meta must be what JSON can hold: {error}") from error
+    return numbers, copy
+
+
+def _refuse_many_ranks() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise SaveError(
+            "Checkpointer saves the state of one process; this version does not yet coordinate several ranks"
+        )
+
+
+__all__ = ["EXIT_CODE_NOTICE", "Checkpointer", "CommitHandle", "Every", "Keep", "Stats"]

@@ -1,0 +1,198 @@
+"""One incarnation of a job in its repository: it claims an epoch, saves steps, acknowledges what is safe, retires what is not wanted.
+
+Knows nothing of training: `Checkpointer` does. Called from one thread at a time.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastckpt.catalog import Catalog, Choice, Step, complete_pending
+from fastckpt.commit import list_votes, try_commit
+from fastckpt.errors import RepositoryError, SaveError, SupersededError
+from fastckpt.format.keys import MAX_STEP, MAX_TRY, CheckpointId, SaveId
+from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped
+from fastckpt.options import Options
+from fastckpt.repository import Repository
+from fastckpt.retention import GRACE_S, Collector, Keep, Plan, plan
+from fastckpt.state import Captured
+from fastckpt.upload import SaveRequest, upload
+
+_MAX_POLL_S = 5.0
+
+
+class Incarnation:
+    """See the module. rank and world: this process's place among those that save together; all claim through rank 0's `claimed`."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        options: Options,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.repository = repository
+        self.epoch: Epoch | None = None
+        self.last: Parent | None = None
+        """The newest checkpoint that this incarnation restored or saw committed."""
+        self.in_flight: set[SaveId] = set()
+        self._options = options
+        self._rank, self._world = rank, world
+        self._attempts: dict[int, int] = {}
+        self._collector = Collector(repository)
+        self._sleep, self._clock = sleep, clock
+
+    def restore(self, step: Step = "latest", known_bad: Sequence[Skipped] = ()) -> Choice | None:
+        """Choose a checkpoint and claim an epoch that continues from it. None: nothing was ever committed, start from 0.
+
+        Saves that died between vote and commit are completed first. known_bad: checkpoints whose data a caller found damaged.
+
+        NoCheckpointError, CorruptCheckpointError, StoreError.
+        """
+        self.repository.initialise()
+        catalog = Catalog(self.repository)
+        if isinstance(step, str) and complete_pending(self.repository, catalog):
+            catalog = Catalog(self.repository)
+        choice = catalog.choose(step, known_bad)
+        own: set[int] = set()
+        while True:
+            parent = None if choice is None else Parent(choice.commit.checkpoint, choice.commit.digest)
+            skipped = () if choice is None else choice.skipped
+            named = not isinstance(step, str)
+            self.epoch = self.repository.claim(
+                parent, rewind=named or bool(skipped), skipped=skipped, world=self._world
+            )
+            own.add(self.epoch.number)
+            self.last, self._attempts = parent, {}
+            if named:  # a person's wish: newer commits elsewhere change nothing
+                return choice
+            # The second reading: an older incarnation that committed before it could see our claim is not left behind (G8).
+            catalog = Catalog(self.repository)
+            passed = {s.checkpoint for s in skipped}
+            head = next((c for c in catalog.history(own) if c not in passed), None)
+            if head == (None if parent is None else parent.checkpoint):
+                return choice
+            choice = catalog.choose(step, [*known_bad, *skipped], own)
+
+    def begin(self, *, fresh: bool = False) -> Epoch:
+        """Claim an epoch that continues from nothing. RepositoryError if there are checkpoints and `fresh` was not asked for."""
+        self.repository.initialise()
+        if not fresh:
+            self._refuse_existing(Catalog(self.repository))
+        self.epoch = self.repository.claim(None, fresh=fresh, world=self._world)
+        if not fresh:
+            self._refuse_existing(Catalog(self.repository))
+        self.last, self._attempts = None, {}
+        return self.epoch
+
+    def _refuse_existing(self, catalog: Catalog) -> None:
+        newest = next(catalog.history(), None)
+        if newest is not None:
+            self.epoch = None
+            raise RepositoryError(
+                f"{self.repository.url} has checkpoints already (newest: step {newest.step}). Call restore() before the first save, "
+                "use another URL, or pass fresh=True to begin a new history beside them"
+            )
+
+    def check_step(self, step: int) -> None:
+        """SaveError unless a save of this step can follow what was restored and saved."""
+        if type(step) is not int or not 0 <= step <= MAX_STEP:
+            raise SaveError(f"step is {step!r}: expected an integer from 0 to {MAX_STEP}")
+        if self.last is not None and step <= self.last.checkpoint.step:
+            what = "saved" if self.epoch is not None and self.last.checkpoint.epoch == self.epoch.number else "restored"
+            raise SaveError(
+                f"step {step} does not come after step {self.last.checkpoint.step}, which was {what}: a step is saved once. "
+                "Count from what restore() returned; to go back, call restore(step=…)"
+            )
+
+    def save(
+        self,
+        captured: Captured,
+        step: int,
+        *,
+        trigger: str = "manual",
+        metrics: Mapping[str, float] | None = None,
+        meta: Mapping[str, Any] | None = None,
+        called_s: float | None = None,
+        commit_timeout_s: float = 600.0,
+        goodput_bytes_s: float | None = None,
+        before_vote: Callable[[], None] = lambda: None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Commit:
+        """Upload, vote, commit, acknowledge. Returns the record once it was seen and no newer incarnation is in sight.
+
+        SupersededError: it is committed, but a newer incarnation exists. Any error: the earlier checkpoints are as they were.
+        """
+        if self.epoch is None:
+            self.begin()
+        assert self.epoch is not None
+        self.check_step(step)
+        attempt = self._attempts.get(step, 0)
+        if attempt > MAX_TRY:
+            raise SaveError(f"step {step} has been tried {attempt} times: save another step")
+        self._attempts[step] = attempt + 1
+        request = SaveRequest(
+            save=SaveId(self.epoch.number, step, attempt),
+            parent=self.last,
+            rank=self._rank,
+            world=self._world,
+            trigger=trigger,
+            metrics=metrics or {},
+            meta=meta or {},
+        )
+        if called_s is not None:
+            request = replace(request, called_s=called_s)
+        self.in_flight.add(request.save)
+        try:
+            placed = upload(
+                captured, self.repository.store, request, self._options, before_vote, goodput_bytes_s, cancelled
+            )
+            commit = self._commit(request.save, {self._rank: placed.data}, commit_timeout_s)
+            self.acknowledge(commit)
+            return commit
+        finally:
+            self.in_flight.discard(request.save)
+
+    def _commit(self, save: SaveId, own: Mapping[int, bytes], timeout_s: float) -> Commit:
+        """Commit, or wait until another rank has. SaveError if votes are still missing after `timeout_s`."""
+        give_up, pause = self._clock() + timeout_s, 0.05
+        while True:
+            commit = try_commit(self.repository.store, save, own)
+            if commit is not None:
+                return commit
+            if self._clock() >= give_up:
+                there = {name.rank for name in list_votes(self.repository.store, save)}
+                missing = sorted(set(range(self._world)) - there)
+                raise SaveError(
+                    f"step {save.step}: no vote of ranks {missing[:20]} after {timeout_s:.0f} s. Nothing was committed"
+                )
+            self._sleep(pause * random.uniform(0.5, 1.5))
+            pause = min(2 * pause, _MAX_POLL_S)
+
+    def acknowledge(self, commit: Commit) -> None:
+        """After the commit record was seen: SupersededError if a newer incarnation has claimed the repository."""
+        assert self.epoch is not None
+        self.last = Parent(commit.checkpoint, commit.digest)
+        newest = self.repository.newest_epoch()
+        if newest > self.epoch.number:
+            raise SupersededError(
+                f"{self.repository.url}: another incarnation of this job (epoch {newest}) has taken over from this one (epoch "
+                f"{self.epoch.number}). Step {commit.save.step} was saved, but will not be restored by default. Stop this process"
+            )
+
+    def retain(self, keep: Keep | None, grace_s: float = GRACE_S) -> Plan:
+        """One pass of retention, if this is the newest incarnation. Rank 0 only, between saves. StoreError; returns what was done."""
+        assert self.epoch is not None
+        todo = plan(self._collector.look(), keep, self.in_flight, grace_s)
+        self._collector.run(todo, as_epoch=self.epoch.number)
+        return todo
+
+
+__all__ = ["CheckpointId", "Incarnation"]

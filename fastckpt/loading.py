@@ -1,0 +1,74 @@
+"""An open container or vote → the object that was saved."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from fastckpt import events
+from fastckpt.errors import CheckpointError
+from fastckpt.format.element_types import NUMPY_PREFIX
+from fastckpt.options import Options
+from fastckpt.reader import Reader, storage_bytes
+from fastckpt.restore import DEVICE_WINDOW_BYTES, StorageLoader, check_size
+from fastckpt.state import Rebuild, unsafe_globals
+
+
+def load_object(
+    reader: Reader,
+    options: Options,
+    threads: int,
+    *,
+    map_location: Any,
+    pickle_module: Any,
+    weights_only: bool,
+    load_args: dict[str, Any],
+) -> Any:
+    """Unpickle the object, its storages read, verified and decoded by `threads` threads ahead of the unpickler.
+
+    CorruptCheckpointError lists all damage, and nothing is returned; TooLargeError before anything is allocated; pickle.UnpicklingError.
+    """
+    started = time.perf_counter()
+    n_bytes = storage_bytes(reader)
+    if not reader.skeleton:
+        raise CheckpointError(
+            f"{reader.source.name} holds tensors but no object to load: fetch them with fastckpt.open"
+        )
+    meta = torch.serialization._is_meta_location(map_location)
+    refused = weights_only and _refuses(reader)
+    # Nothing is read ahead for a load that will be refused, nor for one that needs no data.
+    read_ahead = not meta and not refused and torch._guards.detect_fake_mode(None) is None
+    # Also where nothing is read ahead: what comes before a refused global is read all the same. Arrays are read even for "meta".
+    check_size(reader, _array_bytes(reader) if meta else n_bytes, options.max_load_bytes)
+    reader.require_readable()
+    events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
+    window = (None if _stays_on_host(reader, map_location) else DEVICE_WINDOW_BYTES) if read_ahead else 0
+    with StorageLoader(reader, threads, window) as loader:
+        rebuild = Rebuild(
+            reader.skeleton, loader, reader.source.name, map_location, weights_only, pickle_module, load_args
+        )
+        result = rebuild.run()
+    events.emit(
+        events.LoadFinished(source=reader.source.name, raw_bytes=n_bytes, seconds=time.perf_counter() - started)
+    )
+    return result
+
+
+def _array_bytes(reader: Reader) -> int:
+    return sum(storage.n_bytes for storage in reader.directory.storages if storage.dtype.startswith(NUMPY_PREFIX))
+
+
+def _refuses(reader: Reader) -> bool:
+    """Whether a restricted load is sure to fail. Its error comes from the unpickler; this only saves reading the payload."""
+    try:
+        return bool(unsafe_globals(reader.skeleton, reader.holds_arrays))
+    except Exception:  # a stream that cannot even be scanned cannot be loaded
+        return True
+
+
+def _stays_on_host(reader: Reader, map_location: Any) -> bool:
+    if map_location is None:
+        return all(storage.location == "cpu" for storage in reader.directory.storages)
+    return isinstance(map_location, (str, torch.device)) and str(map_location) == "cpu"

@@ -1,0 +1,45 @@
+"""Objects of a store, and bytes in memory, as sources to read from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastckpt.store.base import Store
+
+
+class ObjectSource:
+    """An object of a store by position."""
+
+    def __init__(self, store: Store, key: str, n_bytes: int | None = None, *, owns_store: bool = False) -> None:
+        """n_bytes: what is known of its length; None: the store is asked. StoreError's subclasses."""
+        self._owns_store = owns_store
+        self.name = f"{store.url}/{key}"
+        self._store = store
+        self._key = key
+        self.n_bytes = store.head(key).n_bytes if n_bytes is None else n_bytes
+
+    def read_into(self, offset: int, out: Any) -> None:
+        self._store.get_into(self._key, offset, out)
+
+    def close(self) -> None:
+        if self._owns_store:
+            self._store.close()
+
+
+class BytesSource:
+    """Bytes that have been read already."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        self.name = name
+        self.n_bytes = len(data)
+        self._data = data
+
+    def read_into(self, offset: int, out: Any) -> None:
+        view = memoryview(out).cast("B")
+        part = self._data[offset : offset + view.nbytes]
+        view[: len(part)] = part
+        if len(part) < view.nbytes:
+            raise EOFError(f"{self.name} ends at byte {self.n_bytes}: {offset + view.nbytes} or more were expected")
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,136 @@
+"""Packs: the chunks of a save, gathered into objects of some megabytes and uploaded over several connections.
+
+    add(stored) ─→ pack buffer ──full──→ queue ─→ connections × put, whole, in any order ─→ finish(): all durable
+
+A pack is one put, retried whole: no multipart state, no debris that nobody sees. At most `connections + 1` buffers exist; when all are on
+their way, `add` waits, and that wait is the back-pressure that the encoder feels.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from fastckpt import events
+from fastckpt.errors import SaveError
+from fastckpt.format.digest import crc64nvme
+from fastckpt.format.directory import FileEntry
+from fastckpt.format.keys import SaveId, pack_key
+from fastckpt.store.base import Store
+from fastckpt.transform import MAX_RAW_BYTES
+from fastckpt.workers import WorkerPool
+
+MIN_PACK_BYTES = MAX_RAW_BYTES  # a chunk never spans packs
+MAX_PACK_BYTES = 32 << 20
+
+
+def choose_pack_bytes(
+    left_bytes: int, connections: int, budget_bytes: int, goodput_bytes_s: float | None = None
+) -> int:
+    """Length of the packs of a save.
+
+    Two seconds of one connection's goodput (a retry costs no more than that), but small enough that each connection gets two packs of what
+    is left, and that all buffers take at most a quarter of the budget.
+    """
+    wanted = min(left_bytes // (2 * connections), budget_bytes // (4 * connections))
+    if goodput_bytes_s is not None:
+        wanted = min(wanted, int(2 * goodput_bytes_s / connections))
+    return max(MIN_PACK_BYTES, min(wanted, MAX_PACK_BYTES))
+
+
+class PackWriter:
+    """A Payload whose bytes go to a store. One thread adds; `connections` threads upload. Use as a context manager."""
+
+    def __init__(
+        self,
+        store: Store,
+        save: SaveId,
+        rank: int,
+        pack_bytes: int,
+        connections: int,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """cancelled: asked before every chunk; once it says True, `add` and `finish` raise SaveError."""
+        self._cancelled = cancelled
+        self._store = store
+        self._save = save
+        self._rank = rank
+        self._pack_bytes = pack_bytes
+        self._pool = WorkerPool(connections, "fastckpt-upload")
+        self._buffers_left = connections + 1
+        self._free: list[bytearray] = []
+        self._current: bytearray | None = None
+        self._filled = 0
+        self._sealed = 0
+        self._pending: deque[Future[tuple[bytearray, FileEntry]]] = deque()
+        self._files: list[FileEntry] = []
+        self.stored_bytes = 0
+
+    def __enter__(self) -> PackWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.close()
+
+    def add(self, stored: Any) -> tuple[int, int]:
+        self._refuse_cancelled()
+        view = memoryview(stored).cast("B")
+        if self._current is not None and self._filled + view.nbytes > self._pack_bytes:
+            self._seal()
+        if self._current is None:
+            self._current, self._filled = self._buffer(), 0
+        offset = self._filled
+        self._current[offset : offset + view.nbytes] = view
+        self._filled += view.nbytes
+        self.stored_bytes += view.nbytes
+        return self._sealed + 1, offset  # file 0 is the vote itself
+
+    def _refuse_cancelled(self) -> None:
+        if self._cancelled():
+            raise SaveError(f"the save of step {self._save.step} was cancelled. Nothing was committed")
+
+    def _buffer(self) -> bytearray:
+        if not self._free and self._buffers_left:
+            self._buffers_left -= 1
+            return bytearray(self._pack_bytes)
+        while not self._free:
+            self._collect()
+        return self._free.pop()
+
+    def _collect(self) -> None:
+        """Take back the oldest pack under way; raises what its upload raised."""
+        buffer, entry = self._pending.popleft().result()
+        self._files.append(entry)
+        self._free.append(buffer)
+
+    def _seal(self) -> None:
+        assert self._current is not None
+        upload = functools.partial(self._upload, self._sealed, self._current, self._filled)
+        self._pending.append(self._pool.submit(upload))
+        self._sealed += 1
+        self._current = None
+
+    def _upload(self, number: int, buffer: bytearray, n_bytes: int) -> tuple[bytearray, FileEntry]:
+        started = time.perf_counter()
+        key = pack_key(self._save, self._rank, number)
+        pack = memoryview(buffer)[:n_bytes]
+        entry = FileEntry(key, n_bytes, crc64nvme(pack))
+        self._store.put(key, pack)
+        pack.release()
+        seconds = time.perf_counter() - started
+        events.emit(events.PackStored(target=self._store.url, key=key, stored_bytes=n_bytes, seconds=seconds))
+        return buffer, entry
+
+    def finish(self) -> list[FileEntry]:
+        """Upload the rest and wait for all. Returns the packs in the order of their file numbers, which start at 1."""
+        if self._current is not None:
+            self._seal()
+        while self._pending:
+            self._refuse_cancelled()
+            self._collect()
+        self._refuse_cancelled()
+        return self._files

@@ -1,0 +1,212 @@
+"""A repository: its marker, its epochs, and what is committed in it. Reading here changes nothing; `claim` and `initialise` write.
+
+Every method may be called from several threads. Errors: StoreError's subclasses, CorruptCheckpointError, UnsupportedFormatError,
+RepositoryError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fastckpt.commit import create, read_commit, read_sealed
+from fastckpt.errors import CheckpointError, ObjectNotFoundError, RepositoryError, StoreError
+from fastckpt.format import keys
+from fastckpt.format.keys import CheckpointId, commit_key, epoch_key
+from fastckpt.format.repository_records import (
+    Commit,
+    Epoch,
+    Marker,
+    Parent,
+    Skipped,
+    Tombstone,
+    epoch_bytes,
+    marker_bytes,
+    parse_epoch_record,
+    parse_marker,
+    utc_now,
+    writer,
+)
+from fastckpt.store.base import Store
+
+_README = """This is a fastckpt repository: the checkpoints of a training run.
+
+  fastckpt ls URL        what is here
+  fastckpt check URL     read and verify everything
+  fastckpt prune URL     remove checkpoints that are no longer wanted (shows its plan first)
+
+commits/   one small file for each checkpoint: it exists exactly as long as this file does
+votes/     the index of each rank, named in the commit
+data/      the bytes; checkpoints may share them
+epochs/    one small file for each time the job was started or restored
+pins/      checkpoints that are being read
+
+Do not delete, move or change anything here by hand, and set no lifecycle rule that deletes or archives objects by age: old files in data/
+can belong to the newest checkpoint. A rule that aborts incomplete multipart uploads, or one that expires *noncurrent versions*, is safe.
+"""
+_PROBE = "probe/"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Names of what a repository holds: one LIST of epochs/ and one of commits/, and no object read."""
+
+    epochs: tuple[int, ...]
+    """Ascending."""
+    commits: tuple[CheckpointId, ...]
+    """Ascending; tombstones too."""
+    modified_s: Mapping[CheckpointId, float] = field(default_factory=dict)
+
+
+class AllCommits(NamedTuple):
+    """What stands at every commit key."""
+
+    commits: dict[CheckpointId, Commit]
+    tombstones: dict[CheckpointId, Tombstone]
+    failed: dict[CheckpointId, CheckpointError]
+    """Could not be read, and why."""
+
+
+class Repository:
+    """A repository in a store. Does not own the store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    def marker(self) -> Marker | None:
+        """The marker, or None: nothing was ever saved here."""
+        try:
+            return parse_marker(read_sealed(self.store, keys.MARKER), f"{self.url}/{keys.MARKER}")
+        except ObjectNotFoundError:
+            return None
+
+    def require(self) -> Marker:
+        """The marker. RepositoryError if this is no repository."""
+        marker = self.marker()
+        if marker is None:
+            raise RepositoryError(
+                f"{self.url} is no fastckpt repository: there is no {keys.MARKER}. Check the URL; a Checkpointer makes one "
+                "with its first save"
+            )
+        return marker
+
+    def initialise(self) -> Marker:
+        """The marker, made if there is none. RepositoryError if the store cannot keep G1.
+
+        A new repository's store is probed: `put_if_absent` twice, of which one must fail.
+        """
+        marker = self.marker()
+        if marker is not None:
+            return marker
+        self._refuse_foreign()
+        self.probe()
+        mine = marker_bytes(Marker(secrets.token_hex(16), utc_now(), writer()))
+        there = create(self.store, keys.MARKER, mine)
+        if there == mine:
+            self.store.put(keys.README, _README.encode())
+        return parse_marker(there, f"{self.url}/{keys.MARKER}")
+
+    def _refuse_foreign(self) -> None:
+        """Somebody's other files, at a place that is no repository, are not to be mixed with ours."""
+        ours = (keys.EPOCHS, keys.COMMITS, keys.DATA, keys.VOTES, keys.PINS, _PROBE)
+        if any(True for prefix in (keys.COMMITS, keys.EPOCHS) for _ in self.store.list(prefix)):
+            raise RepositoryError(
+                f"{self.url} has {', '.join(ours[:2])} but no {keys.MARKER}: it was a repository and its marker is gone. "
+                "Restore the marker from a backup or version of the bucket; nothing is written here without it"
+            )
+
+    def probe(self) -> None:
+        """RepositoryError unless `put_if_absent` refuses an object that is there, and a put can be listed and read at once."""
+        key = f"{_PROBE}{secrets.token_hex(8)}"
+        first, second = b"first " + key.encode(), b"second " + key.encode()
+        try:
+            there = create(self.store, key, first), create(self.store, key, second)
+            listed = [info.key for info in self.store.list(_PROBE)]
+            if there != (first, first) or key not in listed:
+                raise RepositoryError(
+                    f"{self.url}: this store overwrites where it was asked to create, or does not list what was written: two "
+                    "processes could destroy each other's checkpoints. Use a store with conditional writes (docs/stores.md)"
+                )
+        finally:
+            with contextlib.suppress(
+                StoreError
+            ):  # who may not delete leaves some 40 bytes: a writer does not need the right
+                self.store.delete(key)
+
+    def list(self) -> Listing:
+        """What is there, by name."""
+        epochs = sorted(n for info in self.store.list(keys.EPOCHS) if (n := keys.parse_epoch(info.key)) is not None)
+        found = {c: info for info in self.store.list(keys.COMMITS) if (c := keys.parse_commit(info.key)) is not None}
+        return Listing(tuple(epochs), tuple(sorted(found)), {c: info.modified_s for c, info in found.items()})
+
+    def newest_epoch(self) -> int:
+        """The highest claimed number; 0 if there is none."""
+        return max(
+            (n for info in self.store.list(keys.EPOCHS) if (n := keys.parse_epoch(info.key)) is not None), default=0
+        )
+
+    def epoch(self, number: int) -> Epoch:
+        """An epoch record."""
+        key = epoch_key(number)
+        return parse_epoch_record(read_sealed(self.store, key), number, f"{self.url}/{key}")
+
+    def commit(self, checkpoint: CheckpointId) -> Commit | Tombstone:
+        """What stands at a commit key."""
+        return read_commit(self.store, checkpoint)
+
+    def read_all(self, listing: Listing) -> AllCommits:
+        """All commit records, all tombstones, and what could not be read, with its error."""
+        commits: dict[CheckpointId, Commit] = {}
+        tombstones: dict[CheckpointId, Tombstone] = {}
+        failed: dict[CheckpointId, CheckpointError] = {}
+        for checkpoint in listing.commits:
+            try:
+                found = self.commit(checkpoint)
+            except ObjectNotFoundError:
+                continue  # a tombstone that went since the LIST
+            except StoreError:
+                raise
+            except CheckpointError as error:
+                failed[checkpoint] = error
+                continue
+            if isinstance(found, Commit):
+                commits[checkpoint] = found
+            else:
+                tombstones[checkpoint] = found
+        return AllCommits(commits, tombstones, failed)
+
+    def claim(
+        self,
+        parent: Parent | None,
+        *,
+        fresh: bool = False,
+        rewind: bool = False,
+        skipped: Iterable[Skipped] = (),
+        world: int = 1,
+    ) -> Epoch:
+        """Claim the next epoch number. Of several claimants each gets a number of its own."""
+        number = self.newest_epoch() + 1
+        nonce = secrets.token_hex(16)
+        while number <= keys.MAX_EPOCH:
+            epoch = Epoch(number, parent, fresh, rewind, tuple(skipped), world, nonce, utc_now(), writer())
+            mine = epoch_bytes(epoch)
+            if create(self.store, epoch_key(number), mine) == mine:
+                return epoch
+            number += 1
+        raise RepositoryError(f"{self.url}: all {keys.MAX_EPOCH} epochs are used up. Start a new repository")
+
+    def location(self, checkpoint: CheckpointId) -> str:
+        """For messages: where the commit record of a checkpoint is."""
+        return f"{self.url}/{commit_key(checkpoint)}"
+
+
+def known_epochs(repository: Repository, listing: Listing) -> Sequence[Epoch]:
+    """All epoch records, ascending. CorruptCheckpointError for a damaged one."""
+    return [repository.epoch(number) for number in listing.epochs]

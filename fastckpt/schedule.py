@@ -1,0 +1,44 @@
+"""When a step is due to be saved. Pure, but for the function a user brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Every:
+    """Save every so many steps, or minutes, or when a function says so; with several, when the first of them is due.
+
+    steps: whenever a multiple of it was reached since the last call of `Checkpointer.step`; the same steps on every rank and after every
+    restart. minutes: since the last save began. when: called with the step and its metrics on each call; returns True to save.
+    """
+
+    steps: int | None = None
+    minutes: float | None = None
+    when: Callable[[int, Mapping[str, float]], bool] | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.steps is None and self.minutes is None and self.when is None:
+            problems.append("give at least one of steps, minutes, when")
+        if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
+            problems.append(f"steps is {self.steps!r}: expected a number of steps ≥ 1")
+        if self.minutes is not None and not (
+            isinstance(self.minutes, (int, float)) and 0 < self.minutes < float("inf")
+        ):
+            problems.append(f"minutes is {self.minutes!r}: expected a number > 0")
+        if not (self.when is None or callable(self.when)):
+            problems.append(f"when is {self.when!r}: expected a function of step and metrics")  # type: ignore[unreachable]
+        if problems:
+            raise ValueError("Every: " + "; ".join(problems))
+
+    def due(self, before: int | None, step: int, seconds_since_save: float, metrics: Mapping[str, float]) -> bool:
+        """Whether `step` is to be saved. before: the step of the call before this one; None: this is the first."""
+        by_steps = (
+            self.steps is not None and step // self.steps > (step - 1 if before is None else before) // self.steps
+        )
+        by_time = self.minutes is not None and seconds_since_save >= 60 * self.minutes
+        # The function is asked every time, due or not: it may count.
+        by_function = self.when is not None and bool(self.when(step, metrics))
+        return by_steps or by_time or by_function

@@ -1,0 +1,33 @@
+"""What a source has to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FINAL = ("terminate", "stop", "hibernate", "lifecycle", "signal", "file")
+EARLY = ("rebalance",)
+
+
+@dataclass(frozen=True)
+class Notice:
+    """The machine is going to go ("rebalance": may go, sooner than others)."""
+
+    kind: str
+    """terminate, stop, hibernate, lifecycle, signal, file, or rebalance."""
+    source: str
+    deadline_s: float | None
+    """time.monotonic() at which it is expected to be gone; None: not known."""
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*FINAL, *EARLY):
+            raise ValueError(f"kind is {self.kind!r}: expected one of {', '.join((*FINAL, *EARLY))}")
+
+    @property
+    def final(self) -> bool:
+        """Whether this ends the run; a rebalance recommendation only asks for a checkpoint soon."""
+        return self.kind in FINAL
+
+    def seconds_left(self, now_s: float) -> float | None:
+        """From now_s (time.monotonic()) on, at least 0; None: not known."""
+        return None if self.deadline_s is None else max(0.0, self.deadline_s - now_s)

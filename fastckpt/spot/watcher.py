@@ -1,0 +1,125 @@
+"""One thread that asks all sources every few seconds. It never raises into training and never dies; it says when it is blind."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastckpt import events
+from fastckpt.events import logger
+from fastckpt.spot.notice import Notice
+from fastckpt.spot.sources import NoticeSource, SignalSource
+
+POLL_S = 2.0  # AWS advises 5; two cost nothing and leave three more seconds of 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeReceived(events.Event):
+    """A source has spoken."""
+
+    kind: str
+    source: str
+    seconds_left: float | None
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeSourceBlind(events.Event):
+    """A source cannot be asked: a notice from it would not be seen."""
+
+    source: str
+    error: BaseException
+
+
+class Watcher:
+    """Made, started and closed by the training thread; `final`, `early` and `blind` may be read by any."""
+
+    def __init__(self, sources: Sequence[NoticeSource], poll_s: float = POLL_S) -> None:
+        self._sources = list(sources)
+        self._signals = [source for source in self._sources if isinstance(source, SignalSource)]
+        self._poll_s = poll_s
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._pid = os.getpid()
+        self._final: Notice | None = None
+        self.early: Notice | None = None
+        self.blind: dict[str, float] = {}
+        """Source → time.monotonic() since when it cannot be asked."""
+        self._said: set[tuple[str, str]] = set()
+
+    def start(self) -> None:
+        """Install signal handlers and begin to poll."""
+        for source in self._signals:
+            source.install()
+        if len(self._signals) < len(self._sources):
+            # A daemon: it holds nothing that could be lost, and must not keep a script alive that forgot to close its Checkpointer.
+            self._thread = threading.Thread(target=self._run, name="fastckpt-watcher", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Put signal handlers back and stop polling, without waiting for a request that is under way. May be called twice."""
+        self._stop.set()
+        for source in self._signals:
+            source.close()
+
+    @property
+    def final(self) -> Notice | None:
+        """The notice that ends this run: the one with the earliest deadline. It stays. None in a forked child: it is the parent's."""
+        if os.getpid() != self._pid:
+            return None
+        for source in self._signals:  # no waiting for the next poll
+            self._ask(source)
+        return self._final
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            for source in self._sources:
+                if source not in self._signals:
+                    self._ask(source)
+            self._stop.wait(self._poll_s * random.uniform(0.8, 1.2))
+
+    def _ask(self, source: NoticeSource) -> None:
+        try:
+            notices = source.poll(time.monotonic())
+        except Exception as error:
+            self._went_blind(source, error)
+            return
+        if self.blind.pop(source.name, None) is not None:
+            logger.info("%s can be watched again", source.name)
+        for notice in notices:
+            self._take(notice)
+
+    def _went_blind(self, source: NoticeSource, error: Exception) -> None:
+        self.blind.setdefault(source.name, time.monotonic())
+        key = (source.name, f"{type(error).__name__}: {error}")
+        if (
+            key not in self._said and len(self._said) < 100
+        ):  # once for each text: a poll every two seconds would bury everything else
+            self._said.add(key)
+            quiet = getattr(source, "optional", False)
+            logger.log(20 if quiet else 30, "no notice can come from %s: %s", source.name, error)
+            events.emit(NoticeSourceBlind(source=source.name, error=error))
+
+    def _take(self, notice: Notice) -> None:
+        left_s = notice.seconds_left(time.monotonic())
+        logger.warning(
+            "%s: %s, %s seconds left",
+            notice.source,
+            notice.detail or notice.kind,
+            "?" if left_s is None else f"{left_s:.0f}",
+        )
+        with self._lock:
+            if not notice.final:
+                self.early = self.early or notice
+            elif self._final is None or _sooner(notice, self._final):
+                self._final = notice
+        events.emit(NoticeReceived(kind=notice.kind, source=notice.source, seconds_left=left_s, detail=notice.detail))
+
+
+def _sooner(a: Notice, b: Notice) -> bool:
+    return a.deadline_s is not None and (b.deadline_s is None or a.deadline_s < b.deadline_s)

@@ -1,0 +1,107 @@
+"""The contract that every store keeps. `fastckpt.testing.StoreContract` is the same contract as tests.
+
+A store has the verbs of object storage and no more. What it must guarantee (docs/guarantees.md builds on nothing else):
+
+S1  An object is whole or absent: no reader ever sees a part of a `put`.
+S2  When `put` or `put_if_absent` has returned, the object is durable, and every later `get`, `head` and `list` of any client sees it.
+S3  Of several `put_if_absent` of one key, exactly one succeeds, whatever the others are told.
+S4  An error of a write says nothing: the object may be there, now or a moment later.
+S5  When `delete` has returned, every later operation of any client sees the key as absent.
+"""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from fastckpt.errors import StoreError
+
+MAX_KEY_BYTES = 1024
+_SEGMENT = re.compile(r"[A-Za-z0-9._-]{1,255}")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ObjectInfo:
+    """What a store knows about an object without reading it."""
+
+    key: str
+    n_bytes: int
+    modified_s: float
+    """When it was written, by the store's own clock: seconds since 1970. Never compared with another clock."""
+
+
+def check_key(key: str) -> str:
+    """The key itself, if it is one: segments of `A–Z a–z 0–9 . _ -`, separated by `/`, none of them `.` or `..`. StoreError.
+
+    Every store checks every key: what a hostile record names must not leave the root.
+    """
+    segments = key.split("/")
+    if len(key) > MAX_KEY_BYTES or not all(_SEGMENT.fullmatch(s) and s not in (".", "..") for s in segments):
+        raise StoreError(
+            f"{key!r} is no key: expected segments of A–Z a–z 0–9 . _ - separated by /, none of them . or .."
+        )
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """The prefix itself, if it is "" or a key with a `/` behind it. StoreError otherwise."""
+    if prefix:
+        if not prefix.endswith("/"):
+            raise StoreError(f"{prefix!r} is no prefix to list: it must end with /")
+        check_key(prefix[:-1])
+    return prefix
+
+
+class Store(abc.ABC):
+    """Objects under one root. All methods block, may be called from several threads at once, and raise StoreError's subclasses only:
+
+    ObjectNotFoundError, ObjectExistsError (`put_if_absent`), StoreAccessError (who you are), StoreUnavailableError (worth another try),
+    StoreError (anything else; another try will not help).
+    """
+
+    url: str
+    """For messages and logs: says where it is, never a secret."""
+
+    @abc.abstractmethod
+    def put(self, key: str, data: Any) -> None:
+        """Write an object whole, over whatever is there. `data`: one contiguous buffer, left alone until this returns."""
+
+    @abc.abstractmethod
+    def put_if_absent(self, key: str, data: Any) -> None:
+        """Write an object if there is none; ObjectExistsError otherwise. Atomic against everybody else's (S3)."""
+
+    @abc.abstractmethod
+    def get(self, key: str) -> bytes:
+        """The whole object. For small ones: the caller has looked at the size."""
+
+    @abc.abstractmethod
+    def get_into(self, key: str, offset: int, out: Any) -> None:
+        """Fill the writable buffer from byte `offset` of the object on; EOFError if the object ends before. `out` may be written in part
+        when this raises."""
+
+    @abc.abstractmethod
+    def head(self, key: str) -> ObjectInfo:
+        """Size and time of an object."""
+
+    @abc.abstractmethod
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """All objects whose key starts with `prefix` ("" or something with a / at its end), in ascending order of the key."""
+
+    @abc.abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove an object; none there is no error."""
+
+    def close(self) -> None:  # noqa: B027 - most stores have nothing to let go of
+        """Let go of connections. Nothing may be called afterwards. May be called twice."""
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

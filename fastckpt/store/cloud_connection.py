@@ -1,0 +1,261 @@
+"""Where an S3 store is and how it is spoken to: from `s3://bucket/prefix` and boto3's configuration to obstore's."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from fastckpt.errors import StoreError
+from fastckpt.store.cloud_credentials import SessionCredentials, no_debug_logs
+from fastckpt.store.cloud_errors import harmless
+
+logger = logging.getLogger("fastckpt")
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+# What S3 calls safe in a key, and what obstore was seen to send as it is.
+_PREFIX_SEGMENT = re.compile(r"[A-Za-z0-9!\-_.'()=+@,:&$; ]+")
+_AWS_HOST = re.compile(r"(^|\.)s3[.-][a-z0-9.-]*\.amazonaws\.com(\.cn)?$")
+_DEFAULT_REGION = "us-east-1"
+_OWNER = re.compile(r"[0-9]{12}")
+_NEVER = datetime.timedelta(days=1)  # obstore's time-out for a whole request; 0 would end it at once
+# Shorter than what servers grant an idle connection, so that a request rarely meets one that is just being closed.
+_IDLE = datetime.timedelta(seconds=15)
+
+
+def _botocore_client(session: Any, **settings: Any) -> Any:
+    """A botocore S3 client with the session's own configuration where `settings` says nothing. Sends nothing by itself."""
+    from botocore.config import Config
+
+    timeout_s, style = settings.pop("timeout_s"), settings.pop("style", None)
+    return session.create_client(
+        "s3",
+        region_name=settings.pop("region_name", None) or session.get_config_variable("region") or _DEFAULT_REGION,
+        config=Config(
+            retries={"total_max_attempts": 1},
+            connect_timeout=timeout_s,
+            read_timeout=timeout_s,
+            s3={"addressing_style": style} if style else None,
+        ),
+        **settings,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Everything that obstore needs to know, decided once. Options as in `open_s3`."""
+
+    bucket: str
+    prefix: str
+    """"" or segments without a / at either end."""
+    endpoint: str
+    """With the bucket's name in it if `virtual_host`."""
+    region: str
+    virtual_host: bool
+    credentials: SessionCredentials
+    session: Any = field(repr=False)
+    """botocore's."""
+    service_url: str
+    """The endpoint without the bucket's name."""
+    sse: str | None = None
+    sse_kms_key_id: str | None = None
+    expected_bucket_owner: str | None = None
+    connect_timeout_s: float = 5.0
+    stall_timeout_s: float = 20.0
+    slowest_bytes_per_s: int = 256 << 10
+    connections: int = 16
+    ca_bundle: bytes | None = field(default=None, repr=False)
+
+    @property
+    def encrypted(self) -> bool:
+        """https?"""
+        return self.endpoint.startswith("https://")
+
+    def boto3_client(self) -> Any:
+        """A new botocore client that speaks to the same place with the same credentials: for questions about the bucket."""
+        frozen = self.credentials.frozen()
+        return _botocore_client(
+            self.session,
+            timeout_s=self.connect_timeout_s,
+            style="virtual" if self.virtual_host else "path",
+            region_name=self.region,
+            endpoint_url=self.service_url,
+            aws_access_key_id=frozen.access_key,
+            aws_secret_access_key=frozen.secret_key,
+            aws_session_token=frozen.token,
+        )
+
+    def ask_region(self) -> str:
+        """Where the bucket is, if the server tells; "" otherwise. One request. obstore does not show the header that says it."""
+        with no_debug_logs():
+            try:
+                client = self.boto3_client()
+                answer = client.head_bucket(Bucket=self.bucket)
+            except Exception as error:  # this only makes a message better
+                answer = getattr(error, "response", {})
+        return str(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region", ""))
+
+    def client(self, timeout_s: float, *, owner_header: bool = True) -> Any:
+        """A new obstore S3Store, whose requests end after `timeout_s` without progress. Takes 5 ms."""
+        from obstore.store import S3Store as ObstoreS3
+
+        # Whatever is not said here obstore takes from variables such as AWS_SKIP_SIGNATURE, which boto3 does not know.
+        config: dict[str, Any] = {
+            "endpoint": self.endpoint,
+            "aws_endpoint_url_s3": self.endpoint,  # else the variable of that name goes before `endpoint`
+            "region": self.region,
+            "virtual_hosted_style_request": self.virtual_host,
+            "unsigned_payload": self.encrypted,
+            "skip_signature": False,
+            "conditional_put": "etag",
+            "s3_express": False,
+            "request_payer": False,
+            # The bulk call answers 200 with errors inside and asks for a checksum that some servers do not know.
+            "disable_bulk_delete": True,
+        }
+        if self.encrypted:
+            config["checksum_algorithm"] = "crc64nvme"
+        if self.sse:
+            config["server_side_encryption"] = self.sse
+        if self.sse_kms_key_id:
+            config["sse_kms_key_id"] = self.sse_kms_key_id
+        options: dict[str, Any] = {
+            "allow_http": not self.encrypted,
+            "allow_invalid_certificates": False,
+            "connect_timeout": datetime.timedelta(seconds=self.connect_timeout_s),
+            "read_timeout": datetime.timedelta(seconds=timeout_s),
+            "timeout": _NEVER,
+            "pool_idle_timeout": _IDLE,
+            "pool_max_idle_per_host": str(self.connections),
+        }
+        if self.ca_bundle:
+            options["root_certificate"] = self.ca_bundle
+        if self.expected_bucket_owner and owner_header:
+            options["default_headers"] = {"x-amz-expected-bucket-owner": self.expected_bucket_owner}
+        return ObstoreS3(
+            self.bucket,
+            prefix=self.prefix or None,
+            config=config,  # type: ignore[arg-type] # built piece by piece
+            client_options=options,  # type: ignore[arg-type]
+            retry_config={"max_retries": 0},
+            credential_provider=self.credentials,
+        )
+
+
+def parse_s3_url(url: str) -> tuple[str, str]:
+    """Bucket and prefix (no / at either end) of `s3://bucket/prefix`. StoreError."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, prefix = rest.partition("/")
+    prefix = prefix.removesuffix("/")
+    if scheme != "s3" or not _BUCKET.fullmatch(bucket):
+        raise StoreError(f"{url!r} is no S3 location: expected s3://bucket/prefix, the bucket in lower case")
+    for segment in prefix.split("/") if prefix else ():
+        if segment in (".", "..") or not _PREFIX_SEGMENT.fullmatch(segment):
+            raise StoreError(
+                f"{url!r}: {segment!r} cannot be part of the prefix: expected A–Z a–z 0–9 ! - _ . ' ( ) = + @ , : & $ ; or spaces, "
+                "and neither . nor .."
+            )
+    return bucket, prefix
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(host: str) -> bool:
+    return (
+        host == "localhost"
+        or host.endswith(".localhost")
+        or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+    )
+
+
+def connect(url: str, *, endpoint_url: str | None = None, session: Any = None, **options: Any) -> Connection:
+    """The Connection for the arguments of `open_s3`. Nothing is sent to S3; missing credentials are a StoreAccessError here."""
+    bucket, prefix = parse_s3_url(url)
+    _check_options(**options)
+    credentials, core, client, ca_bundle = _ask_boto3(session, endpoint_url, options["connect_timeout_s"])
+    endpoint, virtual_host = _address(client, bucket)
+    host = urlsplit(endpoint).hostname or ""
+    if endpoint.startswith("http://") and not _is_loopback(host):
+        logger.warning(
+            "%s is reached without encryption: whoever is on the way to %s can read the checkpoints", url, host
+        )
+    return Connection(
+        bucket=bucket,
+        prefix=prefix,
+        endpoint=endpoint,
+        region=client.meta.region_name,
+        virtual_host=virtual_host,
+        credentials=credentials,
+        session=core,
+        service_url=client.meta.endpoint_url,
+        ca_bundle=ca_bundle,
+        **options,
+    )
+
+
+def _check_options(*, sse: Any, sse_kms_key_id: Any, expected_bucket_owner: Any, **numbers: float) -> None:
+    if sse not in (None, "AES256", "aws:kms"):
+        raise StoreError(f'sse is {sse!r}: expected None, "AES256" or "aws:kms"')
+    if sse_kms_key_id is not None and sse != "aws:kms":
+        raise StoreError('sse_kms_key_id is for sse="aws:kms"')
+    if expected_bucket_owner is not None and not _OWNER.fullmatch(expected_bucket_owner):
+        raise StoreError(
+            f"expected_bucket_owner is {expected_bucket_owner!r}: expected the 12 digits of an AWS account"
+        )
+    for name, value in numbers.items():
+        if not value > 0:
+            raise StoreError(f"{name} is {value!r}: expected more than 0")
+
+
+def _ask_boto3(
+    session: Any, endpoint_url: str | None, timeout_s: float
+) -> tuple[SessionCredentials, Any, Any, bytes | None]:
+    """Credentials (proven to be there), botocore's session, a client that knows endpoint and region, certificates to trust."""
+    problem: Exception | None = None
+    try:
+        import botocore.session
+
+        core = getattr(session, "_session", session) or botocore.session.Session()
+        credentials = SessionCredentials(core)
+        credentials.frozen()
+        client = _botocore_client(core, endpoint_url=endpoint_url, timeout_s=timeout_s)
+        bundle = core.get_config_variable("ca_bundle")
+        return credentials, core, client, Path(bundle).read_bytes() if bundle else None
+    except StoreError:
+        raise
+    except ImportError as error:
+        raise StoreError(f"s3:// needs boto3 and obstore: pip install boto3 obstore ({error})") from error
+    except Exception as error:  # a broken profile, an endpoint that is no URL, a bundle that cannot be read
+        problem = error
+    raise StoreError(f"the AWS configuration cannot be used: {type(problem).__name__}: {problem}") from harmless(
+        problem, ()
+    )
+
+
+def _address(client: Any, bucket: str) -> tuple[str, bool]:
+    """Endpoint for obstore, and whether the bucket's name is in its host.
+
+    AWS wants the name in the host. Everything else gets it in the path: a private server's name has seldom a wildcard in DNS and in
+    its certificate. So does a bucket with dots, which no wildcard certificate covers. The profile's `s3 = addressing_style` goes first.
+    """
+    parts = urlsplit(client.meta.endpoint_url)
+    host = parts.hostname or ""
+    style = (client.meta.config.s3 or {}).get("addressing_style")
+    if style in ("virtual", "path"):
+        virtual = style == "virtual"
+    else:
+        virtual = bool(_AWS_HOST.search(host)) and ".vpce." not in host and "." not in bucket
+    if virtual and not _is_address(host):
+        parts = parts._replace(netloc=f"{bucket}.{parts.netloc}")
+    return urlunsplit(parts).rstrip("/"), virtual and not _is_address(host)

@@ -1,0 +1,164 @@
+"""Who we are to S3: boto3's whole chain (environment, profile, assumed role, web identity, container, instance), fresh for every request.
+
+obstore's own Boto3CredentialProvider says of every key that it lives for 30 minutes, and obstore keeps it for 25. A role's key has as
+little as 10 minutes left when botocore hands it out, so it would be used for up to a quarter of an hour after its end. Here obstore is told
+that a key ends at once, which makes it ask before every request: a call of 0.1 ms, while botocore renews the key in good time.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastckpt.errors import StoreAccessError, StoreError, StoreUnavailableError
+from fastckpt.store.cloud_errors import cut_secrets, harmless
+
+_MARK = "fastckpt credentials"
+_NEXT_STEP = (
+    "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run `aws configure`, or give the machine a role "
+    "(boto3's chain: https://boto3.amazonaws.com/v1/documentation/api/latest/guide/credentials.html)"
+)
+_TRANSIENT = (
+    "ConnectionError",
+    "ConnectTimeoutError",
+    "ReadTimeoutError",
+    "EndpointConnectionError",
+    "HTTPClientError",
+)
+
+
+def is_ours(error: BaseException) -> bool:
+    """Did obstore fail because `SessionCredentials` raised?"""
+    return _MARK in str(error)
+
+
+class SessionCredentials:
+    """A callable for obstore: gives the credentials of a boto3 session as they are now. Any thread; its text form shows no secret."""
+
+    def __init__(self, session: Any) -> None:
+        self._chain = getattr(session, "_session", session)
+        """botocore's session; boto3's holds it in `_session`."""
+        self._lock = threading.Lock()
+        self._found: Any = None
+        self._generation = 0
+        self._seen: set[str] = set()
+        self._failure: StoreError | None = None
+
+    def __repr__(self) -> str:
+        return f"SessionCredentials(generation={self._generation})"
+
+    @property
+    def generation(self) -> int:
+        """Counts how often the chain was walked anew. Note it before a request, give it to `renewed_since` after a refusal."""
+        return self._generation
+
+    @property
+    def secrets(self) -> list[str]:
+        """All secret keys and session tokens handed out so far, longest first: what must not occur in a message."""
+        with self._lock:
+            return sorted(self._seen, key=len, reverse=True)
+
+    @property
+    def failure(self) -> StoreError:
+        """Why the last call failed."""
+        return self._failure or StoreAccessError(f"no AWS credentials. {_NEXT_STEP}")
+
+    def frozen(self) -> Any:
+        """botocore's (access_key, secret_key, token), renewed if due. StoreAccessError, StoreUnavailableError."""
+        problem: Exception | None = None
+        try:
+            if self._found is None:
+                self._found = self._chain.get_credentials()
+            frozen = self._found.get_frozen_credentials() if self._found is not None else None
+        except Exception as error:  # botocore's own kinds, and what a user's credential_process or plug-in raises
+            problem = error
+        if problem is not None:
+            self._failure = self._explain(problem)
+            raise self._failure from harmless(problem, self.secrets)
+        if frozen is None or not frozen.access_key or not frozen.secret_key:
+            self._failure = StoreAccessError(f"no AWS credentials found. {_NEXT_STEP}")
+            raise self._failure
+        with self._lock:
+            self._seen.update(part for part in (frozen.secret_key, frozen.token) if part)
+        return frozen
+
+    def _explain(self, error: Exception) -> StoreError:
+        text = cut_secrets(f"{type(error).__name__}: {error}", self.secrets)
+        if any(kind.__name__ in _TRANSIENT for kind in type(error).__mro__):
+            return StoreUnavailableError(f"AWS credentials could not be fetched just now: {text}")
+        return StoreAccessError(f"AWS credentials could not be had: {text}. {_NEXT_STEP}")
+
+    def __call__(self) -> Any:
+        try:
+            frozen = self.frozen()
+        except StoreError:
+            failed = True
+        else:
+            failed = False
+        if failed:
+            # obstore puts the text, and this function's trace, into its own exception: nothing of the cause may be in them.
+            raise RuntimeError(_MARK)
+        return {
+            "access_key_id": frozen.access_key,
+            "secret_access_key": frozen.secret_key,
+            "token": frozen.token,
+            "expires_at": datetime.datetime.now(datetime.timezone.utc),
+        }
+
+    def renewed_since(self, generation: int) -> bool:
+        """After a refusal: walk the chain anew, unless that was done since `generation`. Are the credentials others than before?
+
+        botocore renews a role's by itself, but reads the environment and the profile's files only once; a key that was replaced
+        there while training ran is found here.
+        """
+        with self._lock:
+            if self._generation != generation:
+                return True
+            before = self._found
+            try:
+                found = self._chain.get_component("credential_provider").load_credentials()
+                if found is None or (before is not None and _same(found, before)):
+                    return False
+            except Exception:  # the refusal itself is what is reported; a chain that now fails adds nothing to it
+                return False
+            self._found = found
+            self._generation += 1
+            return True
+
+
+def _same(one: Any, other: Any) -> bool:
+    return bool(one.get_frozen_credentials() == other.get_frozen_credentials())
+
+
+class _OfThisThread(logging.Filter):
+    """Drops DEBUG records of one thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno > logging.DEBUG or record.thread != self._thread
+
+
+@contextmanager
+def no_debug_logs() -> Iterator[None]:
+    """While it lasts, botocore logs nothing at DEBUG about this thread's requests: it would log the session token."""
+    import botocore.session  # noqa: F401 # its loggers exist once it is imported
+
+    names = [
+        name for name in logging.Logger.manager.loggerDict if name.split(".")[0] in ("boto3", "botocore", "urllib3")
+    ]
+    silence = _OfThisThread()
+    loggers = [logging.getLogger(name) for name in names]
+    for logger in loggers:
+        logger.addFilter(silence)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(silence)

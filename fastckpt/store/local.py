@@ -1,0 +1,183 @@
+"""A directory as a store: every object a file, whole or absent, and on stable storage when a write returns."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from fastckpt.errors import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    SaveError,
+    StoreAccessError,
+    StoreError,
+)
+from fastckpt.files import AtomicFile, make_directories, remove_empty_directories, remove_file
+from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
+
+_PUT_TRIES = (
+    100  # a put into a directory that a concurrent delete keeps removing; each round needs another delete to lose
+)
+_MAX_READ_BYTES = 1 << 30
+
+
+_Infos = list[ObjectInfo]  # inside of the class, `list` is the method
+
+
+class LocalStore(Store):
+    """Keys are paths under `root`, which is made when the first object is.
+
+    A put is a new file, fsynced, renamed into place (or linked, for `put_if_absent`), and an fsync of its directory. Unfinished files are
+    named ".….tmp" and never listed; on file systems with unnamed files (O_TMPFILE) a killed writer leaves none. Symbolic links below the
+    root are not followed. Network file systems: `put_if_absent` is as atomic as their link(2).
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = os.path.realpath(os.path.abspath(os.fspath(root)))
+        self.url = f"file://{self._root}"
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self._root, *check_key(key).split("/"))
+
+    @contextlib.contextmanager
+    def _mapped(self, key: str, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._translate(error, key, doing) from error
+        except SaveError as error:  # AtomicFile's words for a directory that went away
+            raise StoreError(f"{doing} {self.url}/{key} failed: {error}") from error
+
+    def _translate(self, error: OSError, key: str, doing: str) -> StoreError:
+        where = f"{doing} {self.url}/{key} failed: {error.strerror or error}"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return ObjectNotFoundError(f"{self.url}/{key} does not exist")
+        if error.errno == errno.EEXIST:
+            return ObjectExistsError(f"{self.url}/{key} exists already")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return StoreAccessError(
+                f"{where}. Check the permissions of the directory (and that its file system has hard links)"
+            )
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StoreError(f"{where}. Free some space, or keep fewer checkpoints (`fastckpt prune`)")
+        return StoreError(where)
+
+    def put(self, key: str, data: Any) -> None:
+        self._write(key, data, exclusive=False)
+
+    def put_if_absent(self, key: str, data: Any) -> None:
+        self._write(key, data, exclusive=True)
+
+    def _write(self, key: str, data: Any, exclusive: bool) -> None:
+        path = self._path(key)
+        view = memoryview(data).cast("B")
+        with self._mapped(key, "writing"):
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, "is a directory")
+            for left in reversed(range(_PUT_TRIES)):
+                try:
+                    make_directories(os.path.dirname(path))
+                    file = AtomicFile(path, exclusive=exclusive)
+                    try:
+                        file.write(view)
+                        file.commit()
+                    except BaseException:
+                        file.abandon()
+                        raise
+                except (FileNotFoundError, SaveError):  # a delete has just removed the empty directory
+                    if not left:
+                        raise
+                else:
+                    return
+
+    @contextlib.contextmanager
+    def _opened(self, key: str) -> Iterator[int]:
+        path = self._path(key)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise FileNotFoundError(errno.ENOENT, "not a file", path)
+            yield fd
+        finally:
+            os.close(fd)
+
+    def get(self, key: str) -> bytes:
+        with self._mapped(key, "reading"), self._opened(key) as fd:
+            n_bytes = os.fstat(fd).st_size
+            out = bytearray(n_bytes)
+            self._fill(fd, 0, memoryview(out), key)
+            return bytes(out)
+
+    def get_into(self, key: str, offset: int, out: Any) -> None:
+        with self._mapped(key, "reading"), self._opened(key) as fd:
+            self._fill(fd, offset, memoryview(out).cast("B"), key)
+
+    def _fill(self, fd: int, offset: int, view: memoryview, key: str) -> None:
+        while view.nbytes:
+            n = os.preadv(fd, [view[:_MAX_READ_BYTES]], offset)
+            if n == 0:
+                raise EOFError(f"{self.url}/{key} ends at byte {offset}: {view.nbytes} more were expected")
+            view, offset = view[n:], offset + n
+
+    def head(self, key: str) -> ObjectInfo:
+        with self._mapped(key, "looking at"):
+            found = os.lstat(self._path(key))
+        if not stat.S_ISREG(found.st_mode):
+            raise ObjectNotFoundError(f"{self.url}/{key} does not exist")
+        return ObjectInfo(key, found.st_size, found.st_mtime)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        check_prefix(prefix)
+        found = _Infos()
+        with self._mapped(prefix, "listing"):
+            self._walk(prefix, found)
+        # Sorted whole: in the order of keys, "a-b/c" comes before "a/c", which no walk of directories does.
+        return iter(sorted(found))
+
+    def _walk(self, prefix: str, found: _Infos) -> None:
+        directory = os.path.join(self._root, *prefix.split("/")) if prefix else self._root
+        if os.path.islink(directory.rstrip("/")):
+            return
+        try:
+            entries = [*os.scandir(directory)]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for entry in entries:
+            key = prefix + entry.name
+            try:
+                check_key(key)
+                if entry.is_dir(follow_symlinks=False):
+                    self._walk(f"{key}/", found)
+                elif entry.is_file(follow_symlinks=False) and not _is_temporary(entry.name):
+                    info = entry.stat(follow_symlinks=False)
+                    found.append(ObjectInfo(key, info.st_size, info.st_mtime))
+            except (StoreError, FileNotFoundError):  # not ours, or gone since
+                continue
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with self._mapped(key, "deleting"):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                remove_file(path)
+            remove_empty_directories(os.path.dirname(path), self._root)
+
+    def remove_stale_temporaries(self, older_than_s: float) -> int:
+        """Remove unfinished files that killed writers left where the file system has no unnamed files. Returns how many."""
+        removed = 0
+        for directory, _, names in os.walk(self._root):
+            for name in filter(_is_temporary, names):
+                path = os.path.join(directory, name)
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - os.lstat(path).st_mtime > older_than_s:
+                        os.unlink(path)
+                        removed += 1
+        return removed
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")

@@ -1,0 +1,69 @@
+"""A store in this process's memory: for tests, and the simplest reading of the contract."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fastckpt.errors import ObjectExistsError, ObjectNotFoundError
+from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
+
+
+class MemoryStore(Store):
+    """Objects in a dict. `clock` gives the store's time; several MemoryStore views may share one `objects`."""
+
+    def __init__(self, clock: Callable[[], float] = time.time, name: str = "memory") -> None:
+        self.url = f"memory://{name}"
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._objects: dict[str, tuple[bytes, float]] = {}
+
+    def put(self, key: str, data: Any) -> None:
+        check_key(key)
+        copy = bytes(memoryview(data).cast("B"))
+        with self._lock:
+            self._objects[key] = copy, self._clock()
+
+    def put_if_absent(self, key: str, data: Any) -> None:
+        check_key(key)
+        copy = bytes(memoryview(data).cast("B"))
+        with self._lock:
+            if key in self._objects:
+                raise ObjectExistsError(f"{self.url}/{key} exists already")
+            self._objects[key] = copy, self._clock()
+
+    def _find(self, key: str) -> tuple[bytes, float]:
+        check_key(key)
+        with self._lock:
+            found = self._objects.get(key)
+        if found is None:
+            raise ObjectNotFoundError(f"{self.url}/{key} does not exist")
+        return found
+
+    def get(self, key: str) -> bytes:
+        return self._find(key)[0]
+
+    def get_into(self, key: str, offset: int, out: Any) -> None:
+        data, _ = self._find(key)
+        view = memoryview(out).cast("B")
+        part = data[offset : offset + view.nbytes]
+        view[: len(part)] = part
+        if len(part) < view.nbytes:
+            raise EOFError(f"{self.url}/{key} has {len(data)} bytes: expected {offset + view.nbytes} or more")
+
+    def head(self, key: str) -> ObjectInfo:
+        data, modified_s = self._find(key)
+        return ObjectInfo(key, len(data), modified_s)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        check_prefix(prefix)
+        with self._lock:
+            found = [ObjectInfo(k, len(d), at) for k, (d, at) in self._objects.items() if k.startswith(prefix)]
+        return iter(sorted(found))
+
+    def delete(self, key: str) -> None:
+        check_key(key)
+        with self._lock:
+            self._objects.pop(key, None)

@@ -1,0 +1,164 @@
+"""Stores around stores: retries, a limit on what is under way, counts. The only retries there are: those of the clients below are off."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastckpt import events
+from fastckpt.errors import ObjectExistsError, StoreUnavailableError
+from fastckpt.store.base import ObjectInfo, Store
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreRetry(events.Event):
+    """An operation failed for now and is tried again after a pause."""
+
+    target: str
+    verb: str
+    key: str
+    attempt: int
+    pause_s: float
+    error: BaseException
+
+
+class Wrapper(Store):
+    """Passes everything on. Base of the others."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+        self.url = inner.url
+
+    def put(self, key: str, data: Any) -> None:
+        self._call("put", key, lambda: self.inner.put(key, data))
+
+    def put_if_absent(self, key: str, data: Any) -> None:
+        self._call("put_if_absent", key, lambda: self.inner.put_if_absent(key, data))
+
+    def get(self, key: str) -> bytes:
+        return self._call("get", key, lambda: self.inner.get(key))
+
+    def get_into(self, key: str, offset: int, out: Any) -> None:
+        self._call("get_into", key, lambda: self.inner.get_into(key, offset, out))
+
+    def head(self, key: str) -> ObjectInfo:
+        return self._call("head", key, lambda: self.inner.head(key))
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        # A page that fails in the middle of a listing fails all of it: it is short beside what it protects.
+        return iter(self._call("list", prefix, lambda: list(self.inner.list(prefix))))
+
+    def delete(self, key: str) -> None:
+        self._call("delete", key, lambda: self.inner.delete(key))
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def _call(self, verb: str, key: str, operation: Callable[[], T]) -> T:
+        return operation()
+
+
+class Retrying(Wrapper):
+    """Tries again what ended in StoreUnavailableError, with growing random pauses, until `give_up_s` have passed since the first try.
+
+    A create that meets an object after a try of its own that ended without an answer is read back: equal bytes are ours.
+    """
+
+    def __init__(
+        self,
+        inner: Store,
+        *,
+        give_up_s: float = 120.0,
+        first_pause_s: float = 0.1,
+        longest_pause_s: float = 5.0,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        super().__init__(inner)
+        self._give_up_s = give_up_s
+        self._first_pause_s, self._longest_pause_s = first_pause_s, longest_pause_s
+        self._sleep, self._clock, self._jitter = sleep, clock, jitter
+
+    def put_if_absent(self, key: str, data: Any) -> None:
+        unanswered = False
+
+        def once() -> None:
+            nonlocal unanswered
+            try:
+                self.inner.put_if_absent(key, data)
+            except StoreUnavailableError:
+                unanswered = True
+                raise
+            except ObjectExistsError:
+                if not unanswered or self.inner.get(key) != bytes(memoryview(data).cast("B")):
+                    raise
+
+        self._call("put_if_absent", key, once)
+
+    def _call(self, verb: str, key: str, operation: Callable[[], T]) -> T:
+        started, attempt = self._clock(), 0
+        while True:
+            try:
+                return operation()
+            except StoreUnavailableError as error:
+                attempt += 1
+                # Full jitter: clients that were turned away together must not come back together.
+                pause_s = self._jitter() * min(self._longest_pause_s, self._first_pause_s * 2**attempt)
+                if self._clock() - started + pause_s > self._give_up_s:
+                    raise StoreUnavailableError(
+                        f"{error} (given up after {attempt} tries in {self._clock() - started:.0f} s)"
+                    ) from error
+                events.emit(
+                    StoreRetry(target=self.url, verb=verb, key=key, attempt=attempt, pause_s=pause_s, error=error)
+                )
+                self._sleep(pause_s)
+
+
+class Limited(Wrapper):
+    """At most `concurrency` operations under way at once."""
+
+    def __init__(self, inner: Store, concurrency: int) -> None:
+        super().__init__(inner)
+        self._slots = threading.BoundedSemaphore(concurrency)
+
+    def _call(self, verb: str, key: str, operation: Callable[[], T]) -> T:
+        with self._slots:
+            return operation()
+
+
+@dataclass
+class Count:
+    """Operations of one verb."""
+
+    calls: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+
+class Traced(Wrapper):
+    """Counts operations and their seconds by verb."""
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__(inner)
+        self.counts: dict[str, Count] = {}
+        self._lock = threading.Lock()
+
+    def _call(self, verb: str, key: str, operation: Callable[[], T]) -> T:
+        started, failed = time.perf_counter(), True
+        try:
+            result = operation()
+            failed = False
+            return result
+        finally:
+            with self._lock:
+                count = self.counts.setdefault(verb, Count())
+                count.calls += 1
+                count.failed += failed
+                count.seconds += time.perf_counter() - started

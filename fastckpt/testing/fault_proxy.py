@@ -1,0 +1,371 @@
+"""An HTTP proxy that does to an object store what networks and servers do to it on bad days. Standard library only.
+
+    with FaultProxy("127.0.0.1", 9000) as proxy:
+        proxy.add(Fault.LOST_ACK, method="PUT", match=r"/commits/")      # the first such request; then all is well again
+        store = open_s3("s3://bucket/prefix", endpoint_url=proxy.url)
+        ...
+        assert proxy.requests("PUT")[0].fault is Fault.LOST_ACK
+
+It listens on 127.0.0.1, speaks HTTP/1.1 to both sides (not TLS), and passes requests on unchanged (Host and signature included) but for
+`Expect: 100-continue`, which it answers itself. Each connection has a thread of its own. A rule is tried in the order of adding; the first
+one that fits a request is used, and used up after `count` requests. All methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from fastckpt.testing.http_stream import PIECE_BYTES, HttpStream
+
+_BURST_S = 0.02  # unused bandwidth that is kept
+_FAULT_ID = "x-amz-request-id: FAULT\r\n"
+_NO_BODY = frozenset({204, 304})
+
+
+class Fault(enum.Enum):
+    """What a rule does to a request."""
+
+    SLOW_DOWN = "503 SlowDown; the server sees nothing"
+    INTERNAL_ERROR = (
+        "500 after half of the request's body, then the connection is closed; the server sees half a request"
+    )
+    RESET = "the connection is reset after half of the request's body; the server sees half a request"
+    LOST_ACK = "the server carries it out; the client's connection is reset instead of an answer"
+    TRUNCATE = "half of the answer's body, then the connection is closed"
+    FLIP_RESPONSE = "one bit of the answer's body is flipped"
+    FLIP_REQUEST = "one bit of the request's body is flipped"
+    STALL = "nothing until `Rule.release` is set, then as if nothing had been"
+    STALL_RESPONSE = "half of the answer's body, then nothing until `Rule.release` is set, then the rest"
+    ERROR_IN_200 = "status 200 with an <Error> in the body; the server sees nothing"
+    ANSWER = "the answer given in the rule; the server sees nothing"
+
+
+@dataclass
+class Rule:
+    """Made by `FaultProxy.add`."""
+
+    fault: Fault
+    method: str
+    match: str
+    count: int
+    skip: int
+    status: int = 0
+    code: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    reached: threading.Event = field(default_factory=threading.Event)
+    """Set when the rule met its first request: waiting for it replaces a sleep."""
+    release: threading.Event = field(default_factory=threading.Event)
+    """Set it to end a stall. Closing the proxy sets it too."""
+
+
+@dataclass
+class Exchange:
+    """One request as it went through, in the order of arrival."""
+
+    method: str
+    target: str
+    """Path and query."""
+    headers: dict[str, str]
+    """Of the request; names in lower case."""
+    fault: Fault | None
+    status: int = 0
+    """Of the server's answer, or the fault's; 0: none was sent."""
+
+
+class FaultProxy:
+    """Listens from the constructor to `close`. `url` goes where the server's would."""
+
+    def __init__(
+        self, host: str, port: int, *, bytes_per_s: float = 0.0, bytes_per_s_each: float = 0.0, delay_s: float = 0.0
+    ) -> None:
+        """In front of http://host:port. `bytes_per_s`: of all connections together, both directions; `bytes_per_s_each`: of each;
+        0: no limit. `delay_s`: before each request is passed on. All three may be changed at any time."""
+        self.bytes_per_s = bytes_per_s
+        self.bytes_per_s_each = bytes_per_s_each
+        self.delay_s = delay_s
+        self._upstream = (host, port)
+        self._lock = threading.Lock()
+        self._rules: list[Rule] = []
+        self._log: list[Exchange] = []
+        self._paid_until = 0.0
+        self._sockets: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+        self._closing = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._acceptor = threading.Thread(target=self._accept, name="fault-proxy", daemon=True)
+        self._acceptor.start()
+
+    def add(
+        self,
+        fault: Fault,
+        *,
+        method: str = "",
+        match: str = "",
+        count: int = 1,
+        skip: int = 0,
+        status: int = 500,
+        code: str = "InternalError",
+        headers: dict[str, str] | None = None,
+    ) -> Rule:
+        """A rule for `count` requests whose method is `method` and whose path and query contain the expression `match` ("": any), after
+        `skip` such requests went by. `status`, `code` (of the XML body; "": no body) and `headers` are for Fault.ANSWER."""
+        rule = Rule(fault, method, match, count, skip, status, code, headers or {})
+        with self._lock:
+            self._rules.append(rule)
+        return rule
+
+    def clear(self) -> None:
+        """Forget rules and log; stalled requests go on."""
+        with self._lock:
+            rules, self._rules, self._log = self._rules, [], []
+        for rule in rules:
+            rule.release.set()
+
+    def requests(self, method: str = "") -> list[Exchange]:
+        """What has come so far."""
+        with self._lock:
+            return [exchange for exchange in self._log if method in ("", exchange.method)]
+
+    def close(self) -> None:
+        """Ends every connection and waits for the threads."""
+        self._closing.set()
+        with self._lock:
+            rules, open_sockets, threads = list(self._rules), list(self._sockets), list(self._threads)
+        for rule in rules:
+            rule.release.set()
+        for one in [self._listener, *open_sockets]:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)  # wakes the thread that is in accept or recv; close would not
+        self._acceptor.join(10)
+        self._listener.close()
+        for thread in threads:
+            thread.join(10)
+
+    def __enter__(self) -> FaultProxy:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            thread = threading.Thread(target=self._serve, args=(client,), name="fault-proxy-connection", daemon=True)
+            with self._lock:
+                self._threads = [other for other in self._threads if other.is_alive()]
+                self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, client: socket.socket) -> None:
+        connection = _Connection(self, client)
+        try:
+            while not self._closing.is_set() and connection.one_request():
+                pass
+        except (OSError, EOFError, ValueError, IndexError):
+            pass  # either side went away or spoke no HTTP: the connection ends, as with any proxy
+        finally:
+            connection.close()
+
+    def _track(self, one: socket.socket, *, is_open: bool) -> None:
+        with self._lock:
+            (self._sockets.add if is_open else self._sockets.discard)(one)
+
+    def _connect(self) -> socket.socket:
+        upstream = socket.create_connection(self._upstream)
+        upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return upstream
+
+    def _pick(self, exchange: Exchange) -> Rule | None:
+        """Logs the request and uses up a rule for it."""
+        with self._lock:
+            self._log.append(exchange)
+            for rule in self._rules:
+                if rule.count > 0 and rule.method in ("", exchange.method) and re.search(rule.match, exchange.target):
+                    if rule.skip > 0:
+                        rule.skip -= 1
+                        continue
+                    rule.count -= 1
+                    exchange.fault = rule.fault
+                    return rule
+        return None
+
+    def _pace(self, n_bytes: int, connection: _Connection) -> None:
+        """Sleeps as long as the limits want for `n_bytes`."""
+        now = time.monotonic()
+        wait_s = 0.0
+        if self.bytes_per_s > 0:
+            with self._lock:
+                self._paid_until = max(self._paid_until, now - _BURST_S) + n_bytes / self.bytes_per_s
+                wait_s = self._paid_until - now
+        if self.bytes_per_s_each > 0:
+            connection.paid_until = max(connection.paid_until, now - _BURST_S) + n_bytes / self.bytes_per_s_each
+            wait_s = max(wait_s, connection.paid_until - now)
+        if wait_s > 0:
+            self._closing.wait(wait_s)
+
+
+class _Connection:
+    """One client's connection and, when needed, one to the server. Used by one thread."""
+
+    def __init__(self, proxy: FaultProxy, client: socket.socket) -> None:
+        self._proxy = proxy
+        self._client = HttpStream(client)
+        self._server: HttpStream | None = None
+        self.paid_until = 0.0
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        proxy._track(client, is_open=True)
+
+    def close(self) -> None:
+        for stream in (self._client, self._server):
+            if stream is not None:
+                self._proxy._track(stream.socket, is_open=False)
+                stream.socket.close()
+
+    def _reset_client(self) -> None:
+        # Linger 0: close sends RST.
+        self._client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._proxy._track(self._client.socket, is_open=False)
+        self._client.socket.close()
+
+    def _upstream(self) -> HttpStream:
+        if self._server is None:
+            self._server = HttpStream(self._proxy._connect())
+            self._proxy._track(self._server.socket, is_open=True)
+        return self._server
+
+    def one_request(self) -> bool:
+        """Passes one request and its answer. Can there be another on this connection?"""
+        try:
+            head, headers = self._client.head()
+        except EOFError:
+            return False
+        method, target, _ = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
+        exchange = Exchange(method, target, headers, None)
+        rule = self._proxy._pick(exchange)
+        if self._proxy.delay_s > 0:
+            self._proxy._closing.wait(self._proxy.delay_s)
+        if headers.get("expect", "").lower() == "100-continue":
+            self._client.socket.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            head = re.sub(rb"(?i)expect:[^\r]*\r\n", b"", head)
+        if rule is not None:
+            rule.reached.set()
+            if not self._before_the_server(rule, exchange, head, headers):
+                return False
+        upstream = self._upstream()
+        upstream.socket.sendall(head)
+        flip = rule is not None and rule.fault is Fault.FLIP_REQUEST
+        self._copy(self._client.body(headers), upstream.socket.sendall, flip=flip)
+        return self._answer(rule, exchange)
+
+    def _before_the_server(self, rule: Rule, exchange: Exchange, head: bytes, headers: dict[str, str]) -> bool:
+        """Does what the rule wants done while the request comes in. Shall the server see the request?"""
+        fault = rule.fault
+        if fault is Fault.STALL:
+            rule.release.wait()
+            return not self._proxy._closing.is_set()
+        if fault in (Fault.SLOW_DOWN, Fault.ERROR_IN_200, Fault.ANSWER):
+            self._copy(self._client.body(headers), lambda piece: None)
+            if fault is Fault.SLOW_DOWN:
+                self._say(exchange, 503, "SlowDown")
+            elif fault is Fault.ERROR_IN_200:
+                self._say(exchange, 200, "InternalError")
+            else:
+                self._say(exchange, rule.status, rule.code, rule.headers)
+            return False
+        if fault in (Fault.INTERNAL_ERROR, Fault.RESET):
+            upstream = self._upstream()
+            upstream.socket.sendall(head)
+            half = int(headers.get("content-length") or 0) // 2
+            self._copy(self._client.body(headers), upstream.socket.sendall, stop_at=half)
+            if fault is Fault.RESET:
+                self._reset_client()
+                return False
+            self._say(exchange, 500, "InternalError")
+            # Closing with unread bytes would send RST, which can overtake the answer: read the rest first.
+            self._client.socket.shutdown(socket.SHUT_WR)
+            while self._client.socket.recv(PIECE_BYTES):
+                pass
+            return False
+        return True
+
+    def _say(self, exchange: Exchange, status: int, code: str, headers: dict[str, str] | None = None) -> None:
+        exchange.status = status
+        body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>injected</Message></Error>' if code else ""
+        extra = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+        text = (
+            f"HTTP/1.1 {status} Injected\r\n{_FAULT_ID}{extra}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        self._client.socket.sendall((text + ("" if exchange.method == "HEAD" else body)).encode("latin-1"))
+
+    def _answer(self, rule: Rule | None, exchange: Exchange) -> bool:
+        upstream, fault = self._upstream(), None if rule is None else rule.fault
+        while True:
+            head, headers = upstream.head()
+            status = int(head.split(b" ", 2)[1])
+            if status >= 200:
+                break
+        exchange.status = status
+        if exchange.method == "HEAD" or status in _NO_BODY:
+            headers = {name: value for name, value in headers.items() if name == "connection"}
+        half = int(headers.get("content-length") or 0) // 2
+        if fault is Fault.LOST_ACK:
+            self._copy(upstream.body(headers), lambda piece: None)
+            self._reset_client()
+            return False
+        self._client.socket.sendall(head)
+        body = upstream.body(headers)
+        send = self._client.socket.sendall
+        if fault is Fault.TRUNCATE:
+            self._copy(body, send, stop_at=half)
+            return False
+        if fault is Fault.STALL_RESPONSE and rule is not None:
+            self._copy(body, send, stop_at=half, then=rule.release.wait)
+        else:
+            self._copy(body, send, flip=fault is Fault.FLIP_RESPONSE)
+        return headers.get("connection", "").lower() != "close"
+
+    def _copy(
+        self,
+        body: Iterator[bytes],
+        sink: Callable[[bytearray], object],
+        *,
+        flip: bool = False,
+        stop_at: int | None = None,
+        then: Callable[[], object] | None = None,
+    ) -> None:
+        """Pass a body on. `stop_at`: after so many bytes, do `then` and go on, or without `then` end."""
+        passed = 0
+        for whole in body:
+            piece = bytearray(whole)
+            if flip:
+                piece[len(piece) // 2] ^= 4
+                flip = False
+            if stop_at is not None and passed + len(piece) >= stop_at:
+                self._send(piece[: stop_at - passed], sink)
+                if then is None:
+                    return
+                then()
+                del piece[: stop_at - passed]
+                stop_at = None
+            self._send(piece, sink)
+            passed += len(whole)
+
+    def _send(self, piece: bytearray, sink: Callable[[bytearray], object]) -> None:
+        self._proxy._pace(len(piece), self)
+        sink(piece)

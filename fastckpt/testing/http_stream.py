@@ -1,0 +1,67 @@
+"""HTTP/1.1 messages read from a socket, piece by piece: what `fault_proxy` needs of the protocol and no more."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+PIECE_BYTES = 1 << 18
+_MAX_HEAD = 1 << 16
+
+
+class HttpStream:
+    """A socket read through a buffer."""
+
+    def __init__(self, source: socket.socket) -> None:
+        self.socket = source
+        self._rest = b""
+
+    def some(self, most: int) -> bytes:
+        """1 to `most` bytes. EOFError."""
+        piece = self._rest[:most] if self._rest else self.socket.recv(min(most, PIECE_BYTES))
+        self._rest = self._rest[len(piece) :]
+        if not piece:
+            raise EOFError
+        return piece
+
+    def until(self, mark: bytes) -> bytes:
+        """Everything up to and with `mark`. EOFError."""
+        while mark not in self._rest:
+            piece = self.socket.recv(PIECE_BYTES)
+            if not piece or len(self._rest) > _MAX_HEAD:
+                raise EOFError
+            self._rest += piece
+        end = self._rest.index(mark) + len(mark)
+        found, self._rest = self._rest[:end], self._rest[end:]
+        return found
+
+    def head(self) -> tuple[bytes, dict[str, str]]:
+        """Start line and headers as sent, and parsed."""
+        raw = self.until(b"\r\n\r\n")
+        lines = raw.decode("latin-1").split("\r\n")[1:]
+        pairs = (line.split(":", 1) for line in lines if ":" in line)
+        return raw, {name.strip().lower(): value.strip() for name, value in pairs}
+
+    def body(self, headers: dict[str, str]) -> Iterator[bytes]:
+        """The body's bytes as sent (a chunked one with its framing)."""
+        if headers.get("transfer-encoding", "").lower() == "chunked":
+            while True:
+                line = self.until(b"\r\n")
+                yield line
+                left = int(line.split(b";")[0], 16)
+                if not left:
+                    while True:  # trailers, then an empty line
+                        line = self.until(b"\r\n")
+                        yield line
+                        if line == b"\r\n":
+                            return
+                left += 2
+                while left:
+                    piece = self.some(left)
+                    left -= len(piece)
+                    yield piece
+        left = int(headers.get("content-length") or 0)
+        while left:
+            piece = self.some(left)
+            left -= len(piece)
+            yield piece

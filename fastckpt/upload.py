@@ -1,0 +1,128 @@
+"""One rank's part of a save: its chunks into packs, its index into a vote (docs/guarantees.md, section 3)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fastckpt import events
+from fastckpt.commit import vote_name
+from fastckpt.format import container, directory
+from fastckpt.format.keys import SaveId, VoteName, vote_key
+from fastckpt.format.repository_records import Parent, utc_now, writer
+from fastckpt.format.vote import SaveInfo, save_to_json
+from fastckpt.options import Options
+from fastckpt.packs import PackWriter, choose_pack_bytes
+from fastckpt.save import ChunkWriter, index_and_footer, start_workers
+from fastckpt.state import Captured
+from fastckpt.store.base import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveRequest:
+    """What a rank's vote says besides the state."""
+
+    save: SaveId
+    parent: Parent | None
+    rank: int = 0
+    world: int = 1
+    trigger: str = "manual"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    called_s: float = field(default_factory=time.monotonic)
+    """When save was called, time.monotonic()."""
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A vote that is durable, and all that it names."""
+
+    name: VoteName
+    data: bytes
+    stored_bytes: int
+
+
+def upload(
+    captured: Captured,
+    store: Store,
+    request: SaveRequest,
+    options: Options,
+    before_vote: Callable[[], None] = lambda: None,
+    goodput_bytes_s: float | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Uploaded:
+    """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
+
+    before_vote: called when all packs are durable; what it raises stops the save before it can be committed. cancelled: asked
+    before every chunk; True ends the save with a SaveError.
+    Takes, besides the state, `options.chunks_in_flight` × 16 MiB and `connections + 1` packs.
+    """
+    started = time.perf_counter()
+    target = f"{store.url} step {request.save.step}"
+    pack_bytes = choose_pack_bytes(captured.n_bytes, options.connections, options.host_budget_bytes, goodput_bytes_s)
+    try:
+        pool = start_workers(captured, options)
+        try:
+            with PackWriter(store, request.save, request.rank, pack_bytes, options.connections, cancelled) as packs:
+                chunks = ChunkWriter(captured, packs, target, options, pool)
+                events.emit(
+                    events.SaveStarted(
+                        target=target,
+                        raw_bytes=captured.n_bytes,
+                        chunks=len(chunks.cuts.chunks),
+                        storages=len(captured.storages),
+                        skeleton_s=0.0,
+                    )
+                )
+                chunks.run()
+                files = packs.finish()
+        finally:
+            if pool is not None:
+                pool.close()
+        before_vote()
+        info = SaveInfo(
+            request.save,
+            request.parent,
+            request.trigger,
+            request.metrics,
+            captured.n_bytes,
+            packs.stored_bytes,
+            time.monotonic() - request.called_s,
+            utc_now(),
+        )
+        vote = _vote(chunks, captured, files, request, info)
+        name = vote_name(request.save, request.rank, request.world, vote)
+        store.put(vote_key(name), vote)
+    except BaseException as error:
+        events.emit(events.SaveFailed(target=target, error=error))
+        raise
+    events.emit(
+        events.SaveFinished(
+            target=target,
+            raw_bytes=captured.n_bytes,
+            file_bytes=packs.stored_bytes + len(vote),
+            seconds=time.perf_counter() - started,
+            durable_s=0.0,
+        )
+    )
+    return Uploaded(name, vote, packs.stored_bytes + len(vote))
+
+
+def _vote(
+    chunks: ChunkWriter, captured: Captured, files: list[directory.FileEntry], request: SaveRequest, info: SaveInfo
+) -> bytes:
+    listed = chunks.directory()
+    listed = replace(
+        listed,
+        step=request.save.step,
+        rank=request.rank,
+        world=request.world,
+        meta=dict(request.meta),
+        writer={**listed.writer, **writer()},
+        save=save_to_json(info),
+    )
+    header = container.build_header(read_features=0)
+    parts = [directory.build(listed), directory.build_file_table(files), chunks.records.tobytes(), captured.skeleton]
+    return b"".join([header, *index_and_footer(header, 0, parts)])

@@ -1,0 +1,658 @@
+"""The training loop's object over a memory store: real training, real threads, a store that can be held and broken."""
+# ruff: noqa: PT012 - what happens inside of the `with` is what these tests are about
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fastckpt.spot import Notice
+
+import fastckpt
+from fastckpt import Checkpointer, Every, Keep, Options, RNGState, events
+from fastckpt.catalog import Catalog
+from fastckpt.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    NoCheckpointError,
+    PartialRestoreError,
+    RepositoryError,
+    RestoreError,
+    SaveError,
+    StoreUnavailableError,
+    SupersededError,
+    TornSnapshotError,
+)
+from fastckpt.format import keys
+from fastckpt.incarnation import Incarnation
+from fastckpt.repository import Repository
+from fastckpt.store.memory import MemoryStore
+
+SHORT_S = 20.0  # no wait of these tests comes near it
+
+
+class HeldStore(MemoryStore):
+    """A store whose puts of packs can be held back, or fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Event()
+        self.open.set()
+        self.reached = threading.Event()
+        self.failing: type[Exception] | None = None
+
+    def put(self, key: str, data: Any) -> None:
+        if key.startswith(keys.DATA):
+            self.reached.set()
+            assert self.open.wait(SHORT_S)
+            if self.failing is not None:
+                raise self.failing("as the test wants it")
+        super().put(key, data)
+
+
+class FakeSource:
+    """A source of notices that the test controls."""
+
+    name = "test"
+
+    def __init__(self) -> None:
+        self.notices: list[Notice] = []
+
+    def poll(self, now_s: float) -> list[Notice]:
+        found, self.notices = self.notices, []
+        return found
+
+
+class Training:
+    """A small real training: dropout, batch norm, AdamW, a schedule, all generators."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(20, 300),
+            torch.nn.BatchNorm1d(300),
+            torch.nn.ReLU(),
+            torch.nn.Dropout(0.2),
+            torch.nn.Linear(300, 5),
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 100)
+        self.state = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule, "rng": RNGState()}
+
+    def step(self) -> float:
+        x = torch.randn(16, 20) * random.random() + float(np.random.rand())
+        loss = self.model(x).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.item()
+
+
+def losses(n: int) -> list[float]:
+    training = Training()
+    return [training.step() for _ in range(n)]
+
+
+@pytest.fixture
+def store() -> Iterator[HeldStore]:
+    held = HeldStore()
+    yield held
+    held.open.set()
+
+
+def checkpointer(store: MemoryStore, training: Training | None = None, **settings: Any) -> Checkpointer:
+    settings = {"every": Every(steps=1), "spot": None, "options": Options(threads=1, connections=1), **settings}
+    return Checkpointer(store, (training or Training()).state, **settings)
+
+
+def living(store: MemoryStore) -> list[int]:
+    return [c.step for c in Catalog(Repository(store)).history()]
+
+
+def test_a_restored_run_goes_on_bit_for_bit(store: HeldStore) -> None:
+    expected = losses(12)
+    first = Training()
+    with checkpointer(store, first) as ckpt:
+        assert ckpt.restore() == 0
+        for step in range(7):
+            assert first.step() == expected[step]
+            ckpt.step(step + 1, metrics={"loss": expected[step]})
+            ckpt.wait()
+    second = Training()
+    second.step()  # whatever it did before, restore undoes
+    with checkpointer(store, second) as ckpt:
+        start = ckpt.restore()
+        assert start == 7
+        assert ckpt.restored is not None
+        assert ckpt.restored.metrics == {"loss": expected[6]}
+        assert [second.step() for _ in range(5)] == expected[7:]
+
+
+def test_parameters_are_restored_into_the_same_memory(store: HeldStore) -> None:
+    training = Training()
+    with checkpointer(store, training) as ckpt:
+        ckpt.save_now(1).wait(SHORT_S)
+    other = Training()
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(1)
+    before = [p.data_ptr() for p in other.model.parameters()]
+    with checkpointer(store, other) as ckpt:
+        assert ckpt.restore() == 1
+    assert before == [p.data_ptr() for p in other.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(training.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_tensors_dicts_and_lists_are_restored_in_place(store: HeldStore) -> None:
+    tensor, mapping, values = torch.arange(5.0), {"position": 3, "t": torch.ones(2)}, [1, 2]
+    with Checkpointer(store, {"t": tensor, "d": mapping, "l": values}, spot=None) as ckpt:
+        ckpt.save_now(4).wait(SHORT_S)
+        tensor.zero_()
+        mapping.clear()
+        values.append(9)
+        assert ckpt.restore() == 4
+    assert tensor.tolist() == [0, 1, 2, 3, 4]
+    assert mapping["position"] == 3
+    assert values == [1, 2]
+
+
+def test_every_and_keep(store: HeldStore) -> None:
+    training = Training()
+    keep = Keep(last=2, every=8, best="loss")
+    with checkpointer(store, training, every=Every(steps=2), keep=keep, grace_s=0.0) as ckpt:
+        for step in range(1, 21):
+            training.step()
+            ckpt.step(step, metrics={"loss": 0.5 if step == 6 else 1.0})
+            ckpt.wait()
+    assert living(store) == [20, 18, 16, 8, 6]
+    packs = {keys.parse_pack(info.key) for info in store.list(keys.DATA)}
+    assert {save.step for save in packs if save is not None} >= {20, 18, 16, 8, 6}
+    assert len(packs) <= 6  # what was retired by the last pass is collected by the next
+
+
+def test_a_save_that_is_due_waits_without_keeping_training(store: HeldStore) -> None:
+    training = Training()
+    seen: list[events.SaveDeferred] = []
+    with (
+        checkpointer(store, training) as ckpt,
+        events.subscribe(lambda e: seen.append(e) if isinstance(e, events.SaveDeferred) else None),
+    ):
+        store.open.clear()
+        for step in range(1, 6):  # 1 uploads, 2 is staged, 3 to 5 find no room
+            training.step()
+            assert ckpt.step(step) is False
+        assert ckpt.stats.deferred == 3
+        assert [event.step for event in seen] == [3, 4, 5]
+        store.open.set()
+        ckpt.wait()
+        training.step()
+        ckpt.step(6)
+        ckpt.wait()
+    assert living(store)[:3] == [6, 2, 1]
+
+
+def test_what_is_committed_is_the_state_at_the_call_of_step(store: HeldStore) -> None:
+    training = Training()
+    with checkpointer(store, training) as ckpt:
+        store.open.clear()
+        training.step()
+        ckpt.step(1)
+        then = {name: value.clone() for name, value in training.model.state_dict().items()}
+        for _ in range(3):
+            training.step()
+        store.open.set()
+        ckpt.wait()
+    other = Training()
+    with checkpointer(store, other) as ckpt:
+        ckpt.restore()
+    for name, value in other.model.state_dict().items():
+        assert torch.equal(value, then[name]), name
+
+
+def test_the_optimizers_step_waits_for_copies_that_were_left_to_it(
+    store: HeldStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastckpt.state.capture import CapturedStorage
+
+    training = Training()
+    copying, go = threading.Event(), threading.Event()
+    original = CapturedStorage.read_into
+    fenced = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
+
+    def slow(self: CapturedStorage, offset: int, out: Any) -> None:
+        if threading.current_thread().name.startswith("fastckpt-stage") and self.address in fenced:
+            copying.set()
+            assert go.wait(SHORT_S)
+        original(self, offset, out)
+
+    with checkpointer(store, training, every=Every(steps=2)) as ckpt:
+        training.step()
+        ckpt.step(1)
+        training.step()  # both hooks have fired between two steps: from here on they are trusted
+        monkeypatch.setattr(CapturedStorage, "read_into", slow)
+        then = [p.detach().clone() for p in training.model.parameters()]
+        ckpt.step(2)
+        assert copying.wait(SHORT_S)
+        loss = training.model(torch.randn(16, 20)).square().mean()  # forward and backward go on
+        loss.backward()
+        timer = threading.Timer(0.0, go.set)
+        timer.start()
+        training.optimizer.step()
+        timer.join()
+        assert go.is_set(), "the optimizer did not wait"
+        ckpt.wait()
+    other = Training()
+    with checkpointer(store, other) as ckpt:
+        assert ckpt.restore() == 2
+    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), then, strict=True))
+
+
+def test_without_a_hook_that_fires_everything_is_copied_before_step_returns(store: HeldStore) -> None:
+    training = Training()
+    with checkpointer(store, training) as ckpt:
+        ckpt.step(1)  # no optimizer step before: the hook is not trusted
+        with torch.no_grad():
+            for parameter in training.model.parameters():
+                parameter.zero_()
+        ckpt.wait()
+    other = Training()
+    with checkpointer(store, other) as ckpt:
+        assert ckpt.restore() == 1
+    assert any(p.abs().sum() > 0 for p in other.model.parameters())
+
+
+def test_a_parameter_changed_while_it_is_copied_is_an_error(store: HeldStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastckpt.state.capture import CapturedStorage
+
+    training = Training()
+    original = CapturedStorage.read_into
+
+    def meddle(self: CapturedStorage, offset: int, out: Any) -> None:
+        if threading.current_thread().name.startswith("fastckpt-stage"):
+            with torch.no_grad():
+                training.model[0].weight.add_(1)
+        original(self, offset, out)
+
+    with checkpointer(store, training) as ckpt:
+        training.step()
+        ckpt.step(1)
+        ckpt.wait()
+        monkeypatch.setattr(CapturedStorage, "read_into", meddle)
+        training.step()
+        ckpt.step(2)
+        with pytest.raises(TornSnapshotError, match="changed while it was copied"):
+            ckpt.wait()
+        monkeypatch.undo()
+        training.step()
+        ckpt.step(3)
+    assert living(store) == [3, 1]
+
+
+def test_a_failed_save_reaches_the_next_call_and_harms_nothing(store: HeldStore) -> None:
+    training = Training()
+    with checkpointer(store, training) as ckpt:
+        training.step()
+        ckpt.step(1)
+        ckpt.wait()
+        store.failing = StoreUnavailableError
+        ckpt.step(2)
+        with pytest.raises(StoreUnavailableError, match="as the test wants"):
+            ckpt.wait()
+        store.failing = None
+        assert living(store) == [1]
+        ckpt.step(3)  # going on is allowed
+        ckpt.wait()
+        assert living(store) == [3, 1]
+        store.failing = StoreUnavailableError
+        ckpt.step(4)
+        with pytest.raises(StoreUnavailableError):
+            ckpt.close()
+        ckpt.close()
+
+
+def test_the_same_step_can_be_tried_again_after_a_failure(store: HeldStore) -> None:
+    training = Training()
+    with checkpointer(store, training) as ckpt:
+        store.failing = StoreUnavailableError
+        with pytest.raises(StoreUnavailableError):
+            ckpt.save_now(5).wait(SHORT_S)
+        store.failing = None
+        with pytest.raises(StoreUnavailableError):  # the failure is reported once by the next call, too
+            ckpt.wait()
+        commit = ckpt.save_now(5).wait(SHORT_S)
+        assert commit.save.attempt == 1
+    assert living(store) == [5]
+
+
+def test_a_step_is_saved_once(store: HeldStore) -> None:
+    training = Training()
+    with checkpointer(store, training) as ckpt:
+        ckpt.step(3)
+        first = ckpt.save_now(3).wait(SHORT_S)
+        assert ckpt.save_now(3).wait(SHORT_S) == first
+        with pytest.raises(SaveError, match="comes after step 3"):
+            ckpt.step(2)
+        with pytest.raises(SaveError, match="comes after step 3"):
+            ckpt.save_now(1)
+    with checkpointer(store, training) as ckpt:
+        ckpt.restore()
+        with pytest.raises(SaveError):
+            ckpt.save_now(1)
+
+
+def test_leaving_by_an_exception_saves_nothing_new_and_shows_the_original(store: HeldStore) -> None:
+    training = Training()
+    with pytest.raises(ZeroDivisionError) as caught, checkpointer(store, training) as ckpt:
+        ckpt.step(1)
+        ckpt.wait()
+        store.failing = StoreUnavailableError
+        ckpt.step(2)
+        raise ZeroDivisionError
+    assert living(store) == [1]
+    assert any("as the test wants" in note for note in getattr(caught.value, "__notes__", ["as the test wants"]))
+
+
+def test_a_save_in_flight_gets_its_time_after_an_exception(store: HeldStore) -> None:
+    with pytest.raises(KeyboardInterrupt), checkpointer(store) as ckpt:
+        store.open.clear()
+        ckpt.step(1)
+        assert store.reached.wait(SHORT_S)
+        threading.Timer(0.0, store.open.set).start()
+        raise KeyboardInterrupt
+    assert living(store) == [1]
+
+
+def test_after_that_time_it_is_given_up(store: HeldStore) -> None:
+    with pytest.raises(ValueError, match="mine") as caught, checkpointer(store, close_timeout_s=0.01) as ckpt:
+        store.open.clear()
+        ckpt.step(1)
+        raise ValueError("mine")
+    store.open.set()
+    assert ckpt._queue.wait_idle(SHORT_S)
+    assert living(store) == []
+    assert any("given up" in note for note in getattr(caught.value, "__notes__", ["given up"]))
+
+
+def test_on_exception_save(store: HeldStore) -> None:
+    with pytest.raises(ZeroDivisionError), checkpointer(store, every=None, on_exception="save") as ckpt:
+        ckpt.step(8)
+        raise ZeroDivisionError
+    assert living(store) == [8]
+
+
+def test_restore_is_asked_for_before_the_first_save(store: HeldStore) -> None:
+    with checkpointer(store) as ckpt:
+        ckpt.save_now(3).wait(SHORT_S)
+    with checkpointer(store) as ckpt, pytest.raises(RepositoryError, match="restore"):
+        ckpt.save_now(4)
+    with checkpointer(store, fresh=True) as ckpt:
+        assert ckpt.restore() == 0
+        ckpt.save_now(1).wait(SHORT_S)
+    assert living(store) == [1]
+
+
+def test_rewind_and_save_again(store: HeldStore) -> None:
+    expected = losses(3)[2]
+    training = Training()
+    with checkpointer(store, training, keep=None) as ckpt:
+        for step in range(1, 6):
+            training.step()
+            ckpt.step(step)
+            ckpt.wait()
+        assert ckpt.restore(step=2) == 2
+        assert living(store) == [2, 1]  # a rewind holds before anything was saved on it
+        assert training.step() == expected
+        ckpt.step(3)
+        ckpt.wait()
+    assert living(store) == [3, 2, 1]
+    with checkpointer(store) as ckpt:
+        with pytest.raises(NoCheckpointError, match="step 77"):
+            ckpt.restore(step=77)
+        assert ckpt.restore(step=5) == 5  # the abandoned branch is still there
+
+
+def test_latest_valid_passes_over_damage_and_records_it(store: HeldStore) -> None:
+    training = Training()
+    with checkpointer(store, training, keep=None) as ckpt:
+        for step in (1, 2, 3):
+            training.step()
+            ckpt.step(step)
+            ckpt.wait()
+    pack = next(info.key for info in store.list("data/000001-000000000003-000/"))
+    data = bytearray(store.get(pack))
+    data[len(data) // 2] ^= 1
+    store.put(pack, data)  # damage that only reading finds
+    store.delete(next(info.key for info in store.list("data/000001-000000000002-000/")))  # and some that a LIST finds
+    with checkpointer(store) as ckpt:
+        with pytest.raises(CorruptCheckpointError, match=r"optimizer.state(.|\n)*restore\(step=1\)"):
+            ckpt.restore()
+        assert ckpt.restore(step="latest-valid") == 1
+        ckpt.save_now(2).wait(SHORT_S)
+    newest = Repository(store).newest_epoch()
+    epoch = Repository(store).epoch(newest)
+    assert [s.checkpoint.step for s in epoch.skipped] == [3, 2]
+    assert living(store) == [2, 1]
+
+
+def test_damage_that_a_list_finds_names_the_newest_complete_step(store: HeldStore) -> None:
+    with checkpointer(store, keep=None) as ckpt:
+        for step in (1, 2):
+            ckpt.step(step)
+            ckpt.wait()
+    store.delete(next(info.key for info in store.list("data/000001-000000000002-000/")))
+    with checkpointer(store) as ckpt, pytest.raises(CorruptCheckpointError, match=r"restore\(step=1\)"):
+        ckpt.restore()
+
+
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_touched(store: HeldStore) -> None:
+    with checkpointer(store) as ckpt:
+        ckpt.save_now(1).wait(SHORT_S)
+    model = torch.nn.Linear(2, 2)
+    with Checkpointer(store, {"model": model, "extra": [1]}, spot=None) as ckpt:
+        with pytest.raises(RestoreError, match="'extra' is not in the checkpoint") as caught:
+            ckpt.restore()
+        assert "'optimizer' of the checkpoint" in str(caught.value)
+
+
+def test_a_partial_restore_stops_training(store: HeldStore) -> None:
+    a, b = torch.nn.Linear(3, 3), torch.nn.Linear(2, 2)
+    with Checkpointer(store, {"a": a, "b": b}, spot=None) as ckpt:
+        ckpt.save_now(1).wait(SHORT_S)
+    with Checkpointer(store, {"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(5, 5)}, spot=None) as ckpt:
+        with pytest.raises(PartialRestoreError, match="'b' did not take its state"):
+            ckpt.restore()
+        with pytest.raises(PartialRestoreError):
+            ckpt.step(2)
+        with pytest.raises(PartialRestoreError):
+            ckpt.save_now(2)
+
+
+def test_a_zombie_is_told(store: HeldStore) -> None:
+    training = Training()
+    with checkpointer(store, training) as zombie:
+        zombie.step(1)
+        zombie.wait()
+        with checkpointer(store) as successor:
+            assert successor.restore() == 1
+            zombie.step(2)
+            with pytest.raises(SupersededError, match="another incarnation"):
+                zombie.wait()
+            successor.save_now(5).wait(SHORT_S)
+    assert living(store) == [5, 1]
+
+
+def test_a_finished_save_without_commit_is_completed_by_the_next_start(store: HeldStore) -> None:
+    class Killed(BaseException):
+        pass
+
+    training = Training()
+    put_if_absent = store.put_if_absent
+
+    def die(key: str, data: Any) -> None:
+        if key.startswith(keys.COMMITS):
+            raise Killed
+        put_if_absent(key, data)
+
+    ckpt = checkpointer(store, training)
+    store.put_if_absent = die  # type: ignore[method-assign]
+    ckpt.step(4)
+    with pytest.raises(Killed):
+        ckpt.close()
+    store.put_if_absent = put_if_absent  # type: ignore[method-assign]
+    assert living(store) == []
+    with checkpointer(store) as ckpt:
+        assert ckpt.restore() == 4
+
+
+def test_a_notice_ends_the_run_with_a_durable_step(store: HeldStore) -> None:
+    source = FakeSource()
+    training = Training()
+    with checkpointer(store, training, every=None, spot=[source]) as ckpt:
+        assert ckpt.restore() == 0
+        assert ckpt.exit_code == 0
+        training.step()
+        assert ckpt.step(1) is False
+        source.notices = [Notice("terminate", "test", time.monotonic() + 100, "")]
+        deadline = time.monotonic() + SHORT_S
+        step = 1
+        while not ckpt.step(step + 1):
+            step += 1
+            training.step()
+            assert time.monotonic() < deadline
+        assert ckpt.exit_code == fastckpt.EXIT_CODE_NOTICE == 75
+        assert ckpt.step(step + 2) is True
+    assert living(store) == [step + 1]
+    record = Repository(store).commit(next(Catalog(Repository(store)).history()))
+    assert record.trigger == "notice"  # type: ignore[union-attr]
+
+
+def test_a_final_save_has_a_deadline(store: HeldStore) -> None:
+    source = FakeSource()
+    ckpt = checkpointer(store, every=None, spot=[source])
+    store.open.clear()
+    source.notices = [Notice("terminate", "test", time.monotonic() + 0.3, "")]
+    deadline = time.monotonic() + SHORT_S
+    while ckpt.notice is None:
+        assert time.monotonic() < deadline
+    with pytest.raises(SaveError, match="not durable when the time was over"):
+        ckpt.step(9)
+    store.open.set()
+    with pytest.raises(CheckpointError):
+        ckpt.close()
+    assert living(store) == []
+
+
+def test_previous_signal_handlers_are_back_after_close(store: HeldStore) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with checkpointer(store, spot="signal"):
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_memory_stays_in_its_budget(store: HeldStore) -> None:
+    state = {"t": torch.randn(6_000_000)}
+    options = Options(threads=1, connections=1, host_budget_bytes=16 << 20)  # no room for a copy of 24 MB
+    with Checkpointer(store, state, every=Every(steps=1), spot=None, options=options) as ckpt:
+        ckpt.step(1)
+        assert ckpt.stats.snapshot_bytes == 0
+        assert ckpt.stats.durable_step == 1, "training waits until the upload is done"
+    assert living(store) == [1]
+
+
+def test_staged_buffers_are_used_again(store: HeldStore) -> None:
+    with checkpointer(store) as ckpt:
+        ckpt.save_now(1).wait(SHORT_S)
+        ckpt.wait()
+        assert ckpt.stats.snapshot_bytes == 0
+        kept = ckpt._memory._free_bytes
+        ckpt.save_now(2).wait(SHORT_S)
+        ckpt.wait()
+        assert ckpt._memory._free_bytes == kept
+
+
+@pytest.mark.parametrize(
+    ("state", "problem"),
+    [({}, "mapping"), ({"x": 3}, "'x' is int"), ({1: torch.ones(1)}, "expected a name"), ([1], "mapping")],
+)
+def test_a_state_that_cannot_be_restored_is_refused_at_once(store: HeldStore, state: Any, problem: str) -> None:
+    with pytest.raises(TypeError, match=problem):
+        Checkpointer(store, state, spot=None)
+
+
+def test_metrics_and_meta_are_checked_at_the_call(store: HeldStore) -> None:
+    with checkpointer(store) as ckpt:
+        with pytest.raises(TypeError, match="metrics"):
+            ckpt.step(1, metrics={"loss": "low"})  # type: ignore[dict-item]
+        with pytest.raises(TypeError, match="meta"):
+            ckpt.step(1, meta={"x": object()})
+        ckpt.step(1, metrics={"loss": float("nan")}, meta={"run": "a", "tags": [1, None]})
+        ckpt.wait()
+        commit = Catalog(Repository(store)).choose()
+        assert commit is not None
+        assert commit.commit.meta == {"run": "a", "tags": [1, None]}
+
+
+@pytest.mark.parametrize("wrong", [{}, {"steps": 0}, {"minutes": 0}, {"minutes": float("nan")}, {"when": 3}])
+def test_a_schedule_is_checked(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="Every"):
+        Every(**wrong)
+
+
+def test_schedules() -> None:
+    assert [s for s in range(1, 21) if Every(steps=5).due(s - 1, s, 0, {})] == [5, 10, 15, 20]
+    assert [s for s in range(3, 31, 3) if Every(steps=5).due(s - 3, s, 0, {})] == [6, 12, 15, 21, 27, 30]
+    assert Every(minutes=1).due(None, 7, 60.0, {})
+    assert not Every(minutes=1).due(None, 7, 59.9, {})
+    assert Every(when=lambda step, metrics: metrics["loss"] < 1).due(1, 2, 0, {"loss": 0.5})
+
+
+def test_all_generators_are_restored() -> None:
+    state = RNGState().state_dict()
+    expected = (random.gauss(0, 1), np.random.randn(), torch.randn(3).tolist())
+    RNGState().load_state_dict(state)
+    assert (random.gauss(0, 1), np.random.randn(), torch.randn(3).tolist()) == expected
+
+
+def test_another_store_class_is_accepted_and_left_open(store: HeldStore) -> None:
+    closed = []
+    store.close = lambda: closed.append(1)  # type: ignore[method-assign]
+    with checkpointer(store):
+        pass
+    assert not closed
+
+
+def test_an_incarnation_that_saved_is_seen_by_one_that_claims_meanwhile(store: HeldStore) -> None:
+    """Row 14 of docs/guarantees.md: a commit between choice and claim is not left behind."""
+    from fastckpt.state import capture
+
+    def captured(value: float) -> Any:
+        import pickle
+
+        return capture({"t": torch.tensor([value])}, pickle, 2)
+
+    options = Options(threads=1, connections=1)
+    old = Incarnation(Repository(store), options)
+    old.save(captured(1), 1)
+    put_if_absent = store.put_if_absent
+
+    def commit_first(key: str, data: Any) -> None:
+        if key == keys.epoch_key(2):
+            store.put_if_absent = put_if_absent  # type: ignore[method-assign]
+            assert old.save(captured(2), 2).save.step == 2  # acknowledged: no newer epoch in sight
+        put_if_absent(key, data)
+
+    store.put_if_absent = commit_first  # type: ignore[method-assign]
+    new = Incarnation(Repository(store), options)
+    choice = new.restore()
+    assert choice is not None
+    assert choice.commit.save.step == 2
