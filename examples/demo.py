@@ -1,18 +1,18 @@
-"""Train, stop, continue in a new process, and prove that nothing changed.
+"""A training run that outlives its machine, and proof that nothing changed.
 
-Three processes train one small GPT on the English text that Python ships (``pydoc_data.topics``):
+1. *reference* trains a small GPT on the English text that Python ships (``pydoc_data.topics``) for N steps without a break.
+2. *first* is the same run with a ``fastckpt.Checkpointer``. In the middle a (fake) EC2 metadata service posts an interruption notice:
+   the final save commits, and the process exits with 75.
+3. *second*, a new process that knows nothing but the URL, restores and finishes.
 
-1. *reference* trains N steps without a break;
-2. *first* trains to step k, saves with ``fastckpt.save`` and exits;
-3. *second* starts fresh, loads with ``fastckpt.load`` (``weights_only=True``) and trains on to step N.
-
-Then every loss, every parameter, the optimizer, the scheduler, the data position and all three random generators
-of (2) and (3) are compared with (1), bit for bit. The exit code is 0 if they are equal and 1 if not.
+Then every loss, every parameter, the optimizer, the scheduler, the data position and all random generators of (2) and (3) are compared
+with (1), bit for bit. The exit code is 0 if they are equal and 1 if not.
 
     python examples/demo.py [--steps N] [--out DIR] [--json] [--forget PART]
 
-``--forget rng`` (or data, optimizer, scheduler, model) leaves one part out of the restore, to show that the comparison
-notices.
+The repository is a local directory, or what FASTCKPT_URL names (``s3://bucket/prefix``; a folder of its own is made there). A timeline
+is drawn to demo-out/timeline.png (``--out``). ``--forget rng`` (or data, optimizer, scheduler, model) leaves one part out of the
+checkpoint, to show that the comparison notices.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import json
 import math
 import os
 import random
+import secrets
 import statistics
 import subprocess
 import sys
@@ -37,12 +38,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import fastckpt
+from fastckpt.testing.metadata_server import MetadataServer
+
 SEED = 20
 THREADS = 2  # float sums depend on how they are split: every process must use the same number of threads
 CONTEXT, BATCH = 128, 8
 WIDTH, LAYERS, HEADS = 256, 5, 8  # 4.0 M parameters: 48 MB of state with AdamW, 0.3 s a step on two cores
 PARTS = ("model", "optimizer", "scheduler", "data", "rng")
-TIMINGS = 3  # saves and loads that are timed, fastckpt and torch in turns; the table shows medians
+EVERY = 5  # steps between checkpoints
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -124,31 +128,6 @@ class Batches:
         self.epoch, self.position, self.order = state["epoch"], state["position"], state["order"].tolist()
 
 
-# --- the random generators, in types that torch's restricted unpickler reads -----------------------------------------
-
-
-def rng_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": {
-            "name": str(name),
-            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "gauss": float(gauss),
-        },
-        "torch": torch.get_rng_state(),
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    n = state["numpy"]
-    np.random.set_state((n["name"], n["keys"].numpy().astype(np.uint32), n["position"], n["has_gauss"], n["gauss"]))
-    torch.set_rng_state(state["torch"])
-
-
 # --- one training run ------------------------------------------------------------------------------------------------
 
 
@@ -161,13 +140,19 @@ class Training:
         torch.manual_seed(SEED)
         self.step, self.steps = 0, steps
         self.losses: list[float] = []
+        self.times: list[tuple[float, float]] = []
+        """When each step began and ended, Unix seconds."""
         self.model, self.data = GPT(), Batches()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.1)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=1e-3, total_steps=steps + 1)
 
-    def train_to(self, last: int, what: str) -> None:
+    def train_to(
+        self, last: int, what: str, after_step: Callable[[int, float], bool] = lambda step, loss: False
+    ) -> None:
+        """after_step: told the step and its loss; True ends the training."""
         show = Progress(what, last - self.step)
         while self.step < last:
+            begun = time.time()
             tokens, targets = self.data.next()
             loss = functional.cross_entropy(self.model(tokens).flatten(0, 1), targets.flatten())
             self.optimizer.zero_grad(set_to_none=True)
@@ -177,31 +162,25 @@ class Training:
             self.scheduler.step()
             self.step += 1
             self.losses.append(loss.item())
+            self.times.append((begun, time.time()))
             show(f"step {self.step}/{self.steps}  loss {loss.item():.3f}")
+            if after_step(self.step, loss.item()):
+                break
         show.end()
 
-    def state(self) -> dict[str, Any]:
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What is saved: everything that the rest of the run depends on."""
         return {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "data": self.data.state_dict(),
-            "rng": rng_state(),
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "data": self.data,
+            "rng": fastckpt.RNGState(),
         }
 
-    def restore(self, state: dict[str, Any], forget: str | None) -> None:
-        restore: dict[str, Callable[[Any], object]] = {
-            "model": self.model.load_state_dict,
-            "optimizer": self.optimizer.load_state_dict,
-            "scheduler": self.scheduler.load_state_dict,
-            "data": self.data.load_state_dict,
-            "rng": set_rng_state,
-        }
-        for part, load in restore.items():
-            if part != forget:
-                load(state[part])
-        self.step = state["step"]
+    def state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
 
 
 class Progress:
@@ -231,10 +210,10 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, item in value.items():
             yield from leaves(item, f"{name}/{key}" if name else str(key))
-    elif isinstance(value, (list, tuple)) and len(value) < 100:
+    elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
             yield from leaves(item, f"{name}/{i}")
-    else:  # the generator of Python has 625 integers in one tuple: one leaf
+    else:
         yield name, value
 
 
@@ -261,95 +240,93 @@ def raw_bytes(state: dict[str, Any]) -> int:
 # --- the three processes ---------------------------------------------------------------------------------------------
 
 
-def torch_save_durable(state: dict[str, Any], path: Path) -> None:
-    """torch.save and the two fsyncs that fastckpt.save includes: without them the times would not compare."""
-    torch.save(state, path)
-    for place in (path, path.parent):
-        fd = os.open(place, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+def reference(args: argparse.Namespace) -> dict[str, Any]:
+    run = Training(args.steps)
+    run.train_to(args.steps, "reference")
+    return {"losses": run.losses, "final": fingerprint(run.state()), "times": run.times}
 
 
-def timed(action: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = action()
-    return time.perf_counter() - start, result
+def job(args: argparse.Namespace) -> dict[str, Any]:
+    """The job that the machine runs, first and second time alike: all it needs is the URL."""
+    run = Training(args.steps)
+    log: list[tuple[float, str, dict[str, Any]]] = []
 
+    def note(event: fastckpt.events.Event) -> None:
+        log.append(
+            (
+                time.time(),
+                type(event).__name__,
+                {k: v for k, v in vars(event).items() if isinstance(v, (int, float, str))},
+            )
+        )
 
-def reference(work: Path, steps: int) -> dict[str, Any]:
-    run = Training(steps)
-    run.train_to(steps, "reference")
-    return {"losses": run.losses, "final": fingerprint(run.state())}
+    parts = {name: part for name, part in run.parts.items() if name != args.forget}
+    began = time.time()
+    with (
+        fastckpt.events.subscribe(note),
+        fastckpt.Checkpointer(args.url, parts, every=fastckpt.Every(steps=EVERY), spot="ec2,signal") as ckpt,
+    ):
+        opened = time.time()
+        run.step = ckpt.restore()
+        restored = time.time()
+        started_at = run.step
+        saved_state = fingerprint(run.state()) if run.step else {}
 
+        def after_step(step: int, loss: float) -> bool:
+            print(f"step {step}", flush=True)  # the parent posts the notice when it has read enough of these
+            return ckpt.step(step, metrics={"loss": loss})
 
-def first(work: Path, steps: int, stop: int) -> dict[str, Any]:
-    import fastckpt
-
-    run = Training(steps)
-    run.train_to(stop, "first")
-    state = run.state()
-    ours, theirs = work / "state.fckpt", work / "state.pt"
-    seconds: dict[str, list[float]] = {"fastckpt": [], "torch": []}
-    for _ in range(TIMINGS):
-        seconds["torch"].append(timed(lambda: torch_save_durable(state, theirs))[0])
-        seconds["fastckpt"].append(timed(lambda: fastckpt.save(state, ours))[0])
-    return {
+        run.train_to(args.steps, args.role, after_step)
+    result = {
+        "started_at": started_at,
+        "stopped_at": run.step,
         "losses": run.losses,
-        "saved": fingerprint(state),
-        "raw_bytes": raw_bytes(state),
-        "file_bytes": {"fastckpt": ours.stat().st_size, "torch": theirs.stat().st_size},
-        "save_seconds": {name: statistics.median(s) for name, s in seconds.items()},
-        "save_samples": seconds,
-    }
-
-
-def second(work: Path, steps: int, forget: str | None) -> dict[str, Any]:
-    import fastckpt
-
-    ours, theirs = work / "state.fckpt", work / "state.pt"
-    seconds: dict[str, list[float]] = {"fastckpt": [], "torch": []}
-    state: dict[str, Any] = {}
-    for _ in range(TIMINGS):
-        seconds["torch"].append(timed(lambda: torch.load(theirs))[0])
-        taken, state = timed(lambda: fastckpt.load(ours))
-        seconds["fastckpt"].append(taken)
-    loaded = fingerprint(state)
-    run = Training(steps)
-    run.restore(state, forget)
-    run.train_to(steps, "second")
-    return {
-        "losses": run.losses,
-        "loaded": loaded,
         "final": fingerprint(run.state()),
-        "load_seconds": {name: statistics.median(s) for name, s in seconds.items()},
-        "load_samples": seconds,
+        "at_start": saved_state,
+        "raw_bytes": raw_bytes(run.state()),
+        "stall_seconds": ckpt.stats.stall_s,
+        "deferred": ckpt.stats.deferred,
+        "open_seconds": opened - began,
+        "restore_seconds": restored - opened,
+        "restored_at": (opened, restored),
+        "times": run.times,
+        "log": log,
+        "exit_code": ckpt.exit_code,
     }
+    return result
 
 
 # --- the parent ------------------------------------------------------------------------------------------------------
 
 
-def child(role: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    command = [sys.executable, os.path.abspath(__file__), "--role", role, "--out", str(work)]
+def child(
+    role: str, args: argparse.Namespace, work: Path, url: str, server: MetadataServer, notice_at: int | None
+) -> dict[str, Any]:
+    """Run one of the processes; its result, with `notice_s`, when the notice was posted."""
+    command = [sys.executable, os.path.abspath(__file__), "--role", role, "--out", str(work), "--url", url]
     command += ["--steps", str(args.steps)] + (["--forget", args.forget] if args.forget else [])
-    start = time.perf_counter()
-    done = subprocess.run(command, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"demo: the {role} process ended with exit code {done.returncode}")
+    environment = {**os.environ, "AWS_EC2_METADATA_SERVICE_ENDPOINT": server.url, "AWS_EC2_METADATA_DISABLED": "false"}
+    start, notice_s = time.time(), None
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if notice_at is not None and notice_s is None and line.strip() == f"step {notice_at}":
+                server.post_notice(in_s=120)
+                notice_s = time.time()
+    server.items.pop("spot/instance-action", None)  # the next process runs on another machine
+    server.items.pop("spot/termination-time", None)
+    expected = 75 if notice_at is not None else 0
+    if process.returncode != expected:
+        raise SystemExit(f"demo: the {role} process ended with exit code {process.returncode}, not {expected}")
     result: dict[str, Any] = json.loads((work / f"{role}.json").read_text())
-    result["process_seconds"] = time.perf_counter() - start
+    result.update(process_seconds=time.time() - start, process_times=(start, time.time()), notice_s=notice_s)
     return result
 
 
-def run_role(role: str, args: argparse.Namespace) -> None:
-    work, steps = Path(args.out), args.steps
-    if role == "reference":
-        result = reference(work, steps)
-    elif role == "first":
-        result = first(work, steps, steps // 2)
-    else:
-        result = second(work, steps, args.forget)
-    (work / f"{role}.json").write_text(json.dumps(result, indent=1))
+def run_role(role: str, args: argparse.Namespace) -> int:
+    result = reference(args) if role == "reference" else job(args)
+    (Path(args.out) / f"{role}.json").write_text(json.dumps(result, indent=1))
+    return int(result.get("exit_code", 0))
 
 
 def differences(expected: dict[str, str], found: dict[str, str], what: str) -> list[str]:
@@ -361,9 +338,11 @@ def differences(expected: dict[str, str], found: dict[str, str], what: str) -> l
 
 def judge(ref: dict[str, Any], one: dict[str, Any], two: dict[str, Any]) -> list[str]:
     """What is not equal, in words. Floats are compared by their bits; JSON keeps all of them."""
-    found = differences(one["saved"], two["loaded"], "the loaded state is not the saved one")
-    losses = one["losses"] + two["losses"]
-    expected = ref["losses"]
+    found = []
+    if one["stopped_at"] != two["started_at"]:
+        found.append(f"the first process stopped at step {one['stopped_at']}, the second began at {two['started_at']}")
+    found += differences(one["final"], two["at_start"], "the restored state is not the one at the notice")
+    losses, expected = one["losses"] + two["losses"], ref["losses"]
     if not all(map(math.isfinite, expected)) or expected[-1] >= expected[0]:
         found.append(f"the reference did not learn: loss {expected[0]} at first, {expected[-1]} at last")
     steps = [i + 1 for i, (a, b) in enumerate(zip(expected, losses, strict=False)) if a.hex() != b.hex()]
@@ -378,41 +357,108 @@ def judge(ref: dict[str, Any], one: dict[str, Any], two: dict[str, Any]) -> list
     return found
 
 
-def table(result: dict[str, Any]) -> str:
-    raw, ratio, files = result["raw_bytes"], result["ratio"], result["file_bytes"]
-    save, load = result["save_seconds"], result["load_seconds"]
-    rows = [
-        ("", "fastckpt", "torch.save"),
-        ("raw state, bytes", f"{raw:,}", f"{raw:,}"),
-        ("file, bytes", f"{files['fastckpt']:,}", f"{files['torch']:,}"),
-        ("file / raw", f"{ratio['fastckpt']:.3f}", f"{ratio['torch']:.3f}"),
-        ("save, durable, seconds", f"{save['fastckpt']:.3f}", f"{save['torch']:.3f}"),
-        ("load, seconds", f"{load['fastckpt']:.3f}", f"{load['torch']:.3f}"),
-    ]
-    return "\n".join(f"  {name:<24}{a:>14}{b:>14}" for name, a, b in rows)
+def saves(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each durable save: step, trigger, bytes, when it was called and when it was durable."""
+    durable = [(at, fields) for at, kind, fields in result["log"] if kind == "CheckpointDurable"]
+    return [{**fields, "durable_at": at, "called_at": at - fields["seconds"]} for at, fields in durable]
 
 
 def run_all(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    start = time.perf_counter()
-    ref, one, two = (child(role, args, work) for role in ("reference", "first", "second"))
+    begun = time.time()
+    base = os.environ.get("FASTCKPT_URL") or str(work / "runs")
+    url = f"{base.rstrip('/')}/demo-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    notice_at = args.steps // 2
+    with MetadataServer() as server:
+        ref = child("reference", args, work, url, server, None)
+        one = child("first", args, work, url, server, notice_at)
+        two = child("second", args, work, url, server, None)
     found = judge(ref, one, two)
-    return {
+    final = saves(one)[-1] if saves(one) else {}
+    n_steps = [len(r["times"]) for r in (ref, one, two)]
+    pace = [statistics.median(b - a for a, b in r["times"]) if r["times"] else math.nan for r in (ref, one, two)]
+    result = {
         "ok": not found,
         "differences": found,
+        "url": url,
         "steps": args.steps,
-        "stopped_at": args.steps // 2,
-        "losses": len(ref["losses"]),
+        "stopped_at": one["stopped_at"],
         "first_loss": ref["losses"][0],
         "last_loss": ref["losses"][-1],
         "values_compared": {part: sum(k.split("/")[0] == part for k in ref["final"]) for part in PARTS},
         "raw_bytes": one["raw_bytes"],
-        "file_bytes": one["file_bytes"],
-        "ratio": {name: size / one["raw_bytes"] for name, size in one["file_bytes"].items()},
-        "save_seconds": one["save_seconds"],
-        "load_seconds": two["load_seconds"],
-        "process_seconds": [one_of["process_seconds"] for one_of in (ref, one, two)],
-        "seconds": time.perf_counter() - start,
+        "stored_bytes": final.get("stored_bytes"),
+        "saves": len(saves(one)) + len(saves(two)),
+        "stall_seconds": one["stall_seconds"],
+        "final_save": {k: final.get(k) for k in ("step", "trigger", "seconds", "stored_bytes")},
+        "notice_to_durable_seconds": final["durable_at"] - one["notice_s"] if final and one["notice_s"] else None,
+        "restore_seconds": two["restore_seconds"],
+        "step_seconds": pace,
+        "steps_of_each": n_steps,
+        "seconds": time.time() - begun,
     }
+    result["timeline"] = draw(ref, one, two, Path(args.keep or "demo-out") / "timeline.png")
+    return result
+
+
+def draw(ref: dict[str, Any], one: dict[str, Any], two: dict[str, Any], target: Path) -> str | None:
+    """The timeline of the two processes; the path, or None without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("demo: matplotlib is not installed, no timeline is drawn", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    zero = one["process_times"][0]
+    figure, axes = pyplot.subplots(figsize=(11, 3.6), layout="constrained")
+    rows = {"process": 3, "steps": 2, "saves: call → durable": 1, "restore": 0}
+    for result, color in ((one, "tab:blue"), (two, "tab:green")):
+        start, end = result["process_times"]
+        axes.barh(3, end - start, left=start - zero, height=0.5, color=color, alpha=0.35)
+        lengths, starts = [b - a for a, b in result["times"]], [a - zero for a, _ in result["times"]]
+        axes.barh([2] * len(starts), lengths, left=starts, height=0.5, color=color, edgecolor="white", linewidth=0.4)
+        for save in saves(result):
+            last = save["trigger"] == "notice"
+            axes.barh(
+                1, save["seconds"], left=save["called_at"] - zero, height=0.5, color="tab:red" if last else "tab:orange"
+            )
+            axes.annotate(f"{save['step']}", (save["called_at"] - zero, 1.3), fontsize=8)
+    a, b = two["restored_at"]
+    axes.barh(0, b - a, left=a - zero, height=0.5, color="tab:purple")
+    if one["notice_s"] is not None:
+        axes.axvline(one["notice_s"] - zero, color="tab:red", linestyle="--", linewidth=1)
+        axes.annotate("notice", (one["notice_s"] - zero, 3.45), fontsize=9, color="tab:red")
+    axes.set_yticks(list(rows.values()), list(rows))
+    axes.set_ylim(-0.5, 3.8)
+    axes.set_xlabel(
+        "seconds since the first process was started (blue: before the notice, green: after; red: the final save)"
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+    return str(target)
+
+
+def table(result: dict[str, Any]) -> str:
+    wait = result["notice_to_durable_seconds"]
+    rows = [
+        ("repository", result["url"]),
+        ("state", f"{result['raw_bytes']:,} bytes"),
+        (
+            "a checkpoint",
+            f"{result['stored_bytes']:,} bytes ({result['stored_bytes'] / result['raw_bytes']:.3f} of the state)",
+        ),
+        ("saves", f"{result['saves']} durable"),
+        ("training stalled by saves", f"{result['stall_seconds']:.3f} s in {result['steps_of_each'][1]} steps"),
+        ("a step, median", " / ".join(f"{s:.3f} s" for s in result["step_seconds"]) + "  (reference / first / second)"),
+        ("final save, to durable", f"{result['final_save']['seconds']:.3f} s"),
+        ("notice to durable", "?" if wait is None else f"{wait:.3f} s, the step under way included"),
+        ("restore", f"{result['restore_seconds']:.3f} s"),
+        ("timeline", result["timeline"] or "not drawn"),
+        ("all three processes", f"{result['seconds']:.1f} s"),
+    ]
+    return "\n".join(f"  {name:<26}{value}" for name, value in rows)
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -420,24 +466,25 @@ def verdict(result: dict[str, Any]) -> str:
         return "DIFFERENT: " + "; ".join(result["differences"])
     counts = ", ".join(f"{part} {n}" for part, n in result["values_compared"].items())
     return (
-        f"IDENTICAL: stopped after step {result['stopped_at']}, continued to {result['steps']} in a new process; "
-        f"{result['losses']} losses and all values equal bit for bit ({counts})"
+        f"IDENTICAL: stopped by a notice after step {result['stopped_at']}, finished step {result['steps']} in a new process; "
+        f"all losses and values equal bit for bit ({counts})"
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=24, help="training steps of the reference (default 24)")
-    parser.add_argument("--out", help="keep the files in this directory (default: a temporary one, removed)")
+    parser.add_argument("--out", help="keep all files in this directory (default: only demo-out/timeline.png stays)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--forget", choices=PARTS, help="leave this part out of the restore: must be noticed")
+    parser.add_argument("--forget", choices=PARTS, help="leave this part out of the checkpoint: must be noticed")
     parser.add_argument("--role", choices=("reference", "first", "second"), help=argparse.SUPPRESS)
+    parser.add_argument("--url", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.steps < 4:
-        parser.error("--steps must be at least 4")
+    if args.steps < 8:
+        parser.error("--steps must be at least 8")
     if args.role:
-        run_role(args.role, args)
-        return 0
+        return run_role(args.role, args)
+    args.keep = args.out
     if args.out:
         work = Path(args.out)
         work.mkdir(parents=True, exist_ok=True)
@@ -449,7 +496,6 @@ def main() -> int:
         print(json.dumps(result, indent=1))
     else:
         print(table(result))
-        print(f"  {'all three processes':<24}{result['seconds']:>13.1f}s")
         print(verdict(result))
     return 0 if result["ok"] else 1
 

@@ -23,6 +23,8 @@ from fastckpt.state import Captured
 from fastckpt.upload import SaveRequest, upload
 
 _MAX_POLL_S = 5.0
+# A generator of our own: drawing from the global one would change what training draws.
+_random = random.Random()
 
 
 class Incarnation:
@@ -173,7 +175,7 @@ class Incarnation:
                 raise SaveError(
                     f"step {save.step}: no vote of ranks {missing[:20]} after {timeout_s:.0f} s. Nothing was committed"
                 )
-            self._sleep(pause * random.uniform(0.5, 1.5))
+            self._sleep(pause * _random.uniform(0.5, 1.5))
             pause = min(2 * pause, _MAX_POLL_S)
 
     def acknowledge(self, commit: Commit) -> None:

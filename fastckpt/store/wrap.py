@@ -15,6 +15,9 @@ from fastckpt.store.base import ObjectInfo, Store
 
 T = TypeVar("T")
 
+# A generator of our own: drawing from the global one would change what training draws.
+_random = random.Random()
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoreRetry(events.Event):
@@ -79,7 +82,7 @@ class Retrying(Wrapper):
         longest_pause_s: float = 5.0,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
-        jitter: Callable[[], float] = random.random,
+        jitter: Callable[[], float] = _random.random,
     ) -> None:
         super().__init__(inner)
         self._give_up_s = give_up_s

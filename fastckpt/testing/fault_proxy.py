@@ -36,9 +36,9 @@ class Fault(enum.Enum):
 
     SLOW_DOWN = "503 SlowDown; the server sees nothing"
     INTERNAL_ERROR = (
-        "500 after half of the request's body, then the connection is closed; the server sees half a request"
+        "500 after half of the request's body, then the connection is closed; the server sees half of it, or nothing"
     )
-    RESET = "the connection is reset after half of the request's body; the server sees half a request"
+    RESET = "the connection is reset after half of the request's body; the server sees half of it, or nothing"
     LOST_ACK = "the server carries it out; the client's connection is reset instead of an answer"
     TRUNCATE = "half of the answer's body, then the connection is closed"
     FLIP_RESPONSE = "one bit of the answer's body is flipped"
@@ -60,6 +60,7 @@ class Rule:
     skip: int
     status: int = 0
     code: str = ""
+    detail: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     reached: threading.Event = field(default_factory=threading.Event)
     """Set when the rule met its first request: waiting for it replaces a sleep."""
@@ -116,11 +117,13 @@ class FaultProxy:
         skip: int = 0,
         status: int = 500,
         code: str = "InternalError",
+        detail: str = "",
         headers: dict[str, str] | None = None,
     ) -> Rule:
         """A rule for `count` requests whose method is `method` and whose path and query contain the expression `match` ("": any), after
-        `skip` such requests went by. `status`, `code` (of the XML body; "": no body) and `headers` are for Fault.ANSWER."""
-        rule = Rule(fault, method, match, count, skip, status, code, headers or {})
+        `skip` such requests went by. For Fault.ANSWER: `status`, `code` (of the XML body; "": no body), `detail` (XML beside the code) and
+        `headers`."""
+        rule = Rule(fault, method, match, count, skip, status, code, detail, headers or {})
         with self._lock:
             self._rules.append(rule)
         return rule
@@ -286,13 +289,14 @@ class _Connection:
             elif fault is Fault.ERROR_IN_200:
                 self._say(exchange, 200, "InternalError")
             else:
-                self._say(exchange, rule.status, rule.code, rule.headers)
+                self._say(exchange, rule.status, rule.code, rule.detail, rule.headers)
             return False
         if fault in (Fault.INTERNAL_ERROR, Fault.RESET):
-            upstream = self._upstream()
-            upstream.socket.sendall(head)
             half = int(headers.get("content-length") or 0) // 2
-            self._copy(self._client.body(headers), upstream.socket.sendall, stop_at=half)
+            if half:  # a request without a body would be carried out
+                upstream = self._upstream()
+                upstream.socket.sendall(head)
+                self._copy(self._client.body(headers), upstream.socket.sendall, stop_at=half)
             if fault is Fault.RESET:
                 self._reset_client()
                 return False
@@ -304,9 +308,15 @@ class _Connection:
             return False
         return True
 
-    def _say(self, exchange: Exchange, status: int, code: str, headers: dict[str, str] | None = None) -> None:
+    def _say(
+        self, exchange: Exchange, status: int, code: str, detail: str = "", headers: dict[str, str] | None = None
+    ) -> None:
         exchange.status = status
-        body = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>injected</Message></Error>' if code else ""
+        body = (
+            f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>injected</Message>{detail}</Error>'
+            if code
+            else ""
+        )
         extra = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
         text = (
             f"HTTP/1.1 {status} Injected\r\n{_FAULT_ID}{extra}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n"

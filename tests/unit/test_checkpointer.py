@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastckpt.spot import Notice
 
 import fastckpt
 from fastckpt import Checkpointer, Every, Keep, Options, RNGState, events
@@ -33,6 +32,7 @@ from fastckpt.errors import (
 from fastckpt.format import keys
 from fastckpt.incarnation import Incarnation
 from fastckpt.repository import Repository
+from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it
@@ -621,6 +621,32 @@ def test_all_generators_are_restored() -> None:
     expected = (random.gauss(0, 1), np.random.randn(), torch.randn(3).tolist())
     RNGState().load_state_dict(state)
     assert (random.gauss(0, 1), np.random.randn(), torch.randn(3).tolist()) == expected
+
+
+def test_saving_and_watching_draw_from_no_generator_of_the_training(store: HeldStore) -> None:
+    source = FakeSource()
+    before = RNGState().state_dict()
+    with checkpointer(store, spot=[source]) as ckpt:  # Training() seeds all generators
+        before = RNGState().state_dict()
+        ckpt.restore()
+        for step in range(1, 4):
+            ckpt.step(step)
+            ckpt.wait()
+    after = RNGState().state_dict()
+    assert torch.equal(before["python"]["words"], after["python"]["words"])
+    assert torch.equal(before["numpy"]["words"], after["numpy"]["words"])
+    assert before["numpy"]["position"] == after["numpy"]["position"]
+    assert torch.equal(before["torch"], after["torch"])
+
+
+def test_no_module_draws_from_the_global_generator() -> None:
+    import re
+    from pathlib import Path
+
+    draws = re.compile(r"(?<![\w.])random\.(?!Random\b|getstate\b|setstate\b)\w+")
+    package = Path(fastckpt.__file__).parent
+    found = {p.name: draws.findall(p.read_text()) for p in package.rglob("*.py") if "testing" not in p.parts}
+    assert not {name: calls for name, calls in found.items() if calls}
 
 
 def test_another_store_class_is_accepted_and_left_open(store: HeldStore) -> None:

@@ -1,0 +1,295 @@
+"""Notices: the metadata client against a real server on loopback, sources, watcher, decision."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastckpt.spot import Ec2Source, FileSource, Notice, SignalSource, Watcher, open_sources
+from fastckpt.spot.deadline import GUARD_S, Choice, choose
+from fastckpt.spot.imds import ImdsClient, MetadataUnavailable
+from fastckpt.testing.metadata_server import FAULTS, MetadataServer
+
+SHORT_S = 20.0  # no wait of these tests comes near it
+
+
+@pytest.fixture
+def server() -> Iterator[MetadataServer]:
+    with MetadataServer() as running:
+        yield running
+
+
+def test_absent_items_are_none_and_one_token_serves_many_requests(server: MetadataServer) -> None:
+    client = ImdsClient(server.url)
+    assert client.get("latest/meta-data/spot/instance-action") is None
+    assert client.get("latest/meta-data/instance-type").text == "g5.xlarge"  # type: ignore[union-attr]
+    assert [method for method, _ in server.requests] == ["PUT", "GET", "GET"]
+
+
+def test_a_stale_token_is_replaced(server: MetadataServer) -> None:
+    client = ImdsClient(server.url)
+    client.get("latest/meta-data/instance-id")
+    server.expire_tokens()
+    assert client.get("latest/meta-data/instance-id") is not None
+    assert [method for method, _ in server.requests] == ["PUT", "GET", "GET", "PUT", "GET"]
+
+
+def test_a_token_is_renewed_before_it_expires(server: MetadataServer) -> None:
+    now = [0.0]
+    client = ImdsClient(server.url, clock=lambda: now[0])
+    client.get("latest/meta-data/instance-id")
+    now[0] = 21600 - 59
+    client.get("latest/meta-data/instance-id")
+    assert [method for method, _ in server.requests] == ["PUT", "GET", "PUT", "GET"]
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "truncated"])
+def test_every_fault_is_one_error_within_the_time_out(server: MetadataServer, fault: str) -> None:
+    server.fault = fault
+    client = ImdsClient(server.url, timeout_s=0.3)
+    started = time.monotonic()
+    with pytest.raises(MetadataUnavailable) as caught:
+        client.get("latest/meta-data/spot/instance-action")
+    assert time.monotonic() - started < 5
+    assert server.url in str(caught.value)
+    assert not any(path.startswith("http") for _, path in server.requests)
+
+
+def test_a_truncated_notice_is_still_a_notice(server: MetadataServer) -> None:
+    source = Ec2Source(ImdsClient(server.url))
+    source.poll(0.0)
+    server.items["spot/instance-action"] = '{"action":"term'
+    (notice,) = source.poll(100.0)
+    assert (notice.kind, notice.deadline_s) == ("terminate", 220.0)
+
+
+def test_proxies_are_not_asked(server: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert ImdsClient(server.url).get("latest/meta-data/instance-id") is not None
+
+
+def test_the_environment_is_botocores() -> None:
+    assert ImdsClient.from_env({"AWS_EC2_METADATA_DISABLED": "True"}) is None
+    assert ImdsClient.from_env({}).endpoint == "http://169.254.169.254"  # type: ignore[union-attr]
+    assert "fd00" in ImdsClient.from_env({"AWS_IMDS_USE_IPV6": "true"}).endpoint  # type: ignore[union-attr]
+    both = {"AWS_IMDS_USE_IPV6": "true", "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE": "ipv4"}
+    assert "169" in ImdsClient.from_env(both).endpoint  # type: ignore[union-attr]
+    for wrong in ("https://x", "http://u:p@x", "http://x/y", "ftp://x", "http://x:99999"):
+        with pytest.raises(ValueError, match="metadata service"):
+            ImdsClient.from_env({"AWS_EC2_METADATA_SERVICE_ENDPOINT": wrong})
+    with pytest.raises(ValueError, match="TIMEOUT"):
+        ImdsClient.from_env({"AWS_METADATA_SERVICE_TIMEOUT": "soon"})
+
+
+def test_the_deadline_goes_by_the_services_clock(server: MetadataServer) -> None:
+    server.skew_s = 300  # this machine's clock is five minutes behind
+    server.post_notice(in_s=100)
+    (notice,) = Ec2Source(ImdsClient(server.url)).poll(1000.0)
+    assert notice.deadline_s == pytest.approx(1100, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("action", "in_s", "kind", "left"),
+    [
+        ("terminate", 100, "terminate", 100),
+        ("stop", 9999, "stop", 120),
+        ("hibernate", 100, "hibernate", 0),
+        ("melt", -5, "terminate", 0),
+    ],
+)
+def test_actions(server: MetadataServer, action: str, in_s: float, kind: str, left: float) -> None:
+    server.post_notice(action, in_s)
+    source = Ec2Source(ImdsClient(server.url))
+    (notice,) = source.poll(50.0)
+    assert notice.kind == kind
+    assert notice.final
+    assert notice.deadline_s == pytest.approx(50 + left, abs=2)
+    assert source.poll(52.0) == [], "one notice is reported once"
+
+
+def test_early_warning_lifecycle_and_stale_times(server: MetadataServer) -> None:
+    source = Ec2Source(ImdsClient(server.url))
+    server.items["spot/termination-time"] = "2015-01-05T18:02:00Z"
+    assert source.poll(0.0) == []
+    server.post_rebalance()
+    (early,) = source.poll(0.0)
+    assert (early.kind, early.final) == ("rebalance", False)
+    server.post_lifecycle_end()
+    assert [notice.kind for notice in source.poll(0.0)] == ["lifecycle"]
+
+
+def test_a_file_is_a_notice(tmp_path: Path) -> None:
+    source = FileSource(tmp_path / "notice")
+    assert source.poll(0.0) == []
+    (tmp_path / "notice").write_text("90\nreclaim")
+    assert source.poll(10.0)[0].deadline_s == 100
+    assert source.poll(12.0) == []
+    with pytest.raises(OSError, match="directory"):
+        FileSource(tmp_path).poll(0.0)
+
+
+class Broken:
+    name = "broken"
+
+    def __init__(self) -> None:
+        self.asked = threading.Semaphore(0)
+        self.working = False
+
+    def poll(self, now_s: float) -> list[Notice]:
+        self.asked.release()
+        if self.working:
+            return [Notice("terminate", self.name, now_s + 5)]
+        raise RuntimeError("no")
+
+
+def test_the_watcher_survives_its_sources_and_says_that_it_is_blind() -> None:
+    source = Broken()
+    watcher = Watcher([source], poll_s=0.01)
+    watcher.start()
+    try:
+        for _ in range(3):
+            assert source.asked.acquire(timeout=SHORT_S)
+        assert "broken" in watcher.blind
+        assert watcher.final is None
+        source.working = True
+        deadline = time.monotonic() + SHORT_S
+        while watcher.final is None:
+            assert time.monotonic() < deadline
+        assert watcher.blind == {}
+    finally:
+        watcher.close()
+        watcher.close()
+
+
+def test_the_earliest_deadline_counts() -> None:
+    watcher = Watcher([])
+    for deadline in (None, 50.0, 90.0, 20.0):
+        watcher._take(Notice("terminate", "x", deadline))
+    assert watcher.final is not None
+    assert watcher.final.deadline_s == 20.0
+
+
+def test_hostile_replies_never_leave_the_watcher(server: MetadataServer) -> None:
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    source = Ec2Source(ImdsClient(server.url))
+    watcher = Watcher([source])
+    strange = '{"action":"stop","time":"9999-99-99T99:99:99Z"}'
+    samples = ['{"action":[],"time":{}}', "[" * 60000, "null", "\x00" * 50, strange, "-1e999", "ü" * 999]
+    for _ in range(300):
+        text = (
+            rng.choice(samples)
+            if rng.random() < 0.5
+            else bytes(rng.choices(range(1, 128), k=rng.randrange(200))).decode()
+        )
+        for path in ("spot/instance-action", "spot/termination-time", "events/recommendations/rebalance"):
+            server.items.pop(path, None)
+            if rng.random() < 0.6:
+                server.items[path] = text
+        watcher._ask(source)
+    assert watcher.final is not None
+    assert watcher.final.seconds_left(time.monotonic()) <= 120  # type: ignore[operator]
+
+
+_CHILD = """
+import os, signal, sys
+from fastckpt.spot import SignalSource, Watcher
+seen = []
+signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+before = signal.getsignal(signal.SIGTERM)
+watcher = Watcher([SignalSource(grace_s=7)])
+watcher.start()
+assert watcher.final is None
+os.kill(os.getpid(), signal.SIGTERM)
+notice = watcher.final
+assert notice.kind == "signal" and notice.source == "SIGTERM", notice
+assert seen == [signal.SIGTERM], "the handler that was there is called too"
+pid = os.fork()
+if pid == 0:
+    os._exit(watcher.final is not None)
+assert os.waitpid(pid, 0)[1] == 0, "a forked child takes its parent's notice for its own"
+watcher.close()
+assert signal.getsignal(signal.SIGTERM) is before
+"""
+
+
+def test_signals_are_chained_and_put_back() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", _CHILD], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_handler_set_after_ours_stays() -> None:
+    source = SignalSource((signal.SIGUSR2,))
+    before = signal.getsignal(signal.SIGUSR2)
+    source.install()
+
+    def mine(number: int, frame: object) -> None:
+        pass
+
+    signal.signal(signal.SIGUSR2, mine)
+    try:
+        source.close()
+        assert signal.getsignal(signal.SIGUSR2) is mine
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_what_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.delenv("FASTCKPT_NOTICE_FILE", raising=False)
+    assert [s.name for s in open_sources("auto")] == ["SIGTERM"]
+    monkeypatch.setenv("FASTCKPT_NOTICE_FILE", "/x")
+    assert [s.name for s in open_sources("auto")] == ["SIGTERM", "file /x"]
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "false")
+    assert [s.name for s in open_sources("ec2, signal,file:/y")] == ["ec2", "SIGTERM", "file /y"]
+    assert open_sources(None) == open_sources("off") == []
+    for wrong in ("gcp", "file:", 3, [object()]):
+        with pytest.raises(ValueError, match="spot"):
+            open_sources(wrong)
+
+
+times = st.one_of(st.none(), st.floats(0, 1000))
+
+
+@given(left=times, fresh=times, in_flight=times)
+def test_what_does_not_fit_is_not_begun_if_something_else_does(
+    left: float | None, fresh: float | None, in_flight: float | None
+) -> None:
+    choice = choose(left, fresh, in_flight)
+    if in_flight == 0:
+        assert choice is Choice.FRESH
+    elif None not in (left, fresh, in_flight):
+        room = left - GUARD_S  # type: ignore[operator]
+        if choice is Choice.FINISH_THEN_FRESH:
+            assert fresh + in_flight <= room  # type: ignore[operator]
+        if choice is Choice.FRESH:
+            assert fresh <= room < fresh + in_flight  # type: ignore[operator]
+        if choice is Choice.FINISH:
+            assert fresh > room  # type: ignore[operator]
+
+
+def test_the_server_as_a_program() -> None:
+    command = [sys.executable, "-m", "fastckpt.testing.metadata_server", "--port", "0", "--notice-after", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    ) as child:
+        assert child.stdout is not None
+        url = child.stdout.readline().strip().partition("=")[2]
+        assert child.stdout.readline() == "notice posted\n"
+        assert Ec2Source(ImdsClient(url)).poll(0.0)[0].kind == "terminate"
+        child.terminate()
