@@ -1,0 +1,80 @@
+"""What the tests of repositories share: small states, savers, and looking at everything."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastckpt import Options
+from fastckpt.catalog import Catalog, verify
+from fastckpt.commit import open_vote
+from fastckpt.errors import CorruptCheckpointError
+from fastckpt.format.keys import CheckpointId
+from fastckpt.format.repository_records import Commit
+from fastckpt.incarnation import Incarnation
+from fastckpt.loading import load_object
+from fastckpt.repository import Repository
+from fastckpt.state import Captured, capture
+from fastckpt.store.base import Store
+
+OPTIONS = Options(threads=1, connections=1, host_budget_bytes=256 << 20)
+
+
+def state_of(value: float) -> dict[str, Any]:
+    """A small state that says which save it is: some chunks of different kinds."""
+    generator = torch.Generator().manual_seed(int(value * 1000))
+    return {
+        "value": value,
+        "weight": torch.randn(300, generator=generator),
+        "count": torch.full((40,), int(value)),
+        "noise": torch.randint(0, 255, (500,), generator=generator, dtype=torch.uint8),
+    }
+
+
+def captured(value: float) -> Captured:
+    return capture(state_of(value), pickle, 2)
+
+
+def incarnation(store: Store) -> Incarnation:
+    return Incarnation(Repository(store), OPTIONS)
+
+
+def read(store: Store, commit: Commit, rank: int = 0) -> Any:
+    """The object of a checkpoint, every byte verified."""
+    reader = open_vote(store, commit.vote(rank))
+    return load_object(reader, OPTIONS, 1, map_location=None, pickle_module=pickle, weights_only=True, load_args={})
+
+
+def same(found: Any, value: float) -> bool:
+    expected = state_of(value)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[k], v) if isinstance(v, torch.Tensor) else found[k] == v for k, v in expected.items()
+    )
+
+
+def living(store: Store) -> dict[CheckpointId, Commit]:
+    """All living checkpoints, in the history or not. Raises for one that cannot be read."""
+    repository = Repository(store)
+    found = repository.read_all(repository.list())
+    assert not found.failed, found.failed
+    return found.commits
+
+
+def history(store: Store) -> list[CheckpointId]:
+    return list(Catalog(Repository(store)).history())
+
+
+def check_all(store: Store) -> None:
+    """G1: whatever is committed is whole, to the last bit."""
+    for commit in living(store).values():
+        verify(store, commit)
+        for rank in range(commit.world):
+            reader = open_vote(store, commit.vote(rank))
+            for number in range(len(reader.records)):
+                out = np.empty(int(reader.records["raw_bytes"][number]), np.uint8)
+                damage = reader.read_chunk(number, out)
+                if damage is not None:
+                    raise CorruptCheckpointError(commit.checkpoint.__str__(), [damage])
