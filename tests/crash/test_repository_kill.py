@@ -143,6 +143,7 @@ def random_kills(tmp_path: Path, rounds: int) -> dict[str, object]:
         delay_s = rng.uniform(0, whole_s)
 
         def act(store: Store, report: Callable[[int], None], delay_s: float = delay_s) -> None:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the test runner's own handler must not get it
             signal.setitimer(
                 signal.ITIMER_REAL, max(delay_s, 1e-4)
             )  # SIGALRM's default action is to end the process at once
@@ -157,7 +158,7 @@ def random_kills(tmp_path: Path, rounds: int) -> dict[str, object]:
 def test_killed_at_random(tmp_path: Path) -> None:
     """About 10 s: 40 children, and a whole restore, save and retention after each."""
     found = random_kills(tmp_path, 40)
-    assert sum(found["outcomes"].values()) == 40  # type: ignore[attr-defined]
+    assert found["outcomes"]["finished"] < 20, "most of the children were to be killed"  # type: ignore[index]
 
 
 @pytest.mark.slow
