@@ -162,7 +162,7 @@ class LocalStore(Store):
     def delete(self, key: str) -> None:
         path = self._path(key)
         with self._mapped(key, "deleting"):
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 remove_file(path)
             remove_empty_directories(os.path.dirname(path), self._root)
 
