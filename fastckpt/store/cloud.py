@@ -130,13 +130,16 @@ class S3Store(Store):
 
         def work() -> bytes:
             answer = obstore.get(client, key)
-            if answer.meta["e_tag"] is None:  # an error page sent with status 200; S3 never omits it
-                raise StoreUnavailableError(f"get {self.url}/{key}: the answer is not one of S3 (it has no ETag)")
+            self._check_etag("get", key, answer.meta)
             data = answer.bytes().to_bytes()
             self._check_length("get", key, len(data), answer.meta["size"])
             return data
 
         return self._call("get", key, work)
+
+    def _check_etag(self, doing: str, key: str, found: Any) -> None:
+        if found["e_tag"] is None:  # an error page sent with status 200; S3 never omits it
+            raise StoreUnavailableError(f"{doing} {self.url}/{key}: the answer is not one of S3 (it has no ETag)")
 
     def _check_length(self, doing: str, key: str, found: int, expected: int) -> None:
         if found != expected:
@@ -194,6 +197,7 @@ class S3Store(Store):
             # The answer to a HEAD has no body, so a missing bucket looks like a missing object. Asked once, not at every HEAD.
             self._call("head", key, lambda: obstore.get(client, key))
             raise
+        self._check_etag("head", key, found)
         return _info(key, found)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -273,7 +277,7 @@ def open_s3(
     slowest_bytes_per_s: int = 256 << 10,
     connections: int = 16,
 ) -> S3Store:
-    """The store at `s3://bucket/prefix`. Nothing is sent to S3; missing credentials are a StoreAccessError here.
+    """The store at `s3://bucket/prefix`. Nothing is sent to S3 yet; missing credentials are a StoreAccessError.
 
     `session`: a boto3 (or botocore) session; by default a new one, with boto3's whole chain. It also gives the region, the endpoint
         (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, the profile's; `endpoint_url` goes first), the addressing style and the CA bundle.

@@ -77,6 +77,11 @@ def check_bucket(store: S3Store) -> BucketReport:
     if any(grant.get("Grantee", {}).get("URI") in _EVERYBODY for grant in (acl or {}).get("Grants", ())):
         warnings.append("the bucket's access list lets everybody in; a checkpoint holds the model")
     state = None if versioning is None else versioning.get("Status", "Off")
+    if state == "Enabled" and not connection.is_aws:
+        warnings.append(
+            "the bucket keeps versions; some servers (Ceph 16) then ignore create-if-absent, on which commits depend: "
+            "switch versioning off, or suspend it"
+        )
     if state == "Enabled" and lifecycle is not None and not _cleans_versions(lifecycle, connection.prefix):
         warnings.append(
             "the bucket keeps versions and no lifecycle rule ends them: retired checkpoints stay stored and paid for "

@@ -20,7 +20,7 @@ logger = logging.getLogger("fastckpt")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 # What S3 calls safe in a key, and what obstore was seen to send as it is.
 _PREFIX_SEGMENT = re.compile(r"[A-Za-z0-9!\-_.'()=+@,:&$; ]+")
-_AWS_HOST = re.compile(r"(^|\.)s3[.-][a-z0-9.-]*\.amazonaws\.com(\.cn)?$")
+_AWS_HOST = re.compile(r"(^|\.)s3[.-]([a-z0-9.-]*\.)?amazonaws\.com(\.cn)?$")
 _DEFAULT_REGION = "us-east-1"
 _OWNER = re.compile(r"[0-9]{12}")
 _NEVER = datetime.timedelta(days=1)  # obstore's time-out for a whole request; 0 would end it at once
@@ -75,6 +75,11 @@ class Connection:
     def encrypted(self) -> bool:
         """https?"""
         return self.endpoint.startswith("https://")
+
+    @property
+    def is_aws(self) -> bool:
+        """One of Amazon's own endpoints?"""
+        return _AWS_HOST.search(urlsplit(self.service_url).hostname or "") is not None
 
     def boto3_client(self) -> Any:
         """A new botocore client that speaks to the same place with the same credentials: for questions about the bucket."""
@@ -137,13 +142,20 @@ class Connection:
             options["root_certificate"] = self.ca_bundle
         if self.expected_bucket_owner and owner_header:
             options["default_headers"] = {"x-amz-expected-bucket-owner": self.expected_bucket_owner}
-        return ObstoreS3(
-            self.bucket,
-            prefix=self.prefix or None,
-            config=config,  # type: ignore[arg-type] # built piece by piece
-            client_options=options,  # type: ignore[arg-type]
-            retry_config={"max_retries": 0},
-            credential_provider=self.credentials,
+        try:
+            return ObstoreS3(
+                self.bucket,
+                prefix=self.prefix or None,
+                config=config,  # type: ignore[arg-type] # built piece by piece
+                client_options=options,  # type: ignore[arg-type]
+                retry_config={"max_retries": 0},
+                credential_provider=self.credentials,
+            )
+        except Exception as error:  # a certificate that is none; settings that obstore before 0.11 does not know
+            problem = error
+        words = str(problem).partition("\n\n")[0]
+        raise StoreError(f"obstore does not take its settings (0.11 or newer is needed): {words}") from harmless(
+            problem, ()
         )
 
 
@@ -172,11 +184,9 @@ def _is_address(host: str) -> bool:
 
 
 def _is_loopback(host: str) -> bool:
-    return (
-        host == "localhost"
-        or host.endswith(".localhost")
-        or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
-    )
+    if _is_address(host):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost" or host.endswith(".localhost")
 
 
 def connect(url: str, *, endpoint_url: str | None = None, session: Any = None, **options: Any) -> Connection:
@@ -250,6 +260,8 @@ def _address(client: Any, bucket: str) -> tuple[str, bool]:
     its certificate. So does a bucket with dots, which no wildcard certificate covers. The profile's `s3 = addressing_style` goes first.
     """
     parts = urlsplit(client.meta.endpoint_url)
+    if parts.netloc == "s3.amazonaws.com":  # botocore names the old global endpoint, but sends to the regional one
+        parts = parts._replace(netloc=f"s3.{_DEFAULT_REGION}.amazonaws.com")
     host = parts.hostname or ""
     style = (client.meta.config.s3 or {}).get("addressing_style")
     if style in ("virtual", "path"):

@@ -113,15 +113,18 @@ class SessionCredentials:
         """After a refusal: walk the chain anew, unless that was done since `generation`. Are the credentials others than before?
 
         botocore renews a role's by itself, but reads the environment and the profile's files only once; a key that was replaced
-        there while training ran is found here.
+        there while training ran is found here. Only the place where the present ones come from counts: keys that were given to the
+        session by hand, or lie elsewhere in the chain, may be another person's.
         """
         with self._lock:
             if self._generation != generation:
                 return True
             before = self._found
             try:
+                if before is None or before.method == "explicit":
+                    return False
                 found = self._chain.get_component("credential_provider").load_credentials()
-                if found is None or (before is not None and _same(found, before)):
+                if found is None or found.method != before.method or _same(found, before):
                     return False
             except Exception:  # the refusal itself is what is reported; a chain that now fails adds nothing to it
                 return False

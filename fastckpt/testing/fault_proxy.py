@@ -6,9 +6,10 @@
         ...
         assert proxy.requests("PUT")[0].fault is Fault.LOST_ACK
 
-It listens on 127.0.0.1, speaks HTTP/1.1 to both sides (not TLS), and passes requests on unchanged (Host and signature included) but for
-`Expect: 100-continue`, which it answers itself. Each connection has a thread of its own. A rule is tried in the order of adding; the first
-one that fits a request is used, and used up after `count` requests. All methods may be called from any thread.
+It listens on 127.0.0.1, speaks HTTP/1.1 to both sides (with `tls` over TLS to the client), and passes requests on unchanged (Host and
+signature included) but for `Expect: 100-continue`, which it answers itself. Each connection has a thread of its own. A rule is tried
+in the order of adding; the first one that fits a request is used, and used up after `count` requests. All methods may be called from any
+thread.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import contextlib
 import enum
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -86,14 +88,22 @@ class FaultProxy:
     """Listens from the constructor to `close`. `url` goes where the server's would."""
 
     def __init__(
-        self, host: str, port: int, *, bytes_per_s: float = 0.0, bytes_per_s_each: float = 0.0, delay_s: float = 0.0
+        self,
+        host: str,
+        port: int,
+        *,
+        bytes_per_s: float = 0.0,
+        bytes_per_s_each: float = 0.0,
+        delay_s: float = 0.0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """In front of http://host:port. `bytes_per_s`: of all connections together, both directions; `bytes_per_s_each`: of each;
-        0: no limit. `delay_s`: before each request is passed on. All three may be changed at any time."""
+        0: no limit. `delay_s`: before each request is passed on. All three may be changed at any time. `tls`: a server's context."""
         self.bytes_per_s = bytes_per_s
         self.bytes_per_s_each = bytes_per_s_each
         self.delay_s = delay_s
         self._upstream = (host, port)
+        self._tls = tls
         self._lock = threading.Lock()
         self._rules: list[Rule] = []
         self._log: list[Exchange] = []
@@ -103,7 +113,7 @@ class FaultProxy:
         self._closing = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port: int = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         self._acceptor = threading.Thread(target=self._accept, name="fault-proxy", daemon=True)
         self._acceptor.start()
 
@@ -176,6 +186,12 @@ class FaultProxy:
             thread.start()
 
     def _serve(self, client: socket.socket) -> None:
+        if self._tls is not None:
+            try:
+                client = self._tls.wrap_socket(client, server_side=True)
+            except OSError:  # ssl.SSLError is one: the client does not trust us, or went away
+                client.close()
+                return
         connection = _Connection(self, client)
         try:
             while not self._closing.is_set() and connection.one_request():

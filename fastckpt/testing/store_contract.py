@@ -38,11 +38,10 @@ HOSTILE_KEYS = [
     "a b",
     "a\n",
     "x" * 1025,
-    "~/a",
-    "a?b",
-    "a#b",
-    "%2e%2e/a",
 ]
+HOSTILE_KEYS += ["~/a", "a?b", "a#b", "%2e%2e/a"]
+KINDS: list[Callable[[bytes], Any]] = [bytes, bytearray, memoryview]
+KINDS += [lambda data: np.frombuffer(data, np.uint8), lambda data: np.frombuffer(data, "<u4")]
 
 
 class StoreContract:
@@ -62,9 +61,7 @@ class StoreContract:
         store.put_if_absent("a/c.bin", data)
         assert store.get("a/c.bin") == data
 
-    @pytest.mark.parametrize(
-        "kind", [bytes, bytearray, memoryview, lambda b: np.frombuffer(b, np.uint8), lambda b: np.frombuffer(b, "<u4")]
-    )
+    @pytest.mark.parametrize("kind", KINDS)
     def test_any_buffer_will_do(self, store: Store, kind: Callable[[bytes], Any]) -> None:
         store.put("k", kind(b"12345678"))
         assert store.get("k") == b"12345678"
@@ -92,7 +89,8 @@ class StoreContract:
 
     def test_one_of_many_creates_wins(self, store: Store) -> None:
         for number in range(self.rounds):
-            key, won = f"race/{number}", []
+            key = f"race/{number}"
+            won: list[int] = []
             start = threading.Barrier(4)
 
             def create(i: int, key: str = key, won: list[int] = won, start: threading.Barrier = start) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,12 +43,12 @@ class TestRetryingOverFaults(StoreContract):
     many = 300
 
     @pytest.fixture
-    def store(self) -> Iterator[Store]:
+    def store(self) -> Store:
         seed = random.randrange(1 << 32)
         print("seed", seed)
         rng = random.Random(seed)
         faulty = FaultyStore(MemoryStore(), lambda number, verb, key: rng.random() < 0.2, "before")
-        yield Retrying(faulty, sleep=lambda pause_s: None)
+        return Retrying(faulty, sleep=lambda pause_s: None)
 
 
 class TestLimitedAndTraced(StoreContract):

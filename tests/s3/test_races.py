@@ -1,0 +1,86 @@
+"""Incarnations that race on a real server: exactly one history, and nothing acknowledged is lost."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from fastckpt.catalog import Catalog
+from fastckpt.errors import SupersededError
+from fastckpt.format.keys import CheckpointId
+from fastckpt.incarnation import Incarnation
+from fastckpt.repository import Repository
+from fastckpt.store.cloud import S3Store
+from fastckpt.store.wrap import Retrying
+from tests.repositories import OPTIONS, captured, check_all, history, read, same
+from tests.s3server import S3Server
+
+pytestmark = pytest.mark.s3
+ROUNDS = 200
+
+
+def test_two_incarnations_race(s3_server: S3Server, open_store: Callable[..., S3Store]) -> None:
+    """200 rounds of two threads on radosgw: about 20 s."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    rng = random.Random(seed)
+    bucket = s3_server.new_bucket()
+    stores = [Retrying(open_store(f"s3://{bucket}/run")) for _ in range(2)]
+    values: dict[CheckpointId, float] = {}
+    acknowledged: list[CheckpointId] = []
+    told = 0
+    for round_number in range(ROUNDS):
+        failures: list[BaseException] = []
+        superseded: list[int] = []
+        start = threading.Barrier(2)
+
+        def race(
+            i: int,
+            saves: int,
+            round_number: int = round_number,
+            stores: list[Retrying] = stores,
+            start: threading.Barrier = start,
+            superseded: list[int] = superseded,
+            failures: list[BaseException] = failures,
+        ) -> None:
+            run = Incarnation(Repository(stores[i]), OPTIONS)
+            try:
+                start.wait()
+                choice = run.restore()
+                step = 0 if choice is None else choice.commit.save.step
+                assert run.epoch is not None
+                for _ in range(saves):
+                    step += 1
+                    values[CheckpointId(run.epoch.number, step)] = float(2 * round_number + i)
+                    acknowledged.append(run.save(captured(float(2 * round_number + i)), step).checkpoint)
+            except SupersededError:
+                superseded.append(i)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=race, args=(i, rng.randrange(1, 3))) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures, failures
+        told += len(superseded)
+        found = history(stores[0])
+        assert found == history(stores[1])
+        assert len(superseded) < 2, "somebody must go on"
+        for checkpoint in acknowledged:
+            assert checkpoint in found, f"round {round_number}: {checkpoint} was acknowledged and is not in the history"
+        acknowledged.clear()
+        newest = Catalog(Repository(stores[0])).choose()
+        assert newest is not None
+        assert same(read(stores[0], newest.commit), values[newest.commit.checkpoint])
+        if round_number % 10 == 9:  # a small repository is a fast one
+            check_all(stores[0])
+            bucket_run = f"s3://{bucket}/run-{round_number}"
+            stores = [Retrying(open_store(bucket_run)) for _ in range(2)]
+            values.clear()
+    print(f"{told} of {2 * ROUNDS} were told that another had taken over")
+    assert told > 0
