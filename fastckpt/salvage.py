@@ -147,9 +147,9 @@ def salvage(
 ) -> SalvageReport:
     """Write `directory`/rank-00000.fckpt … and `directory`/report.json; files of these names are replaced. Changes no repository.
 
-    ranks: None for all. Each file is a container of {dotted name: tensor}. progress: called with chunks done and in all, from 0 for each rank.
-    Takes 12 MiB for each of `options.threads` and 64 MiB more, and the index of one rank. `options.max_load_bytes` bounds what one
-    rank may unpack to.
+    ranks: None for all. Each file is a container of {dotted name: tensor}. progress: called with chunks done and in all, anew
+    for each rank. Takes 12 MiB for each of `options.threads` and 64 MiB more, and the index of one rank.
+    `options.max_load_bytes` bounds what one rank may unpack to.
 
     Damage is reported, never raised. NoCheckpointError: nothing is left of it, or it was retired; TooLargeError; StoreError other than
     for a missing object; OSError, SaveError for the directory.
@@ -516,7 +516,7 @@ class _Shells:
 
     def _array(self, entry: TensorEntry) -> Any:
         dtype = np.dtype(entry.dtype.removeprefix(NUMPY_PREFIX))
-        array: npt.NDArray[Any] = np.empty(entry.shape, dtype, order=_order(entry))  # type: ignore[call-overload]
+        array = np.empty(entry.shape, dtype, "F" if _order(entry) == "F" else "C")
         # Small arrays are pickled with their bytes, so those must be there.
         flat = array.reshape(-1, order="A").view(np.uint8)
         if array.nbytes <= 1 << 20:

@@ -1,0 +1,200 @@
+"""prune: retention by a person's word that the run is stopped. Shows what it will do, to the byte, then does it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from fastckpt.cli.output import OK, USAGE, WrongUsageError, bar, confirm, human, note, print_json, say
+from fastckpt.commit import open_vote
+from fastckpt.errors import CheckpointError, ObjectNotFoundError, RepositoryError, StoreError
+from fastckpt.format import keys
+from fastckpt.format.keys import CheckpointId
+from fastckpt.format.repository_records import Commit
+from fastckpt.repository import Repository
+from fastckpt.retention import Collector, Keep, Plan, View, plan
+
+_MOST_PASSES = 100  # three are enough; a bound so that a bug cannot turn into deleting forever
+
+
+Needs = Mapping[CheckpointId, frozenset[str] | None]
+"""Packs that each living checkpoint names; None where its index cannot be read."""
+
+
+@dataclass
+class Forecast:
+    """All passes of a prune, before the first. Pure result of `forecast`."""
+
+    retire: list[tuple[CheckpointId, str]] = field(default_factory=list)
+    delete: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+    """Packs that go only once their grace is over: another prune, or the job's retention, deletes them."""
+    kept: list[CheckpointId] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def forecast(view: View, needs: Needs, keep: Keep, grace_s: float, branches: bool) -> Forecast:
+    """What repeated passes will do. Pure."""
+    result = Forecast()
+    for _ in range(_MOST_PASSES):
+        todo = plan(view, keep, (), grace_s, abandoned=branches, stopped=True)
+        result.notes += [words for words in todo.notes if words not in result.notes]
+        if not todo.retire and not todo.delete:
+            break
+        result.retire += todo.retire
+        result.delete += todo.delete
+        view = after(view, todo, needs)
+    result.waiting = [
+        key
+        for save, packs in view.packs.items()
+        if save.checkpoint in view.tombstones
+        for key in packs
+        if view.needed is not None and key not in view.needed
+    ]
+    result.kept = sorted(view.living, reverse=True)
+    return result
+
+
+def after(view: View, todo: Plan, needs: Needs) -> View:
+    """The repository as it will be when a pass is done. Pure."""
+    gone = {checkpoint for checkpoint, _ in todo.retire}
+    deleted = set(todo.delete)
+    living = {c: commit for c, commit in view.living.items() if c not in gone}
+    tombstones = {**view.tombstones, **dict.fromkeys(gone, view.now_s)}
+    votes = {save: [key for key in names if key not in deleted] for save, names in view.votes.items()}
+    packs = {save: {k: t for k, t in names.items() if k not in deleted} for save, names in view.packs.items()}
+    named = [needs.get(c) for c in living]
+    unknown = bool(view.unreadable) or None in named
+    needed = None if unknown else {key for packs_of in named for key in packs_of or ()}
+    return replace(
+        view,
+        living=living,
+        history=[candidate for candidate in view.history if candidate.checkpoint not in gone],
+        tombstones={c: t for c, t in tombstones.items() if keys.commit_key(c) not in deleted},
+        votes={save: names for save, names in votes.items() if names},
+        packs={save: names for save, names in packs.items() if names},
+        needed=needed,
+        expired_pins=[key for key in view.expired_pins if key not in deleted],
+    )
+
+
+def prune(repository: Repository, arguments: argparse.Namespace) -> int:
+    """The command. RepositoryError, StoreError, WrongUsageError."""
+    if not arguments.run_is_stopped:
+        raise WrongUsageError(
+            "while a job runs, retention belongs to it: Checkpointer(keep=Keep(last=…)). If it is stopped and will not come back while "
+            "this works, say so with --run-is-stopped"
+        )
+    keep = keep_of(arguments)
+    repository.require()
+    collector = Collector(repository)
+    view = collector.look()
+    sizes = {info.key: info.n_bytes for prefix in _PREFIXES for info in repository.store.list(prefix)}
+    found = forecast(view, needs_of(repository, view), keep, arguments.grace, arguments.branches)
+    if keep.best is not None and not any(keep.best in commit.metrics for commit in view.living.values()):
+        known = sorted({name for commit in view.living.values() for name in commit.metrics})
+        found.notes.append(f"no checkpoint has the metric {keep.best!r}; there are: {', '.join(known) or 'none'}")
+    if not arguments.json:
+        _print_forecast(repository, found, view, sizes)
+    deleted, status = None, OK
+    if (found.retire or found.delete) and not arguments.dry_run:
+        freed = human(sum(sizes.get(key, 0) for key in found.delete))
+        question = f"Remove {len(found.retire)} checkpoints and unfinished saves, and free {freed}?"
+        answer = confirm(question, yes=arguments.yes, json_only=arguments.json)
+        if answer is None:
+            status = USAGE
+        elif answer:
+            deleted = _carry_out(repository, collector, view, keep, arguments)
+    if arguments.json:
+        print_json("prune", {"url": repository.url, **_to_json(found, sizes), "done": deleted is not None})
+    elif deleted is not None:
+        say(f"{repository.url}: done, {deleted} objects deleted")
+    return status
+
+
+_PREFIXES = (keys.COMMITS, keys.DATA, keys.VOTES, keys.PINS)
+
+
+def keep_of(arguments: argparse.Namespace) -> Keep:
+    """The rules of the arguments. WrongUsageError."""
+    best, mode = None, "min"
+    if arguments.keep_best is not None:
+        best, _, mode = arguments.keep_best.rpartition(":")
+        if not best:
+            raise WrongUsageError(f"--keep-best is {arguments.keep_best!r}: expected METRIC:min or METRIC:max")
+    if not arguments.grace >= 0:
+        raise WrongUsageError(f"--grace is {arguments.grace}: expected a number of seconds ≥ 0")
+    try:
+        return Keep(last=arguments.keep_last, every=arguments.keep_every, best=best, mode=mode)
+    except ValueError as error:
+        raise WrongUsageError(str(error)) from None
+
+
+def needs_of(repository: Repository, view: View) -> Needs:
+    """What each living checkpoint names. StoreError."""
+    return {checkpoint: _packs(repository, commit) for checkpoint, commit in view.living.items()}
+
+
+def _packs(repository: Repository, commit: Commit) -> frozenset[str] | None:
+    try:
+        readers = [open_vote(repository.store, commit.vote(rank)) for rank in range(commit.world)]
+    except CheckpointError as error:
+        if isinstance(error, StoreError) and not isinstance(error, ObjectNotFoundError):
+            raise
+        return None
+    return frozenset(file.key for reader in readers for file in reader.files)
+
+
+def _carry_out(
+    repository: Repository, collector: Collector, view: View, keep: Keep, arguments: argparse.Namespace
+) -> int:
+    """Pass after pass until nothing is left to do. Returns how many objects were deleted."""
+    deleted, last = 0, None
+    draw = bar(repository.url)
+    for n_pass in range(_MOST_PASSES):
+        seen = repository.newest_epoch()
+        if seen != view.newest_epoch:
+            raise RepositoryError(
+                f"{repository.url}: a job has started (epoch {seen}) while this was pruning; it was stopped here. Nothing is damaged: "
+                "run prune again once that job is stopped, or give it Checkpointer(keep=…)"
+            )
+        fresh = collector.look()
+        todo = plan(fresh, keep, (), arguments.grace, abandoned=arguments.branches, stopped=True)
+        if (not todo.retire and not todo.delete) or todo == last:
+            draw(1, 1)
+            return deleted
+        draw(n_pass, n_pass + 3)
+        collector.run(todo, as_epoch=None)
+        deleted += len(todo.delete)
+        last = todo
+    return deleted
+
+
+def _print_forecast(repository: Repository, found: Forecast, view: View, sizes: Mapping[str, int]) -> None:
+    url = repository.url
+    for checkpoint, why in found.retire:
+        commit = view.living.get(checkpoint)
+        size = "" if commit is None else f", saved {commit.utc}, {human(commit.stored_bytes)}"
+        say(f"{url}: remove epoch {checkpoint.epoch}, step {checkpoint.step}{size}: {why}")
+    kept = ", ".join(f"{c.step} (epoch {c.epoch})" for c in found.kept[:20]) or "none"
+    say(f"{url}: keep {len(found.kept)} checkpoints: steps {kept}{' …' if len(found.kept) > 20 else ''}")
+    freed = sum(sizes.get(key, 0) for key in found.delete)
+    say(f"{url}: {len(found.delete)} objects go, {human(freed)} are freed")
+    if found.waiting:
+        n_bytes = human(sum(sizes.get(key, 0) for key in found.waiting))
+        say(f"{url}: {n_bytes} more once the grace is over: run prune again then")
+    for words in found.notes:
+        note(f"{url}: note: {words}")
+
+
+def _to_json(found: Forecast, sizes: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        "retire": [{"epoch": c.epoch, "step": c.step, "why": why} for c, why in found.retire],
+        "keep": [{"epoch": c.epoch, "step": c.step} for c in found.kept],
+        "delete": found.delete,
+        "freed_bytes": sum(sizes.get(key, 0) for key in found.delete),
+        "waiting_bytes": sum(sizes.get(key, 0) for key in found.waiting),
+        "notes": found.notes,
+    }

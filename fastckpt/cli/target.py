@@ -1,0 +1,143 @@
+"""What an argument is: a file, a folder of files, or a repository. And which checkpoint of a repository is meant."""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastckpt.catalog import Catalog
+from fastckpt.cli.output import WrongUsageError, note
+from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, ObjectNotFoundError, RepositoryError
+from fastckpt.format import keys
+from fastckpt.format.keys import CheckpointId
+from fastckpt.object_source import ObjectSource
+from fastckpt.options import Options
+from fastckpt.repository import Repository
+from fastckpt.sources import PathSource, Source
+from fastckpt.store.base import Store
+from fastckpt.store.open import open_store
+
+
+def options() -> Options:
+    """Those of the environment. WrongUsageError lists every bad variable."""
+    try:
+        return Options.from_env()
+    except ValueError as error:
+        raise WrongUsageError(str(error)) from None
+
+
+def local_path(text: str) -> Path | None:
+    """The path that a path or file:// URL names; None for other URLs."""
+    if text.startswith("file:///"):
+        return Path(urllib.parse.unquote(text[len("file://") :]))
+    return None if "://" in text else Path(text)
+
+
+def _store(url: str, endpoint_url: str | None) -> Store:
+    if endpoint_url is None or not url.startswith("s3://"):
+        return open_store(url)
+    return open_store(url, endpoint_url=endpoint_url)
+
+
+def _looks_like_one(store: Store) -> bool:
+    """By its marker; or, where somebody deleted that, by what lies around it."""
+    try:
+        store.head(keys.MARKER)
+    except ObjectNotFoundError:
+        return all(any(True for _ in store.list(prefix)) for prefix in (keys.COMMITS, keys.EPOCHS))
+    return True
+
+
+@contextmanager
+def maybe_repository(text: str, endpoint_url: str | None) -> Iterator[Repository | None]:
+    """The repository at a path or URL; None if there is something else, or nothing. StoreError."""
+    path = local_path(text)
+    if path is not None and not path.is_dir():
+        yield None
+        return
+    with _store(str(path) if path is not None else text, endpoint_url) as store:
+        yield Repository(store) if _looks_like_one(store) else None
+
+
+@contextmanager
+def open_repository(text: str, endpoint_url: str | None) -> Iterator[Repository]:
+    """The repository that must be there. FileNotFoundError, RepositoryError, StoreError. A damaged marker is only talked about."""
+    path = local_path(text)
+    if path is not None:
+        os.stat(path)  # "no such file" rather than "no repository"
+    with maybe_repository(text, endpoint_url) as repository:
+        if repository is None:
+            raise RepositoryError(
+                f"{text} is no fastckpt repository: there is no {keys.MARKER}. Check the URL; `fastckpt show` and `check` take single files"
+            )
+        try:
+            if repository.marker() is None:
+                note(f"fastckpt: {repository.url}/{keys.MARKER} is missing: see fastckpt check")
+        except CorruptCheckpointError:
+            note(f"fastckpt: {repository.url}/{keys.MARKER} is damaged: see fastckpt check")
+        yield repository
+
+
+def open_source(text: str, endpoint_url: str | None) -> Source:
+    """A container: a file, or an object of a store."""
+    path = local_path(text)
+    if path is not None:
+        return PathSource(str(path))
+    root, _, key = text.rpartition("/")
+    if not key or root.endswith(("/", ":")):
+        raise WrongUsageError(f"{text!r} names neither a repository nor an object: expected scheme://place/…/name")
+    store = _store(root, endpoint_url)
+    try:
+        return ObjectSource(store, key, owns_store=True)
+    except BaseException:
+        store.close()
+        raise
+
+
+def safe_history(catalog: Catalog) -> list[CheckpointId] | None:
+    """The history, newest first; None where a damaged epoch record hides it."""
+    try:
+        return list(catalog.history())
+    except CorruptCheckpointError as error:
+        note(f"fastckpt: the history cannot be told: {error.damage[0]} ({error.source}). See fastckpt check")
+        return None
+
+
+def find(
+    url: str, history: Sequence[CheckpointId] | None, known: Sequence[CheckpointId], step: int | None, epoch: int | None
+) -> CheckpointId:
+    """The checkpoint that --step and --epoch mean. Pure. history: newest first; known: all that are there. NoCheckpointError.
+
+    Of several with one step that of the history, else that of the latest epoch.
+    """
+    inside = list(history or ())
+    rest = sorted(set(known) - set(inside), reverse=True)
+    for checkpoint in [*inside, *rest] if step is not None or epoch is not None or history is None else inside:
+        if step in (None, checkpoint.step) and epoch in (None, checkpoint.epoch):
+            return checkpoint
+    wanted = " of ".join(
+        [*([f"step {step}"] if step is not None else []), *([f"epoch {epoch}"] if epoch is not None else [])]
+    )
+    newest = ", ".join(str(c.step) for c in inside[:5]) or "none"
+    raise NoCheckpointError(
+        f"{url} has no checkpoint{f' ({wanted})' if wanted else ''}; newest steps: {newest}. `fastckpt ls` lists all"
+    )
+
+
+def add_endpoint(parser: Any) -> None:
+    """--endpoint-url, for every command that takes a URL."""
+    parser.add_argument(
+        "--endpoint-url", metavar="URL", help="where s3:// is, if not at AWS (before AWS_ENDPOINT_URL_S3)"
+    )
+
+
+def add_checkpoint(parser: Any) -> None:
+    """--step and --epoch."""
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="the checkpoint of this step; otherwise the newest of the history"
+    )
+    parser.add_argument("--epoch", type=int, metavar="E", help="the one of this epoch, where several have the step")
