@@ -1,37 +1,32 @@
 """Everything that can be known about a repository: every record, every vote, every byte of every pack, and what does not belong.
 
     LIST ─→ records ─→ votes (indexes, lengths of packs) ─→ packs, each once: crc64nvme of the whole, every chunk decoded ─→ report
-                                                                                       report ─→ plan_repair ─→ repair
 
-Reading changes nothing. `repair` does one thing: it commits saves whose votes are all there, as the next start would.
+Changes nothing; repair.py does.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from fastckpt.catalog import history
-from fastckpt.commit import complete_set, open_vote, read_sealed, read_vote, read_vote_bytes, try_commit
+from fastckpt.commit import complete_set, open_vote, read_sealed, read_vote, read_vote_bytes
 from fastckpt.errors import (
-    CheckpointError,
     CorruptCheckpointError,
     Damage,
     ObjectNotFoundError,
     RepositoryError,
-    StoreError,
     UnsupportedFormatError,
 )
 from fastckpt.format import keys, records
-from fastckpt.format.digest import crc64nvme, digest
+from fastckpt.format.digest import digest
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName
 from fastckpt.format.repository_records import (
@@ -45,6 +40,7 @@ from fastckpt.format.repository_records import (
     parse_pin,
 )
 from fastckpt.format.vote import commit_of, save_info
+from fastckpt.held_pack import HeldPack
 from fastckpt.object_source import BytesSource
 from fastckpt.options import Options
 from fastckpt.reader import Reader
@@ -241,7 +237,7 @@ class _Check:
         self._good: set[bytes] = set()
         self._bad: dict[bytes, Damage] = {}
         self._done_bytes = self._total_bytes = 0
-        self._held = _HeldPack(self._store)
+        self._held = HeldPack(self._store)
 
     def run(self) -> RepositoryReport:
         # One LIST in the order of keys: commits before data before votes. A commit that it shows has its packs in it too.
@@ -653,52 +649,6 @@ class _Gone(Exception):
     """Not there any more, or not readable; only inside of this module."""
 
 
-class _HeldPack:
-    """The pack whose chunks a thread is checking, in its memory: a pack is one request, however many chunks it has."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._local = threading.local()
-
-    def source(self, file: FileEntry) -> _HeldSource:
-        return _HeldSource(self._store, file, self._local)
-
-    def hold(self, key: str, n_bytes: int) -> int | None:
-        """Read a pack whole. Returns its crc64nvme; None if it went or shrank meanwhile."""
-        data = np.empty(n_bytes, np.uint8)
-        try:
-            self._store.get_into(key, 0, data)
-        except (EOFError, ObjectNotFoundError):
-            return None
-        self._local.key, self._local.data = key, data
-        return crc64nvme(data)
-
-    def release(self) -> None:
-        self._local.key, self._local.data = None, None
-
-
-class _HeldSource:
-    """A Source: a pack, from this thread's memory if it is held there."""
-
-    def __init__(self, store: Store, file: FileEntry, local: threading.local) -> None:
-        self.name = f"{store.url}/{file.key}"
-        self.n_bytes = file.n_bytes
-        self._store, self._key, self._local = store, file.key, local
-
-    def read_into(self, offset: int, out: Any) -> None:
-        if getattr(self._local, "key", None) != self._key:
-            self._store.get_into(self._key, offset, out)
-            return
-        data: npt.NDArray[np.uint8] = self._local.data
-        view = np.frombuffer(out, np.uint8)
-        if offset + view.size > data.size:
-            raise EOFError(f"{self.name} has {data.size} bytes: expected {offset + view.size} or more")
-        view[:] = data[offset : offset + view.size]
-
-    def close(self) -> None:
-        pass
-
-
 def _identity(key: str, record: Any) -> bytes:
     """Of a chunk in a pack: key, place and everything that it is checked against."""
     bare = record.copy()
@@ -713,84 +663,11 @@ def _differ(a: Any, b: Any) -> bool:
     return bool(a != b) and not both_nan
 
 
-# Repair.
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A save that can be committed, and what it would be."""
-
-    save: SaveId
-    becomes: str
-    """"newest" (what the next restore takes), "history" or "abandoned"."""
-
-
-@dataclass(frozen=True)
-class RepairPlan:
-    """What `repair` does, and what nothing can."""
-
-    complete: tuple[Completion, ...]
-    left: tuple[str, ...]
-
-
-def plan_repair(report: RepositoryReport, epoch_of: Callable[[int], Epoch | None], newest_epoch: int) -> RepairPlan:
-    """Which saves to commit, oldest first; one try of each step. Pure on what was read."""
-    complete: dict[CheckpointId, SaveId] = {}
-    for unfinished in sorted(report.unfinished, key=lambda one: one.save):
-        if unfinished.state == "completable":
-            complete.setdefault(unfinished.save.checkpoint, unfinished.save)
-    living = [one.checkpoint for one in report.checkpoints if one.state != "retired"]
-    newest = max([newest_epoch, *(c.epoch for c in (*living, *complete))], default=0)
-    try:
-        inside = list(history(newest, epoch_of, [*living, *complete]))
-    except CheckpointError:
-        inside = []
-    completions = []
-    for checkpoint, save in complete.items():
-        place = "newest" if inside[:1] == [checkpoint] else "history" if checkpoint in inside else "abandoned"
-        completions.append(Completion(save, place))
-    damaged = [one.checkpoint for one in report.checkpoints if one.state == "damaged"]
-    left = [f"checkpoint {c} is damaged: `fastckpt salvage` gets out what can be read" for c in damaged]
-    return RepairPlan(tuple(completions), tuple(left))
-
-
-@dataclass(frozen=True)
-class Repaired:
-    """What became of one completion."""
-
-    save: SaveId
-    commit: Commit | None
-    error: str | None
-
-
-def repair(repository: Repository, plan: RepairPlan) -> list[Repaired]:
-    """Carry out a plan; what fails is listed, the others are still done. Safe to stop anywhere and to begin again.
-
-    StoreAccessError and other errors of the store are raised: they would meet the others too.
-    """
-    done = []
-    for completion in plan.complete:
-        try:
-            commit = try_commit(repository.store, completion.save)
-            error = None if commit is not None else "a vote is missing now"
-        except StoreError:
-            raise
-        except CheckpointError as problem:
-            commit, error = None, str(problem)
-        done.append(Repaired(completion.save, commit, error))
-    return done
-
-
 __all__ = [
     "CheckpointState",
-    "Completion",
     "Finding",
-    "RepairPlan",
-    "Repaired",
     "RepositoryReport",
     "UnfinishedSave",
     "check_repository",
     "classify",
-    "plan_repair",
-    "repair",
 ]

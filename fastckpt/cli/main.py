@@ -31,7 +31,7 @@ from fastckpt.cli.output import (
     note,
     print_json,
 )
-from fastckpt.cli.target import add_checkpoint, add_endpoint, maybe_repository, open_repository
+from fastckpt.cli.target import add_checkpoint, add_endpoint, add_epoch, maybe_repository, open_repository
 from fastckpt.errors import CheckpointError, StoreError
 from fastckpt.repository import Repository
 
@@ -116,7 +116,10 @@ def _parser() -> argparse.ArgumentParser:
         "salvage", _salvage, "write every tensor of a damaged checkpoint that verifies, and report the others"
     )
     salvage.add_argument("url", metavar="URL")
-    add_checkpoint(salvage)
+    salvage.add_argument(
+        "step", type=int, nargs="?", metavar="STEP", help="the checkpoint of this step (default: the newest)"
+    )
+    add_epoch(salvage)
     salvage.add_argument("--rank", type=int, metavar="R", help="one rank only")
     salvage.add_argument("--out", required=True, metavar="DIR")
     salvage.add_argument("--force", action="store_true", help="replace files of an earlier salvage")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastckpt import check_repository as checking
+from fastckpt import repair as repairing
 from fastckpt.catalog import Catalog, describe, pending_saves
 from fastckpt.cli.containers import tensor_to_json
 from fastckpt.cli.output import BAD_CHECKPOINT, FOUND_DAMAGE, OK, bar, confirm, human, note, print_json, say, table
@@ -206,8 +207,8 @@ class Checked:
     """A report, and what was or was not repaired."""
 
     report: checking.RepositoryReport
-    plan: checking.RepairPlan | None = None
-    repaired: list[checking.Repaired] = dataclasses.field(default_factory=list)
+    plan: repairing.RepairPlan | None = None
+    repaired: list[repairing.Repaired] = dataclasses.field(default_factory=list)
 
     unanswered: bool = False
     """There was something to repair, and nobody to say yes."""
@@ -237,7 +238,7 @@ def check(repository: Repository, arguments: argparse.Namespace) -> Checked:
         answer = confirm(question, yes=arguments.yes, json_only=arguments.json)
         checked.unanswered = answer is None
         if answer:
-            checked.repaired = checking.repair(repository, checked.plan)
+            checked.repaired = repairing.repair(repository, checked.plan)
     if not arguments.json:
         for one in checked.repaired:
             what = "committed" if one.error is None else f"NOT REPAIRED: {one.error}"
@@ -245,14 +246,14 @@ def check(repository: Repository, arguments: argparse.Namespace) -> Checked:
     return checked
 
 
-def plan_of(repository: Repository, report: checking.RepositoryReport) -> checking.RepairPlan:
+def plan_of(repository: Repository, report: checking.RepositoryReport) -> repairing.RepairPlan:
     """The plan for a report, with the epoch records that it needs."""
     catalog = Catalog(repository)
 
     def epoch_of(number: int) -> Epoch | None:
         return catalog.epoch(number)
 
-    return checking.plan_repair(report, epoch_of, max(catalog.listing.epochs, default=0))
+    return repairing.plan_repair(report, epoch_of, max(catalog.listing.epochs, default=0))
 
 
 def _print_report(report: checking.RepositoryReport) -> None:
@@ -284,7 +285,7 @@ def _print_report(report: checking.RepositoryReport) -> None:
         note("fastckpt: `fastckpt salvage` gets out of a damaged checkpoint what can be read")
 
 
-def _print_plan(plan: checking.RepairPlan) -> None:
+def _print_plan(plan: repairing.RepairPlan) -> None:
     becomes = {
         "newest": "the next restore continues from it",
         "history": "an older step of the history",

@@ -140,4 +140,9 @@ def add_checkpoint(parser: Any) -> None:
     parser.add_argument(
         "--step", type=int, metavar="N", help="the checkpoint of this step; otherwise the newest of the history"
     )
+    add_epoch(parser)
+
+
+def add_epoch(parser: Any) -> None:
+    """--epoch."""
     parser.add_argument("--epoch", type=int, metavar="E", help="the one of this epoch, where several have the step")

@@ -15,8 +15,6 @@ from fastckpt.check_repository import (
     UnfinishedSave,
     check_repository,
     classify,
-    plan_repair,
-    repair,
 )
 from fastckpt.commit import list_votes
 from fastckpt.errors import StoreUnavailableError
@@ -24,6 +22,7 @@ from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId, commit_key, epoch_key
 from fastckpt.format.repository_records import Pin, commit_bytes, pin_bytes, utc_now
 from fastckpt.format.vote import SaveInfo
+from fastckpt.repair import plan_repair, repair
 from fastckpt.repository import Repository
 from fastckpt.retention import Keep
 from fastckpt.store.base import ObjectInfo

@@ -186,7 +186,7 @@ def test_steps_that_are_not_there(store: LocalStore, url: str, capsys: pytest.Ca
         status, _, err = run(capsys, *argv)
         assert status == cli.BAD_CHECKPOINT
         assert "fastckpt ls" in err
-    status, _, err = run(capsys, "salvage", url, "--step", "7", "--out", "x")
+    status, _, err = run(capsys, "salvage", url, "7", "--out", "x")
     assert status == cli.BAD_CHECKPOINT
 
 
@@ -496,7 +496,7 @@ def test_salvage_of_a_damaged_commit_record(
     assert status == cli.OK, "all tensors were there"
     assert "commit record of epoch 1, step 2 is not right" in err
     flip(store, "fastckpt.json")
-    status, _, err = run(capsys, "salvage", url, "--step", "1", "--out", str(tmp_path / "out2"))
+    status, _, err = run(capsys, "salvage", url, "1", "--out", str(tmp_path / "out2"))
     assert status == cli.OK
     assert "fastckpt.json is damaged" in err
 
