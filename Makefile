@@ -13,10 +13,10 @@ NATIVE := $(VENV)/.native
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo test test-slow test-gpu lint types docs bench clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-gpu lint types docs bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 system:
 	@PYTHON="$(PYTHON)" scripts/setup-system.sh
@@ -41,8 +41,11 @@ native: $(READY) ## rebuild the C++ kernels (FASTCKPT_SANITIZE=address,undefined
 	@rm -f $(NATIVE)
 	@$(MAKE) --no-print-directory $(NATIVE)
 
-demo: venv ## save, damage, restore: the engine in a minute
+demo: venv ## train until a spot notice, finish in a new process, compare every bit
 	@$(PY) examples/demo.py $(ARGS)
+
+demo-s3: venv ## the same against a real S3 server on loopback (radosgw)
+	@$(PY) -m tests.s3server $(abspath $(PY)) examples/demo.py $(ARGS)
 
 # At most 15 minutes: no test starts after 10, and none may take longer than the 5 of pyproject.toml.
 test: venv ## run the tests

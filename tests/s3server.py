@@ -403,3 +403,23 @@ def _start_moto(server: S3Server) -> None:
     server._wait_for(port)
     server.url = f"http://127.0.0.1:{port}"
     server.version = f"moto {importlib.metadata.version('moto')}"
+
+
+def main() -> int:
+    """`python -m tests.s3server COMMAND …`: run it with a server's keys and endpoint, and FASTCKPT_URL naming an empty bucket."""
+    choice = choose()
+    if choice.kind is None or len(sys.argv) < 2:
+        print(f"no S3 server: {choice.why}" if choice.kind is None else str(main.__doc__), file=sys.stderr)
+        return 2
+    server = start(choice.kind)
+    try:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        environment |= server.environment() | {"FASTCKPT_URL": f"s3://{server.new_bucket()}"}
+        print(f"{choice.kind} ({choice.why}) at {server.url}", file=sys.stderr)
+        return subprocess.run(sys.argv[1:], env=environment, check=False).returncode
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
