@@ -125,7 +125,8 @@ def test_killed_at_every_operation(tmp_path: Path) -> None:
     assert outcomes["acknowledged"] > 0
 
 
-def random_kills(tmp_path: Path, rounds: int) -> dict[str, object]:
+def random_kills(tmp_path: Path, kills: int) -> dict[str, object]:
+    """Children, until so many were killed; those that ended before their alarm are counted, and the alarms come earlier for it."""
     seed = random.randrange(1 << 32)
     print("seed", seed)
     rng = random.Random(seed)
@@ -136,7 +137,8 @@ def random_kills(tmp_path: Path, rounds: int) -> dict[str, object]:
     forked(tmp_path / "whole", lambda store, report: job(store, report, steps=3))
     whole_s = time.monotonic() - started
     outcomes = {"acknowledged": 0, "newer": 0, "finished": 0}
-    for _ in range(rounds):
+    while outcomes["acknowledged"] + outcomes["newer"] < kills:
+        assert outcomes["finished"] < 10 * kills, "no child was killed: the alarm never meets them"
         root = tmp_path / "run"
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(base, root)
@@ -151,20 +153,21 @@ def random_kills(tmp_path: Path, rounds: int) -> dict[str, object]:
 
         last, _, status = forked(root, act)
         found = judge(root, last, before)
-        outcomes["finished" if not os.WIFSIGNALED(status) else found] += 1
-    return {"seed": seed, "rounds": rounds, "outcomes": outcomes}
+        if not os.WIFSIGNALED(status):
+            found, whole_s = "finished", whole_s * 0.95  # the machine was busy when it was measured
+        outcomes[found] += 1
+    return {"seed": seed, "kills": kills, "outcomes": outcomes}
 
 
 def test_killed_at_random(tmp_path: Path) -> None:
     """About 10 s: 40 children, and a whole restore, save and retention after each."""
-    found = random_kills(tmp_path, 40)
-    assert found["outcomes"]["finished"] < 20, "most of the children were to be killed"  # type: ignore[index]
+    random_kills(tmp_path, 40)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_at_random_500_times(tmp_path: Path) -> None:
-    """Minutes: 500 children."""
+    """Minutes: 500 children killed."""
     found = random_kills(tmp_path, 500)
     versions = {"fastckpt": fastckpt.__version__, "python": platform.python_version(), "torch": str(torch.__version__)}
     RESULT.write_text(
