@@ -76,8 +76,7 @@ def test_a_fault_is_worth_another_try_and_leaves_no_part(
         assert time.monotonic() - started < 1.0 + 5.0, (
             "a stall of 1 s took far longer; 5 s is what a loaded machine may add"
         )
-    rule.release.set()
-    landed = fault is Fault.LOST_ACK
+    landed = fault is Fault.LOST_ACK  # what is still held in the proxy may land late, once it is released
     if verb == "put":
         assert filled.get("a/x") == (NEW if landed else OLD)
     if verb == "put_if_absent":
@@ -86,7 +85,7 @@ def test_a_fault_is_worth_another_try_and_leaves_no_part(
         assert [info.key for info in filled.list("")] == ([] if landed else ["a/x"])
     # and all is well again, on the same store
     proxy.clear()
-    if not landed:
+    if not landed and (fault, verb) != (Fault.STALL, "put_if_absent"):  # that one may have landed by now
         VERBS[verb](faulty)
 
 
