@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastckpt.commit import try_commit
-from fastckpt.format.keys import CheckpointId, SaveId
+from fastckpt.commit import open_vote, try_commit, vote_name
+from fastckpt.format import container, directory
+from fastckpt.format.keys import CheckpointId, SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent
 from fastckpt.incarnation import Incarnation
 from fastckpt.options import Options
+from fastckpt.reader import Reader
 from fastckpt.repository import Repository
+from fastckpt.save import index_and_footer
 from fastckpt.state import Captured, capture
 from fastckpt.store.base import Store
 from fastckpt.upload import SaveRequest, upload
@@ -74,6 +78,30 @@ def save_ranks(store: Store, epoch: int, step: int, states: Sequence[Any], paren
     for rank, obj in enumerate(states):
         vote(store, epoch, step, rank, len(states), obj, parent)
     commit = try_commit(store, SaveId(epoch, step, 0))
+    assert commit is not None
+    return commit
+
+
+def place_vote(
+    store: Store, save: SaveId, reader: Reader, *, rank: int = 0, world: int = 1, **changes: Any
+) -> VoteName:
+    """The index of another save as the vote of this one: all its packs are that save's. changes: members of `save`."""
+    info = {**(reader.directory.save or {}), "epoch": save.epoch, "try": save.attempt, "stored_bytes": 0, **changes}
+    listed = replace(reader.directory, step=save.step, rank=rank, world=world, save=info)
+    header = container.build_header(read_features=0)
+    files = directory.build_file_table(reader.files)
+    parts = [directory.build(listed), files, reader.records.tobytes(), reader.skeleton]
+    data = b"".join([header, *index_and_footer(header, 0, parts)])
+    name = vote_name(save, rank, world, data)
+    store.put(vote_key(name), data)
+    return name
+
+
+def reuse(store: Store, old: int, new: int, epoch: int = 1) -> Commit:
+    """A checkpoint whose vote names only packs of an earlier one."""
+    save = SaveId(epoch, new, 0)
+    place_vote(store, save, open_vote(store, commit_of(store, old, epoch).vote(0)), parent=None)
+    commit = try_commit(store, save)
     assert commit is not None
     return commit
 

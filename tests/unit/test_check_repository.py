@@ -21,7 +21,6 @@ from fastckpt.errors import StoreUnavailableError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId, commit_key, epoch_key
 from fastckpt.format.repository_records import Pin, commit_bytes, pin_bytes, utc_now
-from fastckpt.format.vote import SaveInfo
 from fastckpt.repair import plan_repair, repair
 from fastckpt.repository import Repository
 from fastckpt.retention import Keep
@@ -34,6 +33,7 @@ from tests.unit.repository_tools import (
     commit_of,
     flip,
     keys_of,
+    reuse,
     same,
     save_ranks,
     save_steps,
@@ -185,7 +185,7 @@ def test_a_record_that_does_not_follow_from_its_votes(store: LocalStore) -> None
 def test_shared_packs_are_read_once_and_their_damage_hurts_all(store: LocalStore) -> None:
     counting = CountingStore()
     save_steps(counting, [1])
-    _reuse(counting, 1, 2)
+    reuse(counting, 1, 2)
     assert check(counting).ok
     key = pack_of(counting, 1)
     assert counting.reads == {key: 1}
@@ -195,32 +195,6 @@ def test_shared_packs_are_read_once_and_their_damage_hurts_all(store: LocalStore
     assert counting.reads == {key: 1}
     assert states(report) == {2: "damaged", 1: "damaged"}
     assert report.checkpoints[0].tensors_lost == report.checkpoints[1].tensors_lost != ()
-
-
-def _reuse(store: Any, old: int, new: int) -> None:
-    """A save whose vote names only packs of an earlier one."""
-    from dataclasses import replace
-
-    from fastckpt.commit import open_vote, try_commit, vote_name
-    from fastckpt.format import container, directory
-    from fastckpt.format.vote import save_to_json
-    from fastckpt.save import index_and_footer
-
-    before = commit_of(store, old)
-    reader = open_vote(store, before.vote(0))
-    save = SaveId(1, new, 0)
-    info = SaveInfo(save, None, "manual", {}, before.raw_bytes, 0, 1.0, utc_now())
-    listed = replace(reader.directory, step=new, save=save_to_json(info))
-    header = container.build_header(read_features=0)
-    parts = [
-        directory.build(listed),
-        directory.build_file_table(reader.files),
-        reader.records.tobytes(),
-        reader.skeleton,
-    ]
-    data = b"".join([header, *index_and_footer(header, 0, parts)])
-    store.put(keys.vote_key(vote_name(save, 0, 1, data)), data)
-    assert try_commit(store, save) is not None
 
 
 def test_only_some_steps(store: LocalStore) -> None:

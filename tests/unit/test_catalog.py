@@ -1,0 +1,155 @@
+"""Which checkpoint comes next: against a model written from docs/guarantees.md, section 3, and by example."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastckpt.catalog import Catalog, history
+from fastckpt.errors import CorruptCheckpointError, NoCheckpointError
+from fastckpt.format.keys import CheckpointId, commit_key
+from fastckpt.format.repository_records import Epoch, Parent, Tombstone, tombstone_bytes, utc_now
+from fastckpt.incarnation import Incarnation
+from fastckpt.repository import Repository
+from fastckpt.store.memory import MemoryStore
+from tests.unit.repository_tools import OPTIONS, captured, flip, keys_of, save_steps, state
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[dict[int, Epoch], list[CheckpointId]]:
+    """Epochs 1 … n, each with any parent of an earlier one, some without a record; commits of any steps, some of them parents."""
+    n = draw(st.integers(1, 6))
+    steps = st.integers(0, 5)
+    epochs: dict[int, Epoch] = {}
+    commits: list[CheckpointId] = []
+    for number in range(1, n + 1):
+        earlier = draw(st.none() | st.builds(CheckpointId, st.integers(1, number - 1), steps)) if number > 1 else None
+        parent = None if earlier is None else Parent(earlier, "0" * 32)
+        fresh = parent is None and draw(st.booleans())
+        if draw(st.integers(0, 9)):
+            epochs[number] = Epoch(number, parent, fresh, draw(st.booleans()), (), 1, "0" * 32, "")
+        commits += [CheckpointId(number, step) for step in draw(st.sets(steps, max_size=4))]
+    return epochs, commits
+
+
+def model(
+    number: int, most: float, named: bool, epochs: dict[int, Epoch], commits: set[CheckpointId]
+) -> list[CheckpointId]:
+    """ "From the highest epoch: its commits, highest step first; then the parent its record names; then the commits of the parent's
+    epoch with steps up to the parent's; and so on." """
+    if number == 0:
+        return []
+    own = sorted((c for c in commits if c.epoch == number), reverse=True)
+    found = [c for c in own if c.step <= most]
+    epoch = epochs.get(number)
+    passed_over = not own and not named and (epoch is None or not (epoch.rewind or epoch.fresh))
+    if epoch is None or passed_over:
+        return found + model(number - 1, float("inf"), False, epochs, commits)
+    if epoch.parent is not None:
+        parent = epoch.parent.checkpoint
+        return found + model(parent.epoch, parent.step, True, epochs, commits)
+    return found if epoch.fresh else found + model(number - 1, float("inf"), False, epochs, commits)
+
+
+@given(worlds())
+def test_history_is_the_documents(world: tuple[dict[int, Epoch], list[CheckpointId]]) -> None:
+    epochs, commits = world
+    newest = max([*epochs, *(c.epoch for c in commits)], default=0)
+    found = list(history(newest, epochs.get, commits))
+    assert found == model(newest, float("inf"), False, epochs, set(commits))
+    assert len(set(found)) == len(found)
+    assert found == list(history(newest, epochs.get, reversed(commits)))
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    store = MemoryStore()
+    save_steps(store, [1, 2, 3])
+    return store
+
+
+def catalog(store: MemoryStore) -> Catalog:
+    return Catalog(Repository(store))
+
+
+def bury(store: MemoryStore, step: int) -> None:
+    checkpoint = CheckpointId(1, step)
+    store.put(commit_key(checkpoint), tombstone_bytes(Tombstone(checkpoint, None, "retention", utc_now())))
+
+
+def damage(store: MemoryStore, step: int) -> None:
+    flip(store, next(key for key in keys_of(store, "votes/") if f"-{step:012}-" in key))
+
+
+def test_choosing(store: MemoryStore) -> None:
+    found = catalog(store).choose()
+    assert found is not None
+    assert found.commit.save.step == 3
+    second = catalog(store).choose(2)
+    assert second is not None
+    assert second.commit.save.step == 2
+    by_name = catalog(store).choose(CheckpointId(1, 1))
+    assert by_name is not None
+    assert by_name.commit.save.step == 1
+    with pytest.raises(NoCheckpointError, match="4"):
+        catalog(store).choose(4)
+
+
+def test_nothing_was_ever_saved() -> None:
+    store = MemoryStore()
+    Repository(store).initialise()
+    assert catalog(store).choose() is None
+    assert catalog(store).choose("latest-valid") is None
+    with pytest.raises(NoCheckpointError):
+        catalog(store).choose(1)
+
+
+def test_tombstones_are_passed_over(store: MemoryStore) -> None:
+    bury(store, 3)
+    found = catalog(store).choose()
+    assert found is not None
+    assert found.commit.save.step == 2
+    with pytest.raises(NoCheckpointError):
+        catalog(store).choose(3)
+
+
+def test_damage_is_an_error_that_names_the_newest_complete_step(store: MemoryStore) -> None:
+    damage(store, 3)
+    damage(store, 2)
+    with pytest.raises(CorruptCheckpointError, match="step 1") as caught:
+        catalog(store).choose()
+    assert "latest-valid" in str(caught.value)
+    found = catalog(store).choose("latest-valid")
+    assert found is not None
+    assert found.commit.save.step == 1
+    assert [skipped.checkpoint.step for skipped in found.skipped] == [3, 2]
+
+
+def test_an_unreadable_record_is_not_passed_over_in_silence(store: MemoryStore) -> None:
+    flip(store, commit_key(CheckpointId(1, 3)))
+    with pytest.raises(CorruptCheckpointError):
+        catalog(store).choose()
+    found = catalog(store).choose("latest-valid")
+    assert found is not None
+    assert found.commit.save.step == 2
+
+
+def test_all_are_damaged(store: MemoryStore) -> None:
+    for step in (1, 2, 3):
+        damage(store, step)
+    for step in ("latest", "latest-valid"):
+        with pytest.raises((CorruptCheckpointError, NoCheckpointError)):
+            catalog(store).choose(step)  # type: ignore[arg-type]
+
+
+def test_a_rewind_leaves_a_branch(store: MemoryStore) -> None:
+    job = Incarnation(Repository(store), OPTIONS)
+    job.restore(1)
+    assert [c.step for c in catalog(store).history()] == [1], "even before its first save"
+    job.save(captured(state(9)), 2)
+    assert list(catalog(store).history()) == [CheckpointId(2, 2), CheckpointId(1, 1)]
+    assert catalog(store).branches() == [CheckpointId(1, 3), CheckpointId(1, 2)]
+    old = catalog(store).choose(3)
+    assert old is not None
+    assert old.commit.checkpoint == CheckpointId(1, 3), "a step of a branch is found by its number"

@@ -1,0 +1,246 @@
+"""What retention may do: properties of the pure plan, and passes over a store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastckpt.format import keys
+from fastckpt.format.keys import CheckpointId, SaveId, commit_key, pack_key, pin_key
+from fastckpt.format.repository_records import Commit, Pin, pin_bytes, utc_now
+from fastckpt.repository import Repository
+from fastckpt.retention import Candidate, Collector, Keep, View, plan, retire
+from fastckpt.store.memory import MemoryStore
+from tests.repositories import check_all, living
+from tests.unit.repository_tools import begin, flip, keys_of, reuse, save_steps, state, vote
+
+GRACE_S = 100.0
+numbers = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[Candidate]:
+    steps = draw(st.lists(st.integers(0, 40), unique=True, max_size=12))
+    return [
+        Candidate(CheckpointId(1, step), draw(st.dictionaries(st.sampled_from(["loss", "accuracy"]), numbers)))
+        for step in sorted(steps, reverse=True)
+    ]
+
+
+keeps = st.builds(
+    Keep,
+    last=st.integers(1, 5),
+    every=st.none() | st.integers(1, 10),
+    best=st.none() | st.sampled_from(["loss", "accuracy"]),
+    mode=st.sampled_from(["min", "max"]),
+    best_count=st.integers(1, 3),
+)
+
+
+@given(histories(), keeps)
+def test_what_a_rule_wants_stays(history: list[Candidate], keep: Keep) -> None:
+    gone = retire(history, keep)
+    stay = [c for c in history if c.checkpoint not in gone]
+    assert stay[: keep.last] == history[: keep.last]
+    for candidate in history:
+        if keep.every is not None and candidate.checkpoint.step % keep.every == 0:
+            assert candidate in stay
+    if keep.best is not None:
+        values = [c.metrics.get(keep.best, math.nan) for c in history]
+        real = [v for v in values if not math.isnan(v)]
+        if real:
+            best = min(real) if keep.mode == "min" else max(real)
+            assert any(c.metrics.get(keep.best) == best for c in stay)
+    if keep.every is None and keep.best is None:
+        assert len(stay) == min(keep.last, len(history)), "and nothing else does"
+
+
+@st.composite
+def views(draw: st.DrawFn) -> tuple[View, set[SaveId]]:
+    """Any repository that a pass may see: living, dead, unfinished and unreadable steps of three epochs, packs that several need."""
+    ids = draw(st.lists(st.builds(CheckpointId, st.integers(1, 3), st.integers(0, 5)), unique=True, max_size=10))
+    kinds = {c: draw(st.sampled_from(["living", "dead", "unfinished", "unreadable"])) for c in ids}
+    now_s = 1000.0
+    times = {c: draw(st.floats(0, now_s)) for c in ids}
+    saves = [SaveId(*c, draw(st.integers(0, 1))) for c in ids]
+    packs: dict[SaveId, Mapping[str, float]] = {
+        save: {pack_key(save, 0, n): draw(st.floats(0, now_s)) for n in range(draw(st.integers(0, 2)))}
+        for save in saves
+    }
+    every_pack = sorted(key for some in packs.values() for key in some)
+    hidden = any(kind == "unreadable" for kind in kinds.values())
+    needed = None if hidden else set(draw(st.lists(st.sampled_from(every_pack)))) if every_pack else set()
+    living = {c: _commit(c) for c, kind in kinds.items() if kind == "living"}
+    order = draw(st.permutations(sorted(living, reverse=True)))
+    inside = sorted(order[: draw(st.integers(0, len(order)))], reverse=True)
+    view = View(
+        newest_epoch=draw(st.integers(1, 3)),
+        history=[Candidate(c, {}) for c in inside],
+        living=living,
+        tombstones={c: times[c] for c, kind in kinds.items() if kind == "dead"},
+        commit_times_s={c: times[c] for c, kind in kinds.items() if kind in ("living", "dead")},
+        unreadable={c for c, kind in kinds.items() if kind == "unreadable"},
+        votes={save: [f"vote of {save}"] for save in saves},
+        vote_sets_complete=set(draw(st.lists(st.sampled_from(saves)))) if saves else set(),
+        packs=packs,
+        needed=needed,
+        pinned=set(draw(st.lists(st.sampled_from(ids)))) if ids else set(),
+        expired_pins=[],
+        now_s=now_s,
+    )
+    return view, set(draw(st.lists(st.sampled_from(saves), max_size=2))) if saves else set()
+
+
+def _commit(checkpoint: CheckpointId) -> Commit:
+    return Commit(SaveId(*checkpoint, 0), 1, None, "manual", {}, {}, 0, 0, 0.0, "", (), {}, "")
+
+
+@given(views(), st.none() | keeps, st.booleans(), st.booleans())
+def test_a_plan_hurts_nothing_that_lives(
+    world: tuple[View, set[SaveId]], keep: Keep | None, abandoned: bool, stopped: bool
+) -> None:
+    view, flying = world
+    found = plan(view, keep, flying, GRACE_S, abandoned=abandoned, stopped=stopped)
+    retired = {c for c, _ in found.retire}
+    stays = view.living.keys() - retired
+    if view.history:
+        assert view.history[0].checkpoint not in retired, "the newest"
+    assert not retired & {c for c in view.pinned if c in view.living}, "pins"
+    assert not retired & {save.checkpoint for save in flying}
+    assert not retired & set(view.unreadable)
+    if keep is None:
+        assert not retired & view.living.keys()
+    if not abandoned:
+        assert retired & view.living.keys() <= {c.checkpoint for c in view.history}, "branches are nobody's business"
+    owner = {key: save for save, some in view.packs.items() for key in some}
+    for key in found.delete:
+        if key in owner:
+            assert view.needed is not None, "it is not known what the unreadable ones need"
+            assert key not in view.needed
+            assert owner[key] not in flying
+            checkpoint = owner[key].checkpoint
+            # Only once the commit key says that it is over, for so long, by the store's own clock.
+            over_s = view.tombstones.get(checkpoint, view.commit_times_s.get(checkpoint, view.now_s))
+            assert view.now_s - over_s >= GRACE_S
+        elif key.startswith("vote of "):
+            save = next(save for save, some in view.votes.items() if key in some)
+            assert save not in flying
+            assert save.checkpoint not in stays or view.living[save.checkpoint].save != save
+        else:
+            checkpoint = next(c for c in view.tombstones if commit_key(c) == key)
+            packs = {k for save, some in view.packs.items() if save.checkpoint == checkpoint for k in some}
+            assert packs <= set(found.delete), "a tombstone is the last of its checkpoint to go"
+            assert checkpoint.epoch < view.newest_epoch or stopped
+
+
+def test_votes_go_before_packs_before_tombstones() -> None:
+    dead = CheckpointId(1, 1)
+    save = SaveId(1, 1, 0)
+    view = View(
+        newest_epoch=2,
+        history=[],
+        living={},
+        tombstones={dead: 0.0},
+        commit_times_s={},
+        unreadable=(),
+        votes={save: ["vote"]},
+        vote_sets_complete=(),
+        packs={save: {"pack": 0.0}},
+        needed=set(),
+        pinned=(),
+        expired_pins=["pin"],
+        now_s=GRACE_S,
+    )
+    assert plan(view, None, (), GRACE_S).delete == ["vote", "pack", commit_key(dead), "pin"]
+
+
+def collect(store: MemoryStore, keep: Keep, grace_s: float = 0.0) -> list[str]:
+    collector = Collector(Repository(store))
+    todo = plan(collector.look(), keep, (), grace_s)
+    collector.run(todo, None)
+    return todo.notes
+
+
+def steps(store: MemoryStore) -> list[int]:
+    return sorted(c.step for c in living(store))
+
+
+def test_packs_that_a_living_checkpoint_shares_stay() -> None:
+    store = MemoryStore()
+    save_steps(store, [1])
+    reuse(store, 1, 2)
+    packs = keys_of(store, "data/")
+    for _ in range(3):
+        collect(store, Keep(last=1))
+    assert steps(store) == [2]
+    assert keys_of(store, "data/") == packs
+    check_all(store)
+
+
+def pin(store: MemoryStore, step: int, expires_s: int) -> None:
+    store.put(pin_key("reader"), pin_bytes(Pin(CheckpointId(1, step), expires_s, "a reader", utc_now())))
+
+
+def test_a_pin_keeps_and_expires() -> None:
+    now_s = [0.0]
+    store = MemoryStore(clock=lambda: now_s[0])
+    save_steps(store, [1, 2, 3])
+    pin(store, 1, 60)
+    assert any("pinned" in words for words in collect(store, Keep(last=1)))
+    assert steps(store) == [1, 3]
+    now_s[0] = 61.0
+    vote(store, 1, 3, 0, 1, state(4, 100), attempt=1)  # the store's clock is read off what it writes
+    collect(store, Keep(last=1))
+    assert keys_of(store, "pins/") == []
+    collect(store, Keep(last=1))
+    assert steps(store) == [3]
+    check_all(store)
+
+
+def test_grace_is_counted_from_the_tombstone() -> None:
+    now_s = [0.0]
+    store = MemoryStore(clock=lambda: now_s[0])
+    save_steps(store, [1, 2])
+    old = keys_of(store, "data/000001-000000000001-000/")
+    now_s[0] = 500.0
+    collect(store, Keep(last=1), GRACE_S)
+    now_s[0] = 500.0 + GRACE_S - 1
+    vote(store, 1, 3, 0, 1, state(3, 100))
+    collect(store, Keep(last=1), GRACE_S)
+    assert set(old) <= set(keys_of(store, "data/")), "somebody may be reading them"
+    now_s[0] = 500.0 + GRACE_S
+    vote(store, 1, 3, 0, 1, state(4, 100), attempt=1)
+    collect(store, Keep(last=1), GRACE_S)
+    assert not set(old) & set(keys_of(store, "data/"))
+    check_all(store)
+
+
+def test_an_unreadable_record_keeps_every_pack() -> None:
+    store = MemoryStore()
+    save_steps(store, [1, 2, 3])
+    flip(store, commit_key(CheckpointId(1, 1)))
+    packs = keys_of(store, "data/")
+    notes = collect(store, Keep(last=1))
+    assert keys_of(store, "data/") == packs
+    assert any("no pack is deleted" in words for words in notes)
+    assert keys.parse_commit(commit_key(CheckpointId(1, 1)))
+
+
+def test_only_the_newest_epoch_collects() -> None:
+    store = MemoryStore()
+    save_steps(store, [1, 2, 3])
+    collector = Collector(Repository(store))
+    todo = plan(collector.look(), Keep(last=1), (), 0.0)
+    begin(store, 1, None)
+    collector.run(todo, 1)
+    assert steps(store) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("bad", [{"last": 0}, {"every": 0}, {"mode": "most"}, {"best_count": 0}, {"last": True}])
+def test_senseless_rules_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Keep(**bad)  # type: ignore[arg-type]
