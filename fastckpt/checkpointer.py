@@ -505,12 +505,12 @@ def _checked(
     """Copies that can be written. TypeError at the call that brings them, not in the background."""
     try:
         numbers = {str(name): float(value) for name, value in (metrics or {}).items()}
-        metrics_to_json(numbers)
-    except (TypeError, ValueError) as error:
+        json.dumps(metrics_to_json(numbers), ensure_ascii=False).encode()
+    except (TypeError, ValueError, OverflowError) as error:
         raise TypeError(f"metrics must be names and numbers: {error}") from error
     try:
-        copy = json.loads(json.dumps(dict(meta or {}), allow_nan=False))
-    except (TypeError, ValueError) as error:
+        copy = json.loads(json.dumps(dict(meta or {}), allow_nan=False, ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"meta must be what JSON can hold: {error}") from error
     return numbers, copy
 

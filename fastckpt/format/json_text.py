@@ -28,11 +28,19 @@ def _constant(text: str) -> float:
 
 
 def load_json(data: bytes, part: str, source: str) -> Any:
-    """Parse strictly: UTF-8, no duplicate members, no NaN, no huge integers. CorruptCheckpointError names part and source."""
+    """Parse strictly: UTF-8, no lone surrogates, no duplicate members, no NaN, no huge integers.
+
+    CorruptCheckpointError names part and source.
+    """
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_integer, parse_constant=_constant
         )
+        if (
+            b"\\u" in data
+        ):  # an escape can be half of a surrogate pair, which no text can hold: UnicodeEncodeError, a ValueError
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         damage = Damage(part, "as a whole", "JSON", f"{type(error).__name__}: {error!s:.200}")
         raise CorruptCheckpointError(source, [damage]) from error

@@ -682,3 +682,22 @@ def test_an_incarnation_that_saved_is_seen_by_one_that_claims_meanwhile(store: H
     choice = new.restore()
     assert choice is not None
     assert choice.commit.save.step == 2
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"metrics": {"loss": "low"}},
+        {"metrics": {"loss": 10**400}},
+        {"metrics": {"\ud800": 1.0}},
+        {"meta": {"a": object()}},
+        {"meta": {"a": float("nan")}},
+        {"meta": {"a": "\ud800"}},
+    ],
+)
+def test_what_no_record_can_hold_is_refused_at_once(tmp_path: Path, bad: dict[str, Any]) -> None:
+    model = torch.nn.Linear(2, 2)
+    with fastckpt.Checkpointer(tmp_path / "run", {"model": model}, spot=None) as ckpt:
+        with pytest.raises(TypeError, match=next(iter(bad))):
+            ckpt.save_now(1, **bad)
+        assert ckpt.save_now(1).wait().save.step == 1
