@@ -1,6 +1,6 @@
 """Builds the C++ kernels, `fastckpt._native`. All else about the package stands in pyproject.toml.
 
-The kernels are optional: without them fastckpt uses slower ones that give the same bytes. Environment variables:
+The kernels are optional: without them fastckpt uses slower ones; each reads what the others write. Environment variables:
 
     FASTCKPT_NO_NATIVE=1                  do not build them
     FASTCKPT_REQUIRE_NATIVE=1             if they cannot be built, fail
@@ -41,7 +41,7 @@ class BuildNative(build_ext):
             reason = textwrap.shorten(str(error), 100) or type(error).__name__
             print(
                 f"fastckpt: the C++ kernels were not built ({reason}); the Numba and NumPy kernels are used instead: "
-                "the same bytes, more slowly.",
+                "the same checkpoints, more slowly.",
                 file=sys.stderr,
             )
 
@@ -64,7 +64,9 @@ def native_extension() -> Extension:
     return Extension(
         "fastckpt._native",
         sources=sorted(glob("csrc/*.cpp")),
-        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
+        depends=sorted(
+            glob("csrc/**/*.h", recursive=True) + glob("csrc/*.inl") + glob("csrc/**/*.cuh", recursive=True)
+        ),
         language="c++",
         extra_compile_args=compile_args,
         extra_link_args=link_args,

@@ -1,9 +1,9 @@
-/* The C interface of fastckpt's native kernels.
+/* The C interface of fastckpt's native kernels and codec.
  *
- * Rules for every function: the caller owns all buffers and keeps them unchanged during the call; source and destination do
- * not overlap; no alignment is needed; nothing is allocated, nothing is thread-local: any number of threads may call at once.
- * A status of FASTCKPT_OK is 0, everything else leaves the destination undefined.
- * The meaning of each kernel is the NumPy code in fastckpt/codec/kernels/reference.py; the bytes are specified in docs/format.md.
+ * Rules for every function: the caller owns all buffers and keeps them unchanged during the call; sources and destinations do not
+ * overlap; no alignment is needed; nothing is allocated. Functions without a context may be called by any number of threads at once;
+ * a context belongs to one thread at a time. Every status but FASTCKPT_OK leaves the destination undefined.
+ * The meaning of each function is the NumPy code in fastckpt/kernels/reference.py; the bytes are specified in docs/format.md, section 4.
  */
 #ifndef FASTCKPT_H
 #define FASTCKPT_H
@@ -17,23 +17,98 @@ extern "C" {
 
 enum fastckpt_status {
     FASTCKPT_OK = 0,
-    FASTCKPT_BAD_LANE = 1,   /* lane_bytes is not one of the widths that the kernel knows */
-    FASTCKPT_BAD_LENGTH = 2, /* n_bytes is not a multiple of lane_bytes */
+    FASTCKPT_BAD_LANE = 1,     /* lane_bytes or pack_bits is not one that the transform knows */
+    FASTCKPT_BAD_LENGTH = 2,   /* a length is 0, too large, or not a multiple of lane_bytes */
+    FASTCKPT_BAD_ARGUMENT = 3, /* an unknown transform, a missing base or context */
+    FASTCKPT_NO_ROOM = 4,      /* the destination is too small: stored bytes would not be fewer than the caller allows */
+    FASTCKPT_UNFIT = 5,        /* the chunk is not what the transform needs (ROTU: a sign bit is set) */
+    FASTCKPT_FOREIGN = 6,      /* not a frame as fastckpt_encode makes it: another zstd decoder may read it, or it is damaged */
+};
+
+/* docs/format.md, section 4.1 */
+enum fastckpt_transform {
+    FASTCKPT_RAW = 1,
+    FASTCKPT_ROT = 3,
+    FASTCKPT_ROTU = 4,
+    FASTCKPT_SUB = 5,
+    FASTCKPT_SUBPACK = 6,
 };
 
 /* Lanes in a stripe: one plane of a stripe is 128 KiB, exactly the largest zstd block (docs/format.md, section 4.3). */
 #define FASTCKPT_STRIPE_LANES 131072u
+#define FASTCKPT_MAX_RAW_BYTES (4u << 20)
+/* Shorter chunks get no digest from here: XXH3 has other rules for them, and the Python package is fast enough. */
+#define FASTCKPT_MIN_DIGEST_BYTES 241u
+
+/* The instruction sets that this library can use on this machine, best first, as "avx512 avx2 scalar". */
+const char* fastckpt_isas(void);
+/* Use one of them (for tests; not while other threads are in a call). NULL: the best. FASTCKPT_BAD_ARGUMENT if it is not there. */
+int fastckpt_use_isa(const char* name);
+/* The one in use. */
+const char* fastckpt_isa(void);
 
 /* CRC-64/NVME of data, continuing from crc (0 to start). */
 uint64_t fastckpt_crc64nvme(uint64_t crc, const void* data, size_t n_bytes);
 /* The same by table look-ups only; the definition for the other. */
 uint64_t fastckpt_crc64nvme_portable(uint64_t crc, const void* data, size_t n_bytes);
 
-/* Raw bytes -> ROT stream: each lane rotated left by one bit, then byte planes, stripe by stripe, highest byte first.
- * lane_bytes: 2, 4 or 8. stream has room for n_bytes. */
-int fastckpt_rot_split(const void* raw, size_t n_bytes, unsigned lane_bytes, void* stream);
-/* ROT stream -> raw bytes: the inverse. */
-int fastckpt_rot_merge(const void* stream, size_t n_bytes, unsigned lane_bytes, void* raw);
+/* XXH3-128 of data in canonical (big-endian) form. n_bytes >= FASTCKPT_MIN_DIGEST_BYTES, else FASTCKPT_BAD_LENGTH. */
+int fastckpt_xxh3_128(const void* data, size_t n_bytes, uint8_t digest[16]);
+
+/* 1 if all lanes of the chunk are equal. lane_bytes: 1, 2, 4 or 8. */
+int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned lane_bytes);
+
+/* Memory of a context: caller-owned, fastckpt_context_bytes() long, 64-byte aligned, initialised once. */
+typedef struct fastckpt_context fastckpt_context;
+size_t fastckpt_context_bytes(void);
+fastckpt_context* fastckpt_context_init(void* memory);
+
+/* Streams, without a frame around them. raw: n_bytes, a multiple of lane_bytes in {2, 4, 8}; base: as many bytes, SUB and SUBPACK only.
+ * pack_bits: SUBPACK, one of 1, 2, 4, 8.
+ *
+ * fastckpt_split: raw -> stream; *stream_bytes is set. FASTCKPT_NO_ROOM if capacity does not suffice: n_bytes does for all but SUBPACK,
+ * which needs at most 4 + n_bytes / lane_bytes + n_bytes.
+ * fastckpt_merge: stream -> raw. FASTCKPT_FOREIGN if it cannot be a stream of such a chunk. */
+int fastckpt_split(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned transform, unsigned lane_bytes,
+                   unsigned pack_bits, void* stream, size_t capacity, size_t* stream_bytes);
+int fastckpt_merge(fastckpt_context* context, const void* stream, size_t stream_bytes, const void* base, size_t n_bytes,
+                   unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw);
+
+/* 1 if each of n lanes of 2 bytes (bfloat16) is the float32 lane of `wide` rounded to nearest, ties to even (CAST). */
+int fastckpt_cast_equal(const void* narrow, const void* wide, size_t n_lanes);
+/* That rounding. */
+void fastckpt_cast(const void* wide, size_t n_lanes, void* narrow);
+
+/* Room that fastckpt_encode never exceeds when it is given that much. */
+size_t fastckpt_encode_bound(size_t n_bytes);
+
+typedef struct {
+    size_t stored_bytes;
+    uint64_t crc64nvme;  /* of the stored bytes */
+    uint8_t digest[16];  /* of the raw bytes; zeros if n_bytes < FASTCKPT_MIN_DIGEST_BYTES */
+} fastckpt_encoded;
+
+/* One chunk -> stored bytes (RAW: a copy; otherwise one zstd frame), its digest and crc in the same pass.
+ * FASTCKPT_NO_ROOM: capacity is exceeded. FASTCKPT_UNFIT. */
+int fastckpt_encode(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned transform,
+                    unsigned lane_bytes, unsigned pack_bits, void* stored, size_t capacity, fastckpt_encoded* result);
+
+/* A frame made by fastckpt_encode -> raw bytes, and their digest (zeros if short). Reads and writes within bounds whatever the bytes are.
+ * FASTCKPT_FOREIGN: not such a frame. */
+int fastckpt_decode(fastckpt_context* context, const void* stored, size_t stored_bytes, const void* base, size_t n_bytes,
+                    unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw, uint8_t digest[16]);
+
+/* What each way of storing a chunk would cost, from samples: 64 bytes of every 4 KiB. */
+typedef struct {
+    double rot_bits;           /* bits per lane of the ROT planes, each at the least of 8 and its order-0 entropy */
+    double rotu_bits;          /* ROTU; negative if a sampled sign bit is set */
+    double sub_bits;           /* SUB; negative without a base */
+    double subpack_bits[4];    /* SUBPACK of 1, 2, 4, 8 bits; negative without a base */
+    double rot_dominant;       /* share of the commonest byte in the highest ROT plane */
+    double sub_dominant;       /* share of the commonest byte in the highest SUB plane */
+    uint64_t lanes;            /* sampled */
+} fastckpt_estimate;
+int fastckpt_sample(const void* raw, const void* base, size_t n_bytes, unsigned lane_bytes, fastckpt_estimate* estimate);
 
 #ifdef __cplusplus
 }

@@ -22,7 +22,7 @@ from fastckpt.format.directory import FileEntry
 from fastckpt.format.element_types import NUMPY_PREFIX
 from fastckpt.format.tensor_names import dotted
 from fastckpt.sources import Source
-from fastckpt.transform import Transform, transform_name
+from fastckpt.transform import HAS_BASE, Transform, transform_name
 
 U8 = npt.NDArray[np.uint8]
 
@@ -171,7 +171,7 @@ class Reader:
     def read_chunk(self, number: int, out: U8) -> Damage | None:
         """Read, verify and decode one chunk into `out` (as long as its raw bytes). Returns the damage, if there is any.
 
-        Any thread. Takes at most twice the chunk's bytes besides `out`, for the time of the call.
+        Any thread. Takes at most twice the chunk's bytes besides `out`, for the time of the call; as much again for each base on its way.
         """
         record = self.records[number]
         transform = Transform(int(record["transform"]))
@@ -180,6 +180,11 @@ class Reader:
         if n_stored:
             first, file = int(record["offset"]), int(record["file"])
             place += f", bytes {first}–{first + n_stored}" + (f" of {self.files[file - 1].key}" if file else "")
+        base: Any = None  # first: reading it uses this thread's scratch, too
+        if transform in HAS_BASE:
+            base = self._base(number, record)
+            if isinstance(base, Damage):
+                return self._damage(number, f"{place}, base: {base.place}", base.expected, base.found)
         try:
             stored = out if transform is Transform.RAW else self._scratch_of(n_stored)
             if n_stored:
@@ -190,15 +195,31 @@ class Reader:
         if n_stored and crc64nvme(stored) != int(record["crc64nvme"]):
             found = f"{crc64nvme(stored):016x}"
             return self._damage(number, f"{place}, crc64nvme", f"{int(record['crc64nvme']):016x}", found)
-        if transform is not Transform.RAW:  # RAW was read into its place
-            try:
-                codec.decode(transform, int(record["lane_bytes"]), record["parameter"].tobytes(), stored, out)
-            except codec.CodecError as error:
-                return self._damage(number, place, error.expected, error.found)
-        found_digest = digest(out)
+        lane_bytes, pack_bits = int(record["lane_bytes"]), int(record["pack_width"])
+        try:
+            found_digest = codec.decode(
+                transform, lane_bytes, pack_bits, record["parameter"].tobytes(), stored, out, base
+            )
+        except codec.CodecError as error:
+            return self._damage(number, place, error.expected, error.found)
         if found_digest != record["digest"].tobytes():
             return self._damage(number, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
         return None
+
+    def _base(self, number: int, record: Any) -> U8 | Damage:
+        """The bytes that a chunk's transform starts from: of one record, or the end of one and the beginning of the next."""
+        first, start, n_bytes = records.base_of(record)
+        found = np.empty(n_bytes, np.uint8)
+        position = 0
+        while position < n_bytes:
+            chunk = np.empty(int(self.records["raw_bytes"][first]), np.uint8)
+            damage = self.read_chunk(first, chunk)
+            if damage is not None:
+                return damage
+            part = chunk[start : start + n_bytes - position]
+            found[position : position + part.size] = part
+            position, first, start = position + part.size, first + 1, 0
+        return found
 
     def _read_stored(self, record: Any, out: U8) -> None:
         file, offset = int(record["file"]), int(record["offset"])

@@ -26,7 +26,7 @@ from fastckpt.chunking import Chunk, StorageShape
 from fastckpt.files import Sink
 from fastckpt.format import container, directory, records
 from fastckpt.format.container import HEADER_BYTES, PartEntry
-from fastckpt.format.digest import crc64nvme, digest
+from fastckpt.format.digest import digest
 from fastckpt.format.element_types import element_type
 from fastckpt.format.tensor_names import Name, canonical
 from fastckpt.options import Options
@@ -60,12 +60,20 @@ class _ContainerPayload:
         return 0, offset
 
 
+class _Scratch(NamedTuple):
+    """What one chunk under way needs: its raw bytes, unless they lie somewhere private, and its stored bytes."""
+
+    raw: U8
+    room: U8
+
+    @classmethod
+    def of(cls, n_bytes: int) -> _Scratch:
+        return cls(np.empty(n_bytes, np.uint8), np.empty(n_bytes, np.uint8))
+
+
 class _Encoded(NamedTuple):
-    digest: bytes
-    encoded: codec.Encoded | None
-    """None: an equal chunk has already been written."""
-    crc: int
-    scratch: U8
+    encoded: codec.Encoded
+    scratch: _Scratch
     seconds: float
 
 
@@ -139,10 +147,10 @@ class ChunkWriter:
         self._target = target
         self._options = options
         self._pool = pool
-        self.cuts = chunking.cut(_shapes(captured))
+        self.cuts = chunking.cut(storage_shapes(captured))
         self.records = np.zeros(len(self.cuts.chunks), records.LAYOUT)
         self._written: dict[tuple[bytes, int], int] = {}
-        """(digest, raw bytes) of each chunk that is stored → its record. Written by one thread; encoders only look."""
+        """(digest, raw bytes) of each chunk that is stored → its record."""
 
     def run(self) -> None:
         """Afterwards `records` is complete. The first error cancels the rest and is raised."""
@@ -152,11 +160,11 @@ class ChunkWriter:
     def _encode_all(self) -> Iterator[_Encoded]:
         """Results in order. The scratch buffer of each goes back to work once the consumer asks for the next."""
         if self._pool is None:
-            scratch = np.empty(max((chunk.n_bytes for chunk in self.cuts.chunks), default=0), np.uint8)
+            scratch = _Scratch.of(max((chunk.n_bytes for chunk in self.cuts.chunks), default=0))
             for chunk in self.cuts.chunks:
                 yield self._encode(chunk, scratch)
             return
-        free = [np.empty(MAX_RAW_BYTES, np.uint8) for _ in range(self._options.chunks_in_flight)]
+        free = [_Scratch.of(MAX_RAW_BYTES) for _ in range(self._options.chunks_in_flight)]
         pending: deque[Future[_Encoded]] = deque()
         waiting = iter(self.cuts.chunks)
         more = True
@@ -172,41 +180,54 @@ class ChunkWriter:
                 yield result
                 free.append(result.scratch)
 
-    def _encode(self, chunk: Chunk, scratch: U8) -> _Encoded:
+    def _encode(self, chunk: Chunk, scratch: _Scratch) -> _Encoded:
         started = time.perf_counter()
-        # A private copy, although the pieces often lie in memory ready to be encoded: if another thread wrote to them
-        # between digest and encoder, the file would be damaged from birth. Costs 8 % of encoding.
+        effort = codec.Effort.NORMAL if self._options.compress else codec.Effort.NONE
+        element = chunk.element
+        raw = self._raw(chunk, scratch.raw)
+        encoded = codec.encode(
+            raw, element.const_lane_bytes, element.rot_lane_bytes, effort=effort, room=scratch.room[: raw.size]
+        )
+        return _Encoded(encoded, scratch, time.perf_counter() - started)
+
+    def _raw(self, chunk: Chunk, scratch: U8) -> U8:
+        """The chunk's bytes, which nobody changes from here on.
+
+        A private copy, although the pieces often lie in memory ready to be encoded: if another thread wrote to them between digest and
+        encoder, the file would be damaged from birth. Staged states are private already.
+        """
+        if len(chunk.pieces) == 1:
+            (piece,) = chunk.pieces
+            view = self._captured.storages[piece.storage].private_view(piece.offset, piece.n_bytes)
+            if view is not None:
+                return view
         raw = scratch[: chunk.n_bytes]
         position = 0
         for piece in chunk.pieces:
             self._captured.storages[piece.storage].read_into(piece.offset, raw[position : position + piece.n_bytes])
             position += piece.n_bytes
-        key = digest(raw)
-        if (key, raw.size) in self._written:
-            return _Encoded(key, None, 0, scratch, time.perf_counter() - started)
-        rot_lane_bytes = chunk.element.rot_lane_bytes if self._options.compress else 0
-        encoded = codec.encode(raw, chunk.element.const_lane_bytes, rot_lane_bytes)
-        crc = crc64nvme(encoded.stored) if len(encoded.stored) else 0
-        return _Encoded(key, encoded, crc, scratch, time.perf_counter() - started)
+        return raw
 
     def _write_chunk(self, number: int, chunk: Chunk, result: _Encoded) -> None:
         started = time.perf_counter()
-        row = self.records[number]
-        earlier = self._written.get((result.digest, chunk.n_bytes))
+        row, encoded = self.records[number], result.encoded
+        earlier = self._written.get((encoded.digest, chunk.n_bytes))
         stored_bytes = 0
         if earlier is not None:
             self.records[number] = self.records[earlier]
         else:
-            encoded = result.encoded
-            assert encoded is not None, "an encoder saw a chunk as written that is not"
             stored_bytes = len(encoded.stored)
-            row["transform"], row["lane_bytes"] = encoded.transform, encoded.lane_bytes
+            row["transform"], row["lane_bytes"], row["pack_width"] = (
+                encoded.transform,
+                encoded.lane_bytes,
+                encoded.pack_bits,
+            )
             row["raw_bytes"], row["stored_bytes"] = chunk.n_bytes, stored_bytes
-            row["digest"], row["crc64nvme"] = np.void(result.digest), result.crc
+            row["digest"], row["crc64nvme"] = np.void(encoded.digest), encoded.crc64nvme
             row["parameter"] = np.void(encoded.parameter)
             if stored_bytes:
                 row["file"], row["offset"] = self._payload.add(encoded.stored)
-                self._written[result.digest, chunk.n_bytes] = number
+                self._written[encoded.digest, chunk.n_bytes] = number
         events.emit(
             events.ChunkStored(
                 target=self._target,
@@ -250,7 +271,8 @@ def _role(name: Name) -> str:
     return str(name[-1]) if len(name) >= 3 and name[-3] == "state" else ""
 
 
-def _shapes(captured: Captured) -> list[StorageShape]:
+def storage_shapes(captured: Captured) -> list[StorageShape]:
+    """What `chunking.cut` wants to know about each storage."""
     names: dict[int, Any] = {}
     for tensor in captured.tensors:
         best = names.get(tensor.storage)

@@ -7,6 +7,9 @@ from typing import Any
 
 MAX_RAW_BYTES = 4 << 20
 MAX_CHUNK_ELEMENTS = 1 << 20
+PACK_BITS = (1, 2, 4, 8)
+MAX_BASE_CHAIN = 64
+"""Records from a chunk to the base of its base … that has none. A reader decodes them all."""
 
 
 class Transform(enum.IntEnum):
@@ -22,7 +25,9 @@ class Transform(enum.IntEnum):
     REF = 8
 
 
-IMPLEMENTED = frozenset({Transform.RAW, Transform.CONST, Transform.ROT})
+IMPLEMENTED = frozenset(Transform)
+HAS_FRAME = frozenset({Transform.ROT, Transform.ROTU, Transform.SUB, Transform.SUBPACK})
+HAS_BASE = frozenset({Transform.SUB, Transform.SUBPACK, Transform.CAST, Transform.REF})
 STORES_NOTHING = frozenset({Transform.CONST, Transform.CAST, Transform.REF})
 
 

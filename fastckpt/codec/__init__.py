@@ -1,6 +1,7 @@
 """Bytes to fewer bytes and back. Knows no torch, no files and no format; see docs/format.md, section 4."""
 
 from fastckpt.codec.base import CodecError, Encoded
-from fastckpt.codec.transforms import decode, encode
+from fastckpt.codec.choose import Coding, Effort, choose
+from fastckpt.codec.transforms import decode, encode, encode_as
 
-__all__ = ["CodecError", "Encoded", "decode", "encode"]
+__all__ = ["CodecError", "Coding", "Effort", "Encoded", "choose", "decode", "encode", "encode_as"]

@@ -19,11 +19,17 @@ class CodecError(ValueError):
         self.found = found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
-    """The result of encoding one chunk. `stored` may be a view of the caller's raw buffer (RAW)."""
+    """The result of encoding one chunk. `stored` may be a view of the caller's raw buffer (RAW) or of its `room`."""
 
     transform: Transform
     lane_bytes: int
+    pack_bits: int
     parameter: bytes
+    """Of CONST: the lane. Where there is a base, the caller says which."""
     stored: Any
+    digest: bytes
+    """XXH3-128 of the raw bytes."""
+    crc64nvme: int
+    """Of the stored bytes; 0 if there are none."""

@@ -1,13 +1,16 @@
-"""Streams to zstd frames and back, with every length checked before it is believed.
+"""Streams to zstd frames and back by the library, with every length checked before it is believed.
 
-The parameters make libzstd an entropy coder and little else: `strategy=FAST` with a 64-entry hash table and 7-byte matches. The match
-finder of the ordinary levels finds junk matches in exponents and pays for them: 0.682 of raw bytes at level 1 against 0.665 here
-for bf16 weights, at half the speed.
+Our own frames (kernels.encode) are several times faster; this is for chunks in which matches pay, for machines without native kernels, and
+for frames of other writers. Without native kernels libzstd is made an entropy coder and little else: `strategy=FAST` with a 64-entry hash
+table and 7-byte matches. The match finder of the ordinary levels finds junk matches in exponents and pays for them: 0.682 of raw
+bytes at level 1 against 0.665 here for bf16 weights, at half the speed.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import zstandard
@@ -33,16 +36,51 @@ class _Contexts(threading.local):
             write_checksum=0,
             write_dict_id=0,
         )
-        self.compressor = zstandard.ZstdCompressor(compression_params=parameters)
+        self.entropy_only = zstandard.ZstdCompressor(compression_params=parameters)
+        self.by_level: dict[int, zstandard.ZstdCompressor] = {}
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
 
 
 _contexts = _Contexts()
 
 
-def compress(stream: Any) -> bytes:
-    """One standard zstd frame around the stream. Releases the GIL."""
-    return _contexts.compressor.compress(stream)
+def compress(stream: Any, level: int | None = None, cuts: Sequence[int] = ()) -> bytes:
+    """One standard zstd frame around the stream, with matches of a level or without. Releases the GIL.
+
+    cuts: places where a block ends, ascending; without matches only. Two planes in one block share a Huffman table, and neither gains.
+    """
+    if level is None:
+        if not cuts:
+            return _contexts.entropy_only.compress(stream)
+        view = memoryview(stream)
+        maker = _contexts.entropy_only.compressobj(size=view.nbytes)
+        parts = []
+        for start, end in itertools.pairwise((0, *cuts, view.nbytes)):
+            parts.append(maker.compress(view[start:end]))
+            if end < view.nbytes:
+                parts.append(maker.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+        return b"".join([*parts, maker.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH)])
+    compressor = _contexts.by_level.get(level)
+    if compressor is None:
+        compressor = zstandard.ZstdCompressor(
+            level=level, write_checksum=False, write_content_size=True, write_dict_id=False
+        )
+        _contexts.by_level[level] = compressor
+    return compressor.compress(stream)
+
+
+def content_bytes(frame: Any) -> int:
+    """The content size that a frame declares; CodecError if it declares none or is no frame."""
+    head = bytes(memoryview(frame)[:4])
+    if head != zstandard.MAGIC_NUMBER.to_bytes(4, "little"):
+        raise CodecError("a zstd frame", f"bytes that start with {head.hex()}")
+    try:
+        size = zstandard.get_frame_parameters(frame).content_size
+    except zstandard.ZstdError as error:
+        raise CodecError("a zstd frame", f"an unreadable frame header ({error})") from error
+    if size >= zstandard.CONTENTSIZE_ERROR:
+        raise CodecError("a frame with its content size", "none")
+    return int(size)
 
 
 def decompress(frame: Any, stream_bytes: int) -> bytes:
@@ -50,16 +88,10 @@ def decompress(frame: Any, stream_bytes: int) -> bytes:
 
     Allocates `stream_bytes` and nothing that the frame alone decides.
     """
-    head = bytes(memoryview(frame)[:4])
-    if head != zstandard.MAGIC_NUMBER.to_bytes(4, "little"):
-        raise CodecError("a zstd frame", f"bytes that start with {head.hex()}")
-    try:
-        declared = zstandard.get_frame_parameters(frame)
-    except zstandard.ZstdError as error:
-        raise CodecError("a zstd frame", f"an unreadable frame header ({error})") from error
-    if declared.content_size != stream_bytes:
-        found = "no content size" if declared.content_size >= zstandard.CONTENTSIZE_ERROR else declared.content_size
+    found = content_bytes(frame)
+    if found != stream_bytes:
         raise CodecError(f"a frame of {stream_bytes} bytes", f"a frame of {found} bytes")
+    declared = zstandard.get_frame_parameters(frame)
     if declared.window_size > MAX_WINDOW_BYTES:
         raise CodecError(f"a window of at most {MAX_WINDOW_BYTES} bytes", f"{declared.window_size}")
     if declared.dict_id:

@@ -1,10 +1,12 @@
 """One chunk: raw bytes to stored bytes and back (docs/format.md, section 4). Pure; buffers belong to the caller.
 
-Every function may be called from any thread; large work releases the GIL.
+Every function may be called from any thread; large work releases the GIL. What a thread needs besides the caller's buffers is at most
+15 MiB, and kept by it.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,51 +14,146 @@ import numpy.typing as npt
 
 from fastckpt.codec import frames
 from fastckpt.codec.base import NO_PARAMETER, CodecError, Encoded
-from fastckpt.kernels import kernels
-from fastckpt.transform import Transform
+from fastckpt.codec.choose import MIN_SAVING, Coding, Effort, choose
+from fastckpt.kernels import kernels, reference
+from fastckpt.kernels.checksums import crc64nvme, digest
+from fastckpt.kernels.reference import STRIPE_LANES
+from fastckpt.transform import HAS_FRAME, Transform
 
 U8 = npt.NDArray[np.uint8]
 
-# A frame must save this much of the chunk to be worth decoding again: 1 % of bytes costs about as much time at the
-# rate of a fast disk as decoding does.
-_MIN_SAVING = 0.01
+# XXH3 has other rules for shorter inputs, which the native kernels leave to the package.
+_MIN_FUSED_BYTES = 241
 
 
-def constant_lane(raw: U8, lane_bytes: int) -> bytes | None:
-    """The lane that all of `raw` repeats, or None."""
-    lanes = raw.view(f"<u{lane_bytes}")
-    if lanes[0] != lanes[-1] or (lanes[: 1 << 10] != lanes[0]).any():  # the usual answer, without a pass over the chunk
-        return None
-    return lanes[:1].tobytes() if bool((lanes == lanes[0]).all()) else None
+class _Scratch(threading.local):
+    """A thread's buffer for streams: fresh pages for every chunk cost a quarter of the encoding."""
+
+    def __init__(self) -> None:
+        self.buffer = np.empty(0, np.uint8)
+
+    def of(self, n_bytes: int) -> U8:
+        if self.buffer.size < n_bytes:
+            self.buffer = np.empty(n_bytes, np.uint8)
+        return self.buffer[:n_bytes]
 
 
-def encode(raw: U8, const_lane_bytes: int, rot_lane_bytes: int) -> Encoded:
-    """Encode one chunk: CONST if it repeats one lane; else ROT (unless rot_lane_bytes is 0) if it pays; else RAW.
+_scratch = _Scratch()
 
-    raw: 1 … 4 MiB, contiguous, a whole number of lanes; must not change during the call. RAW's `stored` is `raw` itself.
+
+def encode(
+    raw: U8,
+    const_lane_bytes: int,
+    float_lane_bytes: int,
+    *,
+    base: U8 | None = None,
+    effort: Effort = Effort.NORMAL,
+    room: U8 | None = None,
+) -> Encoded:
+    """Encode one chunk: CONST if it repeats one lane; else, of floats, what `choose` says if it pays; else RAW.
+
+    raw: 1 … 4 MiB, contiguous, a whole number of lanes; must not change during the call. float_lane_bytes: 0 for what is no floating-point
+    number. base: as long as raw, for deltas. room: where stored bytes may go, at least as long as raw; else it is allocated.
     """
-    lane = constant_lane(raw, const_lane_bytes)
-    if lane is not None:
-        return Encoded(Transform.CONST, const_lane_bytes, lane.ljust(8, b"\0"), b"")
-    if rot_lane_bytes:
-        stream = np.empty(raw.size, np.uint8)
-        kernels(raw.size).rot_split(raw, stream, rot_lane_bytes)
-        frame = frames.compress(stream)
-        if len(frame) <= raw.size * (1 - _MIN_SAVING):
-            return Encoded(Transform.ROT, rot_lane_bytes, NO_PARAMETER, frame)
-    return Encoded(Transform.RAW, 1, NO_PARAMETER, raw)
+    if kernels(raw.size).is_constant(raw, const_lane_bytes):
+        lane = raw[:const_lane_bytes].tobytes().ljust(8, b"\0")
+        return Encoded(Transform.CONST, const_lane_bytes, 0, lane, b"", digest(raw), 0)
+    if float_lane_bytes and effort > Effort.NONE:
+        estimate = kernels(raw.size).sample(raw, base, float_lane_bytes)
+        coding = choose(estimate, float_lane_bytes, effort)
+        while coding.transform is not Transform.RAW:
+            encoded = encode_as(coding, raw, base, float_lane_bytes, room)
+            if encoded is not None:
+                return encoded
+            # ROTU met a sign that the sample had missed; anything else does not pay.
+            coding = Coding(Transform.ROT if coding.transform is Transform.ROTU else Transform.RAW)
+    return Encoded(Transform.RAW, 1, 0, NO_PARAMETER, raw, digest(raw), crc64nvme(raw))
 
 
-def decode(transform: Transform, lane_bytes: int, parameter: bytes, stored: Any, out: U8) -> None:
-    """Fill `out` (as long as the raw bytes) from the stored bytes. CodecError when they cannot be right.
+def encode_as(coding: Coding, raw: U8, base: U8 | None, lane_bytes: int, room: U8 | None = None) -> Encoded | None:
+    """A frame made as `coding` says. None if it does not pay, or the transform is not for such numbers."""
+    most = int(raw.size * (1 - MIN_SAVING))
+    kernel = kernels(raw.size)
+    transform, pack_bits = coding.transform, coding.pack_bits
+    if coding.zstd_level is None and kernel.encode is not None:
+        out = (room if room is not None else np.empty(raw.size, np.uint8))[:most]
+        found = kernel.encode(raw, base, transform, lane_bytes, pack_bits, out)
+        if found is None:
+            return None
+        n_bytes, crc, fused = found
+        found_digest = fused if raw.size >= _MIN_FUSED_BYTES else digest(raw)
+        return Encoded(transform, lane_bytes, pack_bits, NO_PARAMETER, out[:n_bytes], found_digest, crc)
+    stream = _scratch.of(2 * raw.size + 64)
+    used = kernel.split(raw, base, transform, lane_bytes, pack_bits, stream)
+    if used is None:
+        return None
+    frame = frames.compress(stream[:used], coding.zstd_level, _cuts(transform, raw.size // lane_bytes, lane_bytes))
+    if len(frame) > most:
+        return None
+    return Encoded(transform, lane_bytes, pack_bits, NO_PARAMETER, frame, digest(raw), crc64nvme(frame))
 
-    The caller has checked the crc of a frame before: damage never reaches the decoder, only malice does.
+
+def _cuts(transform: Transform, lanes: int, lane_bytes: int) -> list[int]:
+    """Where the planes of the last, shorter stripe begin; those of the others are whole blocks anyway."""
+    rest = lanes % STRIPE_LANES
+    if not rest or transform is Transform.SUBPACK:
+        return []
+    start = reference.stream_bytes(transform, lanes - rest, lane_bytes)
+    return [at for k in range(lane_bytes) if (at := start + k * rest)]
+
+
+def decode(
+    transform: Transform,
+    lane_bytes: int,
+    pack_bits: int,
+    parameter: bytes,
+    stored: Any,
+    out: U8,
+    base: Any = None,
+) -> bytes:
+    """Fill `out` (as long as the raw bytes) from the stored bytes; returns its digest. CodecError when the bytes cannot be right.
+
+    base: SUB, SUBPACK, REF: as long as `out`; CAST: twice as long. The caller has checked the crc of a frame before: damage never
+    reaches the decoder, only malice does.
     """
     if transform is Transform.RAW:
-        out[:] = np.frombuffer(stored, np.uint8)
+        source = np.frombuffer(stored, np.uint8)
+        if source.ctypes.data != out.ctypes.data:
+            out[:] = source
     elif transform is Transform.CONST:
         out.view(f"<u{lane_bytes}")[:] = np.frombuffer(parameter[:lane_bytes], f"<u{lane_bytes}")
-    elif transform is Transform.ROT:
-        kernels(out.size).rot_merge(frames.decompress(stored, out.size), out, lane_bytes)
+    elif transform is Transform.REF:
+        out[:] = np.frombuffer(base, np.uint8)
+    elif transform is Transform.CAST:
+        kernels(out.size).cast(base, out)
+    elif transform in HAS_FRAME:
+        return _decode_frame(transform, lane_bytes, pack_bits, stored, out, base)
     else:
-        raise CodecError("RAW, CONST or ROT", transform.name)
+        raise CodecError("a transform of version 1", transform.name)
+    return digest(out)
+
+
+def _decode_frame(transform: Transform, lane_bytes: int, pack_bits: int, stored: Any, out: U8, base: Any) -> bytes:
+    kernel = kernels(out.size)
+    if kernel.decode is not None:
+        fused = kernel.decode(stored, base, transform, lane_bytes, pack_bits, out)
+        if fused is not None:
+            return fused if out.size >= _MIN_FUSED_BYTES else digest(out)
+    # A frame of another writer, or damage: libzstd knows.
+    expected = stream_bytes(transform, lane_bytes, pack_bits, out.size, stored)
+    stream = frames.decompress(stored, expected)
+    if not kernel.merge(stream, base, transform, lane_bytes, pack_bits, out):
+        raise CodecError(f"a {transform.name} stream of {out.size} bytes", f"{len(stream)} bytes that are none")
+    return digest(out)
+
+
+def stream_bytes(transform: Transform, lane_bytes: int, pack_bits: int, n_bytes: int, frame: Any) -> int:
+    """How long the stream in a frame has to be. CodecError if the frame's own size is impossible."""
+    lanes = n_bytes // lane_bytes
+    if transform is not Transform.SUBPACK:
+        return reference.stream_bytes(transform, lanes, lane_bytes)
+    # Its length depends on the number of escapes: what the frame declares is taken, if it is possible.
+    found, least = frames.content_bytes(frame), 4 + (lanes * pack_bits + 7) // 8
+    if not least <= found <= min(least + n_bytes, 2 * n_bytes + 64) or (found - least) % lane_bytes:
+        raise CodecError(f"a SUBPACK stream of {least} to {min(least + n_bytes, 2 * n_bytes + 64)} bytes", f"{found}")
+    return found

@@ -1,22 +1,8 @@
-"""The two checksums of the format (docs/format.md, section 1). Both release the GIL on large buffers."""
+"""The two checksums, under the names that the format has for them (docs/format.md, section 1)."""
 
-from __future__ import annotations
-
-from typing import Any
-
-import xxhash
-
-from fastckpt.kernels import kernels
+from fastckpt.kernels.checksums import crc64nvme, digest
 
 ALGORITHM_XXH3_128 = 1
 DIGEST_BYTES = 16
 
-
-def digest(data: Any) -> bytes:
-    """XXH3-128 of raw bytes, 16 bytes, canonical order."""
-    return xxhash.xxh3_128_digest(data)
-
-
-def crc64nvme(data: Any) -> int:
-    """CRC-64/NVME of stored bytes."""
-    return kernels(memoryview(data).nbytes).crc64nvme(data)
+__all__ = ["ALGORITHM_XXH3_128", "DIGEST_BYTES", "crc64nvme", "digest"]

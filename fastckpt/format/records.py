@@ -9,7 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt.errors import Damage
-from fastckpt.transform import IMPLEMENTED, MAX_RAW_BYTES, STORES_NOTHING, Transform, max_frame_bytes, transform_name
+from fastckpt.transform import (
+    HAS_BASE,
+    HAS_FRAME,
+    IMPLEMENTED,
+    MAX_BASE_CHAIN,
+    MAX_RAW_BYTES,
+    PACK_BITS,
+    STORES_NOTHING,
+    Transform,
+    max_frame_bytes,
+    transform_name,
+)
 
 RECORD_BYTES = 64
 MAX_RECORDS = 1 << 26
@@ -34,6 +45,8 @@ assert LAYOUT.itemsize == RECORD_BYTES
 
 _STORES_NOTHING = sorted(STORES_NOTHING)
 _READ_HERE = sorted(IMPLEMENTED)
+_HAS_FRAME = sorted(HAS_FRAME)
+_HAS_BASE = sorted(HAS_BASE)
 
 Records = npt.NDArray[Any]
 
@@ -73,7 +86,10 @@ def check(records: Records, payload_end: int, file_bytes: Sequence[int] | None =
     transform, lane = records["transform"], records["lane_bytes"]
     raw, stored = records["raw_bytes"].astype(np.int64), records["stored_bytes"].astype(np.int64)
     nothing = np.isin(transform, _STORES_NOTHING)
-    is_raw, is_const, is_rot = (transform == t for t in (Transform.RAW, Transform.CONST, Transform.ROT))
+    is_raw, is_const, is_cast, is_packed = (
+        transform == t for t in (Transform.RAW, Transform.CONST, Transform.CAST, Transform.SUBPACK)
+    )
+    framed, based = np.isin(transform, _HAS_FRAME), np.isin(transform, _HAS_BASE)
     # Records that this version does not read are reported as unsupported, not as damage; 0 is never valid.
     known = np.isin(transform, _READ_HERE)
 
@@ -83,22 +99,26 @@ def check(records: Records, payload_end: int, file_bytes: Sequence[int] | None =
     demand((raw >= 1) & (raw <= MAX_RAW_BYTES), "raw_bytes", f"1 … {MAX_RAW_BYTES}")
     demand(np.isin(lane, (1, 2, 4, 8)), "lane_bytes", "1, 2, 4 or 8", known)
     demand(lane == 1, "lane_bytes", "1 (RAW)", is_raw)
-    demand(np.isin(lane, (2, 4, 8)), "lane_bytes", "2, 4 or 8 (ROT)", is_rot)
+    demand(np.isin(lane, (2, 4, 8)), "lane_bytes", "2, 4 or 8 (a frame)", framed)
+    demand(lane == 2, "lane_bytes", "2 (CAST)", is_cast)
     demand(raw % np.maximum(lane, 1) == 0, "raw_bytes", "a multiple of the lane bytes", known)
-    demand(records["pack_width"] == 0, "pack_width", "0", known)
+    demand(records["pack_width"] == 0, "pack_width", "0", known & ~is_packed)
+    demand(np.isin(records["pack_width"], PACK_BITS), "pack_width", "1, 2, 4 or 8 (SUBPACK)", is_packed)
     if file_bytes is None:
         demand(records["file"] == 0, "file", "0 (the container is self-contained)")
     else:
         demand(records["file"] <= len(file_bytes), "file", f"at most {len(file_bytes)}, the length of the file table")
         demand((records["file"] == 0) == nothing, "file", "0 exactly if the transform stores nothing")
     demand(stored == raw, "stored_bytes", "the raw bytes (RAW)", is_raw)
-    demand((stored >= 1) & (stored <= max_frame_bytes(raw)), "stored_bytes", "1 … 2 × raw + 1024", is_rot)
+    demand((stored >= 1) & (stored <= max_frame_bytes(raw)), "stored_bytes", "1 … 2 × raw + 1024", framed)
     for field in ("offset", "stored_bytes", "crc64nvme"):
         demand(records[field] == 0, field, "0 (the transform stores nothing)", nothing)
     parameters = records["parameter"].view(("u1", 8)) if records.size else np.zeros((0, 8), np.uint8)
-    demand((parameters == 0).all(axis=1), "parameter", "zeros", is_raw | is_rot)
+    demand((parameters == 0).all(axis=1), "parameter", "zeros", is_raw | (framed & ~based))
     tail = np.arange(8)[None, :] >= lane[:, None]
     demand(~((parameters != 0) & tail).any(axis=1), "parameter", "zeros after the lane", is_const)
+    if not found and based.any():
+        found += _check_bases(records, based)
     if found or file_bytes is None:
         return found or _check_tiling(records, ~nothing, payload_end)
     room = np.array([0, *file_bytes], np.uint64)[records["file"]]
@@ -109,6 +129,46 @@ def check(records: Records, payload_end: int, file_bytes: Sequence[int] | None =
     if payload_end != 64:
         found.append(Damage("footer", "payload length", "0 (the chunks are in other files)", str(payload_end - 64)))
     return found
+
+
+def base_of(record: Any) -> tuple[int, int, int]:
+    """(first record, first byte of its raw bytes, bytes) of a record's base."""
+    first, element = np.frombuffer(record["parameter"].tobytes(), "<u4").tolist()
+    is_cast = int(record["transform"]) == Transform.CAST
+    width = 4 if is_cast else int(record["lane_bytes"])
+    return first, element * width, int(record["raw_bytes"]) * (2 if is_cast else 1)
+
+
+def _check_bases(records: Records, based: npt.NDArray[np.bool_]) -> list[Damage]:
+    """Bases lie before what needs them, reach no further than the next record, and end after MAX_BASE_CHAIN steps."""
+    found = []
+    rows = np.flatnonzero(based)
+    parameters = np.ascontiguousarray(records["parameter"][rows]).view(("<u4", 2)).astype(np.int64)
+    first, element = parameters[:, 0], parameters[:, 1]
+    is_cast = records["transform"][rows] == Transform.CAST
+    width = np.where(is_cast, 4, records["lane_bytes"][rows].astype(np.int64))
+    need = records["raw_bytes"][rows].astype(np.int64) * np.where(is_cast, 2, 1)
+    raw = np.append(records["raw_bytes"].astype(np.int64), 0)
+    before = first < rows
+    here = np.where(before, raw[np.where(before, first, 0)], 0)
+    start = element * width
+    spans = start + need > here
+    second = np.where(spans & (first + 1 < rows), first + 1, raw.size - 1)
+    right = before & (start < here) & (start + need <= here + raw[second])
+    for i in np.flatnonzero(~right).tolist():
+        text = f"record {first[i]} from element {element[i]} on, for {need[i]} bytes"
+        expected = "a record before this one, and no further than the next, which is before it too"
+        found.append(Damage("records", f"record {rows[i]}, base", expected, text))
+    if found:
+        return found
+    depth = np.zeros(raw.size, np.int64)
+    for _ in range(MAX_BASE_CHAIN + 1):
+        deeper = 1 + np.maximum(depth[first], depth[second])
+        if np.array_equal(deeper, depth[rows]):
+            return []
+        depth[rows] = deeper
+    deepest = rows[int(np.argmax(depth[rows]))]
+    return [Damage("records", f"record {deepest}, base", f"a chain of at most {MAX_BASE_CHAIN}", "a longer one")]
 
 
 def _check_tiling(records: Records, stores: npt.NDArray[np.bool_], payload_end: int) -> list[Damage]:

@@ -1,9 +1,10 @@
-"""The few loops that run over every byte: checksum and plane split, each in three implementations of one meaning.
+"""The loops that run over every byte, each in three implementations of one meaning.
 
 `reference` (NumPy) is the definition, `native` (csrc/) is what normally runs, `numba_cpu` is the fallback where there was no
 compiler. `select` chooses. All release the GIL on large buffers and may be called from any thread.
 """
 
-from fastckpt.kernels.select import Kernels, kernels
+from fastckpt.kernels.reference import Estimate
+from fastckpt.kernels.select import Kernels, kernels, warm_up
 
-__all__ = ["Kernels", "kernels"]
+__all__ = ["Estimate", "Kernels", "kernels", "warm_up"]

@@ -1,4 +1,7 @@
-"""The kernels compiled by numba: for installations without the native extension. Imported lazily (about a second, once)."""
+"""The kernels compiled by numba: for installations without the native extension. Imported lazily (about a second, once).
+
+The loops over lanes are compiled; bit packing, the sample and CAST are NumPy's: they see few bytes, or run at memory speed there.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import numpy as np
 
 from fastckpt.kernels import reference
 from fastckpt.kernels.reference import STRIPE_LANES
+from fastckpt.transform import Transform
 
 _TABLES = reference.crc_tables()
 
@@ -28,35 +32,52 @@ def _crc(tables: Any, words: Any, tail: Any) -> Any:
 
 
 @numba.njit(nogil=True)
-def _split(lanes: Any, stream: Any, width: int) -> None:
-    one, rest = lanes.dtype.type(1), lanes.dtype.type(8 * width - 1)
-    for first in range(0, lanes.size, STRIPE_LANES):
-        n = min(STRIPE_LANES, lanes.size - first)
-        for k in range(width):
-            shift = lanes.dtype.type(8 * (width - 1 - k))
-            # Slices of their own: with `array[start + i]` numba must allow for negative indices and does not vectorise.
-            plane = stream[first * width + k * n : first * width + (k + 1) * n]
-            source = lanes[first : first + n]
-            for i in range(n):
-                x = source[i]
-                plane[i] = ((x << one) | (x >> rest)) >> shift
+def _rotate(source: Any, out: Any) -> None:
+    one, rest = source.dtype.type(1), source.dtype.type(8 * source.itemsize - 1)
+    for i in range(source.size):
+        out[i] = (source[i] << one) | (source[i] >> rest)
 
 
 @numba.njit(nogil=True)
-def _merge(stream: Any, lanes: Any, width: int) -> None:
-    kind = lanes.dtype.type
-    one, rest = kind(1), kind(8 * width - 1)
-    for first in range(0, lanes.size, STRIPE_LANES):
-        n = min(STRIPE_LANES, lanes.size - first)
-        target = lanes[first : first + n]
-        target[:] = 0
-        for k in range(width):
-            plane = stream[first * width + k * n : first * width + (k + 1) * n]
-            shift = kind(8 * (width - 1 - k))
-            for i in range(n):
-                target[i] |= kind(plane[i]) << shift
-        for i in range(n):
-            target[i] = (target[i] >> one) | (target[i] << rest)
+def _unrotate(source: Any, out: Any) -> None:
+    one, rest = source.dtype.type(1), source.dtype.type(8 * source.itemsize - 1)
+    for i in range(source.size):
+        out[i] = (source[i] >> one) | (source[i] << rest)
+
+
+@numba.njit(nogil=True)
+def _subtract(source: Any, base: Any, out: Any) -> None:
+    kind = source.dtype.type
+    one, rest, zero = kind(1), kind(8 * source.itemsize - 1), kind(0)
+    top = kind(one << rest)
+    for i in range(source.size):
+        x, b = source[i], base[i]
+        d = kind(kind(x ^ (kind(zero - (x >> rest)) | top)) - kind(b ^ (kind(zero - (b >> rest)) | top)))
+        out[i] = kind(d << one) ^ kind(zero - (d >> rest))
+
+
+@numba.njit(nogil=True)
+def _add(source: Any, base: Any, out: Any) -> None:
+    kind = source.dtype.type
+    one, rest, zero = kind(1), kind(8 * source.itemsize - 1), kind(0)
+    top = kind(one << rest)
+    for i in range(source.size):
+        z, b = source[i], base[i]
+        d = kind(z >> one) ^ kind(zero - (z & one))
+        m = kind(d + kind(b ^ (kind(zero - (b >> rest)) | top)))
+        out[i] = m ^ (kind(~kind(zero - (m >> rest))) | top)
+
+
+@numba.njit(nogil=True)
+def _plane(lanes: Any, shift: int, out: Any) -> None:
+    for i in range(lanes.size):
+        out[i] = np.uint8(lanes[i] >> lanes.dtype.type(shift))
+
+
+@numba.njit(nogil=True)
+def _unplane(plane: Any, shift: int, lanes: Any) -> None:
+    for i in range(lanes.size):
+        lanes[i] |= lanes.dtype.type(lanes.dtype.type(plane[i]) << lanes.dtype.type(shift))
 
 
 def crc64nvme(data: Any) -> int:
@@ -66,13 +87,59 @@ def crc64nvme(data: Any) -> int:
     return int(_crc(_TABLES, view[:whole].view("<u8"), view[whole:]))
 
 
-def rot_split(raw: Any, out: Any, lane_bytes: int) -> None:
-    """See `reference.rot_split`."""
-    reference.check_same_length(raw, out)
-    _split(reference.lanes_of(raw, lane_bytes), np.frombuffer(out, np.uint8), lane_bytes)
+def split(raw: Any, base: Any, transform: int, lane_bytes: int, pack_bits: int, stream: Any) -> int | None:
+    """See `reference.split`."""
+    if transform not in (Transform.ROT, Transform.SUB):
+        return reference.split(raw, base, transform, lane_bytes, pack_bits, stream)
+    reference.check_arguments(transform, raw, base, pack_bits)
+    x = reference.lanes_of(raw, lane_bytes)
+    out = np.frombuffer(stream, np.uint8)
+    if out.size < x.nbytes:
+        return None
+    mapped = np.empty(min(x.size, STRIPE_LANES), x.dtype)
+    for first in range(0, x.size, STRIPE_LANES):
+        some = x[first : first + STRIPE_LANES]
+        y = mapped[: some.size]
+        if transform == Transform.ROT:
+            _rotate(some, y)
+        else:
+            _subtract(some, reference.lanes_of(base, lane_bytes)[first : first + STRIPE_LANES], y)
+        planes = out[first * lane_bytes : (first + some.size) * lane_bytes].reshape(lane_bytes, some.size)
+        for k in range(lane_bytes):
+            _plane(y, 8 * (lane_bytes - 1 - k), planes[k])
+    return x.nbytes
 
 
-def rot_merge(stream: Any, out: Any, lane_bytes: int) -> None:
-    """See `reference.rot_merge`."""
-    reference.check_same_length(stream, out)
-    _merge(np.frombuffer(stream, np.uint8), reference.lanes_of(out, lane_bytes), lane_bytes)
+def merge(stream: Any, base: Any, transform: int, lane_bytes: int, pack_bits: int, raw: Any) -> bool:
+    """See `reference.merge`."""
+    if transform not in (Transform.ROT, Transform.SUB):
+        return reference.merge(stream, base, transform, lane_bytes, pack_bits, raw)
+    reference.check_arguments(transform, raw, base, pack_bits)
+    x = reference.lanes_of(raw, lane_bytes)
+    source = np.frombuffer(stream, np.uint8)
+    if source.size != x.nbytes:
+        return False
+    joined = np.empty(min(x.size, STRIPE_LANES), x.dtype)
+    for first in range(0, x.size, STRIPE_LANES):
+        some = x[first : first + STRIPE_LANES]
+        y = joined[: some.size]
+        y[:] = 0
+        planes = source[first * lane_bytes : (first + some.size) * lane_bytes].reshape(lane_bytes, some.size)
+        for k in range(lane_bytes):
+            _unplane(planes[k], 8 * (lane_bytes - 1 - k), y)
+        if transform == Transform.ROT:
+            _unrotate(y, some)
+        else:
+            _add(y, reference.lanes_of(base, lane_bytes)[first : first + STRIPE_LANES], some)
+    return True
+
+
+def warm_up() -> None:
+    """Compile everything: a second or two on the thread that calls it."""
+    for width in (2, 4, 8):
+        raw, base = np.zeros(16, np.uint8), np.zeros(16, np.uint8)
+        stream = np.empty(16, np.uint8)
+        for transform in (Transform.ROT, Transform.SUB):
+            split(raw, base, transform, width, 0, stream)
+            merge(stream, base, transform, width, 0, raw)
+    crc64nvme(bytes(16))

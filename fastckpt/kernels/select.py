@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-# Importing numba and compiling takes about a second; the NumPy code does this much in a few milliseconds.
+from fastckpt.kernels.reference import Estimate
+
+# Importing numba and compiling takes a second or two; the NumPy code does this much in a few milliseconds.
 _NUMBA_FROM_BYTES = 256 * 1024
 
 ENV = "FASTCKPT_KERNELS"
@@ -15,29 +18,42 @@ _CHOICES = ("auto", "native", "numba", "reference")
 
 
 class Kernels(NamedTuple):
-    """One implementation. Buffers are C-contiguous; `out` is writable, as long as `source`, and does not overlap it."""
+    """One implementation. Buffers are C-contiguous and do not overlap; what each computes is defined by `reference`. Any thread."""
 
     name: str
     crc64nvme: Callable[[Any], int]
-    rot_split: Callable[[Any, Any, int], None]
-    """(raw, out stream, lane bytes in {2, 4, 8}); ValueError when the length is no multiple of the lane."""
-    rot_merge: Callable[[Any, Any, int], None]
-    """(stream, out raw, lane bytes): the inverse."""
+    split: Callable[[Any, Any, int, int, int, Any], int | None]
+    """(raw, base, transform, lane bytes, pack bits, stream) → stream bytes; None: does not fit, or not for such numbers."""
+    merge: Callable[[Any, Any, int, int, int, Any], bool]
+    """(stream, base, transform, lane bytes, pack bits, raw) → whether it was a stream of such a chunk."""
+    sample: Callable[[Any, Any, int], Estimate]
+    """(raw, base, lane bytes)."""
+    cast: Callable[[Any, Any], None]
+    """(float32, bfloat16 out)."""
+    is_constant: Callable[[Any, int], bool]
+    """(raw, lane bytes)."""
+    encode: Callable[[Any, Any, int, int, int, Any], tuple[int, int, bytes] | None] | None
+    """As split, but into a whole zstd frame: (stored bytes, their crc64nvme, digest of raw). None: only native kernels can."""
+    decode: Callable[[Any, Any, int, int, int, Any], bytes | None] | None
+    """(frame, base, transform, lane bytes, pack bits, raw) → digest of raw; None: a frame of another writer, or damage."""
 
 
 @functools.cache
 def _load(name: str) -> Kernels:
+    from fastckpt.kernels import reference as r
+
     if name == "native":
-        import fastckpt._native as native
+        import fastckpt._native as n
 
-        return Kernels("native", native.crc64nvme, native.rot_split, native.rot_merge)
+        def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
+            return Estimate(*n.sample(raw, base, lane_bytes))
+
+        return Kernels(name, n.crc64nvme, n.split, n.merge, sample, n.cast, n.is_constant, n.encode, n.decode)
     if name == "numba":
-        from fastckpt.kernels import numba_cpu
+        from fastckpt.kernels import numba_cpu as c
 
-        return Kernels("numba", numba_cpu.crc64nvme, numba_cpu.rot_split, numba_cpu.rot_merge)
-    from fastckpt.kernels import reference
-
-    return Kernels("reference", reference.crc64nvme, reference.rot_split, reference.rot_merge)
+        return Kernels(name, c.crc64nvme, c.split, c.merge, r.sample, r.cast, r.is_constant, None, None)
+    return Kernels(name, r.crc64nvme, r.split, r.merge, r.sample, r.cast, r.is_constant, None, None)
 
 
 @functools.cache
@@ -58,8 +74,41 @@ def _numba_available() -> bool:
     return True
 
 
+class _Compiling:
+    """The thread that compiles numba's kernels."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="fastckpt-compile", daemon=True)
+                self._thread.start()
+
+    def under_way(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @staticmethod
+    def _run() -> None:
+        if _numba_available():
+            from fastckpt.kernels import numba_cpu
+
+            numba_cpu.warm_up()
+
+
+_compiling = _Compiling()
+
+
+def warm_up() -> None:
+    """Compile numba's kernels on a thread of their own, if they are what will run. Returns at once; until it is done NumPy serves."""
+    if os.environ.get(ENV, "auto") == "auto" and not _native_available():
+        _compiling.start()
+
+
 def kernels(n_bytes: int = 1 << 62) -> Kernels:
-    """The implementation for a buffer of n_bytes: native; else numba for large buffers; else NumPy.
+    """The implementation for a buffer of n_bytes: native; else numba for large buffers, unless `warm_up` is still compiling; else NumPy.
 
     FASTCKPT_KERNELS forces one (ImportError if it is not there, ValueError for an unknown name).
     """
@@ -70,6 +119,6 @@ def kernels(n_bytes: int = 1 << 62) -> Kernels:
         return _load(choice)
     if _native_available():
         return _load("native")
-    if n_bytes >= _NUMBA_FROM_BYTES and _numba_available():
+    if n_bytes >= _NUMBA_FROM_BYTES and not _compiling.under_way() and _numba_available():
         return _load("numba")
     return _load("reference")

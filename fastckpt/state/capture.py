@@ -44,6 +44,7 @@ class CapturedStorage:
     _host: U8 | None = None
     _device: torch.Tensor | None = None
     _owner: Any = None
+    _private: bool = False
 
     @property
     def has_data(self) -> bool:
@@ -57,7 +58,11 @@ class CapturedStorage:
 
     def replace(self, copy: U8) -> None:
         """Take a private copy of the bytes for the bytes themselves, and let go of their owner."""
-        self._host, self._device, self._owner = copy, None, None
+        self._host, self._device, self._owner, self._private = copy, None, None, True
+
+    def private_view(self, offset: int, n_bytes: int) -> U8 | None:
+        """The bytes themselves, if nobody but this state can change them."""
+        return self._host[offset : offset + n_bytes] if self._private and self._host is not None else None
 
     def read_into(self, offset: int, out: U8) -> None:
         """Copy bytes from `offset` on into host memory. Any thread; blocks until they are there."""

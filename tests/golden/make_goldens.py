@@ -30,6 +30,7 @@ import zstandard
 
 MAGIC = b"FASTCKPT"
 MIB = 1 << 20
+STRIPE = 131072
 RAW, CONST, ROT, ROTU, SUB, SUBPACK, CAST, REF = range(1, 9)
 PARTS = ("directory", "file table", "records", "skeleton")
 
@@ -476,6 +477,182 @@ def must_read(make: Golden) -> Golden:
     """Register a container: its name is the function's, what it shows its docstring."""
     MUST_READ[make.__name__] = (str(make.__doc__), make)
     return make
+
+
+# Four positive bfloat16 numbers, and the same a few steps on: their order is that of their bits, the differences are 0, 1, 0, −1.
+BASE, NEAR = struct.pack("<4H", 0x3F80, 0x3F81, 0x4000, 0x4011), struct.pack("<4H", 0x3F80, 0x3F82, 0x4000, 0x4010)
+NEAR_ZIGZAG = [0, 2, 0, 1]
+
+
+def bits_packed(values: list[int], width: int) -> bytes:
+    """Values of `width` bits, least significant first, the rest of the last byte zero."""
+    whole = sum(value << width * i for i, value in enumerate(values))
+    return whole.to_bytes((width * len(values) + 7) // 8, "little")
+
+
+def ordered(x: int, w: int) -> int:
+    """m of the format: floats in the order of integers."""
+    top = 1 << (8 * w - 1)
+    return x ^ (2 * top - 1) if x & top else x | top
+
+
+def zigzag(raw: bytes, base: bytes, w: int) -> list[int]:
+    """z of the format."""
+    found = []
+    for i in range(0, len(raw), w):
+        x, b = int.from_bytes(raw[i : i + w], "little"), int.from_bytes(base[i : i + w], "little")
+        d = (ordered(x, w) - ordered(b, w)) % (1 << 8 * w)
+        found.append((d << 1) % (1 << 8 * w) ^ ((1 << 8 * w) - 1 if d >> (8 * w - 1) else 0))
+    return found
+
+
+def subpack_stream(z: list[int], pack: int, w: int) -> bytes:
+    """The SUBPACK stream of these differences."""
+    esc = (1 << pack) - 1
+    far = [value - esc for value in z if value >= esc]
+    return u32(len(far)) + bits_packed([min(value, esc) for value in z], pack) + planes(far, w)
+
+
+@must_read
+def rotu() -> Draft:
+    """ROTU: positive numbers, the lowest plane in 7 bits each."""
+    y = rotate(NEAR, 2)
+    low = bits_packed([value >> 1 & 127 for value in y], 7)
+    d = Draft()
+    s = d.stored_alone("bfloat16", NEAR, ROTU, 2, stored=frame(bytes(value >> 8 for value in y) + low))
+    d.root = {"a": d.tensor(["a"], [4], s)}
+    return d
+
+
+@must_read
+def rotu_stripes() -> Draft:
+    """ROTU of float32 over two stripes, the second one of 5 lanes."""
+    raw = b"".join(struct.pack("<f", 1 + i % 251 / 7) for i in range(STRIPE + 5))
+    y = rotate(raw, 4)
+    stream = b""
+    for some in (y[:STRIPE], y[STRIPE:]):
+        stream += b"".join(bytes(value >> 8 * k & 255 for value in some) for k in (3, 2, 1))
+        stream += bits_packed([value >> 1 & 127 for value in some], 7)
+    d = Draft()
+    s = d.stored_alone("float32", raw, ROTU, 4, stored=zstd(stream))
+    d.root = {"a": d.tensor(["a"], [STRIPE + 5], s)}
+    return d
+
+
+@must_read
+def sub() -> Draft:
+    """SUB of another record, which no storage uses."""
+    d = Draft()
+    d.chunk(BASE)
+    s = d.stored_alone("bfloat16", NEAR, SUB, 2, stored=frame(planes(NEAR_ZIGZAG, 2)))
+    d.root = {"a": d.tensor(["a"], [4], s)}
+    return d
+
+
+@must_read
+def sub_signs() -> Draft:
+    """SUB of float32 and float64 across zero, NaN and infinity: each lane's difference wraps."""
+    d = Draft()
+    root = {}
+    for name, w, code in (("float32", 4, "f"), ("float64", 8, "d")):
+        a = struct.pack(f"<5{code}", 1.0, -1.0, 0.0, float("inf"), float("nan"))
+        b = struct.pack(f"<5{code}", -1.0, 1.0, -0.0, float("-inf"), 0.0)
+        base = d.chunk(b)
+        s = d.stored_alone(name, a, SUB, w, stored=frame(planes(zigzag(a, b, w), w)), parameter=u32(base))
+        root[name] = d.tensor([name], [5], s)
+    d.root = root
+    return d
+
+
+@must_read
+def subpack() -> Draft:
+    """SUBPACK in 2 bits, without escapes."""
+    d = Draft()
+    d.chunk(BASE)
+    s = d.stored_alone("bfloat16", NEAR, SUBPACK, 2, stored=frame(subpack_stream(NEAR_ZIGZAG, 2, 2)), pack=2)
+    d.root = {"a": d.tensor(["a"], [4], s)}
+    return d
+
+
+@must_read
+def subpack_escapes() -> Draft:
+    """SUBPACK in 1, 2, 4 and 8 bits, 2, 4 and 8 bytes wide, with escapes, of lengths that leave bits unused."""
+    d = Draft()
+    root = {}
+    for name, w in (("bfloat16", 2), ("float32", 4), ("float64", 8)):
+        for pack in (1, 2, 4, 8):
+            n = 21
+            b = b"".join((1 + i * 977 % 30000).to_bytes(w, "little") for i in range(n))
+            a = b"".join(
+                (1 + i * 977 % 30000 + (i * i * 7 % 300 if i % 3 == 0 else i % 2)).to_bytes(w, "little")
+                for i in range(n)
+            )
+            base = d.chunk(b)
+            stored = frame(subpack_stream(zigzag(a, b, w), pack, w))
+            s = d.stored_alone(name, a, SUBPACK, w, stored=stored, pack=pack, parameter=u32(base))
+            root[f"{name}-{pack}"] = d.tensor([f"{name}-{pack}"], [n], s)
+    d.root = root
+    return d
+
+
+@must_read
+def cast() -> Draft:
+    """CAST: bfloat16 that equals float32 rounded; nothing is stored for it."""
+    d = Draft()
+    d.chunk(floats(1, 2, 3, 4))
+    s = d.stored_alone("bfloat16", struct.pack("<4H", 0x3F80, 0x4000, 0x4040, 0x4080), CAST, 2)
+    d.root = {"a": d.tensor(["a"], [4], s)}
+    return d
+
+
+@must_read
+def cast_rounding() -> Draft:
+    """CAST of ties, overflow to infinity, NaNs (one with a payload that rounding would lose) and negative numbers."""
+    pairs = [
+        (0x3F808000, 0x3F80),  # a tie: to even, down
+        (0x3F818000, 0x3F82),  # a tie: to even, up
+        (0x3F808001, 0x3F81),
+        (0x7F7FFFFF, 0x7F80),  # the largest number becomes infinity
+        (0x7F800001, 0x7FC0),  # a NaN stays one
+        (0xFF812345, 0xFFC1),
+        (0x80008000, 0x8000),
+        (0xBF80FFFF, 0xBF81),
+    ]
+    d = Draft()
+    d.chunk(struct.pack("<8I", *(wide for wide, _ in pairs)))
+    s = d.stored_alone("bfloat16", struct.pack("<8H", *(narrow for _, narrow in pairs)), CAST, 2)
+    d.root = {"a": d.tensor(["a"], [8], s)}
+    return d
+
+
+@must_read
+def ref() -> Draft:
+    """REF: the bytes of another record."""
+    d = Draft()
+    d.chunk(BASE)
+    s = d.stored_alone("bfloat16", BASE, REF, 2)
+    d.root = {"a": d.tensor(["a"], [4], s)}
+    return d
+
+
+@must_read
+def base_spans_records() -> Draft:
+    """A base that begins at element 3 of one record and ends in the next, of another transform."""
+    d = Draft()
+    first, second = BASE, rot_stream(NEAR, 2)
+    d.chunk(first)
+    d.chunk(NEAR, ROT, 2, stored=frame(second))
+    raw = BASE[6:] + NEAR[:6]
+    s = d.stored_alone("bfloat16", raw, REF, 2, parameter=u32(0) + u32(3))
+    t = d.stored_alone("bfloat16", raw[:4], SUB, 2, stored=frame(planes([0, 0], 2)), parameter=u32(2))
+    d.root = {"a": d.tensor(["a"], [4], s), "b": d.tensor(["b"], [2], t)}
+    return d
+
+
+@must_read
+def base_chain_of_64() -> Draft:
+    """The longest chain of bases that a reader must follow."""
+    return _chain(64)
 
 
 @must_read
@@ -1224,42 +1401,72 @@ def _rot_lane_1() -> Draft:
     return with_extra(raw, ROT, 1, stored=frame(planes(rotate(raw, 1), 1)))
 
 
-def reject_reserved() -> None:
-    """Transforms that version 1 reserves, each right by §4.4."""
+def reject_bases() -> None:
+    """Transforms with a base, or with a width, where that is wrong. `good` is read by must_read/sub.fckpt."""
 
-    def reserved(name: str, d: Draft) -> None:
-        why = f"transform {name.upper()} is reserved"
-        reject(f"record_reserved_{name}", UNSUPPORTED, "records", why, d)
+    def record(name: str, why: str, d: Draft, **flags: object) -> None:
+        reject(name, CORRUPT, "records", why, d, **flags)
 
-    base, raw = struct.pack("<4H", 0x3F80, 0x3F81, 0x4000, 0x4011), struct.pack("<4H", 0x3F80, 0x3F82, 0x4000, 0x4010)
-    y = rotate(raw, 2)
-    low = sum((value >> 1 & 127) << 7 * i for i, value in enumerate(y)).to_bytes(4, "little")
+    def changed(**fields: object) -> Draft:
+        d = sub()
+        d.records[1] |= fields
+        return d
+
+    record("base_is_itself", "SUB of itself", changed(parameter=u32(1)))
+    record("base_comes_later", "SUB of a later record", _base_comes_later())
+    record("base_is_missing", "SUB of record 2^32 − 1", changed(parameter=u32((1 << 32) - 1)))
+    record("base_starts_past_its_record", "SUB from element 4 of a record of 4", changed(parameter=u32(0) + u32(4)))
+    record(
+        "base_runs_past_its_record",
+        "SUB from element 1 of a record of 4, the next is SUB itself",
+        changed(parameter=u32(0) + u32(1)),
+    )
+    record("base_chain_of_65", "a chain of 65 bases", _chain(65))
+    record("sub_pack_width", "SUB with a pack width", changed(pack=2))
+    record("sub_lane_1", "SUB with lanes of 1 byte", changed(lane=1))
+    for name, fields in (("0", {"pack": 0}), ("3", {"pack": 3}), ("16", {"pack": 16})):
+        d = subpack()
+        d.records[1] |= fields
+        record(f"subpack_pack_width_{name}", f"SUBPACK with a pack width of {name}", d)
+    d = rotu()
+    d.records[0]["parameter"] = b"\1"
+    record("rotu_parameter", "ROTU with a parameter", d)
+    d = cast()
+    d.records[1]["lane"] = 4
+    record("cast_lane_4", "CAST with lanes of 4 bytes", d)
+    d = cast()
+    d.records[0]["raw"] = d.records[0]["stored"] = 12
+    record("cast_base_too_short", "CAST of 4 lanes from 12 bytes", d, also_part=["payload"])
+    d = ref()
+    d.records[1] |= {"stored": 8, "offset": 64}
+    record("ref_with_stored_bytes", "REF with stored bytes", d)
+
+
+def _base_comes_later() -> Draft:
     d = Draft()
-    s = d.stored_alone("bfloat16", raw, ROTU, 2, stored=frame(bytes(value >> 8 for value in y) + low))
+    s = d.stored_alone("bfloat16", NEAR, SUB, 2, stored=frame(planes(NEAR_ZIGZAG, 2)), parameter=u32(1))
+    d.chunk(BASE)
     d.root = {"a": d.tensor(["a"], [4], s)}
-    reserved("rotu", d)
+    return d
 
-    # All four numbers are positive: their order is that of their bits, and the differences are 0, 1, 0, −1.
-    zigzag = [0, 2, 0, 1]
-    packed = sum(min(z, 3) << 2 * i for i, z in enumerate(zigzag)).to_bytes(1, "little")
-    cases = (("sub", SUB, 0, planes(zigzag, 2)), ("subpack", SUBPACK, 2, u32(0) + packed))
-    for name, transform, pack, stream in cases:
-        d = Draft()
-        d.chunk(base)
-        s = d.stored_alone("bfloat16", raw, transform, 2, stored=frame(stream), pack=pack)
-        d.root = {"a": d.tensor(["a"], [4], s)}
-        reserved(name, d)
 
+def _chain(n: int) -> Draft:
     d = Draft()
-    d.chunk(floats(1, 2, 3, 4))
-    s = d.stored_alone("bfloat16", struct.pack("<4H", 0x3F80, 0x4000, 0x4040, 0x4080), CAST, 2)
+    d.chunk(BASE)
+    for i in range(n - 1):
+        d.chunk(BASE, REF, 2, parameter=u32(i))
+    s = d.stored_alone("bfloat16", BASE, REF, 2, parameter=u32(n - 1))
     d.root = {"a": d.tensor(["a"], [4], s)}
-    reserved("cast", d)
+    return d
+
+
+def _unused_bits() -> Draft:
     d = Draft()
+    base, raw = BASE[:2], BASE[:2]
     d.chunk(base)
-    s = d.stored_alone("bfloat16", base, REF, 2)
-    d.root = {"a": d.tensor(["a"], [4], s)}
-    reserved("ref", d)
+    s = d.stored_alone("bfloat16", raw, SUBPACK, 2, stored=frame(u32(0) + b"\xf0"), pack=2)
+    d.root = {"a": d.tensor(["a"], [1], s)}
+    return d
 
 
 def reject_payload() -> None:
@@ -1267,6 +1474,36 @@ def reject_payload() -> None:
 
     def damaged(name: str, why: str, d: Draft) -> None:
         reject(name, CORRUPT, "payload", why, d)
+
+    def streamed(d: Draft, stream: bytes) -> Draft:
+        last = d.records[-1]
+        stored = frame(stream)
+        d.payload[last["offset"] - 64 :] = stored
+        last |= {"stored": len(stored), "crc": crc(stored)}
+        return d
+
+    packed = sum(min(z, 3) << 2 * i for i, z in enumerate(NEAR_ZIGZAG)).to_bytes(1, "little")
+    damaged(
+        "subpack_escapes_too_many",
+        "an escape is counted and none is marked",
+        streamed(subpack(), u32(1) + packed + b"\0\0"),
+    )
+    damaged(
+        "subpack_escapes_too_few",
+        "an escape is marked and none is counted",
+        streamed(subpack(), u32(0) + bytes([packed[0] | 3])),
+    )
+    damaged("subpack_escapes_2_32", "2^32 − 1 escapes", streamed(subpack(), u32((1 << 32) - 1) + packed))
+    damaged("subpack_cut", "a stream without its packed values", streamed(subpack(), u32(0)))
+    damaged("subpack_unused_bits", "unused bits are not zero", _unused_bits())
+    damaged("rotu_short", "a ROTU stream of a byte too few", streamed(rotu(), bytes(7)))
+    damaged("sub_short", "a SUB stream of a byte too few", streamed(sub(), bytes(7)))
+    d = sub()
+    d.records[1]["digest"] = bytes(16)
+    damaged("sub_digest_wrong", "the digest of the sum is wrong", d)
+    d = cast()
+    d.records[1]["digest"] = bytes(16)
+    damaged("cast_digest_wrong", "the digest of the rounded numbers is wrong", d)
 
     raw = floats(1, 2, 3, 4)
     stream = rot_stream(raw, 4)
@@ -1456,7 +1693,7 @@ def make_must_reject() -> None:
     reject_headers(good)
     reject_tiling(good)
     reject_records()
-    reject_reserved()
+    reject_bases()
     reject_payload()
     reject_directory()
     reject_sizes()

@@ -11,6 +11,7 @@ import json
 import re
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import accumulate
@@ -34,8 +35,8 @@ MAX_DEPTH = 128  # of the JSON parts: far beyond any real directory, far below a
 STRIPE = 131072
 MIB = 1 << 20
 CAPS = {"directory": 256 * MIB, "file table": 64 * MIB, "records": 4096 * MIB, "skeleton": 2048 * MIB}
-RAW, CONST, ROT = 1, 2, 3
-TRANSFORMS = ("", "RAW", "CONST", "ROT", "ROTU", "SUB", "SUBPACK", "CAST", "REF")
+RAW, CONST, ROT, ROTU, SUB, SUBPACK, CAST, REF = range(1, 9)
+FRAMED, BASED, MAX_CHAIN = (ROT, ROTU, SUB, SUBPACK), (SUB, SUBPACK, CAST, REF), 64
 KINDS = ("tensor", "parameter", "array", "quantized", "part")
 DTYPES = {"bool": "|b1", "int8": "|i1", "bfloat16": "<u2", "complex64": "<c8", "complex128": "<c16"}
 DTYPES |= {f"{kind}{bits}": f"<{kind[0]}{bits // 8}" for kind in ("uint", "int") for bits in (16, 32, 64)}
@@ -207,22 +208,45 @@ def _numpy_type(dtype: str, what: str) -> np.dtype[Any] | None:
 
 def _check_record(what: str, r: Record, payload_end: int) -> None:
     need(r.transform != 0, "records", f"{what}: transform 0")
-    if r.transform not in (RAW, CONST, ROT):
-        name = TRANSFORMS[r.transform] if r.transform < len(TRANSFORMS) else "unknown"
-        raise UnsupportedError("records", f"{what}: transform {r.transform} ({name}); known: RAW, CONST, ROT")
-    lanes = {RAW: (1,), CONST: (1, 2, 4, 8), ROT: (2, 4, 8)}[r.transform]
+    if r.transform > REF:
+        raise UnsupportedError("records", f"{what}: transform {r.transform}; known: 1 to {REF}")
+    lanes = {RAW: (1,), CONST: (1, 2, 4, 8), CAST: (2,), REF: (1, 2, 4, 8)}.get(r.transform, (2, 4, 8))
     need(r.lane in lanes, "records", f"{what}: lanes of {r.lane} bytes")
-    need(r.pack == r.zero == 0 and not any(r.zeros), "records", f"{what}: reserved bytes are not zero")
+    need(r.pack in ((1, 2, 4, 8) if r.transform == SUBPACK else (0,)), "records", f"{what}: a pack width of {r.pack}")
+    need(r.zero == 0 and not any(r.zeros), "records", f"{what}: reserved bytes are not zero")
     need(1 <= r.raw <= 4 * MIB and r.raw % r.lane == 0, "records", f"{what}: {r.raw} raw bytes, lanes of {r.lane}")
     need(r.file == 0, "records", f"{what}: names file {r.file} in a self-contained container")
-    need(not any(r.parameter[r.lane if r.transform == CONST else 0 :]), "records", f"{what}: parameter is not zero")
-    if r.transform == CONST:
-        need(r.offset == r.stored == r.crc == 0, "records", f"{what}: CONST stores no bytes")
+    used = r.lane if r.transform == CONST else 8 if r.transform in BASED else 0
+    need(not any(r.parameter[used:]), "records", f"{what}: parameter is not zero")
+    if r.transform in (CONST, CAST, REF):
+        need(r.offset == r.stored == r.crc == 0, "records", f"{what}: its transform stores no bytes")
         return
     limit = r.raw if r.transform == RAW else 2 * r.raw + 1024
     need(1 <= r.stored <= limit, "records", f"{what}: {r.stored} stored bytes for {r.raw} raw")
-    need(r.transform == ROT or r.stored == r.raw, "records", f"{what}: RAW, but stored bytes differ from raw")
+    need(r.transform != RAW or r.stored == r.raw, "records", f"{what}: RAW, but stored bytes differ from raw")
     need(64 <= r.offset <= payload_end - r.stored, "records", f"{what}: its stored bytes are not in the payload")
+
+
+def _base_of(r: Record) -> tuple[int, int, int]:
+    """Record, byte and length of a record's base."""
+    first, element = int.from_bytes(r.parameter[:4], "little"), int.from_bytes(r.parameter[4:], "little")
+    return first, element * (4 if r.transform == CAST else r.lane), r.raw * (2 if r.transform == CAST else 1)
+
+
+def check_bases(records: list[Record]) -> None:
+    """Bases come before what needs them, go no further than the next record, and end after MAX_CHAIN of them."""
+    depth = [0] * len(records)
+    for i, r in enumerate(records):
+        if r.transform not in BASED:
+            continue
+        first, start, size = _base_of(r)
+        need(first < i and start < records[first].raw, "records", f"record {i}: its base is no earlier record")
+        depth[i] = 1 + depth[first]
+        if start + size > records[first].raw:
+            two = first + 1 < i and start + size <= records[first].raw + records[first + 1].raw
+            need(two, "records", f"record {i}: its base runs past two records")
+            depth[i] = max(depth[i], 1 + depth[first + 1])
+        need(depth[i] <= MAX_CHAIN, "records", f"record {i}: a chain of {depth[i]} bases")
 
 
 def _check_tiling(records: list[Record], payload_end: int) -> None:
@@ -263,17 +287,109 @@ def _unrotate(stream: bytes, w: int) -> bytes:
     return ((lane >> 1) | (lane << (8 * w - 1))).tobytes()
 
 
-def _chunk(what: str, r: Record, data: bytes, verify_crc: bool) -> bytes:
-    """The raw bytes of one record."""
-    if r.transform == CONST:
-        raw = r.parameter[: r.lane] * (r.raw // r.lane)
+def _bits(packed: bytes, count: int, width: int) -> NDArray[np.uint8]:
+    """`count` values of `width` bits, least significant first."""
+    bits = np.unpackbits(np.frombuffer(packed, "u1"), bitorder="little")
+    need(not bits[count * width :].any(), "payload", "unused bits are not zero")
+    return np.packbits(bits[: count * width].reshape(count, width), axis=1, bitorder="little")[:, 0]
+
+
+def _unrotate_positive(stream: bytes, w: int, lanes: int) -> bytes:
+    """ROTU: the ROT stream, but for its lowest planes, of which each byte has lost its lowest bit."""
+    whole, at = b"", 0
+    for start in range(0, lanes, STRIPE):
+        n = min(STRIPE, lanes - start)
+        low = (7 * n + 7) // 8
+        whole += stream[at : at + n * (w - 1)]
+        at += n * (w - 1)
+        whole += (_bits(stream[at : at + low], n, 7) << 1).astype("u1").tobytes()
+        at += low
+    return _unrotate(whole, w)
+
+
+def _add(z: NDArray[Any], base: bytes) -> bytes:
+    """The inverse of SUB."""
+    w = z.dtype.itemsize
+    b = np.frombuffer(base, z.dtype)
+    top, one, zero = z.dtype.type(1 << (8 * w - 1)), z.dtype.type(1), z.dtype.type(0)
+    d = (z >> one) ^ (zero - (z & one))
+    m = d + np.where(b & top, ~b, b | top)
+    return np.where(m & top, m ^ top, ~m).astype(z.dtype).tobytes()
+
+
+def _unplanes(planes: bytes, w: int, n: int) -> NDArray[Any]:
+    """Lanes of byte planes, highest first, without stripes."""
+    return np.frombuffer(planes, "u1").reshape(w, n)[::-1].T.copy().view(f"<u{w}").reshape(n)
+
+
+def _unpack(what: str, r: Record, frame: bytes) -> NDArray[Any]:
+    """z of a SUBPACK stream."""
+    lanes, packed_size = r.raw // r.lane, (r.raw // r.lane * r.pack + 7) // 8
+    try:
+        size = zstandard.frame_content_size(frame)
+    except zstandard.ZstdError as error:
+        raise FormatError("payload", f"{what}: {error}") from None
+    need(4 + packed_size <= size <= 2 * r.raw + 64, "payload", f"{what}: a stream of {size} bytes")
+    stream = _unframe(what, frame, size)
+    escapes = int.from_bytes(stream[:4], "little")
+    need(size == 4 + packed_size + escapes * r.lane, "payload", f"{what}: {escapes} escapes in {size} bytes")
+    z = _bits(stream[4 : 4 + packed_size], lanes, r.pack).astype(f"<u{r.lane}")
+    far = z == (1 << r.pack) - 1
+    need(int(far.sum()) == escapes, "payload", f"{what}: {escapes} escapes, {int(far.sum())} marked")
+    z[far] += _unplanes(stream[4 + packed_size :], r.lane, escapes)
+    return z
+
+
+def _round(base: bytes) -> bytes:
+    """CAST: float32 to bfloat16, to nearest, ties to even."""
+    u = np.frombuffer(base, "<u4").astype("<u8")
+    nan = (u & 0x7FFFFFFF) > 0x7F800000
+    return np.where(nan, u >> 16 | 0x40, (u + 0x7FFF + (u >> 16 & 1) & 0xFFFFFFFF) >> 16).astype("<u2").tobytes()
+
+
+def _chunk(what: str, r: Record, data: bytes, verify_crc: bool, base: bytes = b"") -> bytes:
+    """The raw bytes of one record. base: those that its parameter names."""
+    stored = data[r.offset : r.offset + r.stored]
+    if r.stored:
+        need(not verify_crc or crc64nvme(stored) == r.crc, "payload", f"{what}: the crc of its stored bytes is wrong")
+    lanes = r.raw // r.lane
+    if r.transform == RAW:
+        raw = stored
+    elif r.transform == CONST:
+        raw = r.parameter[: r.lane] * lanes
+    elif r.transform == ROT:
+        raw = _unrotate(_unframe(what, stored, r.raw), r.lane)
+    elif r.transform == ROTU:
+        size = sum(
+            n * (r.lane - 1) + (7 * n + 7) // 8 for n in (min(STRIPE, lanes - s) for s in range(0, lanes, STRIPE))
+        )
+        raw = _unrotate_positive(_unframe(what, stored, size), r.lane, lanes)
+    elif r.transform == SUB:
+        stream = _unframe(what, stored, r.raw)
+        w, parts = r.lane, []
+        for start in range(0, lanes, STRIPE):
+            n = min(STRIPE, lanes - start)
+            parts.append(_unplanes(stream[start * w : (start + n) * w], w, n))
+        raw = _add(np.concatenate(parts), base)
+    elif r.transform == SUBPACK:
+        raw = _add(_unpack(what, r, stored), base)
     else:
-        raw = data[r.offset : r.offset + r.stored]
-        need(not verify_crc or crc64nvme(raw) == r.crc, "payload", f"{what}: the crc of its stored bytes is wrong")
-        if r.transform == ROT:
-            raw = _unrotate(_unframe(what, raw, r.raw), r.lane)
+        raw = _round(base) if r.transform == CAST else base
     _check_digest("payload", what, raw, r.digest)
     return raw
+
+
+def chunks(records: list[Record], data_of: Callable[[Record], bytes], verify_crc: bool) -> bytes:
+    """The raw bytes of all records, one after another. data_of: the file that a record's stored bytes are in."""
+    starts = list(accumulate((r.raw for r in records), initial=0))
+    raw = bytearray()
+    for i, r in enumerate(records):
+        base = b""
+        if r.transform in BASED:
+            first, start, size = _base_of(r)
+            base = bytes(raw[starts[first] + start : starts[first] + start + size])
+        raw += _chunk(f"record {i}", r, data_of(r), verify_crc, base)
+    return bytes(raw)
 
 
 def _check_members(directory: dict[str, Any]) -> None:
@@ -388,6 +504,7 @@ def read(source: str | PathLike[str] | bytes, *, verify_crc: bool = True, limit:
     records = [Record(*fields) for fields in struct.iter_unpack("<BBBBIQII16sQ8s8s", parts["records"])]
     for i, r in enumerate(records):
         _check_record(f"record {i}", r, payload_end)
+    check_bases(records)
     _check_tiling(records, payload_end)
     starts = list(accumulate((r.raw for r in records), initial=0))
     for i, storage in enumerate(directory["storages"]):
@@ -395,7 +512,7 @@ def read(source: str | PathLike[str] | bytes, *, verify_crc: bool = True, limit:
     total = starts[-1] + sum(storage["bytes"] for storage in directory["storages"] if storage["extents"] is not None)
     need(total <= limit, "directory", f"{total} bytes of chunks and storages, more than the limit of {limit}")
 
-    raw = b"".join(_chunk(f"record {i}", r, data, verify_crc) for i, r in enumerate(records))
+    raw = chunks(records, lambda r: data, verify_crc)
     storages = [_storage(storage, starts, raw) for storage in directory["storages"]]
     tensors: dict[tuple[Key, ...], NDArray[Any]] = {}
     for i, tensor in enumerate(directory["tensors"]):

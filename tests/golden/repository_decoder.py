@@ -103,9 +103,8 @@ class Repository:
             packs.append(pack)
         records = [one.Record(*fields) for fields in struct.iter_unpack("<BBBBIQII16sQ8s8s", cut["records"])]
         starts = list(accumulate((r.raw for r in records), initial=0))
-        raw = b"".join(
-            one._chunk(f"record {i}", r, packs[r.file - 1] if r.file else b"", True) for i, r in enumerate(records)
-        )
+        one.check_bases(records)
+        raw = one.chunks(records, lambda r: packs[r.file - 1] if r.file else b"", True)
         storages = [one._storage(storage, starts, raw) for storage in directory["storages"]]
         tensors = {}
         for i, tensor in enumerate(directory["tensors"]):

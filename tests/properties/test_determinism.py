@@ -1,4 +1,4 @@
-"""One state, one file: whatever the threads, whichever the kernels."""
+"""One state, one file: whatever the threads and the instruction set."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt.kernels.select import _native_available
 from tests.faults.tools import ARRAY_GLOBALS, Parts
+from tests.properties.test_kernels import ISAS, _native
 
 
 def state() -> dict[str, Any]:
@@ -53,14 +53,30 @@ def test_threads_do_not_show(threads: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert saved() == first()
 
 
-@pytest.mark.parametrize("kernels", ["native", "numba", "reference"])
-def test_kernels_do_not_show(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernels == "native" and not _native_available():
-        pytest.skip("the native kernels are not built")
-    monkeypatch.setenv("FASTCKPT_KERNELS", kernels)
-    assert saved() == first()
-    with torch.serialization.safe_globals(ARRAY_GLOBALS):
-        assert torch.equal(fastckpt.load(io.BytesIO(first()))["big"], state()["big"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_sets_do_not_show(isa: str) -> None:
+    _native.use_isa(isa)
+    try:
+        assert saved() == first()
+    finally:
+        _native.use_isa(None)
+
+
+def test_kernels_show_in_frames_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without native kernels the frames are libzstd's, the same for numba and NumPy. Everything reads everything."""
+    made = {}
+    for kernels in ("numba", "reference", *(["native"] if ISAS else [])):
+        monkeypatch.setenv("FASTCKPT_KERNELS", kernels)
+        made[kernels] = saved()
+    assert made["numba"] == made["reference"]
+    assert len(made["reference"]) == pytest.approx(len(first()), rel=0.01)
+    digests = {rows_of(data)["digest"].tobytes() for data in made.values()}
+    assert len(digests) == 1
+    for kernels in made:
+        monkeypatch.setenv("FASTCKPT_KERNELS", kernels)
+        for data in made.values():
+            with torch.serialization.safe_globals(ARRAY_GLOBALS):
+                assert torch.equal(fastckpt.load(io.BytesIO(data))["big"], state()["big"])
 
 
 def test_a_path_and_a_file_object_get_the_same(tmp_path: Any) -> None:

@@ -1,27 +1,62 @@
-"""All implementations of the kernels compute the same, on any bytes."""
+"""All implementations of the kernels, on every instruction set that this machine has, compute the same on any bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
+import xxhash
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastckpt.kernels.select import Kernels, _load
+from fastckpt.transform import PACK_BITS, Transform
 
-LANES_AT_EDGES = (0, 1, 2, 3, 7, 8, 63, 131071, 131072, 131073, 262145)
+try:
+    from fastckpt import _native
+except ImportError:  # no compiler here
+    _native = None  # type: ignore[assignment]
+
+U8 = npt.NDArray[np.uint8]
+ROT, ROTU, SUB, SUBPACK = Transform.ROT, Transform.ROTU, Transform.SUB, Transform.SUBPACK
+LANES_AT_EDGES = (1, 2, 3, 7, 8, 9, 63, 64, 65, 1023, 1024, 1025, 131071, 131072, 131073, 262145)
+SHAPES = [(t, w, 0) for t in (ROT, ROTU, SUB) for w in (2, 4, 8)] + [
+    (SUBPACK, w, p) for w in (2, 4, 8) for p in PACK_BITS
+]
+ISAS = _native.isas().split() if _native is not None else []
+IMPLEMENTATIONS = [*(f"native {isa}" for isa in ISAS), "numba", "reference"]
 
 
-@pytest.fixture(params=["native", "numba", "reference"], scope="module")
-def kernels(request: pytest.FixtureRequest) -> Kernels:
+@pytest.fixture(params=IMPLEMENTATIONS, scope="module")
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    name, _, isa = request.param.partition(" ")
     try:
-        return _load(request.param)
+        found = _load(name)
     except ImportError as error:
-        pytest.skip(f"the {request.param} kernels are not here: {error}")
+        pytest.skip(f"the {name} kernels are not here: {error}")
+    if isa:
+        _native.use_isa(isa)
+    yield found
+    if isa:
+        _native.use_isa(None)
 
 
-def some_bytes(n: int) -> bytes:
-    return np.random.default_rng(n).bytes(n)
+@pytest.fixture(params=ISAS)
+def native(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    _native.use_isa(request.param)
+    yield _load("native")
+    _native.use_isa(None)
+
+
+def some_bytes(n: int, seed: int = 0) -> bytes:
+    return np.random.default_rng((n, seed)).bytes(n)
+
+
+# -- checksums ------------------------------------------------------------------------------------------------------------
 
 
 def test_check_value(kernels: Kernels) -> None:
@@ -38,15 +73,33 @@ def crc_bit_by_bit(data: bytes) -> int:
     return crc ^ ((1 << 64) - 1)
 
 
-@given(data=st.binary(max_size=600))
+@given(data=st.binary(max_size=900))
 @settings(deadline=None, max_examples=60)
 def test_crc_is_that_of_the_definition(kernels: Kernels, data: bytes) -> None:
     assert kernels.crc64nvme(data) == crc_bit_by_bit(data)
 
 
-@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 127, 128, 129, 8191, 8192, 8193, 131071, 131073, 1_000_003])
+@pytest.mark.parametrize(
+    "n", [0, 1, 7, 8, 9, 127, 128, 129, 255, 256, 511, 512, 513, 8191, 8192, 8193, 131071, 1_000_003]
+)
 def test_crc_of_long_data(kernels: Kernels, n: int) -> None:
     assert kernels.crc64nvme(some_bytes(n)) == _load("reference").crc64nvme(some_bytes(n))
+
+
+@pytest.mark.parametrize("n", [*range(241, 400), 1023, 1024, 1025, 1088, 2047, 2048, 2049, 65_536, 1_000_003, 1 << 22])
+def test_our_xxh3_is_xxhashs(native: Kernels, n: int) -> None:
+    data = some_bytes(n)
+    assert _native.xxh3_128(data) == xxhash.xxh3_128_digest(data)
+
+
+def test_short_digests_are_left_to_the_package() -> None:
+    if _native is None:
+        pytest.skip("no native kernels: there was no compiler")
+    with pytest.raises(ValueError, match="241"):
+        _native.xxh3_128(bytes(240))
+
+
+# -- streams --------------------------------------------------------------------------------------------------------------
 
 
 def rot_stream(raw: bytes, w: int) -> bytes:
@@ -57,37 +110,205 @@ def rot_stream(raw: bytes, w: int) -> bytes:
     return b"".join(s.view("u1").reshape(-1, w)[:, k].tobytes() for s in stripes for k in reversed(range(w)))
 
 
-def check_rot(kernels: Kernels, raw: bytes, w: int) -> None:
-    stream, back = bytearray(len(raw)), bytearray(len(raw))
-    kernels.rot_split(raw, stream, w)
-    assert bytes(stream) == rot_stream(raw, w)
-    kernels.rot_merge(stream, back, w)
-    assert bytes(back) == raw
+def prepared(transform: Transform, w: int, raw: bytes, near: bool = True, seed: int = 0) -> tuple[U8, U8]:
+    """Raw bytes that the transform is for, and a base: near the raw bytes, as after a small step, or anywhere."""
+    x = np.frombuffer(raw, np.uint8).copy()
+    if transform == ROTU:
+        x.view(f"<u{w}")[:] >>= 1
+    rng = np.random.default_rng((x.size, seed))
+    if not near:
+        return x, np.frombuffer(rng.bytes(x.size), np.uint8)
+    base = x.copy()
+    lanes = base.view(f"<u{w}")
+    moved = rng.random(lanes.size) < 0.3
+    lanes[moved] += rng.integers(0, 300, int(moved.sum())).astype(lanes.dtype)
+    return x, base
 
 
-@pytest.mark.parametrize("w", [2, 4, 8])
+def split(kernels: Kernels, raw: U8, base: U8, transform: Transform, w: int, p: int) -> bytes | None:
+    stream = np.full(2 * raw.size + 64, 0xA5, np.uint8)
+    n = kernels.split(raw, base, transform, w, p, stream)
+    return None if n is None else stream[:n].tobytes()
+
+
+def check(kernels: Kernels, raw: U8, base: U8, transform: Transform, w: int, p: int) -> None:
+    expected = split(_load("reference"), raw, base, transform, w, p)
+    stream = split(kernels, raw, base, transform, w, p)
+    assert stream == expected
+    if transform == ROT:
+        assert stream == rot_stream(raw.tobytes(), w)
+    if stream is None:
+        return
+    back = np.full(raw.size, 0x5A, np.uint8)
+    assert kernels.merge(stream, base, transform, w, p, back) is True
+    assert back.tobytes() == raw.tobytes()
+    if kernels.encode is None or kernels.decode is None:
+        return
+    room = np.empty(2 * raw.size + 2048, np.uint8)
+    found = kernels.encode(raw, base, transform, w, p, room)
+    assert found is not None
+    n, crc, digest = found
+    frame = room[:n].tobytes()
+    assert zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False) == stream
+    assert crc == _load("reference").crc64nvme(frame)
+    back[:] = 0
+    assert kernels.decode(frame, base, transform, w, p, back) == digest
+    assert back.tobytes() == raw.tobytes()
+    assert digest == (xxhash.xxh3_128_digest(raw) if raw.size > 240 else bytes(16))
+
+
 @pytest.mark.parametrize("lanes", LANES_AT_EDGES)
-def test_rot_at_the_edges_of_stripes(kernels: Kernels, lanes: int, w: int) -> None:
-    check_rot(kernels, some_bytes(lanes * w), w)
+@pytest.mark.parametrize(("transform", "w", "p"), SHAPES)
+def test_streams_at_the_edges_of_stripes(kernels: Kernels, transform: Transform, w: int, p: int, lanes: int) -> None:
+    check(kernels, *prepared(transform, w, some_bytes(lanes * w)), transform, w, p)
 
 
-@given(data=st.binary(max_size=500), w=st.sampled_from([2, 4, 8]))
-@settings(deadline=None, max_examples=60)
-def test_rot_of_any_bytes(kernels: Kernels, data: bytes, w: int) -> None:
-    if len(data) % w:
-        with pytest.raises(ValueError, match="lane"):
-            kernels.rot_split(data, bytearray(len(data)), w)
-        with pytest.raises(ValueError, match="lane"):
-            kernels.rot_merge(data, bytearray(len(data)), w)
-    check_rot(kernels, data[: len(data) // w * w], w)
+@given(data=st.binary(min_size=8, max_size=700), shape=st.sampled_from(SHAPES), near=st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_streams_of_any_bytes(kernels: Kernels, data: bytes, shape: tuple[Transform, int, int], near: bool) -> None:
+    transform, w, p = shape
+    check(kernels, *prepared(transform, w, data[: len(data) // w * w], near), transform, w, p)
+
+
+def weights(n: int, w: int, kind: str) -> bytes:
+    """Floats as they occur, and those that trip entropy coders up."""
+    rng = np.random.default_rng((n, w, len(kind)))
+    x = rng.standard_normal(n) * 0.02
+    if kind == "zero rows":
+        x.reshape(-1, 64)[rng.random(n // 64) < 0.6] = 0
+    if kind == "late symbol":  # the sample of a plane misses it
+        x[n - 7] = 1e30
+        x[n // 2 + 1] = -1e-30
+    if kind == "many scales":
+        x = np.ldexp(x, rng.integers(-14, 15, n))
+    if kind == "special":
+        x[rng.integers(0, n, n // 50)] = rng.choice([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45], n // 50)
+    if w == 2:
+        return torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+    with np.errstate(over="ignore", under="ignore"):
+        return x.astype(np.float32 if w == 4 else np.float64).tobytes()
+
+
+@pytest.mark.parametrize("kind", ["plain", "zero rows", "late symbol", "many scales", "special"])
+@pytest.mark.parametrize("w", [2, 4, 8])
+@pytest.mark.parametrize("n", [2048, 20_480, 140_032])
+def test_streams_of_floats(kernels: Kernels, kind: str, w: int, n: int) -> None:
+    raw = weights(n, w, kind)
+    for transform, p in ((ROT, 0), (ROTU, 0), (SUB, 0), (SUBPACK, 1), (SUBPACK, 2), (SUBPACK, 4), (SUBPACK, 8)):
+        check(kernels, *prepared(transform, w, raw, seed=1), transform, w, p)
+
+
+def test_signs_are_not_for_rotu(kernels: Kernels) -> None:
+    raw = np.zeros(4000, np.uint8)
+    raw[-1] = 0x80
+    assert split(kernels, raw, raw, ROTU, 4, 0) is None
+    if kernels.encode is not None:
+        assert kernels.encode(raw, None, ROTU, 4, 0, np.empty(9000, np.uint8)) is None
+
+
+@pytest.mark.parametrize(("transform", "w", "p"), SHAPES)
+def test_whatever_does_not_fit_is_refused(kernels: Kernels, transform: Transform, w: int, p: int) -> None:
+    raw, base = prepared(transform, w, some_bytes(3000 * w))
+    stream = split(kernels, raw, base, transform, w, p)
+    assert stream is not None
+    assert kernels.split(raw, base, transform, w, p, np.empty(len(stream) - 1, np.uint8)) is None
+    if kernels.encode is not None:
+        room = np.empty(2 * raw.size + 2048, np.uint8)
+        found = kernels.encode(raw, base, transform, w, p, room)
+        assert found is not None
+        for n in (0, 1, 8, 9, 12, found[0] // 2, found[0] - 1):
+            small = np.full(n + 64, 0xA5, np.uint8)
+            again = kernels.encode(raw, base, transform, w, p, small[:n])
+            assert again is None or again[0] <= n
+            assert (small[n:] == 0xA5).all(), "wrote past its room"
+
+
+@pytest.mark.parametrize(("transform", "w", "p"), SHAPES)
+def test_streams_of_another_length_are_none(kernels: Kernels, transform: Transform, w: int, p: int) -> None:
+    raw, base = prepared(transform, w, some_bytes(500 * w))
+    stream = split(kernels, raw, base, transform, w, p)
+    assert stream is not None
+    out = np.empty(raw.size, np.uint8)
+    for bad in (b"", stream[:-1], stream + b"\0", stream[: len(stream) // 2], stream * 2):
+        assert kernels.merge(bad, base, transform, w, p, out) is False
+
+
+def test_escapes_that_do_not_add_up_are_none(kernels: Kernels) -> None:
+    raw, base = prepared(SUBPACK, 2, some_bytes(600))
+    stream = split(kernels, raw, base, SUBPACK, 2, 2)
+    assert stream is not None
+    out = np.empty(raw.size, np.uint8)
+    n = int.from_bytes(stream[:4], "little")
+    fewer = (n - 1).to_bytes(4, "little") + stream[4:]
+    assert kernels.merge(fewer, base, SUBPACK, 2, 2, out) is False
+    assert kernels.merge((1 << 31).to_bytes(4, "little") + stream[4:], base, SUBPACK, 2, 2, out) is False
+    none_escapes = bytearray(stream)
+    none_escapes[4 : 4 + 75] = bytes(75)
+    assert kernels.merge(none_escapes, base, SUBPACK, 2, 2, out) is False
+
+
+def test_unused_bits_are_zero(kernels: Kernels) -> None:
+    raw = np.arange(6, dtype=np.uint8)
+    stream = bytearray(split(kernels, raw, raw, SUBPACK, 2, 1) or b"")
+    assert len(stream) == 5
+    stream[4] |= 0x80
+    assert kernels.merge(stream, raw, SUBPACK, 2, 1, np.empty(6, np.uint8)) is False
 
 
 @pytest.mark.parametrize("w", [0, 1, 3, 5, 16])
 def test_other_lanes_are_refused(kernels: Kernels, w: int) -> None:
-    with pytest.raises(ValueError, match="2, 4 or 8"):
-        kernels.rot_split(bytes(240), bytearray(240), w)
+    for call in (kernels.split, kernels.merge):
+        with pytest.raises(ValueError, match="2, 4 or 8"):
+            call(bytes(240), None, ROT, w, 0, bytearray(240))
 
 
-def test_lengths_that_differ_are_refused(kernels: Kernels) -> None:
-    with pytest.raises(ValueError, match="equal"):
-        kernels.rot_split(bytes(8), bytearray(16), 2)
+def test_senseless_calls_are_refused(kernels: Kernels) -> None:
+    for call in (kernels.split, kernels.merge):
+        with pytest.raises(ValueError, match="base"):
+            call(bytes(8), None, SUB, 2, 0, bytearray(8))
+        with pytest.raises(ValueError, match="equal"):
+            call(bytes(8), bytes(6), SUB, 2, 0, bytearray(8 if call is kernels.merge else 80))
+        with pytest.raises(ValueError, match="transform"):
+            call(bytes(8), bytes(8), Transform.REF, 2, 0, bytearray(8))
+        with pytest.raises(ValueError, match="pack"):
+            call(bytes(8), bytes(8), SUBPACK, 2, 3, bytearray(8))
+    with pytest.raises(ValueError, match="lane"):
+        kernels.split(bytes(7), None, ROT, 2, 0, bytearray(8))
+
+
+# -- samples, CAST --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("w", [2, 4, 8])
+@pytest.mark.parametrize("lanes", [1, 5, 64, 3000, 40_000, 300_000])
+def test_samples_agree(kernels: Kernels, w: int, lanes: int) -> None:
+    raw, base = prepared(SUB, w, weights(lanes * 2, w, "plain")[: lanes * w])
+    for other in (None, base):
+        expected = _load("reference").sample(raw, other, w)
+        found = kernels.sample(raw, other, w)
+        np.testing.assert_allclose(np.hstack(found), np.hstack(expected), rtol=1e-9)
+
+
+def test_cast_is_torchs_rounding(kernels: Kernels) -> None:
+    rng = np.random.default_rng(3)
+    u = rng.integers(0, 1 << 32, 70_001, dtype=np.uint32)
+    u[:6] = [0x7F7FFFFF, 0x00008000, 0x00018000, 0x80000001, 0x7F800000, 0xFF800000]
+    narrow = np.empty(u.size, np.uint16)
+    kernels.cast(u, narrow)
+    floats = torch.from_numpy(u.view(np.float32))
+    torchs = floats.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    real = ~torch.isnan(floats).numpy()
+    assert (narrow[real] == torchs[real]).all()
+    assert ((narrow[~real] & 0x7FFF) > 0x7F80).all(), "NaNs stay NaNs"
+    assert (narrow[~real] == ((u[~real] >> 16) | 0x40)).all(), "with their payload"
+
+
+@given(data=st.binary(min_size=1, max_size=64), w=st.sampled_from([1, 2, 4, 8]), times=st.integers(1, 300))
+@settings(deadline=None, max_examples=60)
+def test_constants(kernels: Kernels, data: bytes, w: int, times: int) -> None:
+    lane = data[:w].ljust(w, b"\1")
+    raw = np.frombuffer(lane * times, np.uint8).copy()
+    assert kernels.is_constant(raw, w)
+    if times > 1:
+        raw[(len(data) * 7919) % raw.size] ^= 1
+        assert not kernels.is_constant(raw, w)

@@ -14,7 +14,8 @@ PACKAGE = Path(fastckpt.__file__).parent
 # A new one is entered here, as low as it can be.
 LAYERS = (
     ("_native", "_version", "errors"),
-    ("kernels", "transform", "events", "files", "ranks", "workers"),
+    ("transform", "events", "files", "ranks", "workers"),
+    ("kernels",),
     ("options", "sources", "sinks"),
     ("codec", "format", "store", "plan"),
     ("chunking", "delta_policy", "object_sink", "object_source"),
@@ -25,7 +26,7 @@ LAYERS = (
     ("catalog", "restore_plan"),
     ("save", "restore"),
     ("upload", "retention", "check", "foreign", "tensors", "loading", "staging", "held_pack"),
-    ("incarnation", "export", "salvage", "check_repository", "targets"),
+    ("incarnation", "analyze", "export", "salvage", "check_repository", "targets"),
     ("repair",),
     ("spot", "background"),
     ("checkpointer",),
