@@ -37,6 +37,18 @@ missing_for_s3() {
     command -v openssl >/dev/null || echo openssl
 }
 
+# What tests of the C++ sources want: clang for the fuzzers, qemu and a cross compiler for ARM.
+missing_for_native() {
+    command -v clang++ >/dev/null || echo clang
+    command -v qemu-aarch64 >/dev/null || echo qemu-user
+    command -v aarch64-linux-gnu-g++ >/dev/null || echo g++-aarch64-linux-gnu
+    # The fuzzers' run-time library is a package of its own, named after clang's version.
+    local version
+    version=$( (clang++ --version 2>/dev/null || apt-cache depends clang 2>/dev/null) | grep -oE '(version |clang-)[0-9]+' | grep -oE '[0-9]+' | head -n 1)
+    [ -z "$version" ] || [ -n "$(find /usr/lib/llvm-"$version"/lib/clang -name 'libclang_rt.fuzzer-*.a' 2>/dev/null | head -n 1)" ] ||
+        echo "libclang-rt-$version-dev"
+}
+
 # install PACKAGE...: true if apt-get may be used and says that it worked.
 install() {
     [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 1
@@ -79,6 +91,20 @@ if [ "${FASTCKPT_TEST_S3:-}" != none ]; then
     if [ -n "$packages" ]; then
         say "not found:" $packages
         say "The tests of S3 use the moto emulator or are skipped. On Debian and Ubuntu:" \
+            "apt-get install --no-install-recommends" $packages
+    fi
+fi
+
+# About 250 MB to fetch. FASTCKPT_TEST_NATIVE=none: not wanted.
+if [ "${FASTCKPT_TEST_NATIVE:-}" != none ]; then
+    packages=$(missing_for_native)
+    if [ -n "$packages" ] && install $packages; then
+        hash -r
+        packages=$(missing_for_native)
+    fi
+    if [ -n "$packages" ]; then
+        say "not found:" $packages
+        say "Fuzzers and the tests on an emulated ARM processor are skipped. On Debian and Ubuntu:" \
             "apt-get install --no-install-recommends" $packages
     fi
 fi
