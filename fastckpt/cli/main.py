@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fastckpt._version import __version__
-from fastckpt.cli import containers, pruning, repositories, rescue
+from fastckpt.cli import analysis, containers, pruning, repositories, rescue
 from fastckpt.cli.output import (
     BAD_CHECKPOINT,
     FOUND_DAMAGE,
@@ -90,6 +90,14 @@ def _parser() -> argparse.ArgumentParser:
         "--repair", action="store_true", help="then commit saves whose votes are all there (shows them, and asks)"
     )
     check.add_argument("--yes", action="store_true", help="do not ask")
+    analyze = verb("analyze", analysis.run, "what compression and deltas would gain on this state; writes nothing")
+    analyze.add_argument(
+        "path", metavar="FILE|URL", help="of fastckpt, torch.save or safetensors; of a repository the newest checkpoint"
+    )
+    analyze.add_argument("--against", metavar="OLDER", help="an older state, to see what a delta would gain")
+    analyze.add_argument(
+        "--trust-pickle", action="store_true", help="load files that weights_only refuses: runs their code"
+    )
     prune = verb("prune", _prune, "remove checkpoints that no rule keeps, and debris; shows its plan first")
     prune.add_argument("url", metavar="URL")
     prune.add_argument("--keep-last", type=int, required=True, metavar="N", help="keep the newest N of the history")

@@ -1,0 +1,132 @@
+"""analyze: what the codec makes of a user's own state."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from typing import Any
+
+from fastckpt import api
+from fastckpt.analyze import Group, Side, analyze
+from fastckpt.catalog import Catalog
+from fastckpt.cli.output import OK, bar, human, note, print_json, say, table
+from fastckpt.cli.target import local_path, maybe_repository, open_source, options
+from fastckpt.commit import open_vote
+from fastckpt.errors import NoCheckpointError
+from fastckpt.kernels import kernels
+from fastckpt.loading import load_object
+from fastckpt.reader import Reader
+from fastckpt.state import Captured, capture
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints a row for each group of tensors."""
+    captured = _state(arguments.path, arguments)
+    older = _state(arguments.against, arguments) if arguments.against is not None else None
+    groups = analyze(captured, older, bar(arguments.path))
+    if arguments.json:
+        value = [_to_json(group) for group in groups]
+        print_json(
+            "analyze",
+            {"path": arguments.path, "against": arguments.against, "kernels": kernels().name, "groups": value},
+        )
+        return OK
+    if not groups:
+        note("no tensors here")
+        return OK
+    _print(groups, older is not None)
+    return OK
+
+
+def _state(text: str, arguments: argparse.Namespace) -> Captured:
+    """The tensors of a file of ours, torch's or safetensors', or of a repository's newest checkpoint (rank 0)."""
+    with maybe_repository(text, arguments.endpoint_url) as repository:
+        if repository is not None:
+            choice = Catalog(repository).choose()
+            if choice is None:
+                raise NoCheckpointError(f"{repository.url} has no checkpoint yet")
+            return capture(_load(open_vote(repository.store, choice.commit.vote(0)), arguments), pickle, 2)
+    path = local_path(text)
+    if path is not None:
+        return capture(api.load(path, map_location="cpu", weights_only=not arguments.trust_pickle), pickle, 2)
+    source = open_source(text, arguments.endpoint_url)
+    try:
+        return capture(_load(Reader.open(source, alone=True), arguments), pickle, 2)
+    finally:
+        source.close()
+
+
+def _load(reader: Reader, arguments: argparse.Namespace) -> Any:
+    found = options()
+    return load_object(
+        reader,
+        found,
+        max(found.threads, found.connections),
+        map_location="cpu",
+        pickle_module=pickle,
+        weights_only=not arguments.trust_pickle,
+        load_args={"encoding": "utf-8"},
+    )
+
+
+def _print(groups: list[Group], with_delta: bool) -> None:
+    rows = [["group", "tensors", "size", "bits", "entropy", "stored", "ratio", "GB/s", "as"]]
+    if with_delta:
+        rows[0] += ["known", "unchanged", "delta", "ratio", "GB/s", "as"]
+    for group in groups:
+        elements = f"{group.dtype} {group.role}".strip()
+        bits = 8 * _width(group)
+        row = [elements, str(group.tensors), human(group.raw_bytes), f"{bits:.0f}" if bits else "", ""]
+        row[4] = f"{group.entropy_bytes / group.raw_bytes * bits:.2f}" if bits else ""
+        row += _side(group.alone, group.raw_bytes)
+        if group.delta is not None:
+            row += [
+                _share(group.based_bytes, group),
+                _share(group.same_bytes, group),
+                *_side(group.delta, group.raw_bytes),
+            ]
+        rows.append(row)
+    table(rows, right=tuple(range(1, 8)) + tuple(range(9, 14)))
+    raw, stored = sum(g.raw_bytes for g in groups), sum(g.alone.stored_bytes for g in groups)
+    words = f"all: {human(raw)} → {human(stored)} ({stored / max(raw, 1):.4f})"
+    if with_delta:
+        delta = sum(g.delta.stored_bytes for g in groups if g.delta is not None)
+        words += f"; against the older state {human(delta)} ({delta / max(raw, 1):.4f})"
+    say(words)
+    if kernels().name != "native":
+        note(f"the speeds are of the {kernels().name} kernels: the native ones are not installed")
+
+
+def _width(group: Group) -> int:
+    from fastckpt.format.element_types import element_type
+
+    element = element_type(group.dtype)
+    return 0 if element is None else element.n_bytes
+
+
+def _share(n_bytes: int, group: Group) -> str:
+    return f"{100 * n_bytes / group.raw_bytes:.0f} %"
+
+
+def _side(side: Side, raw_bytes: int) -> list[str]:
+    names = sorted(side.transforms.items(), key=lambda item: -item[1])
+    shares = [f"{name} {100 * n / raw_bytes:.0f} %" if len(names) > 1 else name for name, n in names]
+    speed = f"{raw_bytes / side.seconds / 1e9:.1f}" if side.seconds else ""
+    return [human(side.stored_bytes), f"{side.stored_bytes / raw_bytes:.4f}", speed, ", ".join(shares)]
+
+
+def _to_json(group: Group) -> dict[str, Any]:
+    def side(one: Side) -> dict[str, Any]:
+        return {"stored_bytes": one.stored_bytes, "seconds": one.seconds, "transforms": dict(one.transforms)}
+
+    return {
+        "dtype": group.dtype,
+        "role": group.role,
+        "tensors": group.tensors,
+        "raw_bytes": group.raw_bytes,
+        "entropy_bytes": group.entropy_bytes,
+        "alone": side(group.alone),
+        "delta": None if group.delta is None else side(group.delta),
+        "based_bytes": group.based_bytes,
+        "same_bytes": group.same_bytes,
+    }

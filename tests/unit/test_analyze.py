@@ -1,0 +1,105 @@
+"""fastckpt analyze: what it says about a state is what a save makes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastckpt
+from fastckpt.cli import main
+from fastckpt.reader import Reader
+from fastckpt.sources import PathSource
+
+
+def state(seed: int, moved: bool) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(700, 900, generator=generator) * 0.02
+    frozen = torch.randn(600, 700, generator=generator)
+    if moved:
+        weight = weight + torch.randn(700, 900, generator=generator) * 1e-7
+    return {
+        "model": {"weight": weight, "frozen": frozen, "half": weight.bfloat16()},
+        "optimizer": {"state": {0: {"exp_avg_sq": weight.square(), "step": torch.tensor(1.0)}}},
+        "ids": torch.arange(1000),
+    }
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    fastckpt.save(state(1, False), tmp_path / "old.fckpt")
+    torch.save(state(1, True), tmp_path / "new.pt")
+    return str(tmp_path / "new.pt"), str(tmp_path / "old.fckpt")
+
+
+def groups(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[tuple[str, str], Any]:
+    assert main(["analyze", *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "fastckpt.analyze/1"
+    return {(g["dtype"], g["role"]): g for g in found["groups"]}
+
+
+def test_sums_are_those_of_a_save(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    _, old = files
+    found = groups(capsys, old)
+    source = PathSource(old)
+    reader = Reader.open(source, alone=True)
+    assert sum(g["alone"]["stored_bytes"] for g in found.values()) == int(reader.records["stored_bytes"].sum())
+    assert sum(g["raw_bytes"] for g in found.values()) == int(reader.records["raw_bytes"].sum())
+    source.close()
+    assert set(found) == {
+        ("float32", ""),
+        ("bfloat16", ""),
+        ("float32", "exp_avg_sq"),
+        ("float32", "step"),
+        ("int64", ""),
+    }
+    weights = found["float32", ""]
+    assert weights["tensors"] == 2
+    assert weights["delta"] is None
+    assert set(weights["alone"]["transforms"]) == {"ROT"}
+    assert set(found["float32", "exp_avg_sq"]["alone"]["transforms"]) == {"ROTU"}
+    assert 0.97 < weights["alone"]["stored_bytes"] / weights["entropy_bytes"] < 1.02
+
+
+def test_a_delta_against_an_older_state(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    new, old = files
+    found = groups(capsys, new, "--against", old)
+    weights = found["float32", ""]
+    assert weights["based_bytes"] == weights["raw_bytes"]
+    assert weights["same_bytes"] == 600 * 700 * 4, "what is frozen"
+    assert weights["delta"]["stored_bytes"] < 0.6 * weights["alone"]["stored_bytes"]
+    half = found["bfloat16", ""]
+    assert half["delta"]["stored_bytes"] < 0.2 * half["alone"]["stored_bytes"]
+
+
+def test_what_has_no_older_version(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new, _ = files
+    fastckpt.save({"model": {"weight": torch.zeros(5)}}, tmp_path / "other.fckpt")
+    for group in groups(capsys, new, "--against", str(tmp_path / "other.fckpt")).values():
+        assert group["based_bytes"] == 0
+        assert group["delta"]["stored_bytes"] == group["alone"]["stored_bytes"]
+
+
+def test_the_table(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["analyze", files[0], "--against", files[1]]) == 0
+    out = capsys.readouterr().out
+    assert "float32 exp_avg_sq" in out
+    assert "against the older state" in out
+
+
+def test_a_repository(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Linear(300, 300)
+    with fastckpt.Checkpointer(tmp_path / "run", {"model": model}, spot=None) as ckpt:
+        ckpt.save_now(1).wait()
+    assert ("float32", "") in groups(capsys, str(tmp_path / "run"))
+
+
+def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fastckpt.save({"a": 1}, tmp_path / "empty.fckpt")
+    assert main(["analyze", str(tmp_path / "empty.fckpt")]) == 0
+    assert "no tensors" in capsys.readouterr().err
+    assert main(["analyze", str(tmp_path / "missing")]) == 4
