@@ -40,83 +40,47 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import codec_data, measure  # noqa: E402
-from fastckpt import __version__, _native  # noqa: E402
-from fastckpt.transform import MAX_CHUNK_ELEMENTS, MAX_RAW_BYTES, PACK_BITS, Transform  # noqa: E402
+from fastckpt import __version__, _native, codec  # noqa: E402
+from fastckpt.transform import MAX_CHUNK_ELEMENTS, MAX_RAW_BYTES, Transform  # noqa: E402
 
 Bytes = NDArray[np.uint8]
 CACHE = ROOT / "benchmarks" / ".cache" / "codec"
 SET_BYTES = 64 << 20  # at least; more than a last-level cache
 QUICK_BYTES = 8 << 20
-DOMINANT = 0.5  # share of one byte from which Huffman's one bit per byte is too much
 
 
-# --- our codec: to be replaced by fastckpt.codec's own ---
+# --- our codec, as a save and a load use it ---
 
 
-class Encoded(NamedTuple):
-    stored: memoryview
-    crc: int
-    digest: bytes
-    transform: int
-    pack_bits: int
-    frame_is_ours: bool
+def encode_chunk(raw: memoryview, base: memoryview | None, lane_bytes: int, out: memoryview) -> codec.Encoded:
+    """Chooses from a sample, encodes into `out`. A chunk that would not be shorter is copied, as a save would write it elsewhere."""
+    x, room = np.frombuffer(raw, np.uint8), np.frombuffer(out, np.uint8)
+    found = codec.encode(
+        x, lane_bytes, lane_bytes, base=None if base is None else np.frombuffer(base, np.uint8), room=room
+    )
+    if found.transform is Transform.RAW:
+        room[:] = x
+    return found
 
 
-@functools.cache
-def zstd() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor, Bytes]:
-    return zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor(), np.zeros(3 * MAX_RAW_BYTES, np.uint8)
-
-
-def encode_chunk(raw: memoryview, base: memoryview | None, lane_bytes: int, out: memoryview) -> Encoded:
-    """Chooses from samples. `out` has room for the raw bytes; a chunk that would not be shorter is stored as it is."""
-    rot, rotu, sub, packed, rot_dominant, sub_dominant, _ = _native.sample(raw, base, lane_bytes)
-    options = [(rot, Transform.ROT, 0)]
-    if rotu >= 0:
-        options.insert(0, (rotu, Transform.ROTU, 0))
-    if base is not None:
-        options.append((sub, Transform.SUB, 0))
-        options += [(bits, Transform.SUBPACK, w) for bits, w in zip(packed, PACK_BITS, strict=True)]
-    _, transform, pack_bits = min(options, key=lambda option: option[0])
-    dominant = {Transform.SUB: sub_dominant, Transform.SUBPACK: 0.0}.get(transform, rot_dominant)
-    if dominant > DOMINANT:
-        stream = zstd()[2]
-        n = _native.split(raw, base, transform, lane_bytes, pack_bits, stream)
-        if n is None:  # a sign bit that no sample showed
-            transform, pack_bits = Transform.ROT, 0
-            n = _native.split(raw, base, transform, lane_bytes, pack_bits, stream)
-        frame = zstd()[0].compress(stream[:n].data)
-        if len(frame) < len(raw):
-            out[: len(frame)] = frame
-            stored = out[: len(frame)]
-            return Encoded(stored, _native.crc64nvme(stored), _native.xxh3_128(raw), transform, pack_bits, False)
-    for t, w in dict.fromkeys([(transform, pack_bits), (Transform.ROT, 0), (Transform.RAW, 0)]):
-        done = _native.encode(raw, base if t in (Transform.SUB, Transform.SUBPACK) else None, t, lane_bytes, w, out)
-        if done is not None:
-            n, crc, digest = done
-            return Encoded(out[:n], crc, digest, t, w, True)
-    raise AssertionError("RAW always fits")
-
-
-def decode_chunk(chunk: Encoded, base: memoryview | None, lane_bytes: int, raw: memoryview) -> None:
+def decode_chunk(chunk: codec.Encoded, base: memoryview | None, lane_bytes: int, raw: memoryview) -> None:
     """Raises unless both checksums are right."""
-    if _native.crc64nvme(chunk.stored) != chunk.crc:
+    if _native.crc64nvme(chunk.stored) != chunk.crc64nvme:
         raise ValueError("stored bytes are damaged")
-    used = base if chunk.transform in (Transform.SUB, Transform.SUBPACK) else None
-    if chunk.transform == Transform.RAW:
-        raw[:] = chunk.stored
-        digest = _native.xxh3_128(raw)
-    elif chunk.frame_is_ours:
-        digest = _native.decode(chunk.stored, used, chunk.transform, lane_bytes, chunk.pack_bits, raw)
-    else:
-        stream = zstd()[1].decompress(chunk.stored)
-        digest = None
-        if _native.merge(stream, used, chunk.transform, lane_bytes, chunk.pack_bits, raw):
-            digest = _native.xxh3_128(raw)
-    if digest != chunk.digest:
+    out = np.frombuffer(raw, np.uint8)
+    if (
+        codec.decode(chunk.transform, lane_bytes, chunk.pack_bits, chunk.parameter, chunk.stored, out, base)
+        != chunk.digest
+    ):
         raise ValueError("decoded bytes are wrong")
 
 
 # --- contenders: `prepare_*` is not measured ---
+
+
+@functools.cache
+def zstd() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
+    return zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor()
 
 
 class Contender(Protocol):
@@ -148,7 +112,7 @@ class Ours(Plain):
         if base is not None:
             self.base = [*pieces(base, lane_bytes)]
         self.target = pieces(self.restored, lane_bytes)
-        self.chunks: list[Encoded] = []
+        self.chunks: list[codec.Encoded] = []
 
     def prepare_encode(self) -> None:
         _native.use_isa(self.isa)
@@ -174,7 +138,7 @@ class Ours(Plain):
         counts: dict[str, int] = {}
         for c in self.chunks:
             name = Transform(c.transform).name + (f" {c.pack_bits}" if c.pack_bits else "")
-            name += "" if c.frame_is_ours else " + zstd"
+            name += " + zstd" if isinstance(c.stored, bytes) else ""
             counts[name] = counts.get(name, 0) + 1
         return counts
 

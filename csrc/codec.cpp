@@ -447,6 +447,8 @@ int read_planes(fastckpt_context& c, const Chunk& chunk, Source& source, u8* raw
             if (!planes[i]) return FASTCKPT_FOREIGN;
         }
         if (unsigned_) {
+            const unsigned odd = 7 * lanes % 8;
+            if (odd && planes[w - 1][rotu_low_bytes(lanes) - 1] >> odd) return FASTCKPT_FOREIGN;  // unused bits are 0
             k.unpack7(planes[w - 1], lanes, c.planes[w - 1]);
             planes[w - 1] = c.planes[w - 1];
         }

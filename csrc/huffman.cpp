@@ -52,6 +52,7 @@ unsigned code_lengths(const u32 counts[256], const u8* order, unsigned n, u8 len
 
 // Longest codes first, equal ones in the order of symbols: the code's value is its place among all codes of `bits` bits, cut.
 void assign_codes(const u8 lengths[256], unsigned bits, u16 codes[256]) {
+    std::memset(codes, 0, 256 * sizeof *codes);
     unsigned place = 0;
     for (unsigned d = bits; d; --d)
         for (unsigned s = 0; s < 256; ++s)

@@ -926,9 +926,8 @@ FC_INLINE void append(u64 entry, u64& word, unsigned& n) {
     word = (word >> (entry & 63)) | (entry & ~u64{0xff});
     n += static_cast<unsigned>(entry);
 }
-// Write the whole bytes; up to 7 bits stay. n counts in its low byte, above it is rubbish.
+// Write the whole bytes; up to 7 bits stay.
 FC_INLINE void flush(u64 word, unsigned& n, u8*& to) {
-    n &= 0xff;
     const u64 bits = word >> ((64 - n) & 63);  // n is 0 only if nothing was ever written: then nothing is kept
     std::memcpy(to, &bits, 8);
     to += n >> 3;
@@ -957,7 +956,7 @@ size_t huffman_encode(const Codes& codes, const u8* symbols, size_t n, u8* out, 
     u64 w[4];
     for (unsigned k = 0; k < 4; ++k) w[k] = s.to[k].n ? s.to[k].waiting << (64 - s.to[k].n) : 0;
     u64 w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-    unsigned n0 = s.to[0].n, n1 = s.to[1].n, n2 = s.to[2].n, n3 = s.to[3].n, missing = 0;
+    unsigned n0 = s.to[0].n, n1 = s.to[1].n, n2 = s.to[2].n, n3 = s.to[3].n;
     u8 *t0 = s.to[0].at, *t1 = s.to[1].at, *t2 = s.to[2].at, *t3 = s.to[3].at;
     const u8 *f0 = s.from[0] + common, *f1 = s.from[1] + common, *f2 = s.from[2] + common, *f3 = s.from[3] + common;
     Prefetch to_read(soon, common / 5);
@@ -966,11 +965,11 @@ size_t huffman_encode(const Codes& codes, const u8* symbols, size_t n, u8* out, 
     append(table[f0[-j]], w0, n0), append(table[f1[-j]], w1, n1), append(table[f2[-j]], w2, n2), append(table[f3[-j]], w3, n3);
         FC_STEP(1) FC_STEP(2) FC_STEP(3) FC_STEP(4) FC_STEP(5)
 #undef FC_STEP
-        missing |= n0 | n1 | n2 | n3;  // at least 128 where a symbol had no code
+        if ((n0 | n1 | n2 | n3) >= 0x80) return 0;  // a symbol without a code; before anything is written past its room
         flush(w0, n0, t0), flush(w1, n1, t1), flush(w2, n2, t2), flush(w3, n3, t3);
         to_read.some<0>();
     }
-    if (!good || (missing & 0x80)) return 0;
+    if (!good) return 0;
     const u64 words[4] = {w0, w1, w2, w3};
     const unsigned counts[4] = {n0, n1, n2, n3};
     u8* const at[4] = {t0, t1, t2, t3};

@@ -226,6 +226,8 @@ def merge(stream: Any, base: Any, transform: int, lane_bytes: int, pack_bits: in
             packed = transform == Transform.ROTU and k == lane_bytes - 1
             n_bytes = (7 * n + 7) // 8 if packed else n
             plane = source[at : at + n_bytes]
+            if packed and 7 * n % 8 and plane[-1] >> (7 * n % 8):
+                return False  # unused bits are zero
             planes.append(unpack_bits_of(plane, n, 7) << np.uint8(1) if packed else plane)
             at += n_bytes
         y = _joined(planes, x.dtype)

@@ -1496,6 +1496,10 @@ def reject_payload() -> None:
     damaged("subpack_escapes_2_32", "2^32 − 1 escapes", streamed(subpack(), u32((1 << 32) - 1) + packed))
     damaged("subpack_cut", "a stream without its packed values", streamed(subpack(), u32(0)))
     damaged("subpack_unused_bits", "unused bits are not zero", _unused_bits())
+    d = Draft()
+    s = d.stored_alone("bfloat16", NEAR[:2], ROTU, 2, stored=frame(bytes([rotate(NEAR[:2], 2)[0] >> 8, 0x80])))
+    d.root = {"a": d.tensor(["a"], [1], s)}
+    damaged("rotu_unused_bit", "the unused bit of a ROTU plane is not zero", d)
     damaged("rotu_short", "a ROTU stream of a byte too few", streamed(rotu(), bytes(7)))
     damaged("sub_short", "a SUB stream of a byte too few", streamed(sub(), bytes(7)))
     d = sub()

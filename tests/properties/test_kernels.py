@@ -255,6 +255,14 @@ def test_unused_bits_are_zero(kernels: Kernels) -> None:
     assert kernels.merge(stream, raw, SUBPACK, 2, 1, np.empty(6, np.uint8)) is False
 
 
+def test_unused_bits_of_rotu_are_zero(kernels: Kernels) -> None:
+    raw = np.zeros(6, np.uint8)
+    stream = bytearray(split(kernels, raw, raw, ROTU, 2, 0) or b"")
+    assert len(stream) == 6
+    stream[5] |= 0x80
+    assert kernels.merge(stream, None, ROTU, 2, 0, np.empty(6, np.uint8)) is False
+
+
 @pytest.mark.parametrize("w", [0, 1, 3, 5, 16])
 def test_other_lanes_are_refused(kernels: Kernels, w: int) -> None:
     for call in (kernels.split, kernels.merge):
