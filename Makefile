@@ -13,7 +13,7 @@ NATIVE := $(VENV)/.native
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-gpu lint types docs bench clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-gpu lint types docs bench bench-codec clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,10 @@ docs: venv ## check the documents: links, and that their Python code runs
 
 bench: venv ## run the benchmarks
 	$(PY) benchmarks/run.py $(ARGS)
+
+bench-codec: venv ## compare the codec with ZipNN and zstd
+	@$(PIP) zipnn==0.5.4
+	$(PY) benchmarks/codec.py $(ARGS)
 
 clean: ## remove everything that can be made again, .venv too
 	rm -rf $(VENV) build dist demo-out *.egg-info fastckpt/_native*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
