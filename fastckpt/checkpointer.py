@@ -30,6 +30,7 @@ from fastckpt.events import logger
 from fastckpt.format.keys import MAX_STEP
 from fastckpt.format.repository_records import Commit, Skipped, metrics_to_json
 from fastckpt.incarnation import Incarnation
+from fastckpt.kernels import warm_up
 from fastckpt.loading import load_object
 from fastckpt.options import CHUNK_IN_FLIGHT_BYTES, Options
 from fastckpt.repository import Repository
@@ -91,6 +92,7 @@ class Checkpointer:
         if on_exception not in (None, "save"):
             raise ValueError(f'on_exception is {on_exception!r}: expected "save" or None')
         _refuse_many_ranks()
+        warm_up()  # without native kernels numba compiles for seconds: now, in the background, not when a notice has come
         self._targets = targets.check_targets(state)
         self._optimizers = [t for t in self._targets.values() if isinstance(t, torch.optim.Optimizer)]
         self._options = options or Options.from_env()
