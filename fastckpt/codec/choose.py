@@ -19,7 +19,7 @@ class Effort(enum.IntEnum):
     NONE = 0
     """RAW: the link is faster than any encoder."""
     FAST = 1
-    """Our own Huffman frames: 3 to 5 GB/s a core."""
+    """Our own Huffman frames: 2 to 4 GB/s a core."""
     NORMAL = 2
     """Where one byte dominates (zero rows, sparse deltas), zstd's search for matches: 0.4 to 1.3 GB/s a core, for such chunks only."""
     HIGH = 3
