@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt import chunking, codec
+from fastckpt.chunk_source import storage_shapes
 from fastckpt.chunking import Chunk
 from fastckpt.format.tensor_names import Name
-from fastckpt.save import storage_shapes
 from fastckpt.state import Captured
 from fastckpt.transform import MAX_RAW_BYTES, Transform
 

@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 import torch
 
 from fastckpt import events, foreign
+from fastckpt.chunk_source import LiveChunks, cuts_of
 from fastckpt.errors import (
     CorruptCheckpointError,
     Damage,
@@ -31,8 +32,9 @@ from fastckpt.object_source import ObjectSource
 from fastckpt.options import CHUNK_IN_FLIGHT_BYTES, Options
 from fastckpt.reader import Reader
 from fastckpt.save import start_workers, write
+from fastckpt.snapshot import DoesNotFit, Snapshot, Stager
 from fastckpt.sources import FileObjectSource, PathSource, Source
-from fastckpt.state import capture, unsafe_globals
+from fastckpt.state import Captured, capture, unsafe_globals
 from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
@@ -150,35 +152,38 @@ def save_async(
     options = options or Options.from_env()
     started = time.perf_counter()
     captured = capture(obj, pickle_module, pickle_protocol)
-    fits = captured.n_bytes + CHUNK_IN_FLIGHT_BYTES * options.chunks_in_flight <= options.host_budget_bytes
-    if fits:
-        captured.detach()
-    skeleton_s = time.perf_counter() - started
-    sink = _sink(f)
     handle = SaveHandle(_describe(f))
+    source = _snapshot(captured, handle.target, options)
+    skeleton_s = time.perf_counter() - started
+    try:
+        sink = _sink(f)
+    except BaseException:
+        source.close()
+        raise
     try:
         pool = start_workers(captured, options)
     except BaseException:
+        source.close()
         sink.abandon()
         raise
 
     def run() -> None:
         try:
-            handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s))
+            handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s, source))
         except BaseException as error:
             events.logger.error(
                 "saving %s in the background failed: %s: %s", handle.target, type(error).__name__, error
             )
             handle.durable.set_exception(error)
 
-    if not fits:
+    if isinstance(source, LiveChunks):
         events.logger.warning(
             "the copy of %d bytes does not fit the budget of %d: %s is written before save_async returns",
             captured.n_bytes,
             options.host_budget_bytes,
             handle.target,
         )
-        n_bytes = write(captured, sink, handle.target, options, pool, skeleton_s)
+        n_bytes = write(captured, sink, handle.target, options, pool, skeleton_s, source)
         handle.durable.set_result(n_bytes)
         handle.staged.set_result(None)
         return handle
@@ -188,9 +193,27 @@ def save_async(
         if pool is not None:
             pool.close()
         sink.abandon()
+        source.close()
         raise
     handle.staged.set_result(None)
     return handle
+
+
+def _snapshot(captured: Captured, target: str, options: Options) -> Snapshot | LiveChunks:
+    """A copy of the state, if it fits the budget: it may change on return. Else the state itself."""
+    stager = Stager(
+        options.host_budget_bytes - CHUNK_IN_FLIGHT_BYTES * options.chunks_in_flight,
+        options.threads,
+        target,
+        options.max_stall_s,
+    )
+    try:
+        snapshot = stager.begin(captured, cuts_of(captured), None, None, ring=False)
+    except DoesNotFit:
+        return LiveChunks(captured)
+    assert snapshot is not None, "there are no other snapshots that could hold the memory"
+    snapshot.fence("save")
+    return snapshot
 
 
 def load(

@@ -9,21 +9,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastckpt import events
+from fastckpt.chunk_source import LiveChunks
 from fastckpt.errors import CheckpointError
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.incarnation import Incarnation
 from fastckpt.retention import Keep
-from fastckpt.staging import HostMemory, Staging
+from fastckpt.snapshot import Snapshot
 from fastckpt.state import Captured
-from fastckpt.state.capture import U8
 
 MAX_JOBS = 2  # one uploads, one is staged
 
@@ -53,15 +53,14 @@ class CommitHandle:
 
 @dataclass
 class Job:
-    """One save. `staging` None: the state itself is read, and whoever queued this waits."""
+    """One save. `source` a Snapshot, or the state itself: then whoever queued this waits."""
 
     step: int
     trigger: str
     metrics: Mapping[str, float]
     meta: Mapping[str, Any]
     captured: Captured
-    staging: Staging | None
-    buffers: Sequence[U8]
+    source: Snapshot | LiveChunks
     called_s: float
     handle: CommitHandle
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -79,9 +78,8 @@ class Measured:
 class SaveQueue:
     """Runs jobs in order. `put`, `wait_idle` and `cancel` are for the training thread; failures are collected, never raised here."""
 
-    def __init__(self, incarnation: Incarnation, memory: HostMemory, keep: Keep | None, grace_s: float) -> None:
+    def __init__(self, incarnation: Incarnation, keep: Keep | None, grace_s: float) -> None:
         self._incarnation = incarnation
-        self._memory = memory
         self._keep, self._grace_s = keep, grace_s
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
@@ -148,16 +146,14 @@ class SaveQueue:
             except BaseException as error:
                 logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
                 self._end(job, error)
-                job.handle.durable.set_exception(error)
             else:
                 self._end(job, None)
-                job.handle.durable.set_result(commit)
+                if not job.handle.durable.done():
+                    job.handle.durable.set_result(commit)
                 self._retain()
             del job
 
     def _run(self, job: Job) -> Commit:
-        if job.staging is not None:
-            job.staging.done.result()
         started = time.monotonic()
         commit = self._incarnation.save(
             job.captured,
@@ -166,6 +162,7 @@ class SaveQueue:
             metrics=job.metrics,
             meta=job.meta,
             called_s=job.called_s,
+            source=job.source,
             cancelled=job.cancelled.is_set,
         )
         self.measured = Measured(commit.stored_bytes, time.monotonic() - started)
@@ -183,15 +180,26 @@ class SaveQueue:
         return commit
 
     def _end(self, job: Job, error: BaseException | None) -> None:
-        if job.staging is not None:
-            # A failed job's copies may still be under way: the buffers are theirs until then.
-            job.staging.done.exception()
-            self._memory.give_back(job.buffers)
+        try:
+            job.source.close()
+        except BaseException as failure:
+            logger.error("letting go of the snapshot of step %d: %s: %s", job.step, type(failure).__name__, failure)
+            error = error or failure
         with self._changed:
-            if error is not None:
+            if error is not None and not job.handle.durable.done():  # else it was told already
                 self._failures.append(error)
+                job.handle.durable.set_exception(error)
             self._jobs.popleft()
             self._changed.notify_all()
+
+    def give_up(self, source: Snapshot | LiveChunks, error: BaseException) -> None:
+        """The chunks of a save have failed while it waits for something else, perhaps for ever: tell now. Its later end is ignored."""
+        with self._changed:
+            for job in self._jobs:
+                if job.source is source and not job.handle.durable.done():
+                    job.cancelled.set()
+                    self._failures.append(error)
+                    job.handle.durable.set_exception(error)
 
     def _retain(self) -> None:
         """What retention cannot do is no failure of the save: it is logged, and tried again after the next."""

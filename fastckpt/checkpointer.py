@@ -8,6 +8,7 @@ import pickle
 import sys
 import time
 from collections.abc import Mapping
+from concurrent import futures
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import torch
 from fastckpt import events, targets
 from fastckpt.background import MAX_JOBS, CommitHandle, Job, SaveQueue
 from fastckpt.catalog import Catalog, Step
+from fastckpt.chunk_source import LiveChunks, cuts_of
 from fastckpt.commit import open_vote
 from fastckpt.errors import (
     CheckpointError,
@@ -24,7 +26,9 @@ from fastckpt.errors import (
     PartialRestoreError,
     RestoreError,
     SaveError,
+    SnapshotStalledError,
     SupersededError,
+    TornSnapshotError,
 )
 from fastckpt.events import logger
 from fastckpt.format.keys import MAX_STEP
@@ -32,13 +36,13 @@ from fastckpt.format.repository_records import Commit, Skipped, metrics_to_json
 from fastckpt.incarnation import Incarnation
 from fastckpt.kernels import warm_up
 from fastckpt.loading import load_object
-from fastckpt.options import CHUNK_IN_FLIGHT_BYTES, Options
+from fastckpt.options import Options
 from fastckpt.repository import Repository
 from fastckpt.retention import GRACE_S, Keep
 from fastckpt.schedule import Every
+from fastckpt.snapshot import DoesNotFit, FenceHooks, Snapshot, Stager, fenced_tensors
 from fastckpt.spot import Notice, Watcher, open_sources
 from fastckpt.spot.deadline import Choice, choose
-from fastckpt.staging import Fenced, HostMemory, Staging, fenced_tensors
 from fastckpt.state import Captured, capture
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
@@ -102,27 +106,27 @@ class Checkpointer:
         self._store = url if isinstance(url, Store) else open_store(os.fspath(url))
         self._repository = Repository(self._store)
         self._watcher: Watcher | None = None
-        self._hooks: list[Any] = []
+        self._hooks: FenceHooks | None = None
         self._closed = False
         self._incarnation = Incarnation(self._repository, self._options)
-        working_bytes = CHUNK_IN_FLIGHT_BYTES * self._options.chunks_in_flight
-        self._memory = HostMemory(max(0, self._options.host_budget_bytes - working_bytes))
-        self._queue = SaveQueue(self._incarnation, self._memory, keep, grace_s)
+        self._stager = Stager(
+            self._options.snapshot_bytes, self._options.threads, self._repository.url, self._options.max_stall_s
+        )
+        self._queue = SaveQueue(self._incarnation, keep, grace_s)
         try:
             self._repository.initialise()
             sources = open_sources(spot)
             if sources:
                 self._watcher = Watcher(sources)
                 self._watcher.start()
-            self._hooks = [o.register_step_pre_hook(self._before_optimizer_step) for o in self._optimizers]
+            self._hooks = FenceHooks(self._optimizers, self._before_update)
         except BaseException:
             self._let_go()
             raise
         self._began = False
         self._broken: PartialRestoreError | None = None
-        self._staging: Staging | None = None
-        self._fired: set[int] = set()
-        """Optimizers whose hook has fired since the last call of `step`."""
+        self._snapshot: Snapshot | None = None
+        """The newest one, until it is fenced."""
         self._step: int | None = None
         self._last_start_s = time.monotonic()
         self._due: str | None = None
@@ -147,7 +151,7 @@ class Checkpointer:
         object did not take its state; `step` refuses to go on until a restore succeeds.
         """
         self._require_open()
-        self.fence()
+        self._fence("restore")
         self._queue.wait_idle()
         self._raise_failures()
         if self._fresh and step == "latest":
@@ -240,7 +244,8 @@ class Checkpointer:
             else:
                 self._deferred += 1
                 events.emit(events.SaveDeferred(target=self._repository.url, step=step, waiting=len(self._queue)))
-        self._fired.clear()
+        if self._hooks is not None:
+            self._hooks.next_step()
         self._stall_s += time.monotonic() - started
         return False
 
@@ -293,55 +298,71 @@ class Checkpointer:
             self._begin()
         if not len(self._queue):
             self._incarnation.check_step(step)
-        trusted = bool(self._optimizers) and self._fired.issuperset(map(id, self._optimizers))
-        self.fence()
+        self._fence("save")
         captured = capture(targets.state_of(self._targets), pickle, 2)
-        buffers = self._memory.take([s.n_bytes for s in captured.storages if s.has_data])
-        if buffers is None and len(self._queue):
-            return None
         handle = CommitHandle(step)
-        job = Job(step, trigger, metrics, meta, captured, None, buffers or (), called_s, handle)
-        if buffers is None:
-            self._write_through(job)
-        else:
-            job.staging = self._staging = self._stage(captured, buffers, trusted)
-            self._queue.put(job)
+        try:
+            source: Snapshot | LiveChunks | None = self._begin_snapshot(captured, step)
+        except DoesNotFit:
+            source = None if len(self._queue) else LiveChunks(captured)
+        if source is None:
+            return None
+        self._queue.put(Job(step, trigger, metrics, meta, captured, source, called_s, handle))
+        if isinstance(source, LiveChunks):
+            self._write_through(source, handle, captured.n_bytes)
         self._saves += 1
         self._last_start_s = called_s
         return handle
 
-    def _stage(self, captured: Captured, buffers: list[Any], trusted: bool) -> Staging:
-        # Until each optimizer's hook has been seen to fire between two steps, nothing may be left for it to wait for.
-        fenced: Fenced = fenced_tensors(self._optimizers) if trusted else {}
-        try:
-            return Staging(captured, buffers, fenced, self._options.threads)
-        except BaseException:
-            self._memory.give_back(buffers)
-            raise
+    def _begin_snapshot(self, captured: Captured, step: int) -> Snapshot | None:
+        trusted = self._hooks is not None and self._hooks.can_be_trusted
+        fenced = fenced_tensors(self._optimizers) if trusted else None
+        snapshot = self._stager.begin(captured, cuts_of(captured), fenced, step, ring=not len(self._queue))
+        if snapshot is not None:
+            if trusted:
+                self._snapshot = snapshot
+            else:
+                snapshot.fence("save")
+        return snapshot
 
-    def _write_through(self, job: Job) -> None:
-        """The state does not fit the budget: upload it from where it is, and let training wait."""
+    def _write_through(self, source: LiveChunks, handle: CommitHandle, n_bytes: int) -> None:
+        """Not even parts of the state fit the budget: it is uploaded from where it is, and training waits."""
+        max_stall_s = self._options.max_stall_s
         logger.warning(
-            "a copy of %d bytes does not fit the budget of %d: training waits until step %d is uploaded. Raise host_budget_bytes",
-            job.captured.n_bytes,
+            "a copy of %d bytes does not fit the budget of %d, not even in parts: training waits until step %d is uploaded. "
+            "Raise host_budget_bytes",
+            n_bytes,
             self._options.host_budget_bytes,
-            job.step,
+            handle.step,
         )
-        self._queue.put(job)
-        job.handle.durable.exception()  # its error is raised by the next call, as that of any other save
+        try:
+            handle.durable.exception(max_stall_s)  # its error is raised by the next call, as that of any other save
+        except futures.TimeoutError:
+            error = SnapshotStalledError(
+                f"the save of step {handle.step} was given up: it was not uploaded after max_stall_s = {max_stall_s:g} s, and training "
+                "goes on. Nothing was committed. Look at the store, or raise host_budget_bytes so that the state can be copied"
+            )
+            source.stop(error)
+            self._queue.give_up(source, error)
 
     # -- the fence -----------------------------------------------------------------------------------------------------
 
     def fence(self) -> None:
         """Wait until the state has been copied. Call it before you change parameters or optimizer state by other means than a step."""
-        staging, self._staging = self._staging, None
-        if staging is not None:
-            staging.fence()
+        self._fence("fence()")
 
-    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _fence(self, why: str) -> None:
+        snapshot, self._snapshot = self._snapshot, None
+        if snapshot is not None:
+            snapshot.fence(why)
+            if snapshot.error is not None:
+                self._queue.give_up(snapshot, snapshot.error)
+                if isinstance(snapshot.error, TornSnapshotError) and self._hooks is not None:
+                    self._hooks.distrust()
+
+    def _before_update(self) -> None:
         started = time.monotonic()
-        self._fired.add(id(optimizer))
-        self.fence()
+        self._fence("optimizer step")
         self._stall_s += time.monotonic() - started
 
     # -- notices -------------------------------------------------------------------------------------------------------
@@ -421,7 +442,7 @@ class Checkpointer:
             durable_step=None if last is None else last.save.step,
             deferred=self._deferred,
             stall_s=self._stall_s,
-            snapshot_bytes=self._memory.used_bytes,
+            snapshot_bytes=self._stager.pool.used_bytes,
         )
 
     def close(self) -> None:
@@ -437,9 +458,8 @@ class Checkpointer:
         self._raise_failures()
 
     def _let_go(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if self._hooks is not None:
+            self._hooks.remove()
         if self._watcher is not None:
             self._watcher.close()
         if self._owns_store and not len(self._queue):  # a save that was given up may still be in its last request

@@ -8,7 +8,8 @@
      ├─ TooLargeError(MemoryError)           says it holds more than this machine has. Raise the limit if you trust it
      ├─ UnknownTensorError(KeyError)         a name that is not in the checkpoint
      ├─ SaveError                            the state or the target cannot be saved as asked. Fix the call
-     │   └─ TornSnapshotError                the state changed while it was copied. Nothing was committed
+     │   ├─ TornSnapshotError                the state changed while it was copied. Nothing was committed
+     │   └─ SnapshotStalledError             training had waited max_stall_s for a copy of the state. Nothing was committed
      ├─ RestoreError                         a restore cannot do what was asked. Nothing was changed
      │   ├─ NoCheckpointError                there is no such checkpoint
      │   └─ PartialRestoreError              it failed midway: the state is a mixture. Restore again before training
@@ -104,6 +105,10 @@ class SaveError(CheckpointError):
 
 class TornSnapshotError(SaveError):
     """A tensor changed between the call of `save` and the end of its copy. Nothing was committed."""
+
+
+class SnapshotStalledError(SaveError):
+    """Training had to wait too long for the copy of its state, which was then dropped. Nothing was committed."""
 
 
 class RestoreError(CheckpointError):

@@ -3,18 +3,27 @@
     with fastckpt.events.subscribe(print):
         fastckpt.save(state, "x.fckpt")
 
+    with fastckpt.events.record("run.jsonl"):        # or FASTCKPT_TRACE=run.jsonl in the environment
+        fastckpt.save(state, "x.fckpt")              # then: fastckpt trace run.jsonl
+
 A subscriber is called on the thread where the event happens (several threads may call it at once) and must be quick. What it
 raises is logged and never reaches the save: nothing that merely watches may harm a checkpoint. New record types and new fields may be
 added; existing ones keep their meaning.
+
+An event that has `seconds` tells of a span that ended when the event was emitted; where its class does not say otherwise, the span was
+spent on the thread that emits it. `target` is a container's path or URL, a repository's URL, or, of one rank's upload, URL and step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+from fastckpt.recording import Recorder
 
 logger = logging.getLogger("fastckpt")
 
@@ -22,6 +31,63 @@ logger = logging.getLogger("fastckpt")
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """Base of all records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotStarted(Event):
+    """The state has been walked and pickled; its bytes are about to be copied into private memory."""
+
+    target: str
+    step: int | None
+    """None where a save has no step (`save_async`)."""
+    raw_bytes: int
+    storages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceStaged(Event):
+    """A stretch of a storage was copied. From the CPU: by the thread that emits this; from another device: by its copy engine."""
+
+    target: str
+    step: int | None
+    storage: int
+    offset: int
+    raw_bytes: int
+    seconds: float
+    device: str
+    """Where the bytes came from: "cpu", "cuda:0"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotStaged(Event):
+    """All bytes are in private memory: the state may change."""
+
+    target: str
+    step: int | None
+    raw_bytes: int
+    seconds: float
+    """From SnapshotStarted on, whichever threads copied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotDropped(Event):
+    """The snapshot could not be completed, and nothing of it is committed."""
+
+    target: str
+    step: int | None
+    error: BaseException
+
+
+@dataclass(frozen=True, kw_only=True)
+class FenceWaited(Event):
+    """Saving kept the training thread, which emits this, from going on."""
+
+    target: str
+    step: int | None
+    seconds: float
+    """Host time. 0 or nearly so is the usual case, and need not be emitted."""
+    why: str
+    """What waited: "optimizer step", "fence()", "save" or "restore"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +102,24 @@ class SaveStarted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChunkEncoded(Event):
+    """One chunk was digested and encoded, by the thread that emits this. Chunks come in any order."""
+
+    target: str
+    record: int
+    transform: str
+    raw_bytes: int
+    stored_bytes: int
+    """Before chunks that are equal are found: see ChunkStored."""
+    seconds: float
+    """Without `raw_s`."""
+    raw_s: float = 0.0
+    """Before that, on the same thread: until the raw bytes were there. A copy of them, or the wait for a snapshot's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChunkStored(Event):
-    """One chunk was encoded and handed to the sink."""
+    """One chunk was encoded and handed to the sink, by the thread that emits this. In the order of the records."""
 
     target: str
     record: int
@@ -46,7 +128,9 @@ class ChunkStored(Event):
     stored_bytes: int
     """0 for a chunk that needs no bytes of its own (CONST, or equal to an earlier one)."""
     encode_s: float
+    """On another thread, and earlier; `seconds` and `raw_s` of its ChunkEncoded."""
     write_s: float
+    """Handing over; of a repository's packs with the wait for a free one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +155,14 @@ class SaveFailed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class PackStored(Event):
-    """One pack is durable."""
+    """One pack is durable. Emitted by the thread that put it."""
 
     target: str
     key: str
     stored_bytes: int
     seconds: float
+    """Of the put, with its checksum and all tries."""
+    step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +235,7 @@ class ChunkLoaded(Event):
     transform: str
     raw_bytes: int
     stored_bytes: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,8 +246,49 @@ class LoadFinished(Event):
 
 
 Subscriber = Callable[[Event], None]
-_subscribers: tuple[Subscriber, ...] = ()
 _lock = threading.Lock()
+_recorder_of_environment: Recorder | None = None
+
+
+def _read_environment(event: Event) -> None:
+    """The first subscriber of every process: at the first event it gives its place to a recorder, if FASTCKPT_TRACE asks for one."""
+    global _subscribers, _recorder_of_environment  # noqa: PLW0603 - as in `subscribe`
+    with _lock:
+        if _read_environment in _subscribers:  # else another thread was faster
+            recorder = _recorder_of_environment = _open_recorder(os.environ.get("FASTCKPT_TRACE"))
+            others = tuple(one for one in _subscribers if one is not _read_environment)
+            _subscribers = others if recorder is None else (recorder, *others)
+        recorder = _recorder_of_environment
+    if recorder is not None:
+        recorder(event)
+
+
+def _open_recorder(path: str | None) -> Recorder | None:
+    if not path:
+        return None
+    try:
+        return Recorder(path)
+    except Exception as error:  # a wish to watch is no reason to fail
+        logger.warning("FASTCKPT_TRACE: events are not recorded: %s: %s", type(error).__name__, error)
+        return None
+
+
+_subscribers: tuple[Subscriber, ...] = (_read_environment,)
+
+
+def _in_forked_child() -> None:
+    """Recordings are the parent's; a child that saves opens one of its own, if the environment asks for it."""
+    global _lock, _subscribers, _recorder_of_environment  # noqa: PLW0603 - there is one thread
+    _lock = threading.Lock()  # somebody may have held it
+    for subscriber in _subscribers:
+        if isinstance(subscriber, Recorder):
+            subscriber.forget()
+    left = tuple(one for one in _subscribers if one not in (_recorder_of_environment, _read_environment))
+    _subscribers, _recorder_of_environment = (_read_environment, *left), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)
 
 
 @contextlib.contextmanager
@@ -178,8 +306,29 @@ def subscribe(subscriber: Subscriber) -> Iterator[None]:
             _subscribers = tuple(left)
 
 
+@contextlib.contextmanager
+def record(path: str | os.PathLike[str]) -> Iterator[Recorder]:
+    """Write every event of this process to a new file while the context is open: what `fastckpt trace` reads. Gives the recorder.
+
+    path: `{pid}` and `{rank}` ($RANK, or 0) are replaced; where there is a file already, a number is added (`run.jsonl`, `run-1.jsonl`);
+    `recorder.path` has the name. OSError if none can be made. Later troubles (a full disk, 128 MiB written) end the recording with one
+    warning and nothing else. Saves still under way at the end of the context are recorded only so far.
+    """
+    recorder = Recorder(path)
+    try:
+        with subscribe(recorder):
+            yield recorder
+    finally:
+        recorder.close()
+
+
+def enabled() -> bool:
+    """Whether anybody listens: what costs more than a microsecond to find out may be left out where nobody does."""
+    return bool(_subscribers) or logger.isEnabledFor(logging.DEBUG)
+
+
 def emit(event: Event) -> None:
-    """Hand an event to all subscribers and to the log (debug level)."""
+    """Hand an event to all subscribers and to the log (debug level). Never raises."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("%s", event)
     for subscriber in _subscribers:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastckpt.catalog import Catalog, Choice, Step, complete_pending
+from fastckpt.chunk_source import ChunkSource
 from fastckpt.commit import list_votes, try_commit
 from fastckpt.errors import RepositoryError, SaveError, SupersededError
 from fastckpt.format.keys import MAX_STEP, MAX_TRY, CheckpointId, SaveId
@@ -125,6 +126,7 @@ class Incarnation:
         called_s: float | None = None,
         commit_timeout_s: float = 600.0,
         goodput_bytes_s: float | None = None,
+        source: ChunkSource | None = None,
         before_vote: Callable[[], None] = lambda: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Commit:
@@ -154,7 +156,7 @@ class Incarnation:
         self.in_flight.add(request.save)
         try:
             placed = upload(
-                captured, self.repository.store, request, self._options, before_vote, goodput_bytes_s, cancelled
+                captured, self.repository.store, request, self._options, source, before_vote, goodput_bytes_s, cancelled
             )
             commit = self._commit(request.save, {self._rank: placed.data}, commit_timeout_s)
             self.acknowledge(commit)

@@ -8,9 +8,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fastckpt.transform import MAX_RAW_BYTES
+
 _MIB = 1 << 20
 # Scratch of one chunk in flight: raw copy, ROT stream, frame (≤ 4 MiB each) and the finished bytes waiting for the writer.
 CHUNK_IN_FLIGHT_BYTES = 16 * _MIB
+MIN_PACK_BYTES = MAX_RAW_BYTES  # a chunk never spans packs
+MAX_PACK_BYTES = 32 * _MIB
 
 
 def _physical_memory_bytes() -> int:
@@ -39,8 +43,11 @@ class Options:
     compress: bool = True
     """False stores every chunk RAW (or CONST): 20–50 % more bytes, several times less CPU time. For very fast disks."""
     host_budget_bytes: int = 0
-    """Most extra host memory of a save, its snapshot included. 0: half of this machine's (or cgroup's) memory.
-    A state that does not fit makes save_async write before it returns."""
+    """Most extra host memory of saves: snapshots, encoders and uploads together. 0: half of this machine's (or cgroup's) memory.
+    A state that does not fit goes through it in parts, and training waits for the last one; `save_async` writes before it returns."""
+    max_stall_s: float = 60.0
+    """How long training may be kept because a state is larger than the budget and its upload does not get on. Then that snapshot is
+    dropped with an error, and training goes on. Longer: fewer saves are lost to a slow store; shorter: less training time is."""
     connections: int = 8
     """Uploads and downloads under way at once, for stores. One connection to S3 gives some 80 MB/s; each holds one pack of up to 32 MiB."""
     max_load_bytes: int = 0
@@ -55,6 +62,10 @@ class Options:
                 problems.append(f"{field.name} is {value!r}: it must be an integer ≥ 0")
             if field.type == "bool" and not isinstance(value, bool):
                 problems.append(f"{field.name} is {value!r}: it must be True or False")
+            if field.type == "float" and (
+                not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0
+            ):
+                problems.append(f"{field.name} is {value!r}: it must be a number ≥ 0")
         if problems:
             raise ValueError("; ".join(problems))
         if not self.threads:
@@ -72,15 +83,26 @@ class Options:
 
     @property
     def chunks_in_flight(self) -> int:
-        """How many chunks may be between the state and the file: two a thread keep all busy, the budget permitting."""
-        return max(1, min(2 * self.threads, self.host_budget_bytes // CHUNK_IN_FLIGHT_BYTES))
+        """How many chunks may be between the state and the file: two a thread keep all busy. At most half of the budget."""
+        return max(1, min(2 * self.threads, self.host_budget_bytes // 2 // CHUNK_IN_FLIGHT_BYTES))
+
+    @property
+    def max_pack_bytes(self) -> int:
+        """The longest pack: all buffers together take a quarter of the budget, or as little as they can."""
+        return max(MIN_PACK_BYTES, min(self.host_budget_bytes // (4 * self.connections), MAX_PACK_BYTES))
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """What the budget has left for snapshots once encoders and uploads have their part. 0: nothing."""
+        uploads = (self.connections + 1) * self.max_pack_bytes
+        return max(0, self.host_budget_bytes - CHUNK_IN_FLIGHT_BYTES * self.chunks_in_flight - uploads)
 
     @classmethod
     def from_env(cls) -> Options:
         """The defaults, with what the environment says. ValueError lists every bad variable."""
         found: dict[str, Any] = {}
         problems = []
-        parsers: dict[str, Callable[[str], Any]] = {"int": int, "bool": _parse_bool}
+        parsers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _parse_bool}
         for field in fields(cls):
             variable = f"FASTCKPT_{field.name.upper()}"
             text = os.environ.get(variable)

@@ -20,26 +20,21 @@ from fastckpt.errors import SaveError
 from fastckpt.format.digest import crc64nvme
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import SaveId, pack_key
+from fastckpt.options import MIN_PACK_BYTES, Options
 from fastckpt.store.base import Store
-from fastckpt.transform import MAX_RAW_BYTES
 from fastckpt.workers import WorkerPool
 
-MIN_PACK_BYTES = MAX_RAW_BYTES  # a chunk never spans packs
-MAX_PACK_BYTES = 32 << 20
 
-
-def choose_pack_bytes(
-    left_bytes: int, connections: int, budget_bytes: int, goodput_bytes_s: float | None = None
-) -> int:
+def choose_pack_bytes(left_bytes: int, options: Options, goodput_bytes_s: float | None = None) -> int:
     """Length of the packs of a save.
 
     Two seconds of one connection's goodput (a retry costs no more than that), but small enough that each connection gets two packs of what
-    is left, and that all buffers take at most a quarter of the budget.
+    is left, and that all buffers fit their part of the budget.
     """
-    wanted = min(left_bytes // (2 * connections), budget_bytes // (4 * connections))
+    wanted = min(left_bytes // (2 * options.connections), options.max_pack_bytes)
     if goodput_bytes_s is not None:
-        wanted = min(wanted, int(2 * goodput_bytes_s / connections))
-    return max(MIN_PACK_BYTES, min(wanted, MAX_PACK_BYTES))
+        wanted = min(wanted, int(2 * goodput_bytes_s / options.connections))
+    return max(MIN_PACK_BYTES, wanted)
 
 
 class PackWriter:
@@ -122,7 +117,11 @@ class PackWriter:
         self._store.put(key, pack)
         pack.release()
         seconds = time.perf_counter() - started
-        events.emit(events.PackStored(target=self._store.url, key=key, stored_bytes=n_bytes, seconds=seconds))
+        events.emit(
+            events.PackStored(
+                target=self._store.url, key=key, stored_bytes=n_bytes, seconds=seconds, step=self._save.step
+            )
+        )
         return buffer, entry
 
     def finish(self) -> list[FileEntry]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections import defaultdict
 from types import TracebackType
 
@@ -161,6 +162,7 @@ class StorageLoader:
             self._changed.notify_all()
 
     def _load_chunk_into_place(self, record: int) -> Damage | None:
+        started = time.perf_counter()
         reader, row = self._reader, self._reader.records[record]
         n_bytes = int(row["raw_bytes"])
         pieces = self._by_record[record]
@@ -178,7 +180,12 @@ class StorageLoader:
             stored = int(row["stored_bytes"])
             events.emit(
                 events.ChunkLoaded(
-                    source=reader.source.name, record=record, transform=name, raw_bytes=n_bytes, stored_bytes=stored
+                    source=reader.source.name,
+                    record=record,
+                    transform=name,
+                    raw_bytes=n_bytes,
+                    stored_bytes=stored,
+                    seconds=time.perf_counter() - started,
                 )
             )
         return damage

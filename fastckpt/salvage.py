@@ -425,14 +425,10 @@ class _Stored(CapturedStorage):
     """A storage whose bytes stay in their packs until they are written."""
 
     def __init__(self, like: CapturedStorage, chunks: _Chunks, reader: Reader, number: int) -> None:
-        super().__init__(like.dtype, like.n_bytes, like.location)
+        super().__init__(like.dtype, like.n_bytes, like.location, True)
         self._chunks = chunks
         self._pieces = list(reader.pieces(number))
         self._starts = [position for _, _, position, _ in self._pieces]
-
-    @property
-    def has_data(self) -> bool:
-        return True
 
     def read_into(self, offset: int, out: U8) -> None:
         """Any thread. CorruptCheckpointError, StoreError."""
@@ -520,7 +516,7 @@ class _Shells:
         # Small arrays are pickled with their bytes, so those must be there.
         flat = array.reshape(-1, order="A").view(np.uint8)
         if array.nbytes <= 1 << 20:
-            stored = CapturedStorage(entry.dtype, array.nbytes, "cpu")
+            stored = CapturedStorage(entry.dtype, array.nbytes, "cpu", True)
             _Stored(stored, self._chunks, self._reader, entry.storage).read_into(0, flat)
         else:
             self.number_at[array.ctypes.data] = entry.storage

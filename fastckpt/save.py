@@ -20,18 +20,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastckpt import chunking, codec, events
+from fastckpt import codec, events
 from fastckpt._version import __version__
-from fastckpt.chunking import Chunk, StorageShape
+from fastckpt.chunk_source import ChunkSource, LiveChunks
+from fastckpt.chunking import Chunk
 from fastckpt.files import Sink
 from fastckpt.format import container, directory, records
 from fastckpt.format.container import HEADER_BYTES, PartEntry
 from fastckpt.format.digest import digest
-from fastckpt.format.element_types import element_type
-from fastckpt.format.tensor_names import Name, canonical
 from fastckpt.options import Options
 from fastckpt.state import Captured
-from fastckpt.transform import MAX_RAW_BYTES
+from fastckpt.transform import MAX_RAW_BYTES, transform_name
 from fastckpt.workers import WorkerPool
 
 U8 = npt.NDArray[np.uint8]
@@ -61,7 +60,7 @@ class _ContainerPayload:
 
 
 class _Scratch(NamedTuple):
-    """What one chunk under way needs: its raw bytes, unless they lie somewhere private, and its stored bytes."""
+    """What one chunk under way needs: its raw bytes, unless its source has them, and its stored bytes."""
 
     raw: U8
     room: U8
@@ -85,17 +84,25 @@ def start_workers(captured: Captured, options: Options) -> WorkerPool | None:
 
 
 def write(
-    captured: Captured, sink: Sink, target: str, options: Options, pool: WorkerPool | None, skeleton_s: float
+    captured: Captured,
+    sink: Sink,
+    target: str,
+    options: Options,
+    pool: WorkerPool | None,
+    skeleton_s: float,
+    source: ChunkSource | None = None,
 ) -> int:
     """Write a container to the sink and commit it. Returns its bytes.
 
-    On any error, KeyboardInterrupt included, the sink is abandoned and the error raised. Closes the pool.
+    source: the captured state's chunks; None: the state itself. On any error, KeyboardInterrupt included, the sink is abandoned and the
+    error raised. Closes the pool and the source.
     """
+    source = source or LiveChunks(captured)
     started = time.perf_counter()
     try:
         try:
             payload = _ContainerPayload(sink)
-            writer = ChunkWriter(captured, payload, target, options, pool)
+            writer = ChunkWriter(captured, payload, target, options, pool, source)
             chunks = len(writer.cuts.chunks)
             events.emit(
                 events.SaveStarted(
@@ -114,11 +121,12 @@ def write(
             for part in rest:
                 sink.write(part)
             n_bytes = HEADER_BYTES + payload.n_bytes + sum(map(len, rest))
-            before_commit = time.perf_counter()
+            commit_from = time.perf_counter()
             sink.commit()
         finally:
             if pool is not None:
                 pool.close()
+            source.close()
     except BaseException as error:
         sink.abandon()
         events.emit(events.SaveFailed(target=target, error=error))
@@ -130,7 +138,7 @@ def write(
             raw_bytes=captured.n_bytes,
             file_bytes=n_bytes,
             seconds=now - started + skeleton_s,
-            durable_s=now - before_commit,
+            durable_s=now - commit_from,
         )
     )
     return n_bytes
@@ -140,33 +148,41 @@ class ChunkWriter:
     """Encodes the chunks of a state and hands them, in order, to a payload. Used once, by one thread."""
 
     def __init__(
-        self, captured: Captured, payload: Payload, target: str, options: Options, pool: WorkerPool | None
+        self,
+        captured: Captured,
+        payload: Payload,
+        target: str,
+        options: Options,
+        pool: WorkerPool | None,
+        source: ChunkSource,
     ) -> None:
         self._captured = captured
         self._payload = payload
         self._target = target
         self._options = options
         self._pool = pool
-        self.cuts = chunking.cut(storage_shapes(captured))
+        self._source = source
+        self.cuts = source.cuts
         self.records = np.zeros(len(self.cuts.chunks), records.LAYOUT)
         self._written: dict[tuple[bytes, int], int] = {}
         """(digest, raw bytes) of each chunk that is stored → its record."""
 
     def run(self) -> None:
-        """Afterwards `records` is complete. The first error cancels the rest and is raised."""
+        """Afterwards `records` is complete and the source has confirmed its bytes. The first error cancels the rest and is raised."""
         for number, (chunk, result) in enumerate(zip(self.cuts.chunks, self._encode_all(), strict=True)):
             self._write_chunk(number, chunk, result)
+        self._source.confirm()
 
     def _encode_all(self) -> Iterator[_Encoded]:
         """Results in order. The scratch buffer of each goes back to work once the consumer asks for the next."""
         if self._pool is None:
             scratch = _Scratch.of(max((chunk.n_bytes for chunk in self.cuts.chunks), default=0))
-            for chunk in self.cuts.chunks:
-                yield self._encode(chunk, scratch)
+            for number, chunk in enumerate(self.cuts.chunks):
+                yield self._encode(number, chunk, scratch)
             return
         free = [_Scratch.of(MAX_RAW_BYTES) for _ in range(self._options.chunks_in_flight)]
         pending: deque[Future[_Encoded]] = deque()
-        waiting = iter(self.cuts.chunks)
+        waiting = iter(enumerate(self.cuts.chunks))
         more = True
         while more or pending:
             while free and more:
@@ -174,39 +190,35 @@ class ChunkWriter:
                 if upcoming is None:
                     more = False
                 else:
-                    pending.append(self._pool.submit(functools.partial(self._encode, upcoming, free.pop())))
+                    pending.append(self._pool.submit(functools.partial(self._encode, *upcoming, free.pop())))
             if pending:
                 result = pending.popleft().result()
                 yield result
                 free.append(result.scratch)
 
-    def _encode(self, chunk: Chunk, scratch: _Scratch) -> _Encoded:
+    def _encode(self, number: int, chunk: Chunk, scratch: _Scratch) -> _Encoded:
         started = time.perf_counter()
         effort = codec.Effort.NORMAL if self._options.compress else codec.Effort.NONE
         element = chunk.element
-        raw = self._raw(chunk, scratch.raw)
+        raw = self._source.raw(number, scratch.raw)
+        encode_from = time.perf_counter()
         encoded = codec.encode(
             raw, element.const_lane_bytes, element.rot_lane_bytes, effort=effort, room=scratch.room[: raw.size]
         )
-        return _Encoded(encoded, scratch, time.perf_counter() - started)
-
-    def _raw(self, chunk: Chunk, scratch: U8) -> U8:
-        """The chunk's bytes, which nobody changes from here on.
-
-        A private copy, although the pieces often lie in memory ready to be encoded: if another thread wrote to them between digest and
-        encoder, the file would be damaged from birth. Staged states are private already.
-        """
-        if len(chunk.pieces) == 1:
-            (piece,) = chunk.pieces
-            view = self._captured.storages[piece.storage].private_view(piece.offset, piece.n_bytes)
-            if view is not None:
-                return view
-        raw = scratch[: chunk.n_bytes]
-        position = 0
-        for piece in chunk.pieces:
-            self._captured.storages[piece.storage].read_into(piece.offset, raw[position : position + piece.n_bytes])
-            position += piece.n_bytes
-        return raw
+        now = time.perf_counter()
+        if events.enabled():
+            events.emit(
+                events.ChunkEncoded(
+                    target=self._target,
+                    record=number,
+                    transform=transform_name(encoded.transform),
+                    raw_bytes=chunk.n_bytes,
+                    stored_bytes=len(encoded.stored),
+                    seconds=now - encode_from,
+                    raw_s=encode_from - started,
+                )
+            )
+        return _Encoded(encoded, scratch, now - started)
 
     def _write_chunk(self, number: int, chunk: Chunk, result: _Encoded) -> None:
         started = time.perf_counter()
@@ -228,6 +240,7 @@ class ChunkWriter:
             if stored_bytes:
                 row["file"], row["offset"] = self._payload.add(encoded.stored)
                 self._written[encoded.digest, chunk.n_bytes] = number
+        self._source.release(number)
         events.emit(
             events.ChunkStored(
                 target=self._target,
@@ -264,46 +277,3 @@ def index_and_footer(header: bytes, payload_bytes: int, parts: Sequence[bytes]) 
         entries.append(PartEntry(position, len(part), digest(part)))
         position += len(part)
     return [*parts, container.build_footer(entries, payload_bytes, header)]
-
-
-def _role(name: Name) -> str:
-    """What a tensor is to the optimizer: the key behind […, "state", parameter]."""
-    return str(name[-1]) if len(name) >= 3 and name[-3] == "state" else ""
-
-
-def storage_shapes(captured: Captured) -> list[StorageShape]:
-    """What `chunking.cut` wants to know about each storage."""
-    names: dict[int, Any] = {}
-    for tensor in captured.tensors:
-        best = names.get(tensor.storage)
-        if best is None or canonical(tensor.name) < canonical(best.name):
-            names[tensor.storage] = tensor
-    shapes = []
-    for number, storage in enumerate(captured.storages):
-        element = element_type(storage.dtype)
-        assert element is not None, storage.dtype
-        if element.n_bytes not in (1, 2, 4, 8, 16):  # NumPy strings: bytes are as good as any unit
-            element = element._replace(n_bytes=1, rot_lane_bytes=0)
-        first = names.get(number)
-        n_bytes = storage.n_bytes if storage.has_data else 0
-        if first is None:
-            shapes.append(StorageShape(number, n_bytes, element))
-        else:
-            place = _first_global_element(first)
-            shapes.append(
-                StorageShape(number, n_bytes, element, first.name, _role(first.name), first.requires_grad, place)
-            )
-    return shapes
-
-
-def _first_global_element(tensor: directory.TensorEntry) -> int:
-    """Where a shard starts in the flat order of the whole tensor; 0 unless it is one contiguous stretch of it."""
-    if tensor.place is None or not tensor.shape or tensor.offset:
-        return 0
-    whole, offset = tensor.place.shape, tensor.place.offset
-    if len(whole) != len(tensor.shape) or tensor.shape[1:] != whole[1:] or any(offset[1:]):
-        return 0  # cut in another dimension than the first: not contiguous in the whole
-    row = 1
-    for size in whole[1:]:
-        row *= size
-    return offset[0] * row

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastckpt import events
+from fastckpt.chunk_source import ChunkSource, LiveChunks
 from fastckpt.commit import vote_name
 from fastckpt.format import container, directory
 from fastckpt.format.keys import SaveId, VoteName, vote_key
@@ -49,24 +50,25 @@ def upload(
     store: Store,
     request: SaveRequest,
     options: Options,
+    source: ChunkSource | None = None,
     before_vote: Callable[[], None] = lambda: None,
     goodput_bytes_s: float | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Uploaded:
     """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
 
-    before_vote: called when all packs are durable; what it raises stops the save before it can be committed. cancelled: asked
-    before every chunk; True ends the save with a SaveError.
+    source: the captured state's chunks; None: the state itself. before_vote: called when all packs are durable; what it raises stops the
+    save before it can be committed. cancelled: asked before every chunk; True ends the save with a SaveError.
     Takes, besides the state, `options.chunks_in_flight` × 16 MiB and `connections + 1` packs.
     """
     started = time.perf_counter()
     target = f"{store.url} step {request.save.step}"
-    pack_bytes = choose_pack_bytes(captured.n_bytes, options.connections, options.host_budget_bytes, goodput_bytes_s)
+    pack_bytes = choose_pack_bytes(captured.n_bytes, options, goodput_bytes_s)
     try:
         pool = start_workers(captured, options)
         try:
             with PackWriter(store, request.save, request.rank, pack_bytes, options.connections, cancelled) as packs:
-                chunks = ChunkWriter(captured, packs, target, options, pool)
+                chunks = ChunkWriter(captured, packs, target, options, pool, source or LiveChunks(captured))
                 events.emit(
                     events.SaveStarted(
                         target=target,

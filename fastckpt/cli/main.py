@@ -1,4 +1,4 @@
-"""The command line: fastckpt ls | show | check | prune | restore | salvage (docs/cli.md).
+"""The command line: fastckpt ls | show | check | analyze | prune | restore | salvage | trace (docs/cli.md).
 
 Data goes to stdout, talk to stderr; `--json` is a contract.
 
@@ -6,7 +6,7 @@ exit status
   0    done; nothing wrong
   1    check found damage, or something that it cannot vouch for; salvage could not get out everything
   2    wrong usage; or a question that nobody answered (--yes)
-  3    no checkpoint or repository, or damaged so that it cannot be read, or of another version
+  3    no checkpoint, repository or recording, or damaged so that it cannot be read, or of another version
   4    the operating system or the store said no: no such file, permission denied, no answer
   130  interrupted
 """
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fastckpt._version import __version__
-from fastckpt.cli import analysis, containers, pruning, repositories, rescue
+from fastckpt.cli import analysis, containers, pruning, repositories, rescue, tracing
 from fastckpt.cli.output import (
     BAD_CHECKPOINT,
     FOUND_DAMAGE,
@@ -71,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name: str, run: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=words, description=words, allow_abbrev=False)
         sub.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
-        add_endpoint(sub)
+        if name != "trace":  # reads no store
+            add_endpoint(sub)
         sub.set_defaults(run=run)
         return sub
 
@@ -131,6 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     salvage.add_argument("--rank", type=int, metavar="R", help="one rank only")
     salvage.add_argument("--out", required=True, metavar="DIR")
     salvage.add_argument("--force", action="store_true", help="replace files of an earlier salvage")
+    trace = verb("trace", tracing.run, "show where the time of recorded saves went: a timeline, a picture, a table")
+    tracing.add_arguments(trace)
     return parser
 
 

@@ -41,28 +41,32 @@ class CapturedStorage:
     dtype: str
     n_bytes: int
     location: str
+    has_data: bool
+    """False for meta storages."""
     _host: U8 | None = None
     _device: torch.Tensor | None = None
     _owner: Any = None
-    _private: bool = False
 
     @property
-    def has_data(self) -> bool:
-        """False for meta storages."""
-        return self._host is not None or self._device is not None
+    def device(self) -> torch.device | None:
+        """The accelerator that has the bytes; None: they lie in host memory."""
+        return None if self._device is None else self._device.device
 
     @property
     def address(self) -> int:
-        """Where the bytes lie in host memory; 0 if they lie elsewhere."""
+        """Where the bytes lie, on the host or on a device; 0 if there are none."""
+        if self._device is not None:
+            return self._device.data_ptr()
         return 0 if self._host is None or not self._host.size else self._host.ctypes.data
 
-    def replace(self, copy: U8) -> None:
-        """Take a private copy of the bytes for the bytes themselves, and let go of their owner."""
-        self._host, self._device, self._owner, self._private = copy, None, None, True
+    def let_go(self) -> None:
+        """The bytes are not needed any more."""
+        self._host = self._device = self._owner = None
 
-    def private_view(self, offset: int, n_bytes: int) -> U8 | None:
-        """The bytes themselves, if nobody but this state can change them."""
-        return self._host[offset : offset + n_bytes] if self._private and self._host is not None else None
+    def device_bytes(self, offset: int, n_bytes: int) -> torch.Tensor:
+        """A stretch of the bytes on their device."""
+        assert self._device is not None, "these bytes lie in host memory"
+        return self._device[offset : offset + n_bytes]
 
     def read_into(self, offset: int, out: U8) -> None:
         """Copy bytes from `offset` on into host memory. Any thread; blocks until they are there."""
@@ -79,14 +83,6 @@ class Captured:
     skeleton: bytes
     storages: list[CapturedStorage] = field(default_factory=list)
     tensors: list[TensorEntry] = field(default_factory=list)
-
-    def detach(self) -> None:
-        """Replace every storage by a private copy in host memory: the state may change once this returns."""
-        for storage in self.storages:
-            if storage.has_data:
-                copy = np.empty(storage.n_bytes, np.uint8)
-                storage.read_into(0, copy)
-                storage.replace(copy)
 
     @property
     def n_bytes(self) -> int:
@@ -150,7 +146,7 @@ class _Capture:
             flat = np.asarray(array, order=order).reshape(-1, order=order)
             self.storages.append(
                 CapturedStorage(
-                    NUMPY_PREFIX + array.dtype.str, array.nbytes, "cpu", flat.view(np.uint8), _owner=(array, flat)
+                    NUMPY_PREFIX + array.dtype.str, array.nbytes, "cpu", True, flat.view(np.uint8), _owner=(array, flat)
                 )
             )
         shape = tuple(int(n) for n in array.shape)
@@ -161,7 +157,7 @@ def _captured(storage: UntypedStorage, dtype: torch.dtype, n_bytes: int, locatio
     name = str(dtype).removeprefix("torch.")
     if element_type(name) is None:
         raise SaveError(f"a storage of element type {name} cannot be saved: format version 1 has no such type")
-    captured = CapturedStorage(name, n_bytes, location, _owner=storage)
+    captured = CapturedStorage(name, n_bytes, location, storage.device.type != "meta", _owner=storage)
     if storage.device.type == "cpu":
         captured._host = host_view(storage)[:n_bytes]
     elif storage.device.type != "meta":

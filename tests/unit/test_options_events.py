@@ -32,8 +32,8 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_frozen_and_bounded() -> None:
-    options = Options(threads=8, host_budget_bytes=3 * CHUNK_IN_FLIGHT_BYTES)
-    assert options.chunks_in_flight == 3
+    options = Options(threads=8, host_budget_bytes=6 * CHUNK_IN_FLIGHT_BYTES)
+    assert options.chunks_in_flight == 3, "half of the budget is for snapshots and uploads"
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.threads = 1  # type: ignore[misc]
 

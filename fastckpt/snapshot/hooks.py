@@ -1,0 +1,63 @@
+"""The fence before each optimizer's update: hooks, and whether they can be relied on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+class FenceHooks:
+    """Calls `fence` before any of the optimizers changes anything.
+
+    A `closure` that is given to `step` computes the gradients inside of it, so the fence comes after its first run: before that nothing has
+    changed, and waiting would cost the whole forward and backward. (L-BFGS runs it again between updates: the fence is a no-op then.)
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], fence: Callable[[], None]) -> None:
+        self._fence = fence
+        self._all = {id(optimizer) for optimizer in optimizers}
+        self._fired: set[int] = set()
+        self._distrusted = False
+        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+
+    @property
+    def can_be_trusted(self) -> bool:
+        """Whether every optimizer has been seen to call its hook since `next_step`. If not, one may be stepped by other means (a replayed
+        graph, a framework's own loop), and nothing may be left for its hook to wait for.
+        """
+        return bool(self._all) and not self._distrusted and self._fired == self._all
+
+    def next_step(self) -> None:
+        """A training step has ended."""
+        self._fired.clear()
+
+    def distrust(self) -> None:
+        """For good: the state was seen to change behind the hooks' back."""
+        self._distrusted = True
+
+    def remove(self) -> None:
+        """No optimizer calls us any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._fired.add(id(optimizer))
+        if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
+            return (args[0], self._fencing(args[1]), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._fencing(kwargs["closure"])}
+        self._fence()
+        return None
+
+    def _fencing(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            result = closure(*args, **kwargs)
+            self._fence()
+            return result
+
+        return run

@@ -1,0 +1,150 @@
+"""Slabs of host memory for snapshots, within one budget, used again from save to save.
+
+Fresh pages cost as much as the copy into them, and pinning them costs more; so a slab is made once and kept. Slabs are counted whole,
+by the bytes that their memory really takes: torch's pinned allocator rounds up to powers of two, and so do we.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastckpt.events import logger
+
+U8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Slab:
+    """A stretch of host memory: `array` and `tensor` are the same bytes."""
+
+    n_bytes: int
+    tensor: torch.Tensor
+    array: U8
+    for_device: bool
+    """What it was asked for: copies from a device."""
+    pinned: bool
+    """What it became: copies into it do not block."""
+
+
+def _nothing() -> None:
+    """torch before 2.10 has no generic call for it."""
+
+
+empty_host_cache: Callable[[], None] = getattr(torch.accelerator, "empty_host_cache", _nothing)
+
+
+def _pageable(n_bytes: int) -> torch.Tensor:
+    return torch.from_numpy(np.empty(n_bytes, np.uint8))
+
+
+def _pinned(n_bytes: int) -> torch.Tensor:
+    return torch.empty(n_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+class SlabPool:
+    """See the module. Any thread."""
+
+    def __init__(self, budget_bytes: int, allocate_pinned: Callable[[int], torch.Tensor] = _pinned) -> None:
+        self.budget_bytes = budget_bytes
+        self._allocate_pinned = allocate_pinned
+        self._lock = threading.Lock()
+        self._used_bytes = 0
+        self._free: dict[tuple[int, bool], list[Slab]] = {}
+        self._free_bytes = 0
+        self.unpinned_bytes = 0
+        """Bytes that were to be pinned and could not be: the copies into them block the device's stream. Told once, in a warning."""
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that snapshots hold now."""
+        return self._used_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that snapshots hold, and those that wait for the next one."""
+        return self._used_bytes + self._free_bytes
+
+    def take(self, n_bytes: int, for_device: bool) -> Slab | None:
+        """A slab of exactly so many bytes, or None if the budget has no room for it now."""
+        with self._lock:
+            kept = self._free.get((n_bytes, for_device))
+            if kept:
+                slab = kept.pop()
+                self._free_bytes -= n_bytes
+                self._used_bytes += n_bytes
+                return slab
+            if self._used_bytes + n_bytes > self.budget_bytes:
+                return None
+            if self._used_bytes + self._free_bytes + n_bytes > self.budget_bytes:
+                self._drop_free()
+            self._used_bytes += n_bytes
+        try:
+            return self._new(n_bytes, for_device)
+        except BaseException:
+            with self._lock:
+                self._used_bytes -= n_bytes
+            raise
+
+    def take_all(self, sizes: Sequence[int], for_device: bool) -> list[Slab] | None:
+        """A slab of each size, or None if the budget has no room for all of them now."""
+        taken: list[Slab] = []
+        try:
+            for n_bytes in sizes:
+                slab = self.take(n_bytes, for_device)
+                if slab is None:
+                    self.give_back(taken)
+                    return None
+                taken.append(slab)
+        except BaseException:
+            self.give_back(taken)
+            raise
+        return taken
+
+    def forget(self, slabs: Iterable[Slab]) -> None:
+        """The slabs are lost: a device that has failed may still write to them. Whoever holds them keeps them alive."""
+        with self._lock:
+            self._used_bytes -= sum(slab.n_bytes for slab in slabs)
+
+    def _drop_free(self) -> None:
+        """Slabs of another state's sizes, or of an earlier shape of this one."""
+        pinned = any(slab.pinned for slabs in self._free.values() for slab in slabs)
+        self._free, self._free_bytes = {}, 0
+        if pinned:  # torch keeps what it has pinned: without this the budget would be exceeded
+            empty_host_cache()
+
+    def _new(self, n_bytes: int, for_device: bool) -> Slab:
+        if for_device:
+            try:
+                tensor = self._allocate_pinned(n_bytes)
+                return Slab(n_bytes, tensor, tensor.numpy(), True, True)
+            except (
+                RuntimeError
+            ) as error:  # the memlock limit, a cgroup, the driver; or torch was built without any device
+                first = not self.unpinned_bytes
+                with self._lock:
+                    self.unpinned_bytes += n_bytes
+                if first:
+                    logger.warning(
+                        "host memory cannot be pinned (%d bytes asked for: %s). Snapshots use pageable memory: copies from the device "
+                        "are slower, and `save` waits for them. Raise `ulimit -l`, or the container's memory limit",
+                        n_bytes,
+                        str(error).partition("\n")[0],
+                    )
+        tensor = _pageable(n_bytes)
+        return Slab(n_bytes, tensor, tensor.numpy(), for_device, False)
+
+    def give_back(self, slabs: Iterable[Slab]) -> None:
+        """The slabs are free again: nothing reads or writes them any more."""
+        with self._lock:
+            for slab in slabs:
+                self._used_bytes -= slab.n_bytes
+                self._free.setdefault((slab.n_bytes, slab.for_device), []).append(slab)
+                self._free_bytes += slab.n_bytes
+            if self._used_bytes + self._free_bytes > self.budget_bytes:
+                self._drop_free()

@@ -1,0 +1,423 @@
+"""A state on its way into host memory, while training goes on.
+
+    Snapshot(…)  ─ gives copies to streams and threads ─→  training: forward, backward ─→ fence() before the optimizer's step
+         └─ raw(0), raw(1), … ─→ encoder, release(0), release(1), … ─→ confirm() ─→ vote ─→ close()
+
+Each chunk is copied into a slot of a slab. What only an optimizer's step changes is *fenced*: its copies may run until `fence`, which makes
+the device's compute stream wait, not the host; for host memory it joins the copying threads. All other chunks are *copied first*: cloned
+on the device where they are small, otherwise the compute stream waits for them before the constructor returns.
+
+A state larger than the budget goes through it as through a *ring*: slabs are used again once their chunks are encoded. Then copies may
+still have to be given out when the step comes, and `fence` keeps the host until the last one is, at most `max_stall_s`: after that the
+snapshot is dropped, and training goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from fastckpt import events
+from fastckpt.chunking import Chunk, Cuts, Piece
+from fastckpt.errors import SaveError, SnapshotStalledError, TornSnapshotError
+from fastckpt.format.tensor_names import dotted
+from fastckpt.snapshot.fenced import Fenced, changed
+from fastckpt.snapshot.lane import Lane, wait_for
+from fastckpt.snapshot.places import Places
+from fastckpt.snapshot.pool import U8, Slab, SlabPool
+from fastckpt.state import Captured
+from fastckpt.workers import WorkerPool
+
+MAX_CLONED_BYTES = 64 << 20
+"""Of a device's memory, for what may change at any time: statistics, averages, generators, learning rates."""
+_BATCH_BYTES = 16 << 20  # one event for so many bytes: the encoder begins early, and 80 GB need some 5,000 events
+_INLINE_BYTES = 1 << 20  # below this, handing a copy to another thread takes longer than the copy
+
+
+@dataclass
+class _Run:
+    """Neighbouring pieces of a chunk that lie on one device. device None: host memory."""
+
+    device: torch.device | None
+    offset: int
+    """In the chunk."""
+    pieces: list[Piece]
+    n_bytes: int
+    clone: torch.Tensor | None = None
+
+
+@dataclass
+class _Copy:
+    """What is known of one chunk's copy."""
+
+    runs: list[_Run]
+    given_out: bool = False
+    events: list[torch.Event] = field(default_factory=list)
+    host_left: int = 0
+    """Copies by threads that have not ended."""
+    there: bool = False
+    """Somebody has seen the end of it."""
+
+
+class Snapshot:
+    """See the module. Made, and fenced, by the thread that trains; the rest is for those that save, any thread.
+
+    Holds the captured storages until all are copied, and its slabs of the pool until `close`.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        cuts: Cuts,
+        pool: SlabPool,
+        places: Places,
+        fenced: Fenced | None,
+        lane_of: Callable[[torch.device], Lane],
+        threads: int,
+        *,
+        target: str,
+        step: int | None,
+        max_stall_s: float,
+    ) -> None:
+        """places: from `take_places`, of the same arguments. On return all that is not fenced may change.
+
+        lane_of: the same lane for the same device every time. Raises what keeps the first copies from being made; the pool has its
+        slabs back then.
+        """
+        self.cuts = cuts
+        self._captured, self._pool, self._threads = captured, pool, threads
+        self._target, self._step, self._max_stall_s = target, step, max_stall_s
+        self._order, self._layout, self._for_device = places.order, places.layout, places.for_device
+        self._slot_of = dict(zip(places.order, places.layout.slots, strict=True))
+        self._slabs: dict[int, Slab] = dict(enumerate(places.slabs))
+        self._chunks_left = [0] * len(places.layout.slab_bytes)
+        for slot in places.layout.slots:
+            self._chunks_left[slot.slab] += 1
+        self._copies = [_Copy(_runs(captured, chunk)) for chunk in cuts.chunks]
+        devices = {run.device for copy in self._copies for run in copy.runs if run.device is not None}
+        self._lanes = {device: lane_of(device) for device in devices}
+        self._watched = [
+            (number, fenced[storage.address])
+            for number, storage in enumerate(captured.storages)
+            if fenced and storage.address in fenced
+        ]
+        self._changed = threading.Condition(threading.RLock())
+        self._next = 0
+        """How many chunks of `order` have been given out."""
+        self._unmarked: list[int] = []
+        self._unmarked_bytes = 0
+        self._there_bytes = 0
+        self._host_left = 0
+        self._error: BaseException | None = None
+        self._fenced = self._confirmed = self._closed = False
+        self._copiers: WorkerPool | None = None
+        self._started_s = time.perf_counter()
+        events.emit(
+            events.SnapshotStarted(
+                target=target, step=step, raw_bytes=captured.n_bytes, storages=len(captured.storages)
+            )
+        )
+        try:
+            self._start(places.n_first)
+        except BaseException as error:
+            self._fail(error)
+            self.close()
+            raise
+
+    # -- giving out copies ---------------------------------------------------------------------------------------------
+
+    def _start(self, n_first: int) -> None:
+        first = self._order[:n_first]
+        with self._changed:
+            cloned = self._clone(first)
+            for lane in self._lanes.values():
+                lane.begin()
+            self._give_out(n_first)
+            if n_first and not cloned:
+                self._hold_back()
+            self._give_out(len(self._order))
+            self._changed.wait_for(lambda: not any(self._copies[number].host_left for number in first))
+            if self._error is not None:
+                raise self._error
+
+    def _clone(self, first: Iterable[int]) -> bool:
+        """Copy what is copied first on its device, if that is little. False: it is not, or the device has no room."""
+        runs = [run for number in first for run in self._copies[number].runs if run.device is not None]
+        if sum(run.n_bytes for run in runs) > MAX_CLONED_BYTES:
+            return False
+        try:
+            for run in runs:
+                sources = self._sources(run)
+                run.clone = torch.cat(sources) if len(sources) > 1 else sources[0].clone()
+        except torch.OutOfMemoryError:
+            for run in runs:
+                run.clone = None
+            return False
+        return True
+
+    def _sources(self, run: _Run) -> list[torch.Tensor]:
+        if run.clone is not None:
+            return [run.clone]
+        return [self._captured.storages[p.storage].device_bytes(p.offset, p.n_bytes) for p in run.pieces]
+
+    def _hold_back(self) -> None:
+        """The caller's current streams wait for what has been given to the lanes."""
+        for lane in self._lanes.values():
+            lane.hold_back(lane.mark())
+
+    def _give_out(self, end: int) -> None:
+        """Give chunks to streams and threads, in order, as far as there are slabs. The caller holds the lock."""
+        while self._next < end and self._error is None and not self._closed:
+            number = self._order[self._next]
+            slab = self._slot_of[number].slab
+            if slab not in self._slabs:
+                taken = self._pool.take(self._layout.slab_bytes[slab], self._for_device)
+                if taken is None:
+                    break
+                self._slabs[slab] = taken
+            self._copy(number)
+            self._next += 1
+        self._mark()
+
+    def _copy(self, number: int) -> None:
+        copy, slot = self._copies[number], self._slot_of[number]
+        slab = self._slabs[slot.slab]
+        for run in copy.runs:
+            start = slot.offset + run.offset
+            stop = start + run.n_bytes
+            if run.device is not None:
+                self._lanes[run.device].copy(slab.tensor[start:stop], self._sources(run), pinned=slab.pinned)
+                run.clone = None
+            elif run.n_bytes < _INLINE_BYTES:
+                self._copy_host(run, slab.array[start:stop])
+            else:
+                copy.host_left += 1
+                self._host_left += 1
+                if self._copiers is None:
+                    self._copiers = WorkerPool(self._threads, "fastckpt-stage")
+                self._copiers.submit(functools.partial(self._copy_in_thread, copy, run, slab.array[start:stop]))
+        self._unmarked.append(number)
+        self._unmarked_bytes += self.cuts.chunks[number].n_bytes
+        if self._unmarked_bytes >= _BATCH_BYTES:
+            self._mark()
+
+    def _mark(self) -> None:
+        """Chunks given out since the last mark get an event behind them, and may be waited for."""
+        batch, self._unmarked, self._unmarked_bytes = self._unmarked, [], 0
+        for device, lane in self._lanes.items():
+            on_device = [self._copies[n] for n in batch if any(run.device == device for run in self._copies[n].runs)]
+            if on_device:
+                event = lane.mark()
+                for copy in on_device:
+                    copy.events.append(event)
+        for number in batch:
+            self._copies[number].given_out = True
+        self._changed.notify_all()
+
+    def _copy_host(self, run: _Run, target: U8) -> None:
+        started = time.perf_counter()
+        at = 0
+        for piece in run.pieces:
+            self._captured.storages[piece.storage].read_into(piece.offset, target[at : at + piece.n_bytes])
+            at += piece.n_bytes
+        self._tell_staged(run, "cpu", started)
+
+    def _tell_staged(self, run: _Run, device: str, started: float) -> None:
+        if events.enabled():
+            first = run.pieces[0]
+            events.emit(
+                events.PieceStaged(
+                    target=self._target,
+                    step=self._step,
+                    storage=first.storage,
+                    offset=first.offset,
+                    raw_bytes=run.n_bytes,
+                    seconds=time.perf_counter() - started,
+                    device=device,
+                )
+            )
+
+    def _copy_in_thread(self, copy: _Copy, run: _Run, target: U8) -> None:
+        try:
+            if self._error is None:
+                self._copy_host(run, target)
+        except BaseException as error:
+            self._fail(error)
+        with self._changed:
+            copy.host_left -= 1
+            self._host_left -= 1
+            self._changed.notify_all()
+
+    # -- the training thread -------------------------------------------------------------------------------------------
+
+    @property
+    def is_fenced(self) -> bool:
+        """Whether the state may change."""
+        return self._fenced
+
+    def fence(self, why: str = "fence()") -> None:
+        """From here on the state may change: what the caller's current streams are given from now on waits for the copies.
+
+        The host waits only for copies of host memory, and in ring mode until the last copy is given out. What is wrong with the
+        snapshot is not raised here: see `error`.
+        """
+        if self._fenced:
+            return
+        started = time.perf_counter()
+        with self._changed:
+            self._check_versions()
+            if not self._changed.wait_for(self._is_settled, self._max_stall_s):
+                self._fail(self._stalled())
+            # After a failure too: copies under way read the state.
+            self._changed.wait_for(lambda: not self._host_left)
+            if not self._closed:
+                self._hold_back()
+            self._check_versions()
+            self._fenced = True
+            copiers, self._copiers = self._copiers, None
+        if copiers is not None:
+            copiers.close()
+        if events.enabled():
+            seconds = time.perf_counter() - started
+            events.emit(events.FenceWaited(target=self._target, step=self._step, seconds=seconds, why=why))
+
+    def _is_settled(self) -> bool:
+        return self._next == len(self._order) or self._error is not None or self._closed
+
+    def _stalled(self) -> SnapshotStalledError:
+        return SnapshotStalledError(
+            f"the snapshot of step {self._step} was dropped: after max_stall_s = {self._max_stall_s:g} s "
+            f"{len(self._order) - self._next} of {len(self._order)} chunks were still to be copied: those before them have not been "
+            "uploaded. Nothing was committed, and training goes on. Look at the store, or raise host_budget_bytes"
+        )
+
+    def _check_versions(self) -> None:
+        """The caller holds the lock: between this and what is done about it no optimizer's step can begin."""
+        if self._error is not None or self._fenced or self._closed:
+            return
+        for number, tensors in self._watched:
+            if changed(tensors):
+                self._fail(
+                    TornSnapshotError(
+                        f"{self._name(number)} changed while it was copied, outside of an optimizer's step(). Nothing was committed. "
+                        "Call ckpt.fence() before changing parameters or optimizer state by other means"
+                    )
+                )
+                return
+
+    def _name(self, number: int) -> str:
+        return next((dotted(t.name) for t in self._captured.tensors if t.storage == number), f"storage {number}")
+
+    # -- those that save -----------------------------------------------------------------------------------------------
+
+    @property
+    def error(self) -> BaseException | None:
+        """What has gone wrong so far."""
+        return self._error
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            if self._error is None and not self._closed:
+                self._error = error
+                events.emit(events.SnapshotDropped(target=self._target, step=self._step, error=error))
+            self._changed.notify_all()
+
+    def raw(self, number: int, scratch: U8) -> U8:
+        """A chunk's bytes, once they are there; they stay until `release`. Raises what went wrong with the snapshot."""
+        copy, slot = self._copies[number], self._slot_of[number]
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or (copy.given_out and not copy.host_left))
+            if self._error is not None:
+                raise self._error
+        if not copy.there:
+            self._wait_for_device(copy)
+            self._note(copy, number)
+        return self._slabs[slot.slab].array[slot.offset : slot.offset + self.cuts.chunks[number].n_bytes]
+
+    def _wait_for_device(self, copy: _Copy) -> None:
+        started = time.perf_counter()
+        try:
+            for event in copy.events:
+                wait_for(event)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        for run in copy.runs:
+            if run.device is not None:
+                self._tell_staged(run, str(run.device), started)
+
+    def _note(self, copy: _Copy, number: int) -> None:
+        with self._changed:
+            if copy.there:
+                return
+            copy.there = True
+            self._there_bytes += self.cuts.chunks[number].n_bytes
+            if self._there_bytes < self._captured.n_bytes:
+                return
+            for storage in self._captured.storages:
+                storage.let_go()
+        events.emit(
+            events.SnapshotStaged(
+                target=self._target,
+                step=self._step,
+                raw_bytes=self._there_bytes,
+                seconds=time.perf_counter() - self._started_s,
+            )
+        )
+
+    def release(self, number: int) -> None:
+        """A chunk's bytes are not needed any more: in ring mode others take their place."""
+        slab = self._slot_of[number].slab
+        with self._changed:
+            self._chunks_left[slab] -= 1
+            if not self._chunks_left[slab] and slab in self._slabs:
+                self._pool.give_back([self._slabs.pop(slab)])
+                self._give_out(len(self._order))
+
+    def confirm(self) -> None:
+        """To be called when all chunks have been read, before anything is committed. Raises what is wrong with the snapshot."""
+        with self._changed:
+            self._check_versions()
+            if self._error is not None:
+                raise self._error
+            self._fenced = self._confirmed = True  # nothing is left that an optimizer's step could spoil
+
+    def close(self) -> None:
+        """Let go of everything, once copies under way have ended. May be called twice."""
+        with self._changed:
+            if self._closed:
+                return
+            if not self._confirmed:
+                self._fail(SaveError(f"the snapshot of step {self._step} was given up. Nothing was committed"))
+            self._closed = True
+            self._changed.wait_for(lambda: not self._host_left)
+            slabs, self._slabs = list(self._slabs.values()), {}
+            copiers, self._copiers = self._copiers, None
+        if copiers is not None:
+            copiers.close()
+        try:
+            for lane in self._lanes.values():
+                wait_for(lane.mark())
+        except BaseException:
+            self._pool.forget(slabs)  # the device has failed, and may still write
+            raise
+        self._pool.give_back(slabs)
+
+
+def _runs(captured: Captured, chunk: Chunk) -> list[_Run]:
+    runs: list[_Run] = []
+    at = 0
+    for piece in chunk.pieces:
+        device = captured.storages[piece.storage].device
+        if runs and runs[-1].device == device:
+            runs[-1].pieces.append(piece)
+            runs[-1].n_bytes += piece.n_bytes
+        else:
+            runs.append(_Run(device, at, [piece], piece.n_bytes))
+        at += piece.n_bytes
+    return runs

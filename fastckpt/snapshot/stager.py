@@ -1,0 +1,66 @@
+"""Begins snapshots: one object per Checkpointer, which keeps what they use again and again."""
+
+from __future__ import annotations
+
+import torch
+
+from fastckpt.chunking import Cuts
+from fastckpt.errors import SaveError
+from fastckpt.snapshot.fenced import Fenced
+from fastckpt.snapshot.lane import Lane
+from fastckpt.snapshot.places import take_places
+from fastckpt.snapshot.pool import SlabPool
+from fastckpt.snapshot.snapshot import Snapshot
+from fastckpt.state import Captured
+
+
+class Stager:
+    """Used by the thread that trains.
+
+    budget_bytes: host memory for all snapshots together. threads: that copy host memory. target: named in events and errors.
+    """
+
+    def __init__(self, budget_bytes: int, threads: int, target: str, max_stall_s: float) -> None:
+        self.pool = SlabPool(budget_bytes)
+        self._threads, self._target, self._max_stall_s = threads, target, max_stall_s
+        self._lanes: dict[torch.device, Lane] = {}
+
+    def begin(
+        self, captured: Captured, cuts: Cuts, fenced: Fenced | None, step: int | None, *, ring: bool
+    ) -> Snapshot | None:
+        """Begin to copy a state. None: earlier snapshots hold the memory that it needs.
+
+        fenced: what may be copied until `Snapshot.fence` (see `fenced_tensors`), all else is copied first; None: the caller fences at once,
+        before anything can change. ring: whether a state larger than the budget may be copied in parts. DoesNotFit; SaveError while a
+        graph is being captured.
+        """
+        self._refuse_capture(captured)
+        places = take_places(captured, cuts, self.pool, fenced, ring=ring)
+        if places is None:
+            return None
+        return Snapshot(
+            captured,
+            cuts,
+            self.pool,
+            places,
+            fenced,
+            self._lane,
+            self._threads,
+            target=self._target,
+            step=step,
+            max_stall_s=self._max_stall_s,
+        )
+
+    def _lane(self, device: torch.device) -> Lane:
+        lane = self._lanes.get(device)
+        if lane is None:
+            lane = self._lanes[device] = Lane(device)
+        return lane
+
+    def _refuse_capture(self, captured: Captured) -> None:
+        """What is given to a stream now would become part of the user's graph, and be replayed with it."""
+        for device in {storage.device for storage in captured.storages}:
+            if device is not None:
+                capturing = getattr(torch.accelerator.current_stream(device), "is_capturing", None)  # since torch 2.10
+                if capturing is not None and capturing():
+                    raise SaveError(f"a graph is being captured on {device}: save before or after that")

@@ -1,0 +1,104 @@
+"""Which stage of a save an event belongs to, and arithmetic on stretches of time. Pure."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from fastckpt.trace.reading import Recorded
+
+STALL, STAGE, ENCODE, UPLOAD, COMMIT = "stall", "stage", "encode", "upload", "commit"
+STAGES = (STALL, STAGE, ENCODE, UPLOAD, COMMIT)
+
+
+class Span(NamedTuple):
+    """A stretch of time, in seconds since the epoch."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def seconds(self) -> float:
+        """Its length, never negative."""
+        return self.end_s - self.start_s
+
+
+class Moment(NamedTuple):
+    """What one event says about a span."""
+
+    name: str
+    span: Span
+    across: str
+    """"" if the emitting thread spent it; else it may overlap with that thread's others, and this is the name of a row for such spans."""
+
+
+_NAMES = {
+    "PieceStaged": "copy piece",
+    "ChunkEncoded": "encode chunk",
+    "PackStored": "put pack",
+    "ChunkLoaded": "load chunk",
+    "SnapshotStaged": "snapshot",
+    "CheckpointDurable": "until durable",
+    "SaveFinished": "save",
+    "LoadFinished": "load",
+}
+
+
+def moments(event: Recorded) -> list[Moment]:
+    """The spans that ended with an event; none for an event that has none."""
+    kind = event.kind
+    if kind == "ChunkStored":
+        return [Moment("write chunk", span_of(event, "write_s"), "")]
+    if "seconds" not in event.data:
+        return []
+    span = span_of(event)
+    name = f"stall: {event.text('why')}" if kind == "FenceWaited" else _NAMES.get(kind, kind)
+    across = {"CheckpointDurable": "saves, call to durable", "SnapshotStaged": "snapshots"}.get(kind, "")
+    if kind == "PieceStaged" and event.text("device") not in ("", "cpu"):
+        across = f"copies from {event.text('device')}"
+    raw = raw_span(event)
+    before = [Moment("get raw bytes", raw, "")] if kind == "ChunkEncoded" and raw.seconds > 0 else []
+    return [*before, Moment(name, span, across)]
+
+
+def raw_span(event: Recorded) -> Span:
+    """Of ChunkEncoded: the time before its span, until the raw bytes were there."""
+    start_s = span_of(event).start_s
+    return Span(max(0.0, start_s - event.seconds("raw_s")), start_s)
+
+
+def span_of(event: Recorded, field: str = "seconds") -> Span:
+    """The span of a field of an event."""
+    return Span(max(0.0, event.end_s - event.seconds(field)), event.end_s)
+
+
+def union(spans: Iterable[Span]) -> list[Span]:
+    """The same time, in stretches that do not touch, in order."""
+    merged: list[Span] = []
+    for span in sorted(spans):
+        if merged and span.start_s <= merged[-1].end_s:
+            merged[-1] = Span(merged[-1].start_s, max(merged[-1].end_s, span.end_s))
+        else:
+            merged.append(span)
+    return merged
+
+
+def covered_s(spans: Iterable[Span]) -> float:
+    """Seconds in which at least one span was."""
+    return sum(span.seconds for span in union(spans))
+
+
+def lanes(spans: Sequence[Span]) -> list[int]:
+    """A lane for each span, as few as can be, so that no two in one lane overlap. In the order given."""
+    busy: list[tuple[float, int]] = []
+    free: list[int] = []
+    chosen = [0] * len(spans)
+    for number in sorted(range(len(spans)), key=lambda n: spans[n]):
+        span = spans[number]
+        while busy and busy[0][0] <= span.start_s:
+            heapq.heappush(free, heapq.heappop(busy)[1])
+        lane = heapq.heappop(free) if free else len(busy)
+        heapq.heappush(busy, (span.end_s, lane))
+        chosen[number] = lane
+    return chosen
