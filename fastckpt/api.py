@@ -29,7 +29,7 @@ from fastckpt.format.container import MAGIC
 from fastckpt.loading import load_object
 from fastckpt.object_sink import ObjectSink
 from fastckpt.object_source import ObjectSource
-from fastckpt.options import CHUNK_IN_FLIGHT_BYTES, Options
+from fastckpt.options import Options
 from fastckpt.reader import Reader
 from fastckpt.save import start_workers, write
 from fastckpt.snapshot import DoesNotFit, Snapshot, Stager
@@ -201,12 +201,7 @@ def save_async(
 
 def _snapshot(captured: Captured, target: str, options: Options) -> Snapshot | LiveChunks:
     """A copy of the state, if it fits the budget: it may change on return. Else the state itself."""
-    stager = Stager(
-        options.host_budget_bytes - CHUNK_IN_FLIGHT_BYTES * options.chunks_in_flight,
-        options.threads,
-        target,
-        options.max_stall_s,
-    )
+    stager = Stager(options.host_budget_bytes - options.encoder_bytes, options.threads, target, options.max_stall_s)
     try:
         snapshot = stager.begin(captured, cuts_of(captured), None, None, ring=False)
     except DoesNotFit:

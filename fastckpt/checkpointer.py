@@ -301,29 +301,26 @@ class Checkpointer:
         self._fence("save")
         captured = capture(targets.state_of(self._targets), pickle, 2)
         handle = CommitHandle(step)
+        trusted = self._hooks is not None and self._hooks.can_be_trusted
+        fenced = fenced_tensors(self._optimizers) if trusted else None
+        alone = not len(self._queue)
+        source: Snapshot | LiveChunks | None
         try:
-            source: Snapshot | LiveChunks | None = self._begin_snapshot(captured, step)
+            source = self._stager.begin(captured, cuts_of(captured), fenced, step, ring=alone)
         except DoesNotFit:
-            source = None if len(self._queue) else LiveChunks(captured)
+            source = LiveChunks(captured) if alone else None
         if source is None:
             return None
         self._queue.put(Job(step, trigger, metrics, meta, captured, source, called_s, handle))
         if isinstance(source, LiveChunks):
             self._write_through(source, handle, captured.n_bytes)
+        else:
+            self._snapshot = source
+            if not trusted:  # not before it is queued: a ring turns only when somebody takes chunks out of it
+                self._fence("save")
         self._saves += 1
         self._last_start_s = called_s
         return handle
-
-    def _begin_snapshot(self, captured: Captured, step: int) -> Snapshot | None:
-        trusted = self._hooks is not None and self._hooks.can_be_trusted
-        fenced = fenced_tensors(self._optimizers) if trusted else None
-        snapshot = self._stager.begin(captured, cuts_of(captured), fenced, step, ring=not len(self._queue))
-        if snapshot is not None:
-            if trusted:
-                self._snapshot = snapshot
-            else:
-                snapshot.fence("save")
-        return snapshot
 
     def _write_through(self, source: LiveChunks, handle: CommitHandle, n_bytes: int) -> None:
         """Not even parts of the state fit the budget: it is uploaded from where it is, and training waits."""

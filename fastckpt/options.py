@@ -8,10 +8,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fastckpt.kernels import kernels
 from fastckpt.transform import MAX_RAW_BYTES
 
 _MIB = 1 << 20
-# Scratch of one chunk in flight: raw copy, ROT stream, frame (≤ 4 MiB each) and the finished bytes waiting for the writer.
+# Scratch of one chunk in flight: raw copy, ROT stream, frame (≤ 4 MiB each) and the finished bytes waiting for the writer. Native kernels
+# need the first and the last only.
 CHUNK_IN_FLIGHT_BYTES = 16 * _MIB
 MIN_PACK_BYTES = MAX_RAW_BYTES  # a chunk never spans packs
 MAX_PACK_BYTES = 32 * _MIB
@@ -28,6 +30,10 @@ def _physical_memory_bytes() -> int:
         if text.isdigit():
             total = min(total, int(text))
     return total
+
+
+def _chunk_in_flight_bytes() -> int:
+    return CHUNK_IN_FLIGHT_BYTES if kernels().encode is None else 2 * MAX_RAW_BYTES
 
 
 def _cpus() -> int:
@@ -83,19 +89,23 @@ class Options:
 
     @property
     def chunks_in_flight(self) -> int:
-        """How many chunks may be between the state and the file: two a thread keep all busy. At most half of the budget."""
-        return max(1, min(2 * self.threads, self.host_budget_bytes // 2 // CHUNK_IN_FLIGHT_BYTES))
+        """How many chunks may be between the state and the file: two a thread keep all busy. At most a quarter of the budget."""
+        return max(1, min(2 * self.threads, self.host_budget_bytes // 4 // _chunk_in_flight_bytes()))
 
     @property
     def max_pack_bytes(self) -> int:
         """The longest pack: all buffers together take a quarter of the budget, or as little as they can."""
-        return max(MIN_PACK_BYTES, min(self.host_budget_bytes // (4 * self.connections), MAX_PACK_BYTES))
+        return max(MIN_PACK_BYTES, min(self.host_budget_bytes // 4 // (self.connections + 1), MAX_PACK_BYTES))
+
+    @property
+    def encoder_bytes(self) -> int:
+        """Host memory that encoding takes."""
+        return self.chunks_in_flight * _chunk_in_flight_bytes()
 
     @property
     def snapshot_bytes(self) -> int:
         """What the budget has left for snapshots once encoders and uploads have their part. 0: nothing."""
-        uploads = (self.connections + 1) * self.max_pack_bytes
-        return max(0, self.host_budget_bytes - CHUNK_IN_FLIGHT_BYTES * self.chunks_in_flight - uploads)
+        return max(0, self.host_budget_bytes - self.encoder_bytes - (self.connections + 1) * self.max_pack_bytes)
 
     @classmethod
     def from_env(cls) -> Options:

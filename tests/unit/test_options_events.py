@@ -32,8 +32,9 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_frozen_and_bounded() -> None:
-    options = Options(threads=8, host_budget_bytes=6 * CHUNK_IN_FLIGHT_BYTES)
-    assert options.chunks_in_flight == 3, "half of the budget is for snapshots and uploads"
+    options = Options(threads=8, host_budget_bytes=96 << 20)
+    assert options.chunks_in_flight * 4 * 8 << 20 == options.host_budget_bytes, "a quarter, where native kernels run"
+    assert options.snapshot_bytes == options.host_budget_bytes - (24 << 20) - 9 * options.max_pack_bytes
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.threads = 1  # type: ignore[misc]
 
@@ -88,7 +89,7 @@ def test_async_save_that_does_not_fit_is_written_first(tmp_path: object, caplog:
     buffer = io.BytesIO()
     options = Options(threads=1, host_budget_bytes=CHUNK_IN_FLIGHT_BYTES)
     with caplog.at_level(logging.WARNING, "fastckpt"):
-        handle = fastckpt.save_async({"a": torch.randn(100)}, buffer, options=options)
+        handle = fastckpt.save_async({"a": torch.randn(6_000_000)}, buffer, options=options)
     assert handle.done()
     assert handle.staged.done()
     assert handle.wait() == len(buffer.getvalue())
