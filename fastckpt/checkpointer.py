@@ -43,7 +43,7 @@ from fastckpt.schedule import Every
 from fastckpt.snapshot import DoesNotFit, FenceHooks, Snapshot, Stager, fenced_tensors
 from fastckpt.spot import Notice, Watcher, open_sources
 from fastckpt.spot.deadline import Choice, choose
-from fastckpt.state import Captured, capture
+from fastckpt.state import capture
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
 

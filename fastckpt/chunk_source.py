@@ -110,11 +110,12 @@ def storage_shapes(captured: Captured) -> list[StorageShape]:
         first = names.get(number)
         n_bytes = storage.n_bytes if storage.has_data else 0
         if first is None:
-            shapes.append(StorageShape(number, n_bytes, element))
+            shapes.append(StorageShape(number, n_bytes, element, location=storage.location))
         else:
             place = _first_global_element(first)
+            role = _role(first.name)
             shapes.append(
-                StorageShape(number, n_bytes, element, first.name, _role(first.name), first.requires_grad, place)
+                StorageShape(number, n_bytes, element, first.name, role, first.requires_grad, storage.location, place)
             )
     return shapes
 

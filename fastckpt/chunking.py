@@ -1,7 +1,7 @@
 """Where storages are cut into chunks (docs/format.md, section 8). Pure: sizes and names in, pieces out.
 
 large storage  ──cut──→  chunk chunk chunk
-small storages ──pack─→  bundle (same element type, role, requires_grad)
+small storages ──pack─→  bundle (same element type, role, requires_grad, device)
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class StorageShape:
     """Its first name in canonical order; None if no name reaches it."""
     role: str = ""
     requires_grad: bool = False
+    location: str = ""
+    """Where it lies. No bundle mixes devices: its copy is one transfer."""
     first_element: int = 0
     """Where it starts in the flat order of its global tensor, if it is a contiguous part of one."""
 
@@ -71,13 +73,13 @@ def cut(storages: Iterable[StorageShape]) -> Cuts:
     ordered = sorted(storages, key=_order)
     groups: list[tuple[Chunk, ...]] = []
     first_of_group: list[tuple[bool, object, int]] = []
-    bundles: dict[tuple[str, str, bool], list[StorageShape]] = defaultdict(list)
+    bundles: dict[tuple[str, str, bool, str], list[StorageShape]] = defaultdict(list)
     for storage in ordered:
         if storage.n_bytes >= BUNDLE_BYTES:
             groups.append(tuple(_cut_one(storage)))
             first_of_group.append(_order(storage))
         elif storage.n_bytes:
-            bundles[storage.element.name, storage.role, storage.requires_grad].append(storage)
+            bundles[storage.element.name, storage.role, storage.requires_grad, storage.location].append(storage)
     for members in bundles.values():
         for bundle in _fill(members):
             pieces = tuple(Piece(storage.number, 0, storage.n_bytes) for storage in bundle)

@@ -18,12 +18,12 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from fastckpt import events
-from fastckpt.chunking import Chunk, Cuts, Piece
+from fastckpt.chunking import Chunk, Cuts
 from fastckpt.errors import SaveError, SnapshotStalledError, TornSnapshotError
 from fastckpt.format.tensor_names import dotted
 from fastckpt.snapshot.fenced import Fenced, changed
@@ -40,26 +40,20 @@ _INLINE_BYTES = 1 << 20  # below this, handing a copy to another thread takes lo
 
 
 @dataclass
-class _Run:
-    """Neighbouring pieces of a chunk that lie on one device. device None: host memory."""
+class _Copy:
+    """One chunk's, and what is known of it."""
 
+    chunk: Chunk
     device: torch.device | None
-    offset: int
-    """In the chunk."""
-    pieces: list[Piece]
+    """None: from host memory."""
     n_bytes: int
     clone: torch.Tensor | None = None
-
-
-@dataclass
-class _Copy:
-    """What is known of one chunk's copy."""
-
-    runs: list[_Run]
+    """Of the bytes, on their device."""
     given_out: bool = False
-    events: list[torch.Event] = field(default_factory=list)
-    host_left: int = 0
-    """Copies by threads that have not ended."""
+    event: torch.Event | None = None
+    """Behind the copy, once it is given out to a device."""
+    in_thread: bool = False
+    """A thread is to make it, or is making it."""
     there: bool = False
     """Somebody has seen the end of it."""
 
@@ -98,9 +92,10 @@ class Snapshot:
         self._chunks_left = [0] * len(places.layout.slab_bytes)
         for slot in places.layout.slots:
             self._chunks_left[slot.slab] += 1
-        self._copies = [_Copy(_runs(captured, chunk)) for chunk in cuts.chunks]
-        devices = {run.device for copy in self._copies for run in copy.runs if run.device is not None}
-        self._lanes = {device: lane_of(device) for device in devices}
+        self._copies = [
+            _Copy(chunk, captured.storages[chunk.pieces[0].storage].device, chunk.n_bytes) for chunk in cuts.chunks
+        ]
+        self._lanes = {copy.device: lane_of(copy.device) for copy in self._copies if copy.device is not None}
         self._watched = [
             (number, fenced[storage.address])
             for number, storage in enumerate(captured.storages)
@@ -109,10 +104,10 @@ class Snapshot:
         self._changed = threading.Condition(threading.RLock())
         self._next = 0
         """How many chunks of `order` have been given out."""
-        self._unmarked: list[int] = []
+        self._unmarked: list[_Copy] = []
         self._unmarked_bytes = 0
         self._there_bytes = 0
-        self._host_left = 0
+        self._in_threads = 0
         self._error: BaseException | None = None
         self._fenced = self._confirmed = self._closed = False
         self._copiers: WorkerPool | None = None
@@ -141,29 +136,29 @@ class Snapshot:
             if n_first and not cloned:
                 self._hold_back()
             self._give_out(len(self._order))
-            self._changed.wait_for(lambda: not any(self._copies[number].host_left for number in first))
+            self._changed.wait_for(lambda: not any(self._copies[number].in_thread for number in first))
             if self._error is not None:
                 raise self._error
 
     def _clone(self, first: Iterable[int]) -> bool:
         """Copy what is copied first on its device, if that is little. False: it is not, or the device has no room."""
-        runs = [run for number in first for run in self._copies[number].runs if run.device is not None]
-        if sum(run.n_bytes for run in runs) > MAX_CLONED_BYTES:
+        copies = [self._copies[number] for number in first if self._copies[number].device is not None]
+        if sum(copy.n_bytes for copy in copies) > MAX_CLONED_BYTES:
             return False
         try:
-            for run in runs:
-                sources = self._sources(run)
-                run.clone = torch.cat(sources) if len(sources) > 1 else sources[0].clone()
+            for copy in copies:
+                sources = self._sources(copy)
+                copy.clone = torch.cat(sources) if len(sources) > 1 else sources[0].clone()
         except torch.OutOfMemoryError:
-            for run in runs:
-                run.clone = None
+            for copy in copies:
+                copy.clone = None
             return False
         return True
 
-    def _sources(self, run: _Run) -> list[torch.Tensor]:
-        if run.clone is not None:
-            return [run.clone]
-        return [self._captured.storages[p.storage].device_bytes(p.offset, p.n_bytes) for p in run.pieces]
+    def _sources(self, copy: _Copy) -> list[torch.Tensor]:
+        if copy.clone is not None:
+            return [copy.clone]
+        return [self._captured.storages[p.storage].device_bytes(p.offset, p.n_bytes) for p in copy.chunk.pieces]
 
     def _hold_back(self) -> None:
         """The caller's current streams wait for what has been given to the lanes."""
@@ -186,23 +181,21 @@ class Snapshot:
 
     def _copy(self, number: int) -> None:
         copy, slot = self._copies[number], self._slot_of[number]
-        slab = self._slabs[slot.slab]
-        for run in copy.runs:
-            start = slot.offset + run.offset
-            stop = start + run.n_bytes
-            if run.device is not None:
-                self._lanes[run.device].copy(slab.tensor[start:stop], self._sources(run), pinned=slab.pinned)
-                run.clone = None
-            elif run.n_bytes < _INLINE_BYTES:
-                self._copy_host(run, slab.array[start:stop])
-            else:
-                copy.host_left += 1
-                self._host_left += 1
-                if self._copiers is None:
-                    self._copiers = WorkerPool(self._threads, "fastckpt-stage")
-                self._copiers.submit(functools.partial(self._copy_in_thread, copy, run, slab.array[start:stop]))
-        self._unmarked.append(number)
-        self._unmarked_bytes += self.cuts.chunks[number].n_bytes
+        slab, stop = self._slabs[slot.slab], slot.offset + copy.n_bytes
+        if copy.device is not None:
+            target = slab.tensor[slot.offset : stop]
+            self._lanes[copy.device].copy(target, self._sources(copy), pinned=slab.pinned)
+            copy.clone = None
+        elif copy.n_bytes < _INLINE_BYTES:
+            self._copy_host(copy, slab.array[slot.offset : stop])
+        else:
+            copy.in_thread = True
+            self._in_threads += 1
+            if self._copiers is None:
+                self._copiers = WorkerPool(self._threads, "fastckpt-stage")
+            self._copiers.submit(functools.partial(self._copy_in_thread, copy, slab.array[slot.offset : stop]))
+        self._unmarked.append(copy)
+        self._unmarked_bytes += copy.n_bytes
         if self._unmarked_bytes >= _BATCH_BYTES:
             self._mark()
 
@@ -210,47 +203,47 @@ class Snapshot:
         """Chunks given out since the last mark get an event behind them, and may be waited for."""
         batch, self._unmarked, self._unmarked_bytes = self._unmarked, [], 0
         for device, lane in self._lanes.items():
-            on_device = [self._copies[n] for n in batch if any(run.device == device for run in self._copies[n].runs)]
-            if on_device:
+            copies = [copy for copy in batch if copy.device == device]
+            if copies:
                 event = lane.mark()
-                for copy in on_device:
-                    copy.events.append(event)
-        for number in batch:
-            self._copies[number].given_out = True
+                for copy in copies:
+                    copy.event = event
+        for copy in batch:
+            copy.given_out = True
         self._changed.notify_all()
 
-    def _copy_host(self, run: _Run, target: U8) -> None:
+    def _copy_host(self, copy: _Copy, target: U8) -> None:
         started = time.perf_counter()
         at = 0
-        for piece in run.pieces:
+        for piece in copy.chunk.pieces:
             self._captured.storages[piece.storage].read_into(piece.offset, target[at : at + piece.n_bytes])
             at += piece.n_bytes
-        self._tell_staged(run, "cpu", started)
+        self._tell_staged(copy, started)
 
-    def _tell_staged(self, run: _Run, device: str, started: float) -> None:
+    def _tell_staged(self, copy: _Copy, started: float) -> None:
         if events.enabled():
-            first = run.pieces[0]
+            first = copy.chunk.pieces[0]
             events.emit(
                 events.PieceStaged(
                     target=self._target,
                     step=self._step,
                     storage=first.storage,
                     offset=first.offset,
-                    raw_bytes=run.n_bytes,
+                    raw_bytes=copy.n_bytes,
                     seconds=time.perf_counter() - started,
-                    device=device,
+                    device="cpu" if copy.device is None else str(copy.device),
                 )
             )
 
-    def _copy_in_thread(self, copy: _Copy, run: _Run, target: U8) -> None:
+    def _copy_in_thread(self, copy: _Copy, target: U8) -> None:
         try:
             if self._error is None:
-                self._copy_host(run, target)
+                self._copy_host(copy, target)
         except BaseException as error:
             self._fail(error)
         with self._changed:
-            copy.host_left -= 1
-            self._host_left -= 1
+            copy.in_thread = False
+            self._in_threads -= 1
             self._changed.notify_all()
 
     # -- the training thread -------------------------------------------------------------------------------------------
@@ -274,7 +267,7 @@ class Snapshot:
             if not self._changed.wait_for(self._is_settled, self._max_stall_s):
                 self._fail(self._stalled())
             # After a failure too: copies under way read the state.
-            self._changed.wait_for(lambda: not self._host_left)
+            self._changed.wait_for(lambda: not self._in_threads)
             if not self._closed:
                 self._hold_back()
             self._check_versions()
@@ -331,32 +324,30 @@ class Snapshot:
         """A chunk's bytes, once they are there; they stay until `release`. Raises what went wrong with the snapshot."""
         copy, slot = self._copies[number], self._slot_of[number]
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or (copy.given_out and not copy.host_left))
+            self._changed.wait_for(lambda: self._error is not None or (copy.given_out and not copy.in_thread))
             if self._error is not None:
                 raise self._error
         if not copy.there:
-            self._wait_for_device(copy)
-            self._note(copy, number)
-        return self._slabs[slot.slab].array[slot.offset : slot.offset + self.cuts.chunks[number].n_bytes]
+            if copy.event is not None:
+                self._wait_for_device(copy, copy.event)
+            self._note(copy)
+        return self._slabs[slot.slab].array[slot.offset : slot.offset + copy.n_bytes]
 
-    def _wait_for_device(self, copy: _Copy) -> None:
+    def _wait_for_device(self, copy: _Copy, event: torch.Event) -> None:
         started = time.perf_counter()
         try:
-            for event in copy.events:
-                wait_for(event)
+            wait_for(event)
         except BaseException as error:
             self._fail(error)
             raise
-        for run in copy.runs:
-            if run.device is not None:
-                self._tell_staged(run, str(run.device), started)
+        self._tell_staged(copy, started)
 
-    def _note(self, copy: _Copy, number: int) -> None:
+    def _note(self, copy: _Copy) -> None:
         with self._changed:
             if copy.there:
                 return
             copy.there = True
-            self._there_bytes += self.cuts.chunks[number].n_bytes
+            self._there_bytes += copy.n_bytes
             if self._there_bytes < self._captured.n_bytes:
                 return
             for storage in self._captured.storages:
@@ -395,7 +386,7 @@ class Snapshot:
             if not self._confirmed:
                 self._fail(SaveError(f"the snapshot of step {self._step} was given up. Nothing was committed"))
             self._closed = True
-            self._changed.wait_for(lambda: not self._host_left)
+            self._changed.wait_for(lambda: not self._in_threads)
             slabs, self._slabs = list(self._slabs.values()), {}
             copiers, self._copiers = self._copiers, None
         if copiers is not None:
@@ -407,17 +398,3 @@ class Snapshot:
             self._pool.forget(slabs)  # the device has failed, and may still write
             raise
         self._pool.give_back(slabs)
-
-
-def _runs(captured: Captured, chunk: Chunk) -> list[_Run]:
-    runs: list[_Run] = []
-    at = 0
-    for piece in chunk.pieces:
-        device = captured.storages[piece.storage].device
-        if runs and runs[-1].device == device:
-            runs[-1].pieces.append(piece)
-            runs[-1].n_bytes += piece.n_bytes
-        else:
-            runs.append(_Run(device, at, [piece], piece.n_bytes))
-        at += piece.n_bytes
-    return runs

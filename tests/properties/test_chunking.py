@@ -29,7 +29,18 @@ def storages(draw: st.DrawFn) -> list[StorageShape]:
         name = draw(st.one_of(st.none(), st.lists(KEYS, max_size=3).map(tuple)))
         role = draw(st.sampled_from(["", "exp_avg"]))
         n_bytes = draw(ELEMENTS) * element.n_bytes
-        result.append(StorageShape(number, n_bytes, element, name, role, draw(st.booleans()), draw(st.integers(0, 5))))
+        result.append(
+            StorageShape(
+                number,
+                n_bytes,
+                element,
+                name,
+                role,
+                draw(st.booleans()),
+                draw(st.sampled_from("ab")),
+                draw(st.integers(0, 5)),
+            )
+        )
     return result
 
 
