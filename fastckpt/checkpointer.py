@@ -110,7 +110,11 @@ class Checkpointer:
         self._closed = False
         self._incarnation = Incarnation(self._repository, self._options)
         self._stager = Stager(
-            self._options.snapshot_bytes, self._options.threads, self._repository.url, self._options.max_stall_s
+            self._options.snapshot_bytes,
+            self._options.threads,
+            self._repository.url,
+            self._options.max_stall_s,
+            self._options.verify_snapshot,
         )
         self._queue = SaveQueue(self._incarnation, keep, grace_s)
         try:

@@ -54,6 +54,10 @@ class Options:
     max_stall_s: float = 60.0
     """How long training may be kept because a state is larger than the budget and its upload does not get on. Then that snapshot is
     dropped with an error, and training goes on. Longer: fewer saves are lost to a slow store; shorter: less training time is."""
+    verify_snapshot: str = "first"
+    """Whether staged bytes are compared with fingerprints taken at the call of save: "first" (the first snapshot that is left to a fence),
+    "always", "off". Finds writes that torch does not count (`.data`, NumPy views, kernels of others). Costs one more reading of the state,
+    on its device, or on the host for host tensors."""
     connections: int = 8
     """Uploads and downloads under way at once, for stores. One connection to S3 gives some 80 MB/s; each holds one pack of up to 32 MiB."""
     max_load_bytes: int = 0
@@ -68,6 +72,8 @@ class Options:
                 problems.append(f"{field.name} is {value!r}: it must be an integer ≥ 0")
             if field.type == "bool" and not isinstance(value, bool):
                 problems.append(f"{field.name} is {value!r}: it must be True or False")
+            if field.name == "verify_snapshot" and value not in ("first", "always", "off"):
+                problems.append(f'{field.name} is {value!r}: it must be "first", "always" or "off"')
             if field.type == "float" and (
                 not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0
             ):
@@ -112,7 +118,7 @@ class Options:
         """The defaults, with what the environment says. ValueError lists every bad variable."""
         found: dict[str, Any] = {}
         problems = []
-        parsers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _parse_bool}
+        parsers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _parse_bool, "str": str}
         for field in fields(cls):
             variable = f"FASTCKPT_{field.name.upper()}"
             text = os.environ.get(variable)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fastckpt.snapshot.lane import is_capturing
+
 
 class FenceHooks:
     """Calls `fence` before any of the optimizers changes anything.
@@ -18,6 +20,7 @@ class FenceHooks:
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], fence: Callable[[], None]) -> None:
         self._fence = fence
         self._all = {id(optimizer) for optimizer in optimizers}
+        self._devices = {id(optimizer): _devices(optimizer) for optimizer in optimizers}
         self._fired: set[int] = set()
         self._distrusted = False
         self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
@@ -47,6 +50,8 @@ class FenceHooks:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._fired.add(id(optimizer))
+        if any(is_capturing(device) for device in self._devices[id(optimizer)]):
+            self._distrusted = True  # from now on the graph updates, and calls nobody
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
             return (args[0], self._fencing(args[1]), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
@@ -61,3 +66,9 @@ class FenceHooks:
             return result
 
         return run
+
+
+def _devices(optimizer: torch.optim.Optimizer) -> list[torch.device]:
+    """The accelerators that an optimizer's parameters are on."""
+    found = {parameter.device for group in optimizer.param_groups for parameter in group["params"]}
+    return [device for device in found if device.type not in ("cpu", "meta")]

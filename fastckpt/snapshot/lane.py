@@ -1,6 +1,6 @@
 """Copies from one device into host memory, on a stream of their own.
 
-Written against torch's generic API, so that it is the same code on every accelerator; nothing here is CUDA's alone.
+Written against torch's generic API, so that it is the same code on every accelerator; what is CUDA's alone is in cuda.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,18 @@ from collections.abc import Sequence
 
 import torch
 
+from fastckpt.snapshot import cuda
+
 _POLL_S = 0.0005
 # Generic events spin when they are waited for (torch 2.13), and hold a core that training needs: background threads ask and sleep.
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what the current stream is given becomes part of a graph, to be replayed without any Python, and so without hooks."""
+    capturing = getattr(torch.accelerator.current_stream(device), "is_capturing", None)  # since torch 2.10
+    if capturing is not None:
+        return bool(capturing())
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Lane:
@@ -57,11 +67,17 @@ class Lane:
         return event
 
     def hold_back(self, event: torch.Event) -> None:
-        """The caller's current stream goes on only after the event; the host does not wait."""
+        """The caller's current stream goes on only after the event; the host does not wait, except where a graph is being captured: that
+        cannot wait for anything outside of it.
+        """
+        if is_capturing(self.device):
+            wait_for(event)
+            return
         torch.accelerator.current_stream(self.device).wait_event(event)
 
 
 def wait_for(event: torch.Event) -> None:
     """Block this thread until the event has happened. Raises what the device reports."""
-    while not event.query():
-        time.sleep(_POLL_S)
+    with cuda.while_others_capture(event.device):
+        while not event.query():
+            time.sleep(_POLL_S)

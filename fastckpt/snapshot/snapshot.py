@@ -20,16 +20,19 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from fastckpt import events
 from fastckpt.chunking import Chunk, Cuts
 from fastckpt.errors import SaveError, SnapshotStalledError, TornSnapshotError
+from fastckpt.events import logger
 from fastckpt.format.tensor_names import dotted
 from fastckpt.snapshot.fenced import Fenced, changed
 from fastckpt.snapshot.lane import Lane, wait_for
 from fastckpt.snapshot.places import Places
 from fastckpt.snapshot.pool import U8, Slab, SlabPool
+from fastckpt.snapshot.verify import DeviceFingerprints, fingerprint, weights
 from fastckpt.state import Captured
 from fastckpt.workers import WorkerPool
 
@@ -56,6 +59,8 @@ class _Copy:
     """A thread is to make it, or is making it."""
     there: bool = False
     """Somebody has seen the end of it."""
+    expected: Callable[[], int] | None = None
+    """Its fingerprint at the call of save."""
 
 
 class Snapshot:
@@ -77,8 +82,10 @@ class Snapshot:
         target: str,
         step: int | None,
         max_stall_s: float,
+        verify: bool = False,
     ) -> None:
-        """places: from `take_places`, of the same arguments. On return all that is not fenced may change.
+        """places: from `take_places`, of the same arguments. On return all that is not fenced may change. verify: compare what was copied
+        later with fingerprints taken now.
 
         lane_of: the same lane for the same device every time. Raises what keeps the first copies from being made; the pool has its
         slabs back then.
@@ -111,6 +118,8 @@ class Snapshot:
         self._error: BaseException | None = None
         self._fenced = self._confirmed = self._closed = False
         self._copiers: WorkerPool | None = None
+        self._weights = weights(None) if verify else torch.empty(0)
+        self._fingerprints: list[tuple[Lane, DeviceFingerprints]] = []
         self._started_s = time.perf_counter()
         events.emit(
             events.SnapshotStarted(
@@ -118,7 +127,7 @@ class Snapshot:
             )
         )
         try:
-            self._start(places.n_first)
+            self._start(places.n_first, verify)
         except BaseException as error:
             self._fail(error)
             self.close()
@@ -126,12 +135,16 @@ class Snapshot:
 
     # -- giving out copies ---------------------------------------------------------------------------------------------
 
-    def _start(self, n_first: int) -> None:
+    def _start(self, n_first: int, verify: bool) -> None:
         first = self._order[:n_first]
         with self._changed:
             cloned = self._clone(first)
+            if verify:
+                self._take_fingerprints(self._order[n_first:])
             for lane in self._lanes.values():
                 lane.begin()
+            for lane, prints in self._fingerprints:
+                prints.fetch(lane)
             self._give_out(n_first)
             if n_first and not cloned:
                 self._hold_back()
@@ -154,6 +167,26 @@ class Snapshot:
                 copy.clone = None
             return False
         return True
+
+    def _take_fingerprints(self, later: Iterable[int]) -> None:
+        """What the chunks that are copied later hold now, on their devices' current streams."""
+        on_device: dict[torch.device, list[_Copy]] = {}
+        for copy in (self._copies[number] for number in later):
+            if copy.device is None:
+                content = np.empty(copy.n_bytes, np.uint8)
+                self._read_host(copy, content)
+                copy.expected = functools.partial(int, fingerprint(torch.from_numpy(content), self._weights))
+            else:
+                on_device.setdefault(copy.device, []).append(copy)
+        for device, copies in on_device.items():
+            try:
+                prints = DeviceFingerprints(device, (self._sources(copy) for copy in copies))
+            except torch.OutOfMemoryError:
+                logger.warning("%s has no room for fingerprints: this snapshot is not verified", device)
+                continue
+            self._fingerprints.append((self._lanes[device], prints))
+            for position, copy in enumerate(copies):
+                copy.expected = functools.partial(prints.get, position)
 
     def _sources(self, copy: _Copy) -> list[torch.Tensor]:
         if copy.clone is not None:
@@ -214,11 +247,14 @@ class Snapshot:
 
     def _copy_host(self, copy: _Copy, target: U8) -> None:
         started = time.perf_counter()
+        self._read_host(copy, target)
+        self._tell_staged(copy, started)
+
+    def _read_host(self, copy: _Copy, target: U8) -> None:
         at = 0
         for piece in copy.chunk.pieces:
             self._captured.storages[piece.storage].read_into(piece.offset, target[at : at + piece.n_bytes])
             at += piece.n_bytes
-        self._tell_staged(copy, started)
 
     def _tell_staged(self, copy: _Copy, started: float) -> None:
         if events.enabled():
@@ -248,11 +284,6 @@ class Snapshot:
 
     # -- the training thread -------------------------------------------------------------------------------------------
 
-    @property
-    def is_fenced(self) -> bool:
-        """Whether the state may change."""
-        return self._fenced
-
     def fence(self, why: str = "fence()") -> None:
         """From here on the state may change: what the caller's current streams are given from now on waits for the copies.
 
@@ -268,8 +299,7 @@ class Snapshot:
                 self._fail(self._stalled())
             # After a failure too: copies under way read the state.
             self._changed.wait_for(lambda: not self._in_threads)
-            if not self._closed:
-                self._hold_back()
+            self._hold_back()  # even if another thread has seen the end of them: that tells the device nothing
             self._check_versions()
             self._fenced = True
             copiers, self._copiers = self._copiers, None
@@ -291,7 +321,7 @@ class Snapshot:
 
     def _check_versions(self) -> None:
         """The caller holds the lock: between this and what is done about it no optimizer's step can begin."""
-        if self._error is not None or self._fenced or self._closed:
+        if self._error is not None or self._fenced or self._confirmed or self._closed:
             return
         for number, tensors in self._watched:
             if changed(tensors):
@@ -327,11 +357,26 @@ class Snapshot:
             self._changed.wait_for(lambda: self._error is not None or (copy.given_out and not copy.in_thread))
             if self._error is not None:
                 raise self._error
+        content = self._slabs[slot.slab].array[slot.offset : slot.offset + copy.n_bytes]
         if not copy.there:
             if copy.event is not None:
                 self._wait_for_device(copy, copy.event)
+            if copy.expected is not None:
+                self._verify(copy, content)
             self._note(copy)
-        return self._slabs[slot.slab].array[slot.offset : slot.offset + copy.n_bytes]
+        return content
+
+    def _verify(self, copy: _Copy, content: U8) -> None:
+        assert copy.expected is not None
+        if copy.expected() != int(fingerprint(torch.from_numpy(content), self._weights)):
+            names = ", ".join(sorted({self._name(piece.storage) for piece in copy.chunk.pieces})[:3])
+            error = TornSnapshotError(
+                f"{names}: the bytes that were copied are not those of the call of save. Something has written to them without torch's "
+                "knowledge (.data, a NumPy view, a kernel of its own) before the optimizer's step. Nothing was committed. Call "
+                "ckpt.fence() before such writes"
+            )
+            self._fail(error)
+            raise error
 
     def _wait_for_device(self, copy: _Copy, event: torch.Event) -> None:
         started = time.perf_counter()
@@ -376,7 +421,7 @@ class Snapshot:
             self._check_versions()
             if self._error is not None:
                 raise self._error
-            self._fenced = self._confirmed = True  # nothing is left that an optimizer's step could spoil
+            self._confirmed = True
 
     def close(self) -> None:
         """Let go of everything, once copies under way have ended. May be called twice."""

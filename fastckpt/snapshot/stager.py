@@ -7,7 +7,7 @@ import torch
 from fastckpt.chunking import Cuts
 from fastckpt.errors import SaveError
 from fastckpt.snapshot.fenced import Fenced
-from fastckpt.snapshot.lane import Lane
+from fastckpt.snapshot.lane import Lane, is_capturing
 from fastckpt.snapshot.places import take_places
 from fastckpt.snapshot.pool import SlabPool
 from fastckpt.snapshot.snapshot import Snapshot
@@ -17,12 +17,14 @@ from fastckpt.state import Captured
 class Stager:
     """Used by the thread that trains.
 
-    budget_bytes: host memory for all snapshots together. threads: that copy host memory. target: named in events and errors.
+    budget_bytes: host memory for all snapshots together. threads: that copy host memory. target: named in events and errors. max_stall_s,
+    verify: see Options.
     """
 
-    def __init__(self, budget_bytes: int, threads: int, target: str, max_stall_s: float) -> None:
+    def __init__(self, budget_bytes: int, threads: int, target: str, max_stall_s: float, verify: str = "off") -> None:
         self.pool = SlabPool(budget_bytes)
         self._threads, self._target, self._max_stall_s = threads, target, max_stall_s
+        self._verify = verify
         self._lanes: dict[torch.device, Lane] = {}
 
     def begin(
@@ -38,6 +40,9 @@ class Stager:
         places = take_places(captured, cuts, self.pool, fenced, ring=ring)
         if places is None:
             return None
+        verify = fenced is not None and self._verify != "off"
+        if verify and self._verify == "first":
+            self._verify = "off"
         return Snapshot(
             captured,
             cuts,
@@ -49,6 +54,7 @@ class Stager:
             target=self._target,
             step=step,
             max_stall_s=self._max_stall_s,
+            verify=verify,
         )
 
     def _lane(self, device: torch.device) -> Lane:
@@ -60,7 +66,5 @@ class Stager:
     def _refuse_capture(self, captured: Captured) -> None:
         """What is given to a stream now would become part of the user's graph, and be replayed with it."""
         for device in {storage.device for storage in captured.storages}:
-            if device is not None:
-                capturing = getattr(torch.accelerator.current_stream(device), "is_capturing", None)  # since torch 2.10
-                if capturing is not None and capturing():
-                    raise SaveError(f"a graph is being captured on {device}: save before or after that")
+            if device is not None and is_capturing(device):
+                raise SaveError(f"a graph is being captured on {device}: save before or after that")

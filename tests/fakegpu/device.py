@@ -200,7 +200,7 @@ def host_arena(n_bytes: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def capture(stream: torch.Stream) -> Iterator[None]:
-    """Remember what this stream is given, for `replay`. It runs now, too."""
+    """Remember what this stream is given, for `replay`; it does not run now. Waiting for what is not captured is reported."""
     _library.fakegpu_capture(stream.stream_id, 1)
     try:
         yield

@@ -54,11 +54,11 @@ double fakegpu_end_us(int stream) {
 }
 double fakegpu_host_us() {
     Lock lock;
-    return g_machine.host_us;
+    return this_host().us;
 }
 void fakegpu_advance_host_us(double us) {
     Lock lock;
-    g_machine.host_us += us;
+    this_host().us += us;
 }
 uint64_t fakegpu_operations() { return g_machine.operations; }
 uint64_t fakegpu_copies() { return g_machine.copies; }

@@ -224,10 +224,32 @@ void wait_until(int id, uint64_t epoch, Lock& lock) {
     force(id, epoch);
 }
 
+namespace {
+std::set<Host*>& hosts() {
+    static std::set<Host*>& all = *new std::set<Host*>;
+    return all;
+}
+struct OwnHost {
+    Host host;
+    OwnHost() { hosts().insert(&host); }
+    ~OwnHost() {
+        const std::lock_guard<std::recursive_mutex> lock(g_mutex);
+        hosts().erase(&host);
+    }
+};
+}  // namespace
+
+// The caller holds the lock.
+Host& this_host() {
+    thread_local OwnHost own;
+    return own.host;
+}
+
 void host_knows(const Clock& clock, double us) {
-    g_machine.host.join(clock);
-    g_machine.host_us = std::max(g_machine.host_us, us);
-    restore_views(g_machine.host);
+    Host& host = this_host();
+    host.clock.join(clock);
+    host.us = std::max(host.us, us);
+    restore_views(host.clock);
 }
 
 void raise_failure() {
@@ -252,7 +274,8 @@ void check_races(const Touch& touch, int stream, uint64_t epoch, const Clock& cl
                       earlier.op.c_str(), earlier.stream, static_cast<unsigned long long>(earlier.epoch), block->pinned ? "pinned" : "device",
                       touch.region.first - reinterpret_cast<size_t>(block->at), touch.region.end() - reinterpret_cast<size_t>(block->at), block->n_bytes);
         const bool replaced = ordered && covers(touch.region, earlier.region) && (touch.write || !earlier.write);
-        const bool settled = g_machine.host.knows(earlier.stream, earlier.epoch);  // whatever comes later comes after it
+        // Whoever may give out something later knows of it.
+        const bool settled = std::all_of(hosts().begin(), hosts().end(), [&](const Host* host) { return host->clock.knows(earlier.stream, earlier.epoch); });
         if (!replaced && !settled) keep.push_back(std::move(earlier));
     }
     keep.push_back({touch.region, touch.write, stream, epoch, name});
@@ -263,9 +286,13 @@ void check_races(const Touch& touch, int stream, uint64_t epoch, const Clock& cl
 uint64_t give(int id, const std::string& name, std::vector<Touch> touches, std::function<void()> run, bool is_copy, double cost_us) {
     Machine& g = g_machine;
     Stream& stream = g.streams[id];
+    if (stream.capturing) {  // nothing runs before the replay
+        g.graph.push_back({name, std::move(run), std::move(touches), is_copy});
+        return stream.given;
+    }
     Operation op;
     op.name = name, op.epoch = ++stream.given, op.is_copy = is_copy;
-    stream.clock.join(g.host);
+    stream.clock.join(this_host().clock);
     stream.clock.at[id] = op.epoch;
     size_t n_bytes = 0;
     for (const Touch& touch : touches) {
@@ -280,11 +307,10 @@ uint64_t give(int id, const std::string& name, std::vector<Touch> touches, std::
         op.cost_us = g.launch_us + static_cast<double>(n_bytes) / (g.memory_gb_s * 1e3);
     ++g.operations;
     g.copies += is_copy;
-    if (stream.capturing) g.graph.push_back({name, run, touches, is_copy});
     if (is_copy && g.copies_until_failure >= 0 && g.copies_until_failure-- == 0)
         run = [] { TORCH_CHECK(false, "the copy engine reported an error (as the test wants)"); };
     op.run = std::move(run);
-    op.not_before_us = g.host_us;
+    op.not_before_us = this_host().us;
     stream.queue.push_back(std::move(op));
     const uint64_t epoch = stream.given;
     after_giving(stream);
@@ -293,11 +319,15 @@ uint64_t give(int id, const std::string& name, std::vector<Touch> touches, std::
 
 void give_wait(int id, int for_stream, uint64_t for_epoch, const Clock& clock) {
     Stream& stream = g_machine.streams[id];
+    if (stream.capturing) {
+        if (for_stream != id) violation("CAPTURE: stream %d is being captured, and waits for an event of stream %d, which is not: the capture is lost", id, for_stream);
+        return;
+    }
     stream.clock.join(clock);
     Operation op;
     op.name = "event.wait", op.epoch = ++stream.given, op.waits_for = for_stream, op.waits_for_epoch = for_epoch;
     stream.clock.at[id] = op.epoch;
-    op.not_before_us = g_machine.host_us;
+    op.not_before_us = this_host().us;
     stream.queue.push_back(std::move(op));
     after_giving(stream);
 }

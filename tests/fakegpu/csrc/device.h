@@ -65,8 +65,6 @@ struct Machine {
     bool poison = true, trap = true, races = true;
     Stream streams[kMaxStreams];
     int n_streams = 0;
-    Clock host;
-    double host_us = 0;
     std::string failure;  // of an asynchronous operation: raised by the next synchronising call
     std::set<int> starved;
     std::vector<int> pool[kMaxDevices];
@@ -94,6 +92,14 @@ void give_wait(int stream, int for_stream, uint64_t for_epoch, const Clock& cloc
 void wait_until(int stream, uint64_t epoch, Lock& lock);
 bool step_any();              // one operation that may run
 void step_towards(int stream);  // the first of this stream, with what it needs
+// One thread of the host: what it has synchronised with, and its modelled time. What threads tell each other by locks and queues nobody
+// sees here: work that a thread gives out on the strength of such a message must be ordered by an event, too.
+struct Host {
+    Clock clock;
+    double us = 0;
+};
+Host& this_host();
+// The calling thread has synchronised.
 void host_knows(const Clock& clock, double us);
 void raise_failure();
 void replay(int stream);

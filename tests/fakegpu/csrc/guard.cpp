@@ -198,6 +198,10 @@ void order(int first, int then) {
 void synchronize(int id) {
     Lock lock;
     Stream& stream = g_machine.streams[id];
+    if (stream.capturing) {
+        violation("CAPTURE: the host synchronises with stream %d, which is being captured: the capture is lost", id);
+        return;
+    }
     const uint64_t epoch = stream.given;
     const Clock clock = stream.clock;
     wait_until(id, epoch, lock);

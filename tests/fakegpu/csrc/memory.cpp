@@ -103,10 +103,11 @@ Block* Arena::take(size_t n_bytes, int stream, bool pinned) {
         kept.pop_back();
     } else {
         if (used_ + n_bytes > capacity_) return nullptr;
-        block = new Block{view_ + used_, n_bytes, stream, pinned, {}, {}, {}};
+        block = new Block{view_ + used_, n_bytes, stream, pinned, false, {}, {}, {}};
         used_ += n_bytes;
         blocks_[block->at] = block;
     }
+    block->of_graph = !pinned && g_machine.streams[stream].capturing;
     live_ += n_bytes;
     peak_ = std::max(peak_, live_);
     return block;
@@ -114,6 +115,7 @@ Block* Arena::take(size_t n_bytes, int stream, bool pinned) {
 
 void Arena::give_back(Block* block) {
     live_ -= block->n_bytes;
+    if (block->of_graph) return;
     for (int stream : block->used_by) block->reuse_after[stream] = g_machine.streams[stream].given;
     block->used_by.clear();
     if (block->reuse_after.empty())

@@ -31,6 +31,7 @@ struct Block {
     size_t n_bytes;
     int stream;  // whose allocator gave it; -1: pinned
     bool pinned;
+    bool of_graph;                        // made while a stream was captured: the graph's for ever, as it is used by every replay
     std::set<int> used_by;                // other streams (record_stream, DMA)
     std::map<int, uint64_t> reuse_after;  // once freed: what these streams had been given by then
     std::vector<Access> accesses;  // that later ones may race with

@@ -208,15 +208,27 @@ def test_registered_host_memory_is_pinned(lazy: torch.device) -> None:
     assert arena.view(torch.float32).sum().item() == N
 
 
-def test_a_replayed_graph_runs_again_without_python(lazy: torch.device) -> None:
+def test_a_captured_graph_runs_when_it_is_replayed(lazy: torch.device) -> None:
     x = torch.zeros(4, device=lazy)
     with device.capture(compute(lazy)):
         assert compute(lazy).is_capturing()
-        x.add_(1)
+        x.add_(torch.ones(4, device=lazy))  # this memory stays the graph's
     assert not compute(lazy).is_capturing()
+    assert x.cpu().tolist() == [0.0] * 4
+    torch.full((4,), 7.0, device=lazy)
     device.replay(compute(lazy))
     device.replay(compute(lazy))
-    assert x.cpu().tolist() == [3.0] * 4
+    assert x.cpu().tolist() == [2.0] * 4
+    assert not reports()
+
+
+def test_a_capture_cannot_wait_for_what_is_outside(lazy: torch.device) -> None:
+    side, x = torch.Stream(device=lazy), torch.ones(4, device=lazy)
+    event = side.record_event()
+    with device.capture(compute(lazy)):
+        compute(lazy).wait_event(event)
+        x.cpu()
+    assert [text.partition(":")[0] for text in reports()] == ["CAPTURE", "CAPTURE"]
 
 
 def test_a_forked_child_is_refused(lazy: torch.device) -> None:
