@@ -305,6 +305,17 @@ extern "C" int fastckpt_merge(fastckpt_context* context, const void* stream, siz
     return read_stream(*context, chunk, source, static_cast<u8*>(raw), nullptr);
 }
 
+extern "C" int fastckpt_gather(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, void* out, size_t out_bytes) {
+    uint8_t* to = static_cast<uint8_t*>(out);
+    size_t left = out_bytes;
+    for (size_t i = 0; i < n; ++i) {
+        if (n_bytes[i] > left) return FASTCKPT_BAD_LENGTH;
+        std::memcpy(to, reinterpret_cast<const void*>(static_cast<uintptr_t>(addresses[i])), n_bytes[i]);
+        to += n_bytes[i], left -= n_bytes[i];
+    }
+    return left ? FASTCKPT_BAD_LENGTH : FASTCKPT_OK;
+}
+
 extern "C" int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned lane_bytes) {
     const auto* p = static_cast<const u8*>(raw);
     if (n_bytes < lane_bytes || !lane_bytes) return 0;

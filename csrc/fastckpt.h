@@ -58,6 +58,10 @@ int fastckpt_xxh3_128(const void* data, size_t n_bytes, uint8_t digest[16]);
 /* 1 if all lanes of the chunk are equal. lane_bytes: 1, 2, 4 or 8. */
 int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned lane_bytes);
 
+/* Joins n stretches of memory: n_bytes[i] bytes from addresses[i]. FASTCKPT_BAD_LENGTH, and nothing written past out_bytes, if they are not
+ * out_bytes together. */
+int fastckpt_gather(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, void* out, size_t out_bytes);
+
 /* Memory of a context: caller-owned, fastckpt_context_bytes() long, 64-byte aligned, initialised once. */
 typedef struct fastckpt_context fastckpt_context;
 size_t fastckpt_context_bytes(void);

@@ -106,7 +106,7 @@ def _storages_by_name(captured: Captured) -> dict[Name | None, int]:
 def _gather(chunk: Chunk, sources: Iterator[tuple[Captured, int]], scratch: U8) -> U8:
     raw, position = scratch[: chunk.n_bytes], 0
     for piece, (state, storage) in zip(chunk.pieces, sources, strict=True):
-        state.storages[storage].read_into(piece.offset, raw[position : position + piece.n_bytes])
+        state.read([(storage, piece.offset, piece.n_bytes)], raw[position : position + piece.n_bytes])
         position += piece.n_bytes
     return raw
 

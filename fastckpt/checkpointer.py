@@ -18,7 +18,7 @@ import torch
 from fastckpt import events, targets
 from fastckpt.background import MAX_JOBS, CommitHandle, Job, SaveQueue
 from fastckpt.catalog import Catalog, Step
-from fastckpt.chunk_source import LiveChunks, cuts_of
+from fastckpt.chunk_source import KnownCuts, LiveChunks
 from fastckpt.commit import open_vote
 from fastckpt.errors import (
     CheckpointError,
@@ -40,10 +40,10 @@ from fastckpt.options import Options
 from fastckpt.repository import Repository
 from fastckpt.retention import GRACE_S, Keep
 from fastckpt.schedule import Every
-from fastckpt.snapshot import DoesNotFit, FenceHooks, Snapshot, Stager, fenced_tensors
+from fastckpt.snapshot import DoesNotFit, Fenced, FenceHooks, Snapshot, Stager
 from fastckpt.spot import Notice, Watcher, open_sources
 from fastckpt.spot.deadline import Choice, choose
-from fastckpt.state import capture
+from fastckpt.state import Recapturer
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
 
@@ -116,6 +116,7 @@ class Checkpointer:
             self._options.max_stall_s,
             self._options.verify_snapshot,
         )
+        self._recapturer, self._cuts = Recapturer(), KnownCuts()
         self._queue = SaveQueue(self._incarnation, keep, grace_s)
         try:
             self._repository.initialise()
@@ -303,16 +304,17 @@ class Checkpointer:
         if not len(self._queue):
             self._incarnation.check_step(step)
         self._fence("save")
-        captured = capture(targets.state_of(self._targets), pickle, 2)
+        captured = self._recapturer.capture(targets.state_of(self._targets))
+        cuts = self._cuts.of(captured)
         handle = CommitHandle(step)
         trusted = self._hooks is not None and self._hooks.can_be_trusted
-        fenced = fenced_tensors(self._optimizers) if trusted else None
+        fenced = Fenced(self._optimizers) if trusted else None
         alone = not len(self._queue)
         source: Snapshot | LiveChunks | None
         try:
-            source = self._stager.begin(captured, cuts_of(captured), fenced, step, ring=alone)
+            source = self._stager.begin(captured, cuts, fenced, step, ring=alone)
         except DoesNotFit:
-            source = LiveChunks(captured) if alone else None
+            source = LiveChunks(captured, cuts) if alone else None
         if source is None:
             return None
         self._queue.put(Job(step, trigger, metrics, meta, captured, source, called_s, handle))

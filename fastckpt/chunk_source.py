@@ -39,9 +39,9 @@ class ChunkSource(Protocol):
 class LiveChunks:
     """Chunks read from the state where it is. Its owner leaves it alone until the save is done, or `stop` has returned."""
 
-    def __init__(self, captured: Captured) -> None:
-        self.cuts = cuts_of(captured)
-        self._storages = captured.storages
+    def __init__(self, captured: Captured, cuts: Cuts | None = None) -> None:
+        self.cuts = cuts or cuts_of(captured)
+        self._captured = captured
         self._changed = threading.Condition()
         self._reading = 0
         self._error: BaseException | None = None
@@ -62,10 +62,8 @@ class LiveChunks:
             self._reading += 1
         try:
             chunk = self.cuts.chunks[number]
-            raw, position = scratch[: chunk.n_bytes], 0
-            for piece in chunk.pieces:
-                self._storages[piece.storage].read_into(piece.offset, raw[position : position + piece.n_bytes])
-                position += piece.n_bytes
+            raw = scratch[: chunk.n_bytes]
+            self._captured.read(chunk.pieces, raw)
         finally:
             with self._changed:
                 self._reading -= 1
@@ -87,6 +85,20 @@ class LiveChunks:
 def cuts_of(captured: Captured) -> Cuts:
     """Where a state is cut."""
     return chunking.cut(storage_shapes(captured))
+
+
+class KnownCuts:
+    """Where the states of a run are cut: decided anew only when their form has changed."""
+
+    def __init__(self) -> None:
+        self._form: object = None
+        self._cuts = Cuts([], {})
+
+    def of(self, captured: Captured) -> Cuts:
+        """As `cuts_of`."""
+        if captured.form is not self._form:
+            self._cuts, self._form = cuts_of(captured), captured.form
+        return self._cuts
 
 
 def _role(name: Name) -> str:

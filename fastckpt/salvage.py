@@ -52,7 +52,6 @@ from fastckpt.repository import Repository
 from fastckpt.restore import check_size
 from fastckpt.save import index_and_footer, start_workers, write
 from fastckpt.state import capture
-from fastckpt.state.capture import CapturedStorage
 from fastckpt.store.base import Store
 from fastckpt.transform import MAX_RAW_BYTES, transform_name
 from fastckpt.workers import WorkerPool
@@ -421,11 +420,10 @@ class _Chunks:
         return out
 
 
-class _Stored(CapturedStorage):
+class _Stored:
     """A storage whose bytes stay in their packs until they are written."""
 
-    def __init__(self, like: CapturedStorage, chunks: _Chunks, reader: Reader, number: int) -> None:
-        super().__init__(like.dtype, like.n_bytes, like.location, True)
+    def __init__(self, chunks: _Chunks, reader: Reader, number: int) -> None:
         self._chunks = chunks
         self._pieces = list(reader.pieces(number))
         self._starts = [position for _, _, position, _ in self._pieces]
@@ -454,10 +452,10 @@ def _write_tensors(
     for entry in good:
         state[_unused(dotted(entry.name), state)] = shells.make(entry)
     captured = capture(state, pickle, 2)
-    for i, storage in enumerate(captured.storages):
-        number = shells.number_at.get(storage.address)
+    for i, address in enumerate(captured.addresses):
+        number = shells.number_at.get(address)
         if number is not None:
-            captured.storages[i] = _Stored(storage, chunks, reader, number)
+            captured.elsewhere[i] = _Stored(chunks, reader, number)
     sink = AtomicFile(path)
     try:
         pool = start_workers(captured, options)
@@ -516,8 +514,7 @@ class _Shells:
         # Small arrays are pickled with their bytes, so those must be there.
         flat = array.reshape(-1, order="A").view(np.uint8)
         if array.nbytes <= 1 << 20:
-            stored = CapturedStorage(entry.dtype, array.nbytes, "cpu", True)
-            _Stored(stored, self._chunks, self._reader, entry.storage).read_into(0, flat)
+            _Stored(self._chunks, self._reader, entry.storage).read_into(0, flat)
         else:
             self.number_at[array.ctypes.data] = entry.storage
         return array

@@ -611,6 +611,18 @@ int arguments() {
             exact.data()[r.below(equal.size())] ^= 1;
             if (lanes > 1 && fastckpt_is_constant(exact.data(), equal.size(), w)) fail("is_constant of different lanes");
         }
+    {
+        const Bytes a = some_lanes(r, 0, 100, 1), b = some_lanes(r, 0, 1, 1), c = some_lanes(r, 0, 5000, 1);
+        const uint64_t at[] = {reinterpret_cast<uintptr_t>(a.data()), reinterpret_cast<uintptr_t>(b.data()), 0, reinterpret_cast<uintptr_t>(c.data())};
+        const uint64_t lengths[] = {a.size(), b.size(), 0, c.size()};
+        Bytes all = a;
+        all.insert(all.end(), b.begin(), b.end());
+        all.insert(all.end(), c.begin(), c.end());
+        Bytes out(all.size());
+        if (fastckpt_gather(at, lengths, 4, out.data(), out.size()) || out != all) fail("gather");
+        if (fastckpt_gather(at, lengths, 4, out.data(), out.size() - 1) != FASTCKPT_BAD_LENGTH) fail("gather into less room");
+        if (fastckpt_gather(at, lengths, 3, out.data(), out.size()) != FASTCKPT_BAD_LENGTH) fail("gather of less");
+    }
     for (unsigned w : {2u, 4u, 8u})
         for (size_t lanes : {1, 7, 32, 33, 3000, 40000}) {
             const Way way{FASTCKPT_SUB, w, 0};

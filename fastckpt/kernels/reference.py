@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -265,6 +266,16 @@ def cast(wide: Any, narrow: Any) -> None:
     with np.errstate(over="ignore"):
         nearest = (u + np.uint32(0x7FFF) + (high & np.uint32(1))) >> np.uint32(16)
     out[:] = np.where(nan, high | np.uint32(0x0040), nearest).astype("<u2")
+
+
+def gather(addresses: U64, lengths: U64, out: U8) -> None:
+    """Join stretches of memory, which the caller keeps alive. ValueError if they are not as long as `out` together."""
+    if int(lengths.sum()) != out.size:
+        raise ValueError(f"the stretches are not {out.size} bytes together")
+    to = out.ctypes.data
+    for address, n_bytes in zip(addresses.tolist(), lengths.tolist(), strict=True):
+        ctypes.memmove(to, address, n_bytes)
+        to += n_bytes
 
 
 def is_constant(raw: Any, lane_bytes: int) -> bool:

@@ -6,10 +6,10 @@ snapshot.py  one snapshot: gives out copies, fences, hands chunks to the encoder
 fenced.py    what only an optimizer's step changes; hooks.py calls the fence before it does
 """
 
-from fastckpt.snapshot.fenced import Fenced, fenced_tensors
+from fastckpt.snapshot.fenced import Fenced
 from fastckpt.snapshot.hooks import FenceHooks
 from fastckpt.snapshot.places import DoesNotFit
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.stager import Stager
 
-__all__ = ["DoesNotFit", "FenceHooks", "Fenced", "Snapshot", "Stager", "fenced_tensors"]
+__all__ = ["DoesNotFit", "FenceHooks", "Fenced", "Snapshot", "Stager"]

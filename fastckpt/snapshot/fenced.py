@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -11,28 +11,45 @@ try:
 except ImportError:  # torch built without distributed
     DTensor = None  # type: ignore[assignment,misc]
 
-Fenced = Mapping[int, Sequence[tuple[torch.Tensor, int]]]
-"""Address of a storage's bytes → the tensors over it, with their versions at the call of save."""
 
-
-def fenced_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> Fenced:
-    """The parameters and states of optimizers. Takes about a microsecond a tensor.
+class Fenced:
+    """The parameters and states of optimizers, with their versions at the call of save. Takes about a microsecond a tensor.
 
     torch counts the in-place changes of every tensor: its version. Tensors made under inference_mode count none, those of unknown
     subclasses may hide several storages: such are left out, and so copied before `save` returns.
     """
-    found: dict[int, list[tuple[torch.Tensor, int]]] = {}
-    for owned in _owned(optimizers):
-        tensor = _local(owned)
-        if tensor is not None and tensor.layout is torch.strided and not tensor.is_inference():
-            found.setdefault(tensor.untyped_storage().data_ptr(), []).append((tensor, tensor._version))
-    found.pop(0, None)
-    return found
 
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        self._tensors: list[torch.Tensor] = []
+        self._addresses: list[int] = []
+        """Where the storage of each tensor lies."""
+        for owned in _owned(optimizers):
+            tensor = _local(owned)
+            if tensor is not None and tensor.layout is torch.strided and not tensor.is_inference():
+                address = tensor.untyped_storage().data_ptr()
+                if address:
+                    self._tensors.append(tensor)
+                    self._addresses.append(address)
+        self._versions = [tensor._version for tensor in self._tensors]
+        self.addresses = set(self._addresses)
 
-def changed(tensors: Sequence[tuple[torch.Tensor, int]]) -> bool:
-    """Whether one of them has another version now, or lies elsewhere."""
-    return any(tensor._version != version for tensor, version in tensors)
+    def keep_only(self, addresses: Sequence[int]) -> None:
+        """Watch only those that are saved."""
+        saved = set(addresses)
+        if self.addresses <= saved:
+            return
+        kept = [n for n, address in enumerate(self._addresses) if address in saved]
+        self._tensors = [self._tensors[n] for n in kept]
+        self._addresses = [self._addresses[n] for n in kept]
+        self._versions = [self._versions[n] for n in kept]
+        self.addresses &= saved
+
+    def changed(self) -> int | None:
+        """The address of one that has another version now."""
+        versions = [tensor._version for tensor in self._tensors]
+        if versions == self._versions:
+            return None
+        return next(a for a, now, then in zip(self._addresses, versions, self._versions, strict=True) if now != then)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor | None:

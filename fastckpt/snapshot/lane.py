@@ -10,10 +10,22 @@ from collections.abc import Sequence
 
 import torch
 
+from fastckpt.chunking import BUNDLE_BYTES
 from fastckpt.snapshot import cuda
 
 _POLL_S = 0.0005
 # Generic events spin when they are waited for (torch 2.13), and hold a core that training needs: background threads ask and sleep.
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor, in a row."""
+    return tensor if tensor.dtype is torch.uint8 and tensor.dim() == 1 else tensor.view(-1).view(torch.uint8)
+
+
+@torch.no_grad()
+def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The bytes of contiguous tensors of one element type, in new memory on their device."""
+    return bytes_of(torch.cat([piece.view(-1) for piece in pieces])) if len(pieces) > 1 else bytes_of(pieces[0]).clone()
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -33,6 +45,7 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.Stream(device=device)
+        self._joint: torch.Tensor | None = None
 
     def begin(self) -> None:
         """What the caller's current stream has been given so far comes before what this lane is given from now on."""
@@ -41,24 +54,33 @@ class Lane:
     def copy(self, target: torch.Tensor, pieces: Sequence[torch.Tensor], *, pinned: bool) -> None:
         """Enqueue one copy of the pieces' bytes, joined, into host memory. Does not block if that is pinned.
 
-        Several pieces are joined on the device first: one transfer of a megabyte instead of hundreds of some kilobytes. The pieces' memory
-        is not reused before that has been read, even if everybody lets go of it.
+        pieces: contiguous, of one element type. Several, of 1 MiB together at most, are joined on the device first: one transfer instead of
+        hundreds. The pieces' memory is not used again before that has been read, even if everybody lets go of it.
         """
-        with self.stream:
+        with self.stream, torch.no_grad():
             for piece in pieces:
                 piece.record_stream(self.stream)
-            if len(pieces) == 1:
-                target.copy_(pieces[0], non_blocking=pinned)
+            content = self._join(pieces) if len(pieces) > 1 else bytes_of(pieces[0])
+            if content is not None:
+                target.copy_(content, non_blocking=pinned)
                 return
+            at = 0
+            for piece in pieces:
+                content = bytes_of(piece)
+                target[at : at + content.numel()].copy_(content, non_blocking=pinned)
+                at += content.numel()
+
+    def _join(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Always in the same place: what this stream does next with it comes after what it did before. None: no room on the device."""
+        n_bytes = sum(piece.nbytes for piece in pieces)
+        if self._joint is None or self._joint.numel() < n_bytes:
             try:
-                joined = torch.cat(list(pieces))
+                self._joint = torch.empty(max(n_bytes, BUNDLE_BYTES), dtype=torch.uint8, device=self.device)
             except torch.OutOfMemoryError:  # training has it all: slower, but no reason to fail
-                at = 0
-                for piece in pieces:
-                    target[at : at + piece.numel()].copy_(piece, non_blocking=pinned)
-                    at += piece.numel()
-                return
-            target.copy_(joined, non_blocking=pinned)
+                return None
+        content = self._joint[:n_bytes]
+        torch.cat([piece.view(-1) for piece in pieces], out=content.view(pieces[0].dtype))
+        return content
 
     def mark(self) -> torch.Event:
         """An event behind everything that this lane was given so far."""

@@ -62,4 +62,4 @@ def take_places(captured: Captured, cuts: Cuts, pool: SlabPool, fenced: Fenced |
 
 
 def _is_fenced(captured: Captured, chunk: Chunk, fenced: Fenced) -> bool:
-    return all(captured.storages[piece.storage].address in fenced for piece in chunk.pieces)
+    return all(captured.addresses[piece.storage] in fenced.addresses for piece in chunk.pieces)

@@ -28,8 +28,8 @@ from fastckpt.chunking import Chunk, Cuts
 from fastckpt.errors import SaveError, SnapshotStalledError, TornSnapshotError
 from fastckpt.events import logger
 from fastckpt.format.tensor_names import dotted
-from fastckpt.snapshot.fenced import Fenced, changed
-from fastckpt.snapshot.lane import Lane, wait_for
+from fastckpt.snapshot.fenced import Fenced
+from fastckpt.snapshot.lane import Lane, joined, wait_for
 from fastckpt.snapshot.places import Places
 from fastckpt.snapshot.pool import U8, Slab, SlabPool
 from fastckpt.snapshot.verify import DeviceFingerprints, fingerprint, weights
@@ -103,11 +103,8 @@ class Snapshot:
             _Copy(chunk, captured.storages[chunk.pieces[0].storage].device, chunk.n_bytes) for chunk in cuts.chunks
         ]
         self._lanes = {copy.device: lane_of(copy.device) for copy in self._copies if copy.device is not None}
-        self._watched = [
-            (number, fenced[storage.address])
-            for number, storage in enumerate(captured.storages)
-            if fenced and storage.address in fenced
-        ]
+        self._fenced_state = fenced or Fenced()
+        self._fenced_state.keep_only(captured.addresses)
         self._changed = threading.Condition(threading.RLock())
         self._next = 0
         """How many chunks of `order` have been given out."""
@@ -160,8 +157,7 @@ class Snapshot:
             return False
         try:
             for copy in copies:
-                sources = self._sources(copy)
-                copy.clone = torch.cat(sources) if len(sources) > 1 else sources[0].clone()
+                copy.clone = joined(self._sources(copy))
         except torch.OutOfMemoryError:
             for copy in copies:
                 copy.clone = None
@@ -174,7 +170,7 @@ class Snapshot:
         for copy in (self._copies[number] for number in later):
             if copy.device is None:
                 content = np.empty(copy.n_bytes, np.uint8)
-                self._read_host(copy, content)
+                self._captured.read(copy.chunk.pieces, content)
                 copy.expected = functools.partial(int, fingerprint(torch.from_numpy(content), self._weights))
             else:
                 on_device.setdefault(copy.device, []).append(copy)
@@ -189,9 +185,16 @@ class Snapshot:
                 copy.expected = functools.partial(prints.get, position)
 
     def _sources(self, copy: _Copy) -> list[torch.Tensor]:
+        """The pieces of a chunk on their device: contiguous tensors of one element type."""
         if copy.clone is not None:
             return [copy.clone]
-        return [self._captured.storages[p.storage].device_bytes(p.offset, p.n_bytes) for p in copy.chunk.pieces]
+        pieces = copy.chunk.pieces
+        if len(pieces) > 1:  # whole storages
+            found = [self._captured.wholes.get(piece.storage) for piece in pieces]
+            tensors = [tensor for tensor in found if tensor is not None]
+            if len(tensors) == len(pieces) and len({tensor.dtype for tensor in tensors}) == 1:
+                return tensors
+        return [self._captured.device_bytes(piece.storage, piece.offset, piece.n_bytes) for piece in pieces]
 
     def _hold_back(self) -> None:
         """The caller's current streams wait for what has been given to the lanes."""
@@ -247,14 +250,8 @@ class Snapshot:
 
     def _copy_host(self, copy: _Copy, target: U8) -> None:
         started = time.perf_counter()
-        self._read_host(copy, target)
+        self._captured.read(copy.chunk.pieces, target)
         self._tell_staged(copy, started)
-
-    def _read_host(self, copy: _Copy, target: U8) -> None:
-        at = 0
-        for piece in copy.chunk.pieces:
-            self._captured.storages[piece.storage].read_into(piece.offset, target[at : at + piece.n_bytes])
-            at += piece.n_bytes
 
     def _tell_staged(self, copy: _Copy, started: float) -> None:
         if events.enabled():
@@ -323,15 +320,15 @@ class Snapshot:
         """The caller holds the lock: between this and what is done about it no optimizer's step can begin."""
         if self._error is not None or self._fenced or self._confirmed or self._closed:
             return
-        for number, tensors in self._watched:
-            if changed(tensors):
-                self._fail(
-                    TornSnapshotError(
-                        f"{self._name(number)} changed while it was copied, outside of an optimizer's step(). Nothing was committed. "
-                        "Call ckpt.fence() before changing parameters or optimizer state by other means"
-                    )
+        address = self._fenced_state.changed()
+        if address is not None:
+            name = self._name(self._captured.addresses.index(address))
+            self._fail(
+                TornSnapshotError(
+                    f"{name} changed while it was copied, outside of an optimizer's step(). Nothing was committed. "
+                    "Call ckpt.fence() before changing parameters or optimizer state by other means"
                 )
-                return
+            )
 
     def _name(self, number: int) -> str:
         return next((dotted(t.name) for t in self._captured.tensors if t.storage == number), f"storage {number}")
@@ -395,8 +392,7 @@ class Snapshot:
             self._there_bytes += copy.n_bytes
             if self._there_bytes < self._captured.n_bytes:
                 return
-            for storage in self._captured.storages:
-                storage.let_go()
+            self._captured.let_go()
         events.emit(
             events.SnapshotStaged(
                 target=self._target,

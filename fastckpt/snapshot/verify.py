@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fastckpt.snapshot.lane import Lane, wait_for
+from fastckpt.snapshot.lane import Lane, bytes_of, joined, wait_for
 from fastckpt.transform import MAX_RAW_BYTES
 
 _WORDS = MAX_RAW_BYTES // 8
@@ -41,7 +41,7 @@ class DeviceFingerprints:
         """chunks: each one's pieces. Computed on the caller's current stream."""
         by = weights(device)
         self._prints = torch.stack(
-            [fingerprint(torch.cat(pieces) if len(pieces) > 1 else pieces[0], by) for pieces in chunks]
+            [fingerprint(joined(pieces) if len(pieces) > 1 else bytes_of(pieces[0]), by) for pieces in chunks]
         )
         self._fetched: torch.Tensor | None = None
         self._event: torch.Event | None = None

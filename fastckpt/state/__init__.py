@@ -6,5 +6,6 @@ the skeleton, by default through torch's restricted unpickler, and asks for the 
 
 from fastckpt.state.capture import Captured, CapturedStorage, capture
 from fastckpt.state.rebuild import Rebuild, StorageProvider, unsafe_globals
+from fastckpt.state.recapture import Recapturer
 
-__all__ = ["Captured", "CapturedStorage", "Rebuild", "StorageProvider", "capture", "unsafe_globals"]
+__all__ = ["Captured", "CapturedStorage", "Rebuild", "Recapturer", "StorageProvider", "capture", "unsafe_globals"]

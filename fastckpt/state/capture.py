@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from torch.storage import TypedStorage, UntypedStorage
 from fastckpt.errors import SaveError
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
+from fastckpt.format.tensor_names import Name
+from fastckpt.kernels import kernels
 from fastckpt.state.naming import Named, named_tensors
 
 # Smaller arrays stay in the pickle: a record, a storage entry and a range read cost more than they save.
@@ -23,66 +25,82 @@ _ARRAY_BYTES = 64 * 1024
 U8 = npt.NDArray[np.uint8]
 
 
-def host_view(storage: UntypedStorage) -> U8:
-    """The bytes of a CPU storage, without a copy. The caller keeps the storage alive.
-
-    By address, not through a tensor: no dispatch mode, default device or subclass can get in between.
-    """
-    n_bytes = storage.nbytes()
-    if not n_bytes:
-        return np.empty(0, np.uint8)
-    return np.frombuffer(memoryview((ctypes.c_ubyte * n_bytes).from_address(storage.data_ptr())), np.uint8)
-
-
-@dataclass
+@dataclass(slots=True)
 class CapturedStorage:
-    """One storage of the state. Holds it (or the array) alive."""
+    """What one storage of the state is. Where its bytes are is the business of `Captured`."""
 
     dtype: str
     n_bytes: int
     location: str
     has_data: bool
     """False for meta storages."""
-    _host: U8 | None = None
-    _device: torch.Tensor | None = None
-    _owner: Any = None
+    device: torch.device | None = None
+    """The accelerator that has the bytes; None: they lie in host memory."""
 
-    @property
-    def device(self) -> torch.device | None:
-        """The accelerator that has the bytes; None: they lie in host memory."""
-        return None if self._device is None else self._device.device
 
-    @property
-    def address(self) -> int:
-        """Where the bytes lie, on the host or on a device; 0 if there are none."""
-        if self._device is not None:
-            return self._device.data_ptr()
-        return 0 if self._host is None or not self._host.size else self._host.ctypes.data
-
-    def let_go(self) -> None:
-        """The bytes are not needed any more."""
-        self._host = self._device = self._owner = None
-
-    def device_bytes(self, offset: int, n_bytes: int) -> torch.Tensor:
-        """A stretch of the bytes on their device."""
-        assert self._device is not None, "these bytes lie in host memory"
-        return self._device[offset : offset + n_bytes]
+class StoredElsewhere(Protocol):
+    """The bytes of a storage that are fetched when they are needed."""
 
     def read_into(self, offset: int, out: U8) -> None:
-        """Copy bytes from `offset` on into host memory. Any thread; blocks until they are there."""
-        if self._host is not None:
-            np.copyto(out, self._host[offset : offset + out.size])
-        elif self._device is not None:
-            torch.from_numpy(out).copy_(self._device[offset : offset + out.size])
+        """Fill `out` with the bytes from `offset` on. Any thread."""
 
 
 @dataclass
 class Captured:
-    """A state, ready to be cut and written. `tensors` refer to `storages` by position."""
+    """A state, ready to be cut and written. `tensors` refer to `storages` by position, and so do the other lists.
+
+    Lists side by side, not objects: a state may have 100,000 storages, and Python's collector walks every object.
+    """
 
     skeleton: bytes
     storages: list[CapturedStorage] = field(default_factory=list)
     tensors: list[TensorEntry] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)
+    """Where the bytes lie, on the host or on a device; 0 where there are none."""
+    owners: list[Any] = field(default_factory=list)
+    """Storages and arrays, kept alive until `let_go`."""
+    wholes: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Contiguous tensors over all bytes of a storage, where one is known: cheaper than making one."""
+    elsewhere: dict[int, StoredElsewhere] = field(default_factory=dict)
+    form: object = field(default_factory=object)
+    """The same object for two states that differ in nothing but bytes, addresses and what stands in the skeleton."""
+
+    def let_go(self) -> None:
+        """The bytes are not needed any more."""
+        self.owners, self.wholes = [], {}
+
+    def device_bytes(self, number: int, offset: int, n_bytes: int) -> torch.Tensor:
+        """A stretch of a storage's bytes on its device."""
+        device = self.storages[number].device
+        assert device is not None, "these bytes lie in host memory"
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(self.owners[number], offset, (n_bytes,), (1,))
+
+    def read(self, pieces: Sequence[tuple[int, int, int]], out: U8) -> None:
+        """Join stretches of storages, given as number, offset and bytes, in host memory. Any thread; blocks until they are there."""
+        if self.elsewhere or any(self.storages[number].device is not None for number, _, _ in pieces):
+            at = 0
+            for number, offset, n_bytes in pieces:
+                self._read_one(number, offset, out[at : at + n_bytes])
+                at += n_bytes
+            return
+        self._gather(pieces, out)
+
+    def _gather(self, pieces: Sequence[tuple[int, int, int]], out: U8) -> None:
+        assert self.owners or not pieces, "nobody holds these bytes any more"
+        addresses = self.addresses
+        kernels().gather(
+            np.array([addresses[number] + offset for number, offset, _ in pieces], np.uint64),
+            np.array([n_bytes for _, _, n_bytes in pieces], np.uint64),
+            out,
+        )
+
+    def _read_one(self, number: int, offset: int, out: U8) -> None:
+        if number in self.elsewhere:
+            self.elsewhere[number].read_into(offset, out)
+        elif self.storages[number].device is not None:
+            torch.from_numpy(out).copy_(self.device_bytes(number, offset, out.size))
+        else:
+            self._gather([(number, offset, out.size)], out)
 
     @property
     def n_bytes(self) -> int:
@@ -102,11 +120,14 @@ def _plain_array(value: object) -> bool:
     return np.dtype(dtype.str) == dtype and element_type(NUMPY_PREFIX + dtype.str) is not None
 
 
-class _Capture:
-    """The `persistent_id` of one save."""
+class StorageNumbers:
+    """The `persistent_id` of one save: gives numbers to the storages that pickling meets."""
 
     def __init__(self) -> None:
         self.storages: list[CapturedStorage] = []
+        self.addresses: list[int] = []
+        self.owners: list[Any] = []
+        self.wholes: dict[int, torch.Tensor] = {}
         self.number_of_storage: dict[int, int] = {}  # StorageImpl address → number
         self.number_of_array: dict[int, int] = {}  # id(array) → number
         self._dtype_at: dict[int, torch.dtype] = {}  # data address → dtype, as torch.save checks it
@@ -134,36 +155,37 @@ class _Capture:
         location = torch.serialization.location_tag(storage)
         number = self.number_of_storage.get(storage._cdata)
         if number is None:
-            number = self.number_of_storage[storage._cdata] = len(self.storages)
-            self.storages.append(_captured(storage, dtype, numel * torch._utils._element_size(dtype), location))
+            n_bytes = numel * torch._utils._element_size(dtype)
+            info = _storage_info(storage, dtype, n_bytes, location)
+            address = storage.data_ptr() if info.has_data and n_bytes else 0
+            number = self.number_of_storage[storage._cdata] = self._enter(info, address, storage)
         return ("storage", kind, str(number), location, numel)
+
+    def _enter(self, info: CapturedStorage, address: int, owner: Any) -> int:
+        """The number of a storage that is met for the first time."""
+        self.storages.append(info)
+        self.addresses.append(address)
+        self.owners.append(owner)
+        return len(self.storages) - 1
 
     def _array_id(self, array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
         order = _order(array)
         number = self.number_of_array.get(id(array))
         if number is None:
-            number = self.number_of_array[id(array)] = len(self.storages)
             flat = np.asarray(array, order=order).reshape(-1, order=order)
-            self.storages.append(
-                CapturedStorage(
-                    NUMPY_PREFIX + array.dtype.str, array.nbytes, "cpu", True, flat.view(np.uint8), _owner=(array, flat)
-                )
-            )
+            info = CapturedStorage(NUMPY_PREFIX + array.dtype.str, array.nbytes, "cpu", True)
+            number = self.number_of_array[id(array)] = self._enter(info, flat.ctypes.data, (array, flat))
         shape = tuple(int(n) for n in array.shape)
         return ("storage", UntypedStorage, str(number), "cpu", array.nbytes, "ndarray", array.dtype.str, shape, order)
 
 
-def _captured(storage: UntypedStorage, dtype: torch.dtype, n_bytes: int, location: str) -> CapturedStorage:
+def _storage_info(storage: UntypedStorage, dtype: torch.dtype, n_bytes: int, location: str) -> CapturedStorage:
     name = str(dtype).removeprefix("torch.")
     if element_type(name) is None:
         raise SaveError(f"a storage of element type {name} cannot be saved: format version 1 has no such type")
-    captured = CapturedStorage(name, n_bytes, location, storage.device.type != "meta", _owner=storage)
-    if storage.device.type == "cpu":
-        captured._host = host_view(storage)[:n_bytes]
-    elif storage.device.type != "meta":
-        bytes_of = torch.empty(0, dtype=torch.uint8, device=storage.device)
-        captured._device = bytes_of.set_(storage, 0, (n_bytes,), (1,))
-    return captured
+    device = storage.device
+    on_accelerator = device.type not in ("cpu", "meta")
+    return CapturedStorage(name, n_bytes, location, device.type != "meta", device if on_accelerator else None)
 
 
 def capture(obj: object, pickle_module: Any, pickle_protocol: int) -> Captured:
@@ -171,25 +193,38 @@ def capture(obj: object, pickle_module: Any, pickle_protocol: int) -> Captured:
 
     Storages are held, not copied: their owner leaves them alone until the save is done.
     """
+    refuse_skipping_data()
+    numbers = StorageNumbers()
+    skeleton = pickled(obj, numbers, pickle_module, pickle_protocol)
+    tensors = entries(obj, numbers)
+    return Captured(skeleton, numbers.storages, tensors, numbers.addresses, numbers.owners, numbers.wholes)
+
+
+def refuse_skipping_data() -> None:
+    """SaveError inside torch.serialization.skip_data."""
     if torch.serialization._serialization_tls.skip_data:
         raise SaveError("torch.serialization.skip_data is not supported: fastckpt saves data or fails")
-    state = _Capture()
+
+
+def pickled(obj: object, numbers: StorageNumbers, pickle_module: Any, pickle_protocol: int) -> bytes:
+    """The pickle stream of an object, its storages replaced by numbers."""
     buffer = io.BytesIO()
 
     class Pickler(pickle_module.Pickler):  # type: ignore[misc]
         def persistent_id(self, obj: object) -> tuple[Any, ...] | None:
-            return state.persistent_id(obj)
+            return numbers.persistent_id(obj)
 
     Pickler(buffer, protocol=pickle_protocol).dump(obj)
-    captured = Captured(buffer.getvalue(), state.storages)
-    for named in named_tensors(obj):
-        entry = _entry(named, state)
-        if entry is not None:
-            captured.tensors.append(entry)
-    return captured
+    return buffer.getvalue()
 
 
-def _entry(named: Named, state: _Capture) -> TensorEntry | None:
+def entries(obj: object, numbers: StorageNumbers, prefix: Name = ()) -> list[TensorEntry]:
+    """What the directory says of the tensors in an object that has been pickled."""
+    found = (_entry(named, numbers) for named in named_tensors(obj, prefix))
+    return [entry for entry in found if entry is not None]
+
+
+def _entry(named: Named, state: StorageNumbers) -> TensorEntry | None:
     name, value, kind, place = named
     if isinstance(value, np.ndarray):
         number = state.number_of_array.get(id(value))
@@ -206,6 +241,8 @@ def _entry(named: Named, state: _Capture) -> TensorEntry | None:
     element = element_type(dtype)
     if storage.dtype == "uint8" and element is not None and storage.n_bytes % element.n_bytes == 0:
         storage.dtype = dtype  # torch writes its newer types through untyped storages; their width matters for the cuts
+    if storage.device is not None and covers(value, storage.n_bytes):
+        state.wholes[number] = value
     return TensorEntry(
         name,
         dtype,
@@ -216,6 +253,19 @@ def _entry(named: Named, state: _Capture) -> TensorEntry | None:
         kind,
         value.requires_grad,
         place,
+    )
+
+
+def covers(tensor: torch.Tensor, n_bytes: int) -> bool:
+    """Whether a tensor is all of its storage's bytes, in order, so that it can stand for them."""
+    return (
+        tensor.nbytes == n_bytes
+        and not tensor.storage_offset()
+        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and not tensor.is_quantized
+        and not tensor.is_complex()
+        and not tensor.is_neg()
+        and tensor.is_contiguous()
     )
 
 

@@ -43,10 +43,13 @@ class Named(NamedTuple):
     place: GlobalPlace | None = None
 
 
-def named_tensors(obj: object) -> Iterator[Named]:
-    """Every tensor and array in `obj` that has a name, depth first. Runs no code of the objects but `__tensor_flatten__`."""
+def named_tensors(obj: object, prefix: Name = ()) -> Iterator[Named]:
+    """Every tensor and array in `obj` that has a name, which begins with the prefix; depth first.
+
+    Runs no code of the objects but `__tensor_flatten__`.
+    """
     seen: set[int] = set()
-    stack: list[tuple[Name, object]] = [((), obj)]
+    stack: list[tuple[Name, object]] = [(prefix, obj)]
     while stack:
         name, value = stack.pop()
         if isinstance(value, torch.Tensor):

@@ -223,24 +223,24 @@ def test_what_is_committed_is_the_state_at_the_call_of_step(store: HeldStore) ->
 def test_the_optimizers_step_waits_for_copies_that_were_left_to_it(
     store: HeldStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastckpt.state.capture import CapturedStorage
+    from fastckpt.state import Captured
 
     training = Training()
     copying, go = threading.Event(), threading.Event()
-    original = CapturedStorage.read_into
+    original = Captured.read
     fenced = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
 
-    def slow(self: CapturedStorage, offset: int, out: Any) -> None:
-        if threading.current_thread().name.startswith("fastckpt-stage") and self.address in fenced:
+    def slow(self: Captured, pieces: Any, out: Any) -> None:
+        if threading.current_thread().name.startswith("fastckpt-stage") and self.addresses[pieces[0][0]] in fenced:
             copying.set()
             assert go.wait(SHORT_S)
-        original(self, offset, out)
+        original(self, pieces, out)
 
     with checkpointer(store, training, every=Every(steps=2)) as ckpt:
         training.step()
         ckpt.step(1)
         training.step()  # both hooks have fired between two steps: from here on they are trusted
-        monkeypatch.setattr(CapturedStorage, "read_into", slow)
+        monkeypatch.setattr(Captured, "read", slow)
         monkeypatch.setattr("fastckpt.snapshot.snapshot._INLINE_BYTES", 1)  # these tensors would not be worth a thread
         monkeypatch.setattr(
             "fastckpt.chunking.BUNDLE_BYTES", 1
@@ -277,22 +277,22 @@ def test_without_a_hook_that_fires_everything_is_copied_before_step_returns(stor
 
 
 def test_a_parameter_changed_while_it_is_copied_is_an_error(store: HeldStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastckpt.state.capture import CapturedStorage
+    from fastckpt.state import Captured
 
     training = Training()
-    original = CapturedStorage.read_into
+    original = Captured.read
 
-    def meddle(self: CapturedStorage, offset: int, out: Any) -> None:
+    def meddle(self: Captured, pieces: Any, out: Any) -> None:
         if threading.current_thread().name.startswith("fastckpt-stage"):
             with torch.no_grad():
                 training.model[0].weight.add_(1)
-        original(self, offset, out)
+        original(self, pieces, out)
 
     with checkpointer(store, training) as ckpt:
         training.step()
         ckpt.step(1)
         ckpt.wait()
-        monkeypatch.setattr(CapturedStorage, "read_into", meddle)
+        monkeypatch.setattr(Captured, "read", meddle)
         monkeypatch.setattr("fastckpt.snapshot.snapshot._INLINE_BYTES", 1)
         training.step()
         ckpt.step(2)

@@ -12,7 +12,7 @@ import torch
 from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import TornSnapshotError
 from fastckpt.options import Options
-from fastckpt.snapshot import FenceHooks, fenced
+from fastckpt.snapshot import Fenced, FenceHooks
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.snapshot.lane import Lane
 from fastckpt.snapshot.pool import Slab, SlabPool
@@ -116,14 +116,13 @@ def test_what_forward_changes_is_not_copied_first(
 ) -> None:
     job = make(gpu)
 
-    def all_fenced(optimizers: Any) -> fenced.Fenced:
-        tensors = [
-            t for one in job.state.values() if isinstance(one, torch.nn.Module) for t in one.state_dict().values()
-        ]
-        found = {t.untyped_storage().data_ptr(): [] for t in tensors}
-        return {**fenced.fenced_tensors(optimizers), **found}
+    def all_fenced(optimizers: Any) -> Fenced:
+        found = Fenced(optimizers)
+        modules = [one for one in job.state.values() if isinstance(one, torch.nn.Module)]
+        found.addresses |= {t.untyped_storage().data_ptr() for m in modules for t in m.state_dict().values()}
+        return found
 
-    monkeypatch.setattr("fastckpt.checkpointer.fenced_tensors", all_fenced)
+    monkeypatch.setattr("fastckpt.checkpointer.Fenced", all_fenced)
     assert any("RACE: write" in text for text in run(job))
 
 
