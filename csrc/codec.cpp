@@ -310,7 +310,7 @@ extern "C" int fastckpt_gather(const uint64_t* addresses, const uint64_t* n_byte
     size_t left = out_bytes;
     for (size_t i = 0; i < n; ++i) {
         if (n_bytes[i] > left) return FASTCKPT_BAD_LENGTH;
-        std::memcpy(to, reinterpret_cast<const void*>(static_cast<uintptr_t>(addresses[i])), n_bytes[i]);
+        if (n_bytes[i]) std::memcpy(to, reinterpret_cast<const void*>(static_cast<uintptr_t>(addresses[i])), n_bytes[i]);
         to += n_bytes[i], left -= n_bytes[i];
     }
     return left ? FASTCKPT_BAD_LENGTH : FASTCKPT_OK;

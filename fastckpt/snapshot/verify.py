@@ -52,7 +52,7 @@ class DeviceFingerprints:
             target = torch.empty(self._prints.numel(), dtype=torch.int64, pin_memory=True)
         except RuntimeError:  # SlabPool tells of it
             target = torch.empty(self._prints.numel(), dtype=torch.int64)
-        lane.copy(target, [self._prints], pinned=target.is_pinned())
+        lane.copy(bytes_of(target), [self._prints], pinned=target.is_pinned())
         self._fetched, self._event = target, lane.mark()
 
     def get(self, position: int) -> int:

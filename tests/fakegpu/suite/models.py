@@ -111,10 +111,10 @@ def mixed_precision(where: torch.device) -> Job:
     """Every second step has an infinite gradient: the scaler skips the optimizer's, and no hook fires."""
     job = mlp(where)
     model, optim = job.state["model"], job.state["optim"]
-    scaler = torch.amp.GradScaler("fakegpu", growth_interval=2)
+    scaler = torch.amp.GradScaler(where.type, growth_interval=2)
 
     def step(number: int) -> None:
-        with torch.autocast("fakegpu", dtype=torch.bfloat16):
+        with torch.autocast(where.type, dtype=torch.bfloat16):
             loss = model(inputs(number, 16, 32).to(where)).float().square().mean()
         scaler.scale(loss).backward()
         if number % 2:
@@ -226,9 +226,9 @@ def lbfgs(where: torch.device) -> Job:
 
 
 def mixed_devices(where: torch.device) -> Job:
-    """One half on each of two devices, and a part on the host."""
+    """One half on each of two devices (the same one twice where there is only one), and a part on the host."""
     torch.manual_seed(0)
-    other = torch.device(where.type, 1)
+    other = torch.device(where.type, min(1, torch.accelerator.device_count() - 1))
     first, second, third = nn.Linear(32, 600).to(where), nn.Linear(600, 600).to(other), nn.Linear(600, 600)
     optim = torch.optim.AdamW([*first.parameters(), *second.parameters(), *third.parameters()], lr=1e-2, foreach=False)
 

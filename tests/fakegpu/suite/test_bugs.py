@@ -14,7 +14,7 @@ from fastckpt.errors import TornSnapshotError
 from fastckpt.options import Options
 from fastckpt.snapshot import Fenced, FenceHooks
 from fastckpt.snapshot import snapshot as engine
-from fastckpt.snapshot.lane import Lane
+from fastckpt.snapshot.lane import Lane, bytes_of
 from fastckpt.snapshot.pool import Slab, SlabPool
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import Job, batch_norm_cnn, closure, inputs, mlp, moving_average
@@ -104,7 +104,7 @@ def test_the_event_is_recorded_on_another_stream(gpu: torch.device, monkeypatch:
 def test_a_temporary_is_not_recorded_on_the_stream(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     def copy(self: Lane, target: torch.Tensor, pieces: Sequence[torch.Tensor], *, pinned: bool) -> None:
         with self.stream:
-            target.copy_(torch.cat(list(pieces)) if len(pieces) > 1 else pieces[0], non_blocking=pinned)
+            target.copy_(self._join(pieces) if len(pieces) > 1 else bytes_of(pieces[0]), non_blocking=pinned)
 
     monkeypatch.setattr(Lane, "copy", copy)
     assert any("allocation" in text or "RACE: write" in text for text in run(batch_norm_cnn(gpu)))
