@@ -99,11 +99,11 @@ class Checkpointer:
         warm_up()  # without native kernels numba compiles for seconds: now, in the background, not when a notice has come
         self._targets = targets.check_targets(state)
         self._optimizers = [t for t in self._targets.values() if isinstance(t, torch.optim.Optimizer)]
-        self._options = options or Options.from_env()
         self._every, self._fresh = every, fresh
         self._on_exception, self._close_timeout_s = on_exception, close_timeout_s
         self._owns_store = not isinstance(url, Store)
         self._store = url if isinstance(url, Store) else open_store(os.fspath(url))
+        self._options = (options or Options.from_env()).for_store(self._store.useful_connections)
         self._repository = Repository(self._store)
         self._watcher: Watcher | None = None
         self._hooks: FenceHooks | None = None

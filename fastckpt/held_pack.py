@@ -56,5 +56,8 @@ class HeldSource:
             raise EOFError(f"{self.name} has {data.size} bytes: expected {offset + view.size} or more")
         view[:] = data[offset : offset + view.size]
 
+    def will_read(self, offset: int, n_bytes: int) -> None:
+        """Packs are read whole."""
+
     def close(self) -> None:
         pass

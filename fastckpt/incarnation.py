@@ -18,6 +18,7 @@ from fastckpt.errors import RepositoryError, SaveError, SupersededError
 from fastckpt.format.keys import MAX_STEP, MAX_TRY, CheckpointId, SaveId
 from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped
 from fastckpt.options import Options
+from fastckpt.packs import PackBuffers
 from fastckpt.repository import Repository
 from fastckpt.retention import GRACE_S, Collector, Keep, Plan, plan
 from fastckpt.state import Captured
@@ -50,6 +51,7 @@ class Incarnation:
         self._rank, self._world = rank, world
         self._attempts: dict[int, int] = {}
         self._collector = Collector(repository)
+        self._buffers = PackBuffers()
         self._sleep, self._clock = sleep, clock
 
     def restore(self, step: Step = "latest", known_bad: Sequence[Skipped] = ()) -> Choice | None:
@@ -156,7 +158,15 @@ class Incarnation:
         self.in_flight.add(request.save)
         try:
             placed = upload(
-                captured, self.repository.store, request, self._options, source, before_vote, goodput_bytes_s, cancelled
+                captured,
+                self.repository.store,
+                request,
+                self._options,
+                source,
+                before_vote,
+                goodput_bytes_s,
+                cancelled,
+                self._buffers,
             )
             commit = self._commit(request.save, {self._rank: placed.data}, commit_timeout_s)
             self.acknowledge(commit)

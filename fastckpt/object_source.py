@@ -21,6 +21,9 @@ class ObjectSource:
     def read_into(self, offset: int, out: Any) -> None:
         self._store.get_into(self._key, offset, out)
 
+    def will_read(self, offset: int, n_bytes: int) -> None:
+        """Reads of many threads at once are what makes a store fast."""
+
     def close(self) -> None:
         if self._owns_store:
             self._store.close()
@@ -40,6 +43,9 @@ class BytesSource:
         view[: len(part)] = part
         if len(part) < view.nbytes:
             raise EOFError(f"{self.name} ends at byte {self.n_bytes}: {offset + view.nbytes} or more were expected")
+
+    def will_read(self, offset: int, n_bytes: int) -> None:
+        """They are here."""
 
     def close(self) -> None:
         pass

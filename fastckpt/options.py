@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,12 @@ class Options:
     def snapshot_bytes(self) -> int:
         """What the budget has left for snapshots once encoders and uploads have their part. 0: nothing."""
         return max(0, self.host_budget_bytes - self.encoder_bytes - (self.connections + 1) * self.max_pack_bytes)
+
+    def for_store(self, useful_connections: int | None) -> Options:
+        """These, with no more connections than a store can make use of: each one takes memory."""
+        if useful_connections is None or useful_connections >= self.connections:
+            return self
+        return replace(self, connections=useful_connections)
 
     @classmethod
     def from_env(cls) -> Options:

@@ -15,14 +15,20 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fastckpt import events
 from fastckpt.errors import SaveError
 from fastckpt.format.digest import crc64nvme
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import SaveId, pack_key
 from fastckpt.options import MIN_PACK_BYTES, Options
+from fastckpt.pages import fresh_pages
 from fastckpt.store.base import Store
 from fastckpt.workers import WorkerPool
+
+Buffer = npt.NDArray[np.uint8]
 
 
 def choose_pack_bytes(left_bytes: int, options: Options, goodput_bytes_s: float | None = None) -> int:
@@ -37,6 +43,22 @@ def choose_pack_bytes(left_bytes: int, options: Options, goodput_bytes_s: float 
     return max(MIN_PACK_BYTES, wanted)
 
 
+class PackBuffers:
+    """Memory for packs, kept from save to save: its fresh pages would cost three times the copy into them. One save at a time."""
+
+    def __init__(self) -> None:
+        self._free: list[Buffer] = []
+
+    def take(self, n_bytes: int) -> Buffer:
+        """Of this size at least, and not twice as much."""
+        self._free = [one for one in self._free if n_bytes <= one.size <= 2 * n_bytes]
+        return self._free.pop() if self._free else fresh_pages(n_bytes)
+
+    def give_back(self, buffers: list[Buffer]) -> None:
+        """Nobody reads them any more."""
+        self._free += buffers
+
+
 class PackWriter:
     """A Payload whose bytes go to a store. One thread adds; `connections` threads upload. Use as a context manager."""
 
@@ -48,6 +70,7 @@ class PackWriter:
         pack_bytes: int,
         connections: int,
         cancelled: Callable[[], bool] = lambda: False,
+        buffers: PackBuffers | None = None,
     ) -> None:
         """cancelled: asked before every chunk; once it says True, `add` and `finish` raise SaveError."""
         self._cancelled = cancelled
@@ -56,12 +79,14 @@ class PackWriter:
         self._rank = rank
         self._pack_bytes = pack_bytes
         self._pool = WorkerPool(connections, "fastckpt-upload")
+        self._buffers = buffers or PackBuffers()
         self._buffers_left = connections + 1
-        self._free: list[bytearray] = []
-        self._current: bytearray | None = None
+        self._all: list[Buffer] = []
+        self._free: list[Buffer] = []
+        self._current: Buffer | None = None
         self._filled = 0
         self._sealed = 0
-        self._pending: deque[Future[tuple[bytearray, FileEntry]]] = deque()
+        self._pending: deque[Future[tuple[Buffer, FileEntry]]] = deque()
         self._files: list[FileEntry] = []
         self.stored_bytes = 0
 
@@ -70,6 +95,8 @@ class PackWriter:
 
     def __exit__(self, *error: object) -> None:
         self._pool.close()
+        self._buffers.give_back(self._all)
+        self._all = []
 
     def add(self, stored: Any) -> tuple[int, int]:
         self._refuse_cancelled()
@@ -79,7 +106,7 @@ class PackWriter:
         if self._current is None:
             self._current, self._filled = self._buffer(), 0
         offset = self._filled
-        self._current[offset : offset + view.nbytes] = view
+        np.copyto(self._current[offset : offset + view.nbytes], np.frombuffer(view, np.uint8))  # lets go of the GIL
         self._filled += view.nbytes
         self.stored_bytes += view.nbytes
         return self._sealed + 1, offset  # file 0 is the vote itself
@@ -88,10 +115,11 @@ class PackWriter:
         if self._cancelled():
             raise SaveError(f"the save of step {self._save.step} was cancelled. Nothing was committed")
 
-    def _buffer(self) -> bytearray:
+    def _buffer(self) -> Buffer:
         if not self._free and self._buffers_left:
             self._buffers_left -= 1
-            return bytearray(self._pack_bytes)
+            self._all.append(self._buffers.take(self._pack_bytes))
+            return self._all[-1]
         while not self._free:
             self._collect()
         return self._free.pop()
@@ -109,10 +137,10 @@ class PackWriter:
         self._sealed += 1
         self._current = None
 
-    def _upload(self, number: int, buffer: bytearray, n_bytes: int) -> tuple[bytearray, FileEntry]:
+    def _upload(self, number: int, buffer: Buffer, n_bytes: int) -> tuple[Buffer, FileEntry]:
         started = time.perf_counter()
         key = pack_key(self._save, self._rank, number)
-        pack = memoryview(buffer)[:n_bytes]
+        pack = buffer.data[:n_bytes]
         entry = FileEntry(key, n_bytes, crc64nvme(pack))
         self._store.put(key, pack)
         pack.release()

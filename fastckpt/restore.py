@@ -22,6 +22,7 @@ from torch.storage import UntypedStorage
 from fastckpt import events
 from fastckpt.errors import CorruptCheckpointError, Damage, TooLargeError
 from fastckpt.format.records import transform_of
+from fastckpt.pages import fresh_pages
 from fastckpt.reader import Reader, storage_bytes
 from fastckpt.state.capture import U8
 from fastckpt.workers import WorkerPool
@@ -29,6 +30,8 @@ from fastckpt.workers import WorkerPool
 # Enough chunks ahead to keep 16 threads busy while a storage travels to a device.
 DEVICE_WINDOW_BYTES = 256 << 20
 _ALIGNMENT_BYTES = 64
+_MAPPED_BYTES = 1 << 20
+_AHEAD_CHUNKS = 32  # up to 64 MiB
 _INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
 
 
@@ -42,15 +45,22 @@ def check_size(reader: Reader, needed_bytes: int, max_load_bytes: int) -> None:
         )
 
 
+def _new_memory(n_bytes: int) -> U8:
+    """Memory of its own for one storage, aligned as torch aligns its."""
+    if n_bytes >= _MAPPED_BYTES:
+        return fresh_pages(n_bytes)
+    room = np.empty(n_bytes + _ALIGNMENT_BYTES, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT_BYTES
+    return room[start : start + n_bytes]
+
+
 class _Loading:
     """One storage on its way: its memory, and how many chunks are still missing."""
 
     def __init__(self, n_bytes: int) -> None:
         # NumPy's memory: a storage over it cannot be resized, as torch.load's cannot. One that can would let a hostile skeleton
-        # ask for a tensor past its end and get whatever lies in fresh memory. Aligned as torch aligns its own.
-        room = np.empty(n_bytes + _ALIGNMENT_BYTES, np.uint8)
-        start = -room.ctypes.data % _ALIGNMENT_BYTES
-        self.view: U8 = room[start : start + n_bytes]
+        # ask for a tensor past its end and get whatever lies in fresh memory.
+        self.view = _new_memory(n_bytes)
         self.storage: UntypedStorage = torch.from_numpy(self.view).untyped_storage()
         self.missing = 0
 
@@ -75,12 +85,15 @@ class StorageLoader:
         self._entered: set[int] = set()  # storages that have got their memory, once
         self._scheduled: set[int] = set()
         self._next = 0
+        self._hinted = 0
         self._held_bytes = 0
         self._damage: list[Damage] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         inline = storage_bytes(reader) <= _INLINE_BYTES or threads == 1
         self._pool = None if inline else WorkerPool(threads, "fastckpt-load")
+        # Of its own: the system call itself takes as long as the disk, once that has enough to do.
+        self._ahead = None if inline else WorkerPool(1, "fastckpt-read")
 
     def __enter__(self) -> StorageLoader:
         return self
@@ -88,8 +101,9 @@ class StorageLoader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.close()
+        for pool in (self._pool, self._ahead):
+            if pool is not None:
+                pool.close()
 
     def n_bytes(self, number: int) -> int | None:
         return self._storages[number].n_bytes if number < len(self._storages) else None
@@ -146,8 +160,20 @@ class StorageLoader:
             loading.missing = len(self._records_of[number])
             self._held_bytes += self._storages[number].n_bytes
 
+    def _hint(self, record: int) -> None:
+        """Let the disk read while the threads decode. Chunks are asked for nearly in the order of their records."""
+        with self._changed:
+            first, last = max(self._hinted, record), record + _AHEAD_CHUNKS
+            if last - first < _AHEAD_CHUNKS // 2:
+                return
+            self._hinted = last
+        assert self._ahead is not None
+        self._ahead.submit(functools.partial(self._reader.will_read, first, last - 1))
+
     def _load_chunk(self, record: int) -> None:
         try:
+            if self._pool is not None:
+                self._hint(record)
             damage = self._load_chunk_into_place(record)
         except BaseException as error:  # reaches the taker, whatever it is
             with self._changed:

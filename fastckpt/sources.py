@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
@@ -19,6 +20,9 @@ class Source(Protocol):
 
     def read_into(self, offset: int, out: Any) -> None:
         """Fill the writable buffer `out` from `offset` on; EOFError if the source ends before."""
+
+    def will_read(self, offset: int, n_bytes: int) -> None:
+        """A hint: these bytes are wanted soon. Any thread."""
 
     def close(self) -> None:
         """Let go of the source; a caller's file object stays open."""
@@ -50,6 +54,11 @@ class PathSource:
             if n == 0:
                 raise EOFError(f"{self.name} ends at byte {offset}: {view.nbytes} more were expected")
             view, offset = view[n:], offset + n
+
+    def will_read(self, offset: int, n_bytes: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # a file system without a page cache: then without the hint
+                os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -84,6 +93,9 @@ class FileObjectSource:
                 if not n:
                     raise EOFError(f"{self.name} ends: {view.nbytes} more bytes were expected")
                 view = view[n:]
+
+    def will_read(self, offset: int, n_bytes: int) -> None:
+        """Nobody knows what is behind the caller's object."""
 
     def seek_to(self, offset: int) -> None:
         """Leave the caller's file at this position."""

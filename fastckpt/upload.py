@@ -15,7 +15,7 @@ from fastckpt.format.keys import SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import Parent, utc_now, writer
 from fastckpt.format.vote import SaveInfo, save_to_json
 from fastckpt.options import Options
-from fastckpt.packs import PackWriter, choose_pack_bytes
+from fastckpt.packs import PackBuffers, PackWriter, choose_pack_bytes
 from fastckpt.save import ChunkWriter, index_and_footer, start_workers
 from fastckpt.state import Captured
 from fastckpt.store.base import Store
@@ -54,11 +54,13 @@ def upload(
     before_vote: Callable[[], None] = lambda: None,
     goodput_bytes_s: float | None = None,
     cancelled: Callable[[], bool] = lambda: False,
+    buffers: PackBuffers | None = None,
 ) -> Uploaded:
     """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
 
     source: the captured state's chunks; None: the state itself. before_vote: called when all packs are durable; what it raises stops the
     save before it can be committed. cancelled: asked before every chunk; True ends the save with a SaveError.
+    buffers: kept by the caller for its next save.
     Takes, besides the state, `options.chunks_in_flight` × 16 MiB and `connections + 1` packs.
     """
     started = time.perf_counter()
@@ -67,7 +69,9 @@ def upload(
     try:
         pool = start_workers(captured, options)
         try:
-            with PackWriter(store, request.save, request.rank, pack_bytes, options.connections, cancelled) as packs:
+            with PackWriter(
+                store, request.save, request.rank, pack_bytes, options.connections, cancelled, buffers
+            ) as packs:
                 chunks = ChunkWriter(captured, packs, target, options, pool, source or LiveChunks(captured))
                 events.emit(
                     events.SaveStarted(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from fastckpt.events import logger
+from fastckpt.pages import fresh_pages
 
 U8 = npt.NDArray[np.uint8]
 
@@ -40,7 +41,7 @@ empty_host_cache: Callable[[], None] = getattr(torch.accelerator, "empty_host_ca
 
 
 def _pageable(n_bytes: int) -> torch.Tensor:
-    return torch.from_numpy(np.empty(n_bytes, np.uint8))
+    return torch.from_numpy(fresh_pages(n_bytes))
 
 
 def _pinned(n_bytes: int) -> torch.Tensor:

@@ -27,19 +27,21 @@ from fastckpt import events
 from fastckpt.chunking import Chunk, Cuts
 from fastckpt.errors import SaveError, SnapshotStalledError, TornSnapshotError
 from fastckpt.events import logger
+from fastckpt.format.digest import digest
 from fastckpt.format.tensor_names import dotted
 from fastckpt.snapshot.fenced import Fenced
 from fastckpt.snapshot.lane import Lane, joined, wait_for
 from fastckpt.snapshot.places import Places
 from fastckpt.snapshot.pool import U8, Slab, SlabPool
-from fastckpt.snapshot.verify import DeviceFingerprints, fingerprint, weights
+from fastckpt.snapshot.verify import DeviceFingerprints, fingerprint_of_copy, weights
 from fastckpt.state import Captured
+from fastckpt.transform import MAX_RAW_BYTES
 from fastckpt.workers import WorkerPool
 
 MAX_CLONED_BYTES = 64 << 20
 """Of a device's memory, for what may change at any time: statistics, averages, generators, learning rates."""
 _BATCH_BYTES = 16 << 20  # one event for so many bytes: the encoder begins early, and 80 GB need some 5,000 events
-_INLINE_BYTES = 1 << 20  # below this, handing a copy to another thread takes longer than the copy
+_INLINE_BYTES = 256 << 10  # below this, handing a copy to another thread takes longer than the copy
 
 
 @dataclass
@@ -59,8 +61,8 @@ class _Copy:
     """A thread is to make it, or is making it."""
     there: bool = False
     """Somebody has seen the end of it."""
-    expected: Callable[[], int] | None = None
-    """Its fingerprint at the call of save."""
+    expected: Callable[[], int | bytes] | None = None
+    """At the call of save: the digest of host memory, the fingerprint of a device's."""
 
 
 class Snapshot:
@@ -115,7 +117,7 @@ class Snapshot:
         self._error: BaseException | None = None
         self._fenced = self._confirmed = self._closed = False
         self._copiers: WorkerPool | None = None
-        self._weights = weights(None) if verify else torch.empty(0)
+        self._weights = np.empty(0, np.int64)
         self._fingerprints: list[tuple[Lane, DeviceFingerprints]] = []
         self._started_s = time.perf_counter()
         events.emit(
@@ -165,15 +167,20 @@ class Snapshot:
         return True
 
     def _take_fingerprints(self, later: Iterable[int]) -> None:
-        """What the chunks that are copied later hold now, on their devices' current streams."""
+        """What the chunks that are copied later hold now: on the host by their digests, on devices by what their streams can compute."""
         on_device: dict[torch.device, list[_Copy]] = {}
+        scratch = np.empty(0, np.uint8)
         for copy in (self._copies[number] for number in later):
             if copy.device is None:
-                content = np.empty(copy.n_bytes, np.uint8)
+                if not scratch.size:
+                    scratch = np.empty(MAX_RAW_BYTES, np.uint8)
+                content = scratch[: copy.n_bytes]
                 self._captured.read(copy.chunk.pieces, content)
-                copy.expected = functools.partial(int, fingerprint(torch.from_numpy(content), self._weights))
+                copy.expected = functools.partial(bytes, digest(content))
             else:
                 on_device.setdefault(copy.device, []).append(copy)
+        if on_device:
+            self._weights = weights(None).numpy()
         for device, copies in on_device.items():
             try:
                 prints = DeviceFingerprints(device, (self._sources(copy) for copy in copies))
@@ -365,7 +372,8 @@ class Snapshot:
 
     def _verify(self, copy: _Copy, content: U8) -> None:
         assert copy.expected is not None
-        if copy.expected() != int(fingerprint(torch.from_numpy(content), self._weights)):
+        found = digest(content) if copy.device is None else fingerprint_of_copy(content, self._weights)
+        if copy.expected() != found:
             names = ", ".join(sorted({self._name(piece.storage) for piece in copy.chunk.pieces})[:3])
             error = TornSnapshotError(
                 f"{names}: the bytes that were copied are not those of the call of save. Something has written to them without torch's "

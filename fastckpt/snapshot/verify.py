@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fastckpt.snapshot.lane import Lane, bytes_of, joined, wait_for
 from fastckpt.transform import MAX_RAW_BYTES
+
+U8 = npt.NDArray[np.uint8]
+I64 = npt.NDArray[np.int64]
 
 _WORDS = MAX_RAW_BYTES // 8
 
@@ -22,7 +27,7 @@ def weights(device: torch.device | None) -> torch.Tensor:
 
 
 def fingerprint(content: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-    """Of a chunk's bytes, contiguous and aligned to 8: an int64 scalar on their device. by: `weights` of that. Does not synchronise.
+    """Of a chunk's bytes on a device, contiguous and aligned to 8: an int64 scalar there. by: `weights` of it. Does not synchronise.
 
     The sum of all words times odd numbers, modulo 2^64. Not cryptographic: it is there to find overwritten memory.
     """
@@ -32,6 +37,15 @@ def fingerprint(content: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
     if rest:
         total = total + content[8 * n_words :].sum(dtype=torch.int64)
     return total
+
+
+def fingerprint_of_copy(content: U8, by: I64) -> int:
+    """The same, of bytes that have come to the host. Allocates nothing: it runs beside training, within the budget."""
+    n_words, rest = divmod(content.size, 8)
+    total = int(np.dot(content[: 8 * n_words].view(np.int64), by[:n_words]))
+    if rest:
+        total += int(content[8 * n_words :].sum(dtype=np.int64))
+    return (total + (1 << 63)) % (1 << 64) - (1 << 63)  # as int64 overflows
 
 
 class DeviceFingerprints:

@@ -65,6 +65,8 @@ class Store(abc.ABC):
 
     url: str
     """For messages and logs: says where it is, never a secret."""
+    useful_connections: int | None = None
+    """More requests at once than this gain nothing. None: the more the better."""
 
     @abc.abstractmethod
     def put(self, key: str, data: Any) -> None:

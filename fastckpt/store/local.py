@@ -37,6 +37,8 @@ class LocalStore(Store):
     root are not followed. Network file systems: `put_if_absent` is as atomic as their link(2).
     """
 
+    useful_connections = 2  # one writes while the other syncs; eight took no less time and four times the memory
+
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = os.path.realpath(os.path.abspath(os.fspath(root)))
         self.url = f"file://{self._root}"

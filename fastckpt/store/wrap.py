@@ -37,6 +37,7 @@ class Wrapper(Store):
     def __init__(self, inner: Store) -> None:
         self.inner = inner
         self.url = inner.url
+        self.useful_connections = inner.useful_connections
 
     def put(self, key: str, data: Any) -> None:
         self._call("put", key, lambda: self.inner.put(key, data))

@@ -117,9 +117,9 @@ class WatchedOs:
 
 @contextlib.contextmanager
 def watched(
-    before: Hook | None = None, after: AfterHook | None = None, *, tmpfile: bool = True, write_bytes: int = 16 << 10
+    before: Hook | None = None, after: AfterHook | None = None, *, tmpfile: bool = True, write_bytes: int = 8 << 10
 ) -> Iterator[None]:
-    """Watch every operation of fastckpt.files. `write_bytes` makes small states take several writes."""
+    """Watch every operation of fastckpt.files. `write_bytes` makes small states take several writes, direct ones on a thread first."""
     watcher = WatchedOs(before, after, tmpfile=tmpfile)
 
     class WatchedPath:
@@ -133,12 +133,13 @@ def watched(
                 if not missing_ok:
                     raise
 
-    saved = files.os, files.Path, files._WRITE_BYTES
+    saved = files.os, files.Path, files._WRITE_BYTES, files._DIRECT_BYTES
     files.os, files.Path, files._WRITE_BYTES = watcher, WatchedPath, write_bytes  # type: ignore[misc,assignment]
+    files._DIRECT_BYTES = min(write_bytes, files._DIRECT_BYTES)
     try:
         yield
     finally:
-        files.os, files.Path, files._WRITE_BYTES = saved  # type: ignore[misc]
+        files.os, files.Path, files._WRITE_BYTES, files._DIRECT_BYTES = saved  # type: ignore[misc]
 
 
 class Counter:

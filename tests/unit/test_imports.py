@@ -14,8 +14,8 @@ PACKAGE = Path(fastckpt.__file__).parent
 # A new one is entered here, as low as it can be.
 LAYERS = (
     ("_native", "_version", "errors"),
-    ("recording",),
-    ("transform", "events", "files", "ranks", "trace", "workers"),
+    ("recording", "pages", "workers"),
+    ("transform", "events", "files", "ranks", "trace"),
     ("kernels",),
     ("options", "sources", "sinks"),
     ("codec", "format", "store", "plan"),
