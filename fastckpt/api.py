@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -39,6 +38,7 @@ from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
 from fastckpt.tensors import TensorReader
+from fastckpt.workers import start_thread
 
 
 def _describe(f: Any) -> str:
@@ -188,7 +188,7 @@ def save_async(
         handle.staged.set_result(None)
         return handle
     try:
-        threading.Thread(target=run, name="fastckpt-save").start()
+        start_thread(run, "fastckpt-save")
     except BaseException:
         if pool is not None:
             pool.close()

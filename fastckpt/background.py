@@ -1,7 +1,7 @@
 """Saves of a Checkpointer in the background: one uploads while the next is staged.
 
-A thread lives only while there is work, and is no daemon: no save is lost at the end of a script, and an idle Checkpointer keeps no
-interpreter alive.
+A thread lives only while there is work, and the interpreter's end waits for it: no save is lost at the end of a script, and an idle
+Checkpointer keeps no interpreter alive.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fastckpt.incarnation import Incarnation
 from fastckpt.retention import Keep
 from fastckpt.snapshot import Snapshot
 from fastckpt.state import Captured
+from fastckpt.workers import start_thread
 
 MAX_JOBS = 2  # one uploads, one is staged
 
@@ -104,7 +105,7 @@ class SaveQueue:
         with self._changed:
             self._jobs.append(job)
             if not self._running:
-                threading.Thread(target=self._work, name="fastckpt-checkpointer").start()
+                start_thread(self._work, "fastckpt-checkpointer")
                 self._running = True
 
     def take_failures(self) -> list[BaseException]:

@@ -46,6 +46,7 @@ from fastckpt.spot.deadline import Choice, choose
 from fastckpt.state import Recapturer
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
+from fastckpt.workers import ENV_EXIT_TIMEOUT, exit_timeout_s, hurried
 
 EXIT_CODE_NOTICE = 75
 """EX_TEMPFAIL of sysexits.h: the job is not finished, start it again. Every launcher takes it for a failure worth a restart."""
@@ -107,7 +108,7 @@ class Checkpointer:
         self._repository = Repository(self._store)
         self._watcher: Watcher | None = None
         self._hooks: FenceHooks | None = None
-        self._closed = False
+        self._closed, self._pid = False, os.getpid()
         self._incarnation = Incarnation(self._repository, self._options)
         self._stager = Stager(
             self._options.snapshot_bytes,
@@ -364,6 +365,8 @@ class Checkpointer:
                     self._hooks.distrust()
 
     def _before_update(self) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child trains a copy; the snapshot is the parent's, and so are the threads that would end this wait
         started = time.monotonic()
         self._fence("optimizer step")
         self._stall_s += time.monotonic() - started
@@ -410,7 +413,8 @@ class Checkpointer:
     def _wait_for(self, handle: CommitHandle, notice: Notice) -> None:
         left_s = notice.seconds_left(time.monotonic())
         try:
-            handle.wait(left_s)
+            with hurried():
+                handle.wait(left_s)
         except TimeoutError as error:
             if handle.done():  # the save's own
                 raise
@@ -430,7 +434,9 @@ class Checkpointer:
         """Wait until all saves have ended; raises what failed, or TimeoutError."""
         self._require_open()
         self.fence()
-        if not self._queue.wait_idle(timeout_s):
+        with hurried():
+            idle = self._queue.wait_idle(timeout_s)
+        if not idle:
             raise TimeoutError(
                 f"saves are still under way after {timeout_s} s: steps {[job.step for job in self._queue.jobs]}"
             )
@@ -449,16 +455,30 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Wait until saves under way are durable, then let go of everything. Raises what has failed and was not raised yet."""
-        if self._closed:
+        """Wait until saves under way are durable, then let go of everything. Raises what has failed and was not raised yet.
+
+        SaveError after FASTCKPT_EXIT_TIMEOUT_S (600): a store that hangs must not keep the process.
+        """
+        if self._closed or os.getpid() != self._pid:
             return
         try:
             self.fence()
-            self._queue.wait_idle()
+            self._end_saves(exit_timeout_s(), ENV_EXIT_TIMEOUT)
         finally:
             self._closed = True
             self._let_go()
         self._raise_failures()
+
+    def _end_saves(self, timeout_s: float, what: str) -> None:
+        """Wait for them, and give up those that are not durable by then. SaveError in that case."""
+        with hurried():
+            idle = self._queue.wait_idle(timeout_s)
+        if not idle:
+            self._queue.cancel()
+            raise SaveError(
+                f"saves of steps {[job.step for job in self._queue.jobs]} were not durable after {what} = {timeout_s:g} s and were given "
+                "up. Earlier checkpoints are as they were"
+            )
 
     def _let_go(self) -> None:
         if self._hooks is not None:
@@ -487,7 +507,7 @@ class Checkpointer:
 
     def _abort(self) -> None:
         """Leave after an exception: what is in flight gets `close_timeout_s`, and nothing new begins unless it was asked for."""
-        if self._closed:
+        if self._closed or os.getpid() != self._pid:
             return
         try:
             self.fence()
@@ -498,18 +518,18 @@ class Checkpointer:
                 and not self._saved(self._step)
             ):
                 self._start(self._step, "exception", {}, {})
-            if not self._queue.wait_idle(self._close_timeout_s):
-                self._queue.cancel()
-                raise SaveError(
-                    f"saves of steps {[job.step for job in self._queue.jobs]} were not durable after close_timeout_s = "
-                    f"{self._close_timeout_s} and were given up. Earlier checkpoints are as they were"
-                )
+            self._end_saves(self._close_timeout_s, "close_timeout_s")
         finally:
             self._closed = True
             self._let_go()
         self._raise_failures()
 
     def _require_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise CheckpointError(
+                f"this Checkpointer belongs to process {self._pid}, and this is a fork of it ({os.getpid()}): its threads are not here. "
+                "A child that is to save needs one of its own"
+            )
         if self._closed:
             raise CheckpointError("this Checkpointer is closed")
 

@@ -58,6 +58,12 @@ class Options:
     """Whether staged bytes are compared with fingerprints taken at the call of save: "first" (the first snapshot that is left to a fence),
     "always", "off". Finds writes that torch does not count (`.data`, NumPy views, kernels of others). Costs one more reading of the state,
     on its device, or on the host for host tensors."""
+    background_nice: int = 0
+    """By how much the threads that encode and upload give way to others (as nice(1), 1 to 19) while nobody waits for them. 0: not at all.
+    Giving way costs training more than it gains where its own threads wait for each other (docs/decisions/0003)."""
+    spill_dir: str = ""
+    """A directory on a local disk for snapshots that are larger than the budget: what the store is too slow to take goes there, so that
+    training need not wait for it. "": none."""
     connections: int = 8
     """Uploads and downloads under way at once, for stores. One connection to S3 gives some 80 MB/s; each holds one pack of up to 32 MiB."""
     max_load_bytes: int = 0
@@ -74,6 +80,10 @@ class Options:
                 problems.append(f"{field.name} is {value!r}: it must be True or False")
             if field.name == "verify_snapshot" and value not in ("first", "always", "off"):
                 problems.append(f'{field.name} is {value!r}: it must be "first", "always" or "off"')
+            if field.name == "background_nice" and isinstance(value, int) and value > 19:
+                problems.append(f"{field.name} is {value!r}: it must be at most 19")
+            if field.type == "str" and not isinstance(value, str):
+                problems.append(f"{field.name} is {value!r}: it must be a string")
             if field.type == "float" and (
                 not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0
             ):

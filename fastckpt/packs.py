@@ -71,6 +71,7 @@ class PackWriter:
         connections: int,
         cancelled: Callable[[], bool] = lambda: False,
         buffers: PackBuffers | None = None,
+        nice: int = 0,
     ) -> None:
         """cancelled: asked before every chunk; once it says True, `add` and `finish` raise SaveError."""
         self._cancelled = cancelled
@@ -78,7 +79,7 @@ class PackWriter:
         self._save = save
         self._rank = rank
         self._pack_bytes = pack_bytes
-        self._pool = WorkerPool(connections, "fastckpt-upload")
+        self._pool = WorkerPool(connections, "fastckpt-upload", nice=nice)
         self._buffers = buffers or PackBuffers()
         self._buffers_left = connections + 1
         self._all: list[Buffer] = []

@@ -76,11 +76,11 @@ class _Encoded(NamedTuple):
     seconds: float
 
 
-def start_workers(captured: Captured, options: Options) -> WorkerPool | None:
-    """The threads that `write` will use; None if the state is too small to need any."""
+def start_workers(captured: Captured, options: Options, *, background: bool = False) -> WorkerPool | None:
+    """The threads that `write` will use; None if the state is too small to need any. background: nobody waits for them."""
     if captured.n_bytes <= _INLINE_BYTES or options.threads == 1:
         return None
-    return WorkerPool(options.threads, "fastckpt-save")
+    return WorkerPool(options.threads, "fastckpt-save", nice=options.background_nice if background else 0)
 
 
 def write(

@@ -67,10 +67,17 @@ def upload(
     target = f"{store.url} step {request.save.step}"
     pack_bytes = choose_pack_bytes(captured.n_bytes, options, goodput_bytes_s)
     try:
-        pool = start_workers(captured, options)
+        pool = start_workers(captured, options, background=True)
         try:
             with PackWriter(
-                store, request.save, request.rank, pack_bytes, options.connections, cancelled, buffers
+                store,
+                request.save,
+                request.rank,
+                pack_bytes,
+                options.connections,
+                cancelled,
+                buffers,
+                options.background_nice,
             ) as packs:
                 chunks = ChunkWriter(captured, packs, target, options, pool, source or LiveChunks(captured))
                 events.emit(
