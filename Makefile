@@ -13,10 +13,10 @@ NATIVE := $(VENV)/.native
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-gpu lint types docs bench bench-codec clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-gpu gpu-checklist lint types docs bench bench-codec bench-stall clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 system:
 	@PYTHON="$(PYTHON)" scripts/setup-system.sh
@@ -57,6 +57,9 @@ test-slow: venv ## run the tests that take minutes
 test-gpu: venv ## run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)
 
+gpu-checklist: venv ## the seven steps of the first run on a CUDA device; writes a result
+	$(PY) -m tests.gpu.first_run $(ARGS)
+
 lint: venv ## check style
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
@@ -73,6 +76,9 @@ bench: venv ## run the benchmarks
 bench-codec: venv ## compare the codec with ZipNN and zstd
 	@$(PIP) zipnn==0.5.4
 	$(PY) benchmarks/codec.py $(ARGS)
+
+bench-stall: venv ## measure what saving costs a training loop
+	$(PY) benchmarks/stall.py $(ARGS)
 
 clean: ## remove everything that can be made again, .venv too
 	rm -rf $(VENV) build dist demo-out *.egg-info fastckpt/_native*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache

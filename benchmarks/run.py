@@ -50,19 +50,24 @@ class Progress:
 
 def worker(mode: str, name: str, state: Path, directory: Path, check: bool = False) -> dict[str, Any]:
     out = directory.parent / "result.json"
+    arguments = [mode, name, str(state), str(directory), "check" if check else "-"]
+    return in_process("benchmarks.worker", mode, arguments, out)
+
+
+def in_process(module: str, what: str, arguments: list[str], out: Path) -> dict[str, Any]:
+    """Runs a module in a process of its own, with `out` as its last argument; the JSON object that it writes there."""
     out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "benchmarks.worker", mode, name, str(state), str(directory)]
-    command += ["check" if check else "-", str(out)]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+    command = [sys.executable, "-m", module, *arguments, str(out)]
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"{mode}: no end after {LIMIT} s"}
+        return {"error": f"{what}: no end after {LIMIT} s"}
     if done.returncode != 0 or not out.exists():
         words = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"error": f"{mode}: exit code {done.returncode}: {words[:300]}", "stderr": done.stderr[-4000:]}
+        return {"error": f"{what}: exit code {done.returncode}: {words[:300]}", "stderr": done.stderr[-4000:]}
     result: dict[str, Any] = json.loads(out.read_text())
     return result
 

@@ -38,6 +38,7 @@ class Size:
 SIZES = {
     "42m": Size(640, 8, 10, 40),  # 42.1 M parameters, 505 MB of state
     "4m": Size(192, 8, 6, 12),  # 4.4 M parameters, 52 MB: for a smoke test
+    "tiny": Size(32, 1, 2, 1),  # 2 MB, for rehearsals
 }
 
 
@@ -83,41 +84,66 @@ def tokens() -> Tensor:
     return torch.tensor([known.get(word, 0) for word in words])
 
 
+class Training:
+    """A run of this workload: what a training loop holds, and one of its steps."""
+
+    def __init__(self, name: str, batch: int = BATCH) -> None:
+        random.seed(SEED)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        self.batch = batch
+        self.text, self.model = tokens(), GPT(SIZES[name])
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, weight_decay=0.1)
+        self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, start_factor=0.1, total_iters=10)
+        self.progress: dict[str, Any] = {"step": 0, "losses": []}
+
+    def step(self) -> float:
+        """One step; its loss."""
+        at = torch.randint(len(self.text) - CONTEXT - 1, (self.batch,)).tolist()
+        rows = torch.stack([self.text[i : i + CONTEXT + 1] for i in at])
+        loss = functional.cross_entropy(self.model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        value = loss.item()
+        self.progress["step"] += 1
+        self.progress["losses"].append(value)
+        return value
+
+    def state(self) -> dict[str, Any]:
+        _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "progress": self.progress,
+            "rng": {
+                "torch": torch.get_rng_state(),
+                "python": random.getstate(),
+                "numpy": {
+                    "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+                    "rest": (int(position), int(has_gauss), float(gauss)),
+                },
+            },
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state; the generators stay as they are."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.progress = {"step": state["progress"]["step"], "losses": list(state["progress"]["losses"])}
+
+
 def build(name: str) -> dict[str, Any]:
     size = SIZES[name]
-    random.seed(SEED)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
-    text, model = tokens(), GPT(size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10)
-    losses = []
+    training = Training(name)
     for step in range(size.steps):
-        at = torch.randint(len(text) - CONTEXT - 1, (BATCH,)).tolist()
-        rows = torch.stack([text[i : i + CONTEXT + 1] for i in at])
-        loss = functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
-        print(f"workload {name}: step {step + 1}/{size.steps}  loss {loss.item():.3f}", file=sys.stderr, flush=True)
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "progress": {"step": size.steps, "losses": losses},
-        "rng": {
-            "torch": torch.get_rng_state(),
-            "python": random.getstate(),
-            "numpy": {
-                "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-                "rest": (int(position), int(has_gauss), float(gauss)),
-            },
-        },
-    }
+        loss = training.step()
+        print(f"workload {name}: step {step + 1}/{size.steps}  loss {loss:.3f}", file=sys.stderr, flush=True)
+    return training.state()
 
 
 def main(name: str, path: str) -> None:
