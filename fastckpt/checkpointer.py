@@ -116,6 +116,7 @@ class Checkpointer:
             self._repository.url,
             self._options.max_stall_s,
             self._options.verify_snapshot,
+            self._options.spill_dir,
         )
         self._recapturer, self._cuts = Recapturer(), KnownCuts()
         self._queue = SaveQueue(self._incarnation, keep, grace_s)

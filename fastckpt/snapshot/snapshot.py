@@ -9,7 +9,8 @@ on the device where they are small, otherwise the compute stream waits for them 
 
 A state larger than the budget goes through it as through a *ring*: slabs are used again once their chunks are encoded. Then copies may
 still have to be given out when the step comes, and `fence` keeps the host until the last one is, at most `max_stall_s`: after that the
-snapshot is dropped, and training goes on.
+snapshot is dropped, and training goes on. With a spill file, slabs that the encoder is far from go to a disk, and the ring turns as fast as
+that writes.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from fastckpt.snapshot.fenced import Fenced
 from fastckpt.snapshot.lane import Lane, joined, wait_for
 from fastckpt.snapshot.places import Places
 from fastckpt.snapshot.pool import U8, Slab, SlabPool
+from fastckpt.snapshot.spill import SpillFile
 from fastckpt.snapshot.verify import DeviceFingerprints, fingerprint_of_copy, weights
 from fastckpt.state import Captured
 from fastckpt.transform import MAX_RAW_BYTES
-from fastckpt.workers import WorkerPool
+from fastckpt.workers import WorkerPool, start_thread
 
 MAX_CLONED_BYTES = 64 << 20
 """Of a device's memory, for what may change at any time: statistics, averages, generators, learning rates."""
@@ -85,10 +87,12 @@ class Snapshot:
         step: int | None,
         max_stall_s: float,
         verify: bool = False,
+        spill: SpillFile | None = None,
     ) -> None:
         """places: from `take_places`, of the same arguments. On return all that is not fenced may change. verify: compare what was copied
         later with fingerprints taken now.
 
+        spill: where slabs go that hold up the ring; closed with this.
         lane_of: the same lane for the same device every time. Raises what keeps the first copies from being made; the pool has its
         slabs back then.
         """
@@ -118,6 +122,11 @@ class Snapshot:
         self._fenced = self._confirmed = self._closed = False
         self._copiers: WorkerPool | None = None
         self._weights = np.empty(0, np.int64)
+        self._spill = spill
+        self._spilling: int | None = None
+        """The slab that is on its way to the disk."""
+        self._handed: set[int] = set()
+        """Slabs that the encoder has begun with: they stay."""
         self._fingerprints: list[tuple[Lane, DeviceFingerprints]] = []
         self._started_s = time.perf_counter()
         events.emit(
@@ -151,6 +160,8 @@ class Snapshot:
             self._changed.wait_for(lambda: not any(self._copies[number].in_thread for number in first))
             if self._error is not None:
                 raise self._error
+        if self._spill is not None and not self._is_settled():
+            start_thread(functools.partial(self._spill_slabs, self._spill), "fastckpt-spill")
 
     def _clone(self, first: Iterable[int]) -> bool:
         """Copy what is copied first on its device, if that is little. False: it is not, or the device has no room."""
@@ -286,6 +297,60 @@ class Snapshot:
             self._in_threads -= 1
             self._changed.notify_all()
 
+    # -- the disk ------------------------------------------------------------------------------------------------------
+
+    def _spill_slabs(self, spill: SpillFile) -> None:
+        """Until all copies are given out. A disk that fails is told, and the ring goes on without it."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_settled() or self._farthest() is not None)
+                slab = self._farthest()
+                if self._is_settled() or slab is None:
+                    return
+                self._spilling = slab
+            numbers = [number for number in self._order if self._slot_of[number].slab == slab]
+            try:
+                for number in numbers:
+                    event = self._copies[number].event
+                    if event is not None:
+                        wait_for(event)
+                spill.write({number: self._content(number) for number in numbers})
+            except OSError as error:
+                logger.warning("spill_dir cannot take more: %s. Training waits for the store instead", error)
+                with self._changed:
+                    self._spilling = None
+                    self._changed.notify_all()
+                return
+            except BaseException as error:  # the device's
+                self._spilling = None
+                self._fail(error)
+                return
+            for number in numbers:
+                self._note(self._copies[number])
+            with self._changed:
+                self._spilling = None
+                self._pool.give_back([self._slabs.pop(slab)])
+                if not self._closed:
+                    self._give_out(len(self._order))
+                self._changed.notify_all()
+
+    def _farthest(self) -> int | None:
+        """The full slab that the encoder will need last. The caller holds the lock."""
+        filling = self._slot_of[self._order[self._next]].slab if self._next < len(self._order) else 0
+        full = [slab for slab in self._slabs if slab < filling and slab not in self._handed]
+        slab = max(full, default=None)
+        if slab is None or any(
+            copy.in_thread or not copy.given_out
+            for number, copy in enumerate(self._copies)
+            if self._slot_of[number].slab == slab
+        ):
+            return None
+        return slab
+
+    def _content(self, number: int) -> U8:
+        slot = self._slot_of[number]
+        return self._slabs[slot.slab].array[slot.offset : slot.offset + self._copies[number].n_bytes]
+
     # -- the training thread -------------------------------------------------------------------------------------------
 
     def fence(self, why: str = "fence()") -> None:
@@ -356,18 +421,30 @@ class Snapshot:
 
     def raw(self, number: int, scratch: U8) -> U8:
         """A chunk's bytes, once they are there; they stay until `release`. Raises what went wrong with the snapshot."""
-        copy, slot = self._copies[number], self._slot_of[number]
+        copy, slab = self._copies[number], self._slot_of[number].slab
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or (copy.given_out and not copy.in_thread))
+            self._changed.wait_for(
+                lambda: self._error is not None or (copy.given_out and not copy.in_thread and self._spilling != slab)
+            )
             if self._error is not None:
                 raise self._error
-        content = self._slabs[slot.slab].array[slot.offset : slot.offset + copy.n_bytes]
-        if not copy.there:
-            if copy.event is not None:
+            spilled = self._spill if self._spill is not None and number in self._spill else None
+            if spilled is None:
+                self._handed.add(slab)
+        if spilled is not None:
+            content = scratch[: copy.n_bytes]
+            try:
+                spilled.read(number, content)
+            except BaseException as error:
+                self._fail(error)
+                raise
+        else:
+            content = self._content(number)
+            if copy.event is not None and not copy.there:
                 self._wait_for_device(copy, copy.event)
-            if copy.expected is not None:
-                self._verify(copy, content)
-            self._note(copy)
+        if copy.expected is not None:
+            self._verify(copy, content)
+        self._note(copy)
         return content
 
     def _verify(self, copy: _Copy, content: U8) -> None:
@@ -435,11 +512,14 @@ class Snapshot:
             if not self._confirmed:
                 self._fail(SaveError(f"the snapshot of step {self._step} was given up. Nothing was committed"))
             self._closed = True
-            self._changed.wait_for(lambda: not self._in_threads)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._in_threads and self._spilling is None)
             slabs, self._slabs = list(self._slabs.values()), {}
             copiers, self._copiers = self._copiers, None
         if copiers is not None:
             copiers.close()
+        if self._spill is not None:
+            self._spill.close()
         try:
             for lane in self._lanes.values():
                 wait_for(lane.mark())

@@ -6,11 +6,13 @@ import torch
 
 from fastckpt.chunking import Cuts
 from fastckpt.errors import SaveError
+from fastckpt.events import logger
 from fastckpt.snapshot.fenced import Fenced
 from fastckpt.snapshot.lane import Lane, is_capturing
 from fastckpt.snapshot.places import take_places
 from fastckpt.snapshot.pool import SlabPool
 from fastckpt.snapshot.snapshot import Snapshot
+from fastckpt.snapshot.spill import SpillFile
 from fastckpt.state import Captured
 
 
@@ -18,10 +20,22 @@ class Stager:
     """Used by the thread that trains.
 
     budget_bytes: host memory for all snapshots together. threads: that copy host memory. target: named in events and errors. max_stall_s,
-    verify: see Options.
+    verify, spill_dir: see Options.
     """
 
-    def __init__(self, budget_bytes: int, threads: int, target: str, max_stall_s: float, verify: str = "off") -> None:
+    def __init__(
+        self,
+        budget_bytes: int,
+        threads: int,
+        target: str,
+        max_stall_s: float,
+        verify: str = "off",
+        spill_dir: str = "",
+    ) -> None:
+        """SaveError if nothing can be written to spill_dir."""
+        self._spill_dir = spill_dir
+        if spill_dir:
+            SpillFile(spill_dir).close()
         self.pool = SlabPool(budget_bytes)
         self._threads, self._target, self._max_stall_s = threads, target, max_stall_s
         self._verify = verify
@@ -43,6 +57,12 @@ class Stager:
         verify = fenced is not None and self._verify != "off"
         if verify and self._verify == "first":
             self._verify = "off"
+        spill = None
+        if places.is_ring and self._spill_dir:
+            try:
+                spill = SpillFile(self._spill_dir)
+            except SaveError as error:  # it could be used when this was made
+                logger.warning("%s", error)
         return Snapshot(
             captured,
             cuts,
@@ -55,6 +75,7 @@ class Stager:
             step=step,
             max_stall_s=self._max_stall_s,
             verify=verify,
+            spill=spill,
         )
 
     def _lane(self, device: torch.device) -> Lane:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -49,7 +51,11 @@ def test_nothing_is_reported_while_copies_run_beside_training(gpu: torch.device,
 
 
 @pytest.mark.parametrize("budget_mib", [20, 32, 64])
-def test_a_state_larger_than_the_budget_goes_through_a_ring(gpu: torch.device, budget_mib: int) -> None:
+@pytest.mark.parametrize("spills", [False, True], ids=["waits", "spills"])
+def test_a_state_larger_than_the_budget_goes_through_a_ring(
+    gpu: torch.device, budget_mib: int, spills: bool, tmp_path: Path
+) -> None:
+    """With 20 MiB nothing is left for snapshots, and training waits for the upload; with 32 and 64 a ring turns."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(*[torch.nn.Linear(1100, 1100) for _ in range(5)]).to(gpu)  # 24 MB, with its moments 73
     optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -59,6 +65,7 @@ def test_a_state_larger_than_the_budget_goes_through_a_ring(gpu: torch.device, b
         optim.step()
         optim.zero_grad()
 
-    options = Options(threads=2, connections=1, host_budget_bytes=budget_mib << 20, max_stall_s=60)
+    spill_dir = str(tmp_path) if spills else ""
+    options = Options(threads=2, connections=1, host_budget_bytes=budget_mib << 20, max_stall_s=60, spill_dir=spill_dir)
     saved = train({"model": model, "optim": optim}, step, steps=2, options=options)
     saved.check()
