@@ -77,6 +77,9 @@ bench-codec: venv ## compare the codec with ZipNN and zstd
 	@$(PIP) zipnn==0.5.4
 	$(PY) benchmarks/codec.py $(ARGS)
 
+bench-host: venv ## measure what the call of save costs for each of 10,000 storages
+	$(PY) benchmarks/host_time.py $(ARGS)
+
 bench-stall: venv ## measure what saving costs a training loop
 	$(PY) benchmarks/stall.py $(ARGS)
 
