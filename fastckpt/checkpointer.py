@@ -486,6 +486,8 @@ class Checkpointer:
             self._hooks.remove()
         if self._watcher is not None:
             self._watcher.close()
+        self._stager.pool.drop_free()
+        self._incarnation.close()
         if self._owns_store and not len(self._queue):  # a save that was given up may still be in its last request
             self._store.close()
 

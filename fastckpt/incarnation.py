@@ -201,6 +201,10 @@ class Incarnation:
                 f"{self.epoch.number}). Step {commit.save.step} was saved, but will not be restored by default. Stop this process"
             )
 
+    def close(self) -> None:
+        """Let go of memory that was kept for another save."""
+        self._buffers.drop()
+
     def retain(self, keep: Keep | None, grace_s: float = GRACE_S) -> Plan:
         """One pass of retention, if this is the newest incarnation. Rank 0 only, between saves. StoreError; returns what was done."""
         assert self.epoch is not None

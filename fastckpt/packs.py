@@ -58,6 +58,10 @@ class PackBuffers:
         """Nobody reads them any more."""
         self._free += buffers
 
+    def drop(self) -> None:
+        """Give the memory back; there will be no other save."""
+        self._free = []
+
 
 class PackWriter:
     """A Payload whose bytes go to a store. One thread adds; `connections` threads upload. Use as a context manager."""

@@ -1,6 +1,6 @@
 """State → private copy in host memory, without stopping what trains it.
 
-stager.py    begins snapshots, keeps what they use again: slabs (pool.py), one side stream per device (lane.py)
+stager.py    begins snapshots, keeps what they use again: slabs (pool.py), one side stream per device (side_stream.py)
 places.py    which chunks are copied first, where each one goes (slots.py); pure but for taking the memory
 snapshot.py  one snapshot: gives out copies, fences, hands chunks to the encoder
 fenced.py    what only an optimizer's step changes; hooks.py calls the fence before it does

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastckpt.snapshot.lane import is_capturing
+from fastckpt.snapshot.side_stream import is_capturing
 
 
 class FenceHooks:

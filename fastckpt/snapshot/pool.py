@@ -112,6 +112,11 @@ class SlabPool:
         with self._lock:
             self._used_bytes -= sum(slab.n_bytes for slab in slabs)
 
+    def drop_free(self) -> None:
+        """Give back the memory that waits for the next snapshot."""
+        with self._lock:
+            self._drop_free()
+
     def _drop_free(self) -> None:
         """Slabs of another state's sizes, or of an earlier shape of this one."""
         pinned = any(slab.pinned for slabs in self._free.values() for slab in slabs)

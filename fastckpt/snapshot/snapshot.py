@@ -21,23 +21,21 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from fastckpt import events
 from fastckpt.chunking import Chunk, Cuts
 from fastckpt.errors import SaveError, SnapshotStalledError, TornSnapshotError
 from fastckpt.events import logger
-from fastckpt.format.digest import digest
 from fastckpt.format.tensor_names import dotted
+from fastckpt.snapshot import cuda
 from fastckpt.snapshot.fenced import Fenced
-from fastckpt.snapshot.lane import Lane, joined, wait_for
 from fastckpt.snapshot.places import Places
 from fastckpt.snapshot.pool import U8, Slab, SlabPool
+from fastckpt.snapshot.side_stream import SideStream, joined, wait_for
 from fastckpt.snapshot.spill import SpillFile
-from fastckpt.snapshot.verify import DeviceFingerprints, fingerprint_of_copy, weights
+from fastckpt.snapshot.verify import AtSave
 from fastckpt.state import Captured
-from fastckpt.transform import MAX_RAW_BYTES
 from fastckpt.workers import WorkerPool, start_thread
 
 MAX_CLONED_BYTES = 64 << 20
@@ -63,8 +61,6 @@ class _Copy:
     """A thread is to make it, or is making it."""
     there: bool = False
     """Somebody has seen the end of it."""
-    expected: Callable[[], int | bytes] | None = None
-    """At the call of save: the digest of host memory, the fingerprint of a device's."""
 
 
 class Snapshot:
@@ -80,7 +76,7 @@ class Snapshot:
         pool: SlabPool,
         places: Places,
         fenced: Fenced | None,
-        lane_of: Callable[[torch.device], Lane],
+        side_of: Callable[[torch.device], SideStream],
         threads: int,
         *,
         target: str,
@@ -93,7 +89,7 @@ class Snapshot:
         later with fingerprints taken now.
 
         spill: where slabs go that hold up the ring; closed with this.
-        lane_of: the same lane for the same device every time. Raises what keeps the first copies from being made; the pool has its
+        side_of: the same side stream for the same device every time. Raises what keeps the first copies from being made; the pool has its
         slabs back then.
         """
         self.cuts = cuts
@@ -108,7 +104,7 @@ class Snapshot:
         self._copies = [
             _Copy(chunk, captured.storages[chunk.pieces[0].storage].device, chunk.n_bytes) for chunk in cuts.chunks
         ]
-        self._lanes = {copy.device: lane_of(copy.device) for copy in self._copies if copy.device is not None}
+        self._sides = {copy.device: side_of(copy.device) for copy in self._copies if copy.device is not None}
         self._fenced_state = fenced or Fenced()
         self._fenced_state.keep_only(captured.addresses)
         self._changed = threading.Condition(threading.RLock())
@@ -121,13 +117,12 @@ class Snapshot:
         self._error: BaseException | None = None
         self._fenced = self._confirmed = self._closed = False
         self._copiers: WorkerPool | None = None
-        self._weights = np.empty(0, np.int64)
+        self._at_save = AtSave()
         self._spill = spill
         self._spilling: int | None = None
         """The slab that is on its way to the disk."""
         self._handed: set[int] = set()
         """Slabs that the encoder has begun with: they stay."""
-        self._fingerprints: list[tuple[Lane, DeviceFingerprints]] = []
         self._started_s = time.perf_counter()
         events.emit(
             events.SnapshotStarted(
@@ -148,11 +143,10 @@ class Snapshot:
         with self._changed:
             cloned = self._clone(first)
             if verify:
-                self._take_fingerprints(self._order[n_first:])
-            for lane in self._lanes.values():
-                lane.begin()
-            for lane, prints in self._fingerprints:
-                prints.fetch(lane)
+                self._look(self._order[n_first:])
+            for side in self._sides.values():
+                side.begin()
+            self._at_save.fetch()
             self._give_out(n_first)
             if n_first and not cloned:
                 self._hold_back()
@@ -177,30 +171,17 @@ class Snapshot:
             return False
         return True
 
-    def _take_fingerprints(self, later: Iterable[int]) -> None:
-        """What the chunks that are copied later hold now: on the host by their digests, on devices by what their streams can compute."""
-        on_device: dict[torch.device, list[_Copy]] = {}
-        scratch = np.empty(0, np.uint8)
-        for copy in (self._copies[number] for number in later):
+    def _look(self, later: Iterable[int]) -> None:
+        """Take down what the chunks that are copied later hold now."""
+        on_device: dict[torch.device, dict[int, list[torch.Tensor]]] = {}
+        for number in later:
+            copy = self._copies[number]
             if copy.device is None:
-                if not scratch.size:
-                    scratch = np.empty(MAX_RAW_BYTES, np.uint8)
-                content = scratch[: copy.n_bytes]
-                self._captured.read(copy.chunk.pieces, content)
-                copy.expected = functools.partial(bytes, digest(content))
+                self._at_save.take_host(number, copy.n_bytes, functools.partial(self._captured.read, copy.chunk.pieces))
             else:
-                on_device.setdefault(copy.device, []).append(copy)
-        if on_device:
-            self._weights = weights(None).numpy()
-        for device, copies in on_device.items():
-            try:
-                prints = DeviceFingerprints(device, (self._sources(copy) for copy in copies))
-            except torch.OutOfMemoryError:
-                logger.warning("%s has no room for fingerprints: this snapshot is not verified", device)
-                continue
-            self._fingerprints.append((self._lanes[device], prints))
-            for position, copy in enumerate(copies):
-                copy.expected = functools.partial(prints.get, position)
+                on_device.setdefault(copy.device, {})[number] = self._sources(copy)
+        for device, chunks in on_device.items():
+            self._at_save.take_device(self._sides[device], chunks)
 
     def _sources(self, copy: _Copy) -> list[torch.Tensor]:
         """The pieces of a chunk on their device: contiguous tensors of one element type."""
@@ -215,9 +196,9 @@ class Snapshot:
         return [self._captured.device_bytes(piece.storage, piece.offset, piece.n_bytes) for piece in pieces]
 
     def _hold_back(self) -> None:
-        """The caller's current streams wait for what has been given to the lanes."""
-        for lane in self._lanes.values():
-            lane.hold_back(lane.mark())
+        """The caller's current streams wait for what has been given to the side streams."""
+        for side in self._sides.values():
+            side.hold_back(side.mark())
 
     def _give_out(self, end: int) -> None:
         """Give chunks to streams and threads, in order, as far as there are slabs. The caller holds the lock."""
@@ -238,7 +219,7 @@ class Snapshot:
         slab, stop = self._slabs[slot.slab], slot.offset + copy.n_bytes
         if copy.device is not None:
             target = slab.tensor[slot.offset : stop]
-            self._lanes[copy.device].copy(target, self._sources(copy), pinned=slab.pinned)
+            self._sides[copy.device].copy(target, self._sources(copy), pinned=slab.pinned)
             copy.clone = None
         elif copy.n_bytes < _INLINE_BYTES:
             self._copy_host(copy, slab.array[slot.offset : stop])
@@ -256,10 +237,10 @@ class Snapshot:
     def _mark(self) -> None:
         """Chunks given out since the last mark get an event behind them, and may be waited for."""
         batch, self._unmarked, self._unmarked_bytes = self._unmarked, [], 0
-        for device, lane in self._lanes.items():
+        for device, side in self._sides.items():
             copies = [copy for copy in batch if copy.device == device]
             if copies:
-                event = lane.mark()
+                event = side.mark()
                 for copy in copies:
                     copy.event = event
         for copy in batch:
@@ -442,16 +423,14 @@ class Snapshot:
             content = self._content(number)
             if copy.event is not None and not copy.there:
                 self._wait_for_device(copy, copy.event)
-        if copy.expected is not None:
-            self._verify(copy, content)
+        self._verify(number, content)
         self._note(copy)
         return content
 
-    def _verify(self, copy: _Copy, content: U8) -> None:
-        assert copy.expected is not None
-        found = digest(content) if copy.device is None else fingerprint_of_copy(content, self._weights)
-        if copy.expected() != found:
-            names = ", ".join(sorted({self._name(piece.storage) for piece in copy.chunk.pieces})[:3])
+    def _verify(self, number: int, content: U8) -> None:
+        if not self._at_save.is_copy(number, content):
+            pieces = self._copies[number].chunk.pieces
+            names = ", ".join(sorted({self._name(piece.storage) for piece in pieces})[:3])
             error = TornSnapshotError(
                 f"{names}: the bytes that were copied are not those of the call of save. Something has written to them without torch's "
                 "knowledge (.data, a NumPy view, a kernel of its own) before the optimizer's step. Nothing was committed. Call "
@@ -490,7 +469,7 @@ class Snapshot:
     def release(self, number: int) -> None:
         """A chunk's bytes are not needed any more: in ring mode others take their place."""
         slab = self._slot_of[number].slab
-        with self._changed:
+        with self._changed, cuda.while_others_capture(next(iter(self._sides), None)):
             self._chunks_left[slab] -= 1
             if not self._chunks_left[slab] and slab in self._slabs:
                 self._pool.give_back([self._slabs.pop(slab)])
@@ -521,8 +500,8 @@ class Snapshot:
         if self._spill is not None:
             self._spill.close()
         try:
-            for lane in self._lanes.values():
-                wait_for(lane.mark())
+            for side in self._sides.values():
+                wait_for(side.mark())
         except BaseException:
             self._pool.forget(slabs)  # the device has failed, and may still write
             raise

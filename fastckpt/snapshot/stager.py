@@ -8,9 +8,9 @@ from fastckpt.chunking import Cuts
 from fastckpt.errors import SaveError
 from fastckpt.events import logger
 from fastckpt.snapshot.fenced import Fenced
-from fastckpt.snapshot.lane import Lane, is_capturing
 from fastckpt.snapshot.places import take_places
 from fastckpt.snapshot.pool import SlabPool
+from fastckpt.snapshot.side_stream import SideStream, is_capturing
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.spill import SpillFile
 from fastckpt.state import Captured
@@ -39,7 +39,7 @@ class Stager:
         self.pool = SlabPool(budget_bytes)
         self._threads, self._target, self._max_stall_s = threads, target, max_stall_s
         self._verify = verify
-        self._lanes: dict[torch.device, Lane] = {}
+        self._sides: dict[torch.device, SideStream] = {}
 
     def begin(
         self, captured: Captured, cuts: Cuts, fenced: Fenced | None, step: int | None, *, ring: bool
@@ -69,7 +69,7 @@ class Stager:
             self.pool,
             places,
             fenced,
-            self._lane,
+            self._side,
             self._threads,
             target=self._target,
             step=step,
@@ -78,11 +78,11 @@ class Stager:
             spill=spill,
         )
 
-    def _lane(self, device: torch.device) -> Lane:
-        lane = self._lanes.get(device)
-        if lane is None:
-            lane = self._lanes[device] = Lane(device)
-        return lane
+    def _side(self, device: torch.device) -> SideStream:
+        side = self._sides.get(device)
+        if side is None:
+            side = self._sides[device] = SideStream(device)
+        return side
 
     def _refuse_capture(self, captured: Captured) -> None:
         """What is given to a stream now would become part of the user's graph, and be replayed with it."""

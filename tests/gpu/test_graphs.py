@@ -15,7 +15,7 @@ from fastckpt.errors import SaveError
 from fastckpt.options import Options
 from fastckpt.snapshot import FenceHooks
 from fastckpt.snapshot import snapshot as engine
-from fastckpt.snapshot.lane import Lane, wait_for
+from fastckpt.snapshot.side_stream import SideStream, wait_for
 from tests.fakegpu.suite.models import inputs
 from tests.fakegpu.suite.tools import OPTIONS, Saved, train
 from tests.gpu.machines import FAKE, Machine
@@ -181,15 +181,15 @@ def test_a_save_that_is_encoded_while_a_graph_is_captured(
 
 def test_another_thread_waits_for_an_event_while_a_graph_is_captured(machine: Machine) -> None:
     """The same in small: what `wait_for` has to do for it."""
-    lane, x = Lane(machine.device), torch.zeros(4096, device=machine.device)
-    lane.begin()
-    event = lane.mark()
+    side, x = SideStream(machine.device), torch.zeros(4096, device=machine.device)
+    side.begin()
+    event = side.mark()
     errors: list[BaseException] = []
 
     def ask() -> None:
         try:
             wait_for(event)
-            wait_for(lane.mark())
+            wait_for(side.mark())
         except BaseException as error:
             errors.append(error)
 

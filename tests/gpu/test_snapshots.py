@@ -13,8 +13,8 @@ import torch
 from fastckpt.options import Options
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.snapshot import stager
-from fastckpt.snapshot.lane import Lane
 from fastckpt.snapshot.pool import Slab, SlabPool, empty_host_cache
+from fastckpt.snapshot.side_stream import SideStream
 from tests.fakegpu.suite.models import JOBS, Job, mlp
 from tests.fakegpu.suite.tools import train
 from tests.gpu.conftest import Record
@@ -71,21 +71,21 @@ def test_a_thousand_snapshots_with_delays_on_either_stream(
 
 
 def late_copies(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Lane.copy
+    original = SideStream.copy
 
-    def copy(lane: Lane, *args: object, **kwargs: object) -> None:
-        with lane.stream:
+    def copy(side: SideStream, *args: object, **kwargs: object) -> None:
+        with side.stream:
             machine.delay(30)
-        original(lane, *args, **kwargs)  # type: ignore[arg-type]
+        original(side, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Lane, "copy", copy)
+    monkeypatch.setattr(SideStream, "copy", copy)
 
 
 def test_delays_show_a_missing_fence(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """If this fails, the thousand snapshots prove nothing. (The model of a device reports it, whether or not bytes are wrong.)"""
     job = mlp(machine.device)
     late_copies(machine, monkeypatch)
-    monkeypatch.setattr(Lane, "hold_back", lambda lane, event: None)
+    monkeypatch.setattr(SideStream, "hold_back", lambda side, event: None)
     wrong = wrong_steps(train_kept(job.state, job.step, options=UNVERIFIED))
     assert machine.problems() or wrong
 
@@ -98,7 +98,7 @@ def test_delays_show_copies_that_do_not_wait_for_the_step(machine: Machine, monk
 
     job.state["optim"].register_step_pre_hook(before_the_update)
     machine.compute_late()
-    monkeypatch.setattr(Lane, "begin", lambda lane: None)
+    monkeypatch.setattr(SideStream, "begin", lambda side: None)
     wrong = wrong_steps(train_kept(job.state, job.step, options=UNVERIFIED))
     assert machine.problems() or wrong
 
@@ -121,12 +121,20 @@ def pools(monkeypatch: pytest.MonkeyPatch, **arguments: object) -> list[SlabPool
 
 def test_slabs_are_pinned(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     made = pools(monkeypatch)
+    slabs: list[Slab] = []
+    take = SlabPool.take
+
+    def kept(self: SlabPool, n_bytes: int, for_device: bool) -> Slab | None:
+        slab = take(self, n_bytes, for_device)
+        slabs.extend([slab] if slab is not None else [])
+        return slab
+
+    monkeypatch.setattr(SlabPool, "take", kept)
     job = mlp(gpu)
     train(job.state, job.step)
     (pool,) = made
     assert pool.unpinned_bytes == 0
     assert pool.used_bytes == 0
-    slabs = [slab for kept in pool._free.values() for slab in kept]
     assert any(slab.for_device for slab in slabs)
     assert all(slab.tensor.is_pinned() for slab in slabs if slab.for_device)
 

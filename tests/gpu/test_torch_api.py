@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from fastckpt.snapshot.lane import Lane, is_capturing
+from fastckpt.snapshot.side_stream import SideStream, is_capturing
 from tests.gpu.conftest import Record
 from tests.gpu.machines import Machine
 
@@ -170,12 +170,12 @@ def test_generic_streams_wait_for_cudas_and_the_other_way_round(machine: Machine
 
 def test_the_legacy_default_stream_does_not_hold_up_a_lane(machine: Machine, cuda: torch.device) -> None:
     """Streams of torch do not synchronise with the default stream by themselves."""
-    lane, x, target = Lane(cuda), torch.ones(N, device=cuda), pinned()
-    lane.begin()
+    side, x, target = SideStream(cuda), torch.ones(N, device=cuda), pinned()
+    side.begin()
     torch.cuda.synchronize()
     machine.delay(300)
-    lane.copy(target.view(torch.uint8), [x.view(torch.uint8)], pinned=True)
-    copied, computed = lane.mark(), current(cuda).record_event()
+    side.copy(target.view(torch.uint8), [x.view(torch.uint8)], pinned=True)
+    copied, computed = side.mark(), current(cuda).record_event()
     copied.synchronize()
     assert not computed.query(), "the copy waited for the default stream"
 
@@ -191,7 +191,7 @@ def test_the_host_does_not_wait_for_a_copy_into_pinned_memory(machine: Machine, 
 
 def test_how_events_are_waited_for(machine: Machine, cuda: torch.device, record: Record) -> None:
     """Whether `Event.synchronize` holds a core: the engine asks and sleeps instead, which should cost next to none."""
-    from fastckpt.snapshot.lane import wait_for
+    from fastckpt.snapshot.side_stream import wait_for
 
     figures = {}
     kinds = {

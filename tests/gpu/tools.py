@@ -18,7 +18,7 @@ from fastckpt.commit import open_vote
 from fastckpt.loading import load_object
 from fastckpt.options import Options
 from fastckpt.repository import Repository
-from fastckpt.snapshot.lane import Lane
+from fastckpt.snapshot.side_stream import SideStream
 from fastckpt.store.base import Store
 from tests.fakegpu.suite.tools import OPTIONS, Saved, train
 from tests.gpu.machines import Machine
@@ -131,14 +131,14 @@ class Delays:
             if isinstance(one, torch.optim.Optimizer):
                 one.register_step_pre_hook(self.perhaps)
                 one.register_step_post_hook(self.perhaps)
-        original = Lane.copy
+        original = SideStream.copy
 
-        def copy(lane: Lane, target: torch.Tensor, pieces: Sequence[torch.Tensor], *, pinned: bool) -> None:
-            with lane.stream:
+        def copy(side: SideStream, target: torch.Tensor, pieces: Sequence[torch.Tensor], *, pinned: bool) -> None:
+            with side.stream:
                 self.perhaps(stream="copy")
-            original(lane, target, pieces, pinned=pinned)
+            original(side, target, pieces, pinned=pinned)
 
-        monkeypatch.setattr(Lane, "copy", copy)
+        monkeypatch.setattr(SideStream, "copy", copy)
 
 
 def rounds(total: int, most: int) -> Iterator[int]:

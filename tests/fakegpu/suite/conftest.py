@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from fastckpt.snapshot import lane
+from fastckpt.snapshot import side_stream
 from tests.fakegpu import device
 from tests.fakegpu.build import why_unavailable
 
@@ -51,13 +51,13 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     if schedule.name == "starve_compute":
         device.starve(torch.accelerator.current_stream(where))
     if schedule.name == "starve_copies":
-        made = lane.Lane.__init__
+        made = side_stream.SideStream.__init__
 
-        def starved(self: lane.Lane, on: torch.device) -> None:
+        def starved(self: side_stream.SideStream, on: torch.device) -> None:
             made(self, on)
             device.starve(self.stream)
 
-        monkeypatch.setattr(lane.Lane, "__init__", starved)
+        monkeypatch.setattr(side_stream.SideStream, "__init__", starved)
     yield where
     device.starve(None)
     torch.accelerator.synchronize(0)

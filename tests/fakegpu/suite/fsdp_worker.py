@@ -28,7 +28,7 @@ from fastckpt.commit import open_vote
 from fastckpt.loading import load_object
 from fastckpt.options import Options
 from fastckpt.repository import Repository
-from fastckpt.snapshot.lane import Lane
+from fastckpt.snapshot.side_stream import SideStream
 from fastckpt.store.memory import MemoryStore
 from tests.fakegpu import collectives, device
 from tests.fakegpu.suite.models import Job, inputs
@@ -106,13 +106,13 @@ def scheduled(name: str, seed: int) -> Iterator[None]:
     device.clear()
     if name == "starve_compute":
         device.starve(torch.accelerator.current_stream())
-    made = Lane.__init__
+    made = SideStream.__init__
 
-    def starved(self: Lane, on: torch.device) -> None:
+    def starved(self: SideStream, on: torch.device) -> None:
         made(self, on)
         device.starve(self.stream)
 
-    with mock.patch.object(Lane, "__init__", starved) if name == "starve_copies" else contextlib.nullcontext():
+    with mock.patch.object(SideStream, "__init__", starved) if name == "starve_copies" else contextlib.nullcontext():
         yield
 
 
@@ -154,7 +154,7 @@ def main(rank: int, folder: Path, schedules: list[tuple[str, int]]) -> None:
         # What verification would refuse first is to be seen by the detector.
         unverified = Options(threads=2, connections=2, host_budget_bytes=256 << 20, verify_snapshot="off")
         for what, (method, instead) in BUGS.items():
-            with scheduled(name, seed), mock.patch.object(Lane, method, instead):
+            with scheduled(name, seed), mock.patch.object(SideStream, method, instead):
                 job = sharded(mesh, OPTIMIZERS["adamw_foreach"])
                 train(job.state, job.step, steps=STEPS, compare=False, options=unverified)
                 results[f"{name}-{seed}-{what}"] = {"reports": reports()}

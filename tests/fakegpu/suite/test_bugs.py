@@ -14,8 +14,8 @@ from fastckpt.errors import TornSnapshotError
 from fastckpt.options import Options
 from fastckpt.snapshot import Fenced, FenceHooks
 from fastckpt.snapshot import snapshot as engine
-from fastckpt.snapshot.lane import Lane, bytes_of
 from fastckpt.snapshot.pool import Slab, SlabPool
+from fastckpt.snapshot.side_stream import SideStream, bytes_of
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import Job, batch_norm_cnn, closure, inputs, mlp, moving_average
 from tests.fakegpu.suite.tools import OPTIONS, reports, train
@@ -35,12 +35,12 @@ def test_without_a_bug_nothing_is_reported(gpu: torch.device) -> None:
 
 
 def test_no_fence(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Lane, "hold_back", lambda self, event: None)
+    monkeypatch.setattr(SideStream, "hold_back", lambda self, event: None)
     assert any("copy to host" in text for text in run(mlp(gpu)))
 
 
 def test_no_wait_for_the_compute_stream(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Lane, "begin", lambda self: None)
+    monkeypatch.setattr(SideStream, "begin", lambda self: None)
     assert any("RACE: read" in text for text in run(mlp(gpu)))
 
 
@@ -92,21 +92,21 @@ def store_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_event_is_recorded_on_another_stream(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def mark(self: Lane) -> torch.Event:
+    def mark(self: SideStream) -> torch.Event:
         event = torch.Event(device=self.device)
         event.record(torch.accelerator.current_stream(self.device))
         return event
 
-    monkeypatch.setattr(Lane, "mark", mark)
+    monkeypatch.setattr(SideStream, "mark", mark)
     assert run(mlp(gpu))
 
 
 def test_a_temporary_is_not_recorded_on_the_stream(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def copy(self: Lane, target: torch.Tensor, pieces: Sequence[torch.Tensor], *, pinned: bool) -> None:
+    def copy(self: SideStream, target: torch.Tensor, pieces: Sequence[torch.Tensor], *, pinned: bool) -> None:
         with self.stream:
             target.copy_(self._join(pieces) if len(pieces) > 1 else bytes_of(pieces[0]), non_blocking=pinned)
 
-    monkeypatch.setattr(Lane, "copy", copy)
+    monkeypatch.setattr(SideStream, "copy", copy)
     assert any("allocation" in text or "RACE: write" in text for text in run(batch_norm_cnn(gpu)))
 
 
@@ -146,10 +146,10 @@ def test_the_hook_returns_before_the_last_copy_is_given_out(gpu: torch.device, m
 
 
 def test_a_wait_for_an_event_that_is_not_recorded_yet(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hold_back(self: Lane, event: torch.Event) -> None:
+    def hold_back(self: SideStream, event: torch.Event) -> None:
         torch.accelerator.current_stream(self.device).wait_event(torch.Event(device=self.device))
 
-    monkeypatch.setattr(Lane, "hold_back", hold_back)
+    monkeypatch.setattr(SideStream, "hold_back", hold_back)
     assert any("never recorded" in text for text in run(mlp(gpu)))
 
 
@@ -191,7 +191,7 @@ def test_a_graph_whose_hooks_are_trusted(gpu: torch.device, monkeypatch: pytest.
 
 
 def test_a_captured_step_that_waits_for_an_event_outside(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastckpt.snapshot.lane.is_capturing", lambda device: False)
+    monkeypatch.setattr("fastckpt.snapshot.side_stream.is_capturing", lambda device: False)
     assert any("CAPTURE" in text for text in run(replayed(gpu), steps=4))
 
 

@@ -36,7 +36,7 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-class Lane:
+class SideStream:
     """One device's side stream. Made once per device and used again: streams come from a pool of 32 that repeats.
 
     `begin` and `hold_back` are for the thread that trains, whose current stream they mean; the others for any.
@@ -48,7 +48,7 @@ class Lane:
         self._joint: torch.Tensor | None = None
 
     def begin(self) -> None:
-        """What the caller's current stream has been given so far comes before what this lane is given from now on."""
+        """What the caller's current stream has been given so far comes before what this one is given from now on."""
         self.stream.wait_stream(torch.accelerator.current_stream(self.device))
 
     def copy(self, target: torch.Tensor, pieces: Sequence[torch.Tensor], *, pinned: bool) -> None:
@@ -83,7 +83,7 @@ class Lane:
         return content
 
     def mark(self) -> torch.Event:
-        """An event behind everything that this lane was given so far."""
+        """An event behind everything that this stream was given so far."""
         event = torch.Event(device=self.device)
         event.record(self.stream)
         return event
