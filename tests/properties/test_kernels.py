@@ -320,3 +320,20 @@ def test_constants(kernels: Kernels, data: bytes, w: int, times: int) -> None:
     if times > 1:
         raw[(len(data) * 7919) % raw.size] ^= 1
         assert not kernels.is_constant(raw, w)
+
+
+# -- gathering --------------------------------------------------------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(0, 5000), max_size=30))
+@settings(deadline=None, max_examples=50)
+def test_stretches_of_memory_are_joined(lengths: list[int]) -> None:
+    memory = np.frombuffer(some_bytes(5000 + len(lengths)), np.uint8)
+    addresses = np.array([memory.ctypes.data + n for n in range(len(lengths))], np.uint64)
+    expected = b"".join(memory[n : n + length].tobytes() for n, length in enumerate(lengths))
+    for name in ("native", "reference") if _native is not None else ("reference",):
+        out = np.empty(len(expected), np.uint8)
+        _load(name).gather(addresses, np.array(lengths, np.uint64), out)
+        assert out.tobytes() == expected
+        with pytest.raises(ValueError, match="bytes together"):
+            _load(name).gather(addresses, np.array(lengths, np.uint64), np.empty(len(expected) + 1, np.uint8))

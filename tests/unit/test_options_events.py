@@ -117,3 +117,12 @@ def test_async_failure_reaches_handle_and_log(caplog: pytest.LogCaptureFixture) 
         with pytest.raises(OSError, match="Input/output"):
             handle.wait()
     assert "in the background failed" in caplog.text
+
+
+def test_no_more_connections_than_a_store_can_use() -> None:
+    options = Options(connections=8)
+    assert options.for_store(2).connections == 2
+    assert options.for_store(None) is options
+    assert options.for_store(20) is options
+    with pytest.raises(ValueError, match="background_nice is 20: it must be at most 19"):
+        Options(background_nice=20)
