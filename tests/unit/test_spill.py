@@ -1,6 +1,5 @@
 """A state larger than the budget, a store that takes nothing: with a disk to spill to, training does not wait."""
 
-
 from __future__ import annotations
 
 import errno
