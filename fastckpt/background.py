@@ -6,6 +6,7 @@ Checkpointer keeps no interpreter alive.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
@@ -52,7 +53,7 @@ class CommitHandle:
             raise TimeoutError(f"step {self.step} is not durable after {timeout_s} s; the save goes on") from None
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One save. `source` a Snapshot, or the state itself: then whoever queued this waits."""
 
@@ -85,7 +86,8 @@ class SaveQueue:
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
         """Under way first; a job leaves when it has ended."""
-        self._running = False
+        self._worker: object = None
+        """Stands for the thread that runs jobs, while there is one."""
         self._failures: list[BaseException] = []
         self.measured: Measured | None = None
         self.last_commit: Commit | None = None
@@ -101,12 +103,19 @@ class SaveQueue:
             return tuple(self._jobs)
 
     def put(self, job: Job) -> None:
-        """Queue a job. The caller has looked at `len`."""
+        """Queue a job. The caller has looked at `len`. If this raises (no thread can be had, an interrupt), it is not queued."""
         with self._changed:
-            self._jobs.append(job)
-            if not self._running:
-                start_thread(self._work, "fastckpt-checkpointer")
-                self._running = True
+            before = self._worker
+            try:
+                self._jobs.append(job)
+                if self._worker is None:
+                    self._worker = worker = object()
+                    start_thread(functools.partial(self._work, worker), "fastckpt-checkpointer")
+            except BaseException:
+                self._worker = before  # a thread that has started all the same finds that it is not the one
+                if job in self._jobs:
+                    self._jobs.remove(job)
+                raise
 
     def take_failures(self) -> list[BaseException]:
         """What has gone wrong since the last call."""
@@ -122,23 +131,25 @@ class SaveQueue:
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until no job is left. False after the time-out."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._jobs and not self._running, timeout_s)
+            return self._changed.wait_for(lambda: not self._jobs and self._worker is None, timeout_s)
 
-    def wait_room(self, timeout_s: float | None = None) -> bool:
-        """Wait until a job can be put. False after the time-out."""
+    def wait_fewer(self, n: int, timeout_s: float | None = None) -> bool:
+        """Wait until there are fewer than n jobs. False after the time-out."""
         with self._changed:
-            return self._changed.wait_for(lambda: len(self._jobs) < MAX_JOBS, timeout_s)
+            return self._changed.wait_for(lambda: len(self._jobs) < n, timeout_s)
 
     def cancel(self) -> None:
         """End all jobs at the next chunk or pack. Does not wait."""
         for job in self.jobs:
             job.cancelled.set()
 
-    def _work(self) -> None:
+    def _work(self, worker: object) -> None:
         while True:
             with self._changed:
+                if self._worker is not worker:
+                    return
                 if not self._jobs:
-                    self._running = False
+                    self._worker = None
                     self._changed.notify_all()
                     return
                 job = self._jobs[0]

@@ -34,6 +34,7 @@ from fastckpt.events import logger
 from fastckpt.format.keys import MAX_STEP
 from fastckpt.format.repository_records import Commit, Skipped, metrics_to_json
 from fastckpt.incarnation import Incarnation
+from fastckpt.interrupts import deferred_interrupt
 from fastckpt.kernels import warm_up
 from fastckpt.loading import load_object
 from fastckpt.options import Options
@@ -133,7 +134,7 @@ class Checkpointer:
         self._began = False
         self._broken: PartialRestoreError | None = None
         self._snapshot: Snapshot | None = None
-        """The newest one, until it is fenced."""
+        """The newest one."""
         self._step: int | None = None
         self._last_start_s = time.monotonic()
         self._due: str | None = None
@@ -278,8 +279,15 @@ class Checkpointer:
         last = self._incarnation.last
         return any(job.step == step for job in self._queue.jobs) or (last is not None and last.checkpoint.step == step)
 
-    def _start(self, step: int, trigger: str, metrics: Mapping[str, float], meta: Mapping[str, Any]) -> CommitHandle:
-        """Begin a save, waiting for room."""
+    def _start(
+        self,
+        step: int,
+        trigger: str,
+        metrics: Mapping[str, float],
+        meta: Mapping[str, Any],
+        notice: Notice | None = None,
+    ) -> CommitHandle:
+        """Begin a save, waiting for room: until the notice's deadline, if there is one. SaveError if there is none."""
         for job in self._queue.jobs:
             if job.step == step:
                 return job.handle
@@ -289,10 +297,31 @@ class Checkpointer:
             handle.durable.set_result(last)
             return handle
         while (handle_or_none := self._try_start(step, trigger, metrics, meta)) is None:
-            jobs = self._queue.jobs
-            if jobs:
-                jobs[0].handle.durable.exception()
+            self._wait_for_room(step, notice)
         return handle_or_none
+
+    def _wait_for_room(self, step: int, notice: Notice | None) -> None:
+        jobs = self._queue.jobs
+        left_s = None if notice is None else notice.seconds_left(time.monotonic())
+        # A save that was given up ends when its store does: that may be never.
+        given_up = bool(jobs) and jobs[0].handle.done()
+        bounds = [bound for bound in (left_s, self._options.max_stall_s if given_up else None) if bound is not None]
+        if self._queue.wait_fewer(len(jobs), min(bounds, default=None)):
+            return
+        if notice is not None and left_s in bounds and left_s == min(bounds):
+            raise self._too_late(step, notice)
+        raise SaveError(
+            f"step {step} was not saved: the save of step {jobs[0].step}, which was given up, still waits for the store and holds its "
+            f"memory. Earlier checkpoints are as they were. Look at {self._repository.url}"
+        )
+
+    def _too_late(self, step: int, notice: Notice) -> SaveError:
+        self._queue.cancel()
+        last = self._queue.last_commit
+        stands = "no checkpoint of this run" if last is None else f"step {last.save.step}"
+        return SaveError(
+            f"{notice.source}: step {step} was not durable when the time was over. What stands is {stands}"
+        )
 
     def _try_start(
         self, step: int, trigger: str, metrics: Mapping[str, float], meta: Mapping[str, Any]
@@ -313,19 +342,24 @@ class Checkpointer:
         fenced = Fenced(self._optimizers) if trusted else None
         alone = not len(self._queue)
         source: Snapshot | LiveChunks | None
-        try:
-            source = self._stager.begin(captured, cuts, fenced, step, ring=alone)
-        except DoesNotFit:
-            source = LiveChunks(captured, cuts) if alone else None
-        if source is None:
-            return None
-        self._queue.put(Job(step, trigger, metrics, meta, captured, source, called_s, handle))
+        with deferred_interrupt():  # slabs, copies under way and the queue's job change hands
+            try:
+                source = self._stager.begin(captured, cuts, fenced, step, ring=alone)
+            except DoesNotFit:
+                source = LiveChunks(captured, cuts) if alone else None
+            if source is None:
+                return None
+            if isinstance(source, Snapshot):
+                self._snapshot = source
+            try:
+                self._queue.put(Job(step, trigger, metrics, meta, captured, source, called_s, handle))
+            except BaseException:
+                source.close()
+                raise
         if isinstance(source, LiveChunks):
             self._write_through(source, handle, captured.n_bytes)
-        else:
-            self._snapshot = source
-            if not trusted:  # not before it is queued: a ring turns only when somebody takes chunks out of it
-                self._fence("save")
+        elif not trusted:  # not before it is queued: a ring turns only when somebody takes chunks out of it
+            self._fence("save")
         self._saves += 1
         self._last_start_s = called_s
         return handle
@@ -349,6 +383,12 @@ class Checkpointer:
             )
             source.stop(error)
             self._queue.give_up(source, error)
+        except BaseException as interrupt:  # whoever catches it may train on
+            ended = SaveError(f"the save of step {handle.step} was interrupted. Nothing was committed")
+            ended.__cause__ = interrupt
+            source.stop(ended)
+            self._queue.give_up(source, ended)
+            raise
 
     # -- the fence -----------------------------------------------------------------------------------------------------
 
@@ -357,13 +397,16 @@ class Checkpointer:
         self._fence("fence()")
 
     def _fence(self, why: str) -> None:
-        snapshot, self._snapshot = self._snapshot, None
-        if snapshot is not None:
-            snapshot.fence(why)
-            if snapshot.error is not None:
-                self._queue.give_up(snapshot, snapshot.error)
-                if isinstance(snapshot.error, TornSnapshotError) and self._hooks is not None:
-                    self._hooks.distrust()
+        """May be called by several threads, and again after an interrupt: the snapshot stays until the next one."""
+        snapshot = self._snapshot
+        if snapshot is None:
+            return
+        snapshot.fence(why)
+        error = snapshot.error
+        if error is not None:
+            self._queue.give_up(snapshot, error)
+            if isinstance(error, TornSnapshotError) and self._hooks is not None:
+                self._hooks.distrust()
 
     def _before_update(self) -> None:
         if os.getpid() != self._pid:
@@ -404,7 +447,7 @@ class Checkpointer:
         if decision in (Choice.FRESH, Choice.FINISH_THEN_FRESH):
             if decision is Choice.FRESH and not self._saved(step):
                 self._queue.cancel()  # an older step's upload would only take bandwidth from this one
-            self._wait_for(self._start(step, "notice", metrics, meta), notice)
+            self._wait_for(self._start(step, "notice", metrics, meta, notice), notice)
         elif decision is Choice.FINISH and self._queue.jobs:
             self._wait_for(self._queue.jobs[0].handle, notice)
         self._left = True
@@ -419,12 +462,7 @@ class Checkpointer:
         except TimeoutError as error:
             if handle.done():  # the save's own
                 raise
-            self._queue.cancel()
-            last = self._queue.last_commit
-            stands = "no checkpoint of this run" if last is None else f"step {last.save.step}"
-            raise SaveError(
-                f"{notice.source}: step {handle.step} was not durable when the time was over. What stands is {stands}"
-            ) from error
+            raise self._too_late(handle.step, notice) from error
         except BaseException as error:
             self._queue.forget_failure(error)
             raise
@@ -513,7 +551,7 @@ class Checkpointer:
         if self._closed or os.getpid() != self._pid:
             return
         try:
-            self.fence()
+            # No fence, which may take max_stall_s: until this returns nobody trains.
             if (
                 self._on_exception == "save"
                 and self._step is not None

@@ -6,8 +6,9 @@ by the bytes that their memory really takes: torch's pinned allocator rounds up 
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,8 @@ class SlabPool:
         self.budget_bytes = budget_bytes
         self._allocate_pinned = allocate_pinned
         self._lock = threading.Lock()
-        self._used_bytes = 0
+        self._in_use: set[Slab] = set()
+        self._reserved_bytes = 0
         self._free: dict[tuple[int, bool], list[Slab]] = {}
         self._free_bytes = 0
         self.unpinned_bytes = 0
@@ -64,12 +66,16 @@ class SlabPool:
     @property
     def used_bytes(self) -> int:
         """Bytes that snapshots hold now."""
-        return self._used_bytes
+        with self._lock:
+            return self._used()
+
+    def _used(self) -> int:
+        return self._reserved_bytes + sum(slab.n_bytes for slab in self._in_use)
 
     @property
     def held_bytes(self) -> int:
         """Bytes that snapshots hold, and those that wait for the next one."""
-        return self._used_bytes + self._free_bytes
+        return self.used_bytes + self._free_bytes
 
     def take(self, n_bytes: int, for_device: bool) -> Slab | None:
         """A slab of exactly so many bytes, or None if the budget has no room for it now."""
@@ -78,19 +84,23 @@ class SlabPool:
             if kept:
                 slab = kept.pop()
                 self._free_bytes -= n_bytes
-                self._used_bytes += n_bytes
+                self._in_use.add(slab)
                 return slab
-            if self._used_bytes + n_bytes > self.budget_bytes:
+            if self._used() + n_bytes > self.budget_bytes:
                 return None
-            if self._used_bytes + self._free_bytes + n_bytes > self.budget_bytes:
+            if self._used() + self._free_bytes + n_bytes > self.budget_bytes:
                 self._drop_free()
-            self._used_bytes += n_bytes
+            self._reserved_bytes += n_bytes
         try:
-            return self._new(n_bytes, for_device)
+            slab = self._new(n_bytes, for_device)
         except BaseException:
             with self._lock:
-                self._used_bytes -= n_bytes
+                self._reserved_bytes -= n_bytes
             raise
+        with self._lock:
+            self._reserved_bytes -= n_bytes
+            self._in_use.add(slab)
+        return slab
 
     def take_all(self, sizes: Sequence[int], for_device: bool) -> list[Slab] | None:
         """A slab of each size, or None if the budget has no room for all of them now."""
@@ -110,7 +120,17 @@ class SlabPool:
     def forget(self, slabs: Iterable[Slab]) -> None:
         """The slabs are lost: a device that has failed may still write to them. Whoever holds them keeps them alive."""
         with self._lock:
-            self._used_bytes -= sum(slab.n_bytes for slab in slabs)
+            self._in_use.difference_update(slabs)
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """If the block fails, slabs that were taken in it and not given back are forgotten. Nobody else takes any meanwhile."""
+        before = self._in_use.copy()
+        try:
+            yield
+        except BaseException:
+            self.forget(self._in_use - before)
+            raise
 
     def drop_free(self) -> None:
         """Give back the memory that waits for the next snapshot."""
@@ -146,11 +166,12 @@ class SlabPool:
         return Slab(n_bytes, tensor, tensor.numpy(), for_device, False)
 
     def give_back(self, slabs: Iterable[Slab]) -> None:
-        """The slabs are free again: nothing reads or writes them any more."""
+        """The slabs are free again: nothing reads or writes them any more. Those that are not in use are passed over."""
         with self._lock:
             for slab in slabs:
-                self._used_bytes -= slab.n_bytes
-                self._free.setdefault((slab.n_bytes, slab.for_device), []).append(slab)
-                self._free_bytes += slab.n_bytes
-            if self._used_bytes + self._free_bytes > self.budget_bytes:
+                if slab in self._in_use:
+                    self._in_use.remove(slab)
+                    self._free.setdefault((slab.n_bytes, slab.for_device), []).append(slab)
+                    self._free_bytes += slab.n_bytes
+            if self._used() + self._free_bytes > self.budget_bytes:
                 self._drop_free()

@@ -116,6 +116,7 @@ class Snapshot:
         self._in_threads = 0
         self._error: BaseException | None = None
         self._fenced = self._confirmed = self._closed = False
+        self._held_back: set[tuple[torch.device, int]] = set()
         self._copiers: WorkerPool | None = None
         self._at_save = AtSave()
         self._spill = spill
@@ -189,7 +190,7 @@ class Snapshot:
             return [copy.clone]
         pieces = copy.chunk.pieces
         if len(pieces) > 1:  # whole storages
-            found = [self._captured.wholes.get(piece.storage) for piece in pieces]
+            found = [self._captured.whole(piece.storage) for piece in pieces]
             tensors = [tensor for tensor in found if tensor is not None]
             if len(tensors) == len(pieces) and len({tensor.dtype for tensor in tensors}) == 1:
                 return tensors
@@ -199,6 +200,16 @@ class Snapshot:
         """The caller's current streams wait for what has been given to the side streams."""
         for side in self._sides.values():
             side.hold_back(side.mark())
+
+    def _hold_back_once(self) -> None:
+        """As `_hold_back`, after the last copy was given out, for streams that do not wait yet. Even if a thread has seen the end of all
+        copies: that tells the device nothing.
+        """
+        for side in self._sides.values():
+            stream = torch.accelerator.current_stream(side.device)
+            if (side.device, stream.stream_id) not in self._held_back:
+                side.hold_back(side.mark())
+                self._held_back.add((side.device, stream.stream_id))
 
     def _give_out(self, end: int) -> None:
         """Give chunks to streams and threads, in order, as far as there are slabs. The caller holds the lock."""
@@ -337,19 +348,20 @@ class Snapshot:
     def fence(self, why: str = "fence()") -> None:
         """From here on the state may change: what the caller's current streams are given from now on waits for the copies.
 
-        The host waits only for copies of host memory, and in ring mode until the last copy is given out. What is wrong with the
-        snapshot is not raised here: see `error`.
+        Each stream that changes it needs this, so it may be called again, by any thread. The host waits only for copies of host memory, and
+        in ring mode until the last copy is given out. What is wrong with the snapshot is not raised here: see `error`.
         """
-        if self._fenced:
-            return
         started = time.perf_counter()
         with self._changed:
+            if self._fenced:
+                self._hold_back_once()
+                return
             self._check_versions()
             if not self._changed.wait_for(self._is_settled, self._max_stall_s):
                 self._fail(self._stalled())
             # After a failure too: copies under way read the state.
             self._changed.wait_for(lambda: not self._in_threads)
-            self._hold_back()  # even if another thread has seen the end of them: that tells the device nothing
+            self._hold_back_once()
             self._check_versions()
             self._fenced = True
             copiers, self._copiers = self._copiers, None
@@ -473,7 +485,11 @@ class Snapshot:
             self._chunks_left[slab] -= 1
             if not self._chunks_left[slab] and slab in self._slabs:
                 self._pool.give_back([self._slabs.pop(slab)])
-                self._give_out(len(self._order))
+                try:
+                    self._give_out(len(self._order))
+                except BaseException as error:  # first: what comes of it is told later
+                    self._fail(error)
+                    raise
 
     def confirm(self) -> None:
         """To be called when all chunks have been read, before anything is committed. Raises what is wrong with the snapshot."""

@@ -51,32 +51,33 @@ class Stager:
         graph is being captured.
         """
         self._refuse_capture(captured)
-        places = take_places(captured, cuts, self.pool, fenced, ring=ring)
-        if places is None:
-            return None
-        verify = fenced is not None and self._verify != "off"
-        if verify and self._verify == "first":
-            self._verify = "off"
-        spill = None
-        if places.is_ring and self._spill_dir:
-            try:
-                spill = SpillFile(self._spill_dir)
-            except SaveError as error:  # it could be used when this was made
-                logger.warning("%s", error)
-        return Snapshot(
-            captured,
-            cuts,
-            self.pool,
-            places,
-            fenced,
-            self._side,
-            self._threads,
-            target=self._target,
-            step=step,
-            max_stall_s=self._max_stall_s,
-            verify=verify,
-            spill=spill,
-        )
+        with self.pool.all_or_nothing():
+            places = take_places(captured, cuts, self.pool, fenced, ring=ring)
+            if places is None:
+                return None
+            verify = fenced is not None and self._verify != "off"
+            if verify and self._verify == "first":
+                self._verify = "off"
+            spill = None
+            if places.is_ring and self._spill_dir:
+                try:
+                    spill = SpillFile(self._spill_dir)
+                except SaveError as error:  # it could be used when this was made
+                    logger.warning("%s", error)
+            return Snapshot(
+                captured,
+                cuts,
+                self.pool,
+                places,
+                fenced,
+                self._side,
+                self._threads,
+                target=self._target,
+                step=step,
+                max_stall_s=self._max_stall_s,
+                verify=verify,
+                spill=spill,
+            )
 
     def _side(self, device: torch.device) -> SideStream:
         side = self._sides.get(device)

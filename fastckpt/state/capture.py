@@ -60,7 +60,7 @@ class Captured:
     owners: list[Any] = field(default_factory=list)
     """Storages and arrays, kept alive until `let_go`."""
     wholes: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Contiguous tensors over all bytes of a storage, where one is known: cheaper than making one."""
+    """See `whole`: cheaper than making one."""
     elsewhere: dict[int, StoredElsewhere] = field(default_factory=dict)
     form: object = field(default_factory=object)
     """The same object for two states that differ in nothing but bytes, addresses and what stands in the skeleton."""
@@ -70,10 +70,27 @@ class Captured:
         self.owners, self.wholes = [], {}
 
     def device_bytes(self, number: int, offset: int, n_bytes: int) -> torch.Tensor:
-        """A stretch of a storage's bytes on its device."""
+        """A stretch of a storage's bytes on its device. SaveError if it is not there any more."""
         device = self.storages[number].device
         assert device is not None, "these bytes lie in host memory"
+        self._require(number)
         return torch.empty(0, dtype=torch.uint8, device=device).set_(self.owners[number], offset, (n_bytes,), (1,))
+
+    def whole(self, number: int) -> torch.Tensor | None:
+        """A contiguous tensor over all bytes of a storage, if one is known. It is the owner's, who may have put other data into it."""
+        tensor = self.wholes.get(number)
+        return tensor if tensor is not None and tensor.data_ptr() == self.addresses[number] else None
+
+    def _require(self, number: int) -> None:
+        """SaveError if a storage was resized since it was captured: its memory is gone."""
+        assert self.owners, "nobody holds these bytes any more"
+        owner = self.owners[number]
+        if isinstance(owner, UntypedStorage) and (
+            owner.data_ptr() != self.addresses[number] or owner.nbytes() < self.storages[number].n_bytes
+        ):
+            raise SaveError(
+                "a tensor's storage was resized before it had been copied. Nothing was committed. Call ckpt.fence() before that"
+            )
 
     def read(self, pieces: Sequence[tuple[int, int, int]], out: U8) -> None:
         """Join stretches of storages, given as number, offset and bytes, in host memory. Any thread; blocks until they are there."""
@@ -86,8 +103,9 @@ class Captured:
         self._gather(pieces, out)
 
     def _gather(self, pieces: Sequence[tuple[int, int, int]], out: U8) -> None:
-        assert self.owners or not pieces, "nobody holds these bytes any more"
         addresses = self.addresses
+        for number, _, _ in pieces:
+            self._require(number)
         kernels().gather(
             np.array([addresses[number] + offset for number, offset, _ in pieces], np.uint64),
             np.array([n_bytes for _, _, n_bytes in pieces], np.uint64),

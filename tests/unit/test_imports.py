@@ -14,7 +14,7 @@ PACKAGE = Path(fastckpt.__file__).parent
 # A new one is entered here, as low as it can be.
 LAYERS = (
     ("_native", "_version", "errors"),
-    ("recording", "pages", "workers"),
+    ("recording", "interrupts", "pages", "workers"),
     ("transform", "events", "files", "ranks", "trace"),
     ("kernels",),
     ("options", "sources", "sinks"),
