@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,25 +34,29 @@ def run(*arguments: str, **environment: str) -> str:
     done = subprocess.run(
         command, cwd=ROOT, check=False, capture_output=True, text=True, env={**os.environ, **environment}, timeout=3600
     )
-    print(done.stdout[-20000:], done.stderr[-5000:])
-    assert done.returncode == 0
-    return done.stdout
+    assert done.returncode == 0, f"{done.stdout[-20000:]} {done.stderr[-5000:]}"
+    return done.stdout[-2000:]
 
 
 FILES = sorted(path.name for path in (ROOT / "tests/fakegpu/suite").glob("test_*.py"))
+THREADS = "a thread for each stream"
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[dict[str, Future[str]]]:
+    """All of them, two at a time: they take minutes, and one after the other would leave a core idle."""
+    seeds = os.environ.get("FAKEGPU_SEEDS", "2")
+    with ThreadPoolExecutor(2) as pool:
+        started = {THREADS: pool.submit(run, "-k", "gpu-", FAKEGPU_SCHEDULES="threads")}
+        started |= {name: pool.submit(run, f"tests/fakegpu/suite/{name}", FAKEGPU_SEEDS=seeds) for name in FILES}
+        yield started
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", FILES)
-def test_on_deterministic_schedules(name: str) -> None:
+@pytest.mark.parametrize("name", [THREADS, *FILES])
+def test_the_suite(runs: dict[str, Future[str]], name: str) -> None:
     """Over 5 s: some hundred training runs, and building the device takes a quarter of a minute the first time."""
-    run(f"tests/fakegpu/suite/{name}", FAKEGPU_SEEDS=os.environ.get("FAKEGPU_SEEDS", "2"))
-
-
-@pytest.mark.timeout(900)
-def test_with_a_thread_for_each_stream() -> None:
-    """Over 5 s: starting torch again."""
-    run("-k", "gpu-", FAKEGPU_SCHEDULES="threads")
+    print(runs[name].result())
 
 
 @pytest.mark.slow
