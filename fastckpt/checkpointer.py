@@ -341,25 +341,33 @@ class Checkpointer:
         trusted = self._hooks is not None and self._hooks.can_be_trusted
         fenced = Fenced(self._optimizers) if trusted else None
         alone = not len(self._queue)
-        source: Snapshot | LiveChunks | None
-        with deferred_interrupt():  # slabs, copies under way and the queue's job change hands
-            try:
-                source = self._stager.begin(captured, cuts, fenced, step, ring=alone)
-            except DoesNotFit:
-                source = LiveChunks(captured, cuts) if alone else None
-            if source is None:
-                return None
-            if isinstance(source, Snapshot):
-                self._snapshot = source
-            try:
-                self._queue.put(Job(step, trigger, metrics, meta, captured, source, called_s, handle))
-            except BaseException:
-                source.close()
-                raise
-        if isinstance(source, LiveChunks):
-            self._write_through(source, handle, captured.n_bytes)
-        elif not trusted:  # not before it is queued: a ring turns only when somebody takes chunks out of it
-            self._fence("save")
+        source: Snapshot | LiveChunks | None = None
+        try:
+            with deferred_interrupt():  # slabs, copies under way and the queue's job change hands
+                try:
+                    source = self._stager.begin(captured, cuts, fenced, step, ring=alone)
+                except DoesNotFit:
+                    source = LiveChunks(captured, cuts) if alone else None
+                if source is None:
+                    return None
+                if isinstance(source, Snapshot):
+                    self._snapshot = source
+                try:
+                    self._queue.put(Job(step, trigger, metrics, meta, captured, source, called_s, handle))
+                except BaseException:
+                    source.close()
+                    raise
+            if isinstance(source, LiveChunks):
+                self._write_through(source, handle, captured.n_bytes)
+            elif not trusted:  # not before it is queued: a ring turns only when somebody takes chunks out of it
+                self._fence("save")
+        except BaseException as interrupt:  # whoever catches it may train on, and no hook would wait for this
+            if isinstance(source, LiveChunks) or (source is not None and not trusted):
+                ended = SaveError(f"the save of step {step} was interrupted. Nothing was committed")
+                ended.__cause__ = interrupt
+                source.stop(ended)
+                self._queue.give_up(source, ended)
+            raise
         self._saves += 1
         self._last_start_s = called_s
         return handle
@@ -383,12 +391,6 @@ class Checkpointer:
             )
             source.stop(error)
             self._queue.give_up(source, error)
-        except BaseException as interrupt:  # whoever catches it may train on
-            ended = SaveError(f"the save of step {handle.step} was interrupted. Nothing was committed")
-            ended.__cause__ = interrupt
-            source.stop(ended)
-            self._queue.give_up(source, ended)
-            raise
 
     # -- the fence -----------------------------------------------------------------------------------------------------
 
@@ -552,14 +554,16 @@ class Checkpointer:
             return
         try:
             # No fence, which may take max_stall_s: until this returns nobody trains.
+            end_s = time.monotonic() + self._close_timeout_s
             if (
                 self._on_exception == "save"
                 and self._step is not None
                 and self._broken is None
                 and not self._saved(self._step)
+                and self._queue.wait_idle(self._close_timeout_s)
             ):
                 self._start(self._step, "exception", {}, {})
-            self._end_saves(self._close_timeout_s, "close_timeout_s")
+            self._end_saves(max(0.0, end_s - time.monotonic()), "close_timeout_s")
         finally:
             self._closed = True
             self._let_go()

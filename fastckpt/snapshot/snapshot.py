@@ -371,6 +371,11 @@ class Snapshot:
             seconds = time.perf_counter() - started
             events.emit(events.FenceWaited(target=self._target, step=self._step, seconds=seconds, why=why))
 
+    def stop(self, error: BaseException) -> None:
+        """Let the save fail with an error. On return nobody reads host memory any more, and the caller's streams wait for the rest."""
+        self._fail(error)
+        self.fence("stop")
+
     def _is_settled(self) -> bool:
         return self._next == len(self._order) or self._error is not None or self._closed
 

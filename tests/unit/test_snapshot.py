@@ -30,6 +30,7 @@ from fastckpt.catalog import Catalog
 from fastckpt.errors import SaveError, SnapshotStalledError
 from fastckpt.format import keys
 from fastckpt.repository import Repository
+from fastckpt.snapshot import Stager
 from fastckpt.snapshot import pool as pool_module
 from fastckpt.snapshot.pool import Slab, SlabPool
 from fastckpt.snapshot.slots import PAGE_BYTES, lay_out, slab_limit
@@ -586,6 +587,26 @@ def test_leaving_by_an_exception_takes_no_longer_than_was_asked_for(store: HeldS
     check(store, [1], 64)
 
 
+def test_leaving_by_an_exception_with_a_last_save_takes_no_longer_either(store: HeldStore) -> None:
+    """Two saves hold the queue, and the store hangs: the last save that was asked for gets its time, and no more."""
+    training = Training()
+    ckpt = checkpointer(store, training, on_exception="save", close_timeout_s=0.1)
+    ckpt.step(training.step())
+    ckpt.wait(SHORT_S)
+    store.open.clear()
+    for _ in range(3):
+        ckpt.step(training.step())
+
+    def leave() -> None:
+        with ckpt:
+            raise ZeroDivisionError
+
+    assert isinstance(in_time(leave, store), ZeroDivisionError)
+    store.open.set()
+    assert ckpt._queue.wait_idle(SHORT_S)
+    assert committed(store)[0] == 1
+
+
 def in_time(call: Callable[[], Any], store: HeldStore) -> Any:
     """The call's error, or what it returned. If it does not end by itself, the store is let go on, and the test fails."""
     late = threading.Event()
@@ -716,10 +737,75 @@ def test_an_interrupt_while_host_tensors_are_copied(store: HeldStore, monkeypatc
             patch.setattr(Captured, "read", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 ckpt.step(2)
+        ckpt.wait(SHORT_S)
         assert ckpt.stats.snapshot_bytes == 0
-        assert committed(store) == [1]
-        ckpt.save_now(2).wait(SHORT_S)
+        ckpt.save_now(2).wait(SHORT_S)  # either it is, or it is made now
     check(store, [1, 2])
+
+
+@pytest.mark.parametrize("budget_mib", [128, 32, 16], ids=["whole", "ring", "written_through"])
+def test_an_interrupt_in_a_save_that_may_leave_nothing_to_a_hook(
+    store: HeldStore, monkeypatch: pytest.MonkeyPatch, budget_mib: int
+) -> None:
+    """No hook has been seen, so `step` alone sees to it that all is copied before anything changes. An interrupt ends `step`, too: then
+    that save is over, or its copies are.
+    """
+    begin = Stager.begin
+
+    def interrupted(self: Stager, *arguments: Any, **named: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return begin(self, *arguments, **named)
+
+    training = Training(64)
+    ckpt = checkpointer(store, training, options=options(host_budget_bytes=budget_mib * MIB, max_stall_s=SHORT_S))
+    store.open.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Stager, "begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ckpt.step(1)
+    before = training.now()
+    with torch.no_grad():  # as a graph that is replayed, or statistics in forward
+        for tensor in [*training.model.parameters(), *training.norm.buffers()]:
+            tensor.add_(1)
+    store.open.set()
+    with contextlib.suppress(SaveError):
+        ckpt.wait(SHORT_S)
+    ckpt.close()
+    for step in committed(store):
+        other = Training(64)
+        with checkpointer(store, other) as again:
+            assert again.restore(step=step) == 1
+        assert same(other.now(), before), "torn"
+
+
+def test_an_interrupt_while_a_ring_waits_in_a_save_without_hooks(store: HeldStore) -> None:
+    training, main = Training(64), threading.main_thread().ident
+    assert main is not None
+    ckpt = checkpointer(store, training, options=options(host_budget_bytes=32 * MIB, max_stall_s=SHORT_S))
+    store.open.clear()
+
+    def press() -> None:
+        assert store.reached.wait(SHORT_S)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    presser.start()
+    with pytest.raises(KeyboardInterrupt):
+        ckpt.step(1)
+    presser.join(SHORT_S)
+    before = training.now()
+    with torch.no_grad():
+        for tensor in [*training.model.parameters(), *training.norm.buffers()]:
+            tensor.add_(1)
+    store.open.set()
+    with contextlib.suppress(SaveError):
+        ckpt.wait(SHORT_S)
+    ckpt.close()
+    for step in committed(store):
+        other = Training(64)
+        with checkpointer(store, other) as again:
+            assert again.restore(step=step) == 1
+        assert same(other.now(), before), "torn"
 
 
 def test_an_interrupt_while_a_state_is_written_through(store: HeldStore) -> None:

@@ -523,7 +523,7 @@ class InterruptAtLine:
     """KeyboardInterrupt in this thread, before the nth line of fastckpt's that it runs: wherever a signal can be noticed, and more.
 
     Not where a `with` ends: an interrupt at the beginning of an `__exit__` in Python leaves a lock locked, or gradients off, and nobody who
-    uses either can help it (bpo-29988); nor at a `try`, where nothing can be raised; nor among the few lines in which the pool counts.
+    uses either can help it (bpo-29988); nor at a `try`, where nothing can be raised.
     """
 
     def __init__(self, nth: int) -> None:
@@ -540,7 +540,7 @@ class InterruptAtLine:
 
     def _trace(self, frame: FrameType, event: str, arg: Any) -> Any:
         path = frame.f_code.co_filename
-        if not path.startswith(PACKAGE) or path.endswith("pool.py"):
+        if not path.startswith(PACKAGE):
             return None
         if event == "line":
             self.lines += 1
