@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,10 @@ from tests import s3server
 # No deadline: a loaded machine is no failure. print_blob: a failing example can be run again from the log alone.
 settings.register_profile("fastckpt", deadline=None, print_blob=True, derandomize=False)
 settings.load_profile("fastckpt")
+
+# A shell that starts a job in the background has it ignore SIGINT, and Python then installs no handler: tests of Ctrl-C would test nothing.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
