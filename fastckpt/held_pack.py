@@ -56,6 +56,9 @@ class HeldSource:
             raise EOFError(f"{self.name} has {data.size} bytes: expected {offset + view.size} or more")
         view[:] = data[offset : offset + view.size]
 
+    def waits_for_a_disk(self) -> bool:
+        return False
+
     def will_read(self, offset: int, n_bytes: int) -> None:
         """Packs are read whole."""
 

@@ -21,6 +21,9 @@ class ObjectSource:
     def read_into(self, offset: int, out: Any) -> None:
         self._store.get_into(self._key, offset, out)
 
+    def waits_for_a_disk(self) -> bool:
+        return False
+
     def will_read(self, offset: int, n_bytes: int) -> None:
         """Reads of many threads at once are what makes a store fast."""
 
@@ -43,6 +46,9 @@ class BytesSource:
         view[: len(part)] = part
         if len(part) < view.nbytes:
             raise EOFError(f"{self.name} ends at byte {self.n_bytes}: {offset + view.nbytes} or more were expected")
+
+    def waits_for_a_disk(self) -> bool:
+        return False
 
     def will_read(self, offset: int, n_bytes: int) -> None:
         """They are here."""

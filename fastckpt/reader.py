@@ -5,8 +5,10 @@ The one place where stored bytes become raw bytes: crc before the decoder sees a
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +27,8 @@ from fastckpt.sources import Source
 from fastckpt.transform import HAS_BASE, Transform, transform_name
 
 U8 = npt.NDArray[np.uint8]
+
+_NO_LIMIT = contextlib.nullcontext()
 
 
 class Reader:
@@ -168,10 +172,11 @@ class Reader:
         found = (name for n in np.flatnonzero(self.records["file"] == file) for name in self.tensors_of(int(n)))
         return tuple(dict.fromkeys(found))
 
-    def read_chunk(self, number: int, out: U8) -> Damage | None:
+    def read_chunk(self, number: int, out: U8, decoders: AbstractContextManager[Any] = _NO_LIMIT) -> Damage | None:
         """Read, verify and decode one chunk into `out` (as long as its raw bytes). Returns the damage, if there is any.
 
-        Any thread. Takes at most twice the chunk's bytes besides `out`, for the time of the call; as much again for each base on its way.
+        decoders: entered for the part that computes rather than waits. Any thread. Takes at most twice the chunk's bytes besides `out`,
+        for the time of the call; as much again for each base on its way.
         """
         record = self.records[number]
         transform = Transform(int(record["transform"]))
@@ -191,11 +196,17 @@ class Reader:
                 self._read_stored(record, stored)
         except (EOFError, ObjectNotFoundError) as error:
             return self._damage(number, place, f"{n_stored} stored bytes", str(error))
+        with decoders:
+            return self._decode_chunk(number, place, stored, out, base)
+
+    def _decode_chunk(self, number: int, place: str, stored: U8, out: U8, base: U8 | None) -> Damage | None:
+        record = self.records[number]
         # Before the decoder sees it: damage never reaches a decoder, only malice does.
-        if n_stored and crc64nvme(stored) != int(record["crc64nvme"]):
+        if stored.size and crc64nvme(stored) != int(record["crc64nvme"]):
             found = f"{crc64nvme(stored):016x}"
             return self._damage(number, f"{place}, crc64nvme", f"{int(record['crc64nvme']):016x}", found)
         lane_bytes, pack_bits = int(record["lane_bytes"]), int(record["pack_width"])
+        transform = Transform(int(record["transform"]))
         try:
             found_digest = codec.decode(
                 transform, lane_bytes, pack_bits, record["parameter"].tobytes(), stored, out, base

@@ -32,6 +32,9 @@ DEVICE_WINDOW_BYTES = 256 << 20
 _ALIGNMENT_BYTES = 64
 _MAPPED_BYTES = 1 << 20
 _AHEAD_CHUNKS = 32  # up to 64 MiB
+# Threads more than asked for, that wait for the disk while the others decode: 505 MB cold in 0.48 s instead of 0.55, on two
+# cores. They decode no more at a time. From the page cache they would cost 4 %, so they are not started then.
+_WAITING_THREADS = 2
 _INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
 
 
@@ -91,9 +94,11 @@ class StorageLoader:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         inline = storage_bytes(reader) <= _INLINE_BYTES or threads == 1
-        self._pool = None if inline else WorkerPool(threads, "fastckpt-load")
+        waits = not inline and reader.source.waits_for_a_disk()
+        self._decoders = threading.BoundedSemaphore(threads)
+        self._pool = None if inline else WorkerPool(threads + waits * _WAITING_THREADS, "fastckpt-load")
         # Of its own: the system call itself takes as long as the disk, once that has enough to do.
-        self._ahead = None if inline else WorkerPool(1, "fastckpt-read")
+        self._ahead = WorkerPool(1, "fastckpt-read") if waits else None
 
     def __enter__(self) -> StorageLoader:
         return self
@@ -162,18 +167,18 @@ class StorageLoader:
 
     def _hint(self, record: int) -> None:
         """Let the disk read while the threads decode. Chunks are asked for nearly in the order of their records."""
+        if self._ahead is None:
+            return
         with self._changed:
             first, last = max(self._hinted, record), record + _AHEAD_CHUNKS
             if last - first < _AHEAD_CHUNKS // 2:
                 return
             self._hinted = last
-        assert self._ahead is not None
         self._ahead.submit(functools.partial(self._reader.will_read, first, last - 1))
 
     def _load_chunk(self, record: int) -> None:
         try:
-            if self._pool is not None:
-                self._hint(record)
+            self._hint(record)
             damage = self._load_chunk_into_place(record)
         except BaseException as error:  # reaches the taker, whatever it is
             with self._changed:
@@ -195,10 +200,10 @@ class StorageLoader:
         number, offset, position, length = pieces[0]
         if len(pieces) == 1 and length == n_bytes:
             out: U8 = self._loading[number].view[position : position + n_bytes]
-            damage = reader.read_chunk(record, out)
+            damage = reader.read_chunk(record, out, self._decoders)
         else:
             out = np.empty(n_bytes, np.uint8)
-            damage = reader.read_chunk(record, out)
+            damage = reader.read_chunk(record, out, self._decoders)
             for number, offset, position, length in pieces:
                 self._loading[number].view[position : position + length] = out[offset : offset + length]
         if damage is None:

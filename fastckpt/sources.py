@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from fastckpt.errors import CheckpointError
 
+_PROBES = 16  # microseconds
+
 
 class Source(Protocol):
     """Bytes by position. `read_into` may be called from several threads at once."""
@@ -20,6 +22,9 @@ class Source(Protocol):
 
     def read_into(self, offset: int, out: Any) -> None:
         """Fill the writable buffer `out` from `offset` on; EOFError if the source ends before."""
+
+    def waits_for_a_disk(self) -> bool:
+        """Whether hints of `will_read`, and more readers than cores, are likely to pay."""
 
     def will_read(self, offset: int, n_bytes: int) -> None:
         """A hint: these bytes are wanted soon. Any thread."""
@@ -54,6 +59,18 @@ class PathSource:
             if n == 0:
                 raise EOFError(f"{self.name} ends at byte {offset}: {view.nbytes} more were expected")
             view, offset = view[n:], offset + n
+
+    def waits_for_a_disk(self) -> bool:
+        """Whether a few bytes here and there are missing from the page cache."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return True
+        byte = bytearray(1)
+        try:
+            for n in range(_PROBES):
+                os.preadv(self._fd, [byte], self.n_bytes * n // _PROBES, os.RWF_NOWAIT)
+        except OSError:  # would have to wait (BlockingIOError), or a file system that cannot tell
+            return True
+        return False
 
     def will_read(self, offset: int, n_bytes: int) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -93,6 +110,10 @@ class FileObjectSource:
                 if not n:
                     raise EOFError(f"{self.name} ends: {view.nbytes} more bytes were expected")
                 view = view[n:]
+
+    def waits_for_a_disk(self) -> bool:
+        """Nobody knows, and the lock lets one read at a time."""
+        return False
 
     def will_read(self, offset: int, n_bytes: int) -> None:
         """Nobody knows what is behind the caller's object."""

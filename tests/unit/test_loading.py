@@ -1,0 +1,125 @@
+"""How a load goes about it: what pages it asks for, and when it reads ahead."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastckpt
+from fastckpt import codec, pages, restore
+from fastckpt.sources import PathSource
+
+
+@pytest.fixture
+def reporting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets what the kernel says of free page reporting; None: nothing."""
+
+    def say(words: str | None) -> bool:
+        file = tmp_path / "page_reporting_order"
+        if words is not None:
+            file.write_text(words)
+        monkeypatch.setattr(pages, "_REPORTING", file)
+        pages.huge_pages_pay.cache_clear()
+        return pages.huge_pages_pay()
+
+    yield say
+    pages.huge_pages_pay.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("words", "pay"),
+    [(None, True), ("-1\n", True), ("4294967295\n", True), ("?", True), ("9\n", False), ("0\n", False)],
+)
+def test_huge_pages_are_asked_for_unless_the_host_takes_free_ones_back(
+    reporting: Any, words: str | None, pay: bool
+) -> None:
+    assert reporting(words) is pay
+    room = pages.fresh_pages(8 << 20)
+    room[:] = 1
+    assert ("hg" in _flags_of(room.ctypes.data)) is pay
+
+
+def _flags_of(address: int) -> list[str]:
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head:
+            first, last = (int(part, 16) for part in head.split("-"))
+            inside = first <= address < last
+        elif inside and head == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError("no such mapping")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    state = {f"w{n}": torch.randn(700_000, generator=torch.Generator().manual_seed(n)) for n in range(8)}
+    path = str(tmp_path / "a.fckpt")
+    fastckpt.save(state, path)
+    return path, state
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_file_is_waited_for_if_some_of_it_is_not_in_the_page_cache(
+    file: tuple[str, Any], missing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = PathSource(file[0])
+    probed: list[int] = []
+
+    def preadv(_: int, buffers: list[bytearray], offset: int, flags: int) -> int:
+        probed.append(offset)
+        assert flags == os.RWF_NOWAIT
+        if missing and offset > source.n_bytes // 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return len(buffers[0])
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.preadv", preadv)
+        assert source.waits_for_a_disk() is missing
+    assert probed[0] == 0
+    assert max(probed) < source.n_bytes
+    source.close()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_more_threads_wait_for_a_disk_but_no_more_decode(
+    file: tuple[str, Any], waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, state = file
+    lock, now, most, readers = threading.Lock(), 0, 0, set()
+    decode, read = codec.decode, PathSource.read_into
+
+    def counting_decode(*args: Any) -> Any:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.002)  # so that as many as may come together do
+        try:
+            return decode(*args)
+        finally:
+            with lock:
+                now -= 1
+
+    def counting_read(self: PathSource, offset: int, out: Any) -> None:
+        readers.add(threading.current_thread().name)
+        read(self, offset, out)
+
+    hints: list[int] = []
+    monkeypatch.setattr(codec, "decode", counting_decode)
+    monkeypatch.setattr(PathSource, "read_into", counting_read)
+    monkeypatch.setattr(PathSource, "will_read", lambda self, offset, n: hints.append(offset))
+    monkeypatch.setattr(PathSource, "waits_for_a_disk", lambda self: waits)
+    monkeypatch.setenv("FASTCKPT_THREADS", "2")
+    loaded = fastckpt.load(path)
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+    assert most <= 2
+    workers = {name for name in readers if name.startswith("fastckpt-load")}
+    assert len(workers) <= (2 + restore._WAITING_THREADS if waits else 2)
+    assert bool(hints) is waits
