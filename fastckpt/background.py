@@ -18,7 +18,7 @@ from typing import Any
 
 from fastckpt import events
 from fastckpt.chunk_source import LiveChunks
-from fastckpt.errors import CheckpointError
+from fastckpt.errors import CheckpointError, of_save
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.incarnation import Incarnation
@@ -155,7 +155,8 @@ class SaveQueue:
                 job = self._jobs[0]
             try:
                 commit = self._run(job)
-            except BaseException as error:
+            except BaseException as raised:
+                error = of_save(raised, job.step)
                 logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
                 self._end(job, error)
             else:
@@ -194,7 +195,8 @@ class SaveQueue:
     def _end(self, job: Job, error: BaseException | None) -> None:
         try:
             job.source.close()
-        except BaseException as failure:
+        except BaseException as raised:
+            failure = of_save(raised, job.step)
             logger.error("letting go of the snapshot of step %d: %s: %s", job.step, type(failure).__name__, failure)
             error = error or failure
         with self._changed:
@@ -210,8 +212,9 @@ class SaveQueue:
             for job in self._jobs:
                 if job.source is source and not job.handle.durable.done():
                     job.cancelled.set()
-                    self._failures.append(error)
-                    job.handle.durable.set_exception(error)
+                    told = of_save(error, job.step)
+                    self._failures.append(told)
+                    job.handle.durable.set_exception(told)
 
     def _retain(self) -> None:
         """What retention cannot do is no failure of the save: it is logged, and tried again after the next."""

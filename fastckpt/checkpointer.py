@@ -29,6 +29,7 @@ from fastckpt.errors import (
     SnapshotStalledError,
     SupersededError,
     TornSnapshotError,
+    of_save,
 )
 from fastckpt.events import logger
 from fastckpt.format.keys import MAX_STEP
@@ -357,18 +358,23 @@ class Checkpointer:
                 except BaseException:
                     source.close()
                     raise
+                self._saves += 1
             if isinstance(source, LiveChunks):
                 self._write_through(source, handle, captured.n_bytes)
             elif not trusted:  # not before it is queued: a ring turns only when somebody takes chunks out of it
                 self._fence("save")
-        except BaseException as interrupt:  # whoever catches it may train on, and no hook would wait for this
+        except (
+            BaseException
+        ) as error:  # an interrupt, too: whoever catches it may train on, and no hook would wait for this
             if isinstance(source, LiveChunks) or (source is not None and not trusted):
                 ended = SaveError(f"the save of step {step} was interrupted. Nothing was committed")
-                ended.__cause__ = interrupt
+                ended.__cause__ = error
                 source.stop(ended)
                 self._queue.give_up(source, ended)
-            raise
-        self._saves += 1
+            raised = of_save(error, step)
+            if raised is error:
+                raise
+            raise raised from error
         self._last_start_s = called_s
         return handle
 

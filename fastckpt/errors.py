@@ -9,6 +9,7 @@
      ├─ UnknownTensorError(KeyError)         a name that is not in the checkpoint
      ├─ SaveError                            the state or the target cannot be saved as asked. Fix the call
      │   ├─ TornSnapshotError                the state changed while it was copied. Nothing was committed
+     │   ├─ OutOfHostMemoryError(MemoryError)  no memory for the copy of the state. Nothing was committed
      │   └─ SnapshotStalledError             training had waited max_stall_s for a copy of the state. Nothing was committed
      ├─ RestoreError                         a restore cannot do what was asked. Nothing was changed
      │   ├─ NoCheckpointError                there is no such checkpoint
@@ -23,10 +24,12 @@
 
 Operating system errors (OSError: no such file, disk full, permission denied) and torch's own (UnpicklingError for a refused global,
 RuntimeError for a device that is not there) pass through as they are, so that code written for torch.save and torch.load keeps working.
+A Checkpointer's saves wrap what memory and devices fail with: see `of_save`.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -111,6 +114,10 @@ class SnapshotStalledError(SaveError):
     """Training had to wait too long for the copy of its state, which was then dropped. Nothing was committed."""
 
 
+class OutOfHostMemoryError(SaveError, MemoryError):
+    """There was no host memory for the copy of the state, or for its upload. Nothing was committed."""
+
+
 class RestoreError(CheckpointError):
     """A restore that cannot be done as asked. The state was not touched, unless this is a PartialRestoreError."""
 
@@ -149,3 +156,28 @@ class ObjectNotFoundError(StoreError):
 
 class ObjectExistsError(StoreError):
     """`put_if_absent` met an object."""
+
+
+def of_save(error: BaseException, step: int) -> BaseException:
+    """What a Checkpointer's save raises where the machine raised `error`: a SaveError with it as the cause.
+
+    Ours are as they are; so are the OSErrors of a disk, interrupts, and what is nobody's but ours to explain (AssertionError, TypeError …).
+    """
+    if isinstance(error, CheckpointError):
+        return error
+    words = f"step {step} was not saved: "
+    stands = "Nothing was committed; earlier checkpoints are as they were"
+    found: SaveError
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        detail = f": {error}" if str(error) else ""
+        found = OutOfHostMemoryError(
+            f"{words}there is no host memory left{detail}. {stands}. Lower host_budget_bytes (FASTCKPT_HOST_BUDGET_BYTES) to what is free"
+        )
+    elif isinstance(error, RuntimeError):  # torch's, of a device; Python's, of threads
+        found = SaveError(
+            f"{words}{type(error).__name__}: {str(error).partition(chr(10))[0]}. {stands}. If a device has failed, start the process again"
+        )
+    else:
+        return error
+    found.__cause__ = error
+    return found

@@ -56,8 +56,8 @@ class Options:
     dropped with an error, and training goes on. Longer: fewer saves are lost to a slow store; shorter: less training time is."""
     verify_snapshot: str = "first"
     """Whether staged bytes are compared with fingerprints taken at the call of save: "first" (the first snapshot that is left to a fence),
-    "always", "off". Finds writes that torch does not count (`.data`, NumPy views, kernels of others). Costs one more reading of the state,
-    on its device, or on the host for host tensors."""
+    "always", "off". Finds writes that torch does not count (`.data`, NumPy views, kernels of others). Costs one more reading of host
+    tensors, before `save` returns; on a device three passes over its memory (products are written and read), in its own stream."""
     background_nice: int = 0
     """By how much the threads that encode and upload give way to others (as nice(1), 1 to 19) while nobody waits for them. 0: not at all.
     Giving way costs training more than it gains where its own threads wait for each other (docs/decisions/0003)."""

@@ -18,12 +18,15 @@ _MOST_ORDERS = 63
 def fresh_pages(n_bytes: int) -> npt.NDArray[np.uint8]:
     """Zeros that begin at a page, as direct I/O wants it.
 
-    Pages are taken when they are touched, and go back when nobody holds the array.
+    Pages are taken when they are touched, and go back when nobody holds the array. MemoryError.
     """
     private = (
         mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )  # Python's default is shared memory, which costs more, and a fork shares it
-    pages = mmap.mmap(-1, n_bytes, private)
+    try:
+        pages = mmap.mmap(-1, n_bytes, private)
+    except OSError as error:
+        raise MemoryError(f"{n_bytes} bytes of host memory: {error}") from error
     if n_bytes >= _HUGE_PAGE_BYTES and huge_pages_pay():
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)

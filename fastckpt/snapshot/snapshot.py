@@ -211,6 +211,14 @@ class Snapshot:
                 side.hold_back(side.mark())
                 self._held_back.add((side.device, stream.stream_id))
 
+    def _hold_back_or_fail(self) -> None:
+        """A device that takes no more work is training's own misfortune, and raised by its next call there: not by a fence."""
+        try:
+            self._hold_back_once()
+        except Exception as error:
+            if not self._confirmed:  # else all copies have ended well
+                self._fail(error)
+
     def _give_out(self, end: int) -> None:
         """Give chunks to streams and threads, in order, as far as there are slabs. The caller holds the lock."""
         while self._next < end and self._error is None and not self._closed:
@@ -354,14 +362,14 @@ class Snapshot:
         started = time.perf_counter()
         with self._changed:
             if self._fenced:
-                self._hold_back_once()
+                self._hold_back_or_fail()
                 return
             self._check_versions()
             if not self._changed.wait_for(self._is_settled, self._max_stall_s):
                 self._fail(self._stalled())
             # After a failure too: copies under way read the state.
             self._changed.wait_for(lambda: not self._in_threads)
-            self._hold_back_once()
+            self._hold_back_or_fail()
             self._check_versions()
             self._fenced = True
             copiers, self._copiers = self._copiers, None

@@ -43,7 +43,7 @@ def load() -> None:
     library.fakegpu_advance_host_us.argtypes = [ctypes.c_double]
     library.fakegpu_cost.argtypes = [ctypes.c_double] * 3
     library.fakegpu_configure.argtypes = [ctypes.c_char_p, ctypes.c_uint64, ctypes.c_int, ctypes.c_int, ctypes.c_int]
-    library.fakegpu_fail_copy.argtypes = [ctypes.c_long]
+    library.fakegpu_fail_copy.argtypes = [ctypes.c_long, ctypes.c_bool]
     library.fakegpu_limit_device.argtypes = [ctypes.c_int, ctypes.c_uint64]
     library.fakegpu_limit_pinned.argtypes = [ctypes.c_uint64]
     library.fakegpu_host_arena.argtypes = [ctypes.c_uint64]
@@ -175,9 +175,17 @@ def starve(stream: torch.Stream | None) -> None:
     _library.fakegpu_starve(-1 if stream is None else stream.stream_id)
 
 
-def fail_copy(after: int) -> None:
-    """The copy after `after` others fails on the device; a later call that synchronises raises it."""
-    _library.fakegpu_fail_copy(after)
+def fail_copy(after: int, *, sticky: bool = False) -> None:
+    """The copy after `after` others fails on the device; a later call that synchronises raises it.
+
+    sticky: and so does every call after that one, as when a CUDA context is lost; until `mend` or `configure`.
+    """
+    _library.fakegpu_fail_copy(after, sticky)
+
+
+def mend() -> None:
+    """Forget a failure that is to come or has come."""
+    _library.fakegpu_fail_copy(-1, False)
 
 
 def limit_device_bytes(n_bytes: int, device: int = 0) -> None:

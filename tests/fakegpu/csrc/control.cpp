@@ -20,6 +20,8 @@ int fakegpu_configure(const char* schedule, uint64_t seed, int poison, int trap,
     Lock lock;
     open_once();
     if (g_machine.schedule == Schedule::kThreads && found->second != Schedule::kThreads) return -1;
+    if (g_machine.sticky) g_machine.failure.clear();
+    g_machine.sticky = false;
     for (int d = 0; d < device_count(); ++d) synchronize_device(d);
     g_machine.schedule = found->second;
     g_machine.random.seed(seed);
@@ -62,9 +64,11 @@ void fakegpu_advance_host_us(double us) {
 }
 uint64_t fakegpu_operations() { return g_machine.operations; }
 uint64_t fakegpu_copies() { return g_machine.copies; }
-void fakegpu_fail_copy(long after) {
+void fakegpu_fail_copy(long after, bool sticky) {
     Lock lock;
     g_machine.copies_until_failure = after;
+    g_machine.sticky = sticky;
+    if (after < 0) g_machine.failure.clear();
 }
 void fakegpu_limit_device(int device, uint64_t n_bytes) {
     Lock lock;

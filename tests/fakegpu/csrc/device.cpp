@@ -254,8 +254,8 @@ void host_knows(const Clock& clock, double us) {
 
 void raise_failure() {
     if (g_machine.failure.empty()) return;
-    const std::string text = std::move(g_machine.failure);
-    g_machine.failure.clear();
+    const std::string text = g_machine.failure;
+    if (!g_machine.sticky) g_machine.failure.clear();
     TORCH_CHECK(false, "fakegpu: an asynchronous operation failed: ", text);
 }
 
@@ -285,6 +285,7 @@ void check_races(const Touch& touch, int stream, uint64_t epoch, const Clock& cl
 
 uint64_t give(int id, const std::string& name, std::vector<Touch> touches, std::function<void()> run, bool is_copy, double cost_us) {
     Machine& g = g_machine;
+    if (g.sticky) raise_failure();
     Stream& stream = g.streams[id];
     if (stream.capturing) {  // nothing runs before the replay
         g.graph.push_back({name, std::move(run), std::move(touches), is_copy});

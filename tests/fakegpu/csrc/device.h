@@ -66,6 +66,7 @@ struct Machine {
     Stream streams[kMaxStreams];
     int n_streams = 0;
     std::string failure;  // of an asynchronous operation: raised by the next synchronising call
+    bool sticky = false;  // … and by every call after it, as the errors of a CUDA context that is lost
     std::set<int> starved;
     std::vector<int> pool[kMaxDevices];
     size_t pool_next[kMaxDevices] = {};
