@@ -32,6 +32,7 @@ from fastckpt.errors import (
     of_save,
 )
 from fastckpt.events import logger
+from fastckpt.final_save import final_save, too_late
 from fastckpt.format.keys import MAX_STEP
 from fastckpt.format.repository_records import Commit, Skipped, metrics_to_json
 from fastckpt.incarnation import Incarnation
@@ -44,7 +45,6 @@ from fastckpt.retention import GRACE_S, Keep
 from fastckpt.schedule import Every
 from fastckpt.snapshot import DoesNotFit, Fenced, FenceHooks, Snapshot, Stager
 from fastckpt.spot import Notice, Watcher, open_sources
-from fastckpt.spot.deadline import Choice, choose
 from fastckpt.state import Recapturer
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
@@ -310,18 +310,10 @@ class Checkpointer:
         if self._queue.wait_fewer(len(jobs), min(bounds, default=None)):
             return
         if notice is not None and left_s in bounds and left_s == min(bounds):
-            raise self._too_late(step, notice)
+            raise too_late(self._queue, notice, step)
         raise SaveError(
             f"step {step} was not saved: the save of step {jobs[0].step}, which was given up, still waits for the store and holds its "
             f"memory. Earlier checkpoints are as they were. Look at {self._repository.url}"
-        )
-
-    def _too_late(self, step: int, notice: Notice) -> SaveError:
-        self._queue.cancel()
-        last = self._queue.last_commit
-        stands = "no checkpoint of this run" if last is None else f"step {last.save.step}"
-        return SaveError(
-            f"{notice.source}: step {step} was not durable when the time was over. What stands is {stands}"
         )
 
     def _try_start(
@@ -436,44 +428,16 @@ class Checkpointer:
         return EXIT_CODE_NOTICE if self._left or self.notice is not None else 0
 
     def _final_save(self, step: int, metrics: Mapping[str, float], meta: Mapping[str, Any], notice: Notice) -> None:
-        """Have the newest step durable that the time allows. SaveError or the save's own error if this step could not be saved."""
         self._final = notice
-        left_s = notice.seconds_left(time.monotonic())
-        events.emit(events.FinalSave(target=self._repository.url, step=step, source=notice.source, seconds_left=left_s))
-        logger.warning(
-            "%s: final save at step %d, %s seconds left",
-            notice.source,
+        final_save(
+            self._queue,
+            notice,
             step,
-            "?" if left_s is None else f"{left_s:.0f}",
+            self._repository.url,
+            saved=self._saved(step),
+            start=lambda: self._start(step, "notice", metrics, meta, notice),
         )
-        if self._saved(step):
-            decision = Choice.FRESH
-        else:
-            estimate = self._queue.measured.seconds if self._queue.measured is not None else None
-            busy = estimate if len(self._queue) else 0.0
-            decision = choose(left_s, estimate, busy)
-        if decision in (Choice.FRESH, Choice.FINISH_THEN_FRESH):
-            if decision is Choice.FRESH and not self._saved(step):
-                self._queue.cancel()  # an older step's upload would only take bandwidth from this one
-            self._wait_for(self._start(step, "notice", metrics, meta, notice), notice)
-        elif decision is Choice.FINISH and self._queue.jobs:
-            self._wait_for(self._queue.jobs[0].handle, notice)
         self._left = True
-        for failure in self._queue.take_failures():
-            logger.warning("an earlier save had failed: %s", failure)
-
-    def _wait_for(self, handle: CommitHandle, notice: Notice) -> None:
-        left_s = notice.seconds_left(time.monotonic())
-        try:
-            with hurried():
-                handle.wait(left_s)
-        except TimeoutError as error:
-            if handle.done():  # the save's own
-                raise
-            raise self._too_late(handle.step, notice) from error
-        except BaseException as error:
-            self._queue.forget_failure(error)
-            raise
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

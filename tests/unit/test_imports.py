@@ -30,6 +30,7 @@ LAYERS = (
     ("incarnation", "analyze", "export", "salvage", "check_repository", "targets"),
     ("repair",),
     ("spot", "background"),
+    ("final_save",),
     ("checkpointer",),
     ("api",),
     ("dcp", "integrations"),

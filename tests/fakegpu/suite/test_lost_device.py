@@ -1,4 +1,4 @@
-"""A device that is lost for good, as a CUDA context after an illegal access: what was committed stays, and the job can end and start again."""
+"""A device that is lost for good, as a CUDA context is: what was committed stays, and the job can end and start again."""
 
 from __future__ import annotations
 
