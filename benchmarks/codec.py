@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import dataclasses
-import datetime
 import functools
 import gc
 import importlib
@@ -36,15 +35,15 @@ import torch
 import zstandard
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import codec_data, measure  # noqa: E402
-from fastckpt import __version__, _native, codec  # noqa: E402
-from fastckpt.transform import MAX_CHUNK_ELEMENTS, MAX_RAW_BYTES, Transform  # noqa: E402
+from benchmarks import CACHE, ROOT, codec_data, measure, output, progress, tables
+from benchmarks.runner import rotated
+from fastckpt import __version__, _native, codec
+from fastckpt.transform import MAX_CHUNK_ELEMENTS, MAX_RAW_BYTES, Transform
 
 Bytes = NDArray[np.uint8]
-CACHE = ROOT / "benchmarks" / ".cache" / "codec"
+OWN_CACHE = CACHE / "codec"
 SET_BYTES = 64 << 20  # at least; more than a last-level cache
 QUICK_BYTES = 8 << 20
 
@@ -261,18 +260,10 @@ ENTROPY_BAR, SCALING_BAR, OVERHEAD_BAR = 1.01, 0.85, 100e-6
 # --- measuring ---
 
 
-class Progress:
+def show(done: int, total: int, text: str) -> None:
     """A bar on a terminal, nothing elsewhere."""
-
-    def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, done: int, total: int, text: str) -> None:
-        if self.live:
-            full = 24 * done // total
-            end = "\n" if done == total else ""
-            bar = f"\r\033[K[{'#' * full}{'.' * (24 - full)}] {done}/{total}  {text}"
-            print(bar, end=end, file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        progress.bar(done, total, f"{done}/{total}  {text}")
 
 
 def keep_freed_memory() -> None:
@@ -343,8 +334,7 @@ def measure_set(data: codec_data.DataSet, rounds: int, quick: bool, scrub: Bytes
     times: dict[str, dict[str, list[float]]] = {name: {"encode": [], "decode": []} for name in contenders}
     names = list(contenders)
     for number in range(rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in rotated(names, number):
             contender = contenders[name]
             for way in ("encode", "decode"):
                 getattr(contender, f"prepare_{way}")()
@@ -524,7 +514,7 @@ def markdown(result: dict[str, Any]) -> str:
                 speeds(entry, name, "decode"),
                 how,
             ]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(tables.row(cells))
             first = ["", "", ""]
     lines += [
         "",
@@ -540,6 +530,13 @@ def markdown(result: dict[str, Any]) -> str:
     for text in result["missing"]:
         lines += ["", text]
     return "\n".join(lines) + "\n"
+
+
+def write(path: Path) -> list[Path]:
+    """Writes the table beside the JSON."""
+    text = path.with_suffix(".md")
+    text.write_text(markdown(json.loads(path.read_text())))
+    return [text]
 
 
 def versions() -> dict[str, str]:
@@ -560,14 +557,14 @@ def versions() -> dict[str, str]:
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
-    sets, missing = codec_data.data_sets(CACHE, args.quick)
+    sets, missing = codec_data.data_sets(OWN_CACHE, args.quick)
     chosen = [data for data in sets if args.only in data.name]
     if not chosen:
         raise SystemExit(f"no set has {args.only!r} in its name; there are: {'; '.join(d.name for d in sets)}")
     torch.set_num_threads(1)
     if not args.system_malloc:
         keep_freed_memory()
-    start, during, show = os.getloadavg()[0], [], Progress()
+    start, during = os.getloadavg()[0], []
     scrub = np.zeros(QUICK_BYTES if args.quick else SET_BYTES, np.uint8)
     entries = []
     for number, data in enumerate(chosen):
@@ -581,9 +578,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     overhead = measure_overhead()
     show(len(chosen) + 2, len(chosen) + 2, "done")
     result: dict[str, Any] = {
-        "benchmark": "codec",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": measure.machine(CACHE),
+        **output.head("codec", measure.machine(OWN_CACHE)),
         "versions": versions(),
         "settings": {
             "rounds": args.rounds,
@@ -612,19 +607,11 @@ def main() -> int:
         help="page faults for those who allocate, as in a process of their users",
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="sets whose name contains it")
-    parser.add_argument("--out", help="where the results go (default: benchmarks/results; --quick: benchmarks/.cache)")
-    parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    output.add_options(parser)
     args = parser.parse_args()
     args.rounds = args.rounds or (2 if args.quick else 9)
     result = measure_all(args)
-    out = Path(args.out) if args.out else CACHE if args.quick else ROOT / "benchmarks" / "results"
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{result['date'][:10]}-codec{'-quick' if args.quick else ''}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    text = markdown(result)
-    path.with_suffix(".md").write_text(text)
-    print(json.dumps(result) if args.json else text)
-    print(f"written: {path} and .md beside it", file=sys.stderr)
+    output.publish(result, args, write, OWN_CACHE)
     return 0 if args.quick or all(bar["passed"] for bar in result["bars"]) else 1
 
 

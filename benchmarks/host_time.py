@@ -10,7 +10,6 @@ save looks at everything, the others only at what has changed. `fakegpu`, the te
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
@@ -18,14 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
+import torch
 
-import fastckpt  # noqa: E402
-from benchmarks import measure  # noqa: E402
-from fastckpt.store.memory import MemoryStore  # noqa: E402
+import fastckpt
+from benchmarks import ROOT, measure, output
+from fastckpt.store.memory import MemoryStore
 
 STORAGES_A_LAYER = 8  # weight and bias, each with two moments and a step
 
@@ -90,18 +88,14 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the JSON instead of a table")
     args = parser.parse_args()
     result = {
-        "benchmark": "host-time",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": measure.machine(ROOT),
+        **output.head("host-time", measure.machine(ROOT)),
         "versions": {"fastckpt": fastckpt.__version__, "torch": str(torch.__version__)},
         "device": args.device,
         "saves": args.saves,
         **measure_calls(args.storages, args.saves, device_of(args.device)),
     }
     if args.out:
-        path = Path(args.out) / f"{result['date'][:10]}-host-time-{args.device}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        output.save(result, Path(args.out), f"host-time-{args.device}")
     if args.json:
         print(json.dumps(result))
         return 0

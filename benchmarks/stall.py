@@ -11,8 +11,6 @@ Progress goes to stderr. Results: one JSON file with all samples, and a table an
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
 import shutil
 import sys
@@ -20,14 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import measure, savers, stall_report  # noqa: E402
-from benchmarks.run import CACHE, Progress, ensure_state, in_process, worker  # noqa: E402
-from benchmarks.savers.base import EVERY  # noqa: E402
-from benchmarks.stall_worker import MEMORY_SAVES, QUIET_AFTER_S, THREADS  # noqa: E402
-from benchmarks.workloads import gpt  # noqa: E402
+from benchmarks import CACHE, measure, output, runner, savers, stall_report
+from benchmarks.processes import in_process
+from benchmarks.progress import Progress
+from benchmarks.savers.base import EVERY
+from benchmarks.stall_worker import MEMORY_SAVES, QUIET_AFTER_S, THREADS
+from benchmarks.workloads import gpt
 
 BUDGETS = (2.0, 1.0, 0.25)  # of the state
 LEAST_BUDGET = 16 << 20  # fastckpt refuses less: a quarter of the small state
@@ -38,7 +36,7 @@ class Bench:
 
     def __init__(self, size: str, n_steps: int, work: Path) -> None:
         self.size, self.n_steps, self.work = size, n_steps, work
-        self.state = ensure_state(size)
+        self.state = runner.ensure_state(size)
 
     def process(self, mode: str, name: str, amount: int) -> dict[str, Any]:
         """One measurement, in an empty directory."""
@@ -47,7 +45,7 @@ class Bench:
         directory.mkdir(parents=True)
         os.sync()
         arguments = [mode, name, self.size, str(amount), str(self.state), str(directory)]
-        result = in_process("benchmarks.stall_worker", mode, arguments, self.work / "result.json")
+        result = in_process("benchmarks.stall_worker", arguments, self.work / "result.json")
         shutil.rmtree(self.work, ignore_errors=True)
         return result
 
@@ -61,10 +59,7 @@ class Bench:
         return {"budget": budget_bytes, **self.process("memory", name, budget_bytes)}
 
     def probe(self) -> dict[str, Any]:
-        self.work.mkdir(parents=True, exist_ok=True)
-        directory = self.work / "probe"
-        directory.mkdir()
-        result = worker("probe", "-", self.state, directory)
+        result = runner.probe(self.state, self.work)
         shutil.rmtree(self.work, ignore_errors=True)
         return result
 
@@ -102,8 +97,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     for number in range(args.rounds):
         probes.append(bench.probe())
         show(f"round {number + 1}: machine, load average {os.getloadavg()[0]:.1f}")
-        first = number % max(len(runnable), 1)
-        for name in runnable[first:] + runnable[:first]:
+        for name in runner.rotated(runnable, number):
             sample = {"round": number, **bench.loop(name)}
             samples[name]["loop"].append(sample)
             show(f"{name}: {words(sample)}")
@@ -112,9 +106,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         samples[name]["memory"].append(sample)
         show(f"{name}, budget {budget / 1e6:.0f} MB: {words(sample)}" if budget else f"{name}: {words(sample)}")
     return {
-        "benchmark": "stall",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": measure.machine(CACHE),
+        **output.head("stall", measure.machine(CACHE)),
         "settings": {
             "workload": f"gpt-{bench.size}",
             "seed": gpt.SEED,
@@ -144,10 +136,7 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 
 def names_of(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in savers.WHERE]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(savers.WHERE)}")
+    names = runner.names_of(text, savers.WHERE)
     return names if "none" in names else ["none", *names]
 
 
@@ -165,23 +154,13 @@ def main() -> int:
     everybody = list(savers.WHERE)
     parser.add_argument("--contenders", type=names_of, default=everybody, help=", ".join(everybody))
     parser.add_argument("--dir", default=str(CACHE / "stall"), help="where the checkpoints are written; emptied")
-    parser.add_argument("--out", help="where the results go (default: benchmarks/results; --quick: benchmarks/.cache)")
-    parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    output.add_options(parser)
     args = parser.parse_args()
     args.rounds = args.rounds or (2 if args.quick else 3)
     args.steps = args.steps or (20 if args.quick else 30)
     result = measure_all(args)
-    out = Path(args.out) if args.out else CACHE if args.quick else ROOT / "benchmarks" / "results"
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{result['date'][:10]}-stall{'-quick' if args.quick else ''}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    made = stall_report.write(path)
-    print(json.dumps(result) if args.json else made.read_text())
-    print(f"written: {path} and .md, .png beside it", file=sys.stderr)
-    wrong = failures(result)
-    for line in wrong:
-        print(f"FAILED {line}", file=sys.stderr)
-    return 1 if wrong else 0
+    output.publish(result, args, stall_report.write)
+    return output.exit_code(failures(result))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.report import cell, probe_lines
+from benchmarks import output, plots, tables
+from benchmarks.machine_text import load_words, loads, machine_words, probe_lines
+from benchmarks.tables import cell
 
 Sample = dict[str, Any]
 Result = dict[str, Any]
@@ -86,7 +87,7 @@ def best_rival(result: Result, rows: tuple[str, ...], of: Any) -> tuple[str, flo
 
 
 def bar_lines(result: Result) -> list[str]:
-    lines = ["", "| bar | fastckpt | against | ratio | met |", "|---|---|---|---|---|"]
+    lines = ["", *tables.head(["bar", "fastckpt", "against", "ratio", "met"])]
     for what, of, bar in (
         ("seconds blocked by a save", all_blocked, BLOCKED_BAR),
         ("extra time of a save", extra, EXTRA_BAR),
@@ -121,19 +122,16 @@ def bar_lines(result: Result) -> list[str]:
 def intro(result: Result) -> list[str]:
     m, s = result["machine"], result["settings"]
     samples = [x for entry in result["contenders"].values() for x in [*entry["loop"], *entry["memory"]]]
-    loads = [x["load_average"] for x in good(samples)] or [s["load_average"]["end"][0]]
+    before, during = s["load_average"]["start"][0], loads(samples, s)
     # The load that a sample begins with is that of the sample before: two threads of training, and what saves.
-    busy = max(loads) > 2 * m["cores"] or s["load_average"]["start"][0] > 0.5
+    busy = max(during) > 2 * m["cores"] or before > 0.5
     steps = [step["wall"] for sample in loops(result, "none") for step in sample["steps"]]
     batch, context = s["batch"]
     return [
-        f"{result['date']}. {m['cpu']}, {m['cores']} cores, {m['memory_bytes'] / 1e9:.0f} GB; Linux {m['kernel']}, "
-        f"{m['filesystem']}; Python {m['python']}, torch {m['torch']}, {s['threads']} threads. "
-        f"Load average {s['load_average']['start'][0]:.1f} before, during the run {statistics.median(loads):.1f} in the median and "
-        f"{max(loads):.1f} at most{'; **others used the machine: provisional**' if busy else ''}.",
+        f"{machine_words(result)}, {s['threads']} threads. {load_words(before, during, busy)}",
         "",
         f"Workload {s['workload']}, AdamW, seed {s['seed']}, {s['state_bytes'] / 1e6:.0f} MB of state after {s['trained_steps']} real "
-        f"steps; batches of {batch} × {context} tokens: a step without saves takes {cell(list(steps), 2)} s. "
+        f"steps; batches of {batch} × {context} tokens: a step without saves takes {cell(steps, 2)} s. "
         f"{s['steps']} steps a loop, a save at every {s['every']}th, seven steps after the last save; before that four steps and a save "
         f"that do not count (the column 'first save'). {s['rounds']} rounds; in each, every contender's loop in a process of its own, "
         "round-robin, one more place rotated in each round.",
@@ -160,16 +158,16 @@ def row(result: Result, name: str) -> list[str]:
         name,
         entry["version"],
         cell([sample["total"] for sample in samples], 1),
-        cell(list(all_blocked(result, name)), 3),
+        cell(all_blocked(result, name), 3),
         cell([s["call"] for s in saved], 3),
         cell([s["fence"] for s in saved], 3),
-        cell(list(extra(result, name)), 2),
-        cell(list(extra_inside(result, name)), 2),
-        cell(list(extra_cpu(result, name)), 2),
+        cell(extra(result, name), 2),
+        cell(extra_inside(result, name), 2),
+        cell(extra_cpu(result, name), 2),
         cell([s["durable"] for s in saved], 2),
         cell([sample["first_save"]["blocked"] for sample in samples], 3) if saved else "",
         cell([sample["bytes"] / 1e6 for sample in samples], 0) if saved else "",
-        cell(list(peaks), 0),
+        cell(peaks, 0),
         entry["note"],
     ]
 
@@ -194,10 +192,7 @@ HEAD = [
 
 def memory_lines(result: Result) -> list[str]:
     lines = ["", "Peak memory with a budget, and what a save costs then (no training beside it):", ""]
-    lines += [
-        "| contender | budget MB | peak MB | above the budget, MiB | blocked s | durable s |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines += tables.head(["contender", "budget MB", "peak MB", "above the budget, MiB", "blocked s", "durable s"])
     for name, entry in result["contenders"].items():
         for s in good(entry["memory"]):
             waits = [call + fence for call, fence in zip(s["calls"], s["fences"], strict=True)]
@@ -209,22 +204,20 @@ def memory_lines(result: Result) -> list[str]:
                     f"{(s['peak'] - s['budget']) / (1 << 20):.0f}",
                 )
             )
-            times = f"{cell(list(waits), 2)} | {cell(list(s['durable']), 2)}"
-            lines.append(f"| {name} | {budget} | {s['peak'] / 1e6:.0f} | {over} | {times} |")
+            peak, times = f"{s['peak'] / 1e6:.0f}", [cell(waits, 2), cell(s["durable"], 2)]
+            lines.append(tables.row([name, budget, peak, over, *times]))
     return lines
 
 
 def markdown(result: Result, image: str) -> str:
     lines = ["# What saving costs a training loop", "", *intro(result), "", f"![plot]({image})", *bar_lines(result), ""]
     lines += ["Against the better one of moonclip's two settings. The loops; all else is for one save:", ""]
-    lines += [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
-    lines += [f"| {' | '.join(row(result, name))} |" for name in result["contenders"]]
+    lines += tables.head(HEAD)
+    lines += [tables.row(row(result, name)) for name in result["contenders"]]
     lines += memory_lines(result)
     lines += probe_lines(result["probes"])
     lines += ["", "A private copy of the state costs one memcpy at least, on the thread that trains or beside it.", ""]
-    lines += ["## Settings", ""]
-    for name, entry in result["contenders"].items():
-        lines += [f"* {name}, {key}: `{value}`" for key, value in entry.get("settings", {}).items()]
+    lines += ["## Settings", "", *tables.settings_lines(result["contenders"])]
     return "\n".join(lines) + "\n"
 
 
@@ -248,13 +241,11 @@ def bars(axis: Any, rows: dict[str, list[float]], title: str) -> None:
         middle = statistics.median(values)
         axis.barh(place, middle, 0.7, color=COLOURS[name])
         axis.plot([min(values), max(values)], [place, place], color="#444444", linewidth=1)
-        axis.annotate(
-            f"{middle:.3f}", (max(middle, *values), place), (4, 0), textcoords="offset points", va="center", fontsize=7
-        )
+        axis.annotate(f"{middle:.3f}", (max(middle, *values), place), **plots.VALUE)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.15)
-    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_title(title, **plots.TITLE)
 
 
 def memory_panel(axis: Any, result: Result) -> None:
@@ -269,7 +260,7 @@ def memory_panel(axis: Any, result: Result) -> None:
                 axis.plot([s["budget"] / 1e6] * 2, [place - 0.45, place + 0.45], color="black", linewidth=1.5)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.invert_yaxis()
-    axis.set_title("peak extra memory, MB (line: the budget)", fontsize=10, loc="left")
+    axis.set_title("peak extra memory, MB (line: the budget)", **plots.TITLE)
 
 
 def steps_panel(axis: Any, result: Result) -> None:
@@ -281,44 +272,32 @@ def steps_panel(axis: Any, result: Result) -> None:
             numbers = [step["step"] for step in samples[0]["steps"]]
             axis.plot(numbers, [statistics.median(w) for w in by_step], color=COLOURS[name], label=name, linewidth=1.2)
     axis.set_ylim(bottom=0)
-    axis.set_title("a step with its save, seconds; saves at 20, 30, …", fontsize=10, loc="left")
+    axis.set_title("a step with its save, seconds; saves at 20, 30, …", **plots.TITLE)
     axis.legend(fontsize=7, frameon=False, ncols=2)
 
 
 def plot(result: Result, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8))
-    names = [name for name in result["contenders"] if name != "none"]
-    bars(axes[0, 0], {name: all_blocked(result, name) for name in names}, "training thread blocked by a save, seconds")
-    bars(axes[0, 1], {name: extra(result, name) for name in names}, "extra time of a save against no saves, seconds")
-    steps_panel(axes[1, 0], result)
-    memory_panel(axes[1, 1], result)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="x", color="#dddddd")
-        axis.set_axisbelow(True)
-    s = result["settings"]
-    figure.suptitle(
+    s, names = result["settings"], [name for name in result["contenders"] if name != "none"]
+    title = (
         f"{s['workload']}, {s['state_bytes'] / 1e6:.0f} MB, {result['machine']['cores']} cores, {s['rounds']} rounds: medians, "
         "smallest to largest"
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with plots.panels(path, title, 8) as axes:
+        bars(
+            axes[0, 0],
+            {name: all_blocked(result, name) for name in names},
+            "training thread blocked by a save, seconds",
+        )
+        bars(
+            axes[0, 1], {name: extra(result, name) for name in names}, "extra time of a save against no saves, seconds"
+        )
+        steps_panel(axes[1, 0], result)
+        memory_panel(axes[1, 1], result)
 
 
-def write(path: Path) -> Path:
-    """Writes the table and the plot beside the JSON; returns the table's path."""
-    result = json.loads(path.read_text())
-    image, text = path.with_suffix(".png"), path.with_suffix(".md")
-    plot(result, image)
-    text.write_text(markdown(result, image.name))
-    return text
+def write(path: Path) -> list[Path]:
+    return output.write_beside(path, markdown, plot)
 
 
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1])).read_text())
+    print(write(Path(sys.argv[1]))[0].read_text())

@@ -5,12 +5,10 @@ Started by run.py; writes one JSON object to the file named last.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from benchmarks import compare, contenders, measure
 from benchmarks.contenders.base import Contender, State
 from benchmarks.probes import probe
+from benchmarks.processes import answer
 
 
 def rehearse(contender: Contender, state: State, directory: Path) -> None:
@@ -117,10 +116,7 @@ def main(mode: str, name: str, original: str, directory: str, check: str, out: s
             result = isolation(contender, Path(original), Path(directory))
         else:
             result = load(contender, Path(directory), mode == "cold", Path(original), check == "check")
-    result.update(load_average=before, at=time.time())
-    Path(out).write_text(json.dumps(result))
-    sys.stdout.flush()
-    os._exit(0)  # no waiting for a rival's threads, no complaints of a process group that nobody took down
+    answer(result, before, out)
 
 
 def describe(contender: Contender) -> dict[str, Any]:
