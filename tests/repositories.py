@@ -1,8 +1,9 @@
-"""What the tests of repositories share: small states, savers, and looking at everything."""
+"""What the tests of repositories share: small states, savers, a store that can be held, and looking at everything."""
 
 from __future__ import annotations
 
 import pickle
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from fastckpt import Options
 from fastckpt.catalog import Catalog, verify
 from fastckpt.commit import open_vote
 from fastckpt.errors import CorruptCheckpointError
+from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit
 from fastckpt.incarnation import Incarnation
@@ -19,8 +21,33 @@ from fastckpt.loading import load_object
 from fastckpt.repository import Repository
 from fastckpt.state import Captured, capture
 from fastckpt.store.base import Store
+from fastckpt.store.memory import MemoryStore
 
 OPTIONS = Options(threads=1, connections=1, host_budget_bytes=256 << 20)
+HELD_S = 60.0  # longer than any test holds a store: only one that fails comes near it
+
+
+class HeldStore(MemoryStore):
+    """A store whose puts of packs can be held back, or fail: a save stays under way for as long as the test wants it.
+
+    `open` lets them go on, `reached` tells that one has begun. Only packs: what claims an epoch or commits is not kept waiting.
+    """
+
+    def __init__(self, *, held: bool = False) -> None:
+        super().__init__()
+        self.open = threading.Event()
+        if not held:
+            self.open.set()
+        self.reached = threading.Event()
+        self.failing: type[Exception] | None = None
+
+    def put(self, key: str, data: Any) -> None:
+        if key.startswith(keys.DATA):
+            self.reached.set()
+            assert self.open.wait(HELD_S)
+            if self.failing is not None:
+                raise self.failing("as the test wants it")
+        super().put(key, data)
 
 
 def state_of(value: float) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,15 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastckpt.catalog import Catalog
 from fastckpt.checkpointer import Checkpointer
-from fastckpt.commit import open_vote
-from fastckpt.loading import load_object
 from fastckpt.options import Options
-from fastckpt.repository import Repository
 from fastckpt.snapshot.side_stream import SideStream
-from fastckpt.store.base import Store
-from tests.fakegpu.suite.tools import OPTIONS, Saved, train
+from tests.fakegpu.suite.tools import OPTIONS, Saved, load, train
 from tests.gpu.machines import Machine
 
 
@@ -59,21 +53,6 @@ def differences(expected: Any, found: Any, at: str = "") -> list[str]:
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().flatten().view(torch.uint8)
-
-
-def load(store: Store, step: int) -> Any:
-    """What the checkpoint of a step holds."""
-    choice = Catalog(Repository(store)).choose(step)
-    assert choice is not None, f"there is no step {step}"
-    return load_object(
-        open_vote(store, choice.commit.vote(0)),
-        OPTIONS,
-        2,
-        map_location="cpu",
-        pickle_module=pickle,
-        weights_only=True,
-        load_args={},
-    )
 
 
 def wrong_steps(saved: Saved) -> dict[int, list[str]]:

@@ -35,27 +35,9 @@ from fastckpt.incarnation import Incarnation
 from fastckpt.repository import Repository
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
+from tests.repositories import HeldStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it
-
-
-class HeldStore(MemoryStore):
-    """A store whose puts of packs can be held back, or fail."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open = threading.Event()
-        self.open.set()
-        self.reached = threading.Event()
-        self.failing: type[Exception] | None = None
-
-    def put(self, key: str, data: Any) -> None:
-        if key.startswith(keys.DATA):
-            self.reached.set()
-            assert self.open.wait(SHORT_S)
-            if self.failing is not None:
-                raise self.failing("as the test wants it")
-        super().put(key, data)
 
 
 class FakeSource:

@@ -28,7 +28,6 @@ from hypothesis import strategies as st
 from fastckpt import Checkpointer, Every, Options, background, events
 from fastckpt.catalog import Catalog
 from fastckpt.errors import SaveError, SnapshotStalledError
-from fastckpt.format import keys
 from fastckpt.repository import Repository
 from fastckpt.snapshot import Stager
 from fastckpt.snapshot import pool as pool_module
@@ -38,6 +37,7 @@ from fastckpt.spot import Notice
 from fastckpt.state import Captured
 from fastckpt.store.memory import MemoryStore
 from fastckpt.workers import ENV_EXIT_TIMEOUT
+from tests.repositories import HeldStore
 
 ROOT = Path(__file__).parents[2]
 SHORT_S = 20.0  # no wait of these tests comes near it
@@ -233,22 +233,6 @@ def test_chunks_lie_apart_and_in_their_slabs(budget: int, sizes: list[int]) -> N
 
 
 # -- a training run ----------------------------------------------------------------------------------------------------
-
-
-class HeldStore(MemoryStore):
-    """A store whose puts of packs can be held back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open = threading.Event()
-        self.open.set()
-        self.reached = threading.Event()
-
-    def put(self, key: str, data: Any) -> None:
-        if key.startswith(keys.DATA):
-            self.reached.set()
-            self.open.wait()
-        super().put(key, data)
 
 
 @pytest.fixture

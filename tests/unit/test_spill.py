@@ -18,22 +18,10 @@ from fastckpt.format import keys
 from fastckpt.snapshot import spill
 from fastckpt.snapshot.spill import SpillFile
 from fastckpt.store.memory import MemoryStore
+from tests.repositories import HeldStore
 
-WAIT_S = 30.0
+WAIT_S = 15.0
 MIB = 1 << 20
-
-
-class HeldStore(MemoryStore):
-    """Packs are not taken before `open` is set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open = threading.Event()
-
-    def put(self, key: str, data: Any) -> None:
-        if key.startswith(keys.DATA):
-            assert self.open.wait(WAIT_S)
-        super().put(key, data)
 
 
 def model() -> torch.nn.Module:
@@ -50,7 +38,7 @@ def train_over(store: HeldStore, net: torch.nn.Module, how: Options) -> dict[str
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with Checkpointer(store, {"model": net}, every=None, spot=None, keep=None, options=how) as ckpt:
         then = {name: value.clone() for name, value in net.state_dict().items()}
-        timer = threading.Timer(WAIT_S / 2, store.open.set)  # ends a test that would hang
+        timer = threading.Timer(WAIT_S, store.open.set)  # ends a test that would hang
         timer.start()
         ckpt.save_now(1)  # fenced at once: there are no hooks that could be trusted
         held = not store.open.is_set()
@@ -75,7 +63,7 @@ def restored(store: HeldStore) -> dict[str, torch.Tensor]:
 
 
 def test_training_does_not_wait_for_a_store_that_takes_nothing(tmp_path: Path) -> None:
-    store = HeldStore()
+    store = HeldStore(held=True)
     then = train_over(store, model(), options(str(tmp_path)))
     now = restored(store)
     assert all(torch.equal(now[name], value) for name, value in then.items())
@@ -83,7 +71,7 @@ def test_training_does_not_wait_for_a_store_that_takes_nothing(tmp_path: Path) -
 
 
 def test_without_a_disk_it_waits_and_gives_the_snapshot_up(tmp_path: Path) -> None:
-    store = HeldStore()
+    store = HeldStore(held=True)
     with pytest.raises(SnapshotStalledError):
         train_over(store, model(), options("", max_stall_s=0.2))
 
@@ -91,7 +79,7 @@ def test_without_a_disk_it_waits_and_gives_the_snapshot_up(tmp_path: Path) -> No
 def test_a_full_disk_is_told_and_the_store_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = HeldStore()
+    store = HeldStore(held=True)
     net = model()
     written = 0
 
@@ -127,7 +115,7 @@ def test_a_disk_that_changes_a_bit_commits_nothing(tmp_path: Path, monkeypatch: 
         original(self, number, out)
 
     monkeypatch.setattr(SpillFile, "read", read)
-    store = HeldStore()
+    store = HeldStore(held=True)
     with pytest.raises(SaveError, match=r"came back as .* Nothing was committed"):
         train_over(store, model(), options(str(tmp_path)))
     assert not list(store.list(keys.COMMITS))

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import pickle
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -23,16 +23,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastckpt import checkpointer
-from fastckpt.catalog import Catalog
-from fastckpt.commit import open_vote
-from fastckpt.loading import load_object
 from fastckpt.options import Options
-from fastckpt.repository import Repository
 from fastckpt.snapshot.side_stream import SideStream
-from fastckpt.store.memory import MemoryStore
 from tests.fakegpu import collectives, device
 from tests.fakegpu.suite.models import Job, inputs
-from tests.fakegpu.suite.tools import OPTIONS, equal, host, reports, train
+from tests.fakegpu.suite.schedules import Schedule
+from tests.fakegpu.suite.tools import equal, host, load, reports, train
 
 RANKS = 2
 STEPS = 3
@@ -91,28 +87,13 @@ def states(job: Job) -> dict[int, Any]:
     return found
 
 
-def saved_state(store: MemoryStore, step: int) -> Any:
-    reader = open_vote(store, Catalog(Repository(store)).choose(step).commit.vote(0))
-    loaded = load_object(reader, OPTIONS, 1, map_location="cpu", pickle_module=pickle, weights_only=True, load_args={})
-    return shards(loaded)
-
-
 @contextlib.contextmanager
 def scheduled(name: str, seed: int) -> Iterator[None]:
     """As the fixture `gpu` does, which belongs to another process."""
     # Another seed on each rank: twice as many are seen.
-    rank = torch.distributed.get_rank()
-    device.configure("eager" if name.startswith("starve") else name, RANKS * seed + rank)
-    device.clear()
-    if name == "starve_compute":
-        device.starve(torch.accelerator.current_stream())
-    made = SideStream.__init__
-
-    def starved(self: SideStream, on: torch.device) -> None:
-        made(self, on)
-        device.starve(self.stream)
-
-    with mock.patch.object(SideStream, "__init__", starved) if name == "starve_copies" else contextlib.nullcontext():
+    schedule = Schedule(name, RANKS * seed + torch.distributed.get_rank())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        schedule.enter(monkeypatch)
         yield
 
 
@@ -149,7 +130,9 @@ def main(rank: int, folder: Path, schedules: list[tuple[str, int]]) -> None:
                 job = sharded(mesh, optimizer)
                 saved = train(job.state, job.step, steps=STEPS, compare=False)
                 found = reports()
-            wrong = [step for step, state in expected[what].items() if not equal(state, saved_state(saved.store, step))]
+            wrong = [
+                step for step, state in expected[what].items() if not equal(state, shards(load(saved.store, step)))
+            ]
             results[f"{name}-{seed}-{what}"] = {"reports": found, "wrong": wrong}
         # What verification would refuse first is to be seen by the detector.
         unverified = Options(threads=2, connections=2, host_budget_bytes=256 << 20, verify_snapshot="off")

@@ -26,15 +26,14 @@ import fastckpt
 from fastckpt.catalog import Catalog
 from fastckpt.checkpointer import Checkpointer, Every
 from fastckpt.errors import SaveError, TornSnapshotError
-from fastckpt.format import keys
 from fastckpt.options import Options
 from fastckpt.repository import Repository
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.snapshot.side_stream import SideStream
-from fastckpt.store.memory import MemoryStore
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import Job, batch_norm_cnn, inputs, moving_average
 from tests.fakegpu.suite.tools import Saved, equal, host, reports
+from tests.repositories import HeldStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it
 UNVERIFIED = Options(threads=1, connections=1, compress=False, host_budget_bytes=128 << 20, verify_snapshot="off")
@@ -82,22 +81,6 @@ def wide(where: torch.device) -> Job:
         optim.zero_grad()
 
     return Job({"model": model, "optim": optim}, step)
-
-
-class HeldStore(MemoryStore):
-    """A store whose puts of packs can be held back."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open = threading.Event()
-        self.open.set()
-        self.reached = threading.Event()
-
-    def put(self, key: str, data: Any) -> None:
-        if key.startswith(keys.DATA):
-            self.reached.set()
-            assert self.open.wait(SHORT_S)
-        super().put(key, data)
 
 
 class Run:

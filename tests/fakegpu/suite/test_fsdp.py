@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakegpu.suite.conftest import ALL, Schedule
 from tests.fakegpu.suite.fsdp_worker import BUGS, OPTIMIZERS, RANKS
+from tests.fakegpu.suite.schedules import ALL, Schedule
 
 ROOT = Path(__file__).parents[3]
 # The runs of all tests are made in the set-up of the first.

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from fastckpt.catalog import Catalog
 from fastckpt.checkpointer import Checkpointer, Every
+from fastckpt.commit import open_vote
+from fastckpt.loading import load_object
 from fastckpt.options import Options
+from fastckpt.repository import Repository
+from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
 from tests.fakegpu import device
 
@@ -47,6 +53,21 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def load(store: Store, step: int) -> Any:
+    """What the checkpoint of a step holds."""
+    choice = Catalog(Repository(store)).choose(step)
+    assert choice is not None, f"there is no step {step}"
+    return load_object(
+        open_vote(store, choice.commit.vote(0)),
+        OPTIONS,
+        2,
+        map_location="cpu",
+        pickle_module=pickle,
+        weights_only=True,
+        load_args={},
+    )
+
+
 @dataclass
 class Saved:
     """A run's checkpoints, and the states that they should hold."""
@@ -56,26 +77,8 @@ class Saved:
 
     def check(self) -> None:
         """Every one, tensor by tensor."""
-        from fastckpt.catalog import Catalog
-        from fastckpt.commit import open_vote
-        from fastckpt.loading import load_object
-        from fastckpt.repository import Repository
-
-        repository = Repository(self.store)
-        catalog = Catalog(repository)
         for step, state in self.states.items():
-            commit = catalog.choose(step).commit
-            reader = open_vote(self.store, commit.vote(0))
-            loaded = load_object(
-                reader,
-                OPTIONS,
-                2,
-                map_location="cpu",
-                pickle_module=__import__("pickle"),
-                weights_only=True,
-                load_args={},
-            )
-            assert equal(state, loaded), f"step {step}"
+            assert equal(state, load(self.store, step)), f"step {step}"
 
 
 def train(
