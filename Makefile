@@ -13,7 +13,7 @@ NATIVE := $(VENV)/.native
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-gpu gpu-checklist lint types docs bench bench-codec bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-gpu gpu-checklist lint types docs bench bench-codec bench-host bench-stall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

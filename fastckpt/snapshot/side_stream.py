@@ -22,10 +22,15 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype is torch.uint8 and tensor.dim() == 1 else tensor.view(-1).view(torch.uint8)
 
 
+def _flat(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A view takes a microsecond; what is small has one dimension, most of it."""
+    return [piece if piece.dim() == 1 else piece.view(-1) for piece in pieces]
+
+
 @torch.no_grad()
 def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
     """The bytes of contiguous tensors of one element type, in new memory on their device."""
-    return bytes_of(torch.cat([piece.view(-1) for piece in pieces])) if len(pieces) > 1 else bytes_of(pieces[0]).clone()
+    return bytes_of(torch.cat(_flat(pieces))) if len(pieces) > 1 else bytes_of(pieces[0]).clone()
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -79,7 +84,7 @@ class SideStream:
             except torch.OutOfMemoryError:  # training has it all: slower, but no reason to fail
                 return None
         content = self._joint[:n_bytes]
-        torch.cat([piece.view(-1) for piece in pieces], out=content.view(pieces[0].dtype))
+        torch.cat(_flat(pieces), out=content.view(pieces[0].dtype))
         return content
 
     def mark(self) -> torch.Event:
