@@ -17,6 +17,7 @@
      ├─ RepositoryError                      a directory or prefix that is not what it must be, or is used against its rules
      │   └─ SupersededError                  another incarnation of this job has taken over. Stop this one
      └─ StoreError                           a store refused, for good
+         ├─ StoreFullError                   no room left on the disk, or none of the quota. Free some
          ├─ StoreAccessError                 credentials, permissions, wrong owner
          ├─ StoreUnavailableError            no answer, or "later": worth another try (already tried several times)
          ├─ ObjectNotFoundError              no such key
@@ -144,6 +145,10 @@ class StoreError(CheckpointError):
 
 class StoreAccessError(StoreError):
     """The store does not allow it: credentials, permissions, the bucket's owner."""
+
+
+class StoreFullError(StoreError):
+    """The store has no room for it. Nothing of the object was written."""
 
 
 class StoreUnavailableError(StoreError):

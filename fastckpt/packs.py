@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt import events
-from fastckpt.errors import SaveError
+from fastckpt.errors import SaveError, StoreError
+from fastckpt.events import logger
 from fastckpt.format.digest import crc64nvme
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import SaveId, pack_key
@@ -102,6 +103,16 @@ class PackWriter:
         self._pool.close()
         self._buffers.give_back(self._all)
         self._all = []
+
+    def remove(self) -> None:
+        """After a failure, before there is a vote: delete what was uploaded. What the store does not let go of is debris, as after a kill."""
+        for number in range(self._sealed):
+            key = pack_key(self._save, self._rank, number)
+            try:
+                self._store.delete(key)
+            except StoreError as error:
+                logger.warning("what is left of the failed save of step %d stays: %s", self._save.step, error)
+                return
 
     def add(self, stored: Any) -> tuple[int, int]:
         self._refuse_cancelled()

@@ -10,6 +10,7 @@ from typing import Any
 from fastckpt import events
 from fastckpt.chunk_source import ChunkSource, LiveChunks
 from fastckpt.commit import vote_name
+from fastckpt.errors import StoreFullError
 from fastckpt.format import container, directory
 from fastckpt.format.keys import SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import Parent, utc_now, writer
@@ -65,6 +66,7 @@ def upload(
     """
     started = time.perf_counter()
     target = f"{store.url} step {request.save.step}"
+    packs: PackWriter | None = None
     pack_bytes = choose_pack_bytes(captured.n_bytes, options, goodput_bytes_s)
     try:
         pool = start_workers(captured, options, background=True)
@@ -109,6 +111,8 @@ def upload(
         name = vote_name(request.save, request.rank, request.world, vote)
         store.put(vote_key(name), vote)
     except BaseException as error:
+        if isinstance(error, StoreFullError) and packs is not None:
+            packs.remove()  # or it takes the room that the next save needs, until its grace is over
         events.emit(events.SaveFailed(target=target, error=error))
         raise
     events.emit(

@@ -16,6 +16,7 @@ from fastckpt.errors import (
     SaveError,
     StoreAccessError,
     StoreError,
+    StoreFullError,
 )
 from fastckpt.files import AtomicFile, make_directories, remove_empty_directories, remove_file
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
@@ -66,7 +67,10 @@ class LocalStore(Store):
                 f"{where}. Check the permissions of the directory (and that its file system has hard links)"
             )
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return StoreError(f"{where}. Free some space, or keep fewer checkpoints (`fastckpt prune`)")
+            return StoreFullError(
+                f"{where}. Free some space, or keep fewer checkpoints (keep=) and retired ones for a shorter time (grace_s=): these stay "
+                "until their grace is over"
+            )
         return StoreError(where)
 
     def put(self, key: str, data: Any) -> None:
