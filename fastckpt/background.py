@@ -38,6 +38,12 @@ class CommitHandle:
         self.durable: Future[Commit] = Future()
         """Done when the commit record was seen and acknowledged. Carries the error if anything failed."""
 
+    def __repr__(self) -> str:
+        if not self.durable.done():
+            return f"<CommitHandle of step {self.step}: under way>"
+        error = self.durable.exception()
+        return f"<CommitHandle of step {self.step}: {'durable' if error is None else repr(error)}>"
+
     def done(self) -> bool:
         """Whether the save has ended, well or not."""
         return self.durable.done()

@@ -466,7 +466,8 @@ class Checkpointer:
         )
 
     def close(self) -> None:
-        """Wait until saves under way are durable, then let go of everything. Raises what has failed and was not raised yet.
+        """Wait until saves under way are durable, then let go of everything. Raises what has failed since the last call of
+        this object's methods, also if a handle's `wait` has raised it.
 
         SaveError after FASTCKPT_EXIT_TIMEOUT_S (600): a store that hangs must not keep the process.
         """

@@ -105,7 +105,7 @@ class PackWriter:
         self._all = []
 
     def remove(self) -> None:
-        """After a failure, before there is a vote: delete what was uploaded. What the store does not let go of is debris, as after a kill."""
+        """After a failure, before there is a vote: delete what was uploaded. What the store keeps is debris, as after a kill."""
         for number in range(self._sealed):
             key = pack_key(self._save, self._rank, number)
             try:

@@ -56,6 +56,8 @@ def apply(targets: Mapping[str, Any], loaded: Any, source: str) -> None:
                 [f"{name!r} is not in the checkpoint" for name in missing]
                 + [f"{name!r} of the checkpoint has no place here" for name in unknown]
             )
+            + f". Give the Checkpointer a state of {', '.join(map(repr, loaded))}, or take single tensors out: `fastckpt restore` makes a "
+            "file of a checkpoint, fastckpt.open reads it"
         )
     # Generators last: whatever the others draw while they load must not count.
     order = sorted(targets, key=lambda name: isinstance(targets[name], RNGState))

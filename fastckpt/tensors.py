@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -18,6 +19,8 @@ from fastckpt.options import Options
 from fastckpt.reader import Reader, summary
 from fastckpt.restore import StorageLoader, check_size
 from fastckpt.state.naming import named_tensors
+
+_MOST_COMPARED = 1000  # milliseconds
 
 
 class TensorReader(Mapping[str, Any]):
@@ -67,6 +70,7 @@ class TensorReader(Mapping[str, Any]):
             names = ", ".join(str(entry.name) for entry in found)
             raise UnknownTensorError(f"{name!r} is the name of {len(found)} tensors: ask for one of {names}")
         near = [known for known in self._entries if str(name).rpartition(".")[2] == known.rpartition(".")[2]][:3]
+        near = near or difflib.get_close_matches(str(name), list(self._entries)[:_MOST_COMPARED], 3)
         hint = f"; similar: {', '.join(near)}" if near else ""
         raise UnknownTensorError(f"{self._reader.source.name} has no tensor {name!r} ({len(self)} names{hint})")
 
