@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -10,6 +12,24 @@ from typing import Any
 
 from fastckpt.kernels import kernels
 from fastckpt.transform import MAX_RAW_BYTES
+
+logger = logging.getLogger("fastckpt")
+
+PREFIX = "FASTCKPT_"
+OTHER_VARIABLES = frozenset(
+    PREFIX + name
+    for name in (
+        *("EXIT_TIMEOUT_S", "ISA", "KERNELS", "NOTICE_FILE", "SIGTERM_GRACE_S", "TRACE"),
+        *("NO_NATIVE", "REQUIRE_NATIVE", "SANITIZE"),  # setup.py
+        *("TEST_NATIVE", "TEST_S3", "TEST_SEED", "URL"),  # tests and the demo
+        *("GPU_PINNED_BYTES", "GPU_RECORD", "GPU_ROUNDS", "GPU_SEED", "GPU_SNAPSHOTS", "GPU_STATE_MB", "GPU_TESTS_ON"),
+    )
+)
+"""What is read besides the knobs below: names that are no slips of the pen."""
+_CLOSE = (
+    0.7  # MAX_LOAD for MAX_LOAD_BYTES is one (0.73), a name of somebody's own such as TEST_URL for TEST_S3 none (0.67)
+)
+_told_of_unknown = False
 
 _MIB = 1 << 20
 # Scratch of one chunk in flight: raw copy, ROT stream, frame (≤ 4 MiB each) and the finished bytes waiting for the writer. Native kernels
@@ -71,23 +91,10 @@ class Options:
     Protects against files of a few kilobytes that say they hold terabytes."""
 
     def __post_init__(self) -> None:
-        problems = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                problems.append(f"{field.name} is {value!r}: it must be an integer ≥ 0")
-            if field.type == "bool" and not isinstance(value, bool):
-                problems.append(f"{field.name} is {value!r}: it must be True or False")
-            if field.name == "verify_snapshot" and value not in ("first", "always", "off"):
-                problems.append(f'{field.name} is {value!r}: it must be "first", "always" or "off"')
-            if field.name == "background_nice" and isinstance(value, int) and value > 19:
-                problems.append(f"{field.name} is {value!r}: it must be at most 19")
-            if field.type == "str" and not isinstance(value, str):
-                problems.append(f"{field.name} is {value!r}: it must be a string")
-            if field.type == "float" and (
-                not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0
-            ):
-                problems.append(f"{field.name} is {value!r}: it must be a number ≥ 0")
+        wrong = (
+            (f.name, getattr(self, f.name), _expected(f.name, f.type, getattr(self, f.name))) for f in fields(self)
+        )
+        problems = [f"{name} is {value!r}: it must be {expected}" for name, value, expected in wrong if expected]
         if problems:
             raise ValueError("; ".join(problems))
         if not self.threads:
@@ -96,12 +103,6 @@ class Options:
             object.__setattr__(self, "host_budget_bytes", _physical_memory_bytes() // 2)
         if not self.max_load_bytes:
             object.__setattr__(self, "max_load_bytes", _physical_memory_bytes())
-        if not self.connections:
-            raise ValueError("connections is 0: at least one is needed")
-        if self.host_budget_bytes < CHUNK_IN_FLIGHT_BYTES:
-            raise ValueError(
-                f"host_budget_bytes is {self.host_budget_bytes}: one chunk in flight needs {CHUNK_IN_FLIGHT_BYTES}"
-            )
 
     @property
     def chunks_in_flight(self) -> int:
@@ -132,26 +133,80 @@ class Options:
     @classmethod
     def from_env(cls) -> Options:
         """The defaults, with what the environment says. ValueError lists every bad variable."""
+        _tell_of_unknown_variables(cls)
         found: dict[str, Any] = {}
         problems = []
-        parsers: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _parse_bool, "str": str}
         for field in fields(cls):
-            variable = f"FASTCKPT_{field.name.upper()}"
-            text = os.environ.get(variable)
+            text = os.environ.get(variable(field.name))
             if text is None:
                 continue
             try:
-                found[field.name] = parsers[str(field.type)](text)
+                value = found[field.name] = _PARSERS[str(field.type)](text)
+                expected = _expected(field.name, field.type, value)
             except ValueError:
-                problems.append(f"{variable} is {text!r}: expected {field.type}")
+                expected = _WORDS[str(field.type)]
+            if expected:
+                problems.append(f"{variable(field.name)} is {text!r}: expected {expected}")
         if problems:
             raise ValueError("; ".join(problems))
         return cls(**found)
 
 
+def variable(name: str) -> str:
+    """The environment variable of a knob."""
+    return PREFIX + name.upper()
+
+
+def _expected(name: str, kind: Any, value: Any) -> str | None:
+    """What a knob must be, in words, if it is not that."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "int" and not (number and isinstance(value, int) and value >= 0):
+        return "an integer ≥ 0"
+    if kind == "bool" and not isinstance(value, bool):
+        return "True or False"
+    if kind == "str" and not isinstance(value, str):
+        return "a string"
+    if kind == "float" and not (number and value >= 0):
+        return "a number ≥ 0"
+    if name == "verify_snapshot" and value not in ("first", "always", "off"):
+        return '"first", "always" or "off"'
+    if name == "background_nice" and value > 19:
+        return "at most 19"
+    if name == "connections" and not value:
+        return "at least 1"
+    if name == "host_budget_bytes" and 0 < value < CHUNK_IN_FLIGHT_BYTES:
+        return f"0, for half of the memory, or more: one chunk in flight needs {CHUNK_IN_FLIGHT_BYTES}"
+    return None
+
+
+def _tell_of_unknown_variables(cls: type[Options]) -> None:
+    """One warning, once in a process: a knob whose name is mistyped would be left at its default without a word.
+
+    Only of names close to a known one: FASTCKPT_ may well be the beginning of somebody's own.
+    """
+    global _told_of_unknown  # noqa: PLW0603 - told twice at worst
+    if _told_of_unknown:
+        return
+    _told_of_unknown = True
+    known = {name.removeprefix(PREFIX) for name in (*OTHER_VARIABLES, *(variable(field.name) for field in fields(cls)))}
+    found = []
+    for name in sorted(os.environ):
+        rest = name.removeprefix(PREFIX)
+        if rest != name and rest not in known and (close := difflib.get_close_matches(rest, known, 1, _CLOSE)):
+            found.append(f"{name} is not known; did you mean {PREFIX}{close[0]}?")
+    if found:
+        logger.warning("%s", " ".join(found))
+
+
+_BOOLEANS = {"1": True, "true": True, "yes": True, "y": True, "0": False, "false": False, "no": False, "n": False}
+
+
 def _parse_bool(text: str) -> bool:
-    values = {"1": True, "true": True, "yes": True, "y": True, "0": False, "false": False, "no": False, "n": False}
     try:
-        return values[text.lower()]
+        return _BOOLEANS[text.lower()]
     except KeyError:
         raise ValueError(text) from None
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _parse_bool, "str": str}
+_WORDS = {"int": "an integer ≥ 0", "float": "a number ≥ 0", "bool": f"one of {', '.join(_BOOLEANS)}"}

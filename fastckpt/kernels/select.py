@@ -116,9 +116,14 @@ def kernels(n_bytes: int = 1 << 62) -> Kernels:
     """
     choice = os.environ.get(ENV, "auto")
     if choice not in _CHOICES:
-        raise ValueError(f"{ENV} is {choice!r}; it may be one of {', '.join(_CHOICES)}")
+        raise ValueError(f"{ENV} is {choice!r}: expected one of {', '.join(_CHOICES)}")
     if choice != "auto":
-        return _load(choice)
+        try:
+            return _load(choice)
+        except ImportError as error:
+            raise ImportError(
+                f"{ENV} is {choice!r}, and these kernels are not installed ({error}): expected auto, or others of {', '.join(_CHOICES)}"
+            ) from error
     if _native_available():
         return _load("native")
     if n_bytes >= _NUMBA_FROM_BYTES and not _compiling.under_way() and _numba_available():

@@ -125,6 +125,17 @@ class FileSource:
         return [Notice("file", self.name, None if left_s is None else now_s + left_s, text[:200])]
 
 
+def _sigterm_grace_s() -> float:
+    text = os.environ.get("FASTCKPT_SIGTERM_GRACE_S", "30")
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise ValueError(f"FASTCKPT_SIGTERM_GRACE_S is {text!r}: expected seconds, a number ≥ 0")
+    return value
+
+
 class SignalSource:
     """Signals such as SIGTERM. Only the main thread can set handlers; earlier ones are called after ours, and put back by `close`."""
 
@@ -132,7 +143,7 @@ class SignalSource:
         """grace_s: what the launcher gives before it kills; default FASTCKPT_SIGTERM_GRACE_S, or 30, as Kubernetes and torchrun do."""
         self.name = " ".join(signal.Signals(number).name for number in signals)
         self._signals = tuple(signals)
-        self._grace_s = float(os.environ.get("FASTCKPT_SIGTERM_GRACE_S", "30")) if grace_s is None else grace_s
+        self._grace_s = _sigterm_grace_s() if grace_s is None else grace_s
         self._received: list[tuple[int, float]] = []
         self._returned = 0
         self._previous: dict[int, Any] = {}

@@ -59,5 +59,15 @@ def test_native_kernels_need_no_compiler(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_unknown_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCKPT_KERNELS", "fastest")
-    with pytest.raises(ValueError, match="fastest"):
+    with pytest.raises(ValueError, match="FASTCKPT_KERNELS is 'fastest': expected one of auto, native"):
+        select.kernels()
+
+
+def test_kernels_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> select.Kernels:
+        raise ImportError(f"no module {name}")
+
+    monkeypatch.setenv("FASTCKPT_KERNELS", "native")
+    monkeypatch.setattr(select, "_load", missing)
+    with pytest.raises(ImportError, match="FASTCKPT_KERNELS is 'native', and these kernels are not installed"):
         select.kernels()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastckpt
 from fastckpt import events
+from fastckpt import options as options_module
 from fastckpt.options import CHUNK_IN_FLIGHT_BYTES, Options
 
 
@@ -29,6 +32,58 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCKPT_COMPRESS", "perhaps")
     with pytest.raises(ValueError, match=r"FASTCKPT_THREADS is 'many'.*FASTCKPT_COMPRESS is 'perhaps'"):
         Options.from_env()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("FASTCKPT_THREADS", "-1", "an integer ≥ 0"),
+        ("FASTCKPT_THREADS", "2.5", "an integer ≥ 0"),
+        ("FASTCKPT_HOST_BUDGET_BYTES", "-5", "an integer ≥ 0"),
+        ("FASTCKPT_HOST_BUDGET_BYTES", "5", "0, for half of the memory, or more: one chunk in flight needs 16777216"),
+        ("FASTCKPT_COMPRESS", "maybe", "one of 1, true, yes, y, 0, false, no, n"),
+        ("FASTCKPT_MAX_STALL_S", "nan", "a number ≥ 0"),
+        ("FASTCKPT_MAX_STALL_S", "soon", "a number ≥ 0"),
+        ("FASTCKPT_VERIFY_SNAPSHOT", "on", '"first", "always" or "off"'),
+        ("FASTCKPT_CONNECTIONS", "0", "at least 1"),
+        ("FASTCKPT_BACKGROUND_NICE", "20", "at most 19"),
+    ],
+)
+def test_a_bad_variable_is_named(name: str, text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, text)
+    with pytest.raises(ValueError, match=name) as caught:
+        Options.from_env()
+    assert str(caught.value) == f"{name} is {text!r}: expected {expected}"
+
+
+def test_a_mistyped_variable_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(options_module, "_told_of_unknown", False)
+    for name in ("FASTCKPT_COMPRES", "FASTCKPT_MAX_LOAD", "FASTCKPT_BUCKET", "FASTCKPT_TRACE", "FASTCKPT_URL"):
+        monkeypatch.setenv(name, "")
+    Options.from_env()
+    Options.from_env()
+    assert caplog.messages == [
+        "FASTCKPT_COMPRES is not known; did you mean FASTCKPT_COMPRESS? "
+        "FASTCKPT_MAX_LOAD is not known; did you mean FASTCKPT_MAX_LOAD_BYTES?"
+    ]
+
+
+def test_every_variable_that_is_read_is_known() -> None:
+    root = Path(__file__).parents[2]
+    read = set()
+    sources = [
+        p
+        for folder in ("fastckpt", "tests", "examples", "benchmarks", "scripts")
+        for p in (root / folder).rglob("*.py")
+    ]
+    for path in [root / "setup.py", *sources]:
+        pattern = r"""(?:environ(?:\.get|\.setdefault)?[(\[]|is_set\(|ENV\w* = )["'](FASTCKPT_[A-Z0-9_]+)"""
+        read.update(re.findall(pattern, path.read_text()))
+    for path in (root / "csrc").glob("*.cpp"):
+        read.update(re.findall(r'getenv\("(FASTCKPT_[A-Z0-9_]+)', path.read_text()))
+    assert {"FASTCKPT_ISA", "FASTCKPT_KERNELS", "FASTCKPT_SANITIZE", "FASTCKPT_URL", "FASTCKPT_GPU_SEED"} <= read
+    knobs = {options_module.variable(field.name) for field in dataclasses.fields(Options)}
+    assert read - knobs <= options_module.OTHER_VARIABLES
 
 
 def test_frozen_and_bounded() -> None:

@@ -233,6 +233,14 @@ def test_signals_are_chained_and_put_back() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("text", ["abc", "-1", "nan", ""])
+def test_a_grace_that_is_no_time_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTCKPT_SIGTERM_GRACE_S", text)
+    with pytest.raises(ValueError, match=f"FASTCKPT_SIGTERM_GRACE_S is '{text}': expected seconds, a number ≥ 0"):
+        SignalSource()
+    SignalSource(grace_s=5.0)
+
+
 def test_a_handler_set_after_ours_stays() -> None:
     source = SignalSource((signal.SIGUSR2,))
     before = signal.getsignal(signal.SIGUSR2)
