@@ -10,6 +10,7 @@ name next to the target is used from the start, and a kill leaves that file.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -17,6 +18,7 @@ import logging
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
@@ -162,6 +164,17 @@ def sync_directory(path: str) -> None:
         os.close(fd)
 
 
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Puts the path into errors of calls that know a descriptor only: "No space left on device" alone does not say which one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = path
+        raise
+
+
 class AtomicFile:
     """A Sink that replaces the file at `path` whole or not at all.
 
@@ -171,6 +184,7 @@ class AtomicFile:
     def __init__(self, path: str, *, exclusive: bool = False) -> None:
         """exclusive: `commit` raises FileExistsError if there is something at the path, and leaves it alone."""
         self._exclusive = exclusive
+        self._path = path
         self._target = os.path.realpath(path)
         self._directory, name = os.path.split(self._target)
         for parent in (os.path.dirname(path), self._directory):  # as it was given first: torch.save's words
@@ -221,9 +235,14 @@ class AtomicFile:
 
     def write(self, data: Any) -> None:
         assert self._writer is not None
-        self._writer.write(data)
+        with _naming(self._path):
+            self._writer.write(data)
 
     def commit(self) -> None:
+        with _naming(self._path):
+            self._commit()
+
+    def _commit(self) -> None:
         assert self._writer is not None
         self._writer.flush()
         os.fsync(self._fd)
@@ -276,14 +295,17 @@ class DirectFile:
     """A Sink for a device or pipe at a path (/dev/null, a FIFO): there is nothing to replace."""
 
     def __init__(self, path: str) -> None:
+        self._path = path
         self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
     def write(self, data: Any) -> None:
-        _write_all(self._fd, data)
+        with _naming(self._path):
+            _write_all(self._fd, data)
 
     def commit(self) -> None:
         fd, self._fd = self._fd, -1
-        os.close(fd)
+        with _naming(self._path):
+            os.close(fd)
 
     def abandon(self) -> None:
         if self._fd >= 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import stat
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 from fastckpt.errors import CheckpointError
 
 _PROBES = 16  # microseconds
+MARKER = "fastckpt.json"
+"""What makes a directory a repository (format.keys.MARKER, which is above this module)."""
 
 
 class Source(Protocol):
@@ -42,7 +45,7 @@ class PathSource:
         try:
             found = os.fstat(self._fd)
             if stat.S_ISDIR(found.st_mode):
-                raise IsADirectoryError(21, "Is a directory", self.name)
+                raise IsADirectoryError(errno.EISDIR, _why_no_directory(self.name), self.name)
             if not stat.S_ISREG(found.st_mode):
                 raise CheckpointError(
                     f"{self.name} is no regular file: a checkpoint is read back to front. Copy it to a file"
@@ -81,6 +84,16 @@ class PathSource:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _why_no_directory(path: str) -> str:
+    """In the words of the system first: code looks for them."""
+    if not os.path.exists(os.path.join(path, MARKER)):
+        return "Is a directory, where the file of a checkpoint is expected"
+    return (
+        f"Is a directory with a repository of checkpoints ({MARKER}), where a file is expected: "
+        "fastckpt.Checkpointer(…).restore() continues from it, `fastckpt restore` writes a checkpoint of it as a file"
+    )
 
 
 class FileObjectSource:

@@ -163,6 +163,7 @@ def test_the_first_error_survives_a_failing_clean_up(path: Path, tmpfile: bool) 
     with tools.watched(disk_dies, tmpfile=tmpfile), pytest.raises(OSError, match="No space") as caught:
         fastckpt.save(tools.state(NEW), path)
     assert caught.value is first
+    assert str(first) == f"[Errno 28] No space left on device: {str(path)!r}"
     caught.value.__traceback__ = None
     assert tools.loaded(path) == OLD
 
@@ -255,7 +256,7 @@ def test_file_size_limit(path: Path) -> None:
 
 
 def test_full_device() -> None:
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '/dev/full'$"):
         fastckpt.save(tools.state(NEW), "/dev/full")
 
 

@@ -150,6 +150,7 @@ def test_async_error_reaches_handle_and_log(
         handle = fastckpt.save_async(tools.state(NEW, rows), path)
         assert handle.staged.done()
         assert handle.durable.exception(60) is error
+        assert error.filename == str(path)
         with pytest.raises(OSError, match="No space left"):
             handle.wait()
     assert handle.done()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import codec, pages, restore
+from fastckpt import codec, pages, restore, sources
+from fastckpt.format import keys
 from fastckpt.sources import PathSource
 
 
@@ -63,6 +66,17 @@ def file(tmp_path: Path) -> tuple[str, dict[str, torch.Tensor]]:
     path = str(tmp_path / "a.fckpt")
     fastckpt.save(state, path)
     return path, state
+
+
+@pytest.mark.parametrize("read", [fastckpt.load, fastckpt.open, fastckpt.get_unsafe_globals])
+def test_a_directory_is_told_what_to_do_with(read: Callable[[str], object], tmp_path: Path) -> None:
+    assert sources.MARKER == keys.MARKER
+    with pytest.raises(IsADirectoryError, match="Is a directory, where the file of a checkpoint is expected") as caught:
+        read(str(tmp_path))
+    assert (caught.value.errno, caught.value.filename) == (errno.EISDIR, str(tmp_path))
+    (tmp_path / sources.MARKER).touch()
+    with pytest.raises(IsADirectoryError, match=r"Checkpointer\(…\)\.restore\(\).*`fastckpt restore`"):
+        read(str(tmp_path))
 
 
 @pytest.mark.parametrize("missing", [False, True])
