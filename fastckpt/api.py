@@ -24,12 +24,11 @@ from fastckpt.errors import (
     SaveError,
 )
 from fastckpt.files import AtomicFile, Sink, open_sink
-from fastckpt.format.container import MAGIC
 from fastckpt.loading import load_object
 from fastckpt.object_sink import ObjectSink
 from fastckpt.object_source import ObjectSource
 from fastckpt.options import Options
-from fastckpt.reader import Reader
+from fastckpt.reader import Reader, is_container
 from fastckpt.save import start_workers, write
 from fastckpt.snapshot import DoesNotFit, Snapshot, Stager
 from fastckpt.sources import FileObjectSource, PathSource, Source
@@ -335,12 +334,10 @@ def _is_ours(source: Source) -> bool:
     """Whether this is (or was) a fastckpt container. Leaves a file object where it stood."""
     if source.n_bytes == 0:
         raise EmptyCheckpointError(f"{source.name} is empty: not a checkpoint")
-    head, tail = bytearray(min(8, source.n_bytes)), bytearray(min(8, source.n_bytes))
-    source.read_into(0, head)
-    source.read_into(source.n_bytes - len(tail), tail)
+    found = is_container(source)
     if isinstance(source, FileObjectSource):
         source.seek_to(0)
-    return MAGIC in (bytes(head), bytes(tail))
+    return found
 
 
 __all__ = ["SaveHandle", "get_unsafe_globals", "load", "open", "save", "save_async"]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from fastckpt import codec
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
 from fastckpt.format import container, directory, records
-from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, INDEX_PARTS, MIN_BYTES, READ_SELF_CONTAINED
+from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, INDEX_PARTS, MAGIC, MIN_BYTES, READ_SELF_CONTAINED
 from fastckpt.format.digest import crc64nvme, digest
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.element_types import NUMPY_PREFIX
@@ -255,6 +255,14 @@ class Reader:
         if buffer is None or buffer.size < n_bytes:
             buffer = self._scratch.buffer = np.empty(n_bytes, np.uint8)
         return buffer[:n_bytes]
+
+
+def is_container(source: Source) -> bool:
+    """Whether it is a container, or was one before it was damaged: the magic at either end says so."""
+    ends = bytearray(min(len(MAGIC), source.n_bytes)), bytearray(min(len(MAGIC), source.n_bytes))
+    source.read_into(0, ends[0])
+    source.read_into(source.n_bytes - len(ends[1]), ends[1])
+    return MAGIC in map(bytes, ends)
 
 
 def _read(source: Source, offset: int, n_bytes: int, part: str) -> bytes:

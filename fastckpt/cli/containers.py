@@ -17,12 +17,16 @@ from fastckpt.format.directory import TensorEntry
 from fastckpt.format.records import transform_of
 from fastckpt.format.tensor_names import dotted, to_json
 from fastckpt.reader import Reader, storage_bytes, summary
+from fastckpt.reader import is_container as is_ours
 from fastckpt.sources import PathSource, Source
 
 
 def is_container(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+    source = PathSource(str(path))
+    try:
+        return is_ours(source)
+    finally:
+        source.close()
 
 
 def list_files(text: str) -> list[dict[str, Any]]:
@@ -65,7 +69,8 @@ def tensor_to_json(entry: TensorEntry) -> dict[str, Any]:
 def show(arguments: argparse.Namespace) -> int:
     source = open_source(arguments.path, arguments.endpoint_url)
     try:
-        reader = _open(source)
+        _require(source)
+        reader = Reader.open(source, alone=True)
     finally:
         source.close()
     groups = transforms(reader)
@@ -92,14 +97,17 @@ def show(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _open(source: Source) -> Reader:
-    head = bytearray(min(len(MAGIC), source.n_bytes))
-    source.read_into(0, head)
-    if bytes(head) != MAGIC:
+def _require(source: Source) -> None:
+    """NotACheckpointError for what never was a container: nothing of ours is damaged there."""
+    if source.n_bytes == 0:
+        raise NotACheckpointError(f"{source.name} is no fastckpt container: it is empty")
+    if not is_ours(source):
+        head = bytearray(min(len(MAGIC), source.n_bytes))
+        source.read_into(0, head)
         raise NotACheckpointError(
-            f"{source.name} is no fastckpt container: it starts with {bytes(head)!r}, not {MAGIC!r}"
+            f"{source.name} is no fastckpt container: it starts with {bytes(head)!r}, not {MAGIC!r} "
+            "(of files of torch.save and safetensors this command knows nothing; fastckpt.load reads them)"
         )
-    return Reader.open(source, alone=True)
 
 
 def transforms(reader: Reader) -> list[dict[str, Any]]:
@@ -118,9 +126,10 @@ def transforms(reader: Reader) -> list[dict[str, Any]]:
 
 
 def check(path: str, endpoint_url: str | None) -> checking.Report:
-    """Read every byte of one container."""
+    """Read every byte of one container. NotACheckpointError."""
     source = open_source(path, endpoint_url)
     try:
+        _require(source)
         return checking.check(source, bar(path))
     finally:
         source.close()

@@ -31,7 +31,15 @@ from fastckpt.cli.output import (
     note,
     print_json,
 )
-from fastckpt.cli.target import add_checkpoint, add_endpoint, add_epoch, maybe_repository, open_repository
+from fastckpt.cli.target import (
+    add_checkpoint,
+    add_endpoint,
+    add_epoch,
+    maybe_repository,
+    open_repository,
+    require_endpoint,
+    require_environment,
+)
 from fastckpt.errors import CheckpointError, StoreError
 from fastckpt.repository import Repository
 
@@ -40,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     arguments = _parser().parse_args(argv)
     try:
+        require_environment()
+        require_endpoint(getattr(arguments, "endpoint_url", None))
         status: int = arguments.run(arguments)
         sys.stdout.flush()
         return status
@@ -105,7 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--keep-every", type=int, metavar="K", help="keep steps that are multiples of K")
     prune.add_argument("--keep-best", metavar="METRIC:min|max", help="keep the one with the best value of a metric")
     prune.add_argument("--branches", action="store_true", help="remove abandoned branches too")
-    prune.add_argument("--run-is-stopped", action="store_true", help="no job writes here, by your word; required")
+    prune.add_argument(
+        "--run-is-stopped", action="store_true", help="no job writes here, by your word; required unless --dry-run"
+    )
     prune.add_argument(
         "--grace",
         type=float,
@@ -115,6 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     prune.add_argument("--dry-run", action="store_true", help="show the plan only")
     prune.add_argument("--yes", action="store_true", help="do not ask")
+    # argparse knows no "one of them, or both".
+    prune.usage = (
+        "%(prog)s [-h] [--json] [--endpoint-url URL] --keep-last N [--keep-every K] [--keep-best METRIC:min|max]\n"
+        "                      [--branches] [--grace SECONDS] (--run-is-stopped | --dry-run) [--yes] URL"
+    )
     restore = verb("restore", _restore, "write one rank of a checkpoint as a file that fastckpt.load reads")
     restore.add_argument("url", metavar="URL")
     add_checkpoint(restore)
@@ -204,9 +221,9 @@ def _check(arguments: argparse.Namespace) -> int:
         return BAD_CHECKPOINT
     if any(one.unanswered for one in checked):
         return USAGE
-    if any(one.status != OK for one in checked):
+    if any(one.status == FOUND_DAMAGE for one in checked) or not all(report.ok for report in reports):
         return FOUND_DAMAGE
-    return OK if all(report.ok for report in reports) else FOUND_DAMAGE
+    return BAD_CHECKPOINT if any(one.status != OK for one in checked) else OK
 
 
 def _in_repository(run: Callable[[Repository, argparse.Namespace], int], arguments: argparse.Namespace) -> int:

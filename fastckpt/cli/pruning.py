@@ -82,10 +82,10 @@ def after(view: View, todo: Plan, needs: Needs) -> View:
 
 def prune(repository: Repository, arguments: argparse.Namespace) -> int:
     """The command. RepositoryError, StoreError, WrongUsageError."""
-    if not arguments.run_is_stopped:
+    if not arguments.run_is_stopped and not arguments.dry_run:
         raise WrongUsageError(
             "while a job runs, retention belongs to it: Checkpointer(keep=Keep(last=…)). If it is stopped and will not come back while "
-            "this works, say so with --run-is-stopped"
+            "this works, say so with --run-is-stopped; --dry-run shows the plan without"
         )
     keep = keep_of(arguments)
     repository.require()

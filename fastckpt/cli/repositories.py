@@ -216,7 +216,9 @@ class Checked:
     @property
     def status(self) -> int:
         failed = any(one.error is not None for one in self.repaired)
-        return OK if self.report.ok and not failed else FOUND_DAMAGE
+        if failed or not self.report.ok:
+            return FOUND_DAMAGE
+        return OK if self.repaired or _looked_into(self.report) else BAD_CHECKPOINT
 
 
 def check(repository: Repository, arguments: argparse.Namespace) -> Checked:
@@ -226,7 +228,7 @@ def check(repository: Repository, arguments: argparse.Namespace) -> Checked:
         repository, bar(repository.url), steps=steps, quick=arguments.quick, options=options()
     )
     if not arguments.json:
-        _print_report(report)
+        _print_report(report, arguments.step)
     checked = Checked(report)
     if not arguments.repair:
         return checked
@@ -256,7 +258,12 @@ def plan_of(repository: Repository, report: checking.RepositoryReport) -> repair
     return repairing.plan_repair(report, epoch_of, max(catalog.listing.epochs, default=0))
 
 
-def _print_report(report: checking.RepositoryReport) -> None:
+def _looked_into(report: checking.RepositoryReport) -> bool:
+    """Whether there was any checkpoint to check. A wrong prefix must not pass for a sound repository."""
+    return any(one.state != "not checked" for one in report.checkpoints)
+
+
+def _print_report(report: checking.RepositoryReport, step: int | None) -> None:
     for one in report.checkpoints:
         if one.state == "not checked":
             continue
@@ -279,6 +286,8 @@ def _print_report(report: checking.RepositoryReport) -> None:
         say(f"{report.url}: {where} ({human(save.n_bytes)}): {save.state}: {save.why}{hint}")
     for words in report.notes:
         say(f"{report.url}: note: {words}")
+    if not _looked_into(report):
+        say(f"{report.url}: no checkpoints{'' if step is None else f' of step {step}'}: nothing to verify")
     if report.packs or report.chunks:
         say(f"{report.url}: {report.packs} packs, {human(report.pack_bytes)}, {report.chunks} chunks verified")
     if any(one.state == "damaged" for one in report.checkpoints):

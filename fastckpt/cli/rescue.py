@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastckpt.catalog import Catalog, Step
-from fastckpt.cli.output import FOUND_DAMAGE, OK, bar, human, note, print_json, say
+from fastckpt.cli.output import FOUND_DAMAGE, OK, WrongUsageError, bar, human, note, print_json, say
 from fastckpt.cli.target import find, options, safe_history
 from fastckpt.errors import NoCheckpointError
 from fastckpt.export import export
@@ -55,7 +55,7 @@ def _wanted(repository: Repository, catalog: Catalog, arguments: argparse.Namesp
 def _refuse_existing(paths: Iterable[str], force: bool) -> None:
     for path in paths:
         if os.path.lexists(path) and not force:
-            raise FileExistsError(f"{path} exists already: --force replaces it")
+            raise WrongUsageError(f"{path} exists already: --force replaces it")
 
 
 def rescue(repository: Repository, arguments: argparse.Namespace) -> int:

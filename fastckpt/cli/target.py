@@ -11,14 +11,16 @@ from typing import Any
 
 from fastckpt.catalog import Catalog
 from fastckpt.cli.output import WrongUsageError, note
-from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, ObjectNotFoundError, RepositoryError
+from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, ObjectNotFoundError, RepositoryError, StoreError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
+from fastckpt.kernels import kernels
 from fastckpt.object_source import ObjectSource
 from fastckpt.options import Options
 from fastckpt.repository import Repository
 from fastckpt.sources import PathSource, Source
 from fastckpt.store.base import Store
+from fastckpt.store.cloud_connection import parse_s3_url
 from fastckpt.store.open import open_store
 
 
@@ -30,6 +32,30 @@ def options() -> Options:
         raise WrongUsageError(str(error)) from None
 
 
+def require_environment() -> None:
+    """WrongUsageError for a bad variable, before the work: what it is about may be used deep inside, or not at all today."""
+    options()
+    try:
+        kernels(0)  # of no bytes: numba is not imported for a mere look
+    except (ValueError, ImportError) as error:
+        raise WrongUsageError(str(error)) from None
+
+
+def require_endpoint(url: str | None) -> None:
+    """WrongUsageError for an --endpoint-url that can be none."""
+    if url is None:
+        return
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        good = False
+    if not good:
+        raise WrongUsageError(
+            f"--endpoint-url is {url!r}: expected http:// or https:// and a host, as in https://minio.example.org:9000"
+        )
+
+
 def local_path(text: str) -> Path | None:
     """The path that a path or file:// URL names; None for other URLs."""
     if text.startswith("file:///"):
@@ -38,9 +64,26 @@ def local_path(text: str) -> Path | None:
 
 
 def _store(url: str, endpoint_url: str | None) -> Store:
-    if endpoint_url is None or not url.startswith("s3://"):
-        return open_store(url)
-    return open_store(url, endpoint_url=endpoint_url)
+    """WrongUsageError for a URL that can be none, StoreError for what is wrong with the place."""
+    try:
+        if endpoint_url is None or not url.startswith("s3://"):
+            return open_store(url)
+        return open_store(url, endpoint_url=endpoint_url)
+    except StoreError as error:
+        if _names_a_place(url):
+            raise
+        raise WrongUsageError(str(error)) from None
+
+
+def _names_a_place(url: str) -> bool:
+    scheme, separator, _ = url.partition("://")
+    if scheme != "s3":
+        return not separator or scheme == "memory"  # open_store refuses a file:// for its form alone
+    try:
+        parse_s3_url(url)
+    except StoreError:
+        return False
+    return True
 
 
 def _looks_like_one(store: Store) -> bool:

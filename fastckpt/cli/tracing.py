@@ -80,7 +80,7 @@ def _outputs(first: Path, out: str | None) -> tuple[Path, Path]:
 def _refuse_existing(paths: Iterable[Path], force: bool) -> None:
     for path in paths:
         if os.path.lexists(path) and not force:
-            raise FileExistsError(f"{path} exists already: --force replaces it")
+            raise WrongUsageError(f"{path} exists already: --force replaces it")
         if not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"the folder {path.absolute().parent} does not exist: make it first")
 

@@ -68,6 +68,31 @@ def test_check_goes_on_after_a_bad_file(checkpoint: Path, tmp_path: Path, capsys
     assert [report["ok"] for report in value["checked"]] == [False, True]
 
 
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_what_never_was_ours_is_not_called_damaged(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "model.pt")
+    (tmp_path / "junk.txt").write_text("not ours")
+    (tmp_path / "empty").touch()
+    for name in ("model.pt", "junk.txt", "empty"):
+        assert cli.main([command, str(tmp_path / name)]) == cli.BAD_CHECKPOINT
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert f"{name} is no fastckpt container" in said.err
+
+
+@pytest.mark.parametrize("offset", [0, -1], ids=["header", "footer"])
+def test_what_has_the_magic_at_one_end_is_damaged(
+    checkpoint: Path, offset: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(checkpoint, offset)
+    assert cli.main(["check", str(checkpoint)]) == cli.FOUND_DAMAGE
+    assert cli.main(["show", str(checkpoint)]) == cli.BAD_CHECKPOINT
+    assert "is damaged" in capsys.readouterr().err
+    assert "damaged" in run_json(capsys, "ls", str(checkpoint.parent))[1]["checkpoints"][0]["error"]
+
+
 def test_show_lists_tensors_and_storage(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, value = run_json(capsys, "show", str(checkpoint))
     assert status == cli.OK

@@ -228,6 +228,26 @@ def test_check_of_a_repository_without_marker(store: LocalStore, url: str, capsy
     assert "fastckpt.json: DAMAGED" in out
 
 
+def test_check_of_a_repository_without_checkpoints(
+    store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that never saved, or a wrong prefix, must not pass for one that is well."""
+    begin(store, 1)
+    status, out, _ = run(capsys, "check", url)
+    assert (status, out) == (cli.BAD_CHECKPOINT, f"{store.url}: no checkpoints: nothing to verify\n")
+    status, value = run_json(capsys, "check", url)
+    assert (status, value["repositories"][0]["ok"]) == (cli.BAD_CHECKPOINT, True)
+    store.put("fastckpt.json", b"{}")
+    assert run(capsys, "check", url)[0] == cli.FOUND_DAMAGE
+
+
+def test_check_of_a_step_that_is_not_there(store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save_steps(store, [1])
+    status, out, _ = run(capsys, "check", url, "--step", "7")
+    assert status == cli.BAD_CHECKPOINT
+    assert "no checkpoints of step 7: nothing to verify" in out
+
+
 def test_check_of_a_repository_and_a_file(
     store: LocalStore, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +308,26 @@ def test_prune_refuses_while_a_job_may_run(store: LocalStore, url: str, capsys: 
     assert "--run-is-stopped" in err
     assert "Keep(last" in err
     assert steps_of(store) == [2, 1]
+
+
+def test_a_dry_run_needs_no_word_about_the_job(store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save_steps(store, [1, 2])
+    before = keys_of(store, "")
+    status, out, _ = run(capsys, "prune", url, "--keep-last", "1", "--dry-run")
+    assert status == cli.OK
+    assert "remove epoch 1, step 1" in out
+    assert run_json(capsys, "prune", url, "--keep-last", "1", "--dry-run", "--run-is-stopped")[1]["done"] is False
+    assert keys_of(store, "") == before
+
+
+def test_the_usage_of_prune_has_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is written by hand: argparse would show what is required as optional."""
+    with pytest.raises(SystemExit):
+        cli.main(["prune", "--help"])
+    usage, _, options = capsys.readouterr().out.partition("\n\n")
+    assert "(--run-is-stopped | --dry-run)" in usage
+    listed = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", options, re.M))
+    assert listed == {"--help", *re.findall(r"--[a-z-]+", usage)}
 
 
 def test_prune(store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -431,7 +471,7 @@ def test_restore(store: LocalStore, url: str, tmp_path: Path, capsys: pytest.Cap
     assert same(fastckpt.load(out, weights_only=False), state(4))
     assert run(capsys, "check", out)[0] == cli.OK
     status, _, err = run(capsys, "restore", url, "--out", out, "--step", "3")
-    assert status == cli.OS_ERROR
+    assert status == cli.USAGE
     assert "--force" in err
     status, value = run_json(capsys, "restore", url, "--out", out, "--step", "3", "--force")
     assert status == cli.OK
@@ -476,7 +516,7 @@ def test_salvage(store: LocalStore, url: str, tmp_path: Path, capsys: pytest.Cap
     assert status == cli.OK
     assert "fastckpt restore" in err
     flip(store, keys_of(store, "data/")[1], 3)
-    assert run(capsys, "salvage", url, "--out", str(out))[0] == cli.OS_ERROR
+    assert run(capsys, "salvage", url, "--out", str(out))[0] == cli.USAGE
     status, said, err = run(capsys, "salvage", url, "--out", str(out), "--force")
     assert status == cli.FOUND_DAMAGE
     assert "8 tensors" in said
@@ -513,7 +553,13 @@ def test_salvage_of_a_damaged_commit_record(
         (["restore", "{tmp}/none", "--out", "{tmp}/x"], cli.OS_ERROR),
         (["salvage", "{tmp}/text", "--out", "{tmp}/x"], cli.BAD_CHECKPOINT),
         (["show", "{tmp}/text", "--step", "3"], cli.USAGE),
-        (["ls", "gs://bucket/x"], cli.OS_ERROR),
+        (["ls", "gs://bucket/x"], cli.USAGE),
+        (["show", "s4://bucket/x"], cli.USAGE),
+        (["check", "s3:///x"], cli.USAGE),
+        (["ls", "file://host/x"], cli.USAGE),
+        (["ls", "s3://bucket/x", "--endpoint-url", "foo"], cli.USAGE),
+        (["check", "{tmp}/run", "--endpoint-url", "http://host:port"], cli.USAGE),
+        (["analyze", "{tmp}"], cli.OS_ERROR),
         (["ls", "memory://empty-{tmp}"], cli.BAD_CHECKPOINT),
         (["show", "memory://nothing/x"], cli.OS_ERROR),
         (["restore", "{tmp}/run", "--out", "{tmp}/no/x"], cli.OS_ERROR),
@@ -536,6 +582,39 @@ def test_wrong_environment(url: str, store: LocalStore, capsys: pytest.CaptureFi
     status, _, err = run(capsys, "check", url)
     assert status == cli.USAGE
     assert "FASTCKPT_THREADS" in err
+
+
+@pytest.mark.parametrize("command", ["check", "show", "analyze", "ls"])
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("FASTCKPT_KERNELS", "foo", "one of auto, native, numba, reference"),
+        ("FASTCKPT_THREADS", "abc", "an integer ≥ 0"),
+        ("FASTCKPT_MAX_LOAD_BYTES", "-5", "an integer ≥ 0"),
+    ],
+)
+def test_wrong_environment_is_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    name: str,
+    text: str,
+    expected: str,
+) -> None:
+    file = tmp_path / "a"
+    fastckpt.save({"a": torch.ones(3)}, file)
+    monkeypatch.setenv(name, text)
+    message = f"{name} is {text!r}: expected {expected}"
+    assert run(capsys, command, str(file)) == (cli.USAGE, "", f"fastckpt: {message}\n")
+    status, value = run_json(capsys, command, str(file))
+    assert (status, value["schema"], value["exit"]) == (cli.USAGE, "fastckpt.error/1", cli.USAGE)
+    assert value["message"] == message
+
+
+def test_a_wrong_endpoint_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    err = run(capsys, "ls", "s3://bucket/x", "--endpoint-url", "minio:9000")[2]
+    assert "--endpoint-url is 'minio:9000': expected http:// or https:// and a host" in err
 
 
 def test_an_interrupt(url: str, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:

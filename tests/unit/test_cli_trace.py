@@ -86,7 +86,7 @@ def test_out_is_a_folder_or_a_file(run: Path, tmp_path: Path, capsys: pytest.Cap
 def test_existing_files_are_replaced_only_with_force(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = run.parent / "run.png"
     picture.write_text("somebody's plot")
-    assert cli.main(["trace", str(run)]) == cli.OS_ERROR
+    assert cli.main(["trace", str(run)]) == cli.USAGE
     assert "--force" in capsys.readouterr().err
     assert picture.read_text() == "somebody's plot"
     assert not (run.parent / "run.trace.json").exists()
