@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Mapping
 from concurrent import futures
@@ -18,7 +19,7 @@ from typing import Any
 
 from fastckpt import events
 from fastckpt.chunk_source import LiveChunks
-from fastckpt.errors import CheckpointError, of_save
+from fastckpt.errors import of_save
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.incarnation import Incarnation
@@ -36,7 +37,8 @@ class CommitHandle:
     def __init__(self, step: int) -> None:
         self.step = step
         self.durable: Future[Commit] = Future()
-        """Done when the commit record was seen and acknowledged. Carries the error if anything failed."""
+        """Done when the commit record was seen and acknowledged. Carries the error if anything failed. Cannot be cancelled."""
+        self.durable.set_running_or_notify_cancel()
 
     def __repr__(self) -> str:
         if not self.durable.done():
@@ -72,6 +74,8 @@ class Job:
     called_s: float
     handle: CommitHandle
     cancelled: threading.Event = field(default_factory=threading.Event)
+    told: bool = False
+    """Its handle has got its outcome, or is about to. Under the queue's lock."""
 
 
 @dataclass
@@ -150,6 +154,15 @@ class SaveQueue:
             job.cancelled.set()
 
     def _work(self, worker: object) -> None:
+        try:
+            self._run_jobs(worker)
+        finally:
+            with self._changed:
+                if self._worker is worker:  # whatever it was that ended this thread
+                    self._worker = None
+                    self._changed.notify_all()
+
+    def _run_jobs(self, worker: object) -> None:
         while True:
             with self._changed:
                 if self._worker is not worker:
@@ -159,18 +172,27 @@ class SaveQueue:
                     self._changed.notify_all()
                     return
                 job = self._jobs[0]
-            try:
-                commit = self._run(job)
-            except BaseException as raised:
-                error = of_save(raised, job.step)
-                logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
-                self._end(job, error)
-            else:
-                self._end(job, None)
-                if not job.handle.durable.done():
+            commit = self._save(job)
+            if commit is not None:
+                if self._end(job):
                     job.handle.durable.set_result(commit)
                 self._retain()
-            del job
+            del job, commit
+
+    def _save(self, job: Job) -> Commit | None:
+        """None: it has failed, and that was told."""
+        try:
+            return self._run(job)
+        except BaseException as raised:
+            error = of_save(raised, job.step)
+            logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
+            _forget_locals(raised)
+        try:
+            if self._end(job, error):
+                job.handle.durable.set_exception(error)
+            return None
+        finally:
+            del error  # its traceback has this frame
 
     def _run(self, job: Job) -> Commit:
         started = time.monotonic()
@@ -198,29 +220,38 @@ class SaveQueue:
         )
         return commit
 
-    def _end(self, job: Job, error: BaseException | None) -> None:
+    def _end(self, job: Job, error: BaseException | None = None) -> bool:
+        """Whether the caller is to tell the handle: without the lock, for its callbacks are the user's."""
         try:
             job.source.close()
-        except BaseException as raised:
+        except BaseException as raised:  # after the commit: the save stands, whatever becomes of the memory
             failure = of_save(raised, job.step)
             logger.error("letting go of the snapshot of step %d: %s: %s", job.step, type(failure).__name__, failure)
-            error = error or failure
         with self._changed:
-            if error is not None and not job.handle.durable.done():  # else it was told already
-                self._failures.append(error)
-                job.handle.durable.set_exception(error)
+            tells = self._tells(job, error)
             self._jobs.popleft()
             self._changed.notify_all()
+        return tells
+
+    def _tells(self, job: Job, error: BaseException | None) -> bool:
+        """The caller holds the lock. False if the outcome was told before."""
+        if job.told:
+            return False
+        job.told = True
+        if error is not None:
+            self._failures.append(error)
+        return True
 
     def give_up(self, source: Snapshot | LiveChunks, error: BaseException) -> None:
         """The chunks of a save have failed while it waits for something else, perhaps for ever: tell now. Its later end is ignored."""
-        with self._changed:
-            for job in self._jobs:
-                if job.source is source and not job.handle.durable.done():
-                    job.cancelled.set()
-                    told = of_save(error, job.step)
-                    self._failures.append(told)
-                    job.handle.durable.set_exception(told)
+        for job in self.jobs:
+            if job.source is source:
+                job.cancelled.set()
+                outcome = of_save(error, job.step)
+                with self._changed:
+                    tells = self._tells(job, outcome)
+                if tells:
+                    job.handle.durable.set_exception(outcome)
 
     def _retain(self) -> None:
         """What retention cannot do is no failure of the save: it is logged, and tried again after the next."""
@@ -229,7 +260,19 @@ class SaveQueue:
         try:
             self._incarnation.retain(self._keep, self._grace_s)
             self.retention_error = None
-        except CheckpointError as error:
+        except Exception as error:
             if str(error) != str(self.retention_error):
                 logger.warning("old checkpoints could not be removed: %s", error)
             self.retention_error = error
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Of the frames that an error went through: they hold the save's buffers, in a circle that only the cyclic collector breaks, and large
+    trainings switch that off.
+    """
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        traceback.clear_frames(at.__traceback__)
+        at = at.__cause__ or at.__context__

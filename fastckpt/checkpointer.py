@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -79,7 +80,8 @@ class Checkpointer:
     exception. close_timeout_s: what a save in flight gets then. grace_s: how long bytes of retired checkpoints stay.
 
     Opening reads the repository's marker, or makes it and probes the store. Errors of background saves are raised by the next call, and by
-    `close`. No error, no notice and no store that hangs keeps `step` from returning, except for the final save, which has a deadline.
+    `close`. No error, no notice and no store that hangs keeps `step` from returning, except for the final save, which has a deadline,
+    and the first save of a run that has not called `restore`: it claims the repository.
     """
 
     def __init__(
@@ -287,8 +289,12 @@ class Checkpointer:
         metrics: Mapping[str, float],
         meta: Mapping[str, Any],
         notice: Notice | None = None,
+        end_s: float | None = None,
     ) -> CommitHandle:
-        """Begin a save, waiting for room: until the notice's deadline, if there is one. SaveError if there is none."""
+        """Begin a save, waiting for room: until the notice's deadline, if there is one. SaveError if there is none.
+
+        end_s: when (time.monotonic()) the caller must have its answer, if that is before max_stall_s.
+        """
         for job in self._queue.jobs:
             if job.step == step:
                 return job.handle
@@ -297,12 +303,16 @@ class Checkpointer:
             handle = CommitHandle(step)
             handle.durable.set_result(last)
             return handle
-        while (handle_or_none := self._try_start(step, trigger, metrics, meta)) is None:
+        if notice is not None and (left_s := notice.seconds_left(time.monotonic())) is not None:
+            end_s = time.monotonic() + left_s
+        while (handle_or_none := self._try_start(step, trigger, metrics, meta, end_s)) is None:
             self._wait_for_room(step, notice)
         return handle_or_none
 
     def _wait_for_room(self, step: int, notice: Notice | None) -> None:
         jobs = self._queue.jobs
+        if not jobs:  # the one that held the memory has just ended
+            return
         left_s = None if notice is None else notice.seconds_left(time.monotonic())
         # A save that was given up ends when its store does: that may be never.
         given_up = bool(jobs) and jobs[0].handle.done()
@@ -317,9 +327,14 @@ class Checkpointer:
         )
 
     def _try_start(
-        self, step: int, trigger: str, metrics: Mapping[str, float], meta: Mapping[str, Any]
+        self,
+        step: int,
+        trigger: str,
+        metrics: Mapping[str, float],
+        meta: Mapping[str, Any],
+        end_s: float | None = None,
     ) -> CommitHandle | None:
-        """Stage the state and queue its upload. None if earlier saves leave no room for it now."""
+        """Stage the state and queue its upload. None if earlier saves leave no room for it now. end_s: see `_start`."""
         if len(self._queue) >= MAX_JOBS:
             return None
         called_s = time.monotonic()
@@ -327,7 +342,7 @@ class Checkpointer:
             self._begin()
         if not len(self._queue):
             self._incarnation.check_step(step)
-        self._fence("save")
+        self._fence("save", end_s)
         captured = self._recapturer.capture(targets.state_of(self._targets))
         cuts = self._cuts.of(captured)
         handle = CommitHandle(step)
@@ -352,17 +367,18 @@ class Checkpointer:
                     raise
                 self._saves += 1
             if isinstance(source, LiveChunks):
-                self._write_through(source, handle, captured.n_bytes)
+                self._write_through(source, handle, captured.n_bytes, end_s)
             elif not trusted:  # not before it is queued: a ring turns only when somebody takes chunks out of it
-                self._fence("save")
+                self._fence("save", end_s)
         except (
             BaseException
         ) as error:  # an interrupt, too: whoever catches it may train on, and no hook would wait for this
-            if isinstance(source, LiveChunks) or (source is not None and not trusted):
-                ended = SaveError(f"the save of step {step} was interrupted. Nothing was committed")
-                ended.__cause__ = error
-                source.stop(ended)
-                self._queue.give_up(source, ended)
+            with deferred_interrupt():  # launchers and terminals both pass Ctrl-C on: it comes twice
+                if isinstance(source, LiveChunks) or (source is not None and not trusted):
+                    ended = SaveError(f"the save of step {step} was interrupted. Nothing was committed")
+                    ended.__cause__ = error
+                    source.stop(ended)
+                    self._queue.give_up(source, ended)
             raised = of_save(error, step)
             if raised is error:
                 raise
@@ -370,9 +386,9 @@ class Checkpointer:
         self._last_start_s = called_s
         return handle
 
-    def _write_through(self, source: LiveChunks, handle: CommitHandle, n_bytes: int) -> None:
+    def _write_through(self, source: LiveChunks, handle: CommitHandle, n_bytes: int, end_s: float | None) -> None:
         """Not even parts of the state fit the budget: it is uploaded from where it is, and training waits."""
-        max_stall_s = self._options.max_stall_s
+        max_stall_s = _less(self._options.max_stall_s, end_s)
         logger.warning(
             "a copy of %d bytes does not fit the budget of %d, not even in parts: training waits until step %d is uploaded. "
             "Raise host_budget_bytes",
@@ -384,7 +400,7 @@ class Checkpointer:
             handle.durable.exception(max_stall_s)  # its error is raised by the next call, as that of any other save
         except futures.TimeoutError:
             error = SnapshotStalledError(
-                f"the save of step {handle.step} was given up: it was not uploaded after max_stall_s = {max_stall_s:g} s, and training "
+                f"the save of step {handle.step} was given up: it was not uploaded after max_stall_s = {max_stall_s:.3g} s, and training "
                 "goes on. Nothing was committed. Look at the store, or raise host_budget_bytes so that the state can be copied"
             )
             source.stop(error)
@@ -396,12 +412,12 @@ class Checkpointer:
         """Wait until the state has been copied. Call it before you change parameters or optimizer state by other means than a step."""
         self._fence("fence()")
 
-    def _fence(self, why: str) -> None:
+    def _fence(self, why: str, end_s: float | None = None) -> None:
         """May be called by several threads, and again after an interrupt: the snapshot stays until the next one."""
         snapshot = self._snapshot
         if snapshot is None:
             return
-        snapshot.fence(why)
+        snapshot.fence(why, _less(self._options.max_stall_s, end_s))
         error = snapshot.error
         if error is not None:
             self._queue.give_up(snapshot, error)
@@ -493,14 +509,15 @@ class Checkpointer:
             )
 
     def _let_go(self) -> None:
-        if self._hooks is not None:
-            self._hooks.remove()
-        if self._watcher is not None:
-            self._watcher.close()
-        self._stager.pool.drop_free()
-        self._incarnation.close()
-        if self._owns_store and not len(self._queue):  # a save that was given up may still be in its last request
-            self._store.close()
+        with contextlib.ExitStack() as last_first:  # one that fails keeps none of the others
+            if self._owns_store and not len(self._queue):  # a save that was given up may still be in its last request
+                last_first.callback(self._store.close)
+            last_first.callback(self._incarnation.close)
+            last_first.callback(self._stager.pool.drop_free)
+            if self._watcher is not None:
+                last_first.callback(self._watcher.close)
+            if self._hooks is not None:
+                last_first.callback(self._hooks.remove)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -513,7 +530,7 @@ class Checkpointer:
             return
         try:
             self._abort()
-        except BaseException as ours:
+        except Exception as ours:
             # The first error is the one to see; ours goes with it.
             logger.error("closing the Checkpointer after an exception: %s: %s", type(ours).__name__, ours)
             if sys.version_info >= (3, 11):
@@ -533,7 +550,7 @@ class Checkpointer:
                 and not self._saved(self._step)
                 and self._queue.wait_idle(self._close_timeout_s)
             ):
-                self._start(self._step, "exception", {}, {})
+                self._start(self._step, "exception", {}, {}, end_s=end_s)
             self._end_saves(max(0.0, end_s - time.monotonic()), "close_timeout_s")
         finally:
             self._closed = True
@@ -558,6 +575,11 @@ class Checkpointer:
             if other is not first:
                 logger.error("another save failed too: %s: %s", type(other).__name__, other)
         raise first
+
+
+def _less(limit_s: float, end_s: float | None) -> float:
+    """The limit, or what is left until `end_s`, if that is less."""
+    return limit_s if end_s is None else max(0.0, min(limit_s, end_s - time.monotonic()))
 
 
 def _checked(

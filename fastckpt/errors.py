@@ -9,7 +9,7 @@
      ├─ UnknownTensorError(KeyError)         a name that is not in the checkpoint
      ├─ SaveError                            the state or the target cannot be saved as asked. Fix the call
      │   ├─ TornSnapshotError                the state changed while it was copied. Nothing was committed
-     │   ├─ OutOfHostMemoryError(MemoryError)  no memory for the copy of the state. Nothing was committed
+     │   ├─ OutOfHostMemoryError(MemoryError)  no memory for the copy of the state, or for its upload
      │   └─ SnapshotStalledError             training had waited max_stall_s for a copy of the state. Nothing was committed
      ├─ RestoreError                         a restore cannot do what was asked. Nothing was changed
      │   ├─ NoCheckpointError                there is no such checkpoint
@@ -116,7 +116,7 @@ class SnapshotStalledError(SaveError):
 
 
 class OutOfHostMemoryError(SaveError, MemoryError):
-    """There was no host memory for the copy of the state, or for its upload. Nothing was committed."""
+    """There was no host memory for the copy of the state, or for its upload."""
 
 
 class RestoreError(CheckpointError):
@@ -166,19 +166,24 @@ class ObjectExistsError(StoreError):
 def of_save(error: BaseException, step: int) -> BaseException:
     """What a Checkpointer's save raises where the machine raised `error`: a SaveError with it as the cause.
 
-    Ours are as they are; so are the OSErrors of a disk, interrupts, and what is nobody's but ours to explain (AssertionError, TypeError …).
+    Ours are as they are; so are the OSErrors of a disk, interrupts, and all classes of others.
     """
     if isinstance(error, CheckpointError):
         return error
-    words = f"step {step} was not saved: "
-    stands = "Nothing was committed; earlier checkpoints are as they were"
+    words = f"the save of step {step} failed: "
+    stands = (
+        "It was not acknowledged; earlier checkpoints are as they were"  # the error may have come behind the commit
+    )
     found: SaveError
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         detail = f": {error}" if str(error) else ""
         found = OutOfHostMemoryError(
             f"{words}there is no host memory left{detail}. {stands}. Lower host_budget_bytes (FASTCKPT_HOST_BUDGET_BYTES) to what is free"
         )
-    elif isinstance(error, RuntimeError):  # torch's, of a device; Python's, of threads
+    elif type(error) is RuntimeError or (
+        isinstance(error, RuntimeError) and type(error).__module__.startswith("torch")
+    ):
+        # torch's, of a device; Python's, of threads. Subclasses of others are for those who made them.
         found = SaveError(
             f"{words}{type(error).__name__}: {str(error).partition(chr(10))[0]}. {stands}. If a device has failed, start the process again"
         )

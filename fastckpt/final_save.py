@@ -57,6 +57,7 @@ def _wait_for(handle: CommitHandle, queue: SaveQueue, notice: Notice) -> None:
             handle.wait(left_s)
     except TimeoutError as error:
         if handle.done():  # the save's own
+            queue.forget_failure(error)
             raise
         raise too_late(queue, notice, handle.step) from error
     except BaseException as error:

@@ -1,29 +1,48 @@
-"""Ctrl-C, in places that must not be left halfway."""
+"""Ctrl-C and its like, in places that must not be left halfway."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
+
+# Those that programs give handlers that raise. A profiler's SIGPROF, or a debugger's, must come when it comes.
+_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
 
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """A SIGINT that comes in the block is handled at its end. For a few milliseconds, and the main thread: others are never interrupted.
+    """Signals whose handlers are Python's are handled at the end of the block. For a few milliseconds, and the main thread: others are
+    never interrupted.
 
-    Python may raise KeyboardInterrupt between any two instructions, so no order of statements hands memory over safely.
+    A handler may raise between any two instructions, as that of SIGINT does, so no order of statements hands memory over safely.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[FrameType | None] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append(frame))
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    came: dict[int, FrameType | None] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.setdefault(number, frame)
+
     try:
+        for number in _SIGNALS:
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
+                signal.signal(number, note)
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(signal.SIGINT, came[0])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        with contextlib.ExitStack() as every_one:  # also if one of them raises
+            for number, frame in came.items():
+                every_one.callback(handlers[number], number, frame)

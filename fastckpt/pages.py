@@ -24,13 +24,13 @@ def fresh_pages(n_bytes: int) -> npt.NDArray[np.uint8]:
         mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )  # Python's default is shared memory, which costs more, and a fork shares it
     try:
-        pages = mmap.mmap(-1, n_bytes, private)
+        pages = mmap.mmap(-1, max(1, n_bytes), private)
     except OSError as error:
         raise MemoryError(f"{n_bytes} bytes of host memory: {error}") from error
     if n_bytes >= _HUGE_PAGE_BYTES and huge_pages_pay():
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, np.uint8)
+    return np.frombuffer(pages, np.uint8)[:n_bytes]
 
 
 @functools.cache

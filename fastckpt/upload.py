@@ -10,7 +10,7 @@ from typing import Any
 from fastckpt import events
 from fastckpt.chunk_source import ChunkSource, LiveChunks
 from fastckpt.commit import vote_name
-from fastckpt.errors import StoreFullError
+from fastckpt.errors import SaveError, StoreFullError
 from fastckpt.format import container, directory
 from fastckpt.format.keys import SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import Parent, utc_now, writer
@@ -108,6 +108,8 @@ def upload(
             utc_now(),
         )
         vote = _vote(chunks, captured, files, request, info)
+        if cancelled():  # the last moment at which that can be true of it
+            raise SaveError(f"the save of step {request.save.step} was cancelled. Nothing was committed")
         name = vote_name(request.save, request.rank, request.world, vote)
         store.put(vote_key(name), vote)
     except BaseException as error:

@@ -99,9 +99,10 @@ def hurried() -> Iterator[None]:
     with _lock:
         _hurried += 1
         pools = list(_pools)
-    for pool in pools:
-        pool.hurry()
     try:
+        for pool in pools:
+            with contextlib.suppress(RuntimeError):  # no more threads to be had: then at the pace of those it has
+                pool.hurry()
         yield
     finally:
         with _lock:

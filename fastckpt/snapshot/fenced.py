@@ -16,22 +16,37 @@ class Fenced:
     """The parameters and states of optimizers, with their versions at the call of save. Takes about a microsecond a tensor.
 
     torch counts the in-place changes of every tensor: its version. Tensors made under inference_mode count none, those of unknown
-    subclasses may hide several storages: such are left out, and so copied before `save` returns.
+    subclasses may hide several storages: such are left out, and so are storages that optimizers own only in part. They are copied before
+    `save` returns.
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
         self._tensors: list[torch.Tensor] = []
         self._addresses: list[int] = []
         """Where the storage of each tensor lies."""
+        in_part: set[int] = set()
         for owned in _owned(optimizers):
             tensor = _local(owned)
             if tensor is not None and tensor.layout is torch.strided and not tensor.is_inference():
-                address = tensor.untyped_storage().data_ptr()
+                storage = tensor.untyped_storage()
+                address = storage.data_ptr()
                 if address:
                     self._tensors.append(tensor)
                     self._addresses.append(address)
+                    if tensor.nbytes != storage.nbytes() or not tensor.is_contiguous():
+                        in_part.add(address)
         self._versions = [tensor._version for tensor in self._tensors]
         self.addresses = set(self._addresses)
+        if in_part:
+            self.keep_only([*self.addresses - self._shared(in_part)])
+
+    def _shared(self, in_part: set[int]) -> set[int]:
+        """Storages of which optimizers own only a part: a buffer may lie beside a parameter, and its version is its own."""
+        owned: dict[int, list[torch.Tensor]] = {address: [] for address in in_part}
+        for tensor, address in zip(self._tensors, self._addresses, strict=True):
+            if address in in_part:
+                owned[address].append(tensor)
+        return {address for address, tensors in owned.items() if not _cover(tensors)}
 
     def keep_only(self, addresses: Sequence[int]) -> None:
         """Watch only those that are saved."""
@@ -50,6 +65,27 @@ class Fenced:
         if versions == self._versions:
             return None
         return next(a for a, now, then in zip(self._addresses, versions, self._versions, strict=True) if now != then)
+
+
+def _cover(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors of one storage take all of its bytes."""
+    end = 0
+    for start, stop in sorted(_stretch(tensor) for tensor in tensors):
+        if start > end:
+            return False
+        end = max(end, stop)
+    return end >= tensors[0].untyped_storage().nbytes()
+
+
+def _stretch(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte and end of a tensor in its storage; (0, 0) unless its elements lie there without gaps, in whatever order."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
+        if size != 1 and stride != expected:
+            return 0, 0
+        expected *= size
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + int(tensor.nbytes)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor | None:

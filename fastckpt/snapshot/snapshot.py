@@ -243,11 +243,17 @@ class Snapshot:
         elif copy.n_bytes < _INLINE_BYTES:
             self._copy_host(copy, slab.array[slot.offset : stop])
         else:
-            copy.in_thread = True
-            self._in_threads += 1
             if self._copiers is None:
                 self._copiers = WorkerPool(self._threads, "fastckpt-stage")
-            self._copiers.submit(functools.partial(self._copy_in_thread, copy, slab.array[slot.offset : stop]))
+            call = functools.partial(self._copy_in_thread, copy, slab.array[slot.offset : stop])
+            copy.in_thread = True
+            self._in_threads += 1
+            try:
+                self._copiers.submit(call)
+            except BaseException:  # nobody will make it
+                copy.in_thread = False
+                self._in_threads -= 1
+                raise
         self._unmarked.append(copy)
         self._unmarked_bytes += copy.n_bytes
         if self._unmarked_bytes >= _BATCH_BYTES:
@@ -330,8 +336,12 @@ class Snapshot:
             with self._changed:
                 self._spilling = None
                 self._pool.give_back([self._slabs.pop(slab)])
-                if not self._closed:
-                    self._give_out(len(self._order))
+                try:
+                    if not self._closed:
+                        self._give_out(len(self._order))
+                except BaseException as error:
+                    self._fail(error)
+                    return
                 self._changed.notify_all()
 
     def _farthest(self) -> int | None:
@@ -353,20 +363,22 @@ class Snapshot:
 
     # -- the training thread -------------------------------------------------------------------------------------------
 
-    def fence(self, why: str = "fence()") -> None:
+    def fence(self, why: str = "fence()", limit_s: float | None = None) -> None:
         """From here on the state may change: what the caller's current streams are given from now on waits for the copies.
 
         Each stream that changes it needs this, so it may be called again, by any thread. The host waits only for copies of host memory, and
-        in ring mode until the last copy is given out. What is wrong with the snapshot is not raised here: see `error`.
+        in ring mode until the last copy is given out: for max_stall_s at most, or `limit_s` if that is less. What is wrong with the
+        snapshot is not raised here: see `error`.
         """
+        limit_s = self._max_stall_s if limit_s is None else min(limit_s, self._max_stall_s)
         started = time.perf_counter()
         with self._changed:
             if self._fenced:
                 self._hold_back_or_fail()
                 return
             self._check_versions()
-            if not self._changed.wait_for(self._is_settled, self._max_stall_s):
-                self._fail(self._stalled())
+            if not self._changed.wait_for(self._is_settled, limit_s):
+                self._fail(self._stalled(limit_s))
             # After a failure too: copies under way read the state.
             self._changed.wait_for(lambda: not self._in_threads)
             self._hold_back_or_fail()
@@ -387,9 +399,12 @@ class Snapshot:
     def _is_settled(self) -> bool:
         return self._next == len(self._order) or self._error is not None or self._closed
 
-    def _stalled(self) -> SnapshotStalledError:
+    def _stalled(self, limit_s: float) -> SnapshotStalledError:
+        limit = (
+            f"max_stall_s = {limit_s:g} s" if limit_s == self._max_stall_s else f"the {limit_s:.1f} s that were left"
+        )
         return SnapshotStalledError(
-            f"the snapshot of step {self._step} was dropped: after max_stall_s = {self._max_stall_s:g} s "
+            f"the snapshot of step {self._step} was dropped: after {limit} "
             f"{len(self._order) - self._next} of {len(self._order)} chunks were still to be copied: those before them have not been "
             "uploaded. Nothing was committed, and training goes on. Look at the store, or raise host_budget_bytes"
         )
@@ -534,4 +549,10 @@ class Snapshot:
         except BaseException:
             self._pool.forget(slabs)  # the device has failed, and may still write
             raise
+        finally:
+            with self._changed:  # a Checkpointer keeps its last snapshot, which must not keep a state
+                self._captured.let_go()
+                self._fenced_state = Fenced()
+                for copy in self._copies:
+                    copy.clone = None
         self._pool.give_back(slabs)
