@@ -130,8 +130,12 @@ def test_paths(tmp_path: Path) -> None:
     lost = tmp_path / "no" / "x.pt"
     alike(outcome(lambda: fastckpt.save({}, lost)), outcome(lambda: torch.save({}, lost)))
     alike(outcome(lambda: fastckpt.save({}, tmp_path)), outcome(lambda: torch.save({}, tmp_path)), words=False)
-    for missing in (lost, str(lost), tmp_path, str(tmp_path)):
+    for missing in (lost, str(lost)):
         alike(outcome(lambda: fastckpt.load(missing)), outcome(lambda: torch.load(missing)))  # noqa: B023
+    for directory in (tmp_path, str(tmp_path)):
+        ours, theirs = outcome(lambda: fastckpt.load(directory)), outcome(lambda: torch.load(directory))  # noqa: B023
+        alike(ours, theirs, words=False)
+        assert str(ours).startswith("[Errno 21] Is a directory")  # and then what was expected: it may be a repository
 
 
 def test_relative_missing_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
