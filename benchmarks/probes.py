@@ -85,11 +85,15 @@ def _floor(source: torch.Tensor, file: Path) -> dict[str, float]:
     result = {"new_memory_all_threads": _all_threads(touch)}
     measure.warm(file.parent)
     reader = Reader.open(PathSource(os.fsencode(file)), alone=True)
-    rooms = [np.ones(4 << 20, np.uint8) for _ in range(torch.get_num_threads())]
+    ends = np.cumsum(reader.records["raw_bytes"], dtype=np.int64)
+    there = np.ones(
+        int(ends[-1]), np.uint8
+    )  # as large as the state: a room in the processor's cache would be filled faster
 
     def decode(part: int, parts: int) -> None:
         for number in range(part, len(reader.records), parts):
-            assert reader.read_chunk(number, rooms[part][: int(reader.records["raw_bytes"][number])]) is None
+            end = int(ends[number])
+            assert reader.read_chunk(number, there[end - int(reader.records["raw_bytes"][number]) : end]) is None
 
     _all_threads(decode)  # the threads' own buffers
     result["decode_all_threads"] = _all_threads(decode)
