@@ -370,9 +370,8 @@ class Checkpointer:
                 self._write_through(source, handle, captured.n_bytes, end_s)
             elif not trusted:  # not before it is queued: a ring turns only when somebody takes chunks out of it
                 self._fence("save", end_s)
-        except (
-            BaseException
-        ) as error:  # an interrupt, too: whoever catches it may train on, and no hook would wait for this
+        except BaseException as error:
+            # An interrupt, too: whoever catches it may train on, and no hook would wait for this save.
             with deferred_interrupt():  # launchers and terminals both pass Ctrl-C on: it comes twice
                 if isinstance(source, LiveChunks) or (source is not None and not trusted):
                     ended = SaveError(f"the save of step {step} was interrupted. Nothing was committed")
@@ -388,7 +387,7 @@ class Checkpointer:
 
     def _write_through(self, source: LiveChunks, handle: CommitHandle, n_bytes: int, end_s: float | None) -> None:
         """Not even parts of the state fit the budget: it is uploaded from where it is, and training waits."""
-        max_stall_s = _less(self._options.max_stall_s, end_s)
+        limit_s = _less(self._options.max_stall_s, end_s)
         logger.warning(
             "a copy of %d bytes does not fit the budget of %d, not even in parts: training waits until step %d is uploaded. "
             "Raise host_budget_bytes",
@@ -397,11 +396,11 @@ class Checkpointer:
             handle.step,
         )
         try:
-            handle.durable.exception(max_stall_s)  # its error is raised by the next call, as that of any other save
+            handle.durable.exception(limit_s)  # its error is raised by the next call, as that of any other save
         except futures.TimeoutError:
             error = SnapshotStalledError(
-                f"the save of step {handle.step} was given up: it was not uploaded after max_stall_s = {max_stall_s:.3g} s, and training "
-                "goes on. Nothing was committed. Look at the store, or raise host_budget_bytes so that the state can be copied"
+                f"the save of step {handle.step} was given up: it was not uploaded after {limit_s:.3g} s (max_stall_s, or what "
+                "was left before a deadline), and training goes on. Nothing was committed. Look at the store, or raise host_budget_bytes so that the state can be copied"
             )
             source.stop(error)
             self._queue.give_up(source, error)

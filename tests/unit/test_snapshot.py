@@ -279,6 +279,23 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def go_on_and_check(store: HeldStore, ckpt: Any, training: Training) -> None:
+    """Change everything by no optimizer's step, as a replayed graph or statistics in forward do: nothing committed may show it."""
+    before = training.now()
+    with torch.no_grad():
+        for tensor in [*training.model.parameters(), *training.norm.buffers()]:
+            tensor.add_(1)
+    store.open.set()
+    with contextlib.suppress(SaveError):
+        ckpt.wait(SHORT_S)
+    ckpt.close()
+    for step in committed(store):
+        other = Training(64)
+        with checkpointer(store, other) as again:
+            assert again.restore(step=step) == 1
+        assert same(other.now(), before), "torn"
+
+
 def options(**settings: Any) -> Options:
     settings = {"host_budget_bytes": 128 * MIB, "verify_snapshot": "off", **settings}
     return Options(threads=1, connections=1, compress=False, **settings)
@@ -544,7 +561,7 @@ def test_a_state_that_is_written_through_stalls_no_longer(store: HeldStore, monk
     assert ckpt.step(1) is False
     assert 0.2 <= time.monotonic() - began < 5
     training.step()
-    with pytest.raises(SnapshotStalledError, match="not uploaded after max_stall_s"):
+    with pytest.raises(SnapshotStalledError, match=r"not uploaded after 0\.2 s"):
         ckpt.step(2)
     with pytest.raises(SaveError, match="not durable"):
         ckpt.close()
@@ -747,19 +764,7 @@ def test_an_interrupt_in_a_save_that_may_leave_nothing_to_a_hook(
         patch.setattr(Stager, "begin", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ckpt.step(1)
-    before = training.now()
-    with torch.no_grad():  # as a graph that is replayed, or statistics in forward
-        for tensor in [*training.model.parameters(), *training.norm.buffers()]:
-            tensor.add_(1)
-    store.open.set()
-    with contextlib.suppress(SaveError):
-        ckpt.wait(SHORT_S)
-    ckpt.close()
-    for step in committed(store):
-        other = Training(64)
-        with checkpointer(store, other) as again:
-            assert again.restore(step=step) == 1
-        assert same(other.now(), before), "torn"
+    go_on_and_check(store, ckpt, training)
 
 
 def test_an_interrupt_while_a_ring_waits_in_a_save_without_hooks(store: HeldStore) -> None:
@@ -777,19 +782,7 @@ def test_an_interrupt_while_a_ring_waits_in_a_save_without_hooks(store: HeldStor
     with pytest.raises(KeyboardInterrupt):
         ckpt.step(1)
     presser.join(SHORT_S)
-    before = training.now()
-    with torch.no_grad():
-        for tensor in [*training.model.parameters(), *training.norm.buffers()]:
-            tensor.add_(1)
-    store.open.set()
-    with contextlib.suppress(SaveError):
-        ckpt.wait(SHORT_S)
-    ckpt.close()
-    for step in committed(store):
-        other = Training(64)
-        with checkpointer(store, other) as again:
-            assert again.restore(step=step) == 1
-        assert same(other.now(), before), "torn"
+    go_on_and_check(store, ckpt, training)
 
 
 def test_an_interrupt_while_a_state_is_written_through(store: HeldStore) -> None:
