@@ -14,7 +14,7 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -642,17 +642,21 @@ def test_an_optimizers_state_that_is_loaded_meanwhile_takes_new_tensors(late: to
 # -- storages freed or resized while a save is under way ---------------------------------------------------------------
 
 
-def replace_parameters(run: Run) -> Callable[[], None]:
-    """By other values, until the snapshot is over."""
-    kept = [(parameter, parameter.data) for parameter in run.job.state["model"].parameters()]
-    for parameter, data in kept:
-        parameter.data = torch.full_like(data, 7.0)
+def replaced(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
+    """By other values, until the snapshot is over: what the result is to be called for."""
+    kept = [(tensor, tensor.data) for tensor in tensors]
+    for tensor, data in kept:
+        tensor.data = torch.full_like(data, 7.0)
 
     def back() -> None:
-        for parameter, data in kept:
-            parameter.data = data
+        for tensor, data in kept:
+            tensor.data = data
 
     return back
+
+
+def replace_parameters(run: Run) -> Callable[[], None]:
+    return replaced(run.job.state["model"].parameters())
 
 
 def moments(run: Run) -> list[torch.Tensor]:
@@ -666,16 +670,8 @@ def moments(run: Run) -> list[torch.Tensor]:
 
 
 def replace_moments(run: Run) -> Callable[[], None]:
-    """The same, in the bundles that a ring copies last, too."""
-    kept = [(tensor, tensor.data) for tensor in moments(run)]
-    for tensor, data in kept:
-        tensor.data = torch.full_like(data, 7.0)
-
-    def back() -> None:
-        for tensor, data in kept:
-            tensor.data = data
-
-    return back
+    """In the bundles that a ring copies last, too."""
+    return replaced(moments(run))
 
 
 def free_storages(run: Run) -> Callable[[], None]:
