@@ -400,7 +400,8 @@ class Checkpointer:
         except futures.TimeoutError:
             error = SnapshotStalledError(
                 f"the save of step {handle.step} was given up: it was not uploaded after {limit_s:.3g} s (max_stall_s, or what "
-                "was left before a deadline), and training goes on. Nothing was committed. Look at the store, or raise host_budget_bytes so that the state can be copied"
+                "was left before a deadline), and training goes on. Nothing was committed. Look at the store, or "
+                "raise host_budget_bytes so that the state can be copied"
             )
             source.stop(error)
             self._queue.give_up(source, error)
