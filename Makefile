@@ -1,8 +1,10 @@
 # PYTHON=python3.12   the Python that the virtual environment is made with
+# PYTHON_VERSION=3.12  the Python of a GPU node, for `make wheelhouse`
 # TORCH_INDEX=<url>   the index that torch comes from, such as https://download.pytorch.org/whl/cpu
 # ARGS="..."          passed on to pytest, the demo or the benchmarks
 PYTHON ?= python3
 TORCH_INDEX ?=
+PYTHON_VERSION ?= 3.12
 ARGS ?=
 
 VENV := .venv
@@ -13,7 +15,7 @@ NATIVE := $(VENV)/.native
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-gpu gpu-checklist lint types docs bench bench-codec bench-host bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-gpu gpu-checklist gpu-node wheelhouse lint types docs bench bench-codec bench-host bench-stall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,8 +59,14 @@ test-slow: venv ## run the tests that take minutes
 test-gpu: venv ## run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)
 
-gpu-checklist: venv ## the seven steps of the first run on a CUDA device; writes a result
+gpu-checklist: venv ## the eight steps of a run on a CUDA device; writes a result
 	$(PY) -m tests.gpu.first_run $(ARGS)
+
+gpu-node: ## the same on a node without a network, over its own torch; needs `make wheelhouse` (ARGS="--minutes 12 --out FOLDER")
+	@PYTHON="$(PYTHON)" scripts/gpu-node.sh $(ARGS)
+
+wheelhouse: ## wheels for such a node: PYTHON_VERSION=3.12
+	@PYTHON_VERSION="$(PYTHON_VERSION)" scripts/wheelhouse.sh
 
 lint: venv ## check style
 	$(PY) -m ruff format --check

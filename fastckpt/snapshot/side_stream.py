@@ -35,7 +35,9 @@ def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether what the current stream is given becomes part of a graph, to be replayed without any Python, and so without hooks."""
-    capturing = getattr(torch.accelerator.current_stream(device), "is_capturing", None)  # since torch 2.10
+    capturing = getattr(
+        torch.accelerator.current_stream(device), "is_capturing", None
+    )  # of every device since torch 2.13
     if capturing is not None:
         return bool(capturing())
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

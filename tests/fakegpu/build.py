@@ -16,7 +16,7 @@ import torch
 HERE = Path(__file__).parent
 SOURCES = sorted((HERE / "csrc").glob("*.cpp"))
 HEADERS = sorted((HERE / "csrc").glob("*.h"))
-TORCH_MINOR = "2.13"
+TORCH_MINORS = ("2.11", "2.13")
 """The device is written against torch's inner interfaces, which change with every minor version."""
 FLAGS = ("-std=c++20", "-O1", "-g0", "-fPIC", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-interference-size")
 
@@ -33,8 +33,8 @@ def why_unavailable() -> str | None:
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return f"the test device is for Linux on x86-64, this is {platform.system()} on {platform.machine()}"
     version = torch.__version__
-    if not version.startswith(TORCH_MINOR + "."):
-        return f"the test device is written for torch {TORCH_MINOR}, this is torch {version}"
+    if not version.startswith(tuple(f"{minor}." for minor in TORCH_MINORS)):
+        return f"the test device is written for torch {' and '.join(TORCH_MINORS)}, this is torch {version}"
     if compiler() is None:
         return "the test device needs a C++ compiler (g++ or clang++)"
     return None

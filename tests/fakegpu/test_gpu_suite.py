@@ -68,21 +68,31 @@ def test_without_a_device_every_test_is_skipped_and_says_why() -> None:
 def test_the_checklist_goes_on_after_a_step_that_fails_and_writes_its_result(tmp_path: Path) -> None:
     """Over 5 s: starting torch again, three times."""
     environment = {**ON_TEST_DEVICE, "TMPDIR": str(tmp_path)}
-    environment["FASTCKPT_GPU_SNAPSHOTS"] = "none"  # step 4 cannot even be collected
+    environment["FASTCKPT_GPU_SNAPSHOTS"] = "none"  # step 2 cannot even be collected
     out = tmp_path / "out"
-    run("tests.gpu.first_run", "--quick", "--steps", "2,4,6", "--out", str(out), status=1, **environment)
+    run("tests.gpu.first_run", "--quick", "--steps", "2,6,8", "--out", str(out), status=1, **environment)
     (path,) = out.glob("*.json")
     result = json.loads(path.read_text())
     assert result["rehearsal"]
     assert result["versions"]["torch"] == torch.__version__
     steps = {one["step"]: one for one in result["steps"]}
     assert {number: one["outcome"] for number, one in steps.items()} == {
-        2: "skipped",
-        4: "failed",
+        2: "failed",
         6: "recorded",
+        8: "skipped",
     }
-    assert steps[2]["why"]
-    assert "invalid literal for int" in steps[4]["log"]
+    assert steps[8]["why"]
+    assert "invalid literal for int" in steps[2]["log"]
     assert str(ROOT) not in path.read_text()
     assert steps[6]["recorded"][0]["value"]["dcp.save"]["right"]
     assert "| 6 | what torch's own async_save stores | **recorded** |" in path.with_suffix(".md").read_text()
+
+
+@pytest.mark.usefixtures("test_device")
+def test_a_step_that_comes_when_the_time_is_over_is_skipped(tmp_path: Path) -> None:
+    """Over 5 s: starting torch again, twice."""
+    environment = {**ON_TEST_DEVICE, "TMPDIR": str(tmp_path)}
+    run("tests.gpu.first_run", "--minutes", "0.01", "--out", str(tmp_path), **environment)
+    (path,) = tmp_path.glob("20*.json")
+    steps = json.loads(path.read_text())["steps"]
+    assert {(one["outcome"], one["why"]) for one in steps[:6]} == {("skipped", "no time was left")}

@@ -1,6 +1,7 @@
-"""The seven steps of the first run on real hardware, in order; a step that fails does not keep the others from running.
+"""The steps of a run on real hardware, in the order of their worth; a step that fails does not keep the others from running.
 
     make gpu-checklist                                   # or: python -m tests.gpu.first_run
+    make gpu-checklist ARGS="--minutes 12"               # a machine that is only lent; a step that comes too late is skipped
     make gpu-checklist ARGS="--quick --steps 1,4"
     FASTCKPT_GPU_TESTS_ON=fakegpu make gpu-checklist ARGS=--quick    # a rehearsal on the test device: proves the script, not the card
 
@@ -44,6 +45,9 @@ class Step:
     under: Sequence[Sequence[str]] = ((),)
     """Commands before Python's: one run for each."""
     minutes: float = 30
+    """The most that each of its runs may take."""
+    lent_minutes: float = 2
+    """The same in a run with --minutes."""
     only_records: bool = False
     """Nothing is asserted: what was measured has to be read."""
 
@@ -53,11 +57,56 @@ STEPS = (
     Step(
         1,
         "the suite",
-        "every kind of model, pinned and pageable memory, any budget, CUDA graphs, what is taken for granted of torch's streams",
+        "every kind of model, pinned and pageable memory, any budget, CUDA graphs, a card that is lost, what is taken for granted of torch's streams",
         ["tests/gpu", "-k", "not thousand and not test_measurements"],
+        lent_minutes=4,
     ),
     Step(
         2,
+        "1,000 snapshots with delays",
+        "no delay on either stream makes a checkpoint hold a byte of another step; and a missing fence does show",
+        ["tests/gpu/test_snapshots.py", "-k", "thousand or delays_show"],
+        minutes=60,
+        lent_minutes=3,
+    ),
+    Step(
+        3,
+        "step time with and without snapshots",
+        "what a save really costs a training step on this machine",
+        ["tests/gpu/test_measurements.py", "-k", "step_time"],
+        only_records=True,
+    ),
+    Step(
+        4,
+        "saves and loads of device tensors",
+        "fastckpt.save, save_async and load beside torch.save and torch.load",
+        ["tests/gpu/test_measurements.py", "-k", "save_and_load"],
+        only_records=True,
+    ),
+    Step(
+        5,
+        "pinned memory for a whole state",
+        "how much can be pinned here, how long that takes, and how fast copies into it are",
+        ["tests/gpu/test_measurements.py", "-k", "pinned"],
+        only_records=True,
+    ),
+    Step(
+        6,
+        "what torch's own async_save stores",
+        "whether DefaultStager saves weights of before the update on a card, too, as it does on the model of one",
+        ["tests/gpu/test_measurements.py", "-k", "async_save"],
+        lent_minutes=1,
+        only_records=True,
+    ),
+    Step(
+        7,
+        "torch's CUDA sanitizer",
+        "streams are ordered: torch's own detector, which sees operators but neither the host nor parts of tensors",
+        ["tests/gpu/test_snapshots.py", "-k", "hold_the_state or never_waits"],
+        environment={"TORCH_CUDA_SANITIZER": "1"},
+    ),
+    Step(
+        8,
         "compute-sanitizer: memcheck, racecheck",
         "copies stay within their memory, and nothing that is freed is read (races inside of kernels: fastckpt has none of its own yet)",
         ["tests/gpu/test_snapshots.py", "-k", _SMALL, "-o", "timeout=1500"],
@@ -68,43 +117,25 @@ STEPS = (
             for tool in ("memcheck", "racecheck")
         ],
         minutes=60,
-    ),
-    Step(
-        3,
-        "torch's CUDA sanitizer",
-        "streams are ordered: torch's own detector, which sees operators but neither the host nor parts of tensors",
-        ["tests/gpu/test_snapshots.py", "-k", "hold_the_state or never_waits"],
-        environment={"TORCH_CUDA_SANITIZER": "1"},
-    ),
-    Step(
-        4,
-        "1,000 snapshots with delays",
-        "no delay on either stream makes a checkpoint hold a byte of another step; and a missing fence does show",
-        ["tests/gpu/test_snapshots.py", "-k", "thousand or delays_show"],
-        minutes=60,
-    ),
-    Step(
-        5,
-        "step time with and without snapshots",
-        "what a save really costs a training step on this machine",
-        ["tests/gpu/test_measurements.py", "-k", "step_time"],
-        only_records=True,
-    ),
-    Step(
-        6,
-        "what torch's own async_save stores",
-        "whether DefaultStager saves weights of before the update on a card, too, as it does on the model of one",
-        ["tests/gpu/test_measurements.py", "-k", "async_save"],
-        only_records=True,
-    ),
-    Step(
-        7,
-        "pinned memory for a whole state",
-        "how much can be pinned here, how long that takes, and how fast copies into it are",
-        ["tests/gpu/test_measurements.py", "-k", "pinned"],
-        only_records=True,
+        lent_minutes=3,
     ),
 )
+_LEAST_S = 20.0
+"""With less left, starting torch and the card takes all of it."""
+
+
+class Clock:
+    """How long a step may still take, in a run on a machine that is only lent."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def limit_s(self, step: Step) -> float:
+        """0: there is no time left for it."""
+        if self._end is None:
+            return 60 * step.minutes
+        left = self._end - time.monotonic()
+        return min(60 * step.lent_minutes, left) if left >= _LEAST_S else 0.0
 
 
 @dataclass
@@ -187,7 +218,9 @@ def described() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the sources; with a + if they have been changed since."""
+    """Of the sources; with a + if they have been changed since. FASTCKPT_GPU_COMMIT, where the sources come without git."""
+    if told := os.environ.get("FASTCKPT_GPU_COMMIT"):
+        return told
     try:
         done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
         changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, check=True, capture_output=True, text=True)
@@ -199,8 +232,8 @@ def commit() -> str | None:
 # -- running a step ------------------------------------------------------------------------------------------------------
 
 
-def run(step: Step, folder: Path, quick: bool) -> Outcome:
-    if os.environ.get(CHOICE) == FAKE and step.number in (2, 3):
+def run(step: Step, folder: Path, quick: bool, clock: Clock) -> Outcome:
+    if os.environ.get(CHOICE) == FAKE and step.number in (7, 8):
         return Outcome(step, "skipped", "this is a tool for CUDA, and this is a rehearsal on the test device")
     prefixes: list[list[str]] = []
     for command in step.under:
@@ -213,7 +246,11 @@ def run(step: Step, folder: Path, quick: bool) -> Outcome:
         prefixes.append([tool, *command[1:]])
     total = Outcome(step, "recorded" if step.only_records else "passed")
     for prefix in prefixes:
-        _add(total, _run_once(step, prefix, folder, quick))
+        limit_s = clock.limit_s(step)
+        if not limit_s:
+            _add(total, Outcome(step, "skipped", "no time was left"))
+            break
+        _add(total, _run_once(step, prefix, folder, quick, limit_s))
     return total
 
 
@@ -228,7 +265,7 @@ def _add(total: Outcome, one: Outcome) -> None:
     total.log_tail += one.log_tail
 
 
-def _run_once(step: Step, prefix: list[str], folder: Path, quick: bool) -> Outcome:
+def _run_once(step: Step, prefix: list[str], folder: Path, quick: bool, limit_s: float) -> Outcome:
     name = "-".join([str(step.number), *prefix[1:3]]).replace("--", "")
     log, report, records = (folder / f"step-{name}.{ending}" for ending in ("log", "xml", "jsonl"))
     command = [
@@ -249,7 +286,7 @@ def _run_once(step: Step, prefix: list[str], folder: Path, quick: bool) -> Outco
         try:
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, check=False, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                timeout=step.minutes * 60,
+                timeout=limit_s,
             )  # fmt: skip
             status: int | None = done.returncode
         except subprocess.TimeoutExpired:
@@ -260,7 +297,7 @@ def _run_once(step: Step, prefix: list[str], folder: Path, quick: bool) -> Outco
     ran = outcome.tests.get("passed", 0) + outcome.tests.get("failed", 0)
     tool = prefix[2] if prefix else "pytest"
     if status is None:
-        outcome.outcome, outcome.why = "failed", f"{tool} was ended after {step.minutes:g} minutes"
+        outcome.outcome, outcome.why = "failed", f"{tool} was ended after {limit_s:.0f} s"
     elif status == SANITIZER_FOUND and prefix:
         outcome.outcome, outcome.why = "failed", f"{tool} reports errors"
     elif status < 0:
@@ -303,8 +340,7 @@ def table(result: dict[str, Any]) -> str:
     """Markdown."""
     card, versions = result["card"], result["versions"]
     lines = [
-        f"# First run on {card['name']}, {result['date'][:10]}"
-        + (" (a rehearsal: no card)" if result["rehearsal"] else ""),
+        f"# Run on {card['name']}, {result['date'][:10]}" + (" (a rehearsal: no card)" if result["rehearsal"] else ""),
         "",
         f"torch {versions['torch']}, CUDA {versions['cuda']}, driver {result['driver']}, Python {versions['python']}, "
         f"fastckpt {versions['fastckpt']} ({result['commit']}), seed {result['seed']}",
@@ -335,11 +371,13 @@ def chosen(text: str) -> list[Step]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="first_run", description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--steps", type=chosen, default=list(STEPS), help="numbers, joined by commas; all by default")
+    parser.add_argument("--minutes", type=float, help="for all steps together; each has a limit of its own, too")
     parser.add_argument("--quick", action="store_true", help="20 snapshots, small states: tries the run itself")
     parser.add_argument(
         "--out", type=Path, help="folder of the result; tests/gpu/results, or a temporary one in a rehearsal"
     )
     options = parser.parse_args(arguments)
+    clock = Clock(options.minutes)
     about = described()
     missing = about.pop("missing")
     if missing:
@@ -357,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{about['card']['name']}, torch {about['versions']['torch']}; logs in {folder}; FASTCKPT_GPU_SEED={seed}\n")
     for step in options.steps:
         print(f"Step {step.number}, {step.title}. It shows: {step.shows}.", flush=True)
-        outcome = run(step, folder, options.quick)
+        outcome = run(step, folder, options.quick, clock)
         result["steps"].append(outcome.as_json())
         print(
             f"  {outcome.outcome} in {outcome.seconds:.0f} s" + (f": {outcome.why}" if outcome.why else ""), flush=True

@@ -99,6 +99,8 @@ def test_pinned_memory_in_flight_is_not_given_to_others(machine: Machine, gpu: t
 
 
 def test_a_capture_is_seen_by_its_stream_only(machine: Machine, gpu: torch.device) -> None:
+    if machine.name != "cuda" and not hasattr(torch.Stream, "is_capturing"):
+        pytest.skip(f"torch {torch.__version__} asks only CUDA whether a stream is captured (since 2.13 any device)")
     seen = []
     x = torch.zeros(8, device=gpu)
 

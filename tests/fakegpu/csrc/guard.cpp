@@ -5,6 +5,7 @@
 #include <ATen/core/GeneratorForPrivateuseone.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/DeviceGuard.h>
+#include <torch/headeronly/version.h>
 
 #include "allocators.h"
 
@@ -72,7 +73,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
         return old;
     }
     void* getStreamNativeHandle(const c10::Stream stream) const override { return &g_machine.streams[stream.id()]; }
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 13
     bool isStreamCapturing(const c10::Stream& stream) const override { return g_machine.streams[stream.id()].capturing; }
+#endif
     DeviceIndex deviceCount() const noexcept override { return static_cast<DeviceIndex>(device_count()); }
 
     void destroyEvent(void* event, DeviceIndex) const noexcept override { delete static_cast<Event*>(event); }

@@ -1,0 +1,43 @@
+"""A card that is lost for good while a checkpoint is being saved: the save fails, the process ends, the checkpoint before it stands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastckpt.checkpointer import Checkpointer
+from tests.fakegpu.suite.models import mlp
+from tests.gpu.conftest import Record
+from tests.gpu.lost_card import OPTIONS
+from tests.gpu.tools import differences, kept_state
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_card_that_is_lost_in_a_save(cuda: torch.device, tmp_path: Path, record: Record) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.lost_card", str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    print(done.stdout, done.stderr[-3000:])
+    said = json.loads(done.stdout.splitlines()[-1])
+    record("a lost card", {**said, "exit status": done.returncode})
+    assert said["save"] in said["SaveError"] or "save" in said["SaveError"]
+    assert said["training"] in ("AcceleratorError", "RuntimeError")
+
+    again = mlp(cuda)
+    with Checkpointer(str(tmp_path / "run"), again.state, every=None, keep=None, spot=None, options=OPTIONS) as ckpt:
+        assert ckpt.restore() == 1
+        expected = torch.load(tmp_path / "expected.pt", map_location=cuda)
+        assert not differences(expected, kept_state(again.state))
+        again.step(2)
+        ckpt.save_now(2).wait(60)
