@@ -7,11 +7,11 @@ import ipaddress
 import logging
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from fastckpt.errors import StoreError
+from fastckpt.store.cloud_account import DEFAULT_REGION, Account, account, botocore_client
 from fastckpt.store.cloud_credentials import SessionCredentials, no_debug_logs
 from fastckpt.store.cloud_errors import harmless
 
@@ -21,29 +21,10 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 # What S3 calls safe in a key, and what obstore was seen to send as it is.
 _PREFIX_SEGMENT = re.compile(r"[A-Za-z0-9!\-_.'()=+@,:&$; ]+")
 _AWS_HOST = re.compile(r"(^|\.)s3[.-]([a-z0-9.-]*\.)?amazonaws\.com(\.cn)?$")
-_DEFAULT_REGION = "us-east-1"
 _OWNER = re.compile(r"[0-9]{12}")
 _NEVER = datetime.timedelta(days=1)  # obstore's time-out for a whole request; 0 would end it at once
 # Shorter than what servers grant an idle connection, so that a request rarely meets one that is just being closed.
 _IDLE = datetime.timedelta(seconds=15)
-
-
-def _botocore_client(session: Any, **settings: Any) -> Any:
-    """A botocore S3 client with the session's own configuration where `settings` says nothing. Sends nothing by itself."""
-    from botocore.config import Config
-
-    timeout_s, style = settings.pop("timeout_s"), settings.pop("style", None)
-    return session.create_client(
-        "s3",
-        region_name=settings.pop("region_name", None) or session.get_config_variable("region") or _DEFAULT_REGION,
-        config=Config(
-            retries={"total_max_attempts": 1},
-            connect_timeout=timeout_s,
-            read_timeout=timeout_s,
-            s3={"addressing_style": style} if style else None,
-        ),
-        **settings,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +65,7 @@ class Connection:
     def boto3_client(self) -> Any:
         """A new botocore client that speaks to the same place with the same credentials: for questions about the bucket."""
         frozen = self.credentials.frozen()
-        return _botocore_client(
+        return botocore_client(
             self.session,
             timeout_s=self.connect_timeout_s,
             style="virtual" if self.virtual_host else "path",
@@ -193,8 +174,8 @@ def connect(url: str, *, endpoint_url: str | None = None, session: Any = None, *
     """The Connection for the arguments of `open_s3`. Nothing is sent to S3; missing credentials are a StoreAccessError here."""
     bucket, prefix = parse_s3_url(url)
     _check_options(**options)
-    credentials, core, client, ca_bundle = _ask_boto3(session, endpoint_url, options["connect_timeout_s"])
-    endpoint, virtual_host = _address(client, bucket)
+    who = account(session, endpoint_url, options["connect_timeout_s"])
+    endpoint, virtual_host = _address(who, bucket)
     host = urlsplit(endpoint).hostname or ""
     if endpoint.startswith("http://") and not _is_loopback(host):
         logger.warning(
@@ -204,12 +185,12 @@ def connect(url: str, *, endpoint_url: str | None = None, session: Any = None, *
         bucket=bucket,
         prefix=prefix,
         endpoint=endpoint,
-        region=client.meta.region_name,
+        region=who.region,
         virtual_host=virtual_host,
-        credentials=credentials,
-        session=core,
-        service_url=client.meta.endpoint_url,
-        ca_bundle=ca_bundle,
+        credentials=who.credentials,
+        session=who.session,
+        service_url=who.endpoint,
+        ca_bundle=who.ca_bundle,
         **options,
     )
 
@@ -228,44 +209,18 @@ def _check_options(*, sse: Any, sse_kms_key_id: Any, expected_bucket_owner: Any,
             raise StoreError(f"{name} is {value!r}: expected more than 0")
 
 
-def _ask_boto3(
-    session: Any, endpoint_url: str | None, timeout_s: float
-) -> tuple[SessionCredentials, Any, Any, bytes | None]:
-    """Credentials (proven to be there), botocore's session, a client that knows endpoint and region, certificates to trust."""
-    problem: Exception | None = None
-    try:
-        import botocore.session
-
-        core = getattr(session, "_session", session) or botocore.session.Session()
-        credentials = SessionCredentials(core)
-        credentials.frozen()
-        client = _botocore_client(core, endpoint_url=endpoint_url, timeout_s=timeout_s)
-        bundle = core.get_config_variable("ca_bundle")
-        return credentials, core, client, Path(bundle).read_bytes() if bundle else None
-    except StoreError:
-        raise
-    except ImportError as error:
-        raise StoreError(f"s3:// needs boto3 and obstore: pip install boto3 obstore ({error})") from error
-    except Exception as error:  # a broken profile, an endpoint that is no URL, a bundle that cannot be read
-        problem = error
-    raise StoreError(f"the AWS configuration cannot be used: {type(problem).__name__}: {problem}") from harmless(
-        problem, ()
-    )
-
-
-def _address(client: Any, bucket: str) -> tuple[str, bool]:
+def _address(who: Account, bucket: str) -> tuple[str, bool]:
     """Endpoint for obstore, and whether the bucket's name is in its host.
 
     AWS wants the name in the host. Everything else gets it in the path: a private server's name has seldom a wildcard in DNS and in
     its certificate. So does a bucket with dots, which no wildcard certificate covers. The profile's `s3 = addressing_style` goes first.
     """
-    parts = urlsplit(client.meta.endpoint_url)
+    parts = urlsplit(who.endpoint)
     if parts.netloc == "s3.amazonaws.com":  # botocore names the old global endpoint, but sends to the regional one
-        parts = parts._replace(netloc=f"s3.{_DEFAULT_REGION}.amazonaws.com")
+        parts = parts._replace(netloc=f"s3.{DEFAULT_REGION}.amazonaws.com")
     host = parts.hostname or ""
-    style = (client.meta.config.s3 or {}).get("addressing_style")
-    if style in ("virtual", "path"):
-        virtual = style == "virtual"
+    if who.addressing_style in ("virtual", "path"):
+        virtual = who.addressing_style == "virtual"
     else:
         virtual = bool(_AWS_HOST.search(host)) and ".vpce." not in host and "." not in bucket
     if virtual and not _is_address(host):

@@ -2,7 +2,7 @@
 
     make gpu-checklist                                   # or: python -m tests.gpu.first_run
     make gpu-checklist ARGS="--minutes 12"               # a machine that is only lent; a step that comes too late is skipped
-    make gpu-checklist ARGS="--quick --steps 1,4"
+    make gpu-checklist ARGS="--quick --steps 1,2"
     FASTCKPT_GPU_TESTS_ON=fakegpu make gpu-checklist ARGS=--quick    # a rehearsal on the test device: proves the script, not the card
 
 Writes one JSON result and a table beside it. Exit status: 0 nothing failed, 1 something did, 2 there is nothing to run on.
@@ -57,7 +57,7 @@ STEPS = (
     Step(
         1,
         "the suite",
-        "every kind of model, pinned and pageable memory, any budget, CUDA graphs, a card that is lost, what is taken for granted of torch's streams",
+        "every kind of model, pinned and pageable memory, any budget, graphs, a card that is lost, what is taken for granted of torch's streams",
         ["tests/gpu", "-k", "not thousand and not test_measurements"],
         lent_minutes=4,
     ),
