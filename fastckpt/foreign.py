@@ -11,6 +11,7 @@ import torch
 
 from fastckpt.errors import NotACheckpointError
 from fastckpt.sources import FileObjectSource, Source
+from fastckpt.state import invariants
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _TAR_MAGIC_OFFSET = 257
@@ -31,7 +32,13 @@ def load(f: Any, source: Source, map_location: Any, pickle_module: Any, **argume
     if path.endswith(".safetensors"):
         return torch.load(f, map_location, pickle_module, **arguments)
     if head.startswith((_ZIP, _PICKLE)) or head[_TAR_MAGIC_OFFSET : _TAR_MAGIC_OFFSET + 5] == b"ustar":
-        return torch.load(f, map_location, pickle_module, **arguments)
+        loaded = torch.load(f, map_location, pickle_module, **arguments)
+        may_run_code = arguments.get("weights_only") is False or pickle_module is not None
+        if not may_run_code and torch._guards.detect_fake_mode(None) is None:
+            invariants.require_fit(
+                loaded, source.name
+            )  # torch before 2.14 does not look, later ones at sparse tensors only
+        return loaded
     if _looks_like_safetensors(head, source.n_bytes):
         return _load_safetensors(source, map_location)
     raise NotACheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +18,8 @@ from fastckpt.format.tensor_names import Key, dotted
 from fastckpt.options import Options
 from fastckpt.reader import Reader, summary
 from fastckpt.restore import StorageLoader, check_size
-from fastckpt.state.naming import named_tensors
+from fastckpt.state.invariants import require_fit
+from fastckpt.state.naming import Named, named_tensors
 
 _MOST_COMPARED = 1000  # milliseconds
 
@@ -99,7 +100,8 @@ class TensorReader(Mapping[str, Any]):
         """Copy the tensors of this checkpoint into those of the same name in `state`, in place; returns the names copied.
 
         strict: every tensor of `state` must be here in the same shape and dtype; UnknownTensorError lists all that are not, and nothing is
-        copied. Damage found on the way raises CorruptCheckpointError; tensors copied before it keep their new values.
+        copied. Damage found on the way raises CorruptCheckpointError; tensors copied before it keep their new values. Indices and offsets
+        that do not fit the sparse or jagged tensor of the state raise it, too, before anything is copied.
         """
         wanted = [named for named in named_tensors(state) if isinstance(named.value, torch.Tensor)]
         here = {entry.name: entry for entry in self._reader.directory.tensors}
@@ -116,18 +118,39 @@ class TensorReader(Mapping[str, Any]):
                     f"{dotted(named.name)}: {entry.dtype} {list(entry.shape)} in the checkpoint, {dtype} {list(value.shape)} in the state"
                 )
             else:
-                plan.append((named.name, value))
+                plan.append(named)
         if problems and strict:
             raise UnknownTensorError(f"{self._reader.source.name} does not fit the state:\n  " + "\n  ".join(problems))
         with torch.no_grad():
-            for name, value in plan:
-                value.copy_(self[name])
-        return [dotted(name) for name, _ in plan]
+            # Where kernels of sparse and jagged tensors read and write.
+            places = [named for named in plan if named.owner is not None and not _tensor_of(named).is_floating_point()]
+            self._copy_places(places)
+            for named in plan:
+                if named not in places:
+                    _tensor_of(named).copy_(self[named.name])
+        return [dotted(named.name) for named in plan]
+
+    def _copy_places(self, places: Sequence[Named]) -> None:
+        """Copy indices and offsets of composite tensors; if they would not fit, put back what was there."""
+        before = [_tensor_of(named).clone() for named in places]
+        try:
+            for named in places:
+                _tensor_of(named).copy_(self[named.name])
+            require_fit([named.owner for named in places], self._reader.source.name)
+        except BaseException:
+            for named, value in zip(places, before, strict=True):
+                _tensor_of(named).copy_(value)
+            raise
 
     @property
     def summary(self) -> dict[str, Any]:
         """container_bytes, raw_bytes, chunks, tensors, storages."""
         return summary(self._reader)
+
+
+def _tensor_of(named: Named) -> torch.Tensor:
+    assert isinstance(named.value, torch.Tensor)
+    return named.value
 
 
 def _view(entry: TensorEntry, storage: UntypedStorage) -> Any:

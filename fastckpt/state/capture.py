@@ -243,7 +243,7 @@ def entries(obj: object, numbers: StorageNumbers, prefix: Name = ()) -> list[Ten
 
 
 def _entry(named: Named, state: StorageNumbers) -> TensorEntry | None:
-    name, value, kind, place = named
+    name, value, kind, place, _ = named
     if isinstance(value, np.ndarray):
         number = state.number_of_array.get(id(value))
         if number is None:  # a small array: it is in the pickle

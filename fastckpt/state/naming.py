@@ -41,6 +41,8 @@ class Named(NamedTuple):
     value: torch.Tensor | np.ndarray[Any, Any]
     kind: str
     place: GlobalPlace | None = None
+    owner: torch.Tensor | None = None
+    """The tensor that this one is a part of."""
 
 
 def named_tensors(obj: object, prefix: Name = ()) -> Iterator[Named]:
@@ -55,7 +57,7 @@ def named_tensors(obj: object, prefix: Name = ()) -> Iterator[Named]:
         if isinstance(value, torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 yield from _tensor(
-                    name, value, "parameter" if isinstance(value, torch.nn.Parameter) else "tensor", None
+                    name, value, "parameter" if isinstance(value, torch.nn.Parameter) else "tensor", None, None
                 )
             continue
         if isinstance(value, np.ndarray):
@@ -92,17 +94,19 @@ def _children(value: object) -> list[tuple[Any, object]]:
     return children
 
 
-def _tensor(name: Name, tensor: torch.Tensor, kind: str, place: GlobalPlace | None) -> Iterator[Named]:
+def _tensor(
+    name: Name, tensor: torch.Tensor, kind: str, place: GlobalPlace | None, owner: torch.Tensor | None
+) -> Iterator[Named]:
     for part, value in _parts(tensor):
         inner = _global_place(tensor) if part == "_local_tensor" else None
-        yield from _tensor((*name, part), value, "part", inner)
+        yield from _tensor((*name, part), value, "part", inner, tensor)
     if (
         tensor.layout is torch.strided
         and not tensor.is_nested
         and not _is_wrapper(tensor)
         and torch._C._has_storage(tensor)
     ):
-        yield Named(name, tensor, "quantized" if tensor.is_quantized else kind, place)
+        yield Named(name, tensor, "quantized" if tensor.is_quantized else kind, place, owner)
 
 
 def _parts(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:

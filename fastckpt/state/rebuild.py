@@ -19,6 +19,7 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from fastckpt.errors import CheckpointError, CorruptCheckpointError, Damage
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
+from fastckpt.state import invariants
 
 # torch's functions that lay a tensor over a storage; they fail when it does not fit.
 _PLACES_A_TENSOR = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")
@@ -133,8 +134,27 @@ class Rebuild:
             result = unpickler.load()
         finally:
             local.map_location = before
-        torch._utils._validate_loaded_sparse_tensors()
+            torch._utils._sparse_tensors_to_validate.clear()  # what torch keeps for its own check, which has no names and no jagged tensors
+        self._require_fit(result)
         return result
+
+    def _require_fit(self, result: Any) -> None:
+        """CorruptCheckpointError for tensors that do not fit their storages or themselves."""
+        if torch._guards.detect_fake_mode(None) is not None:
+            return
+        if self.weights_only:
+            self._require_storages_as_long_as_they_were()
+        if (self.weights_only or invariants.asked_for()) and invariants.may_hold_composites(self.skeleton):
+            invariants.require_fit(result, self.source)
+
+    def _require_storages_as_long_as_they_were(self) -> None:
+        """On the host a storage cannot grow. Elsewhere torch makes it longer for a tensor that ends outside of it: memory of somebody."""
+        for number, value in self._loaded.items():
+            if isinstance(value, TypedStorage) and value._untyped_storage.nbytes() != self.provider.n_bytes(number):
+                found = f"one that ends at byte {value._untyped_storage.nbytes()}"
+                raise self._damage(
+                    f"a tensor of storage {number}", f"a place within its {self.provider.n_bytes(number)} bytes", found
+                )
 
     def _damage(self, place: str, expected: str, found: object) -> CorruptCheckpointError:
         return CorruptCheckpointError(self.source, [Damage("skeleton", place, expected, reprlib.repr(found))])
