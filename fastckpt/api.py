@@ -141,8 +141,9 @@ def save_async(
 ) -> SaveHandle:
     """Copy the state to host memory, return, and write it in the background.
 
-    When this returns, `handle.staged` is done: the state may change again. If the copy does not fit `host_budget_bytes`, the file is
-    written before this returns. A file object must be left alone until `handle.durable` is done.
+    When this returns, `handle.staged` is done: the state may change again. If the copy does not fit `host_budget_bytes`, or the
+    interpreter's end allows no threads (atexit, Python 3.12 on), the file is written before this returns. A file object must be left alone
+    until `handle.durable` is done.
 
     Raises at once what can be known at once (an object that cannot be pickled, a directory that does not exist); the rest reaches
     `handle.durable` and the log.
@@ -175,6 +176,7 @@ def save_async(
             )
             handle.durable.set_exception(error)
 
+    thread = None
     if isinstance(source, LiveChunks):
         events.logger.warning(
             "the copy of %d bytes does not fit the budget of %d: %s is written before save_async returns",
@@ -182,18 +184,17 @@ def save_async(
             options.host_budget_bytes,
             handle.target,
         )
-        n_bytes = write(captured, sink, handle.target, options, pool, skeleton_s, source)
-        handle.durable.set_result(n_bytes)
-        handle.staged.set_result(None)
-        return handle
-    try:
-        start_thread(run, "fastckpt-save")
-    except BaseException:
-        if pool is not None:
-            pool.close()
-        sink.abandon()
-        source.close()
-        raise
+    else:
+        try:
+            thread = start_thread(run, "fastckpt-save")
+        except BaseException:
+            if pool is not None:
+                pool.close()
+            sink.abandon()
+            source.close()
+            raise
+    if thread is None:
+        handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s, source))
     handle.staged.set_result(None)
     return handle
 

@@ -26,6 +26,7 @@ from fastckpt.incarnation import Incarnation
 from fastckpt.retention import Keep
 from fastckpt.snapshot import Snapshot
 from fastckpt.state import Captured
+from fastckpt.upload import UploadThreads
 from fastckpt.workers import start_thread
 
 MAX_JOBS = 2  # one uploads, one is staged
@@ -73,6 +74,7 @@ class Job:
     source: Snapshot | LiveChunks
     called_s: float
     handle: CommitHandle
+    threads: UploadThreads
     cancelled: threading.Event = field(default_factory=threading.Event)
     told: bool = False
     """Its handle has got its outcome, or is about to. Under the queue's lock."""
@@ -112,20 +114,29 @@ class SaveQueue:
         with self._changed:
             return tuple(self._jobs)
 
-    def put(self, job: Job) -> None:
-        """Queue a job. The caller has looked at `len`. If this raises (no thread can be had, an interrupt), it is not queued."""
+    def put(self, job: Job) -> bool:
+        """Queue a job. The caller has looked at `len`. If this raises (no thread can be had, an interrupt), it is not queued.
+
+        False: the interpreter's end allows no thread, and the caller has to `run_here`.
+        """
         with self._changed:
             before = self._worker
             try:
                 self._jobs.append(job)
                 if self._worker is None:
                     self._worker = worker = object()
-                    start_thread(functools.partial(self._work, worker), "fastckpt-checkpointer")
+                    return start_thread(functools.partial(self._work, worker), "fastckpt-checkpointer") is not None
+                return True
             except BaseException:
                 self._worker = before  # a thread that has started all the same finds that it is not the one
                 if job in self._jobs:
                     self._jobs.remove(job)
                 raise
+
+    def run_here(self) -> None:
+        """After `put` has said False: run what is queued on this thread. As often as you like."""
+        if self._worker is not None:
+            self._work(self._worker)
 
     def take_failures(self) -> list[BaseException]:
         """What has gone wrong since the last call."""
@@ -205,6 +216,7 @@ class SaveQueue:
             called_s=job.called_s,
             source=job.source,
             cancelled=job.cancelled.is_set,
+            threads=job.threads,
         )
         self.measured = Measured(commit.stored_bytes, time.monotonic() - started)
         self.last_commit = commit
@@ -223,6 +235,7 @@ class SaveQueue:
     def _end(self, job: Job, error: BaseException | None = None) -> bool:
         """Whether the caller is to tell the handle: without the lock, for its callbacks are the user's."""
         try:
+            job.threads.close()  # if it did not get as far as an upload
             job.source.close()
         except BaseException as raised:  # after the commit: the save stands, whatever becomes of the memory
             failure = of_save(raised, job.step)

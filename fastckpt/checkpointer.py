@@ -49,6 +49,7 @@ from fastckpt.spot import Notice, Watcher, open_sources
 from fastckpt.state import Recapturer
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
+from fastckpt.upload import UploadThreads
 from fastckpt.workers import ENV_EXIT_TIMEOUT, exit_timeout_s, hurried
 
 EXIT_CODE_NOTICE = 75
@@ -350,6 +351,7 @@ class Checkpointer:
         fenced = Fenced(self._optimizers) if trusted else None
         alone = not len(self._queue)
         source: Snapshot | LiveChunks | None = None
+        here = False
         try:
             with deferred_interrupt():  # slabs, copies under way and the queue's job change hands
                 try:
@@ -360,12 +362,21 @@ class Checkpointer:
                     return None
                 if isinstance(source, Snapshot):
                     self._snapshot = source
+                threads: UploadThreads | None = None
                 try:
-                    self._queue.put(Job(step, trigger, metrics, meta, captured, source, called_s, handle))
+                    # Now, although an earlier save may be under way: if it ends with the interpreter, none can be started any more.
+                    threads = UploadThreads.start(captured, self._options)
+                    here = not self._queue.put(
+                        Job(step, trigger, metrics, meta, captured, source, called_s, handle, threads)
+                    )
                 except BaseException:
+                    if threads is not None:
+                        threads.close()
                     source.close()
                     raise
                 self._saves += 1
+            if here:
+                self._queue.run_here()
             if isinstance(source, LiveChunks):
                 self._write_through(source, handle, captured.n_bytes, end_s)
             elif not trusted:  # not before it is queued: a ring turns only when somebody takes chunks out of it
@@ -378,6 +389,8 @@ class Checkpointer:
                     ended.__cause__ = error
                     source.stop(ended)
                     self._queue.give_up(source, ended)
+            if here:  # as a thread would, whatever has come between
+                self._queue.run_here()
             raised = of_save(error, step)
             if raised is error:
                 raise

@@ -22,7 +22,7 @@ from fastckpt.packs import PackBuffers
 from fastckpt.repository import Repository
 from fastckpt.retention import GRACE_S, Collector, Keep, Plan, plan
 from fastckpt.state import Captured
-from fastckpt.upload import SaveRequest, upload
+from fastckpt.upload import SaveRequest, UploadThreads, upload
 
 _MAX_POLL_S = 5.0
 # A generator of our own: drawing from the global one would change what training draws.
@@ -131,8 +131,11 @@ class Incarnation:
         source: ChunkSource | None = None,
         before_vote: Callable[[], None] = lambda: None,
         cancelled: Callable[[], bool] = lambda: False,
+        threads: UploadThreads | None = None,
     ) -> Commit:
         """Upload, vote, commit, acknowledge. Returns the record once it was seen and no newer incarnation is in sight.
+
+        threads: see `upload`; the caller closes them too.
 
         SupersededError: it is committed, but a newer incarnation exists. Any error: the earlier checkpoints are as they were.
         """
@@ -167,6 +170,7 @@ class Incarnation:
                 goodput_bytes_s,
                 cancelled,
                 self._buffers,
+                threads,
             )
             commit = self._commit(request.save, {self._rank: placed.data}, commit_timeout_s)
             self.acknowledge(commit)

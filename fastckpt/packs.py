@@ -74,17 +74,19 @@ class PackWriter:
         rank: int,
         pack_bytes: int,
         connections: int,
+        pool: WorkerPool,
         cancelled: Callable[[], bool] = lambda: False,
         buffers: PackBuffers | None = None,
-        nice: int = 0,
     ) -> None:
-        """cancelled: asked before every chunk; once it says True, `add` and `finish` raise SaveError."""
+        """pool: the threads that upload, as many as connections; closed with this. cancelled: asked before every chunk; once it says True,
+        `add` and `finish` raise SaveError.
+        """
         self._cancelled = cancelled
         self._store = store
         self._save = save
         self._rank = rank
         self._pack_bytes = pack_bytes
-        self._pool = WorkerPool(connections, "fastckpt-upload", nice=nice)
+        self._pool = pool
         self._buffers = buffers or PackBuffers()
         self._buffers_left = connections + 1
         self._all: list[Buffer] = []

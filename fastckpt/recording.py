@@ -10,7 +10,6 @@ The file is a log, not a checkpoint: it is never synced, and a killed process ma
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import json
 import logging
@@ -21,10 +20,12 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
 from fastckpt._version import __version__
+from fastckpt.workers import forget_when_over, start, when_over
 
 logger = logging.getLogger("fastckpt")
 
@@ -61,15 +62,19 @@ class Recorder:
         self._closing = threading.Event()
         self._written = 0
         self._pid = os.getpid()
+        self._lock = threading.RLock()
         # A daemon, unlike the threads of saves: it lives as long as the recording and would keep the interpreter alive. Threads of
-        # saves have been joined when atexit calls `close`, so that nothing is missing.
+        # saves have been joined when `close` is called at the interpreter's end, so that nothing is missing.
         self._thread = threading.Thread(target=self._work, name="fastckpt-recorder", daemon=True)
         try:
-            self._thread.start()
+            self._inline = not start(self._thread)
         except BaseException:
             os.close(self._fd)
             raise
-        atexit.register(self.close)
+        if self._inline:  # at the interpreter's end: whoever emits also writes
+            self._write_now(_first_line)
+        else:
+            when_over(self.close)
 
     def __call__(self, event: object) -> None:
         """Take an event. The time of the call is its time."""
@@ -78,14 +83,22 @@ class Recorder:
         if self._queue.qsize() >= _MAX_WAITING:
             self.dropped += 1
             return
-        self._queue.put((time.perf_counter(), threading.get_ident(), threading.current_thread().name, event))
+        item = (time.perf_counter(), threading.get_ident(), threading.current_thread().name, event)
+        if self._inline:
+            self._write_now(lambda: _line(item))
+        else:
+            self._queue.put(item)
 
     def close(self) -> None:
         """Write what was taken and close the file. At most ten seconds. May be called twice, from any thread but the recorder's."""
-        atexit.unregister(self.close)
+        forget_when_over(self.close)
         if os.getpid() != self._pid:  # in a forked child the thread and the file are the parent's
             return
         self._stopped = True
+        if self._inline:
+            with self._lock:
+                self._close_file()
+            return
         self._queue.put(None)
         self._closing.set()
         self._thread.join(_CLOSE_S)
@@ -95,10 +108,27 @@ class Recorder:
     def forget(self) -> None:
         """For a forked child: the recording is the parent's. Writes nothing, closes only the child's descriptor."""
         self._stopped = True
-        atexit.unregister(self.close)
+        forget_when_over(self.close)
+        self._close_file()
+
+    def _close_file(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def _write_now(self, line: Callable[[], bytes]) -> None:
+        with self._lock:
+            if self._stopped:
+                return
+            try:
+                self._write([line()])
+            except Exception as error:
+                self._stopped = True
+                self._warn_stopped(error)
+                self._close_file()
+
+    def _warn_stopped(self, error: BaseException) -> None:
+        logger.warning("recording events to %s has stopped: %s: %s", self.path, type(error).__name__, error)
 
     def _work(self) -> None:
         try:
@@ -114,14 +144,12 @@ class Recorder:
                 self._write([_line((time.perf_counter(), 0, "", _Dropped(self.dropped)))])
                 logger.warning("%d events are missing from the recording %s", self.dropped, self.path)
         except BaseException as error:
-            logger.warning("recording events to %s has stopped: %s: %s", self.path, type(error).__name__, error)
+            self._warn_stopped(error)
         finally:
             self._stopped = True
             while self._queue.qsize():  # events may hold errors, and errors frames
                 self._queue.get()
-            fd, self._fd = self._fd, -1
-            if fd >= 0:
-                os.close(fd)
+            self._close_file()
 
     def _write(self, lines: list[bytes]) -> None:
         data = memoryview(b"".join(lines))

@@ -57,6 +57,12 @@ def _new_memory(n_bytes: int) -> U8:
     return room[start : start + n_bytes]
 
 
+def _pool(threads: int, name: str) -> WorkerPool | None:
+    """None where the interpreter's end allows no threads: then nothing is read ahead of the unpickler, which would only wait for it."""
+    pool = WorkerPool(threads, name)
+    return None if pool.inline else pool
+
+
 class _Loading:
     """One storage on its way: its memory, and how many chunks are still missing."""
 
@@ -96,9 +102,9 @@ class StorageLoader:
         inline = storage_bytes(reader) <= _INLINE_BYTES or threads == 1
         waits = not inline and reader.source.waits_for_a_disk()
         self._decoders = threading.BoundedSemaphore(threads)
-        self._pool = None if inline else WorkerPool(threads + waits * _WAITING_THREADS, "fastckpt-load")
+        self._pool = None if inline else _pool(threads + waits * _WAITING_THREADS, "fastckpt-load")
         # Of its own: the system call itself takes as long as the disk, once that has enough to do.
-        self._ahead = WorkerPool(1, "fastckpt-read") if waits else None
+        self._ahead = _pool(1, "fastckpt-read") if waits and self._pool is not None else None
 
     def __enter__(self) -> StorageLoader:
         return self

@@ -79,10 +79,14 @@ class _Encoded(NamedTuple):
 
 
 def start_workers(captured: Captured, options: Options, *, background: bool = False) -> WorkerPool | None:
-    """The threads that `write` will use; None if the state is too small to need any. background: nobody waits for them."""
+    """The threads that `write` will use; None if the state is too small to need any, or the interpreter's end allows none. background:
+    nobody waits for them.
+    """
     if captured.n_bytes <= _INLINE_BYTES or options.threads == 1:
         return None
-    return WorkerPool(options.threads, "fastckpt-save", nice=options.background_nice if background else 0)
+    pool = WorkerPool(options.threads, "fastckpt-save", nice=options.background_nice if background else 0)
+    # Not through the pool: what is submitted ahead may wait for memory that only the one who submits gives back.
+    return None if pool.inline else pool
 
 
 def write(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastckpt import events
 from fastckpt.chunk_source import ChunkSource, LiveChunks
@@ -20,6 +20,7 @@ from fastckpt.packs import PackBuffers, PackWriter, choose_pack_bytes
 from fastckpt.save import ChunkWriter, index_and_footer, start_workers
 from fastckpt.state import Captured
 from fastckpt.store.base import Store
+from fastckpt.workers import WorkerPool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,32 @@ class Uploaded:
     stored_bytes: int
 
 
+class UploadThreads(NamedTuple):
+    """All that one upload needs. `upload` starts its own, unless it is given them: a save that waits for another to end may only get to it
+    when the interpreter's end allows no more of them.
+    """
+
+    encoders: WorkerPool | None
+    uploaders: WorkerPool
+
+    @classmethod
+    def start(cls, captured: Captured, options: Options) -> UploadThreads:
+        """RuntimeError if they cannot be had. Takes some 50 µs a thread."""
+        encoders = start_workers(captured, options, background=True)
+        try:
+            return cls(encoders, WorkerPool(options.connections, "fastckpt-upload", nice=options.background_nice))
+        except BaseException:
+            if encoders is not None:
+                encoders.close()
+            raise
+
+    def close(self) -> None:
+        """Cancel what has not begun, wait for the rest. May be called twice."""
+        for pool in (self.encoders, self.uploaders):
+            if pool is not None:
+                pool.close()
+
+
 def upload(
     captured: Captured,
     store: Store,
@@ -56,12 +83,13 @@ def upload(
     goodput_bytes_s: float | None = None,
     cancelled: Callable[[], bool] = lambda: False,
     buffers: PackBuffers | None = None,
+    threads: UploadThreads | None = None,
 ) -> Uploaded:
     """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
 
     source: the captured state's chunks; None: the state itself. before_vote: called when all packs are durable; what it raises stops the
     save before it can be committed. cancelled: asked before every chunk; True ends the save with a SaveError.
-    buffers: kept by the caller for its next save.
+    buffers: kept by the caller for its next save. threads: closed by this.
     Takes, besides the state, `options.chunks_in_flight` × 16 MiB and `connections + 1` packs.
     """
     started = time.perf_counter()
@@ -69,7 +97,7 @@ def upload(
     packs: PackWriter | None = None
     pack_bytes = choose_pack_bytes(captured.n_bytes, options, goodput_bytes_s)
     try:
-        pool = start_workers(captured, options, background=True)
+        threads = threads or UploadThreads.start(captured, options)
         try:
             with PackWriter(
                 store,
@@ -77,11 +105,11 @@ def upload(
                 request.rank,
                 pack_bytes,
                 options.connections,
+                threads.uploaders,
                 cancelled,
                 buffers,
-                options.background_nice,
             ) as packs:
-                chunks = ChunkWriter(captured, packs, target, options, pool, source or LiveChunks(captured))
+                chunks = ChunkWriter(captured, packs, target, options, threads.encoders, source or LiveChunks(captured))
                 events.emit(
                     events.SaveStarted(
                         target=target,
@@ -94,8 +122,7 @@ def upload(
                 chunks.run()
                 files = packs.finish()
         finally:
-            if pool is not None:
-                pool.close()
+            threads.close()
         before_vote()
         info = SaveInfo(
             request.save,

@@ -3,6 +3,14 @@
 Not ThreadPoolExecutor: that one refuses work once the interpreter begins to shut down, and a `save_async` at the end of a script
 still has most of its work before it. Nor threads that are no daemons: those keep a process for ever whose store hangs. Ours are
 daemons that the interpreter's end waits for, EXIT_TIMEOUT_S at most.
+
+How an interpreter ends, and from when on no thread can be started:
+
+    main thread's end ─→ callbacks of `threading` ─→ threads that are no daemons end ─→ atexit's handlers ─→ objects and modules go
+           └ 3.12.0, 3.12.1                                                        └ 3.12.2 on             └ before 3.12: they hang
+
+We wait twice: in `threading`'s callback, and in atexit's, for saves of the threads in between. What is begun when no thread can be started,
+or when nobody would wait for it any more, is done by the thread that has it: slower, and just as durable.
 """
 
 from __future__ import annotations
@@ -27,24 +35,45 @@ EXIT_TIMEOUT_S = 600.0
 """How long the end of the interpreter waits for saves under way. FASTCKPT_EXIT_TIMEOUT_S overrides it."""
 
 _unfinished: set[threading.Thread] = set()
+_given_up: set[threading.Thread] = set()
+"""Those of them that are not waited for any more."""
+_over = False
+"""Nobody will wait for a thread that is started now."""
+_when_over: list[Callable[[], None]] = []
 _pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal's handler may save while the main thread is in here
 _hurried = 0
 
 
-def start_thread(run: Callable[[], None], name: str) -> threading.Thread:
-    """Start a thread that the interpreter's end waits for."""
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    # Those that have ended leave here, and not by themselves: between that and their very end they would let go of tensors, which the
-    # interpreter's end answers by killing the process.
-    _unfinished.difference_update([one for one in _unfinished.copy() if one.ident is not None and not one.is_alive()])
-    _unfinished.add(thread)
+def start(thread: threading.Thread) -> bool:
+    """Start a thread. False where the interpreter's end allows none: its caller goes without it, or does the work itself."""
+    if _over:
+        return False
     try:
         thread.start()
-    except BaseException:
-        _unfinished.discard(thread)
-        raise
-    return thread
+    except RuntimeError as error:  # Python 3.13's has a type of its own, and the same words
+        if "interpreter shutdown" not in str(error):
+            raise
+        return False
+    return True
+
+
+def start_thread(run: Callable[[], None], name: str) -> threading.Thread | None:
+    """Start a thread that the interpreter's end waits for. None where that allows none: the caller does the work itself."""
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    with _lock:  # from `_over` to the thread's beginning
+        # Those that have ended leave here, and not by themselves: between that and their very end they would let go of tensors, which the
+        # interpreter's end answers by killing the process.
+        for threads in (_unfinished, _given_up):
+            threads.difference_update([one for one in threads.copy() if one.ident is not None and not one.is_alive()])
+        _unfinished.add(thread)
+        started = False
+        try:
+            started = start(thread)
+        finally:
+            if not started:
+                _unfinished.discard(thread)
+    return thread if started else None
 
 
 def exit_timeout_s() -> float:
@@ -56,32 +85,79 @@ def exit_timeout_s() -> float:
         return EXIT_TIMEOUT_S
 
 
-def _wait_at_exit() -> None:
+def when_over(call: Callable[[], None]) -> None:
+    """Have something called at the interpreter's end, after saves under way. Until `forget_when_over` of an equal one."""
+    _when_over.append(call)
+
+
+def forget_when_over(call: Callable[[], None]) -> None:
+    """Undo `when_over`, if there was one."""
+    with contextlib.suppress(ValueError):
+        _when_over.remove(call)
+
+
+def _running() -> list[threading.Thread]:
+    return [thread for thread in _unfinished.copy() if thread.is_alive() and thread not in _given_up]
+
+
+def _wait() -> None:
+    if not _running():
+        return
     timeout_s = exit_timeout_s()
     end = time.monotonic() + timeout_s
-    while running := [thread for thread in _unfinished.copy() if thread.is_alive()]:
-        running[0].join(max(0.0, end - time.monotonic()))
-        if running[0].is_alive():
-            logger.error(
-                "the process ends with saves under way, %g s after its main thread (%s): what they save is not committed. %s gives them "
-                "longer",
-                timeout_s,
-                ", ".join(sorted(thread.name for thread in running)),
-                ENV_EXIT_TIMEOUT,
-            )
-            return
+    try:
+        while running := _running():
+            running[0].join(max(0.0, end - time.monotonic()))
+            if running[0].is_alive():
+                _give_up(running, f"{timeout_s:g} s after its main thread", f". {ENV_EXIT_TIMEOUT} gives them longer")
+    except BaseException as error:  # Ctrl-C, by somebody who will not wait
+        _give_up(_running(), f"interrupted by {type(error).__name__}")
+        raise
 
 
-# Before atexit's own handlers: from Python 3.12 on no thread can be started in those, and a save starts some.
-_register: Callable[[Callable[[], None]], object] = getattr(threading, "_register_atexit", atexit.register)
-_register(_wait_at_exit)
+def _give_up(threads: list[threading.Thread], why: str, advice: str = "") -> None:
+    _given_up.update(threads)  # the next wait is for others
+    names = ", ".join(sorted(thread.name for thread in threads))
+    logger.error(
+        "the process ends with saves under way, %s (%s): what they save is not committed%s", why, names, advice
+    )
+
+
+def _end() -> None:
+    global _over  # noqa: PLW0603 - under the lock
+    try:
+        _wait()
+    finally:
+        with _lock:
+            _over = True
+    _wait()  # for those begun meanwhile
+    while _when_over:
+        _when_over.pop()()
+
+
+def _register() -> bool:
+    """False: this is imported while the interpreter ends, and it is too late."""
+    try:
+        # First: what is registered last is called first, and stores that others wrote may use these executors until saves are done.
+        import concurrent.futures.thread  # noqa: F401
+
+        register: Callable[[Callable[[], None]], object] = getattr(threading, "_register_atexit", atexit.register)
+        register(_wait)
+    except RuntimeError:
+        return False
+    atexit.register(_end)
+    return True
+
+
+_over = not _register()
 
 
 def _in_forked_child() -> None:
     """The threads stayed in the parent."""
     global _lock, _hurried
-    _lock, _hurried = threading.Lock(), 0
+    _lock, _hurried = threading.RLock(), 0
     _unfinished.clear()
+    _given_up.clear()
     _pools.clear()
 
 
@@ -112,6 +188,8 @@ def hurried() -> Iterator[None]:
 class WorkerPool:
     """`threads` threads that run what is submitted, in order. Made and closed by its owner; never outlives the operation.
 
+    At the interpreter's end there may be fewer of them, or none: then `inline` is true, and `submit` returns when its call is done.
+
     nice: by how much they give way to others while nobody waits for them (Options.background_nice).
     """
 
@@ -129,11 +207,15 @@ class WorkerPool:
         except BaseException:
             self.close()
             raise
+        self.inline = not self._threads
 
     def _start(self, nice: int) -> None:
         """The caller holds the lock: whoever closes meanwhile must know of all threads."""
         for _ in range(self._n):
-            self._threads.append(start_thread(lambda: self._work(nice), f"{self._name}-{len(self._threads)}"))
+            thread = start_thread(lambda: self._work(nice), f"{self._name}-{len(self._threads)}")
+            if thread is None:
+                return
+            self._threads.append(thread)
 
     def hurry(self) -> None:
         """From now on work is done at ordinary priority, too."""
@@ -147,21 +229,26 @@ class WorkerPool:
             with contextlib.suppress(OSError, AttributeError):  # not Linux: then at ordinary priority
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
         while (item := self._queue.get()) is not None:
-            future, call = item
-            if self._cancelled:
-                future.cancel()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(call())
-            except BaseException as error:  # reaches whoever waits for the future
-                future.set_exception(error)
-            del item, future, call  # or the last chunk's buffers live until the next one comes
+            self._run(*item)
+            del item  # or the last chunk's buffers live until the next one comes
+
+    def _run(self, future: Future[Any], call: Callable[[], Any]) -> None:
+        if self._cancelled:
+            future.cancel()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(call())
+        except BaseException as error:  # reaches whoever waits for the future
+            future.set_exception(error)
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run `call` on one of the threads."""
+        """Run `call` on one of the threads; on this one, at once, if there are none."""
         future: Future[T] = Future()
-        self._queue.put((future, call))
+        if self.inline:
+            self._run(future, call)
+        else:
+            self._queue.put((future, call))
         return future
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fastckpt.kernels.reference import Estimate
+from fastckpt.workers import start
 
 # Importing numba and compiling takes a second or two; the NumPy code does this much in a few milliseconds.
 _NUMBA_FROM_BYTES = 256 * 1024
@@ -87,7 +88,7 @@ class _Compiling:
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="fastckpt-compile", daemon=True)
-                self._thread.start()
+                start(self._thread)  # at the interpreter's end there is none, and it is too late to gain by it
 
     def under_way(self) -> bool:
         return self._thread is not None and self._thread.is_alive()

@@ -18,6 +18,8 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from fastckpt.workers import start
+
 _TOKEN_TTL_S = 21600
 _RENEW_S = 60.0  # before it expires: a poll must not meet a stale token in the two minutes that count
 _MAX_REPLY_BYTES = 64 << 10
@@ -176,7 +178,7 @@ class _WithDeadline:
 
         timer = threading.Timer(max(0.0, self._deadline_s - time.monotonic()), cut)
         timer.daemon = True  # holds nothing but a socket
-        timer.start()
+        start(timer)  # at the interpreter's end there is none; each read has its time-out all the same
         try:
             return self._connection.getresponse()
         finally:

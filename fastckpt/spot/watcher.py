@@ -13,6 +13,7 @@ from fastckpt import events
 from fastckpt.events import logger
 from fastckpt.spot.notice import Notice
 from fastckpt.spot.sources import NoticeSource, SignalSource
+from fastckpt.workers import start
 
 # A generator of our own: drawing from the global one would change what training draws.
 _random = random.Random()
@@ -61,7 +62,7 @@ class Watcher:
         if len(self._signals) < len(self._sources):
             # A daemon: it holds nothing that could be lost, and must not keep a script alive that forgot to close its Checkpointer.
             self._thread = threading.Thread(target=self._run, name="fastckpt-watcher", daemon=True)
-            self._thread.start()
+            start(self._thread)  # at the interpreter's end there is none, and no loop that could heed a notice
 
     def close(self) -> None:
         """Put signal handlers back and stop polling, without waiting for a request that is under way. May be called twice."""

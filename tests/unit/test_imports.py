@@ -13,8 +13,8 @@ PACKAGE = Path(fastckpt.__file__).parent
 # From the bottom up. A module or folder may import those of the layers below its own, and no other of its own layer.
 # A new one is entered here, as low as it can be.
 LAYERS = (
-    ("_native", "_version", "errors"),
-    ("recording", "interrupts", "pages", "workers"),
+    ("_native", "_version", "errors", "workers"),
+    ("recording", "interrupts", "pages"),
     ("transform", "events", "files", "ranks", "trace"),
     ("kernels",),
     ("options", "sources", "sinks"),

@@ -402,7 +402,7 @@ def test_a_forked_child_ends_without_waiting_for_its_parents_saves() -> None:
 
 def test_threads_that_have_ended_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     start_thread(lambda: None, "short").join(SHORT_S)
-    ended: Callable[[], object] = workers._wait_at_exit
+    ended: Callable[[], object] = workers._wait
     monkeypatch.setenv(workers.ENV_EXIT_TIMEOUT, "0")
     ended()
     start_thread(lambda: None, "next").join(SHORT_S)
