@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from fastckpt import events, foreign
+from fastckpt import events, foreign, turns
 from fastckpt.chunk_source import LiveChunks, cuts_of
 from fastckpt.errors import (
     CorruptCheckpointError,
@@ -23,11 +24,13 @@ from fastckpt.errors import (
     NotACheckpointError,
     SaveError,
 )
-from fastckpt.files import AtomicFile, Sink, open_sink
+from fastckpt.files import FileObject, Sink, make_directories, open_sink
 from fastckpt.loading import load_object
+from fastckpt.location import is_url, location
 from fastckpt.object_sink import ObjectSink
 from fastckpt.object_source import ObjectSource
 from fastckpt.options import Options
+from fastckpt.ordered_sink import OrderedSink, key_of_path
 from fastckpt.reader import Reader, is_container
 from fastckpt.save import start_workers, write
 from fastckpt.snapshot import DoesNotFit, Snapshot, Stager
@@ -57,25 +60,30 @@ def save(
     """Save an object to a path, a URL or a writable file object: torch.save's arguments, one self-describing container.
 
     A path: when this returns, the file is whole and on stable storage. If it raises or the process dies, the old file or
-    the new one is at the path, whole: the old one, unless the error came from the very last step, the fsync of the directory.
+    the new one is at the path, whole: the old one, unless the error came from the very last step, the fsync of the directory. What
+    cannot be replaced (a device, a pipe, the name of a descriptor, an empty file that somebody holds open) is written like a file object.
     A URL ("s3://bucket/key"): when this returns, the object is there, whole and durable; if it raises, see docs/guarantees.md, S4.
     A file object needs `write` and `flush`; it stays open, and making it durable is its owner's task.
 
-    Blocks until done; the state must not change meanwhile. Uses `Options.from_env()`: threads, compression, memory.
+    Saves to one target take effect in the order of their calls (docs/guarantees.md, §6): an earlier `save_async` to it, in this process, is
+    waited for, `Options.max_order_wait_s` at most.
+
+    Blocks until done; the state must not change meanwhile. Any thread. Uses `Options.from_env()`: threads, compression, memory.
     `_use_new_zipfile_serialization=False` writes torch's legacy format instead, `_disable_byteorder_record` has no effect.
 
-    Raises what torch.save raises for the object; OSError for the target; SaveError (docs: fastckpt.errors).
+    Raises what torch.save raises for the object; OSError for the target; SaveError (docs: fastckpt.errors), among them TargetBusyError for
+    an earlier save that does not end, and OvertakenError if a signal handler interrupted this save with one of its own to the same target.
     """
     torch.serialization._check_dill_version(pickle_module)
     torch.serialization._check_save_filelike(f)
     options = Options.from_env()
     if not _use_new_zipfile_serialization:
-        _save_legacy(obj, f, pickle_module, pickle_protocol)
+        _save_legacy(obj, f, pickle_module, pickle_protocol, options)
         return
     started = time.perf_counter()
     captured = capture(obj, pickle_module, pickle_protocol)
     skeleton_s = time.perf_counter() - started
-    sink = _sink(f)
+    sink, _ = _sink(f, "save", options)
     try:
         pool = start_workers(captured, options)
     except BaseException:
@@ -84,16 +92,17 @@ def save(
     write(captured, sink, _describe(f), options, pool, skeleton_s)
 
 
-def _save_legacy(obj: object, f: Any, pickle_module: Any, pickle_protocol: int) -> None:
+def _save_legacy(obj: object, f: Any, pickle_module: Any, pickle_protocol: int, options: Options) -> None:
     """torch's pre-1.6 format, but as atomic as ours."""
-    sink = _sink(f)
-    if not isinstance(sink, (AtomicFile, ObjectSink)):
-        sink.abandon()
-        torch.save(obj, f, pickle_module, pickle_protocol, False)
-        return
+    sink, turn = _sink(f, "save", options)
     try:
-        torch.save(obj, cast(IO[bytes], _SinkFile(sink)), pickle_module, pickle_protocol, False)
-        sink.commit()
+        if isinstance(f, (str, os.PathLike)):
+            torch.save(obj, cast(IO[bytes], _SinkFile(sink)), pickle_module, pickle_protocol, False)
+            sink.commit()
+        else:
+            sink.wait()
+            torch.save(obj, f, pickle_module, pickle_protocol, False)
+            turn.end()
     except BaseException:
         sink.abandon()
         raise
@@ -145,6 +154,11 @@ def save_async(
     interpreter's end allows no threads (atexit, Python 3.12 on), the file is written before this returns. A file object must be left alone
     until `handle.durable` is done.
 
+    Saves to one target (a file by whatever name, a URL, a file object) take effect in the order of their calls, in a process. An older
+    save is not dropped for a newer one: its bytes are at the target, whole, before the newer ones replace them. A failed one holds nobody
+    up; one that does not end makes the newer fail with TargetBusyError after `options.max_order_wait_s`. `load` reads what is at the
+    target and waits for nobody, and what others do there (os.remove, torch.save) has no place in the order: wait for the handle first.
+
     Raises at once what can be known at once (an object that cannot be pickled, a directory that does not exist); the rest reaches
     `handle.durable` and the log.
     """
@@ -156,7 +170,7 @@ def save_async(
     source = _snapshot(captured, handle.target, options)
     skeleton_s = time.perf_counter() - started
     try:
-        sink = _sink(f)
+        sink, turn = _sink(f, "save_async", options)
     except BaseException:
         source.close()
         raise
@@ -187,6 +201,8 @@ def save_async(
     else:
         try:
             thread = start_thread(run, "fastckpt-save")
+            if thread is not None:
+                turn.hand_over()
         except BaseException:
             if pool is not None:
                 pool.close()
@@ -286,11 +302,6 @@ def open(f: Any) -> TensorReader:
         raise
 
 
-def _url(f: Any) -> str | None:
-    """The URL that `f` is, if it is one."""
-    return f if isinstance(f, str) and "://" in f else None
-
-
 def _object(url: str) -> tuple[Store, str]:
     """The store and the key of one object. SaveError for a URL that names none."""
     root, _, key = url.rpartition("/")
@@ -299,27 +310,41 @@ def _object(url: str) -> tuple[Store, str]:
     return open_store(root), key
 
 
-def _sink(f: Any) -> Sink:
-    url = _url(f)
-    if url is None:
-        return open_sink(f)
-    store, key = _object(url)
-    return ObjectSink(store, key)
+def _sink(f: Any, verb: str, options: Options) -> tuple[OrderedSink, turns.Turn]:
+    """Where a save goes, and its place among the saves that go there. verb: "save" or "save_async", for messages."""
+    name = f"{verb} to {_describe(f)}"
+    if not isinstance(f, (str, os.PathLike)):
+        turn = turns.take(("object", id(f)), name)
+        opened: Callable[[], Sink] = functools.partial(FileObject, f)
+    elif is_url(where := location(f)):
+        store, key = _object(where)
+        turn = turns.take(("url", store.url, key), name)
+        opened = functools.partial(ObjectSink, store, key)
+    else:
+        if _describe(f).startswith("file:"):
+            make_directories(os.path.dirname(where))  # as a store does
+        turn = turns.take(key_of_path(where), name)
+        opened = functools.partial(open_sink, where)
+    try:
+        return OrderedSink(opened(), turn, options.max_order_wait_s), turn
+    except BaseException:
+        turn.end()
+        raise
 
 
 def _source(f: Any) -> Source:
-    url = _url(f)
-    if url is not None:
-        store, key = _object(url)
-        try:
-            return ObjectSource(store, key, owns_store=True)
-        except BaseException:
-            store.close()
-            raise
-    if isinstance(f, (str, os.PathLike)):
-        return PathSource(os.fspath(f))
-    torch.serialization._check_seekable(f)
-    return FileObjectSource(f)
+    if not isinstance(f, (str, os.PathLike)):
+        torch.serialization._check_seekable(f)
+        return FileObjectSource(f)
+    where = location(f)
+    if not is_url(where):
+        return PathSource(where)
+    store, key = _object(where)
+    try:
+        return ObjectSource(store, key, owns_store=True)
+    except BaseException:
+        store.close()
+        raise
 
 
 @contextmanager

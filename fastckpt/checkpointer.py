@@ -108,7 +108,7 @@ class Checkpointer:
         self._every, self._fresh = every, fresh
         self._on_exception, self._close_timeout_s = on_exception, close_timeout_s
         self._owns_store = not isinstance(url, Store)
-        self._store = url if isinstance(url, Store) else open_store(os.fspath(url))
+        self._store = url if isinstance(url, Store) else open_store(url)
         self._options = (options or Options.from_env()).for_store(self._store.useful_connections)
         self._repository = Repository(self._store)
         self._watcher: Watcher | None = None

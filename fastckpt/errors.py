@@ -9,6 +9,8 @@
      ├─ UnknownTensorError(KeyError)         a name that is not in the checkpoint
      ├─ SaveError                            the state or the target cannot be saved as asked. Fix the call
      │   ├─ TornSnapshotError                the state changed while it was copied. Nothing was committed
+     │   ├─ TargetBusyError                  an earlier save to the same target did not end in time. Nothing was committed
+     │   ├─ OvertakenError                   a later save to the same target was written first. This one was not
      │   ├─ OutOfHostMemoryError(MemoryError)  no memory for the copy of the state, or for its upload
      │   └─ SnapshotStalledError             training had waited max_stall_s for a copy of the state. Nothing was committed
      ├─ RestoreError                         a restore cannot do what was asked. Nothing was changed
@@ -109,6 +111,14 @@ class SaveError(CheckpointError):
 
 class TornSnapshotError(SaveError):
     """A tensor changed between the call of `save` and the end of its copy. Nothing was committed."""
+
+
+class TargetBusyError(SaveError):
+    """An earlier save to the same target had not ended after `max_order_wait_s`. Nothing of this one was committed."""
+
+
+class OvertakenError(SaveError):
+    """A later save to the same target was made first: it is there, and this one, which is older, was not written over it."""
 
 
 class SnapshotStalledError(SaveError):

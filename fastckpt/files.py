@@ -6,6 +6,9 @@ A new file becomes visible in one step and only when it is whole and on stable s
 
 An unnamed file vanishes with the process, so a killed save leaves nothing behind. Where the file system has no O_TMPFILE, a temporary
 name next to the target is used from the start, and a kill leaves that file.
+
+What cannot be replaced is written where it lies (docs/guarantees.md, §6): devices and pipes, descriptors under their names, and a file
+without bytes that somebody holds open or whose directory is closed to us. A file that holds bytes never is.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fastckpt.attributes import take_over
 from fastckpt.errors import SaveError
+from fastckpt.held import descriptor_of, held_for_writing, held_open, is_own, why_not_replaced
 from fastckpt.pages import fresh_pages
 from fastckpt.workers import WorkerPool
 
@@ -178,7 +183,8 @@ def _naming(path: str) -> Iterator[None]:
 class AtomicFile:
     """A Sink that replaces the file at `path` whole or not at all.
 
-    A symbolic link is followed and stays. The new file gets the permissions of the old one, or those that the umask leaves.
+    A symbolic link is followed and stays; a hard link is not: other names keep the old file. The new file takes over the old one's owner,
+    group, permissions and attributes where this process may set them; one without an old file has the permissions that the umask leaves.
     """
 
     def __init__(self, path: str, *, exclusive: bool = False) -> None:
@@ -190,7 +196,8 @@ class AtomicFile:
         for parent in (os.path.dirname(path), self._directory):  # as it was given first: torch.save's words
             if parent and not os.path.isdir(parent):
                 raise SaveError(f"Parent directory {parent} does not exist.")
-        self._mode = self._mode_of_old()
+        if os.path.isdir(self._target):
+            raise SaveError(f"File {self._target} cannot be opened: it is a directory")
         short = os.fsencode(name)[:150].decode("utf-8", "ignore")  # a file name has at most 255 bytes
         self._temporary = os.path.join(self._directory, f".{short}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         self._name: str | None = None
@@ -199,21 +206,12 @@ class AtomicFile:
         self._writer: _DirectWriter | None = None
         try:
             self._fd = self._create()
-            if self._mode is not None:
-                os.fchmod(self._fd, self._mode)
+            if not exclusive:
+                take_over(self._fd, self._target)  # before there are bytes that others must not read
             self._writer = _DirectWriter(self._fd)
         except BaseException:
             self.abandon()
             raise
-
-    def _mode_of_old(self) -> int | None:
-        try:
-            found = os.stat(self._target)
-        except FileNotFoundError:
-            return None
-        if stat.S_ISDIR(found.st_mode):
-            raise SaveError(f"File {self._target} cannot be opened: it is a directory")
-        return stat.S_IMODE(found.st_mode)
 
     def _create(self) -> int:
         if hasattr(os, "O_TMPFILE"):
@@ -245,6 +243,8 @@ class AtomicFile:
     def _commit(self) -> None:
         assert self._writer is not None
         self._writer.flush()
+        if not self._exclusive:
+            take_over(self._fd, self._target)  # again: an earlier save, or somebody else, may have changed it meanwhile
         os.fsync(self._fd)
         if self._exclusive:
             self._link_exclusively()
@@ -292,27 +292,49 @@ class AtomicFile:
 
 
 class DirectFile:
-    """A Sink for a device or pipe at a path (/dev/null, a FIFO): there is nothing to replace."""
+    """A Sink for what lies at a path and cannot be replaced: a device, a pipe, a descriptor, a file without bytes.
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    Not atomic: who looks meanwhile sees a part. A file that was empty is emptied again if the save fails.
+    """
+
+    def __init__(self, path: str, fd: int | None = None, *, empty: bool = False) -> None:
+        """fd: closed in the end; None: the path is opened at the first write, as opening a pipe waits for its reader. empty: it is a file
+        without bytes."""
+        self._path, self._fd, self.empty = path, fd, empty
+        self.absolute_path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+        self._written = False
 
     def write(self, data: Any) -> None:
         with _naming(self._path):
+            if self._fd is None:
+                self._fd = _open_to_write(self.absolute_path)
+            if self.empty and not self._written and os.fstat(self._fd).st_size:
+                raise SaveError(
+                    f"{self._path} was empty when the save began and holds bytes now: a file that holds bytes is not written in place. "
+                    "Save again"
+                )
+            self._written = True
             _write_all(self._fd, data)
 
     def commit(self) -> None:
-        fd, self._fd = self._fd, -1
+        assert self._fd is not None
         with _naming(self._path):
+            if stat.S_ISREG(os.fstat(self._fd).st_mode):
+                os.fsync(self._fd)
+            self._close()
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
             os.close(fd)
 
     def abandon(self) -> None:
-        if self._fd >= 0:
-            try:
-                self.commit()
-            except OSError as error:
-                logger.warning("closing the unfinished output failed: %s", error)
+        try:
+            if self.empty and self._written and self._fd is not None:
+                os.ftruncate(self._fd, 0)
+            self._close()
+        except OSError as error:
+            logger.warning("closing the unfinished output %s failed: %s", self._path, error)
 
 
 class FileObject:
@@ -343,18 +365,60 @@ class FileObject:
         """What was written stays in the object: it cannot be taken back."""
 
 
-def open_sink(target: Any) -> Sink:
-    """The sink for what `save` was given: a path (str, PathLike) or a file object."""
-    if not isinstance(target, (str, os.PathLike)):
-        return FileObject(target)
-    path = os.fsdecode(os.fspath(target))
-    if "://" in path:
-        raise SaveError(f"{path!r}: this version of fastckpt saves to paths and file objects, not to URLs")
+def open_sink(path: str) -> Sink:
+    """The sink for a path of this machine. OSError, SaveError."""
+    descriptor = descriptor_of(path)
+    if descriptor is not None and is_own(descriptor[0]):
+        return _of_descriptor(path, descriptor[1])
     try:
-        kind = os.stat(path).st_mode
+        found = os.stat(path)
     except FileNotFoundError:
         return AtomicFile(path)
-    return AtomicFile(path) if stat.S_ISREG(kind) or stat.S_ISDIR(kind) else DirectFile(path)
+    if stat.S_ISDIR(found.st_mode):
+        return AtomicFile(path)  # says so
+    if not stat.S_ISREG(found.st_mode):
+        return DirectFile(path, None if stat.S_ISFIFO(found.st_mode) else _open_to_write(path))
+    if descriptor is not None:
+        why: tuple[int, str] | None = (errno.EBUSY, f"it is open in process {descriptor[0]} and is named as that")
+    else:
+        why = why_not_replaced(os.path.realpath(path), found)
+    if not found.st_size and (why or held_open(path)):
+        return DirectFile(path, _open_to_write(path), empty=True)
+    if why:
+        number, words = why
+        raise OSError(
+            number,
+            f"{os.strerror(number)}: {words}. It holds {found.st_size} bytes, and these are not overwritten in place, where a save that "
+            "fails would destroy them. Save to another directory; or give the file itself, which is not atomic then: open(path, 'wb')",
+            path,
+        )
+    writing = held_for_writing(found)
+    if writing is not None:
+        logger.warning(
+            "%s is open for writing in this process (descriptor %d), and the save puts a new file in its place: what is open there stays "
+            "the old one. Open it again, or save to the file object",
+            path,
+            writing,
+        )
+    return AtomicFile(path)
+
+
+def _of_descriptor(path: str, number: int) -> Sink:
+    """Through a copy of the descriptor: at its position, whatever becomes of the original meanwhile."""
+    try:
+        flags = fcntl.fcntl(number, fcntl.F_GETFL)
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, f"descriptor {number} is open for reading only", path)
+        fd = os.dup(number)
+    except OSError as error:
+        if error.filename is None:
+            raise FileNotFoundError(errno.ENOENT, f"there is no descriptor {number}", path) from error
+        raise
+    return DirectFile(path, fd)
+
+
+def _open_to_write(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def make_directories(path: str) -> None:

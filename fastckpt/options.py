@@ -74,6 +74,9 @@ class Options:
     max_stall_s: float = 60.0
     """How long training may be kept because a state is larger than the budget and its upload does not get on. Then that snapshot is
     dropped with an error, and training goes on. Longer: fewer saves are lost to a slow store; shorter: less training time is."""
+    max_order_wait_s: float = 300.0
+    """How long a save to a path, URL or file object waits for earlier ones to the same target before it fails with TargetBusyError. Longer:
+    an earlier save to a slow disk may end; shorter: one that hangs is told sooner."""
     verify_snapshot: str = "first"
     """Whether staged bytes are compared with fingerprints taken at the call of save: "first" (the first snapshot that is left to a fence),
     "always", "off". Finds writes that torch does not count (`.data`, NumPy views, kernels of others). Costs one more reading of host

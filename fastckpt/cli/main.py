@@ -35,6 +35,7 @@ from fastckpt.cli.target import (
     add_checkpoint,
     add_endpoint,
     add_epoch,
+    local_path,
     maybe_repository,
     open_repository,
     require_endpoint,
@@ -167,7 +168,7 @@ def _ls(arguments: argparse.Namespace) -> int:
         with maybe_repository(text, arguments.endpoint_url) as repository:
             if repository is not None:
                 found.append(repositories.list_repository(repository))
-            elif "://" in text:
+            elif local_path(text) is None:
                 with open_repository(text, arguments.endpoint_url):  # says that it is none
                     pass
             else:

@@ -15,6 +15,7 @@ from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, ObjectNot
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.kernels import kernels
+from fastckpt.location import is_url, location
 from fastckpt.object_source import ObjectSource
 from fastckpt.options import Options
 from fastckpt.repository import Repository
@@ -57,16 +58,18 @@ def require_endpoint(url: str | None) -> None:
 
 
 def local_path(text: str) -> Path | None:
-    """The path that a path or file:// URL names; None for other URLs."""
-    if text.startswith("file:///"):
-        return Path(urllib.parse.unquote(text[len("file://") :]))
-    return None if "://" in text else Path(text)
+    """The path that a path or file:// URL names; None for other URLs. WrongUsageError."""
+    try:
+        found = location(text)
+    except StoreError as error:
+        raise WrongUsageError(str(error)) from None
+    return None if is_url(found) else Path(found)
 
 
 def _store(url: str, endpoint_url: str | None) -> Store:
     """WrongUsageError for a URL that can be none, StoreError for what is wrong with the place."""
     try:
-        if endpoint_url is None or not url.startswith("s3://"):
+        if endpoint_url is None or not location(url).startswith("s3://"):
             return open_store(url)
         return open_store(url, endpoint_url=endpoint_url)
     except StoreError as error:
@@ -76,9 +79,9 @@ def _store(url: str, endpoint_url: str | None) -> Store:
 
 
 def _names_a_place(url: str) -> bool:
-    scheme, separator, _ = url.partition("://")
-    if scheme != "s3":
-        return not separator or scheme == "memory"  # open_store refuses a file:// for its form alone
+    url = location(url)
+    if not url.startswith("s3://"):
+        return not is_url(url) or url.startswith("memory://")
     try:
         parse_s3_url(url)
     except StoreError:
@@ -130,7 +133,7 @@ def open_source(text: str, endpoint_url: str | None) -> Source:
     path = local_path(text)
     if path is not None:
         return PathSource(str(path))
-    root, _, key = text.rpartition("/")
+    root, _, key = location(text).rpartition("/")
     if not key or root.endswith(("/", ":")):
         raise WrongUsageError(f"{text!r} names neither a repository nor an object: expected scheme://place/…/name")
     store = _store(root, endpoint_url)

@@ -42,6 +42,13 @@ class LocalStore(Store):
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self._root = os.path.realpath(os.path.abspath(os.fspath(root)))
+        found = self._root
+        while not os.path.lexists(found):
+            found = os.path.dirname(found)
+        if not os.path.isdir(found):
+            raise StoreError(
+                f"{self._root} cannot be a directory of a store: {found} is a file. Name a directory, or move the file away"
+            )
         self.url = f"file://{self._root}"
 
     def _path(self, key: str) -> str:

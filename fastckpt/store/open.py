@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-import urllib.parse
 from typing import Any
 
 from fastckpt.errors import StoreError
+from fastckpt.location import is_url, location
 from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
@@ -17,33 +17,30 @@ _memory: dict[str, MemoryStore] = {}
 _memory_lock = threading.Lock()
 
 
-def open_store(url: str, **settings: Any) -> Store:
+def open_store(url: str | os.PathLike[str], **settings: Any) -> Store:
     """The store at a URL: a path or file://, s3://bucket/prefix, memory://name (this process only). The caller closes it.
 
+    A path object may carry a URL, also one of which pathlib has left one slash (`Path("s3://bucket/run")`).
     settings: those of `fastckpt.store.cloud.open_s3`, for s3:// only. StoreError for a URL that cannot be one; for S3 also what its
     first look at bucket and credentials finds. Nothing is written.
     """
-    scheme, separator, rest = url.partition("://")
+    url = location(url)
     if not url:
         raise StoreError("the URL is empty: expected a directory or s3://bucket/prefix")
-    if separator and scheme == "s3":
+    scheme, _, rest = url.partition("://") if is_url(url) else ("", "", "")
+    if scheme == "s3":
         from fastckpt.store.cloud import open_s3  # boto3 and obstore take a second to import
 
         return Retrying(open_s3(url, **settings))
     if settings:
         raise StoreError(f"{url!r} takes no settings, found {', '.join(sorted(settings))}: they are for s3:// only")
-    if not separator:
+    if not scheme:
         return LocalStore(os.path.expanduser(url))
-    if scheme == "file":
-        host, slash, path = rest.partition("/")
-        if host not in ("", "localhost") or not slash:
-            raise StoreError(f"{url!r} is no file URL: expected file:///absolute/path")
-        return LocalStore("/" + urllib.parse.unquote(path))
     if scheme == "memory":
         name = rest.strip("/") or "memory"
         with _memory_lock:
             return _memory.setdefault(name, MemoryStore(name=name))
-    if scheme in ("gs", "az", "abfs", "azure"):
+    if scheme in ("gs", "gcs", "az", "abfs", "abfss", "azure"):
         raise StoreError(
             f"{url!r}: this version has no store for {scheme}://. Use s3:// (Google Cloud Storage speaks it too) or a directory"
         )

@@ -14,13 +14,13 @@ PACKAGE = Path(fastckpt.__file__).parent
 # A new one is entered here, as low as it can be.
 LAYERS = (
     ("_native", "_version", "errors", "workers"),
-    ("recording", "interrupts", "pages"),
+    ("attributes", "held", "recording", "interrupts", "location", "pages", "turns"),
     ("transform", "events", "files", "ranks", "trace"),
     ("kernels",),
     ("options", "sources", "sinks"),
     ("codec", "format", "store", "plan"),
     ("chunking", "delta_policy", "object_sink", "object_source"),
-    ("state", "agreement"),
+    ("state", "agreement", "ordered_sink"),
     ("reader",),
     ("snapshot", "chunk_source", "commit", "packs", "rng", "schedule"),
     ("repository",),

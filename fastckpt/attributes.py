@@ -1,0 +1,52 @@
+"""What a new file takes over from the one that it replaces: owner, group, permissions, access list, extended attributes.
+
+Whatever this process may not set is left as it is, without a word: torch.save, which writes into the old file, needs no right to set it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+
+_ACCESS_LIST = "system.posix_acl_access"
+_OF_THE_CONTENT = frozenset({"security.capability", "security.evm", "security.ima"})
+"""Vouch for bytes that are not there any more. The kernel, too, drops capabilities from a file that is written."""
+_PRIVILEGES = stat.S_ISUID | stat.S_ISGID
+
+
+def take_over(fd: int, old: str) -> None:
+    """Give the open file what the one at `old` has. Nothing there: nothing is done."""
+    try:
+        found = os.stat(old)
+    except FileNotFoundError:
+        return
+    # Owner last: whoever may give a file away may not change it afterwards.
+    _take_over_attributes(fd, old)
+    mode = stat.S_IMODE(found.st_mode)
+    with contextlib.suppress(OSError):  # a file system without permissions
+        os.fchmod(fd, mode & ~_PRIVILEGES)
+    for owner, group in ((-1, found.st_gid), (found.st_uid, -1)):
+        with contextlib.suppress(OSError):
+            os.fchown(fd, owner, group)
+    now = os.fstat(fd)
+    # A program that runs with its owner's rights must not get another owner's. And a write by others than root takes them away.
+    if mode & _PRIVILEGES and os.geteuid() == 0 and (now.st_uid, now.st_gid) == (found.st_uid, found.st_gid):
+        with contextlib.suppress(OSError):
+            os.fchmod(fd, mode)
+
+
+def _take_over_attributes(fd: int, old: str) -> None:
+    if not hasattr(os, "listxattr"):  # macOS
+        return
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # a file system that has none
+        names = os.listxattr(old)
+    for name in names:
+        if name not in _OF_THE_CONTENT:
+            with contextlib.suppress(OSError):
+                os.setxattr(fd, name, os.getxattr(old, name))
+    if _ACCESS_LIST not in names:
+        # The directory's default list would open the new file to people to whom the old one was closed.
+        with contextlib.suppress(OSError):
+            os.removexattr(fd, _ACCESS_LIST)

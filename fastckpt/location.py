@@ -1,0 +1,60 @@
+"""What a caller's text or path object names: a path of this machine, or a URL.
+
+pathlib joins slashes: `Path("s3://bucket/run")` is `s3:/bucket/run`. Taken for a path, that is a directory "s3:" on the local disk, and the
+checkpoints in it are lost with the machine. So the schemes of stores are understood with one slash too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import urllib.parse
+
+from fastckpt.errors import StoreError
+
+_SCHEMES = "s3|s3a|gs|gcs|az|abfs|abfss|azure|memory|file|http|https|hdfs|hf"
+_COLLAPSED = re.compile(rf"({_SCHEMES}):/(?!/)(.*)", re.DOTALL)
+_INSIDE = re.compile(rf"(.*/)({_SCHEMES}):/+(?=.)", re.DOTALL)
+
+
+def location(target: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
+    """The path or URL that `target` names, as text; a file URL as the path that it means.
+
+    A path object whose text is a URL is that URL, and so is a URL of which pathlib has left one slash. StoreError for a file URL without
+    an absolute path, and for a URL that was made absolute as if it were a path (`Path("s3://bucket/run").resolve()`), unless a directory of
+    that odd name is there already.
+    """
+    text = os.fsdecode(os.fspath(target))
+    collapsed = _COLLAPSED.fullmatch(text)
+    if collapsed:
+        # "file:/dir" needs its third slash back, "s3:/bucket" its second.
+        text = f"{collapsed[1]}://{'/' if collapsed[1] == 'file' else ''}{collapsed[2]}"
+    scheme, separator, rest = text.partition("://")
+    if not separator or "/" in scheme:
+        _refuse_inside(text)
+        return text
+    return _path_of_file_url(text, rest) if scheme == "file" else text
+
+
+def is_url(text: str) -> bool:
+    """Whether what `location` returned is a URL."""
+    scheme, separator, _ = text.partition("://")
+    return bool(separator) and "/" not in scheme
+
+
+def _path_of_file_url(url: str, rest: str) -> str:
+    host, slash, path = rest.partition("/")
+    path = urllib.parse.unquote(path)
+    if host.lower() not in ("", "localhost") or not slash or "\0" in path:
+        raise StoreError(f"{url!r} is no file URL: expected file:///absolute/path")
+    return "/" + path.lstrip("/")
+
+
+def _refuse_inside(path: str) -> None:
+    found = _INSIDE.match(path)
+    if found and not os.path.isdir(f"{found[1]}{found[2]}:"):
+        url = f"{found[2]}://{path[found.end() :]}"
+        raise StoreError(
+            f"{path!r} is a URL that was taken for a path: it would become a directory {found[2] + ':'!r} on this machine. Give {url!r} as "
+            f"a string; for a directory that is really called so, make {found[1] + found[2] + ':'!r} first"
+        )
