@@ -97,11 +97,11 @@ def _save_legacy(obj: object, f: Any, pickle_module: Any, pickle_protocol: int, 
     sink, turn = _sink(f, "save", options)
     try:
         if isinstance(f, (str, os.PathLike)):
-            torch.save(obj, cast(IO[bytes], _SinkFile(sink)), pickle_module, pickle_protocol, False)
+            foreign.torch_save(obj, cast(IO[bytes], _SinkFile(sink)), pickle_module, pickle_protocol, False)
             sink.commit()
         else:
             sink.wait()
-            torch.save(obj, f, pickle_module, pickle_protocol, False)
+            foreign.torch_save(obj, f, pickle_module, pickle_protocol, False)
             turn.end()
     except BaseException:
         sink.abandon()

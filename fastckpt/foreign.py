@@ -8,10 +8,14 @@ import warnings
 from typing import Any
 
 import torch
+from torch import serialization
 
 from fastckpt.errors import NotACheckpointError
 from fastckpt.sources import FileObjectSource, Source
 from fastckpt.state import invariants
+
+# As they are now: a program may put fastckpt.load in the place of torch.load, and its own functions must not call themselves.
+torch_load, torch_save = serialization.load, serialization.save
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _TAR_MAGIC_OFFSET = 257
@@ -30,9 +34,9 @@ def load(f: Any, source: Source, map_location: Any, pickle_module: Any, **argume
         source.seek_to(0)
     path = os.fsdecode(os.fspath(f)) if isinstance(f, (str, os.PathLike)) else ""
     if path.endswith(".safetensors"):
-        return torch.load(f, map_location, pickle_module, **arguments)
+        return torch_load(f, map_location, pickle_module, **arguments)
     if head.startswith((_ZIP, _PICKLE)) or head[_TAR_MAGIC_OFFSET : _TAR_MAGIC_OFFSET + 5] == b"ustar":
-        loaded = torch.load(f, map_location, pickle_module, **arguments)
+        loaded = torch_load(f, map_location, pickle_module, **arguments)
         may_run_code = arguments.get("weights_only") is False or pickle_module is not None
         if not may_run_code and torch._guards.detect_fake_mode(None) is None:
             invariants.require_fit(
@@ -62,7 +66,8 @@ def _load_safetensors(source: Source, map_location: Any) -> dict[str, torch.Tens
         )
     data = io.BytesIO(bytearray(source.n_bytes))
     source.read_into(0, data.getbuffer())
-    tensors = safetensors.torch.load(data.getvalue())
+    with torch.device("cpu"):  # whatever the program's default device is
+        tensors = safetensors.torch.load(data.getvalue())
     if isinstance(source, FileObjectSource):
         source.seek_to(source.n_bytes)
     return {name: tensor if map_location is None else tensor.to(map_location) for name, tensor in tensors.items()}

@@ -22,10 +22,14 @@ class RNGState:
         version, words, gauss = random.getstate()
         kind, numpy_words, position, has_gauss, numpy_gauss = np.random.get_state(legacy=True)
         return {
-            "python": {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss},
+            "python": {
+                "version": version,
+                "words": torch.tensor(words, dtype=torch.int64, device="cpu"),
+                "gauss": gauss,
+            },
             "numpy": {
                 "kind": str(kind),
-                "words": torch.tensor(np.asarray(numpy_words, np.int64)),
+                "words": torch.tensor(np.asarray(numpy_words, np.int64), device="cpu"),
                 "position": int(position),
                 "has_gauss": int(has_gauss),
                 "gauss": float(numpy_gauss),
@@ -38,9 +42,9 @@ class RNGState:
         """Set all of them. Devices that this machine does not have are left out, with a warning."""
         python, numpy = state["python"], state["numpy"]
         random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
-        words = numpy["words"].numpy().astype(np.uint32)
+        words = numpy["words"].cpu().numpy().astype(np.uint32)
         np.random.set_state((numpy["kind"], words, numpy["position"], numpy["has_gauss"], numpy["gauss"]))
-        torch.set_rng_state(state["torch"])
+        torch.set_rng_state(state["torch"].cpu())
         here = dict(_accelerator())
         for name, states in state["devices"].items():
             module: Any = here.get(name)
@@ -53,7 +57,7 @@ class RNGState:
                     n_devices,
                 )
             for device, device_state in enumerate(states[:n_devices]):
-                module.set_rng_state(device_state, device)
+                module.set_rng_state(device_state.cpu(), device)
 
 
 def _accelerator() -> list[tuple[str, Any]]:

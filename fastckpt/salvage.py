@@ -498,7 +498,7 @@ class _Shells:
         storage = self._storages.get((entry.storage, entry.dtype))
         if storage is None:
             storage = self._storages[entry.storage, entry.dtype] = self._reserve(entry.storage)
-        return torch.empty(0, dtype=dtype).set_(storage, entry.offset, entry.shape, entry.stride)
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, entry.offset, entry.shape, entry.stride)
 
     def _reserve(self, number: int) -> UntypedStorage:
         n_bytes = self._reader.directory.storages[number].n_bytes

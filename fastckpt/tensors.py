@@ -156,10 +156,10 @@ def _tensor_of(named: Named) -> torch.Tensor:
 def _view(entry: TensorEntry, storage: UntypedStorage) -> Any:
     """The tensor or array that an entry describes, over its storage."""
     if not entry.dtype.startswith(NUMPY_PREFIX):
-        empty = torch.empty(0, dtype=getattr(torch, entry.dtype))
+        empty = torch.empty(0, dtype=getattr(torch, entry.dtype), device="cpu")
         return empty.set_(storage, entry.offset, entry.shape, entry.stride)
     n_bytes = storage.nbytes()
-    flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()
+    flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, 0, (n_bytes,), (1,)).numpy()
     dtype = np.dtype(entry.dtype.removeprefix(NUMPY_PREFIX))
     strides = tuple(step * dtype.itemsize for step in entry.stride)
     return np.ndarray(entry.shape, dtype, flat, entry.offset * dtype.itemsize, strides)

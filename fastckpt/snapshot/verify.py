@@ -68,9 +68,9 @@ class DeviceFingerprints:
     def fetch(self, side: SideStream) -> None:
         """Enqueue their copy. The side stream has begun after they were computed."""
         try:
-            target = torch.empty(self._prints.numel(), dtype=torch.int64, pin_memory=True)
+            target = torch.empty(self._prints.numel(), dtype=torch.int64, device="cpu", pin_memory=True)
         except RuntimeError:  # SlabPool tells of it
-            target = torch.empty(self._prints.numel(), dtype=torch.int64)
+            target = torch.empty(self._prints.numel(), dtype=torch.int64, device="cpu")
         side.copy(bytes_of(target), [self._prints], pinned=target.is_pinned())
         self._fetched, self._event = target, side.mark()
 

@@ -89,6 +89,7 @@ class Rebuild:
     pickle_module: Any
     load_args: dict[str, Any]
     _loaded: dict[int, Any] = field(default_factory=dict)
+    _typed: dict[tuple[int, torch.dtype], TypedStorage] = field(default_factory=dict)
 
     def run(self) -> Any:
         """The object. pickle.UnpicklingError with torch's words when a restricted load refuses something."""
@@ -112,6 +113,7 @@ class Rebuild:
             raise
         finally:
             self._loaded.clear()
+            self._typed.clear()
 
     def _unpickle(self, module: Any) -> Any:
         class Unpickler(module.Unpickler):  # type: ignore[misc]
@@ -178,13 +180,19 @@ class Rebuild:
             if len(saved_id) == 9:
                 self._loaded[number] = self._array(number, n_bytes, *saved_id[5:])
             else:
-                self._loaded[number] = self._storage(number, n_bytes, dtype, location)
+                self._loaded[number] = self._storage(number, n_bytes, location)
         value = self._loaded[number]
         if isinstance(value, np.ndarray) != (len(saved_id) == 9):
             raise self._damage(f"storage {key}", "one kind of object", "an array and a storage")
-        return value
+        if isinstance(value, np.ndarray):
+            return value
+        # One for each element type: a storage without bytes may be there in several.
+        typed = self._typed.get((number, dtype))
+        if typed is None:
+            typed = self._typed[number, dtype] = TypedStorage(wrap_storage=value, dtype=dtype, _internal=True)
+        return typed
 
-    def _storage(self, number: int, n_bytes: int, dtype: torch.dtype, location: str) -> TypedStorage:
+    def _storage(self, number: int, n_bytes: int, location: str) -> UntypedStorage:
         if torch._guards.detect_fake_mode(None) is not None:
             storage = UntypedStorage(n_bytes, device="meta")
             storage._fake_device = location  # type: ignore[assignment]
@@ -192,7 +200,7 @@ class Rebuild:
             storage = UntypedStorage(n_bytes, device="meta")
         else:
             storage = self._restore_location(self.provider.take(number), location)
-        return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+        return storage
 
     def _array(
         self, number: int, n_bytes: int, mark: Any, dtype_text: Any, shape: Any, order: Any
@@ -216,7 +224,7 @@ class Rebuild:
         if self.weights_only:
             _refuse_array_unless_allowed(np.dtype(dtype_text))
         storage = self.provider.take(number)
-        flat = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (n_bytes,), (1,)).numpy()
+        flat = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, 0, (n_bytes,), (1,)).numpy()
         return np.ndarray(shape, np.dtype(dtype_text), flat, order=order)
 
 
