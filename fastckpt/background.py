@@ -104,6 +104,7 @@ class SaveQueue:
         self.measured: Measured | None = None
         self.last_commit: Commit | None = None
         self.retention_error: BaseException | None = None
+        self._warned_of: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -271,8 +272,12 @@ class SaveQueue:
         if self._keep is None:
             return
         try:
-            self._incarnation.retain(self._keep, self._grace_s)
+            done = self._incarnation.retain(self._keep, self._grace_s)
             self.retention_error = None
+            for words in done.warnings:
+                if words not in self._warned_of:
+                    self._warned_of.add(words)
+                    logger.warning("%s", words)
         except Exception as error:
             if str(error) != str(self.retention_error):
                 logger.warning("old checkpoints could not be removed: %s", error)

@@ -101,6 +101,7 @@ class Checkpointer:
     ) -> None:
         if on_exception not in (None, "save"):
             raise ValueError(f'on_exception is {on_exception!r}: expected "save" or None')
+        _check_rules(every, keep)
         _refuse_many_ranks()
         warm_up()  # without native kernels numba compiles for seconds: now, in the background, not when a notice has come
         self._targets = targets.check_targets(state)
@@ -609,6 +610,17 @@ def _checked(
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"meta must be what JSON can hold: {error}") from error
     return numbers, copy
+
+
+def _check_rules(every: object, keep: object) -> None:
+    """TypeError for what would fail in the training loop, or in the background at every save."""
+    problems = []
+    if not isinstance(every, (Every, type(None))):
+        problems.append(f"every is {every!r}: expected fastckpt.Every(steps=…), Every(minutes=…), or None")
+    if not isinstance(keep, (Keep, type(None))):
+        problems.append(f"keep is {keep!r}: expected fastckpt.Keep(last=…), or None for all")
+    if problems:
+        raise TypeError("; ".join(problems))
 
 
 def _refuse_many_ranks() -> None:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fastckpt import events
 from fastckpt.catalog import Catalog
@@ -26,7 +27,8 @@ class Keep:
     """Which checkpoints of the history stay. One that any of the rules wants is kept; `Keep(last=1)` is the least there is.
 
     last: the newest ones. every: those whose step is a multiple of it. best: those with the best value of a metric, `best_count` of them,
-    smallest first unless mode is "max"; checkpoints without the metric, or with NaN, are never best.
+    smallest first unless mode is "max"; checkpoints without the metric, or with NaN, are never best. While no checkpoint has a value
+    of it (a mistyped name, or none was measured yet) nothing is known of what is best: all stay, with a warning.
     """
 
     last: int = 3
@@ -41,6 +43,8 @@ class Keep:
             problems.append(f"last is {self.last!r}: at least the newest checkpoint must stay")
         if self.every is not None and (type(self.every) is not int or self.every < 1):
             problems.append(f"every is {self.every!r}: expected a number of steps ≥ 1 or None")
+        if self.best is not None and (type(self.best) is not str or not self.best.strip()):
+            problems.append(f"best is {self.best!r}: expected the name of a metric (a string) or None")
         if self.mode not in ("min", "max"):
             problems.append(f'mode is {self.mode!r}: expected "min" or "max"')
         if type(self.best_count) is not int or self.best_count < 1:
@@ -58,7 +62,12 @@ class Candidate:
 
 
 def retire(history: Sequence[Candidate], keep: Keep) -> list[CheckpointId]:
-    """Those that no rule wants. history: newest first, as a restore would take them. Never the newest."""
+    """Those that no rule wants. history: newest first, as a restore would take them. Never the newest.
+
+    None while the best is asked for and nothing tells which it is (see `nothing_measured`): one of them would be the best one.
+    """
+    if nothing_measured(history, keep):
+        return []
     wanted = {candidate.checkpoint for candidate in history[: keep.last]}
     if keep.every is not None:
         wanted |= {c.checkpoint for c in history if c.checkpoint.step % keep.every == 0}
@@ -70,6 +79,27 @@ def retire(history: Sequence[Candidate], keep: Keep) -> list[CheckpointId]:
         ranked = sorted(entry for entry in measured if not math.isnan(entry[0]))
         wanted |= {checkpoint for *_, checkpoint in ranked[: keep.best_count]}
     return [c.checkpoint for c in history if c.checkpoint not in wanted]
+
+
+def nothing_measured(history: Sequence[Candidate], keep: Keep) -> bool:
+    """Whether the best by a metric is to stay of which no checkpoint has a value."""
+    return keep.best is not None and all(math.isnan(c.metrics.get(keep.best, math.nan)) for c in history)
+
+
+def _without_measure(history: Sequence[Candidate], keep: Keep) -> str | None:
+    """What to say where `nothing_measured` keeps checkpoints that the other rules would not."""
+    if not history or not nothing_measured(history, keep) or not retire(history, replace(keep, best=None)):
+        return None
+    assert keep.best is not None
+    known = sorted({name for candidate in history for name in candidate.metrics})
+    if keep.best in known:
+        return f"the metric {keep.best!r} is NaN in every checkpoint, so nothing is known of the best one: all stay"
+    close = difflib.get_close_matches(keep.best, known, 1)
+    meant = f" Did you mean {close[0]!r}?" if close else ""
+    return (
+        f"no checkpoint has the metric {keep.best!r} (there are: {', '.join(map(repr, known)) or 'none'}), so nothing is known of the "
+        f"best one: all stay.{meant} Pass metrics={{{keep.best!r}: …}} to step or save_now, or give another name to Keep(best=…)"
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +135,8 @@ class Plan:
     waiting_bytes_keys: int = 0
     """Packs that will go once their grace is over."""
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """What whoever made the rules should hear: they do not do what they say."""
 
 
 def plan(
@@ -124,6 +156,9 @@ def plan(
     flying = {save.checkpoint for save in in_flight}
     if keep is not None:
         doomed = [(c, "retention") for c in retire(view.history, keep)]
+        without_measure = _without_measure(view.history, keep)
+        if without_measure is not None:
+            result.warnings.append(without_measure)
         if abandoned:
             inside = {c.checkpoint for c in view.history}
             doomed += [(c, "abandoned branch") for c in view.living if c not in inside]

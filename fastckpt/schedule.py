@@ -25,7 +25,9 @@ class Every:
         if self.steps is not None and (type(self.steps) is not int or self.steps < 1):
             problems.append(f"steps is {self.steps!r}: expected a number of steps ≥ 1")
         if self.minutes is not None and not (
-            isinstance(self.minutes, (int, float)) and 0 < self.minutes < float("inf")
+            isinstance(self.minutes, (int, float))
+            and not isinstance(self.minutes, bool)
+            and 0 < self.minutes < float("inf")
         ):
             problems.append(f"minutes is {self.minutes!r}: expected a number > 0")
         if not (self.when is None or callable(self.when)):

@@ -40,7 +40,7 @@ def forecast(view: View, needs: Needs, keep: Keep, grace_s: float, branches: boo
     result = Forecast()
     for _ in range(_MOST_PASSES):
         todo = plan(view, keep, (), grace_s, abandoned=branches, stopped=True)
-        result.notes += [words for words in todo.notes if words not in result.notes]
+        result.notes += [words for words in (*todo.warnings, *todo.notes) if words not in result.notes]
         if not todo.retire and not todo.delete:
             break
         result.retire += todo.retire
@@ -93,9 +93,6 @@ def prune(repository: Repository, arguments: argparse.Namespace) -> int:
     view = collector.look()
     sizes = {info.key: info.n_bytes for prefix in _PREFIXES for info in repository.store.list(prefix)}
     found = forecast(view, needs_of(repository, view), keep, arguments.grace, arguments.branches)
-    if keep.best is not None and not any(keep.best in commit.metrics for commit in view.living.values()):
-        known = sorted({name for commit in view.living.values() for name in commit.metrics})
-        found.notes.append(f"no checkpoint has the metric {keep.best!r}; there are: {', '.join(known) or 'none'}")
     if not arguments.json:
         _print_forecast(repository, found, view, sizes)
     deleted, status = None, OK

@@ -591,10 +591,41 @@ def test_metrics_and_meta_are_checked_at_the_call(store: HeldStore) -> None:
         assert commit.commit.meta == {"run": "a", "tags": [1, None]}
 
 
-@pytest.mark.parametrize("wrong", [{}, {"steps": 0}, {"minutes": 0}, {"minutes": float("nan")}, {"when": 3}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"steps": 0},
+        {"steps": -1},
+        {"steps": 2.0},
+        {"steps": True},
+        {"steps": "10"},
+        {"minutes": 0},
+        {"minutes": True},
+        {"minutes": "10"},
+        {"minutes": float("nan")},
+        {"minutes": float("inf")},
+        {"when": 3},
+    ],
+)
 def test_a_schedule_is_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="Every"):
         Every(**wrong)
+
+
+@pytest.mark.parametrize(("wrong", "words"), [({"every": 100}, r"Every\(steps"), ({"keep": 3}, r"Keep\(last")])
+def test_rules_of_another_type_are_refused_at_once(store: HeldStore, wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        checkpointer(store, **wrong)
+
+
+def test_a_mistyped_metric_is_told_once_and_deletes_nothing(store: HeldStore, caplog: pytest.LogCaptureFixture) -> None:
+    keep = Keep(last=1, best="val_los")
+    with Checkpointer(store, {"x": torch.ones(2)}, every=None, keep=keep, spot=None, grace_s=0.0) as ckpt:
+        for step, loss in enumerate((0.9, 0.1, 0.8, 0.7), 1):
+            ckpt.save_now(step, metrics={"val_loss": loss}).wait(SHORT_S)
+    assert living(store) == [4, 3, 2, 1]
+    assert sum("Did you mean 'val_loss'?" in record.message for record in caplog.records) == 1
 
 
 def test_schedules() -> None:

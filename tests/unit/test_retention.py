@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -54,6 +55,8 @@ def test_what_a_rule_wants_stays(history: list[Candidate], keep: Keep) -> None:
         if real:
             best = min(real) if keep.mode == "min" else max(real)
             assert any(c.metrics.get(keep.best) == best for c in stay)
+        else:
+            assert not gone, "one of them is the best, and nobody knows which"
     if keep.every is None and keep.best is None:
         assert len(stay) == min(keep.last, len(history)), "and nothing else does"
 
@@ -164,6 +167,59 @@ def collect(store: MemoryStore, keep: Keep, grace_s: float = 0.0) -> list[str]:
     return todo.notes
 
 
+VIEW = View(
+    newest_epoch=1,
+    history=[],
+    living={},
+    tombstones={},
+    commit_times_s={},
+    unreadable=(),
+    votes={},
+    vote_sets_complete=(),
+    packs={},
+    needed=set(),
+    pinned=(),
+    expired_pins=(),
+    now_s=0.0,
+)
+
+
+def candidates(*metrics: Mapping[str, float]) -> list[Candidate]:
+    """Newest first."""
+    return [Candidate(CheckpointId(1, len(metrics) - n), found) for n, found in enumerate(metrics)]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ([{"val_loss": 0.7}, {"val_loss": 0.1}, {}], "Did you mean 'val_loss'?"),
+        ([{}, {}], "there are: none"),
+        ([{"accuracy": 1.0}, {}], "there are: 'accuracy'"),
+        ([{"val_los": math.nan}, {}, {"val_los": math.nan}], "NaN in every checkpoint"),
+    ],
+)
+def test_the_best_of_what_nobody_measured_deletes_nothing_and_is_told(
+    metrics: list[Mapping[str, float]], words: str
+) -> None:
+    history = candidates(*metrics)
+    keep = Keep(last=1, best="val_los")
+    found = plan(replace(VIEW, history=history), keep, (), 0.0)
+    assert not found.retire
+    (warning,) = found.warnings
+    assert "'val_los'" in warning
+    assert words in warning
+    assert not plan(replace(VIEW, history=history), Keep(last=9, best="val_los"), (), 0.0).warnings, (
+        "nothing is at stake"
+    )
+
+
+def test_once_the_metric_is_there_the_rule_is_followed() -> None:
+    history = candidates({"loss": 0.5}, {}, {"loss": math.nan}, {"loss": 0.1}, {"other": 0.0}, {"loss": 0.2})
+    found = plan(replace(VIEW, history=history), Keep(last=1, best="loss"), (), 0.0)
+    assert sorted(checkpoint.step for checkpoint, _ in found.retire) == [1, 2, 4, 5]
+    assert not found.warnings
+
+
 def steps(store: MemoryStore) -> list[int]:
     return sorted(c.step for c in living(store))
 
@@ -238,7 +294,28 @@ def test_only_the_newest_epoch_collects() -> None:
     assert steps(store) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("bad", [{"last": 0}, {"every": 0}, {"mode": "most"}, {"best_count": 0}, {"last": True}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"last": 0},
+        {"last": True},
+        {"last": None},
+        {"every": 0},
+        {"every": 2.0},
+        {"mode": "most"},
+        {"mode": ["min"]},
+        {"best_count": 0},
+        {"best_count": 1.0},
+        {"best": ""},
+        {"best": " "},
+        {"best": 0.5},
+        {"best": True},
+        {"best": ["loss"]},
+        {"best": ("loss", "min")},
+        {"best": b"loss"},
+    ],
+    ids=repr,
+)
 def test_senseless_rules_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Keep(**bad)  # type: ignore[arg-type]
