@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -27,7 +27,12 @@ class Fenced:
         in_part: set[int] = set()
         for owned in _owned(optimizers):
             tensor = _local(owned)
-            if tensor is not None and tensor.layout is torch.strided and not tensor.is_inference():
+            if (
+                tensor is not None
+                and tensor.layout is torch.strided
+                and not tensor.is_nested
+                and not tensor.is_inference()
+            ):
                 storage = tensor.untyped_storage()
                 address = storage.data_ptr()
                 if address:
@@ -99,8 +104,12 @@ def _local(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[torch.Tensor]:
+    """Parameters, and what the state has of each one. Whatever else it holds (counters under names, lists, tensors of the optimizer's
+    own) has no form that can be relied on, and is copied first.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            yield from group["params"]
-        for state in optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+            yield from (value for value in group["params"] if isinstance(value, torch.Tensor))
+        for key, state in optimizer.state.items():
+            if isinstance(key, torch.Tensor) and isinstance(state, Mapping):
+                yield from (value for value in state.values() if isinstance(value, torch.Tensor))

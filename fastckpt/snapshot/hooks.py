@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
+from fastckpt.events import logger
 from fastckpt.snapshot.side_stream import is_capturing
 
 
@@ -19,18 +22,32 @@ class FenceHooks:
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], fence: Callable[[], None]) -> None:
         self._fence = fence
-        self._all = {id(optimizer) for optimizer in optimizers}
-        self._devices = {id(optimizer): _devices(optimizer) for optimizer in optimizers}
+        self._devices: list[list[torch.device]] = []
+        """Of each optimizer, by its position: a wrapper may pass a hook on to what it wraps, which calls it with itself."""
         self._fired: set[int] = set()
         self._distrusted = False
-        self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+        self._handles: list[RemovableHandle] = []
+        for number, optimizer in enumerate(optimizers):
+            try:
+                self._devices.append(_devices(optimizer))
+                self._handles.append(optimizer.register_step_pre_hook(functools.partial(self._before_step, number)))
+            except (
+                Exception
+            ) as error:  # a wrapper that never called Optimizer.__init__ has no hooks, and may say so in any way
+                logger.info(
+                    "%s takes no hook (%s: %s): its state is copied before each save returns",
+                    type(optimizer).__name__,
+                    type(error).__name__,
+                    error,
+                )
+                self._distrusted = True
 
     @property
     def can_be_trusted(self) -> bool:
         """Whether every optimizer has been seen to call its hook since `next_step`. If not, one may be stepped by other means (a replayed
-        graph, a framework's own loop), and nothing may be left for its hook to wait for.
+        graph, a framework's own loop), and nothing may be left for its hook to wait for. Never, where one takes no hook.
         """
-        return bool(self._all) and not self._distrusted and self._fired == self._all
+        return bool(self._devices) and not self._distrusted and len(self._fired) == len(self._devices)
 
     def next_step(self) -> None:
         """A training step has ended."""
@@ -47,10 +64,10 @@ class FenceHooks:
         self._handles = []
 
     def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, number: int, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._fired.add(id(optimizer))
-        if any(is_capturing(device) for device in self._devices[id(optimizer)]):
+        self._fired.add(number)
+        if any(is_capturing(device) for device in self._devices[number]):
             self._distrusted = True  # from now on the graph updates, and calls nobody
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
             return (args[0], self._fencing(args[1]), *args[2:]), kwargs

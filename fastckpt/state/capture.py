@@ -279,6 +279,7 @@ def covers(tensor: torch.Tensor, n_bytes: int) -> bool:
     return (
         tensor.nbytes == n_bytes
         and not tensor.storage_offset()
+        and not tensor.is_nested
         and type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and not tensor.is_quantized
         and not tensor.is_complex()

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch.storage import UntypedStorage
 
+from fastckpt.errors import SaveError
 from fastckpt.format.directory import TensorEntry
-from fastckpt.format.tensor_names import key_of
+from fastckpt.format.tensor_names import Name, dotted, key_of
 from fastckpt.state.capture import (
     Captured,
     CapturedStorage,
@@ -33,6 +34,7 @@ from fastckpt.state.capture import (
 _PROTOCOL = 2
 _MAX_SPLIT = 64  # a part more costs as much as ten tensors
 _DEPTH = 2  # parts are values of dictionaries so deep: an optimizer's moments and its learning rates are two
+_MAX_NAMED_DEPTH = 8  # of what cannot be pickled: keys enough to find it
 _Path = tuple[str, ...]
 
 
@@ -88,6 +90,8 @@ class _Look:
         dtype = tensor.dtype
         if (
             tensor.layout is not torch.strided
+            or tensor.is_nested
+            or tensor.is_meta  # pickled without its storage
             or tensor.is_quantized
             or dtype.is_complex
             or tensor.is_neg()
@@ -139,7 +143,7 @@ class Recapturer:
         self._form: object = None
 
     def capture(self, state: dict[str, Any]) -> Captured:
-        """As `fastckpt.state.capture`; raises what that does."""
+        """As `fastckpt.state.capture`. SaveError, with its name, for what cannot be pickled."""
         refuse_skipping_data()
         parts = dict(_parts(state, (), _DEPTH))
         looks = {path: _look(value) for path, value in parts.items()}
@@ -159,9 +163,9 @@ class Recapturer:
         self._parts, self._form = {}, None
         for path, value in parts.items():
             first = len(numbers.storages)
-            stream = pickled(value, numbers, pickle, _PROTOCOL)
+            stream = _pickled(path, value, numbers)
             own = list(range(first, len(numbers.storages)))
-            look = looks[path]
+            look = _seen_by(numbers, looks[path])
             known = own if look is None else [numbers.number_of_storage[s._cdata] for s in look.storages]
             form, wholes = (None, {}) if look is None else (look.form, _wholes(look, known, numbers.storages))
             listed = _entries(path, value, numbers)
@@ -197,7 +201,8 @@ class Recapturer:
     def _pickle_again(self, path: _Path, value: Any, look: _Look | None, numbers: _Renumbered) -> None:
         part = self._parts[path]
         numbers.give(part.own)
-        stream = pickled(value, numbers, pickle, _PROTOCOL)
+        stream = _pickled(path, value, numbers)
+        look = _seen_by(numbers, look)
         if _entries(path, value, numbers) != part.entries or numbers.differs(part.own):
             raise _Changed
         part.opcodes = stream[2:-1]
@@ -251,6 +256,48 @@ class _Renumbered(StorageNumbers):
         return number
 
 
+def _pickled(path: _Path, value: Any, numbers: StorageNumbers) -> bytes:
+    try:
+        return pickled(value, numbers, pickle, _PROTOCOL)
+    except (_Changed, MemoryError):
+        raise
+    except Exception as error:
+        name, culprit = _culprit(path, value)
+        words = str(error) if isinstance(error, SaveError) else f"{type(error).__name__}: {error}"
+        raise SaveError(
+            f"{dotted(name)} ({type(culprit).__module__}.{type(culprit).__qualname__}) cannot be saved: {words}. Nothing was committed. "
+            "Leave it out of the state, or keep it there as something that torch.save takes"
+        ) from error
+
+
+def _culprit(path: _Path, value: Any) -> tuple[Name, Any]:
+    """The innermost thing that cannot be pickled even by itself, and its name. Only for the words of an error."""
+    name: Name = tuple(key_of(key) for key in path)
+    for _ in range(_MAX_NAMED_DEPTH):
+        inside = next((one for one in _inside(value) if not _can_be_pickled(one[1])), None)
+        if inside is None:
+            break
+        name, value = (*name, key_of(inside[0])), inside[1]
+    return name, value
+
+
+def _inside(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, (list, tuple)):
+        yield from enumerate(value)
+    elif isinstance(value, torch.nn.Module):
+        yield from vars(value).items()
+
+
+def _can_be_pickled(value: Any) -> bool:
+    try:
+        pickled(value, StorageNumbers(), pickle, _PROTOCOL)
+    except Exception:
+        return False
+    return True
+
+
 def _is_split(value: object, depth: int) -> bool:
     return depth > 0 and type(value) is dict and 0 < len(value) <= _MAX_SPLIT and all(type(key) is str for key in value)
 
@@ -274,6 +321,12 @@ def _wholes(look: _Look, numbers: Sequence[int], storages: Sequence[CapturedStor
         if storage.device is not None and covers(tensor, storage.n_bytes):
             found[numbers[at]] = position
     return found
+
+
+def _seen_by(numbers: StorageNumbers, look: _Look | None) -> _Look | None:
+    """The look, unless pickling went round a storage in it (some devices' tensors are pickled as arrays): then nothing is known."""
+    known = look is None or all(storage._cdata in numbers.number_of_storage for storage in look.storages)
+    return look if known else None
 
 
 def _look(value: Any) -> _Look | None:
