@@ -57,7 +57,7 @@ STEPS = (
     Step(
         1,
         "the suite",
-        "every kind of model, pinned and pageable memory, any budget, graphs, a card that is lost, what is taken for granted of torch's streams",
+        "every kind of model, pinned and pageable memory, any budget, graphs, a lost card, what is taken for granted of streams",
         ["tests/gpu", "-k", "not thousand and not test_measurements"],
         lent_minutes=4,
     ),
