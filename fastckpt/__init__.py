@@ -25,7 +25,7 @@ import importlib.metadata as _metadata
 
 from fastckpt import errors, events
 from fastckpt._version import __version__
-from fastckpt.api import SaveHandle, get_unsafe_globals, load, open, save, save_async
+from fastckpt.api import SaveHandle, get_unsafe_globals, load, open, release_memory, save, save_async
 from fastckpt.background import CommitHandle
 from fastckpt.checkpointer import EXIT_CODE_NOTICE, Checkpointer
 from fastckpt.errors import (
@@ -82,6 +82,7 @@ __all__ = [
     "get_unsafe_globals",
     "load",
     "open",
+    "release_memory",
     "save",
     "save_async",
 ]

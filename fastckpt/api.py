@@ -33,7 +33,7 @@ from fastckpt.options import Options
 from fastckpt.ordered_sink import OrderedSink, key_of_path
 from fastckpt.reader import Reader, is_container
 from fastckpt.save import start_workers, write
-from fastckpt.snapshot import DoesNotFit, Snapshot, Stager
+from fastckpt.snapshot import DoesNotFit, Snapshot, kept
 from fastckpt.sources import FileObjectSource, PathSource, Source
 from fastckpt.state import Captured, capture, unsafe_globals
 from fastckpt.state.rebuild import resolve_weights_only
@@ -191,14 +191,7 @@ def save_async(
             handle.durable.set_exception(error)
 
     thread = None
-    if isinstance(source, LiveChunks):
-        events.logger.warning(
-            "the copy of %d bytes does not fit the budget of %d: %s is written before save_async returns",
-            captured.n_bytes,
-            options.host_budget_bytes,
-            handle.target,
-        )
-    else:
+    if not isinstance(source, LiveChunks):
         try:
             thread = start_thread(run, "fastckpt-save")
             if thread is not None:
@@ -217,14 +210,36 @@ def save_async(
 
 def _snapshot(captured: Captured, target: str, options: Options) -> Snapshot | LiveChunks:
     """A copy of the state, if it fits the budget: it may change on return. Else the state itself."""
-    stager = Stager(options.host_budget_bytes - options.encoder_bytes, options.threads, target, options.max_stall_s)
     try:
-        snapshot = stager.begin(captured, cuts_of(captured), None, None, ring=False)
+        snapshot = kept.begin(
+            captured,
+            cuts_of(captured),
+            target,
+            budget_bytes=options.host_budget_bytes - options.encoder_bytes,
+            threads=options.threads,
+            max_stall_s=options.max_stall_s,
+        )
     except DoesNotFit:
-        return LiveChunks(captured)
-    assert snapshot is not None, "there are no other snapshots that could hold the memory"
-    snapshot.fence("save")
-    return snapshot
+        snapshot = None
+    if snapshot is not None:
+        return snapshot
+    events.logger.warning(
+        "the copy of %d bytes does not fit the budget of %d, or what earlier saves leave of it: %s is written before save_async returns",
+        captured.n_bytes,
+        options.host_budget_bytes,
+        target,
+    )
+    return LiveChunks(captured)
+
+
+def release_memory() -> int:
+    """Give back the memory that `save_async` keeps for its next call; returns how many bytes that were.
+
+    `save_async` copies a state into memory that it takes once: as much as the saves under way at once need, within `host_budget_bytes`. It
+    stays with the process so that the next call need not wait for fresh pages. Saves under way keep theirs. Any thread. A `Checkpointer`
+    has memory of its own and lets go of it when it is closed.
+    """
+    return kept.release()
 
 
 def load(
@@ -366,4 +381,4 @@ def _is_ours(source: Source) -> bool:
     return found
 
 
-__all__ = ["SaveHandle", "get_unsafe_globals", "load", "open", "save", "save_async"]
+__all__ = ["SaveHandle", "get_unsafe_globals", "load", "open", "release_memory", "save", "save_async"]

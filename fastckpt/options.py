@@ -22,7 +22,16 @@ OTHER_VARIABLES = frozenset(
         *("EXIT_TIMEOUT_S", "ISA", "KERNELS", "NOTICE_FILE", "SIGTERM_GRACE_S", "TRACE"),
         *("NO_NATIVE", "REQUIRE_NATIVE", "SANITIZE"),  # setup.py
         *("TEST_NATIVE", "TEST_S3", "TEST_SEED", "URL"),  # tests and the demo
-        *("GPU_PINNED_BYTES", "GPU_RECORD", "GPU_ROUNDS", "GPU_SEED", "GPU_SNAPSHOTS", "GPU_STATE_MB", "GPU_TESTS_ON"),
+        *(
+            "GPU_COMMIT",
+            "GPU_PINNED_BYTES",
+            "GPU_RECORD",
+            "GPU_ROUNDS",
+            "GPU_SEED",
+            "GPU_SNAPSHOTS",
+            "GPU_STATE_MB",
+            "GPU_TESTS_ON",
+        ),
     )
 )
 """What is read besides the knobs below: names that are no slips of the pen."""

@@ -2,14 +2,16 @@
 
 stager.py    begins snapshots, keeps what they use again: slabs (pool.py), one side stream per device (side_stream.py)
 places.py    which chunks are copied first, where each one goes (slots.py); pure but for taking the memory
+kept.py      what save_async keeps of it from call to call
 snapshot.py  one snapshot: gives out copies, fences, hands chunks to the encoder
 fenced.py    what only an optimizer's step changes; hooks.py calls the fence before it does
 """
 
 from fastckpt.snapshot.fenced import Fenced
 from fastckpt.snapshot.hooks import FenceHooks
+from fastckpt.snapshot.kept import kept
 from fastckpt.snapshot.places import DoesNotFit
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.stager import Stager
 
-__all__ = ["DoesNotFit", "FenceHooks", "Fenced", "Snapshot", "Stager"]
+__all__ = ["DoesNotFit", "FenceHooks", "Fenced", "Snapshot", "Stager", "kept"]

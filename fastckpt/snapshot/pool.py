@@ -77,6 +77,19 @@ class SlabPool:
         """Bytes that snapshots hold, and those that wait for the next one."""
         return self.used_bytes + self._free_bytes
 
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that wait for the next snapshot."""
+        with self._lock:
+            return self._free_bytes
+
+    def set_budget(self, budget_bytes: int) -> None:
+        """From now on. What waits beyond it is given back; what is in use stays until its snapshots end."""
+        with self._lock:
+            self.budget_bytes = budget_bytes
+            if self._used() + self._free_bytes > budget_bytes:
+                self._drop_free()
+
     def take(self, n_bytes: int, for_device: bool) -> Slab | None:
         """A slab of exactly so many bytes, or None if the budget has no room for it now."""
         with self._lock:

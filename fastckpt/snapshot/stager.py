@@ -31,12 +31,13 @@ class Stager:
         max_stall_s: float,
         verify: str = "off",
         spill_dir: str = "",
+        pool: SlabPool | None = None,
     ) -> None:
-        """SaveError if nothing can be written to spill_dir."""
+        """pool: one that others use, too; by default one of its own. SaveError if nothing can be written to spill_dir."""
         self._spill_dir = spill_dir
         if spill_dir:
             SpillFile(spill_dir).close()
-        self.pool = SlabPool(budget_bytes)
+        self.pool = SlabPool(budget_bytes) if pool is None else pool
         self._threads, self._target, self._max_stall_s = threads, target, max_stall_s
         self._verify = verify
         self._sides: dict[torch.device, SideStream] = {}
