@@ -13,6 +13,7 @@ import functools
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from types import TracebackType
 
 import numpy as np
@@ -23,7 +24,7 @@ from fastckpt import events
 from fastckpt.errors import CorruptCheckpointError, Damage, TooLargeError
 from fastckpt.format.records import transform_of
 from fastckpt.pages import fresh_pages
-from fastckpt.reader import Reader, storage_bytes
+from fastckpt.reader import Reader
 from fastckpt.state.capture import U8
 from fastckpt.workers import WorkerPool
 
@@ -74,22 +75,50 @@ class _Loading:
         self.missing = 0
 
 
+class LastChunk:
+    """The chunk that was decoded last for the sake of a part of it: who fetches small tensors one by one finds the next one there."""
+
+    def __init__(self) -> None:
+        self._held: tuple[int, U8] | None = None
+
+    def get(self, record: int) -> U8 | None:
+        """Its raw bytes, if it is this one. Any thread."""
+        held = self._held
+        return held[1] if held is not None and held[0] == record else None
+
+    def put(self, record: int, raw: U8) -> None:
+        """Keep the bytes of a chunk, verified, instead of the one before. Any thread."""
+        self._held = (record, raw)
+
+    def let_go(self) -> None:
+        """Keep none."""
+        self._held = None
+
+
 class StorageLoader:
     """A StorageProvider over a container. Use as a context manager; one thread takes, `threads` decode."""
 
-    def __init__(self, reader: Reader, threads: int, window_bytes: int | None) -> None:
-        """window_bytes: see the module; None: no limit."""
+    def __init__(
+        self,
+        reader: Reader,
+        threads: int,
+        window_bytes: int | None,
+        wanted: Sequence[int] | None = None,
+        last_chunk: LastChunk | None = None,
+    ) -> None:
+        """window_bytes: see the module; None: no limit. wanted: the only storages that will be taken, in this order; None: any."""
         self._reader = reader
         self._window_bytes = window_bytes
         self._storages = reader.directory.storages
+        self._order = range(len(self._storages)) if wanted is None else wanted
+        self._last_chunk = last_chunk
         self._by_record: dict[int, list[tuple[int, int, int, int]]] = defaultdict(list)
-        self._records_of: list[list[int]] = []
-        for number in range(len(self._storages)):
-            records = []
+        self._records_of: dict[int, list[int]] = {}
+        for number in self._order:
+            records = self._records_of[number] = []
             for record, offset, position, n_bytes in reader.pieces(number):
                 self._by_record[record].append((number, offset, position, n_bytes))
                 records.append(record)
-            self._records_of.append(records)
         self._loading: dict[int, _Loading] = {}
         self._entered: set[int] = set()  # storages that have got their memory, once
         self._scheduled: set[int] = set()
@@ -99,7 +128,8 @@ class StorageLoader:
         self._damage: list[Damage] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        inline = storage_bytes(reader) <= _INLINE_BYTES or threads == 1
+        n_bytes = sum(self._storages[number].n_bytes for number in self._order if self.has_data(number))
+        inline = n_bytes <= _INLINE_BYTES or threads == 1
         waits = not inline and reader.source.waits_for_a_disk()
         self._decoders = threading.BoundedSemaphore(threads)
         self._pool = None if inline else _pool(threads + waits * _WAITING_THREADS, "fastckpt-load")
@@ -143,10 +173,10 @@ class StorageLoader:
     def _schedule_ahead(self) -> None:
         if self._pool is None:
             return
-        while self._next < len(self._storages):
+        while self._next < len(self._order):
             if self._window_bytes is not None and self._held_bytes >= self._window_bytes:
                 return
-            self._schedule_storage(self._next)
+            self._schedule_storage(self._order[self._next])
             self._next += 1
 
     def _schedule_storage(self, number: int) -> None:
@@ -208,8 +238,7 @@ class StorageLoader:
             out: U8 = self._loading[number].view[position : position + n_bytes]
             damage = reader.read_chunk(record, out, self._decoders)
         else:
-            out = np.empty(n_bytes, np.uint8)
-            damage = reader.read_chunk(record, out, self._decoders)
+            out, damage = self._whole_chunk(record, n_bytes)
             for number, offset, position, length in pieces:
                 self._loading[number].view[position : position + length] = out[offset : offset + length]
         if damage is None:
@@ -226,6 +255,16 @@ class StorageLoader:
                 )
             )
         return damage
+
+    def _whole_chunk(self, record: int, n_bytes: int) -> tuple[U8, Damage | None]:
+        known = self._last_chunk.get(record) if self._last_chunk is not None else None
+        if known is not None:
+            return known, None
+        out = np.empty(n_bytes, np.uint8)
+        damage = self._reader.read_chunk(record, out, self._decoders)
+        if self._last_chunk is not None and damage is None:
+            self._last_chunk.put(record, out)
+        return out, damage
 
     def _raise_all_damage(self) -> None:
         """What one chunk has shown calls for a look at all of them: the error lists everything that is lost."""

@@ -3,29 +3,59 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.storage import UntypedStorage
 
-from fastckpt.errors import CheckpointError, CorruptCheckpointError, Damage, UnknownTensorError, UnsupportedFormatError
+from fastckpt.errors import CorruptCheckpointError, Damage, UnknownTensorError, UnsupportedFormatError
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import NUMPY_PREFIX
-from fastckpt.format.tensor_names import Key, dotted
+from fastckpt.format.tensor_names import Key, Name, dotted
 from fastckpt.options import Options
 from fastckpt.reader import Reader, summary
-from fastckpt.restore import StorageLoader, check_size
+from fastckpt.restore import DEVICE_WINDOW_BYTES, LastChunk, StorageLoader, check_size
 from fastckpt.state.invariants import require_fit
 from fastckpt.state.naming import Named, named_tensors
 
 _MOST_COMPARED = 1000  # milliseconds
 
 
+class _Lent(NamedTuple):
+    """A storage that was handed out, and the names that it was handed out under."""
+
+    reference: StorageWeakRef
+    names: set[Name]
+
+    def storage(self) -> UntypedStorage | None:
+        """The storage, if anybody still has it."""
+        found: UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(self.reference.cdata)
+        return found
+
+
+class _Copy(NamedTuple):
+    """What is to be copied where."""
+
+    named: Named
+    entry: TensorEntry
+
+    @property
+    def target(self) -> torch.Tensor:
+        assert isinstance(self.named.value, torch.Tensor)
+        return self.named.value
+
+
 class TensorReader(Mapping[str, Any]):
-    """Names → tensors of one container. Tensors are fetched and verified when asked for; each has memory of its own.
+    """Names → tensors of one container. Tensors are fetched and verified when asked for, and nothing is held for whoever drops them.
+
+    What shared memory when it was saved (views of one storage, tied weights) shares it again while any of it is alive, as after
+    fastckpt.load: `{name: reader[name] for name in reader}` takes the memory of the file. A name that is asked for again is read again.
 
     Names are dotted ("model.wte.weight"); where two look alike, the tuple of keys ("state", 0, "exp_avg") tells them apart.
     Use from one thread, as a context manager or with close().
@@ -35,8 +65,14 @@ class TensorReader(Mapping[str, Any]):
         self._reader = reader
         self._options = options
         self._entries: dict[str, list[TensorEntry]] = {}
+        self._by_keys: dict[Name, list[TensorEntry]] = {}
         for entry in reader.directory.tensors:
             self._entries.setdefault(dotted(entry.name), []).append(entry)
+            self._by_keys.setdefault(entry.name, []).append(entry)
+        names_of = Counter(entry.storage for entry in reader.directory.tensors)
+        self._lent: dict[int, _Lent | None] = {number: None for number, n in names_of.items() if n > 1}
+        """Storages that have several names."""
+        self._last_chunk = LastChunk()
 
     def __enter__(self) -> TensorReader:
         return self
@@ -48,6 +84,7 @@ class TensorReader(Mapping[str, Any]):
 
     def close(self) -> None:
         """Let go of the file."""
+        self._last_chunk.let_go()
         self._reader.source.close()
 
     def __iter__(self) -> Iterator[str]:
@@ -61,10 +98,7 @@ class TensorReader(Mapping[str, Any]):
 
     def entry(self, name: str | tuple[Key, ...]) -> TensorEntry:
         """dtype, shape and stride of a tensor, without its data. UnknownTensorError for no such name, or several."""
-        if isinstance(name, str):
-            found = self._entries.get(name, [])
-        else:
-            found = [entry for entry in self._reader.directory.tensors if entry.name == name]
+        found = self._entries.get(name, []) if isinstance(name, str) else self._by_keys.get(name, [])
         if len(found) == 1:
             return found[0]
         if found:
@@ -78,20 +112,51 @@ class TensorReader(Mapping[str, Any]):
     def __getitem__(self, name: str | tuple[Key, ...]) -> Any:
         """The tensor (or NumPy array), in host memory."""
         entry = self.entry(name)
-        if entry.kind == "quantized":
-            raise UnsupportedFormatError(f"{name!r} is quantized: its scales are in the skeleton, use fastckpt.load")
+        self._require_fetchable([entry])
+        storage = self._lend(entry)
+        if storage is None:
+            with self._loader([entry.storage]) as loader:
+                storage = self._take(loader, entry)
+            if storage is not None and entry.storage in self._lent:
+                self._lent[entry.storage] = _Lent(StorageWeakRef(storage), {entry.name})
+        return self._made(entry, storage)
+
+    def _require_fetchable(self, entries: Sequence[TensorEntry]) -> None:
+        """UnsupportedFormatError or TooLargeError, before anything is read."""
+        for entry in entries:
+            if entry.kind == "quantized":
+                raise UnsupportedFormatError(
+                    f"{dotted(entry.name)!r} is quantized: its scales are in the skeleton, use fastckpt.load"
+                )
+            n_bytes = self._reader.directory.storages[entry.storage].n_bytes
+            check_size(self._reader, n_bytes, self._options.max_load_bytes)
         self._reader.require_readable()
-        storage_entry = self._reader.directory.storages[entry.storage]
-        check_size(self._reader, storage_entry.n_bytes, self._options.max_load_bytes)
+
+    def _lend(self, entry: TensorEntry) -> UntypedStorage | None:
+        """The storage that tensors of other names have, if one of them is alive."""
+        lent = self._lent.get(entry.storage)
+        if lent is None or entry.name in lent.names:
+            return None
+        storage = lent.storage()
+        if storage is not None:
+            lent.names.add(entry.name)
+        return storage
+
+    def _loader(self, storages: Sequence[int]) -> StorageLoader:
+        window_bytes = DEVICE_WINDOW_BYTES if len(storages) > 1 else 0
+        return StorageLoader(self._reader, self._options.threads, window_bytes, storages, self._last_chunk)
+
+    def _take(self, loader: StorageLoader, entry: TensorEntry) -> UntypedStorage | None:
+        """None for a meta tensor's."""
+        return loader.take(entry.storage) if loader.has_data(entry.storage) else None
+
+    def _made(self, entry: TensorEntry, storage: UntypedStorage | None) -> Any:
         try:
-            if storage_entry.extents is None:
+            if storage is None:
                 dtype = getattr(torch, entry.dtype)
                 return torch.empty_strided(entry.shape, entry.stride, dtype=dtype, device="meta")
-            with StorageLoader(self._reader, self._options.threads, 0) as loader:
-                return _view(entry, loader.take(entry.storage))
+            return _view(entry, storage)
         except (RuntimeError, ValueError, OverflowError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             # Only a hostile directory gets here: a shape with a 0 in it may stand anywhere, and torch and NumPy have limits.
             damage = Damage("directory", f"tensor {dotted(entry.name)!r}", "a tensor that can be made", str(error))
             raise CorruptCheckpointError(self._reader.source.name, [damage]) from error
@@ -104,10 +169,9 @@ class TensorReader(Mapping[str, Any]):
         that do not fit the sparse or jagged tensor of the state raise it, too, before anything is copied.
         """
         wanted = [named for named in named_tensors(state) if isinstance(named.value, torch.Tensor)]
-        here = {entry.name: entry for entry in self._reader.directory.tensors}
         problems, plan = [], []
         for named in wanted:
-            entry = here.get(named.name)
+            entry = self.entry(named.name) if named.name in self._by_keys else None
             value = named.value
             assert isinstance(value, torch.Tensor)
             dtype = str(value.dtype).removeprefix("torch.")
@@ -118,39 +182,43 @@ class TensorReader(Mapping[str, Any]):
                     f"{dotted(named.name)}: {entry.dtype} {list(entry.shape)} in the checkpoint, {dtype} {list(value.shape)} in the state"
                 )
             else:
-                plan.append(named)
+                plan.append(_Copy(named, entry))
         if problems and strict:
             raise UnknownTensorError(f"{self._reader.source.name} does not fit the state:\n  " + "\n  ".join(problems))
+        self._require_fetchable([copy.entry for copy in plan])
+        # Where kernels of sparse and jagged tensors read and write.
+        places = [copy for copy in plan if copy.named.owner is not None and not copy.target.is_floating_point()]
+        of_places = {id(copy) for copy in places}
         with torch.no_grad():
-            # Where kernels of sparse and jagged tensors read and write.
-            places = [named for named in plan if named.owner is not None and not _tensor_of(named).is_floating_point()]
             self._copy_places(places)
-            for named in plan:
-                if named not in places:
-                    _tensor_of(named).copy_(self[named.name])
-        return [dotted(named.name) for named in plan]
+            self._copy([copy for copy in plan if id(copy) not in of_places])
+        return [dotted(copy.entry.name) for copy in plan]
 
-    def _copy_places(self, places: Sequence[Named]) -> None:
+    def _copy(self, plan: Sequence[_Copy]) -> None:
+        """Each storage is read once, whatever number of tensors are views of it, and dropped before the next."""
+        in_order = sorted(plan, key=lambda copy: copy.entry.storage)
+        with self._loader(list(dict.fromkeys(copy.entry.storage for copy in in_order))) as loader:
+            for _, group in itertools.groupby(in_order, lambda copy: copy.entry.storage):
+                copies = list(group)
+                storage = self._take(loader, copies[0].entry)
+                for copy in copies:
+                    copy.target.copy_(self._made(copy.entry, storage))
+
+    def _copy_places(self, places: Sequence[_Copy]) -> None:
         """Copy indices and offsets of composite tensors; if they would not fit, put back what was there."""
-        before = [_tensor_of(named).clone() for named in places]
+        before = [copy.target.clone() for copy in places]
         try:
-            for named in places:
-                _tensor_of(named).copy_(self[named.name])
-            require_fit([named.owner for named in places], self._reader.source.name)
+            self._copy(places)
+            require_fit([copy.named.owner for copy in places], self._reader.source.name)
         except BaseException:
-            for named, value in zip(places, before, strict=True):
-                _tensor_of(named).copy_(value)
+            for copy, value in zip(places, before, strict=True):
+                copy.target.copy_(value)
             raise
 
     @property
     def summary(self) -> dict[str, Any]:
         """container_bytes, raw_bytes, chunks, tensors, storages."""
         return summary(self._reader)
-
-
-def _tensor_of(named: Named) -> torch.Tensor:
-    assert isinstance(named.value, torch.Tensor)
-    return named.value
 
 
 def _view(entry: TensorEntry, storage: UntypedStorage) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastckpt
 
@@ -99,3 +101,84 @@ def test_from_a_file_object(state: object) -> None:
     fastckpt.save(state, buffer)
     buffer.seek(6)
     assert len(fastckpt.open(buffer)) > 5
+
+
+def chunk_reads(reader: fastckpt.TensorReader, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The records that are read from now on."""
+    read, inner = [], reader._reader.read_chunk
+
+    def counted(number: int, *arguments: Any) -> Any:
+        read.append(number)
+        return inner(number, *arguments)
+
+    monkeypatch.setattr(reader._reader, "read_chunk", counted)
+    return read
+
+
+@pytest.fixture
+def views(tmp_path: Path) -> Path:
+    flat = torch.arange(3_000_000.0)
+    views = {f"p{number}": view for number, view in enumerate(flat.split(100_000))}
+    fastckpt.save({**views, "tied": flat, "array": np.arange(40_000.0)}, tmp_path / "views.fckpt")
+    return tmp_path / "views.fckpt"
+
+
+def test_views_of_one_storage_share_it(views: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fastckpt.open(views) as reader:
+        read = chunk_reads(reader, monkeypatch)
+        found = {name: reader[name] for name in reader if name != "array"}
+        assert len(read) == len(set(read)), "a chunk was read again"
+    assert len({tensor.untyped_storage()._cdata for tensor in found.values()}) == 1
+    for number in range(30):
+        assert torch.equal(found[f"p{number}"], torch.arange(100_000.0) + number * 100_000)
+    again = io.BytesIO()
+    fastckpt.save(found, again)
+    assert again.tell() < 1.1 * views.stat().st_size, "they do not share it any more when they are saved"
+
+
+def test_nothing_is_held_for_whoever_drops_it(views: Path) -> None:
+    with fastckpt.open(views) as reader:
+        first = reader["p0"]
+        held = StorageWeakRef(first.untyped_storage())
+        second = reader["p1"]
+        del first
+        assert not held.expired()
+        del second
+        assert held.expired()
+        assert torch.equal(reader["p2"], torch.arange(100_000.0) + 200_000), "it is read again"
+
+
+def test_a_name_that_is_asked_for_again_has_memory_of_its_own(views: Path) -> None:
+    with fastckpt.open(views) as reader:
+        first, other = reader["p0"], reader["p1"]
+        first.zero_()
+        again = reader["p0"]
+        assert torch.equal(again, torch.arange(100_000.0))
+        assert again.untyped_storage()._cdata == reader["p2"].untyped_storage()._cdata, "the newest one is shared"
+        assert other.untyped_storage()._cdata == first.untyped_storage()._cdata
+
+
+def test_load_into_reads_each_storage_once(views: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"p{number}": torch.zeros(100_000) for number in range(30)}
+    with fastckpt.open(views) as reader:
+        read = chunk_reads(reader, monkeypatch)
+        assert reader.load_into(state) == list(state)
+        assert len(read) == len(set(read)), "a chunk was read again"
+    assert all(torch.equal(state[f"p{n}"], torch.arange(100_000.0) + n * 100_000) for n in range(30))
+
+
+def test_small_tensors_are_not_decoded_a_bundle_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {str(number): torch.full((4,), float(number)) for number in range(500)}
+    fastckpt.save(state, tmp_path / "x.fckpt")
+    with fastckpt.open(tmp_path / "x.fckpt") as reader:
+        pieces, inner = [], reader._reader.pieces
+
+        def counted(number: int) -> Any:
+            pieces.append(number)
+            return inner(number)
+
+        monkeypatch.setattr(reader._reader, "pieces", counted)
+        read = chunk_reads(reader, monkeypatch)
+        assert all(torch.equal(reader[name], state[name]) for name in reader)
+        assert len(pieces) == 500, "every fetch looks at every storage"
+        assert len(read) == 1
