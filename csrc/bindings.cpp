@@ -123,6 +123,21 @@ PyObject* gather(PyObject*, PyObject* args) {
     Py_RETURN_NONE;
 }
 
+PyObject* lines(PyObject*, PyObject* args) {
+    PyObject *addresses_object, *lengths_object, *out_object;
+    unsigned long long seed;
+    if (!PyArg_ParseTuple(args, "OOKO:lines", &addresses_object, &lengths_object, &seed, &out_object)) return nullptr;
+    Buffer addresses, lengths, out;
+    if (!addresses.get(addresses_object) || !lengths.get(lengths_object) || !out.get(out_object, PyBUF_WRITABLE)) return nullptr;
+    if (addresses.size() != lengths.size() || addresses.size() % 8) return PyErr_Format(PyExc_ValueError, "%zu bytes of addresses, %zu of lengths: expected as many uint64", addresses.size(), lengths.size());
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = fastckpt_lines(static_cast<const uint64_t*>(addresses.data()), static_cast<const uint64_t*>(lengths.data()), addresses.size() / 8, seed, out.data(), out.size());
+    Py_END_ALLOW_THREADS
+    if (status) return PyErr_Format(PyExc_ValueError, "the sample does not take %zu bytes", out.size());
+    Py_RETURN_NONE;
+}
+
 PyObject* encode(PyObject*, PyObject* args) {
     PyObject *raw_object, *base_object, *stored_object;
     unsigned transform, lane_bytes, pack_bits;
@@ -251,6 +266,7 @@ PyMethodDef methods[] = {
     {"xxh3_128", xxh3_128, METH_O, "xxh3_128(data) -> bytes; 241 bytes or more"},
     {"is_constant", is_constant, METH_VARARGS, "is_constant(raw, lane_bytes) -> bool"},
     {"gather", gather, METH_VARARGS, "gather(addresses, lengths, out): joins stretches of memory that the caller keeps alive"},
+    {"lines", lines, METH_VARARGS, "lines(addresses, lengths, seed, out): a sample of memory that the caller keeps alive"},
     {"encode", encode, METH_VARARGS, "encode(raw, base, transform, lane_bytes, pack_bits, stored) -> (stored bytes, crc, digest), None if it does not fit"},
     {"decode", decode, METH_VARARGS, "decode(stored, base, transform, lane_bytes, pack_bits, raw) -> digest, None for a frame of another writer"},
     {"split", split, METH_VARARGS, "split(raw, base, transform, lane_bytes, pack_bits, stream) -> stream bytes, None if it does not fit"},

@@ -62,6 +62,12 @@ int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned lane_bytes);
  * out_bytes together. */
 int fastckpt_gather(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, void* out, size_t out_bytes);
 
+/* A sample of n stretches of memory, n_bytes[i] bytes from addresses[i]: those shorter than FASTCKPT_WHOLE_BELOW whole, of the others 64
+ * bytes of each 4 KiB; the seed decides which. FASTCKPT_BAD_LENGTH, and nothing written, if out_bytes is not fastckpt_lines_bytes. */
+#define FASTCKPT_WHOLE_BELOW 65536u
+size_t fastckpt_lines_bytes(const uint64_t* n_bytes, size_t n);
+int fastckpt_lines(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, uint64_t seed, void* out, size_t out_bytes);
+
 /* Memory of a context: caller-owned, fastckpt_context_bytes() long, 64-byte aligned, initialised once. */
 typedef struct fastckpt_context fastckpt_context;
 size_t fastckpt_context_bytes(void);

@@ -623,6 +623,15 @@ int arguments() {
         if (fastckpt_gather(at, lengths, 4, out.data(), out.size() - 1) != FASTCKPT_BAD_LENGTH) fail("gather into less room");
         if (fastckpt_gather(at, lengths, 3, out.data(), out.size()) != FASTCKPT_BAD_LENGTH) fail("gather of less");
     }
+    for (size_t n : {size_t{0}, size_t{1}, size_t{65535}, size_t{65536}, size_t{65537}, size_t{1000001}}) {
+        Exact memory(some_lanes(r, 0, n + 1, 1), 1);
+        const uint64_t at[] = {reinterpret_cast<uintptr_t>(memory.data()), reinterpret_cast<uintptr_t>(memory.data())}, lengths[] = {n, 1};
+        Bytes out(n < FASTCKPT_WHOLE_BELOW ? n + 1 : (n + 4095) / 4096 * 64 + 1);
+        if (fastckpt_lines_bytes(lengths, 2) != out.size()) fail("a sample of %zu bytes has another length", n);
+        for (uint64_t seed : {uint64_t{0}, uint64_t{1}, ~uint64_t{0}})
+            if (fastckpt_lines(at, lengths, 2, seed, out.data(), out.size()) || out.back() != memory.data()[0]) fail("a sample of %zu bytes", n);
+        if (fastckpt_lines(at, lengths, 2, 0, out.data(), out.size() - 1) != FASTCKPT_BAD_LENGTH) fail("a sample into less room");
+    }
     for (unsigned w : {2u, 4u, 8u})
         for (size_t lanes : {1, 7, 32, 33, 3000, 40000}) {
             const Way way{FASTCKPT_SUB, w, 0};

@@ -1,6 +1,6 @@
 """The kernels compiled by numba: for installations without the native extension. Imported lazily (about a second, once).
 
-The loops over lanes are compiled; bit packing, the sample and CAST are NumPy's: they see few bytes, or run at memory speed there.
+The loops over lanes are compiled; bit packing, the samples and CAST are NumPy's: they see few bytes, or run at memory speed there.
 """
 
 from __future__ import annotations

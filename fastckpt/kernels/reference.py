@@ -278,6 +278,39 @@ def gather(addresses: U64, lengths: U64, out: U8) -> None:
         to += n_bytes
 
 
+WHOLE_BELOW = 64 << 10
+"""Shorter stretches of memory are sampled whole."""
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def lines_bytes(lengths: U64) -> int:
+    """How long the sample of `lines` is."""
+    n = lengths.astype(np.int64)
+    return int(np.where(n < WHOLE_BELOW, n, -(-n // _EVERY) * _PIECE).sum())
+
+
+def lines(addresses: U64, lengths: U64, seed: int, out: U8) -> None:
+    """A sample of stretches of memory, which the caller keeps alive: of each 4 KiB one line of 64 bytes, which the seed chooses; what is
+    shorter than 64 KiB whole. ValueError if it is not as long as `out`.
+    """
+    if lines_bytes(lengths) != out.size:
+        raise ValueError(f"the sample does not take {out.size} bytes")
+    to = pages = 0
+    for address, n_bytes in zip(addresses.tolist(), lengths.tolist(), strict=True):
+        if n_bytes < WHOLE_BELOW:
+            ctypes.memmove(out.ctypes.data + to, address, n_bytes)
+            to += n_bytes
+            continue
+        n = -(-n_bytes // _EVERY)
+        k = np.arange(pages, pages + n, dtype=np.uint64) + np.uint64(seed & _ALL_ONES)
+        line = (k * np.uint64(_GOLDEN)) >> np.uint64(58)
+        at = np.minimum(np.arange(n) * _EVERY + line.astype(np.int64) * _PIECE, n_bytes - _PIECE)
+        memory = np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(address), np.uint8)
+        out[to : to + n * _PIECE] = memory[at[:, None] + np.arange(_PIECE)].reshape(-1)
+        to += n * _PIECE
+        pages += n
+
+
 def is_constant(raw: Any, lane_bytes: int) -> bool:
     """Whether all lanes are equal."""
     lanes = np.frombuffer(raw, np.uint8).view(f"<u{lane_bytes}")

@@ -35,6 +35,8 @@ class Kernels(NamedTuple):
     """(raw, lane bytes)."""
     gather: Callable[[Any, Any, Any], None]
     """(addresses, lengths, out)."""
+    lines: Callable[[Any, Any, int, Any], None]
+    """(addresses, lengths, seed, out)."""
     encode: Callable[[Any, Any, int, int, int, Any], tuple[int, int, bytes] | None] | None
     """As split, but into a whole zstd frame: (stored bytes, their crc64nvme, digest of raw). None: only native kernels can."""
     decode: Callable[[Any, Any, int, int, int, Any], bytes | None] | None
@@ -51,12 +53,16 @@ def _load(name: str) -> Kernels:
         def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
             return Estimate(*n.sample(raw, base, lane_bytes))
 
-        return Kernels(name, n.crc64nvme, n.split, n.merge, sample, n.cast, n.is_constant, n.gather, n.encode, n.decode)
+        return Kernels(
+            name, n.crc64nvme, n.split, n.merge, sample, n.cast, n.is_constant, n.gather, n.lines, n.encode, n.decode
+        )
     if name == "numba":
         from fastckpt.kernels import numba_cpu as c
 
-        return Kernels(name, c.crc64nvme, c.split, c.merge, r.sample, r.cast, r.is_constant, r.gather, None, None)
-    return Kernels(name, r.crc64nvme, r.split, r.merge, r.sample, r.cast, r.is_constant, r.gather, None, None)
+        return Kernels(
+            name, c.crc64nvme, c.split, c.merge, r.sample, r.cast, r.is_constant, r.gather, r.lines, None, None
+        )
+    return Kernels(name, r.crc64nvme, r.split, r.merge, r.sample, r.cast, r.is_constant, r.gather, r.lines, None, None)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastckpt.kernels.reference import WHOLE_BELOW, lines_bytes
 from fastckpt.kernels.select import Kernels, _load
 from fastckpt.transform import PACK_BITS, Transform
 
@@ -337,3 +338,61 @@ def test_stretches_of_memory_are_joined(lengths: list[int]) -> None:
         assert out.tobytes() == expected
         with pytest.raises(ValueError, match="bytes together"):
             _load(name).gather(addresses, np.array(lengths, np.uint64), np.empty(len(expected) + 1, np.uint8))
+
+
+# -- sampling memory --------------------------------------------------------------------------------------------------------
+
+
+def sampled(kernels: Kernels, memory: U8, lengths: list[int], seed: int) -> U8:
+    """Of stretches one behind the other."""
+    starts = np.cumsum([0, *lengths])[:-1]
+    n = np.array(lengths, np.uint64)
+    out = np.full(lines_bytes(n), 0xA5, np.uint8)
+    kernels.lines((starts + memory.ctypes.data).astype(np.uint64), n, seed, out)
+    return out
+
+
+@given(
+    lengths=st.lists(st.integers(0, 300) | st.integers(65_400, 65_700) | st.integers(65_536, 400_000), max_size=5),
+    seed=st.integers(0, (1 << 64) - 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_samples_of_memory_agree(kernels: Kernels, lengths: list[int], seed: int) -> None:
+    memory = np.frombuffer(some_bytes(sum(lengths) + 1), np.uint8)
+    found = sampled(kernels, memory, lengths, seed)
+    assert found.tobytes() == sampled(_load("reference"), memory, lengths, seed).tobytes()
+    at = to = 0
+    for n in lengths:  # as it is promised: the whole, or 64 bytes of each page, which the seed chooses
+        if n < WHOLE_BELOW:
+            assert found[to : to + n].tobytes() == memory[at : at + n].tobytes()
+            to += n
+        else:
+            for page in range(at, at + n, 4096):
+                line, around = found[to : to + 64].tobytes(), memory[max(page - 64, 0) : min(page + 4096, at + n)]
+                assert line in around.tobytes()
+                to += 64
+        at += n
+    assert to == found.size
+
+
+def test_a_sample_into_other_room_is_refused(kernels: Kernels) -> None:
+    memory = np.zeros(100_000, np.uint8)
+    address, n = np.array([memory.ctypes.data], np.uint64), np.array([memory.size], np.uint64)
+    for room in (0, 64, 1599, 1601):
+        with pytest.raises(ValueError, match="sample"):
+            kernels.lines(address, n, 0, np.empty(room, np.uint8))
+
+
+def test_every_line_has_its_turn_and_seeds_choose_others(kernels: Kernels) -> None:
+    """What is written to the same columns of every row is met, too: of 64 pages in a row each has another line."""
+    memory = np.repeat(np.tile(np.arange(64, dtype=np.uint8), 256), 64)
+    first = sampled(kernels, memory, [memory.size], 1)[::64]
+    assert {*first.tolist()} == {*range(64)}
+    assert all(len({*first[n : n + 64].tolist()}) > 40 for n in range(192))
+    assert (sampled(kernels, memory, [memory.size], 2**63)[::64] != first).mean() > 0.9
+
+
+@pytest.mark.parametrize("n", [1, 4096, 65_535, 65_536, 1 << 20, (1 << 22) + 4])
+def test_a_stretch_that_is_swapped_has_another_sample(kernels: Kernels, n: int) -> None:
+    memory, other = (np.frombuffer(some_bytes(n, seed), np.uint8) for seed in (1, 2))
+    assert sampled(kernels, memory, [n], 5).tobytes() != sampled(kernels, other, [n], 5).tobytes()
