@@ -25,6 +25,7 @@ from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
     PartialRestoreError,
+    RefusedStateError,
     RestoreError,
     SaveError,
     SnapshotStalledError,
@@ -41,12 +42,15 @@ from fastckpt.interrupts import deferred_interrupt
 from fastckpt.kernels import warm_up
 from fastckpt.loading import load_object
 from fastckpt.options import Options
+from fastckpt.reader import Reader
 from fastckpt.repository import Repository
 from fastckpt.retention import GRACE_S, Keep
 from fastckpt.schedule import Every
 from fastckpt.snapshot import DoesNotFit, Fenced, FenceHooks, Snapshot, Stager
 from fastckpt.spot import Notice, Watcher, open_sources
-from fastckpt.state import Recapturer
+from fastckpt.state import Captured, Recapturer
+from fastckpt.state.rebuild import resolve_weights_only
+from fastckpt.state.refused import ARRAYS, Watch, described, find
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
 from fastckpt.upload import UploadThreads
@@ -149,21 +153,29 @@ class Checkpointer:
         self._left = False
         self._saves = self._deferred = 0
         self._stall_s = 0.0
+        self._weights_only = True
+        """Of the last restore: what it does not refuse needs no warning."""
+        self._refused = Watch()
+        self._form: object = None
         self.restored: Commit | None = None
         """The record of the checkpoint that `restore` took: its metrics, meta, time."""
 
     # -- restoring -----------------------------------------------------------------------------------------------------
 
-    def restore(self, step: Step = "latest", *, weights_only: bool = True) -> int:
+    def restore(self, step: Step = "latest", *, weights_only: bool | None = None) -> int:
         """Put the newest complete checkpoint (or the one asked for) into the objects, in place; returns its step.
 
         0 if the repository has never had one. step: a number goes back to it; "latest-valid" passes over damaged ones, with a warning
-        and a record of it.
+        and a record of it. weights_only: False lets the checkpoint run code, for your own only; None is True, unless one of
+        TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says otherwise.
 
-        CorruptCheckpointError, NoCheckpointError, StoreError, TooLargeError, RestoreError: nothing was changed. PartialRestoreError: an
+        RefusedStateError, NoCheckpointError, StoreError, TooLargeError, RestoreError: nothing was changed. PartialRestoreError: an
         object did not take its state; `step` refuses to go on until a restore succeeds.
         """
         self._require_open()
+        if weights_only is None:
+            weights_only = resolve_weights_only(None, None)
+        self._weights_only = weights_only
         self._fence("restore")
         self._queue.wait_idle()
         self._raise_failures()
@@ -203,15 +215,22 @@ class Checkpointer:
             )
         reader = open_vote(self._store, commit.vote(0))
         # Where objects travel over a network, threads wait rather than work: as many as there may be connections.
-        return load_object(
-            reader,
-            self._options,
-            max(self._options.threads, self._options.connections),
-            map_location="cpu",
-            pickle_module=pickle,
-            weights_only=weights_only,
-            load_args={"encoding": "utf-8"},
-        )
+        threads = max(self._options.threads, self._options.connections)
+        try:
+            return load_object(
+                reader,
+                self._options,
+                threads,
+                map_location="cpu",
+                pickle_module=pickle,
+                weights_only=weights_only,
+                load_args={"encoding": "utf-8"},
+                beyond_torch=True,
+            )
+        except pickle.UnpicklingError as error:
+            if not weights_only:
+                raise
+            raise _refused(reader, self._repository.location(commit.checkpoint), error) from error
 
     def _begin(self) -> None:
         self._incarnation.begin(fresh=self._fresh)
@@ -346,6 +365,7 @@ class Checkpointer:
             self._incarnation.check_step(step)
         self._fence("save", end_s)
         captured = self._recapturer.capture(targets.state_of(self._targets))
+        self._tell_what_is_refused(step, captured)
         cuts = self._cuts.of(captured)
         handle = CommitHandle(step)
         trusted = self._hooks is not None and self._hooks.can_be_trusted
@@ -398,6 +418,21 @@ class Checkpointer:
             raise raised from error
         self._last_start_s = called_s
         return handle
+
+    def _tell_what_is_refused(self, step: int, captured: Captured) -> None:
+        """At the save, not when the machine is gone: only the one who saves can choose another type."""
+        arrays = [] if captured.form is self._form else [e.name for e in captured.tensors if e.kind == "array"]
+        self._form = captured.form
+        found = self._refused.new_in(self._recapturer.pickled, arrays)
+        if found and self._weights_only:
+            logger.warning(
+                "step %d is being saved to %s, but restore() will refuse it for what it holds:\n%s\nSave plain values in their place. "
+                "restore(weights_only=False) reads them, and runs whatever code a checkpoint names: only for your own. "
+                "torch.serialization.add_safe_globals, called before restore(), allows single classes",
+                step,
+                self._repository.url,
+                described(found),
+            )
 
     def _write_through(self, source: LiveChunks, handle: CommitHandle, n_bytes: int, end_s: float | None) -> None:
         """Not even parts of the state fit the budget: it is uploaded from where it is, and training waits."""
@@ -589,6 +624,17 @@ class Checkpointer:
             if other is not first:
                 logger.error("another save failed too: %s: %s", type(other).__name__, other)
         raise first
+
+
+def _refused(reader: Reader, location: str, error: pickle.UnpicklingError) -> RefusedStateError:
+    found = find(reader.skeleton, trusted=False)
+    if reader.holds_arrays:
+        found.setdefault(ARRAYS[0], []).extend(e.name for e in reader.directory.tensors if e.kind == "array")
+    words = described(found) or f"  {str(error).strip().splitlines()[-1]}"
+    return RefusedStateError(
+        f"{location} holds what restore() refuses, as it could run code:\n{words}\nNothing was changed. If you trust whoever "
+        "wrote it, call restore(weights_only=False), or allow single classes with torch.serialization.add_safe_globals before restore()"
+    )
 
 
 def _less(limit_s: float, end_s: float | None) -> float:

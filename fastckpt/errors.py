@@ -15,6 +15,7 @@
      │   └─ SnapshotStalledError             training had waited max_stall_s for a copy of the state. Nothing was committed
      ├─ RestoreError                         a restore cannot do what was asked. Nothing was changed
      │   ├─ NoCheckpointError                there is no such checkpoint
+     │   ├─ RefusedStateError(UnpicklingError)  it holds what a restricted restore does not read
      │   └─ PartialRestoreError              it failed midway: the state is a mixture. Restore again before training
      ├─ RepositoryError                      a directory or prefix that is not what it must be, or is used against its rules
      │   └─ SupersededError                  another incarnation of this job has taken over. Stop this one
@@ -33,6 +34,7 @@ A Checkpointer's saves wrap what memory and devices fail with: see `of_save`.
 from __future__ import annotations
 
 import errno
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -135,6 +137,10 @@ class RestoreError(CheckpointError):
 
 class NoCheckpointError(RestoreError):
     """The repository has no checkpoint that fits what was asked for."""
+
+
+class RefusedStateError(RestoreError, pickle.UnpicklingError):
+    """The checkpoint holds types that a restricted restore refuses, as they could run code. Nothing was changed."""
 
 
 class PartialRestoreError(RestoreError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,12 @@ def load_object(
     pickle_module: Any,
     weights_only: bool,
     load_args: dict[str, Any],
+    places: Sequence[str] | None = None,
+    beyond_torch: bool = False,
 ) -> Any:
     """Unpickle the object, its storages read, verified and decoded by `threads` threads ahead of the unpickler.
+
+    places, beyond_torch: see `Rebuild`.
 
     CorruptCheckpointError lists all damage, and nothing is returned; TooLargeError before anything is allocated; pickle.UnpicklingError.
     """
@@ -37,17 +42,25 @@ def load_object(
             f"{reader.source.name} holds tensors but no object to load: fetch them with fastckpt.open"
         )
     meta = torch.serialization._is_meta_location(map_location)
-    refused = weights_only and _refuses(reader)
+    refused = weights_only and _refuses(reader, beyond_torch)
     # Nothing is read ahead for a load that will be refused, nor for one that needs no data.
     read_ahead = not meta and not refused and torch._guards.detect_fake_mode(None) is None
     # Also where nothing is read ahead: what comes before a refused global is read all the same. Arrays are read even for "meta".
     check_size(reader, _array_bytes(reader) if meta else n_bytes, options.max_load_bytes)
     reader.require_readable()
     events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
-    window = (None if _stays_on_host(reader, map_location) else DEVICE_WINDOW_BYTES) if read_ahead else 0
+    window = (None if _stays_on_host(reader, map_location, places) else DEVICE_WINDOW_BYTES) if read_ahead else 0
     with StorageLoader(reader, threads, window) as loader:
         rebuild = Rebuild(
-            reader.skeleton, loader, reader.source.name, map_location, weights_only, pickle_module, load_args
+            reader.skeleton,
+            loader,
+            reader.source.name,
+            map_location,
+            weights_only,
+            pickle_module,
+            load_args,
+            places,
+            beyond_torch,
         )
         result = rebuild.run()
     events.emit(
@@ -60,15 +73,17 @@ def _array_bytes(reader: Reader) -> int:
     return sum(storage.n_bytes for storage in reader.directory.storages if storage.dtype.startswith(NUMPY_PREFIX))
 
 
-def _refuses(reader: Reader) -> bool:
+def _refuses(reader: Reader, beyond_torch: bool) -> bool:
     """Whether a restricted load is sure to fail. Its error comes from the unpickler; this only saves reading the payload."""
     try:
-        return bool(unsafe_globals(reader.skeleton, reader.holds_arrays))
+        return bool(unsafe_globals(reader.skeleton, reader.holds_arrays, beyond_torch=beyond_torch))
     except Exception:  # a stream that cannot even be scanned cannot be loaded
         return True
 
 
-def _stays_on_host(reader: Reader, map_location: Any) -> bool:
+def _stays_on_host(reader: Reader, map_location: Any, places: Sequence[str] | None) -> bool:
+    if places is not None:
+        return all(place in ("cpu", "meta") for place in places)
     if map_location is None:
         return all(storage.location == "cpu" for storage in reader.directory.storages)
     return isinstance(map_location, (str, torch.device)) and str(map_location) == "cpu"

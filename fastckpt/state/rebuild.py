@@ -8,6 +8,7 @@ import pickle
 import re
 import reprlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,12 +20,14 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from fastckpt.errors import CheckpointError, CorruptCheckpointError, Damage
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
-from fastckpt.state import invariants
+from fastckpt.state import harmless, invariants
 
 # torch's functions that lay a tensor over a storage; they fail when it does not fit.
 _PLACES_A_TENSOR = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")
 _TRUE = ("1", "y", "yes", "true")
 _ARRAY_GLOBALS = ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype")
+# Where an error comes from the stream itself: the unpickler, and constructors that it calls.
+_OF_THE_STREAM = (restricted.__name__, harmless.__name__, "argparse", "torch.nn.parameter")
 # torch renamed this module; its own loader maps it too.
 _MOVED_MODULES = {"torch.tensor": "torch._tensor"}
 
@@ -69,11 +72,18 @@ def resolve_weights_only(weights_only: bool | None, pickle_module: Any) -> bool:
     return weights_only
 
 
-def unsafe_globals(skeleton: bytes, holds_arrays: bool) -> list[str]:
-    """Globals of the skeleton that a restricted load refuses, as torch.serialization.get_unsafe_globals_in_checkpoint."""
+def unsafe_globals(skeleton: bytes, holds_arrays: bool, *, beyond_torch: bool = False) -> list[str]:
+    """Globals of the skeleton that a restricted load refuses, as torch.serialization.get_unsafe_globals_in_checkpoint.
+
+    beyond_torch: as in `Rebuild`.
+    """
     used = restricted.get_globals_in_pkl(io.BytesIO(skeleton))
     if holds_arrays:
         used |= set(_ARRAY_GLOBALS)
+    if beyond_torch:
+        used -= harmless.NAMES
+        if not holds_arrays:
+            used.discard(harmless.NUMPY_DTYPE)  # of a scalar, as far as can be told from here
     return sorted(used - set(restricted._get_allowed_globals()) - set(restricted._get_user_allowed_globals()))
 
 
@@ -88,6 +98,10 @@ class Rebuild:
     weights_only: bool
     pickle_module: Any
     load_args: dict[str, Any]
+    places: Sequence[str] | None = None
+    """Where each storage goes, by number, as a location; None: what `map_location` says."""
+    beyond_torch: bool = False
+    """Whether a restricted load takes the types of `harmless`, too."""
     _loaded: dict[int, Any] = field(default_factory=dict)
     _typed: dict[tuple[int, torch.dtype], TypedStorage] = field(default_factory=dict)
 
@@ -99,14 +113,14 @@ class Rebuild:
             if not self.weights_only:
                 return self._unpickle(self.pickle_module)
             try:
-                return self._unpickle(restricted)
+                return self._unpickle(harmless if self.beyond_torch else restricted)
             except pickle.UnpicklingError as error:
                 raise pickle.UnpicklingError(_weights_only_message(str(error))) from None
         except (CheckpointError, MemoryError, pickle.UnpicklingError):
             raise
         except Exception as error:
             module, function = _origin(error)
-            if module == restricted.__name__:  # IndexError, KeyError, EOFError …: the stream itself makes no sense
+            if module in _OF_THE_STREAM:  # IndexError, KeyError, EOFError …: the stream itself makes no sense
                 raise self._damage("pickle stream", "one that torch can read", error) from error
             if module == "torch._utils" and function in _PLACES_A_TENSOR:
                 raise self._damage("a tensor", "a place within its storage", error) from error
@@ -199,7 +213,11 @@ class Rebuild:
         elif self._to_meta or not self.provider.has_data(number):
             storage = UntypedStorage(n_bytes, device="meta")
         else:
-            storage = self._restore_location(self.provider.take(number), location)
+            taken = self.provider.take(number)
+            if self.places is None:
+                storage = self._restore_location(taken, location)
+            else:
+                storage = torch.serialization.default_restore_location(taken, self.places[number])
         return storage
 
     def _array(

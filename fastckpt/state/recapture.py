@@ -141,10 +141,13 @@ class Recapturer:
         """Of the last capture. Its tensors are not kept: what a state_dict() makes for one save must not live until the next."""
         self._tensors: list[TensorEntry] = []
         self._form: object = None
+        self.pickled: list[tuple[Name, bytes]] = []
+        """Names and streams of the parts that the last capture had to pickle."""
 
     def capture(self, state: dict[str, Any]) -> Captured:
         """As `fastckpt.state.capture`. SaveError, with its name, for what cannot be pickled."""
         refuse_skipping_data()
+        self.pickled = []
         parts = dict(_parts(state, (), _DEPTH))
         looks = {path: _look(value) for path, value in parts.items()}
         captured = None
@@ -164,6 +167,7 @@ class Recapturer:
         for path, value in parts.items():
             first = len(numbers.storages)
             stream = _pickled(path, value, numbers)
+            self.pickled.append((path, stream))
             own = list(range(first, len(numbers.storages)))
             look = _seen_by(numbers, looks[path])
             known = own if look is None else [numbers.number_of_storage[s._cdata] for s in look.storages]
@@ -202,6 +206,7 @@ class Recapturer:
         part = self._parts[path]
         numbers.give(part.own)
         stream = _pickled(path, value, numbers)
+        self.pickled.append((path, stream))
         look = _seen_by(numbers, look)
         if _entries(path, value, numbers) != part.entries or numbers.differs(part.own):
             raise _Changed
