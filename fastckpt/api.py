@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import pickle
 import struct
@@ -23,6 +24,7 @@ from fastckpt.errors import (
     EmptyCheckpointError,
     NotACheckpointError,
     SaveError,
+    TooLargeError,
 )
 from fastckpt.files import FileObject, Sink, make_directories, open_sink
 from fastckpt.loading import load_object
@@ -262,7 +264,13 @@ def load(
     with _open_source(f) as source:
         if not _is_ours(source):
             return foreign.load(
-                f, source, map_location, pickle_module, weights_only=weights_only, mmap=mmap, **pickle_load_args
+                _for_torch(f, source),
+                source,
+                map_location,
+                pickle_module,
+                weights_only=weights_only,
+                mmap=mmap,
+                **pickle_load_args,
             )
         weights_only = resolve_weights_only(weights_only, pickle_module)
         torch.serialization._check_dill_version(pickle_module)
@@ -291,7 +299,7 @@ def get_unsafe_globals(f: Any) -> list[str]:
     """Names of the functions and classes in a checkpoint that `weights_only` refuses. Reads no tensor data, runs nothing."""
     with _open_source(f) as source:
         if not _is_ours(source):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(f))
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(_for_torch(f, source)))
         reader = Reader.open(source, alone=not isinstance(source, FileObjectSource))
         try:
             return unsafe_globals(reader.skeleton, reader.holds_arrays)
@@ -369,6 +377,22 @@ def _open_source(f: Any) -> Iterator[Source]:
         yield source
     finally:
         source.close()
+
+
+def _for_torch(f: Any, source: Source) -> Any:
+    """What torch can read: a path, or a file object. TooLargeError for an object of a store that memory is too small for."""
+    if isinstance(source, PathSource):
+        return source.name
+    if isinstance(source, FileObjectSource):
+        return f
+    limit = Options.from_env().max_load_bytes
+    if source.n_bytes > limit:
+        raise TooLargeError(
+            f"{source.name} has {source.n_bytes} bytes: more than max_load_bytes = {limit}. Download it first"
+        )
+    data = bytearray(source.n_bytes)
+    source.read_into(0, data)
+    return io.BytesIO(data)
 
 
 def _is_ours(source: Source) -> bool:

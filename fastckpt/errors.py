@@ -170,6 +170,9 @@ class StoreFullError(StoreError):
 class StoreUnavailableError(StoreError):
     """The store did not answer, or asked to come back later. A write that ends like this may have been done."""
 
+    refused = False
+    """It is known not to have been done: the request was never sent, or the answer said so."""
+
 
 class ObjectNotFoundError(StoreError):
     """No object of that key."""

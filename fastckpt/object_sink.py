@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import tempfile
 from typing import Any
 
+from fastckpt.store import late_writes
 from fastckpt.store.base import Store
+
+logger = logging.getLogger("fastckpt")
 
 _IN_MEMORY_BYTES = 64 << 20
 
@@ -29,6 +33,19 @@ class ObjectSink:
         self._spool.write(memoryview(data).cast("B"))
 
     def commit(self) -> None:
+        age_s = late_writes.age_s(self._store.url, self._key)
+        self._put()
+        if age_s is not None:
+            logger.warning(
+                "%s/%s is saved, but a write of it by an earlier save of this process ended %.0f s ago without an answer. Should it still "
+                "arrive, the older state replaces this one. Save to another name, or use a Checkpointer, which never writes one name twice",
+                self._store.url,
+                self._key,
+                age_s,
+            )
+        self._close()
+
+    def _put(self) -> None:
         n_bytes = self._spool.tell()
         if n_bytes <= _IN_MEMORY_BYTES:
             self._spool.seek(0)
@@ -37,7 +54,6 @@ class ObjectSink:
             self._spool.flush()
             with mmap.mmap(self._spool.fileno(), n_bytes, access=mmap.ACCESS_READ) as mapped:
                 self._store.put(self._key, mapped)
-        self._close()
 
     def _close(self) -> None:
         self._spool.close()

@@ -9,20 +9,21 @@ from pathlib import Path
 
 from fastckpt.catalog import Catalog, Step
 from fastckpt.cli.output import FOUND_DAMAGE, OK, WrongUsageError, bar, human, note, print_json, say
-from fastckpt.cli.target import find, options, safe_history
+from fastckpt.cli.target import find, local_path, options, safe_history
 from fastckpt.errors import NoCheckpointError
 from fastckpt.export import export
-from fastckpt.files import AtomicFile
+from fastckpt.files import open_sink
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.tensor_names import dotted
+from fastckpt.location import location
 from fastckpt.repository import Repository
 from fastckpt.salvage import SalvagedRank, SalvageReport, report_to_json, salvage
 
 
 def restore(repository: Repository, arguments: argparse.Namespace) -> int:
     """One rank of a checkpoint as a container. CorruptCheckpointError names the newest complete step."""
-    out = arguments.out
+    out = _local(arguments.out)
     _refuse_existing([out], arguments.force)
     folder = os.path.dirname(os.path.abspath(out))
     if not os.path.isdir(folder):
@@ -32,7 +33,7 @@ def restore(repository: Repository, arguments: argparse.Namespace) -> int:
     if choice is None:
         raise NoCheckpointError(f"{repository.url} has no checkpoint yet: nothing was ever committed")
     commit = choice.commit
-    sink = AtomicFile(out)
+    sink = open_sink(out)
     n_bytes = export(repository, commit, arguments.rank, sink, options(), bar(out))
     checkpoint = {"epoch": commit.save.epoch, "step": commit.save.step, "rank": arguments.rank, "world": commit.world}
     if arguments.json:
@@ -52,6 +53,12 @@ def _wanted(repository: Repository, catalog: Catalog, arguments: argparse.Namesp
     return find(repository.url, safe_history(catalog), catalog.listing.commits, arguments.step, arguments.epoch)
 
 
+def _local(text: str) -> str:
+    if local_path(text) is None:
+        raise WrongUsageError(f"--out is {text!r}: expected a path of this machine; upload what is written there")
+    return location(text)
+
+
 def _refuse_existing(paths: Iterable[str], force: bool) -> None:
     for path in paths:
         if os.path.lexists(path) and not force:
@@ -60,7 +67,7 @@ def _refuse_existing(paths: Iterable[str], force: bool) -> None:
 
 def rescue(repository: Repository, arguments: argparse.Namespace) -> int:
     """Everything that can still be read, into a folder. FOUND_DAMAGE if anything was lost."""
-    out = arguments.out
+    out = _local(arguments.out)
     if os.path.isdir(out):
         _refuse_existing(map(str, Path(out).glob("rank-*.fckpt")), arguments.force)
         _refuse_existing([os.path.join(out, "report.json")], arguments.force)

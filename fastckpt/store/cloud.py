@@ -96,9 +96,11 @@ class S3Store(Store):
         if isinstance(found, (ObjectExistsError, ObjectNotFoundError)) and answer.code:
             self._bucket_seen = True
         if answer.code in CREDENTIAL_CODES and credentials.renewed_since(generation):
-            return StoreUnavailableError(
+            again = StoreUnavailableError(
                 f"{found} The credentials have been replaced meanwhile: another try uses the new ones"
             )
+            again.refused = True
+            return again
         owner = self.connection.expected_bucket_owner
         if isinstance(found, StoreAccessError) and owner and answer.status == 403:
             return StoreAccessError(f"{found}, and whether the bucket belongs to account {owner} as you expect")

@@ -53,6 +53,9 @@ _AGAIN_CODES = frozenset(
 )
 _DAMAGED_CODES = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"})
 _AGAIN_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+_REFUSED_STATUSES = frozenset(
+    {408, 409, 425, 429, 503}
+)  # 500, 502, 504: something behind the one who answers may have done it
 _NEXT_STEPS = {
     "AccessDenied": "Check the policies of user, bucket and KMS key (docs/stores.md has minimal ones)",
     "AllAccessDisabled": "The bucket's owner has closed it",
@@ -79,6 +82,7 @@ class Answer:
     host: str = ""
     redirected: bool = False
     timed_out: bool = False
+    never_sent: bool = False
     refused_certificate: bool = False
     not_s3: bool = False
 
@@ -115,6 +119,7 @@ def read_answer(error: BaseException) -> Answer:
         region=_tag("Region", text),
         host=host.group(1) if host else "",
         redirected="redirect without LOCATION" in text,
+        never_sent="kind: Connect," in debug,
         timed_out="kind: Timeout" in debug or "TimedOut" in debug,
         refused_certificate=re.search("InvalidCertificate|invalid peer certificate|UnknownIssuer", debug) is not None,
         not_s3="Header missing from response" in text,
@@ -147,7 +152,10 @@ def translate(
     `answer`: what was read from it. `region`: the one that was signed for; named when S3 says that the bucket is elsewhere.
     """
     kind, text = _classify(error, answer, region)
-    return kind(cut_secrets(f"{doing} {where}: {text}", secrets))
+    found = kind(cut_secrets(f"{doing} {where}: {text}", secrets))
+    if isinstance(found, StoreUnavailableError):
+        found.refused = answer.never_sent or answer.status in _REFUSED_STATUSES or answer.code in _DAMAGED_CODES
+    return found
 
 
 def _classify(error: BaseException, answer: Answer, region: str) -> tuple[type[StoreError], str]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from fastckpt import events
 from fastckpt.errors import ObjectExistsError, StoreUnavailableError
+from fastckpt.store import late_writes
 from fastckpt.store.base import ObjectInfo, Store
 
 T = TypeVar("T")
@@ -71,7 +72,8 @@ class Wrapper(Store):
 class Retrying(Wrapper):
     """Tries again what ended in StoreUnavailableError, with growing random pauses, until `give_up_s` have passed since the first try.
 
-    A create that meets an object after a try of its own that ended without an answer is read back: equal bytes are ours.
+    A create that meets an object after a try of its own that ended without an answer is read back: equal bytes are ours. A put without an
+    answer is noted (`late_writes`): it may still arrive.
     """
 
     def __init__(
@@ -89,6 +91,17 @@ class Retrying(Wrapper):
         self._give_up_s = give_up_s
         self._first_pause_s, self._longest_pause_s = first_pause_s, longest_pause_s
         self._sleep, self._clock, self._jitter = sleep, clock, jitter
+
+    def put(self, key: str, data: Any) -> None:
+        def once() -> None:
+            try:
+                self.inner.put(key, data)
+            except StoreUnavailableError as error:
+                if not error.refused:
+                    late_writes.note(self.url, key)
+                raise
+
+        self._call("put", key, once)
 
     def put_if_absent(self, key: str, data: Any) -> None:
         unanswered = False
