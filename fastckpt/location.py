@@ -13,7 +13,7 @@ import urllib.parse
 from fastckpt.errors import StoreError
 
 _SCHEMES = "s3|s3a|gs|gcs|az|abfs|abfss|azure|memory|file|http|https|hdfs|hf"
-_COLLAPSED = re.compile(rf"({_SCHEMES}):/(?!/)(.*)", re.DOTALL)
+_COLLAPSED = re.compile(rf"({_SCHEMES}):(?:/(?!/)(.+))?", re.DOTALL)
 _INSIDE = re.compile(rf"(.*/)({_SCHEMES}):/+(?=.)", re.DOTALL)
 
 
@@ -28,7 +28,8 @@ def location(target: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str
     collapsed = _COLLAPSED.fullmatch(text)
     if collapsed:
         # "file:/dir" needs its third slash back, "s3:/bucket" its second.
-        text = f"{collapsed[1]}://{'/' if collapsed[1] == 'file' else ''}{collapsed[2]}"
+        slash = "/" if collapsed[1] == "file" and collapsed[2] else ""
+        text = f"{collapsed[1]}://{slash}{collapsed[2] or ''}"
     scheme, separator, rest = text.partition("://")
     if not separator or "/" in scheme:
         _refuse_inside(text)

@@ -19,6 +19,7 @@ from fastckpt.errors import (
     StoreFullError,
 )
 from fastckpt.files import AtomicFile, make_directories, remove_empty_directories, remove_file
+from fastckpt.location import is_url, location
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
 
 _PUT_TRIES = (
@@ -41,7 +42,10 @@ class LocalStore(Store):
     useful_connections = 2  # one writes while the other syncs; eight took no less time and four times the memory
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self._root = os.path.realpath(os.path.abspath(os.fspath(root)))
+        path = location(root)
+        if is_url(path):
+            raise StoreError(f"{path!r} is no directory: open_store opens URLs")
+        self._root = os.path.realpath(path)
         found = self._root
         while not os.path.lexists(found):
             found = os.path.dirname(found)

@@ -17,6 +17,7 @@ from fastckpt.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from fastckpt.object_sink import ObjectSink
 from fastckpt.store.base import Store
 from fastckpt.store.cloud import S3Store
 from fastckpt.store.cloud_errors import Answer, read_answer, translate
@@ -70,6 +71,8 @@ def test_a_fault_is_worth_another_try_and_leaves_no_part(
     with pytest.raises(StoreUnavailableError) as caught:
         VERBS[verb](faulty)
     assert rule.reached.is_set()
+    if verb in WITH_BODY:  # of all else it does not matter
+        assert caught.value.refused == (fault in (Fault.SLOW_DOWN, Fault.FLIP_REQUEST))
     assert "Retry" not in str(caught.value)  # ours, not the debug text
     assert faulty.url in str(caught.value)
     if fault in (Fault.STALL, Fault.STALL_RESPONSE):
@@ -95,6 +98,30 @@ def test_retrying_gets_over_every_fault(verb: str, filled: S3Store, faulty: S3St
         proxy.add(fault)
     VERBS[verb](Retrying(faulty, sleep=lambda seconds: None))
     assert len([exchange for exchange in proxy.requests() if exchange.fault]) == 4
+
+
+def test_a_save_over_one_that_got_no_answer_is_told(
+    faulty: S3Store, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    patient = Retrying(faulty, sleep=lambda seconds: None)
+
+    def save(key: str) -> None:
+        sink = ObjectSink(patient, key, owns_store=False)
+        sink.write(NEW)
+        sink.commit()
+
+    for fault, told in ((Fault.SLOW_DOWN, False), (Fault.LOST_ACK, True)):
+        proxy.add(fault, method="PUT")
+        save(fault.name)
+        assert not caplog.records
+        save(fault.name)
+        assert (f"{faulty.url}/{fault.name} is saved, but" in caplog.text) == told
+
+
+def test_a_store_that_cannot_be_reached_was_sent_nothing(open_store: Callable[..., S3Store]) -> None:
+    with pytest.raises(StoreUnavailableError) as caught:
+        open_store(endpoint_url="http://127.0.0.1:1").put("x", NEW)
+    assert caught.value.refused
 
 
 def test_a_lost_ack_of_a_create_is_found_to_be_ours(store: S3Store, faulty: S3Store, proxy: FaultProxy) -> None:
