@@ -105,16 +105,13 @@ def test_two_names_of_a_target_are_one_target(tmp_path: Path, gate: Gate, names:
 def check_order(first: Any, second: Any, gate: Gate, later: str) -> None:
     older = fastckpt.save_async(state(1), first)
     assert gate.reached.wait(60)
-    if later == "save_async":
-        newer = fastckpt.save_async(state(2), second)
-        assert not newer.done()
-        gate.open.set()
-        newer.wait(60)
-    else:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(turns, "_changed", OpensTheGate(gate))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "_changed", OpensTheGate(gate))
+        if later == "save_async":
+            fastckpt.save_async(state(2), second).wait(60)
+        else:
             fastckpt.save(state(2), second, _use_new_zipfile_serialization=later == "save")
-        assert gate.open.is_set(), "the later save did not wait"
+    assert gate.open.is_set(), "the later save did not wait"
     assert older.done()
     assert older.wait(60) > 0
     assert step_in(second) == step_in(first) == 2
@@ -147,14 +144,20 @@ def test_the_target_of_a_relative_name_is_that_of_the_call(
     assert [step_in(tmp_path / name / "x") for name in "ab"] == [1, 2]
 
 
-def test_saves_to_one_file_object_come_one_after_another(gate: Gate) -> None:
-    target = io.BytesIO()
+def test_saves_to_one_file_object_come_one_after_another(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.BytesIO):
+        def write(self, data: Any) -> int:
+            gate.wait()
+            return super().write(data)
+
+    target = Slow()
     handles = [fastckpt.save_async(state(1), target)]
     assert gate.reached.wait(60)
+    monkeypatch.setattr(turns, "_changed", OpensTheGate(gate))
     handles += [fastckpt.save_async(state(step), target) for step in (2, 3)]
-    gate.open.set()
     for handle in handles:
         handle.wait(60)
+    assert gate.open.is_set(), "nobody waited"
     target.seek(0)
     assert [step_in(target) for _ in range(3)] == [1, 2, 3]
 
