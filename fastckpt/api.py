@@ -153,7 +153,7 @@ def save_async(
     """Copy the state to host memory, return, and write it in the background.
 
     When this returns, `handle.staged` is done: the state may change again. If the copy does not fit `host_budget_bytes`, or the
-    interpreter's end allows no threads (atexit, Python 3.12 on), the file is written before this returns. A file object must be left alone
+    interpreter's end allows no threads, the file is written before this returns. A file object must be left alone
     until `handle.durable` is done.
 
     Saves to one target (a file by whatever name, a URL, a file object) take effect in the order of their calls, in a process. An older

@@ -7,7 +7,7 @@ daemons that the interpreter's end waits for, EXIT_TIMEOUT_S at most.
 How an interpreter ends, and from when on no thread can be started:
 
     main thread's end ─→ callbacks of `threading` ─→ threads that are no daemons end ─→ atexit's handlers ─→ objects and modules go
-           └ 3.12.0, 3.12.1                                                        └ 3.12.2 on             └ before 3.12: they hang
+           └ Python 3.12.0 to 3.12.2                                                                       └ all; before 3.12 `start` hangs
 
 We wait twice: in `threading`'s callback, and in atexit's, for saves of the threads in between. What is begun when no thread can be started,
 or when nobody would wait for it any more, is done by the thread that has it: slower, and just as durable.

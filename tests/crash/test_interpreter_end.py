@@ -5,11 +5,7 @@ Each test starts a Python, which imports torch: three seconds or more.
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -21,37 +17,7 @@ from fastckpt.catalog import Catalog
 from fastckpt.repository import Repository
 from fastckpt.store.local import LocalStore
 from fastckpt.trace import read
-
-ROOT = Path(__file__).parents[2]
-
-USUAL = """
-    import atexit, os, sys, threading, weakref
-    def own(n):
-        return {"n": torch.tensor(n), "t": torch.arange(n, n + 3_000_000)}  # 24 MB: threads, the direct writer, six packs
-"""
-IMPORT = """
-    import torch, fastckpt
-"""
-
-
-def run(folder: Path, *parts: str, code: int = 0, **environment: str) -> str:
-    """Run a script, given in parts, to its end, in a folder. What it said on stderr."""
-    script = "\n".join(map(textwrap.dedent, parts))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script],
-        cwd=folder,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,  # no run comes near it, but one that hangs
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
-    return done.stderr
-
-
-def is_own(found: dict[str, torch.Tensor], n: int) -> bool:
-    return found["n"].item() == n and torch.equal(found["t"], torch.arange(n, n + 3_000_000))
+from tests.interpreter import CALLS, IMPORT, USUAL, is_own, run
 
 
 def saved(path: Path, n: int) -> bool:
@@ -121,6 +87,29 @@ def test_all_that_is_pending(tmp_path: Path, leave: str) -> None:
     assert not found.notes
 
 
+def test_a_store_of_somebodys_own_that_uses_an_executor(tmp_path: Path) -> None:
+    """Its threads are there, and it is shut down after our wait."""
+    said = run(
+        tmp_path,
+        USUAL,
+        IMPORT,
+        HOLD,
+        """
+        from concurrent.futures import ThreadPoolExecutor
+        class Store(LocalStore):
+            executor = ThreadPoolExecutor(1)
+            def put(self, key, data):
+                if key.startswith("data/"):
+                    ended.wait()
+                self.executor.submit(put, self, key, data).result()
+        ckpt = fastckpt.Checkpointer(Store("run"), {"s": own(1)}, every=None, spot=None)
+        ckpt.save_now(1)
+        """,
+    )
+    assert said == ""
+    assert history(tmp_path / "run") == [1]
+
+
 def test_a_state_larger_than_the_budget_on_its_way_through_a_disk(tmp_path: Path) -> None:
     run(
         tmp_path,
@@ -145,19 +134,6 @@ def test_a_state_larger_than_the_budget_on_its_way_through_a_disk(tmp_path: Path
 
 
 # -- called while it ends ------------------------------------------------------------------------------------------------
-
-CALLS = """
-    def calls(prefix="", spot="auto"):
-        fastckpt.save(own(1), prefix + "a")
-        fastckpt.save_async(own(2), prefix + "b")
-        state = own(1)
-        ckpt = fastckpt.Checkpointer(prefix + "run", {"s": state}, every=None, spot=spot)
-        ckpt.save_now(1)
-        state["n"] += 1
-        state["t"] += 1
-        ckpt.save_now(2)
-        assert torch.equal(fastckpt.load(prefix + "a")["t"], own(1)["t"])
-"""
 
 
 def check_calls(folder: Path, prefix: str = "") -> None:
