@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
+import enum
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 _MAX_REPR = 200
+_MAX_DEPTH = 3
+# Types whose `repr` looks at nothing but themselves.
+_SHOWN = frozenset({bool, float, complex, type(None), type(...), datetime.date, datetime.datetime, datetime.timedelta})
+_SHOWN_BY_NAME = frozenset({("torch", "dtype"), ("torch", "device"), ("torch", "layout"), ("torch", "memory_format")})
 
 
 @dataclass(frozen=True)
@@ -22,17 +31,49 @@ Key = str | int | ReprKey
 Name = tuple[Key, ...]
 
 
-def key_of(value: object) -> Key:
-    """The typed key for any Python dictionary key."""
+def key_of(value: object, position: int | None = None) -> Key:
+    """The typed key for any Python dictionary key. Runs no code of the key's class: a parameter's `repr` copies it from its device.
+
+    position: of the key in its dictionary, which tells keys apart that have no text of their own.
+    """
     if type(value) is int and abs(value) < 1 << 63:
         return value
-    if type(value) is str and _is_unicode(value):
+    if type(value) is str and (value.isascii() or _is_unicode(value)):
         return value
-    try:
-        text = repr(value)
-    except Exception:  # foreign code, and only a label is lost
-        text = f"<{type(value).__name__}>"
+    text = _text(value, _MAX_DEPTH)
+    if text is None:
+        text = f"<{type(value).__name__}>" if position is None else f"<{type(value).__name__} {position}>"
     return ReprKey(text[:_MAX_REPR].encode("utf-8", "backslashreplace").decode())
+
+
+def _text(value: Any, depth: int) -> str | None:
+    """How a value of a type that is known not to run foreign code shows itself; None for all others."""
+    kind: Any = type(value)
+    if issubclass(kind, enum.Enum):
+        return f"<{kind.__name__}.{object.__getattribute__(value, '__dict__').get('_name_')}>"
+    if issubclass(kind, str):
+        return str.__repr__(str.__getitem__(value, slice(_MAX_REPR)))
+    if issubclass(kind, bytes):
+        return bytes.__repr__(bytes.__getitem__(value, slice(_MAX_REPR)))
+    if (
+        kind is int
+        or kind in _SHOWN
+        or (kind.__module__, kind.__qualname__) in _SHOWN_BY_NAME
+        or _is_numpy_scalar(kind)
+    ):
+        try:
+            return repr(value)
+        except ValueError:  # an integer of more than 4300 digits
+            return None
+    if kind in (tuple, frozenset) and depth:
+        parts = [_text(part, depth - 1) or f"<{type(part).__name__}>" for part in itertools.islice(value, _MAX_REPR)]
+        comma = "," if kind is tuple and len(parts) == 1 else ""
+        return f"({', '.join(parts)}{comma})" if kind is tuple else f"frozenset({{{', '.join(sorted(parts))}}})"
+    return None
+
+
+def _is_numpy_scalar(kind: type) -> bool:
+    return issubclass(kind, np.generic) and kind.__module__ == "numpy"
 
 
 def _is_unicode(text: str) -> bool:
