@@ -8,8 +8,10 @@ object which two parts share (not a storage: those are told by number) comes bac
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
+import types
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,11 +37,47 @@ _PROTOCOL = 2
 _MAX_SPLIT = 64  # a part more costs as much as ten tensors
 _DEPTH = 2  # parts are values of dictionaries so deep: an optimizer's moments and its learning rates are two
 _MAX_NAMED_DEPTH = 8  # of what cannot be pickled: keys enough to find it
+_GLOBAL_OR_NUMBER = frozenset({type, types.BuiltinFunctionType, complex})
+_NUMBERS = frozenset({type(None), bool, int, float})
 _Path = tuple[str, ...]
 
 
 class _NoForm(Exception):
     """The object holds something whose pickle stream may change unseen."""
+
+
+class _PlainPickler(pickle.Pickler):
+    """Pickles numbers, texts and containers of them, 20 ns each, and nothing else: those it does not ask about."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) in _GLOBAL_OR_NUMBER:
+            return NotImplemented
+        raise _NoForm
+
+
+class _Plain:
+    """The form of a part without tensors: its pickle stream."""
+
+    def __init__(self, stream: bytes) -> None:
+        self.form = stream
+        self.tensors: list[torch.Tensor] = []
+        self.storage_of: list[int] = []
+        self.storages: list[UntypedStorage] = []
+
+    @property
+    def opcodes(self) -> memoryview:
+        """The stream without its frame."""
+        return memoryview(self.form)[2:-1]
+
+    @classmethod
+    def of(cls, value: Any) -> _Plain | None:
+        """None if anything else is in it."""
+        buffer = io.BytesIO()
+        try:
+            _PlainPickler(buffer, protocol=_PROTOCOL).dump(value)
+        except (_NoForm, RecursionError):
+            return None
+        return cls(buffer.getvalue())
 
 
 class _Look:
@@ -81,6 +119,9 @@ class _Look:
                 self._look(value.__dict__)
         elif kind is list or kind is tuple:
             self.form += (kind, len(value))
+            if _NUMBERS.issuperset(map(type, value)):
+                self.form.append(pickle.dumps(value, _PROTOCOL))
+                return
             for child in value:
                 self._look(child)
         else:
@@ -116,9 +157,9 @@ class _Look:
 class _Part:
     """What is known of a part since it was pickled."""
 
-    form: list[Any] | None
+    form: list[Any] | bytes | None
     """None: it is pickled every time."""
-    opcodes: bytes
+    opcodes: bytes | memoryview
     entries: list[TensorEntry]
     numbers: list[int]
     """Of its storages, in the order in which `_Look` meets them; if it has no form, in that of pickling."""
@@ -161,15 +202,20 @@ class Recapturer:
         captured.skeleton = b"".join([b"\x80\x02", *self._joined(state, (), _DEPTH), b"."])
         return captured
 
-    def _anew(self, parts: dict[_Path, Any], looks: dict[_Path, _Look | None]) -> Captured:
+    def _anew(self, parts: dict[_Path, Any], looks: dict[_Path, _Look | _Plain | None]) -> Captured:
         numbers = StorageNumbers()
         self._parts, self._form = {}, None
         for path, value in parts.items():
             first = len(numbers.storages)
+            look = looks[path]
+            if isinstance(look, _Plain):
+                self._parts[path] = _Part(look.form, look.opcodes, [], [], [], {})
+                self.pickled.append((path, look.form))
+                continue
             stream = _pickled(path, value, numbers)
             self.pickled.append((path, stream))
             own = list(range(first, len(numbers.storages)))
-            look = _seen_by(numbers, looks[path])
+            look = _seen_by(numbers, look)
             known = own if look is None else [numbers.number_of_storage[s._cdata] for s in look.storages]
             form, wholes = (None, {}) if look is None else (look.form, _wholes(look, known, numbers.storages))
             listed = _entries(path, value, numbers)
@@ -179,7 +225,7 @@ class Recapturer:
         self._tensors = [entry for part in self._parts.values() for entry in part.entries]
         return self._captured(numbers)
 
-    def _again(self, parts: dict[_Path, Any], looks: dict[_Path, _Look | None]) -> Captured:
+    def _again(self, parts: dict[_Path, Any], looks: dict[_Path, _Look | _Plain | None]) -> Captured:
         """_Changed if more has changed than bytes and what stands in streams."""
         numbers = _Renumbered(self._storages)
         number_of = numbers.number_of_storage
@@ -202,8 +248,14 @@ class Recapturer:
             raise _Changed
         return self._captured(numbers)
 
-    def _pickle_again(self, path: _Path, value: Any, look: _Look | None, numbers: _Renumbered) -> None:
+    def _pickle_again(self, path: _Path, value: Any, look: _Look | _Plain | None, numbers: _Renumbered) -> None:
         part = self._parts[path]
+        if isinstance(look, _Plain):
+            if part.own or part.entries:
+                raise _Changed
+            part.opcodes, part.form, part.numbers, part.wholes = look.opcodes, look.form, [], {}
+            self.pickled.append((path, look.form))
+            return
         numbers.give(part.own)
         stream = _pickled(path, value, numbers)
         self.pickled.append((path, stream))
@@ -222,7 +274,7 @@ class Recapturer:
             b"", self._storages, self._tensors, numbers.addresses, numbers.owners, numbers.wholes, form=self._form
         )
 
-    def _joined(self, value: Any, path: _Path, depth: int) -> Iterator[bytes]:
+    def _joined(self, value: Any, path: _Path, depth: int) -> Iterator[bytes | memoryview]:
         """The pickle stream of the whole, without its frame. Memo numbers of parts overlap, and no part reads another's."""
         if not _is_split(value, depth):
             yield self._parts[path].opcodes
@@ -319,7 +371,7 @@ def _entries(path: _Path, value: Any, numbers: StorageNumbers) -> list[TensorEnt
     return entries(value, numbers, tuple(key_of(key) for key in path))
 
 
-def _wholes(look: _Look, numbers: Sequence[int], storages: Sequence[CapturedStorage]) -> dict[int, int]:
+def _wholes(look: _Look | _Plain, numbers: Sequence[int], storages: Sequence[CapturedStorage]) -> dict[int, int]:
     found = {}
     for position, (tensor, at) in enumerate(zip(look.tensors, look.storage_of, strict=True)):
         storage = storages[numbers[at]]
@@ -334,7 +386,10 @@ def _seen_by(numbers: StorageNumbers, look: _Look | None) -> _Look | None:
     return look if known else None
 
 
-def _look(value: Any) -> _Look | None:
+def _look(value: Any) -> _Look | _Plain | None:
+    plain = _Plain.of(value)
+    if plain is not None:
+        return plain
     try:
         return _Look(value)
     except (_NoForm, RecursionError):

@@ -254,3 +254,57 @@ def test_random_histories() -> None:
         if r.random() < 0.2:
             part.pop(key)
         assert flat(loaded(again.capture(state))) == flat(state)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([0.0, 1.0], [-0.0, 1.0]),
+        ([1, 2], [True, 2]),
+        ([1, 2], [1.0, 2]),
+        ([1, 2], [1, 2, 3]),
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ([["x"], ["x"]], [["x"]] * 2),
+        ([(1, 2.0)], [[1, 2.0]]),
+        ([b"a"], ["a"]),
+        ({1, 2}, {1, 3}),
+    ],
+)
+def test_plain_values_that_look_alike_are_told_apart(before: Any, after: Any, counted: list[int]) -> None:
+    """Lists of lists share what they shared: in one of them, the second is the first."""
+    again = Recapturer()
+    state = {"w": {"w": torch.ones(2)}, "history": {"x": before}}
+    first = again.capture(state)
+    counted.clear()
+    state["history"]["x"] = after
+    second = again.capture(state)
+    assert counted == [], "numbers do not need the pickler that looks for storages"
+    assert (flat(loaded(first)["history"]["x"]), flat(loaded(second)["history"]["x"])) == (flat(before), flat(after))
+    back = loaded(second)["history"]["x"]
+    if isinstance(after, list) and len(after) == 2 and isinstance(after[0], list):
+        assert (back[0] is back[1]) == (after[0] is after[1])
+
+
+def test_numbers_beside_a_tensor_are_looked_at_at_once(counted: list[int]) -> None:
+    numbers = [float(number) for number in range(1000)]
+    state = {"a": {"b": {"history": numbers, "t": torch.ones(2)}}}
+    again = Recapturer()
+    again.capture(state)
+    counted.clear()
+    assert flat(loaded(again.capture(state))) == flat(state)
+    assert not counted
+    look = again._parts["a", "b"].form
+    assert isinstance(look, list)
+    assert len(look) < 100, "the form has an entry for every number"
+    numbers[7] = -0.0
+    assert flat(loaded(again.capture(state))) == flat(state)
+    assert counted
+
+
+def test_a_part_that_gets_and_loses_tensors(counted: list[int]) -> None:
+    again = Recapturer()
+    for value in ([1, 2], [1, torch.ones(2)], [1, 2], [np.float64(1)], torch.ones(1), {}):
+        state = {"a": {"b": value}, "w": {"w": torch.ones(3)}}
+        ours = again.capture(state)
+        assert flat(loaded(ours)) == flat(state)
+        assert names(ours) == names(capture(state, pickle, 2))
