@@ -42,6 +42,7 @@ from fastckpt.interrupts import deferred_interrupt
 from fastckpt.kernels import warm_up
 from fastckpt.loading import load_object
 from fastckpt.options import Options
+from fastckpt.placement import Plan, look
 from fastckpt.reader import Reader
 from fastckpt.repository import Repository
 from fastckpt.retention import GRACE_S, Keep
@@ -190,7 +191,7 @@ class Checkpointer:
                 return 0
             commit = choice.commit
             try:
-                loaded = self._load(commit, weights_only)
+                loaded, plan = self._load(commit, weights_only)
             except CorruptCheckpointError as error:
                 if step != "latest-valid":
                     raise Catalog(self._repository).with_advice(commit.checkpoint, error) from error
@@ -199,7 +200,7 @@ class Checkpointer:
                 continue
             break
         try:
-            targets.apply(self._targets, loaded, self._repository.location(commit.checkpoint))
+            targets.apply(self._targets, loaded, self._repository.location(commit.checkpoint), plan)
         except PartialRestoreError as error:
             self._broken = error
             raise
@@ -207,30 +208,34 @@ class Checkpointer:
         self._last_start_s = time.monotonic()
         return commit.save.step
 
-    def _load(self, commit: Commit, weights_only: bool) -> Any:
+    def _load(self, commit: Commit, weights_only: bool) -> tuple[Any, Plan]:
         if commit.world != 1:
             raise RestoreError(
                 f"{self._repository.location(commit.checkpoint)} was saved by {commit.world} ranks; this version restores those of one. "
                 "`fastckpt restore --rank` exports each rank's state"
             )
+        location = self._repository.location(commit.checkpoint)
         reader = open_vote(self._store, commit.vote(0))
+        plan = look(self._targets, reader.directory, location)
         # Where objects travel over a network, threads wait rather than work: as many as there may be connections.
         threads = max(self._options.threads, self._options.connections)
         try:
-            return load_object(
+            loaded = load_object(
                 reader,
                 self._options,
                 threads,
-                map_location="cpu",
+                map_location=plan.map_location,
                 pickle_module=pickle,
                 weights_only=weights_only,
                 load_args={"encoding": "utf-8"},
+                places=plan.places,
                 beyond_torch=True,
             )
         except pickle.UnpicklingError as error:
             if not weights_only:
                 raise
-            raise _refused(reader, self._repository.location(commit.checkpoint), error) from error
+            raise _refused(reader, location, error) from error
+        return loaded, plan
 
     def _begin(self) -> None:
         self._incarnation.begin(fresh=self._fresh)

@@ -7,8 +7,16 @@ from typing import Any
 
 import torch
 
+from fastckpt.changes import changes
 from fastckpt.errors import PartialRestoreError, RestoreError
+from fastckpt.events import logger
+from fastckpt.exact import load_exactly
+from fastckpt.filling import Filling
+from fastckpt.format.tensor_names import dotted
+from fastckpt.placement import Plan, may_be_asked
 from fastckpt.rng import RNGState
+
+_SHOWN = 3
 
 
 def check_targets(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,8 +47,8 @@ def state_of(targets: Mapping[str, Any]) -> dict[str, Any]:
     return {name: target.state_dict() if _stateful(target) else target for name, target in targets.items()}
 
 
-def apply(targets: Mapping[str, Any], loaded: Any, source: str) -> None:
-    """Put a loaded state into the objects.
+def apply(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> None:
+    """Put a loaded state into the objects. What one of them does not take as it was saved is said in a warning.
 
     RestoreError, before anything is touched, if the names differ; PartialRestoreError if an object refuses its state.
     """
@@ -63,18 +71,33 @@ def apply(targets: Mapping[str, Any], loaded: Any, source: str) -> None:
     order = sorted(targets, key=lambda name: isinstance(targets[name], RNGState))
     for position, name in enumerate(order):
         try:
-            _put(targets[name], loaded[name])
+            changed = _put(name, targets[name], loaded[name], plan)
         except Exception as error:
             done = ", ".join(order[:position]) or "nothing"
             raise PartialRestoreError(
                 f"{source}: {name!r} did not take its state ({type(error).__name__}: {error}). Restored so far: {done}; the state is a "
                 "mixture and must not be trained. Make the objects fit the checkpoint, or restore another step"
             ) from error
+        if changed:
+            more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+            logger.warning("%s: %r is not what was saved: %s%s", source, name, "; ".join(changed[:_SHOWN]), more)
 
 
-def _put(target: Any, value: Any) -> None:
-    if _stateful(target):
+def _put(name: str, target: Any, value: Any, plan: Plan) -> list[str]:
+    """Words for what has become another."""
+    if isinstance(target, RNGState):
         target.load_state_dict(value)
+    elif isinstance(target, torch.nn.Module):
+        return _put_into_module(name, target, value, plan)
+    elif isinstance(target, torch.optim.Optimizer):
+        followed = load_exactly(target, value, name, plan)
+        if followed is None:
+            return list(changes(value, target.state_dict()))
+        return followed
+    elif _stateful(target):
+        target.load_state_dict(value)
+        if may_be_asked(name, target, plan.entries):
+            return list(changes(value, target.state_dict()))
     elif isinstance(target, torch.Tensor):
         if not isinstance(value, torch.Tensor) or value.shape != target.shape or value.dtype != target.dtype:
             found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
@@ -82,9 +105,26 @@ def _put(target: Any, value: Any) -> None:
         with torch.no_grad():
             target.copy_(value)
     elif isinstance(target, dict) and isinstance(value, dict):
+        filling = Filling(plan)
+        filling.enter(target, value)
+        content = {key: filling.fill(target.get(key), child) for key, child in value.items()}
         target.clear()
-        target.update(value)
+        target.update(content)
     elif isinstance(target, list) and isinstance(value, list):
-        target[:] = value
+        filling = Filling(plan)
+        filling.enter(target, value)
+        target[:] = filling.items(target, value)
     else:
         raise TypeError(f"expected a {type(target).__name__}, found a {type(value).__name__}")
+    return []
+
+
+def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: Plan) -> list[str]:
+    module.load_state_dict(value)
+    now = {(name, key): t for key, t in (*module.named_parameters(), *module.named_buffers())}
+    saved = {key: (plan.entries[key], tensor) for key, tensor in now.items() if key in plan.entries}
+    empty = [dotted(key) for key, (_, tensor) in saved.items() if tensor.is_meta and plan.locations[key] != "meta"]
+    if empty:
+        raise TypeError(f"{', '.join(empty[:_SHOWN])}: still without memory (device 'meta')")
+    types = {key: (entry.dtype, str(tensor.dtype).removeprefix("torch.")) for key, (entry, tensor) in saved.items()}
+    return [f"{dotted(key)}: {one} became {other}" for key, (one, other) in types.items() if one != other]

@@ -164,6 +164,9 @@ class TensorReader(Mapping[str, Any]):
     def load_into(self, state: Any, *, strict: bool = True) -> list[str]:
         """Copy the tensors of this checkpoint into those of the same name in `state`, in place; returns the names copied.
 
+        The names of a module are those of its state dict: either may have been saved. A name counts as people write it where only one
+        tensor here has it.
+
         strict: every tensor of `state` must be here in the same shape and dtype; UnknownTensorError lists all that are not, and nothing is
         copied. Damage found on the way raises CorruptCheckpointError; tensors copied before it keep their new values. Indices and offsets
         that do not fit the sparse or jagged tensor of the state raise it, too, before anything is copied.
@@ -171,7 +174,8 @@ class TensorReader(Mapping[str, Any]):
         wanted = [named for named in named_tensors(state) if isinstance(named.value, torch.Tensor)]
         problems, plan = [], []
         for named in wanted:
-            entry = self.entry(named.name) if named.name in self._by_keys else None
+            # A state dict's "0.weight" is one key, a module's way to it has two.
+            entry = self.entry(named.name) if named.name in self._by_keys else self._only(dotted(named.name))
             value = named.value
             assert isinstance(value, torch.Tensor)
             dtype = str(value.dtype).removeprefix("torch.")
@@ -214,6 +218,10 @@ class TensorReader(Mapping[str, Any]):
             for copy, value in zip(places, before, strict=True):
                 copy.target.copy_(value)
             raise
+
+    def _only(self, name: str) -> TensorEntry | None:
+        found = self._entries.get(name, [])
+        return found[0] if len(found) == 1 else None
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastckpt
+from fastckpt.errors import UnknownTensorError
 
 # torch deprecates its quantized types, which people still have in their files.
 pytestmark = pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
@@ -182,3 +183,28 @@ def test_small_tensors_are_not_decoded_a_bundle_each(tmp_path: Path, monkeypatch
         assert all(torch.equal(reader[name], state[name]) for name in reader)
         assert len(pieces) == 500, "every fetch looks at every storage"
         assert len(read) == 1
+
+
+@pytest.mark.parametrize("prefix", [(), ("model",)])
+def test_a_module_and_its_state_dict_have_the_same_names(prefix: tuple[str, ...], tmp_path: Path) -> None:
+    def nest(value: object) -> object:
+        return {prefix[0]: value} if prefix else value
+
+    first, second = (torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)) for _ in range(2))
+    for saved, into in ((first.state_dict(), second), (first, second.state_dict())):
+        with torch.no_grad():
+            second[0].weight.zero_()
+        fastckpt.save(nest(saved), tmp_path / "x")
+        with fastckpt.open(tmp_path / "x") as reader:
+            reader.load_into(nest(into))
+        assert torch.equal(second[0].weight, first[0].weight)
+
+
+def test_names_that_look_alike_are_not_mixed_up(tmp_path: Path) -> None:
+    fastckpt.save({"a.b": torch.ones(1), "a": {"b": torch.zeros(1)}}, tmp_path / "x")
+    with fastckpt.open(tmp_path / "x") as reader:
+        state = {"a.b": torch.full((1,), 9.0), "a": {"b": torch.full((1,), 9.0)}}
+        reader.load_into(state)
+        assert (state["a.b"].item(), state["a"]["b"].item()) == (1, 0)  # type: ignore[union-attr,index]
+        with pytest.raises(UnknownTensorError):
+            reader.load_into({"a": (torch.zeros(1),)})
