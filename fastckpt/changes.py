@@ -11,7 +11,10 @@ from fastckpt.format.tensor_names import Name, dotted, key_of
 
 
 def changes(given: Any, now: Any, name: Name = ()) -> Iterator[str]:
-    """Words for each tensor and number that is another than the given one. What has gone or been added is not looked at."""
+    """Words for each tensor and number that is another than the given one. What has gone or been added is not looked at.
+
+    TypeError for a tensor without memory: nothing was put into it.
+    """
     if given is now:
         return
     if isinstance(given, torch.Tensor) and isinstance(now, torch.Tensor):
@@ -32,6 +35,8 @@ def _is_value(one: Any) -> bool:
 
 
 def _tensor_changes(given: torch.Tensor, now: torch.Tensor, name: str) -> Iterator[str]:
+    if now.is_meta and not given.is_meta:
+        raise TypeError(f"{name}: still without memory (device 'meta')")
     if given.dtype != now.dtype:
         yield f"{name}: {_type(given)} became {_type(now)}"
     elif given.shape != now.shape:

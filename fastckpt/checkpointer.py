@@ -166,6 +166,9 @@ class Checkpointer:
     def restore(self, step: Step = "latest", *, weights_only: bool | None = None) -> int:
         """Put the newest complete checkpoint (or the one asked for) into the objects, in place; returns its step.
 
+        What becomes of modules, optimizers, dicts and lists, and which devices tensors go to: docs/how-to/training-loop.md. A warning names
+        what an object did not take as it was saved.
+
         0 if the repository has never had one. step: a number goes back to it; "latest-valid" passes over damaged ones, with a warning
         and a record of it. weights_only: False lets the checkpoint run code, for your own only; None is True, unless one of
         TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says otherwise.

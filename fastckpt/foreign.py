@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import warnings
 from typing import Any
@@ -33,8 +32,9 @@ def load(f: Any, source: Source, map_location: Any, pickle_module: Any, **argume
     if isinstance(source, FileObjectSource):
         source.seek_to(0)
     path = os.fsdecode(os.fspath(f)) if isinstance(f, (str, os.PathLike)) else ""
-    if path.endswith(".safetensors"):
-        return torch_load(f, map_location, pickle_module, **arguments)
+    safetensors = _looks_like_safetensors(head, source.n_bytes)
+    if path.endswith(".safetensors") and not safetensors:
+        return torch_load(f, map_location, pickle_module, **arguments)  # its words for what it finds there
     if head.startswith((_ZIP, _PICKLE)) or head[_TAR_MAGIC_OFFSET : _TAR_MAGIC_OFFSET + 5] == b"ustar":
         loaded = torch_load(f, map_location, pickle_module, **arguments)
         may_run_code = arguments.get("weights_only") is False or pickle_module is not None
@@ -43,8 +43,8 @@ def load(f: Any, source: Source, map_location: Any, pickle_module: Any, **argume
                 loaded, source.name
             )  # torch before 2.14 does not look, later ones at sparse tensors only
         return loaded
-    if _looks_like_safetensors(head, source.n_bytes):
-        return _load_safetensors(source, map_location)
+    if safetensors:
+        return _load_safetensors(source, path, map_location)
     raise NotACheckpointError(
         f"{source.name} is not a checkpoint: it starts with {bytes(head[:8])!r}; known are fastckpt containers (b'FASTCKPT'), "
         "torch.save's zip, pickle and tar files, and safetensors. If it was a checkpoint once, its beginning and end are gone"
@@ -56,18 +56,22 @@ def _looks_like_safetensors(head: bytes | bytearray, n_bytes: int) -> bool:
     return len(head) > 9 and 2 <= header_bytes <= n_bytes - 8 and head[8:9] == b"{"
 
 
-def _load_safetensors(source: Source, map_location: Any) -> dict[str, torch.Tensor]:
+def _load_safetensors(source: Source, path: str, map_location: Any) -> dict[str, torch.Tensor]:
+    """Not by torch.load: older versions do not read them."""
     import safetensors.torch
 
     if map_location is not None and not isinstance(map_location, (str, torch.device)):
+        kind = "dict" if isinstance(map_location, dict) else "callable"
         raise RuntimeError(
-            f"Loading safetensors file with {type(map_location).__name__} map_location is not supported. "
+            f"Loading safetensors file with {kind} map_location is not supported. "
             "Use a device string or torch.device instead."
         )
-    data = io.BytesIO(bytearray(source.n_bytes))
-    source.read_into(0, data.getbuffer())
     with torch.device("cpu"):  # whatever the program's default device is
-        tensors = safetensors.torch.load(data.getvalue())
+        if path:
+            return safetensors.torch.load_file(path, str(map_location or "cpu"))
+        data = bytearray(source.n_bytes)
+        source.read_into(0, data)
+        tensors = safetensors.torch.load(bytes(data))
     if isinstance(source, FileObjectSource):
         source.seek_to(source.n_bytes)
     return {name: tensor if map_location is None else tensor.to(map_location) for name, tensor in tensors.items()}

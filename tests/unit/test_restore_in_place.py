@@ -300,6 +300,13 @@ def test_tensors_and_optimizers_on_the_meta_device_are_refused() -> None:
         restore(store, {"o": torch.optim.AdamW(on_meta().parameters()), "w": torch.ones(2, device="meta")})
 
 
+def test_an_object_that_copies_into_nothing_is_found_out() -> None:
+    with torch.device("meta"):
+        average = Average(torch.float32)
+    with pytest.raises(PartialRestoreError, match=r"'e'.*shadow\.w: still without memory"):
+        restore(saved({"e": Average(torch.float32)}), {"e": average})
+
+
 def test_what_was_saved_from_the_meta_device_has_nothing_to_lose() -> None:
     file = io.BytesIO()
     fastckpt.save({"m": on_meta().state_dict()}, file)
