@@ -173,8 +173,8 @@ class Checkpointer:
         and a record of it. weights_only: False lets the checkpoint run code, for your own only; None is True, unless one of
         TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says otherwise.
 
-        RefusedStateError, NoCheckpointError, StoreError, TooLargeError, RestoreError: nothing was changed. PartialRestoreError: an
-        object did not take its state; `step` refuses to go on until a restore succeeds.
+        CorruptCheckpointError, RefusedStateError, NoCheckpointError, StoreError, TooLargeError, RestoreError: nothing was changed.
+        PartialRestoreError: an object did not take its state; `step` refuses to go on until a restore succeeds.
         """
         self._require_open()
         if weights_only is None:
