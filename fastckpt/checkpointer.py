@@ -141,7 +141,7 @@ class Checkpointer:
         except BaseException:
             self._let_go()
             raise
-        self._began = False
+        self._began = self._prepared = False
         self._broken: PartialRestoreError | None = None
         self._snapshot: Snapshot | None = None
         """The newest one."""
@@ -284,10 +284,25 @@ class Checkpointer:
             else:
                 self._deferred += 1
                 events.emit(events.SaveDeferred(target=self._repository.url, step=step, waiting=len(self._queue)))
+        if not self._prepared:
+            self._prepare()
         if self._hooks is not None:
             self._hooks.next_step()
         self._stall_s += time.monotonic() - started
         return False
+
+    def _prepare(self) -> None:
+        """At the first step, whose optimizers have their state now: the memory of the first save is made while training goes on, and its
+        pickling is done. Whatever goes wrong is the save's to tell.
+        """
+        self._prepared = True
+        if self._saves:
+            return
+        try:
+            captured = self._recapturer.capture(targets.state_of(self._targets))
+            self._stager.prepare(captured, self._cuts.of(captured), Fenced(self._optimizers))
+        except Exception as error:
+            logger.info("nothing could be prepared for the first save: %s: %s", type(error).__name__, error)
 
     def save_now(
         self, step: int, *, metrics: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
@@ -571,6 +586,7 @@ class Checkpointer:
                 last_first.callback(self._store.close)
             last_first.callback(self._incarnation.close)
             last_first.callback(self._stager.pool.drop_free)
+            last_first.callback(self._stager.stop_preparing)
             if self._watcher is not None:
                 last_first.callback(self._watcher.close)
             if self._hooks is not None:

@@ -8,9 +8,10 @@ from fastckpt.chunking import Cuts
 from fastckpt.errors import SaveError
 from fastckpt.events import logger
 from fastckpt.snapshot.fenced import Fenced
-from fastckpt.snapshot.places import take_places
+from fastckpt.snapshot.places import DoesNotFit, plan_places, take_places
 from fastckpt.snapshot.pool import SlabPool
 from fastckpt.snapshot.side_stream import SideStream, is_capturing
+from fastckpt.snapshot.slab_maker import SlabMaker
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.spill import SpillFile
 from fastckpt.state import Captured
@@ -41,6 +42,21 @@ class Stager:
         self._threads, self._target, self._max_stall_s = threads, target, max_stall_s
         self._verify = verify
         self._sides: dict[torch.device, SideStream] = {}
+        self._maker: SlabMaker | None = None
+
+    def prepare(self, captured: Captured, cuts: Cuts, fenced: Fenced | None) -> None:
+        """Begin to make the memory that a snapshot of this state will need, in the background, until one begins or `stop_preparing`."""
+        try:
+            plan = plan_places(captured, cuts, self.pool.budget_bytes, fenced, ring=True)
+        except DoesNotFit:  # such a save needs none
+            return
+        self._maker = SlabMaker(self.pool, plan.slab_bytes, plan.for_device)
+
+    def stop_preparing(self) -> None:
+        """What is made by then stays. Waits for one slab at most."""
+        maker, self._maker = self._maker, None
+        if maker is not None:
+            maker.stop()
 
     def begin(
         self, captured: Captured, cuts: Cuts, fenced: Fenced | None, step: int | None, *, ring: bool
@@ -52,6 +68,7 @@ class Stager:
         graph is being captured.
         """
         self._refuse_capture(captured)
+        self.stop_preparing()
         with self.pool.all_or_nothing():
             places = take_places(captured, cuts, self.pool, fenced, ring=ring)
             if places is None:

@@ -12,6 +12,8 @@ import textwrap
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 import fastckpt
 
 PACKAGE = Path(fastckpt.__file__).parent
