@@ -7,17 +7,18 @@ import json
 import os
 import pickle
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from fastckpt import events, targets
-from fastckpt.background import MAX_JOBS, CommitHandle, Job, SaveQueue
+from fastckpt.background import MAX_JOBS, CommitHandle, Job, SaveQueue, Torn
 from fastckpt.catalog import Catalog, Step
 from fastckpt.chunk_source import KnownCuts, LiveChunks
 from fastckpt.commit import open_vote
@@ -30,7 +31,6 @@ from fastckpt.errors import (
     SaveError,
     SnapshotStalledError,
     SupersededError,
-    TornSnapshotError,
     of_save,
 )
 from fastckpt.events import logger
@@ -46,10 +46,11 @@ from fastckpt.placement import Plan, look
 from fastckpt.reader import Reader
 from fastckpt.repository import Repository
 from fastckpt.retention import GRACE_S, Keep
+from fastckpt.rng import RNGState
 from fastckpt.schedule import Every
-from fastckpt.snapshot import DoesNotFit, Fenced, FenceHooks, Snapshot, Stager
+from fastckpt.snapshot import DoesNotFit, Fenced, FenceHooks, Sampled, Sampler, Snapshot, Stager
 from fastckpt.spot import Notice, Watcher, open_sources
-from fastckpt.state import Captured, Recapturer
+from fastckpt.state import Captured, Identity, Recapturer
 from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.state.refused import ARRAYS, Watch, described, find
 from fastckpt.store.base import Store
@@ -129,7 +130,8 @@ class Checkpointer:
             self._options.verify_snapshot,
             self._options.spill_dir,
         )
-        self._recapturer, self._cuts = Recapturer(), KnownCuts()
+        generators = {name for name, target in self._targets.items() if isinstance(target, RNGState)}
+        self._recapturer, self._cuts, self._sampler = Recapturer(generators), KnownCuts(), Sampler(generators)
         self._queue = SaveQueue(self._incarnation, keep, grace_s)
         try:
             self._repository.initialise()
@@ -145,6 +147,17 @@ class Checkpointer:
         self._broken: PartialRestoreError | None = None
         self._snapshot: Snapshot | None = None
         """The newest one."""
+        self._thread: int | None = None
+        """That has asked for it."""
+        self._saved_state: _SavedState | None = None
+        """Of the newest save."""
+        self._updated: Commit | None = None
+        """What had been restored last when an optimizer updated last."""
+        self._torn: Torn | None = None
+        """A save that was torn, until a newer one is durable, or something is restored."""
+        self._torn_after: Commit | None = None
+        """What had been restored last by then."""
+        self._told_of_torn = False
         self._step: int | None = None
         self._last_start_s = time.monotonic()
         self._due: str | None = None
@@ -256,6 +269,9 @@ class Checkpointer:
 
         Raises what a background save has failed with since the last call (the state and earlier checkpoints are unharmed: catching it and
         going on is allowed), SaveError for a step that goes backwards, SupersededError when another incarnation has taken over.
+
+        A save that was torn (something has changed the state while it was copied, without an optimizer's step) is not raised here: it is
+        logged, and the next step is saved instead, before this returns. `wait` and `close` raise it if nothing newer is durable by then.
         """
         started = time.monotonic()
         self._require_open()
@@ -278,7 +294,11 @@ class Checkpointer:
             self._due = self._due or "interval"
         if self._watcher is not None and self._watcher.early is not None and not self._early_seen:
             self._early_seen, self._due = True, "rebalance"
-        if self._due is not None and not self._saved(step):
+        if self._torn is not None and step > self._torn.step:
+            self._due = self._due or self._torn.trigger
+        # The state that a torn save should have held is gone: what is there now is not that step's.
+        is_torn = self._torn is not None and step <= self._torn.step
+        if self._due is not None and not is_torn and not self._saved(step):
             if self._try_start(step, self._due, metrics, meta) is not None:
                 self._due = None
             else:
@@ -309,7 +329,8 @@ class Checkpointer:
     ) -> CommitHandle:
         """Save this step, due or not. Waits while earlier saves hold the memory that this one needs; `handle.wait()`: until it is durable.
 
-        A step that is being saved, or is the last one saved, is not saved again. Raises as `step` does.
+        A step that is being saved, or is the last one saved, is not saved again: if the state is still the same (generators apart), the
+        handle is that save's; otherwise SaveError, for a checkpoint is made once. Raises as `step` does.
         """
         self._require_open()
         if self._broken is not None:
@@ -323,8 +344,38 @@ class Checkpointer:
         return handle
 
     def _saved(self, step: int) -> bool:
+        """Whether a step is being saved, or was saved or restored last."""
         last = self._incarnation.last
-        return any(job.step == step for job in self._queue.jobs) or (last is not None and last.checkpoint.step == step)
+        return self._job_of(step) is not None or (last is not None and last.checkpoint.step == step)
+
+    def _job_of(self, step: int) -> Job | None:
+        """The save of a step that is under way, and has not failed."""
+        return next((job for job in self._queue.jobs if job.step == step and not _has_failed(job.handle)), None)
+
+    def _refuse_other_state(
+        self, step: int, first: Job | Commit, metrics: Mapping[str, float], meta: Mapping[str, Any]
+    ) -> None:
+        """SaveError unless the state is that of the save of this step. A checkpoint of it is not made again: a save is never replaced."""
+        saved = self._saved_state
+        if saved is not None and saved.step == step and saved.restored is self.restored:
+            captured = self._recapturer.capture(targets.state_of(self._targets))
+            changed = saved.identity != self._recapturer.identity
+            if not changed and saved.samples is not None:
+                now = self._sampler.take(captured, self._cuts.of(captured), saved.samples.seed)
+                changed = now.digests != saved.samples.digests
+        else:  # it was restored
+            changed = self.restored is not None and self._updated is self.restored
+        if changed:
+            raise SaveError(
+                f"step {step} has been saved or restored, and the state has changed since: a step is saved once. Nothing was committed; "
+                "the checkpoint of that step is as it was. Save under the next number; to go back, call restore(step=…)"
+            )
+        if (metrics and metrics != first.metrics) or (meta and meta != first.meta):
+            logger.warning(
+                "step %d is saved already, without these metrics and meta (%s): they are not recorded. Pass them to the call that saves",
+                step,
+                ", ".join(sorted({*metrics, *meta})),
+            )
 
     def _start(
         self,
@@ -339,11 +390,14 @@ class Checkpointer:
 
         end_s: when (time.monotonic()) the caller must have its answer, if that is before max_stall_s.
         """
-        for job in self._queue.jobs:
-            if job.step == step:
-                return job.handle
-        last = self._queue.last_commit or self.restored
-        if last is not None and last.save.step == step and self._saved(step):
+        job = self._job_of(step)
+        last = self._last_commit()
+        first = job or (last if last is not None and last.save.step == step else None)
+        if first is not None and notice is None and trigger == "manual":
+            self._refuse_other_state(step, first, metrics, meta)
+        if job is not None:
+            return job.handle
+        if last is not None and last.save.step == step:
             handle = CommitHandle(step)
             handle.durable.set_result(last)
             return handle
@@ -353,7 +407,17 @@ class Checkpointer:
             self._wait_for_room(step, notice)
         return handle_or_none
 
+    def _last_commit(self) -> Commit | None:
+        """The checkpoint that the next one follows, if this object has saved or restored it."""
+        last = self._incarnation.last
+        known = (self._queue.last_commit, self.restored)
+        return next((c for c in known if c is not None and last is not None and c.checkpoint == last.checkpoint), None)
+
     def _wait_for_room(self, step: int, notice: Notice | None) -> None:
+        with self._waiting():
+            self._wait_for_fewer_jobs(step, notice)
+
+    def _wait_for_fewer_jobs(self, step: int, notice: Notice | None) -> None:
         jobs = self._queue.jobs
         if not jobs:  # the one that held the memory has just ended
             return
@@ -387,10 +451,13 @@ class Checkpointer:
         if not len(self._queue):
             self._incarnation.check_step(step)
         self._fence("save", end_s)
+        self._see_torn()
+        self._thread = threading.get_ident()
         captured = self._recapturer.capture(targets.state_of(self._targets))
         self._tell_what_is_refused(step, captured)
         cuts = self._cuts.of(captured)
-        handle = CommitHandle(step)
+        samples = None if self._options.verify_snapshot == "off" else self._sampler.take(captured, cuts)
+        handle = CommitHandle(step, self._waiting)
         trusted = self._hooks is not None and self._hooks.can_be_trusted
         fenced = Fenced(self._optimizers) if trusted else None
         alone = not len(self._queue)
@@ -399,13 +466,14 @@ class Checkpointer:
         try:
             with deferred_interrupt():  # slabs, copies under way and the queue's job change hands
                 try:
-                    source = self._stager.begin(captured, cuts, fenced, step, ring=alone)
+                    source = self._stager.begin(captured, cuts, fenced, step, ring=alone, samples=samples)
                 except DoesNotFit:
                     source = LiveChunks(captured, cuts) if alone else None
                 if source is None:
                     return None
                 if isinstance(source, Snapshot):
                     self._snapshot = source
+                    trusted = trusted and not source.must_fence
                 threads: UploadThreads | None = None
                 try:
                     # Now, although an earlier save may be under way: if it ends with the interpreter, none can be started any more.
@@ -419,6 +487,7 @@ class Checkpointer:
                     source.close()
                     raise
                 self._saves += 1
+                self._saved_state = _SavedState(step, self.restored, self._recapturer.identity, samples)
             if here:
                 self._queue.run_here()
             if isinstance(source, LiveChunks):
@@ -490,16 +559,56 @@ class Checkpointer:
         if snapshot is None:
             return
         snapshot.fence(why, _less(self._options.max_stall_s, end_s))
+        self._look_at(snapshot)
+
+    def _look_at(self, snapshot: Snapshot) -> None:
+        """Tell of what is wrong with it. Nothing is left to a hook any more once something was torn."""
         error = snapshot.error
         if error is not None:
             self._queue.give_up(snapshot, error)
-            if isinstance(error, TornSnapshotError) and self._hooks is not None:
+        if snapshot.torn_name is None:
+            return
+        if self._hooks is not None:
+            self._hooks.distrust()
+        if error is None and not self._told_of_torn:
+            self._told_of_torn = True
+            logger.warning(
+                "%s was overwritten while it was copied, without torch's knowledge (.data, a NumPy view, a kernel of its own), and put "
+                "back: it was copied again. From now on the state is copied before a save returns. Call ckpt.fence() before such writes",
+                snapshot.torn_name,
+            )
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around what waits for a save. If it is the training thread that waits, the state stays as it is meanwhile, and nobody comes to
+        the fence: what is torn must be settled now.
+        """
+        snapshot = self._snapshot
+        if snapshot is None or threading.get_ident() != self._thread or os.getpid() != self._pid:
+            yield
+            return
+        with snapshot.attended():
+            self._look_at(snapshot)
+            yield
+        self._look_at(snapshot)
+
+    def _see_torn(self) -> None:
+        """Learn of saves that were torn, and forget those after which a newer one is durable."""
+        for torn in self._queue.take_torn():
+            self._torn, self._torn_after = torn, self.restored
+            if self._hooks is not None:
                 self._hooks.distrust()
+        last = self._incarnation.last
+        if self._torn is not None and (
+            self._torn_after is not self.restored or (last is not None and last.checkpoint.step > self._torn.step)
+        ):
+            self._torn = None
 
     def _before_update(self) -> None:
         if os.getpid() != self._pid:
             return  # a forked child trains a copy; the snapshot is the parent's, and so are the threads that would end this wait
         started = time.monotonic()
+        self._updated = self.restored
         self._fence("optimizer step")
         self._stall_s += time.monotonic() - started
 
@@ -539,7 +648,7 @@ class Checkpointer:
             raise TimeoutError(
                 f"saves are still under way after {timeout_s} s: steps {[job.step for job in self._queue.jobs]}"
             )
-        self._raise_failures()
+        self._raise_failures(torn=True)
 
     @property
     def stats(self) -> Stats:
@@ -567,11 +676,11 @@ class Checkpointer:
         finally:
             self._closed = True
             self._let_go()
-        self._raise_failures()
+        self._raise_failures(torn=True)
 
     def _end_saves(self, timeout_s: float, what: str) -> None:
         """Wait for them, and give up those that are not durable by then. SaveError in that case."""
-        with hurried():
+        with hurried(), self._waiting():
             idle = self._queue.wait_idle(timeout_s)
         if not idle:
             self._queue.cancel()
@@ -628,7 +737,7 @@ class Checkpointer:
         finally:
             self._closed = True
             self._let_go()
-        self._raise_failures()
+        self._raise_failures(torn=True)
 
     def _require_open(self) -> None:
         if os.getpid() != self._pid:
@@ -639,8 +748,13 @@ class Checkpointer:
         if self._closed:
             raise CheckpointError("this Checkpointer is closed")
 
-    def _raise_failures(self) -> None:
+    def _raise_failures(self, *, torn: bool = False) -> None:
+        """torn: also what was torn and has not been made good."""
         failures = self._queue.take_failures()
+        self._see_torn()
+        if torn and self._torn is not None:
+            failures.append(self._torn.error)
+            self._torn = None
         if not failures:
             return
         first = next((f for f in failures if isinstance(f, SupersededError)), failures[0])
@@ -659,6 +773,20 @@ def _refused(reader: Reader, location: str, error: pickle.UnpicklingError) -> Re
         f"{location} holds what restore() refuses, as it could run code:\n{words}\nNothing was changed. If you trust whoever "
         "wrote it, call restore(weights_only=False), or allow single classes with torch.serialization.add_safe_globals before restore()"
     )
+
+
+class _SavedState(NamedTuple):
+    """What tells whether the state is still that of a save."""
+
+    step: int
+    restored: Commit | None
+    """By then."""
+    identity: Identity
+    samples: Sampled | None
+
+
+def _has_failed(handle: CommitHandle) -> bool:
+    return handle.done() and handle.durable.exception() is not None
 
 
 def _less(limit_s: float, end_s: float | None) -> float:

@@ -89,17 +89,33 @@ class Captured:
     elsewhere: dict[int, StoredElsewhere] = field(default_factory=dict)
     form: object = field(default_factory=object)
     """The same object for two states that differ in nothing but bytes, addresses and what stands in the skeleton."""
+    _bytes: dict[int, torch.Tensor] = field(default_factory=dict)
+    """All bytes of storages on devices, as far as they were asked for."""
 
     def let_go(self) -> None:
         """The bytes are not needed any more."""
-        self.owners, self.wholes = [], {}
+        self.owners, self.wholes, self._bytes = [], {}, {}
 
     def device_bytes(self, number: int, offset: int, n_bytes: int) -> torch.Tensor:
-        """A stretch of a storage's bytes on its device. SaveError if it is not there any more."""
+        """A stretch of a storage's bytes on its device. SaveError if it is not there any more.
+
+        The first one of a storage may be made by `set_`, which counts as a write: ask for it before another stream reads the storage.
+        """
+        self._require(number)
+        found = self._bytes.get(number)
+        if found is None:
+            found = self._bytes[number] = self._all_bytes(number)
+        return found[offset : offset + n_bytes]
+
+    def _all_bytes(self, number: int) -> torch.Tensor:
         device = self.storages[number].device
         assert device is not None, "these bytes lie in host memory"
-        self._require(number)
-        return torch.empty(0, dtype=torch.uint8, device=device).set_(self.owners[number], offset, (n_bytes,), (1,))
+        known = self.whole(number)
+        if known is not None:
+            with torch.no_grad():
+                return known.view(-1).view(torch.uint8)
+        empty = torch.empty(0, dtype=torch.uint8, device=device)
+        return empty.set_(self.owners[number], 0, (self.storages[number].n_bytes,), (1,))
 
     def whole(self, number: int) -> torch.Tensor | None:
         """A contiguous tensor over all bytes of a storage, if one is known. It is the owner's, who may have put other data into it."""

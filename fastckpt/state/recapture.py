@@ -13,14 +13,15 @@ import pickle
 import struct
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.storage import UntypedStorage
 
 from fastckpt.errors import SaveError
+from fastckpt.format.digest import digest
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.tensor_names import Name, dotted, key_of
 from fastckpt.state.capture import (
@@ -153,6 +154,18 @@ class _Look:
         self.form += tensor.stride()
 
 
+class Identity(NamedTuple):
+    """What two captures have in common if the state has not changed between them, as far as torch and Python tell: not what lies in
+    storages that were written to behind torch's back, or made anew.
+    """
+
+    tensors: list[TensorEntry]
+    streams: bytes
+    """A digest of the pickle streams."""
+    versions: list[int]
+    """How often each tensor was changed in place."""
+
+
 @dataclass
 class _Part:
     """What is known of a part since it was pickled."""
@@ -176,7 +189,11 @@ class _Changed(Exception):
 class Recapturer:
     """Used by the thread that trains."""
 
-    def __init__(self) -> None:
+    def __init__(self, no_identity: Collection[str] = ()) -> None:
+        """no_identity: names of parts that do not count for `identity`."""
+        self._no_identity = no_identity
+        self.identity = Identity([], b"", [])
+        """Of the last capture."""
         self._parts: dict[_Path, _Part] = {}
         self._storages: list[CapturedStorage] = []
         """Of the last capture. Its tensors are not kept: what a state_dict() makes for one save must not live until the next."""
@@ -200,7 +217,18 @@ class Recapturer:
         if captured is None:
             captured = self._anew(parts, looks)
         captured.skeleton = b"".join([b"\x80\x02", *self._joined(state, (), _DEPTH), b"."])
+        self.identity = self._identity(looks)
         return captured
+
+    def _identity(self, looks: dict[_Path, _Look | _Plain | None]) -> Identity:
+        counted = [path for path in self._parts if path[:1] == () or path[0] not in self._no_identity]
+        versions: list[int] = []
+        for path in counted:
+            look = looks[path]
+            if look is not None:
+                versions += _versions(look.tensors)
+        streams = digest(b"".join(self._parts[path].opcodes for path in counted))
+        return Identity(self._tensors, streams, versions)
 
     def _anew(self, parts: dict[_Path, Any], looks: dict[_Path, _Look | _Plain | None]) -> Captured:
         numbers = StorageNumbers()
@@ -311,6 +339,13 @@ class _Renumbered(StorageNumbers):
         number = self._left.pop()
         self.storages[number], self.addresses[number], self.owners[number] = info, address, owner
         return number
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # those made under inference_mode count nothing
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _pickled(path: _Path, value: Any, numbers: StorageNumbers) -> bytes:
