@@ -5,7 +5,7 @@ the skeleton, by default through torch's restricted unpickler, and asks for the 
 """
 
 from fastckpt.state.capture import Captured, CapturedStorage, capture
-from fastckpt.state.rebuild import Rebuild, StorageProvider, unsafe_globals
+from fastckpt.state.rebuild import Rebuild, StorageProvider, may_be_refused, unsafe_globals
 from fastckpt.state.recapture import Identity, Recapturer
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "Recapturer",
     "StorageProvider",
     "capture",
+    "may_be_refused",
     "unsafe_globals",
 ]
