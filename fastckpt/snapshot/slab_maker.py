@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 from fastckpt.events import logger
 from fastckpt.snapshot.pool import SlabPool
-from fastckpt.workers import start_thread
+from fastckpt.workers import is_ending, start_thread
 
 
 class SlabMaker:
@@ -30,8 +29,7 @@ class SlabMaker:
         made = []
         try:
             for n_bytes in self._sizes:
-                # At the interpreter's end nobody will save any more, and it waits for us.
-                if self._stopped or not threading.main_thread().is_alive():
+                if self._stopped or is_ending():  # which waits for us
                     return
                 slab = self._pool.take(n_bytes, self._for_device)
                 if slab is None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.storage import UntypedStorage
 
+from fastckpt import collector
 from fastckpt.errors import SaveError
 from fastckpt.format.digest import digest
 from fastckpt.format.directory import TensorEntry
@@ -215,7 +216,8 @@ class Recapturer:
             except _Changed:
                 captured = None
         if captured is None:
-            captured = self._anew(parts, looks)
+            with collector.held_off():
+                captured = self._anew(parts, looks)
         captured.skeleton = b"".join([b"\x80\x02", *self._joined(state, (), _DEPTH), b"."])
         self.identity = self._identity(looks)
         return captured
