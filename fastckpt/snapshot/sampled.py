@@ -62,20 +62,32 @@ class SamplePlan:
         return (number for number in range(len(self._chunks)) if self.of(number) is not None)
 
     def _stretches(self, chunk: Chunk) -> _Stretches | None:
-        found: list[tuple[int, int, int, int]] = []
+        # Lists of numbers, not of tuples: Python's collector walks all that are made, and a state may have 100,000 storages.
+        storages: list[int] = []
+        in_storage: list[int] = []
+        in_chunk: list[int] = []
+        lengths: list[int] = []
         at = 0
         for number, offset, n_bytes in chunk.pieces:
             if self._on_host[number] and number not in self._left_out:
-                found.append((number, offset, at, n_bytes))
-                for start, stop in self._small.get(number, ()):
-                    first, end = max(start, offset), min(stop, offset + n_bytes)
-                    if first < end:
-                        found.append((number, first, at + first - offset, end - first))
+                for first, end in ((offset, offset + n_bytes), *self._small.get(number, ())):
+                    start, stop = max(first, offset), min(end, offset + n_bytes)
+                    if start < stop:
+                        storages.append(number)
+                        in_storage.append(start)
+                        in_chunk.append(at + start - offset)
+                        lengths.append(stop - start)
             at += n_bytes
-        if not found:
+        if not storages:
             return None
-        table = np.ascontiguousarray(np.array(found, np.uint64).T)
-        return _Stretches(table[0].astype(np.intp), table[1], table[2], table[3], lines_bytes(table[3]))
+        n = np.array(lengths, np.uint64)
+        return _Stretches(
+            np.array(storages, np.intp),
+            np.array(in_storage, np.uint64),
+            np.array(in_chunk, np.uint64),
+            n,
+            lines_bytes(n),
+        )
 
 
 def _small_tensors(captured: Captured) -> dict[int, list[tuple[int, int]]]:

@@ -161,8 +161,8 @@ class Identity(NamedTuple):
     """
 
     tensors: list[TensorEntry]
-    streams: bytes
-    """A digest of the pickle streams."""
+    streams: list[bytes]
+    """Digests of the pickle streams of all parts."""
     versions: list[int]
     """How often each tensor was changed in place."""
 
@@ -174,6 +174,8 @@ class _Part:
     form: list[Any] | bytes | None
     """None: it is pickled every time."""
     opcodes: bytes | memoryview
+    digest: bytes
+    """Of the opcodes."""
     entries: list[TensorEntry]
     numbers: list[int]
     """Of its storages, in the order in which `_Look` meets them; if it has no form, in that of pickling."""
@@ -193,7 +195,7 @@ class Recapturer:
     def __init__(self, no_identity: Collection[str] = ()) -> None:
         """no_identity: names of parts that do not count for `identity`."""
         self._no_identity = no_identity
-        self.identity = Identity([], b"", [])
+        self.identity = Identity([], [], [])
         """Of the last capture."""
         self._parts: dict[_Path, _Part] = {}
         self._storages: list[CapturedStorage] = []
@@ -229,8 +231,7 @@ class Recapturer:
             look = looks[path]
             if look is not None:
                 versions += _versions(look.tensors)
-        streams = digest(b"".join(self._parts[path].opcodes for path in counted))
-        return Identity(self._tensors, streams, versions)
+        return Identity(self._tensors, [self._parts[path].digest for path in counted], versions)
 
     def _anew(self, parts: dict[_Path, Any], looks: dict[_Path, _Look | _Plain | None]) -> Captured:
         numbers = StorageNumbers()
@@ -239,7 +240,7 @@ class Recapturer:
             first = len(numbers.storages)
             look = looks[path]
             if isinstance(look, _Plain):
-                self._parts[path] = _Part(look.form, look.opcodes, [], [], [], {})
+                self._parts[path] = _Part(look.form, look.opcodes, digest(look.form), [], [], [], {})
                 self.pickled.append((path, look.form))
                 continue
             stream = _pickled(path, value, numbers)
@@ -249,7 +250,7 @@ class Recapturer:
             known = own if look is None else [numbers.number_of_storage[s._cdata] for s in look.storages]
             form, wholes = (None, {}) if look is None else (look.form, _wholes(look, known, numbers.storages))
             listed = _entries(path, value, numbers)
-            self._parts[path] = _Part(form, stream[2:-1], listed, known, own, wholes)
+            self._parts[path] = _Part(form, stream[2:-1], digest(stream), listed, known, own, wholes)
         self._form = object()
         self._storages = numbers.storages
         self._tensors = [entry for part in self._parts.values() for entry in part.entries]
@@ -283,7 +284,8 @@ class Recapturer:
         if isinstance(look, _Plain):
             if part.own or part.entries:
                 raise _Changed
-            part.opcodes, part.form, part.numbers, part.wholes = look.opcodes, look.form, [], {}
+            part.opcodes, part.digest, part.form = look.opcodes, digest(look.form), look.form
+            part.numbers, part.wholes = [], {}
             self.pickled.append((path, look.form))
             return
         numbers.give(part.own)
@@ -292,7 +294,7 @@ class Recapturer:
         look = _seen_by(numbers, look)
         if _entries(path, value, numbers) != part.entries or numbers.differs(part.own):
             raise _Changed
-        part.opcodes = stream[2:-1]
+        part.opcodes, part.digest = stream[2:-1], digest(stream)
         part.form = None if look is None else look.form
         if look is not None:
             part.numbers = [numbers.number_of_storage[storage._cdata] for storage in look.storages]
