@@ -95,6 +95,8 @@ class Job:
     called_s: float
     handle: CommitHandle
     threads: UploadThreads
+    owner: object = None
+    """Kept while this runs: what an optimizer's hook needs to wait for the source."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     told: bool = False
     """Its handle has got its outcome, or is about to. Under the queue's lock."""

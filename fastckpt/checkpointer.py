@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pickle
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass
 from types import TracebackType
@@ -48,8 +50,9 @@ from fastckpt.repository import Repository
 from fastckpt.retention import GRACE_S, Keep
 from fastckpt.rng import RNGState
 from fastckpt.schedule import Every
+from fastckpt.settled import Settled
 from fastckpt.snapshot import DoesNotFit, Fenced, FenceHooks, Sampled, Sampler, Snapshot, Stager
-from fastckpt.spot import Notice, Watcher, open_sources
+from fastckpt.spot import Notice, Watcher, WorkerErrors, open_sources
 from fastckpt.state import Captured, Identity, Recapturer
 from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.state.refused import ARRAYS, Watch, described, find
@@ -83,8 +86,9 @@ class Checkpointer:
     url: a directory, "s3://bucket/prefix", or a Store. state: names → objects with state_dict and load_state_dict, tensors, dicts or lists.
 
     every: when to save; None: only `save_now` and notices. keep: which checkpoints stay; None: all. fresh: begin a new history where
-    there are checkpoints. spot: "auto", None, or sources (docs/spot.md). on_exception: "save" saves once more when the block is left by an
-    exception. close_timeout_s: what a save in flight gets then. grace_s: how long bytes of retired checkpoints stay.
+    there are checkpoints. spot: "auto", None, or sources (docs/spot.md). on_exception: "save" saves the last step once more when the block
+    is left by an exception, unless the next one had begun to change the state. close_timeout_s: what a save in flight gets then. grace_s:
+    how long bytes of retired checkpoints stay.
 
     Opening reads the repository's marker, or makes it and probes the store. Errors of background saves are raised by the next call, and by
     `close`. No error, no notice and no store that hangs keeps `step` from returning, except for the final save, which has a deadline,
@@ -121,6 +125,8 @@ class Checkpointer:
         self._watcher: Watcher | None = None
         self._hooks: FenceHooks | None = None
         self._closed, self._pid = False, os.getpid()
+        self._trained_by = threading.main_thread()
+        self._worker_errors = WorkerErrors(functools.partial(_is_changing, weakref.ref(self)))
         self._incarnation = Incarnation(self._repository, self._options)
         self._stager = Stager(
             self._options.snapshot_bytes,
@@ -135,11 +141,13 @@ class Checkpointer:
         self._queue = SaveQueue(self._incarnation, keep, grace_s)
         try:
             self._repository.initialise()
+            # Neither may keep one that was forgotten, without being closed: it would go on to take the process's signals.
+            self._hooks = FenceHooks(self._optimizers, _weakly(self._before_update))
+            self._settled = Settled(self._targets, self._hooks)
             sources = open_sources(spot)
             if sources:
-                self._watcher = Watcher(sources)
+                self._watcher = Watcher(sources, at_signal=self._worker_errors.hold)
                 self._watcher.start()
-            self._hooks = FenceHooks(self._optimizers, self._before_update)
         except BaseException:
             self._let_go()
             raise
@@ -165,6 +173,8 @@ class Checkpointer:
         self._early_seen = False
         self._final: Notice | None = None
         self._left = False
+        self._told: tuple[Mapping[str, float], Mapping[str, Any]] = {}, {}
+        """Metrics and meta of the last call of `step`."""
         self._saves = self._deferred = 0
         self._stall_s = 0.0
         self._weights_only = True
@@ -215,12 +225,14 @@ class Checkpointer:
                 known_bad = [*choice.skipped, Skipped(commit.checkpoint, str(error)[:500])]
                 continue
             break
+        self._settled.forget()
         try:
             targets.apply(self._targets, loaded, self._repository.location(commit.checkpoint), plan)
         except PartialRestoreError as error:
             self._broken = error
             raise
         self._broken, self.restored, self._step = None, commit, commit.save.step
+        self._mark_settled()
         self._last_start_s = time.monotonic()
         return commit.save.step
 
@@ -277,7 +289,9 @@ class Checkpointer:
         self._require_open()
         if self._broken is not None:
             raise self._broken
-        self._raise_failures()
+        notice = self._watcher.final if self._watcher is not None else None
+        if notice is None:  # else there is no next call for which they could wait, and the final save tells them
+            self._raise_failures()
         metrics, meta = _checked(metrics, meta)
         if type(step) is not int or not 0 <= step <= MAX_STEP:
             raise SaveError(f"step is {step!r}: expected an integer from 0 to {MAX_STEP}")
@@ -286,7 +300,8 @@ class Checkpointer:
         if self._left:
             return True
         before, self._step = self._step, step
-        notice = self._watcher.final if self._watcher is not None else None
+        self._told = metrics, meta
+        self._mark_settled()
         if notice is not None:
             self._final_save(step, metrics, meta, notice)
             return True
@@ -479,7 +494,7 @@ class Checkpointer:
                     # Now, although an earlier save may be under way: if it ends with the interpreter, none can be started any more.
                     threads = UploadThreads.start(captured, self._options)
                     here = not self._queue.put(
-                        Job(step, trigger, metrics, meta, captured, source, called_s, handle, threads)
+                        Job(step, trigger, metrics, meta, captured, source, called_s, handle, threads, owner=self)
                     )
                 except BaseException:
                     if threads is not None:
@@ -626,6 +641,7 @@ class Checkpointer:
 
     def _final_save(self, step: int, metrics: Mapping[str, float], meta: Mapping[str, Any], notice: Notice) -> None:
         self._final = notice
+        self._worker_errors.hold()
         final_save(
             self._queue,
             notice,
@@ -635,6 +651,41 @@ class Checkpointer:
             start=lambda: self._start(step, "notice", metrics, meta, notice),
         )
         self._left = True
+
+    def _mark_settled(self) -> None:
+        self._trained_by = threading.current_thread()
+        if self._watcher is not None or self._on_exception is not None:
+            self._settled.mark()
+
+    def _may_be_saved(self) -> bool:
+        """Whether the objects are those of the last step, now that an exception has come from somewhere. Says why they are not."""
+        if self._step is None or self._broken is not None:
+            return False
+        moved = self._settled.moved
+        if moved is None and not self._settled.sees_steps and self._on_exception != "save":
+            moved = "no optimizer was seen to say when it begins a step, so one may have begun"
+        if moved is not None:
+            logger.warning("the state is not saved as step %d: %s", self._step, moved)
+        return moved is None
+
+    def _save_last(self, notice: Notice) -> None:
+        """After an exception that came behind a notice: have the newest step durable that there is."""
+        if self._left:
+            return
+        left_s = notice.seconds_left(time.monotonic())
+        if self._step is not None and self._saved(self._step):
+            given_up = any(job.step == self._step and job.handle.done() for job in self._queue.jobs)
+            if given_up:  # interrupted before it was copied; its memory is needed
+                self._queue.wait_fewer(1, left_s)
+        if self._step is not None and (self._saved(self._step) or self._may_be_saved()):
+            if not self._saved(self._step):
+                self._settled.put_back()
+            self._final_save(self._step, *self._told, notice)
+            return
+        with hurried():
+            self._queue.wait_idle(self._close_timeout_s if left_s is None else left_s)
+        durable = self.stats.durable_step
+        logger.warning("%s: what stands is %s", notice.source, "no step" if durable is None else f"step {durable}")
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -689,6 +740,10 @@ class Checkpointer:
                 "up. Earlier checkpoints are as they were"
             )
 
+    def _tell_worker_errors(self) -> None:
+        for error in self._worker_errors.take():
+            logger.warning("kept back since the notice: %s: %s", type(error).__name__, error)
+
     def _let_go(self) -> None:
         with contextlib.ExitStack() as last_first:  # one that fails keeps none of the others
             if self._owns_store and not len(self._queue):  # a save that was given up may still be in its last request
@@ -698,6 +753,7 @@ class Checkpointer:
             last_first.callback(self._stager.stop_preparing)
             if self._watcher is not None:
                 last_first.callback(self._watcher.close)
+            last_first.callback(self._tell_worker_errors)
             if self._hooks is not None:
                 last_first.callback(self._hooks.remove)
 
@@ -707,32 +763,52 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Closes. After a final notice an exception ends in SystemExit(exit_code), with it as the cause and in the log: it is mostly the
+        notice's own consequence, and the launcher must know that the job is to be started again.
+        """
         if error is None:
             self.close()
             return
+        notice = self.notice
         try:
-            self._abort()
+            self._abort(notice)
         except Exception as ours:
             # The first error is the one to see; ours goes with it.
             logger.error("closing the Checkpointer after an exception: %s: %s", type(ours).__name__, ours)
             if sys.version_info >= (3, 11):
                 error.add_note(f"fastckpt: {type(ours).__name__}: {ours}")
+        # Who chooses a status of his own, or only closes a generator, has not failed.
+        if notice is not None and os.getpid() == self._pid and not isinstance(error, (SystemExit, GeneratorExit)):
+            logger.error(
+                "%s had told of the end before this exception came: the exit status is %d",
+                notice.source,
+                self.exit_code,
+                exc_info=(type(error), error, trace),
+            )
+            raise SystemExit(self.exit_code) from error
 
-    def _abort(self) -> None:
-        """Leave after an exception: what is in flight gets `close_timeout_s`, and nothing new begins unless it was asked for."""
+    def _abort(self, notice: Notice | None) -> None:
+        """Leave after an exception: what is in flight gets `close_timeout_s`, and nothing new begins unless a notice has come or it was
+        asked for.
+        """
         if self._closed or os.getpid() != self._pid:
             return
         try:
             # No fence, which may take max_stall_s: until this returns nobody trains.
             end_s = time.monotonic() + self._close_timeout_s
-            if (
+            if notice is not None:
+                self._save_last(notice)
+                left_s = notice.seconds_left(time.monotonic())
+                end_s = end_s if left_s is None else min(end_s, time.monotonic() + left_s)
+            elif (
                 self._on_exception == "save"
                 and self._step is not None
-                and self._broken is None
                 and not self._saved(self._step)
+                and self._may_be_saved()
                 and self._queue.wait_idle(self._close_timeout_s)
             ):
-                self._start(self._step, "exception", {}, {}, end_s=end_s)
+                self._settled.put_back()
+                self._start(self._step, "exception", *self._told, end_s=end_s)
             self._end_saves(max(0.0, end_s - time.monotonic()), "close_timeout_s")
         finally:
             self._closed = True
@@ -787,6 +863,27 @@ class _SavedState(NamedTuple):
 
 def _has_failed(handle: CommitHandle) -> bool:
     return handle.done() and handle.durable.exception() is not None
+
+
+def _is_changing(reference: weakref.ref[Checkpointer]) -> bool:
+    """Whether the main thread should not be interrupted: it updates the state, or is not the one that trains."""
+    living = reference()
+    if living is None:
+        return False
+    begun = living._hooks is not None and living._hooks.begun
+    return begun or living._trained_by is not threading.main_thread()
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Calls it while its object is there, and does not keep the object."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        living = reference()
+        if living is not None:
+            living()
+
+    return call
 
 
 def _less(limit_s: float, end_s: float | None) -> float:

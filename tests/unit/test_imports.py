@@ -23,7 +23,7 @@ LAYERS = (
     ("state", "agreement", "ordered_sink"),
     ("reader",),
     ("snapshot", "chunk_source", "commit", "packs", "rng", "schedule"),
-    ("repository",),
+    ("repository", "settled"),
     ("catalog", "restore_plan"),
     ("save", "restore"),
     ("upload", "retention", "check", "foreign", "tensors", "loading", "held_pack", "placement", "changes"),
