@@ -42,6 +42,7 @@ from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
 from fastckpt.tensors import TensorReader
+from fastckpt.torch_names import check_can_seek, check_can_write, check_dill
 from fastckpt.workers import start_thread
 
 
@@ -76,8 +77,8 @@ def save(
     Raises what torch.save raises for the object; OSError for the target; SaveError (docs: fastckpt.errors), among them TargetBusyError for
     an earlier save that does not end, and OvertakenError if a signal handler interrupted this save with one of its own to the same target.
     """
-    torch.serialization._check_dill_version(pickle_module)
-    torch.serialization._check_save_filelike(f)
+    check_dill(pickle_module)
+    check_can_write(f)
     options = Options.from_env()
     if not _use_new_zipfile_serialization:
         _save_legacy(obj, f, pickle_module, pickle_protocol, options)
@@ -164,7 +165,7 @@ def save_async(
     Raises at once what can be known at once (an object that cannot be pickled, a directory that does not exist); the rest reaches
     `handle.durable` and the log.
     """
-    torch.serialization._check_save_filelike(f)
+    check_can_write(f)
     options = options or Options.from_env()
     started = time.perf_counter()
     captured = capture(obj, pickle_module, pickle_protocol)
@@ -273,7 +274,7 @@ def load(
                 **pickle_load_args,
             )
         weights_only = resolve_weights_only(weights_only, pickle_module)
-        torch.serialization._check_dill_version(pickle_module)
+        check_dill(pickle_module)
         if mmap and not isinstance(source, PathSource):
             raise ValueError("f must be a file path in order to use the mmap argument")
         if pickle_load_args and weights_only:
@@ -357,7 +358,7 @@ def _sink(f: Any, verb: str, options: Options) -> tuple[OrderedSink, turns.Turn]
 
 def _source(f: Any) -> Source:
     if not isinstance(f, (str, os.PathLike)):
-        torch.serialization._check_seekable(f)
+        check_can_seek(f)
         return FileObjectSource(f)
     where = location(f)
     if not is_url(where):

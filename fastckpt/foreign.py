@@ -12,6 +12,7 @@ from torch import serialization
 from fastckpt.errors import NotACheckpointError
 from fastckpt.sources import FileObjectSource, Source
 from fastckpt.state import invariants
+from fastckpt.torch_names import fake_mode
 
 # As they are now: a program may put fastckpt.load in the place of torch.load, and its own functions must not call themselves.
 torch_load, torch_save = serialization.load, serialization.save
@@ -38,7 +39,7 @@ def load(f: Any, source: Source, map_location: Any, pickle_module: Any, **argume
     if head.startswith((_ZIP, _PICKLE)) or head[_TAR_MAGIC_OFFSET : _TAR_MAGIC_OFFSET + 5] == b"ustar":
         loaded = torch_load(f, map_location, pickle_module, **arguments)
         may_run_code = arguments.get("weights_only") is False or pickle_module is not None
-        if not may_run_code and torch._guards.detect_fake_mode(None) is None:
+        if not may_run_code and fake_mode() is None:
             invariants.require_fit(
                 loaded, source.name
             )  # torch before 2.14 does not look, later ones at sparse tensors only

@@ -16,6 +16,7 @@ from fastckpt.options import Options
 from fastckpt.reader import Reader, storage_bytes
 from fastckpt.restore import DEVICE_WINDOW_BYTES, StorageLoader, check_size
 from fastckpt.state import Rebuild, may_be_refused, unsafe_globals
+from fastckpt.torch_names import fake_mode, is_meta_location
 
 # What is loaded within a second or two, with the collector held off: small tensors are many objects, not many bytes.
 _SOON_BYTES = 64 << 20
@@ -45,10 +46,10 @@ def load_object(
         raise CheckpointError(
             f"{reader.source.name} holds tensors but no object to load: fetch them with fastckpt.open"
         )
-    meta = torch.serialization._is_meta_location(map_location)
+    meta = is_meta_location(map_location)
     refused = weights_only and _refuses(reader, beyond_torch)
     # Nothing is read ahead for a load that will be refused, nor for one that needs no data.
-    read_ahead = not meta and not refused and torch._guards.detect_fake_mode(None) is None
+    read_ahead = not meta and not refused and fake_mode() is None
     # Also where nothing is read ahead: what comes before a refused global is read all the same. Arrays are read even for "meta".
     check_size(reader, _array_bytes(reader) if meta else n_bytes, options.max_load_bytes)
     reader.require_readable()

@@ -21,6 +21,7 @@ from fastckpt.format.directory import Directory, TensorEntry
 from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.rng import RNGState
 from fastckpt.state.naming import named_tensors
+from fastckpt.torch_names import has_storage, identity
 
 
 @dataclass(frozen=True)
@@ -218,9 +219,9 @@ def _sharing(
     groups: dict[int, list[tuple[Name, torch.Tensor]]] = defaultdict(list)
     for name, tensor in live.items():
         if _has_plain_memory(tensor):
-            groups[tensor.untyped_storage()._cdata].append((name, tensor))
+            groups[identity(tensor.untyped_storage())].append((name, tensor))
     held = {
-        tensor.untyped_storage()._cdata
+        identity(tensor.untyped_storage())
         for target in targets.values()
         if isinstance(target, torch.optim.Optimizer)
         for tensor in _tensors_of(target)
@@ -254,7 +255,7 @@ def _has_plain_memory(tensor: torch.Tensor) -> bool:
         type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
         and tensor.layout is torch.strided
         and not tensor.is_nested
-        and torch._C._has_storage(tensor)
+        and has_storage(tensor)
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fastckpt.rng import Generators, RNGState
 from fastckpt.snapshot import FenceHooks
+from fastckpt.torch_names import version_of
 
 _MAX_LEAVES = 1000
 """Of plain dicts and lists: looking at them takes some 200 µs in each step. Of larger ones nothing is known."""
@@ -39,7 +40,7 @@ class Settled:
             named = [(name, tensor) for name, module in self._modules for tensor in module.buffers()]
             self._buffers = [(name, tensor) for name, tensor in named if not tensor.is_inference()]
         self._known = False  # an interrupt in between leaves half of a mark
-        self._versions = [tensor._version for _, tensor in self._buffers]
+        self._versions = [version_of(tensor) for _, tensor in self._buffers]
         self._values = [_leaves(one) for _, one in self._plain]
         if self._draws:
             self._drawn = Generators.now()
@@ -58,7 +59,7 @@ class Settled:
         if self._hooks.begun:
             return "an optimizer has begun the next one"
         for (name, tensor), version in zip(self._buffers or (), self._versions, strict=True):
-            if tensor._version != version:
+            if version_of(tensor) != version:
                 return f"buffers of {name!r} have been changed since"
         for (name, one), value in zip(self._plain, self._values, strict=True):
             if _leaves(one) != value:
@@ -83,7 +84,7 @@ def _leaves(one: Any) -> list[Any] | None:
     while waiting:
         value = waiting.pop()
         if isinstance(value, torch.Tensor):
-            found.append((id(value), None if value.is_inference() else value._version))
+            found.append((id(value), None if value.is_inference() else version_of(value)))
         elif isinstance(value, (int, float, str, bytes, type(None))):
             found.append(repr(value) if isinstance(value, float) else value)  # nan is not equal to itself
         elif isinstance(value, (Mapping, list, tuple)):

@@ -23,6 +23,7 @@ from fastckpt.reader import Reader, summary
 from fastckpt.restore import DEVICE_WINDOW_BYTES, LastChunk, StorageLoader, check_size
 from fastckpt.state.invariants import require_fit
 from fastckpt.state.naming import Named, named_tensors
+from fastckpt.torch_names import storage_behind
 
 _MOST_COMPARED = 1000  # milliseconds
 
@@ -35,7 +36,7 @@ class _Lent(NamedTuple):
 
     def storage(self) -> UntypedStorage | None:
         """The storage, if anybody still has it."""
-        found: UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(self.reference.cdata)
+        found: UntypedStorage | None = storage_behind(self.reference)
         return found
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
+from fastckpt.torch_names import local_of, version_of
+
 try:
     from torch.distributed.tensor import DTensor
 except ImportError:  # torch built without distributed
@@ -40,7 +42,7 @@ class Fenced:
                     self._addresses.append(address)
                     if tensor.nbytes != storage.nbytes() or not tensor.is_contiguous():
                         in_part.add(address)
-        self._versions = [tensor._version for tensor in self._tensors]
+        self._versions = [version_of(tensor) for tensor in self._tensors]
         self.addresses = set(self._addresses)
         if in_part:
             self.keep_only([*self.addresses - self._shared(in_part)])
@@ -66,7 +68,7 @@ class Fenced:
 
     def changed(self) -> int | None:
         """The address of one that has another version now."""
-        versions = [tensor._version for tensor in self._tensors]
+        versions = [version_of(tensor) for tensor in self._tensors]
         if versions == self._versions:
             return None
         return next(a for a, now, then in zip(self._addresses, versions, self._versions, strict=True) if now != then)
@@ -98,7 +100,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor | None:
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return tensor
     if DTensor is not None and isinstance(tensor, DTensor):
-        local: torch.Tensor = tensor._local_tensor
+        local = local_of(tensor)
         return local if type(local) is torch.Tensor else None
     return None
 

@@ -24,6 +24,7 @@ from fastckpt.format.element_types import NUMPY_PREFIX, element_type
 from fastckpt.format.tensor_names import Name
 from fastckpt.kernels import kernels
 from fastckpt.state.naming import Named, Reduction, named_tensors
+from fastckpt.torch_names import class_of, identity, skips_data, untyped_of
 
 # Smaller arrays stay in the pickle: a record, a storage entry and a range read cost more than they save.
 _ARRAY_BYTES = 64 * 1024
@@ -220,10 +221,10 @@ class StorageNumbers:
 
     def _storage_id(self, obj: TypedStorage | UntypedStorage) -> tuple[Any, ...]:
         if isinstance(obj, TypedStorage):
-            storage, dtype = obj._untyped_storage, obj.dtype
+            storage, dtype = untyped_of(obj), obj.dtype
             kind = self._kind_of.get(dtype)
             if kind is None:
-                kind = self._kind_of[dtype] = getattr(torch, obj._pickle_storage_type())
+                kind = self._kind_of[dtype] = class_of(obj)
         else:
             storage, dtype = obj, torch.uint8
             kind = torch.serialization.normalize_storage_type(type(obj))
@@ -233,11 +234,11 @@ class StorageNumbers:
             # torch's own text: people search for it.
             raise RuntimeError("Cannot save multiple tensors or storages that view the same data as different types")
         location = torch.serialization.location_tag(storage)
-        number = self.number_of_storage.get(storage._cdata)
+        number = self.number_of_storage.get(identity(storage))
         if number is None:
             n_bytes = numel * dtype.itemsize
             info = _storage_info(storage, dtype, n_bytes, location)
-            number = self.number_of_storage[storage._cdata] = self._enter(info, address if n_bytes else 0, storage)
+            number = self.number_of_storage[identity(storage)] = self._enter(info, address if n_bytes else 0, storage)
         return ("storage", kind, str(number), location, numel)
 
     def _enter(self, info: CapturedStorage, address: int, owner: Any) -> int:
@@ -287,7 +288,7 @@ def capture(obj: object, pickle_module: Any, pickle_protocol: int) -> Captured:
 
 def refuse_skipping_data() -> None:
     """SaveError inside torch.serialization.skip_data."""
-    if torch.serialization._serialization_tls.skip_data:
+    if skips_data():
         raise SaveError("torch.serialization.skip_data is not supported: fastckpt saves data or fails")
 
 
@@ -334,7 +335,7 @@ def _entry(named: Named, state: StorageNumbers) -> TensorEntry | None:
         order = _order(value)
         dtype = NUMPY_PREFIX + value.dtype.str
         return TensorEntry(name, dtype, value.shape, _strides(value.shape, order), 0, number, kind, False)
-    number = state.number_of_storage.get(value.untyped_storage()._cdata)
+    number = state.number_of_storage.get(identity(value.untyped_storage()))
     if number is None:  # reached by name only: pickling went another way
         return None
     dtype = _name_of(value.dtype)

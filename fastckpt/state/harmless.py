@@ -12,7 +12,6 @@ import io
 import pathlib
 import pickle
 import re
-import types
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import _weights_only_unpickler as restricted
+
+from fastckpt.torch_names import allowed_globals, load_allowing, restricted, user_allowed_globals
 
 NUMPY_DTYPE = "numpy.dtype"
 """Only as a part of a NumPy scalar: by itself, or in an array, it is refused."""
@@ -104,7 +104,7 @@ _TABLE: dict[str, Any] = {
 NAMES = frozenset({*_TABLE, *NUMPY_SCALARS, "collections.defaultdict"})
 
 
-class Unpickler(restricted.Unpickler):
+class Unpickler(restricted.Unpickler):  # type: ignore[misc]
     """torch's restricted unpickler, which also takes the types above. What it refuses, it refuses in torch's words."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -116,17 +116,15 @@ class Unpickler(restricted.Unpickler):
         table = self._table()
 
         def allowed() -> dict[str, Any]:
-            users = restricted._get_user_allowed_globals()
+            users = user_allowed_globals()
             if any(name.startswith("numpy.") for name in users):  # theirs fit each other, and not ours
                 return {**{name: value for name, value in table.items() if not name.startswith("numpy.")}, **users}
             return {**table, **users}
 
-        # torch's function as it is, with another list: a change of torch's list itself would be one for the whole process.
-        code = restricted.Unpickler.load.__code__
-        load = types.FunctionType(code, {**vars(restricted), "_get_user_allowed_globals": allowed}, "load")
-        result = load(self)
+        result = load_allowing(self, allowed)
         self.memo.clear()
-        self.stack = self.metastack = []
+        self.stack: list[Any] = []
+        self.metastack: list[Any] = []
         self.append = self.stack.append
         if len(self._dtypes):
             raise pickle.UnpicklingError(
@@ -144,7 +142,7 @@ class Unpickler(restricted.Unpickler):
                 dtypes.add(self)
 
         def make_defaultdict(factory: Any = None, *rest: Any) -> Any:
-            known = (restricted._get_allowed_globals(), restricted._get_user_allowed_globals(), _TABLE)
+            known = (allowed_globals(), user_allowed_globals(), _TABLE)
             allowed = factory is None or any(factory is one for names in known for one in names.values())
             if rest or not allowed:
                 raise pickle.UnpicklingError(f"a defaultdict whose factory is {factory!r:.80} is refused")

@@ -16,6 +16,7 @@ import torch
 
 from fastckpt.errors import CorruptCheckpointError, Damage
 from fastckpt.format.tensor_names import Name, dotted, key_of
+from fastckpt.torch_names import is_fake, validate_sparse_compressed, validate_sparse_coo, without_subclasses
 
 _JAGGED_MODULE = "torch.nested._internal.nested_tensor"
 _COMPRESSED_BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
@@ -64,7 +65,7 @@ def misfits(obj: object) -> list[Misfit]:
     Reads all indices. Tensors without data (meta, fake) are passed over: there is nothing to read outside of.
     """
     found = []
-    with torch._C.DisableTorchFunctionSubclass():
+    with without_subclasses():
         for name, tensor in _composites(obj):
             kind = _kind(tensor)
             try:
@@ -115,7 +116,7 @@ def _is_composite(tensor: torch.Tensor) -> bool:
         and not tensor.is_nested
     ):
         return False
-    if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
+    if tensor.device.type == "meta" or is_fake(tensor):
         return False
     return (
         tensor.layout is not torch.strided
@@ -152,13 +153,13 @@ def _misfit(tensor: torch.Tensor) -> str | None:
         return _nested(tensor)
     if tensor.layout is torch.sparse_coo:
         indices, values = _where_it_can_be_checked(tensor._indices(), tensor._values())
-        _validate(torch._validate_sparse_coo_tensor_args, indices, values, tensor.size(), tensor.is_coalesced())
+        _validate(validate_sparse_coo, indices, values, tensor.size(), tensor.is_coalesced())
     elif tensor.layout in _COMPRESSED:
         by_rows = tensor.layout in _COMPRESSED_BY_ROWS
         compressed = tensor.crow_indices() if by_rows else tensor.ccol_indices()
         plain = tensor.col_indices() if by_rows else tensor.row_indices()
         parts = _where_it_can_be_checked(compressed, plain, tensor.values())
-        _validate(torch._validate_sparse_compressed_tensor_args, *parts, tensor.size(), tensor.layout)
+        _validate(validate_sparse_compressed, *parts, tensor.size(), tensor.layout)
     return None
 
 

@@ -17,6 +17,7 @@ import torch
 
 from fastckpt.format.directory import GlobalPlace
 from fastckpt.format.tensor_names import Name, key_of
+from fastckpt.torch_names import has_storage, offset_of_local, without_subclasses
 
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device})
 _OPAQUE = (
@@ -81,7 +82,7 @@ def named_tensors(obj: object, prefix: Name = (), reductions: Mapping[int, Reduc
             if (kind is torch.Tensor or kind is torch.nn.Parameter) and _is_plain(value):
                 yield Named(name, value, "tensor" if kind is torch.Tensor else "parameter")
                 continue
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_subclasses():
                 yield from _tensor(
                     name, value, "parameter" if isinstance(value, torch.nn.Parameter) else "tensor", None, None
                 )
@@ -97,12 +98,7 @@ def named_tensors(obj: object, prefix: Name = (), reductions: Mapping[int, Reduc
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     """A tensor that is no composite, the ordinary case."""
-    return (
-        tensor.layout is torch.strided
-        and not tensor.is_quantized
-        and not tensor.is_nested
-        and torch._C._has_storage(tensor)
-    )
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested and has_storage(tensor)
 
 
 def _children(value: Any, reduction: Reduction | None) -> list[tuple[Any, Any]]:
@@ -184,12 +180,7 @@ def _tensor(
     for part, value in _parts(tensor):
         inner = _global_place(tensor) if part == "_local_tensor" else None
         yield from _tensor((*name, part), value, "part", inner, tensor)
-    if (
-        tensor.layout is torch.strided
-        and not tensor.is_nested
-        and not _is_wrapper(tensor)
-        and torch._C._has_storage(tensor)
-    ):
+    if tensor.layout is torch.strided and not tensor.is_nested and not _is_wrapper(tensor) and has_storage(tensor):
         yield Named(name, tensor, "quantized" if tensor.is_quantized else kind, place, owner)
 
 
@@ -229,15 +220,5 @@ def _global_place(tensor: torch.Tensor) -> GlobalPlace | None:
     """Where a DTensor's local part lies in the whole, if it is one block of it."""
     if not hasattr(tensor, "placements") or not hasattr(tensor, "device_mesh"):
         return None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    try:
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    except (
-        RuntimeError,
-        NotImplementedError,
-        ValueError,
-        AssertionError,
-    ):  # strided or partial placements have no one block
-        return None
-    return GlobalPlace(tuple(tensor.shape), tuple(offset))
+    offset = offset_of_local(tensor)
+    return None if offset is None else GlobalPlace(tuple(tensor.shape), offset)

@@ -14,13 +14,23 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import _weights_only_unpickler as restricted
-from torch.serialization import StorageType, _get_restore_location, _is_meta_location
+from torch.serialization import StorageType
 from torch.storage import TypedStorage, UntypedStorage
 
 from fastckpt.errors import CheckpointError, CorruptCheckpointError, Damage
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
 from fastckpt.state import harmless, invariants
+from fastckpt.torch_names import (
+    allowed_globals,
+    fake_mode,
+    fake_storage,
+    forget_sparse_tensors,
+    is_meta_location,
+    loading_to,
+    restore_location,
+    restricted,
+    user_allowed_globals,
+)
 
 # torch's functions that lay a tensor over a storage; they fail when it does not fit.
 _PLACES_A_TENSOR = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")
@@ -86,14 +96,14 @@ def unsafe_globals(skeleton: bytes, holds_arrays: bool, *, beyond_torch: bool = 
         used -= harmless.NAMES
         if not holds_arrays:
             used.discard(harmless.NUMPY_DTYPE)  # of a scalar, as far as can be told from here
-    return sorted(used - set(restricted._get_allowed_globals()) - set(restricted._get_user_allowed_globals()))
+    return sorted(used - set(allowed_globals()) - set(user_allowed_globals()))
 
 
 def may_be_refused(skeleton: bytes, holds_arrays: bool) -> bool:
     """False: a restricted load refuses no global of the skeleton. True: ask `unsafe_globals`, which takes 50 times as long."""
     if holds_arrays:
         return True
-    allowed = restricted._get_allowed_globals()
+    allowed = allowed_globals()
     found = set(_GLOBAL.findall(skeleton))  # and what looks like one in a text or a number
     return any(f"{module.decode()}.{name.decode()}" not in allowed for module, name in found)
 
@@ -118,9 +128,9 @@ class Rebuild:
 
     def run(self) -> Any:
         """The object. pickle.UnpicklingError with torch's words when a restricted load refuses something."""
-        self._restore_location = _get_restore_location(self.map_location)
-        self._to_meta = _is_meta_location(self.map_location)
-        self._fake = torch._guards.detect_fake_mode(None) is not None  # it takes as long as rebuilding a tensor
+        self._restore_location = restore_location(self.map_location)
+        self._to_meta = is_meta_location(self.map_location)
+        self._fake = fake_mode() is not None  # it takes as long as rebuilding a tensor
         try:
             if not self.weights_only:
                 return self._unpickle(self.pickle_module)
@@ -153,16 +163,9 @@ class Rebuild:
 
         unpickler = Unpickler(io.BytesIO(self.skeleton), **self.load_args)
         unpickler.persistent_load = self._persistent_load
-        local = torch.serialization._serialization_tls
-        before = local.map_location
-        # For tensors whose memory is no storage (wrapper subclasses, tensors rebuilt from arrays). torch itself leaves
-        # this set when unpickling raises.
-        local.map_location = self.map_location
-        try:
+        with loading_to(self.map_location):
             result = unpickler.load()
-        finally:
-            local.map_location = before
-            torch._utils._sparse_tensors_to_validate.clear()  # what torch keeps for its own check, which has no names and no jagged tensors
+            forget_sparse_tensors()  # of torch's own check, which has no names and no jagged tensors
         self._require_fit(result)
         return result
 
@@ -178,8 +181,8 @@ class Rebuild:
     def _require_storages_as_long_as_they_were(self) -> None:
         """On the host a storage cannot grow. Elsewhere torch makes it longer for a tensor that ends outside of it: memory of somebody."""
         for number, value in self._loaded.items():
-            if isinstance(value, TypedStorage) and value._untyped_storage.nbytes() != self.provider.n_bytes(number):
-                found = f"one that ends at byte {value._untyped_storage.nbytes()}"
+            if isinstance(value, UntypedStorage) and value.nbytes() != self.provider.n_bytes(number):
+                found = f"one that ends at byte {value.nbytes()}"
                 raise self._damage(
                     f"a tensor of storage {number}", f"a place within its {self.provider.n_bytes(number)} bytes", found
                 )
@@ -220,8 +223,7 @@ class Rebuild:
 
     def _storage(self, number: int, n_bytes: int, location: str) -> UntypedStorage:
         if self._fake:
-            storage = UntypedStorage(n_bytes, device="meta")
-            storage._fake_device = location  # type: ignore[assignment]
+            storage = fake_storage(n_bytes, location)
         elif self._to_meta or not self.provider.has_data(number):
             storage = UntypedStorage(n_bytes, device="meta")
         else:
@@ -260,7 +262,7 @@ class Rebuild:
 
 def _refuse_array_unless_allowed(dtype: np.dtype[Any]) -> None:
     """Small arrays are in the pickle, where torch refuses them in these words; large ones must not differ."""
-    names = restricted._get_user_allowed_globals()
+    names = user_allowed_globals()
     allowed = list(names.values())
     here = (any(name.endswith("multiarray._reconstruct") for name in names), np.ndarray in allowed, np.dtype in allowed)
     for name, present in zip(_ARRAY_GLOBALS, here, strict=True):

@@ -34,6 +34,7 @@ from fastckpt.state.capture import (
     pickled,
     refuse_skipping_data,
 )
+from fastckpt.torch_names import identity, version_of
 
 _PROTOCOL = 2
 _MAX_SPLIT = 64  # a part more costs as much as ten tensors
@@ -142,7 +143,7 @@ class _Look:
         ):
             raise _NoForm
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = identity(storage)
         position = self._position.get(key)
         if position is None:
             position = self._position[key] = len(self.storages)
@@ -247,7 +248,7 @@ class Recapturer:
             self.pickled.append((path, stream))
             own = list(range(first, len(numbers.storages)))
             look = _seen_by(numbers, look)
-            known = own if look is None else [numbers.number_of_storage[s._cdata] for s in look.storages]
+            known = own if look is None else [numbers.number_of_storage[identity(s)] for s in look.storages]
             form, wholes = (None, {}) if look is None else (look.form, _wholes(look, known, numbers.storages))
             listed = _entries(path, value, numbers)
             self._parts[path] = _Part(form, stream[2:-1], digest(stream), listed, known, own, wholes)
@@ -267,7 +268,7 @@ class Recapturer:
                 to_pickle.append(path)
                 continue
             for storage, number in zip(look.storages, part.numbers, strict=True):
-                if number_of.setdefault(storage._cdata, number) != number:
+                if number_of.setdefault(identity(storage), number) != number:
                     raise _Changed
                 known = self._storages[number]
                 numbers.owners[number] = storage
@@ -297,7 +298,7 @@ class Recapturer:
         part.opcodes, part.digest = stream[2:-1], digest(stream)
         part.form = None if look is None else look.form
         if look is not None:
-            part.numbers = [numbers.number_of_storage[storage._cdata] for storage in look.storages]
+            part.numbers = [numbers.number_of_storage[identity(storage)] for storage in look.storages]
             part.wholes = _wholes(look, part.numbers, numbers.storages)
 
     def _captured(self, numbers: StorageNumbers) -> Captured:
@@ -347,9 +348,9 @@ class _Renumbered(StorageNumbers):
 
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     try:
-        return [tensor._version for tensor in tensors]
+        return [version_of(tensor) for tensor in tensors]
     except RuntimeError:  # those made under inference_mode count nothing
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        return [0 if tensor.is_inference() else version_of(tensor) for tensor in tensors]
 
 
 def _pickled(path: _Path, value: Any, numbers: StorageNumbers) -> bytes:
@@ -421,7 +422,7 @@ def _wholes(look: _Look | _Plain, numbers: Sequence[int], storages: Sequence[Cap
 
 def _seen_by(numbers: StorageNumbers, look: _Look | None) -> _Look | None:
     """The look, unless pickling went round a storage in it (some devices' tensors are pickled as arrays): then nothing is known."""
-    known = look is None or all(storage._cdata in numbers.number_of_storage for storage in look.storages)
+    known = look is None or all(identity(storage) in numbers.number_of_storage for storage in look.storages)
     return look if known else None
 
 

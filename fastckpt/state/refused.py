@@ -8,10 +8,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import _weights_only_unpickler as restricted
-
 from fastckpt.format.tensor_names import Name, dotted, key_of
 from fastckpt.state import harmless
+from fastckpt.torch_names import allowed_globals, read_global, restricted, user_allowed_globals
 
 # GLOBAL in the stream of protocol 2: c, module, line feed, name, line feed. Text may look like it.
 _GLOBAL = re.compile(rb"c([A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n)")
@@ -37,7 +36,7 @@ _ADVICE = {
 
 def is_allowed(name: str) -> bool:
     """Whether `restore` reads this global: torch's list, what the program has added to it, and `harmless`."""
-    listed = (restricted._get_allowed_globals(), restricted._get_user_allowed_globals(), harmless.NAMES)
+    listed = (allowed_globals(), user_allowed_globals(), harmless.NAMES)
     return any(name in names for names in listed)
 
 
@@ -83,7 +82,7 @@ class Watch:
 
 def _full_name(raw: bytes) -> str:
     """As torch reads the two lines."""
-    module, name = restricted._read_global_instruction(io.BytesIO(raw).readline)
+    module, name = read_global(io.BytesIO(raw).readline)
     return f"{module}.{name}"
 
 

@@ -14,6 +14,7 @@ PACKAGE = Path(fastckpt.__file__).parent
 # A new one is entered here, as low as it can be.
 LAYERS = (
     ("_native", "_version", "errors", "workers"),
+    ("torch_names",),
     ("attributes", "collector", "held", "recording", "interrupts", "location", "pages", "turns"),
     ("transform", "events", "files", "ranks", "trace"),
     ("kernels",),

@@ -1,0 +1,232 @@
+"""What fastckpt uses of torch that torch does not promise to keep: each name once, which versions have it, and what is done without it.
+
+Nobody else touches a name of torch's that begins with an underscore (tests/unit/test_torch_names.py reads the sources). `make test-matrix`
+runs the whole on the oldest and the newest torch. One that is newer than those is not refused: a name that it lacks is told when it
+is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.storage import TypedStorage, UntypedStorage
+
+
+def _missing(name: str, what_for: str) -> ImportError:
+    from fastckpt._version import __version__
+
+    return ImportError(
+        f"torch {torch.__version__} has no {name}, which fastckpt {__version__} needs for {what_for}. It was tried with torch 2.6 to 2.14: "
+        "install one of these, or a newer fastckpt"
+    )
+
+
+# -- loading -------------------------------------------------------------------------------------------------------------
+
+try:
+    from torch import _weights_only_unpickler
+except ImportError as error:
+    raise _missing("_weights_only_unpickler", "loads that run no foreign code") from error
+
+restricted: Any = _weights_only_unpickler
+"""torch's restricted unpickler, a module as `pickle` is. Since 1.13."""
+
+try:
+    from torch.serialization import _get_restore_location
+except ImportError as error:
+    raise _missing("serialization._get_restore_location", "map_location") from error
+restore_location: Any = _get_restore_location
+"""map_location → a function that moves a storage there. Since 0.4."""
+
+
+def user_allowed_globals() -> dict[str, Any]:
+    """Name → what `torch.serialization.add_safe_globals` has allowed in this process. Since 2.4."""
+    found: dict[str, Any] = restricted._get_user_allowed_globals()
+    return found
+
+
+def allowed_globals() -> dict[str, Any]:
+    """Name → what torch itself allows. Since 1.13."""
+    found: dict[str, Any] = restricted._get_allowed_globals()
+    return found
+
+
+def read_global(readline: Callable[[], bytes]) -> tuple[str, str]:
+    """Module and name of a GLOBAL operation, as torch reads the two lines. Since 2.5; without it, as pickle does."""
+    read = getattr(restricted, "_read_global_instruction", None)
+    if read is None:
+        return readline()[:-1].decode("utf-8"), readline()[:-1].decode("utf-8")
+    module, name = read(readline)
+    return module, name
+
+
+def load_allowing(unpickler: Any, allowed: Callable[[], dict[str, Any]]) -> Any:
+    """`restricted.Unpickler.load` of an unpickler, with another list of what the program allows: a change of torch's own list would be one
+    for the whole process. torch's function as it is, since 1.13; where it is made otherwise, only torch's list holds.
+    """
+    load = restricted.Unpickler.load
+    with contextlib.suppress(AttributeError, TypeError, ValueError):  # wrapped, or it has become a closure
+        load = types.FunctionType(load.__code__, {**vars(restricted), "_get_user_allowed_globals": allowed}, "load")
+    return load(unpickler)
+
+
+def is_meta_location(map_location: Any) -> bool:
+    """Whether a load is to have no data. torch's own `_is_meta_location` came with 2.7."""
+    return bool(map_location == "meta" or map_location == torch.device("meta"))
+
+
+@contextlib.contextmanager
+def loading_to(map_location: Any) -> Iterator[None]:
+    """torch's rebuilding functions see this map_location, those for tensors whose memory is no storage (wrapper subclasses, tensors rebuilt
+    from arrays). Since 2.1 in a thread's own `_serialization_tls`; torch itself leaves it set when unpickling raises.
+    """
+    local: Any = torch.serialization._serialization_tls
+    before = local.map_location
+    local.map_location = map_location
+    try:
+        yield
+    finally:
+        local.map_location = before
+
+
+def fake_mode() -> Any:
+    """The FakeTensorMode that is active, or None. Since 2.0.
+
+    It can only be active once its module was imported; asking torch before that would import it, and sympy: 0.3 s.
+    """
+    if "torch._subclasses.fake_tensor" not in sys.modules:
+        return None
+    return torch._guards.detect_fake_mode(None)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and no data, other than on "meta". Since 2.0."""
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(tensor, module.FakeTensor)
+
+
+def fake_storage(n_bytes: int, location: str) -> UntypedStorage:
+    """A storage of a load under a FakeTensorMode. Since 2.6."""
+    storage = UntypedStorage(n_bytes, device="meta")
+    storage._fake_device = location  # type: ignore[assignment]
+    return storage
+
+
+def forget_sparse_tensors() -> None:
+    """Those that were rebuilt and wait for torch's own check. Since 1.13; without the list there is nothing to forget."""
+    waiting = getattr(torch._utils, "_sparse_tensors_to_validate", None)
+    if waiting is not None:
+        waiting.clear()
+
+
+validate_sparse_coo: Any = torch._validate_sparse_coo_tensor_args
+"""RuntimeError for indices outside of a shape. Since 1.13; `check_pinning` came with 2.9."""
+validate_sparse_compressed: Any = torch._validate_sparse_compressed_tensor_args
+"""The same for the compressed layouts."""
+
+
+def storage_behind(reference: StorageWeakRef) -> UntypedStorage | None:
+    """The storage that a weak reference refers to, if anybody still has it. Since 2.1."""
+    found: UntypedStorage | None = UntypedStorage._new_with_weak_ptr(reference.cdata)
+    return found
+
+
+# -- saving --------------------------------------------------------------------------------------------------------------
+
+
+def skips_data() -> bool:
+    """Whether torch.serialization.skip_data is active. Since 2.6; without it nothing can be skipped."""
+    return bool(getattr(torch.serialization._serialization_tls, "skip_data", False))
+
+
+def untyped_of(storage: TypedStorage) -> UntypedStorage:
+    """All versions since 2.0. The public way warns: TypedStorage is deprecated, and still what torch pickles."""
+    return storage._untyped_storage
+
+
+def class_of(storage: TypedStorage) -> Any:
+    """torch's class of its element type, which stands in pickles. All versions since 2.0."""
+    return getattr(torch, storage._pickle_storage_type())
+
+
+def identity(storage: UntypedStorage) -> int:
+    """The address of the storage itself: the same for all tensors over it, whatever Python objects stand for it. All versions."""
+    address: int = storage._cdata
+    return address
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place. All versions; RuntimeError for tensors made under inference_mode."""
+    count: int = tensor._version
+    return count
+
+
+def check_dill(pickle_module: Any) -> None:
+    """torch.save's and torch.load's own check of `pickle_module`. Since 1.5; without it dill's own error comes."""
+    check = getattr(torch.serialization, "_check_dill_version", None)
+    if check is not None:
+        check(pickle_module)
+
+
+def check_can_write(f: Any) -> None:
+    """torch.save's own check of its target: AttributeError in its words. Since 1.6."""
+    check = getattr(torch.serialization, "_check_save_filelike", None)
+    if check is not None:
+        check(f)
+    elif not hasattr(f, "__fspath__") and not isinstance(f, str) and not hasattr(f, "write"):
+        raise AttributeError("expected 'f' to be string, path, or a file-like object with a 'write' attribute")
+
+
+def check_can_seek(f: Any) -> None:
+    """torch.load's own check of its source: AttributeError in its words. Since 0.4."""
+    check = getattr(torch.serialization, "_check_seekable", None)
+    if check is not None:
+        check(f)
+    else:
+        f.seek(f.tell())
+
+
+# -- tensors -------------------------------------------------------------------------------------------------------------
+
+
+def without_subclasses() -> contextlib.AbstractContextManager[Any]:
+    """Attributes of tensors are read past `__torch_function__` of subclasses. Since 2.0."""
+    found: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
+    return found
+
+
+def has_storage(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a storage of its own: wrapper subclasses and some layouts have none. Since 1.13."""
+    return torch._C._has_storage(tensor)
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A DTensor's own shard; None for other tensors. Since 2.5 (`to_local` takes part in autograd, this does not).
+
+    There can be DTensors only once their module was imported; importing it takes 0.5 s.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    kind = getattr(module, "DTensor", None)
+    if kind is None or not isinstance(tensor, kind):
+        return None
+    local: torch.Tensor = tensor._local_tensor
+    return local
+
+
+def offset_of_local(tensor: Any) -> tuple[int, ...] | None:
+    """Where a DTensor's shard begins in the whole; None where it is no single block of it, or torch does not tell. Since 2.5."""
+    try:
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    except ImportError:
+        return None
+    try:
+        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    except (RuntimeError, NotImplementedError, ValueError, AssertionError):  # strided or partial placements
+        return None
+    return tuple(offset)
