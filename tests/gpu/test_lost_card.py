@@ -18,6 +18,19 @@ from tests.gpu.tools import differences, kept_state
 
 pytestmark = pytest.mark.gpu
 
+# The same without us: it trains, pins memory, and loses the card.
+PLAIN = """
+import torch
+pinned = torch.empty(1 << 20, pin_memory=True)
+x = torch.ones(1 << 18, device="cuda")
+pinned.view(torch.float32).copy_(x, non_blocking=True)
+x[torch.tensor([1 << 30], device="cuda")]
+try:
+    torch.cuda.synchronize()
+except RuntimeError:
+    pass
+"""
+
 
 def test_a_card_that_is_lost_in_a_save(cuda: torch.device, tmp_path: Path, record: Record) -> None:
     done = subprocess.run(
@@ -30,7 +43,16 @@ def test_a_card_that_is_lost_in_a_save(cuda: torch.device, tmp_path: Path, recor
     )
     print(done.stdout, done.stderr[-3000:])
     said = json.loads(done.stdout.splitlines()[-1])
-    record("a lost card", {**said, "exit status": done.returncode})
+    plain = subprocess.run([sys.executable, "-c", PLAIN], check=False, capture_output=True, text=True, timeout=100)
+    record(
+        "a lost card",
+        {
+            **said,
+            "exit status": done.returncode,
+            "last words": done.stderr.strip().splitlines()[-3:],
+            "exit status of a program without fastckpt": plain.returncode,
+        },
+    )
     assert said["save"] in said["SaveError"] or "save" in said["SaveError"]
     assert said["training"] in ("AcceleratorError", "RuntimeError")
 

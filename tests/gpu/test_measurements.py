@@ -61,13 +61,18 @@ def test_step_time_with_and_without_snapshots(machine: Machine, tmp_path: Path, 
     def block(ckpt: Checkpointer | None, at: int) -> tuple[float, list[float]]:
         machine.problems()
         marks: list[Any] = []
+        if machine.name == "cuda":
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
         started = time.perf_counter()
         for number in range(STEPS):
             model(x).square().mean().backward()
             optim.step()
             optim.zero_grad()
             if ckpt is not None and number == 0:
+                called_s = time.perf_counter()
                 ckpt.save_now(at + number)
+                calls.append(time.perf_counter() - called_s)
             if ckpt is not None:
                 ckpt.step(at + number)
             if machine.name == "cuda":
@@ -82,6 +87,8 @@ def test_step_time_with_and_without_snapshots(machine: Machine, tmp_path: Path, 
     saving: list[float] = []
     steps: dict[str, list[float]] = {"plain": [], "saving": []}
     durable: list[float] = []
+    calls: list[float] = []
+    """Seconds that save_now has kept the host."""
     budget = min(_physical_memory_bytes() // 2, 4 * state_mb * 1_000_000 + (256 << 20))
     options = Options(host_budget_bytes=budget, threads=2 if ON_FAKE else 0)
     with Checkpointer(
@@ -117,9 +124,15 @@ def test_step_time_with_and_without_snapshots(machine: Machine, tmp_path: Path, 
             "s a block without saves": quantiles(plain),
             "s a block with one save": quantiles(saving),
             "extra s a save, medians": statistics.median(saving) - statistics.median(plain),
+            "s that save_now kept the host": quantiles(calls),
             "s that step and hooks kept the host, a save": stalled / n_rounds,
             "s until durable, from the block's begin": quantiles(durable),
             "ms a step on the device": {name: quantiles(values) for name, values in steps.items() if values},
+            "ms of each step of a block on the device, the save in the first": {
+                name: [round(statistics.median(values[i::STEPS]), 2) for i in range(STEPS)]
+                for name, values in steps.items()
+                if values
+            },
         },
     )
     assert len(plain) == len(saving) == n_rounds
