@@ -51,7 +51,7 @@ from fastckpt.retention import GRACE_S, Keep
 from fastckpt.rng import RNGState
 from fastckpt.schedule import Every
 from fastckpt.settled import Settled
-from fastckpt.snapshot import DoesNotFit, Fenced, FenceHooks, Sampled, Sampler, Snapshot, Stager
+from fastckpt.snapshot import DoesNotFit, Fenced, FenceHooks, Probation, Sampled, Sampler, Snapshot, Stager
 from fastckpt.spot import Notice, Watcher, WorkerErrors, open_sources
 from fastckpt.state import Captured, Identity, Recapturer
 from fastckpt.state.rebuild import resolve_weights_only
@@ -166,6 +166,9 @@ class Checkpointer:
         self._torn_after: Commit | None = None
         """What had been restored last by then."""
         self._told_of_torn = False
+        self._proven = self._options.verify_snapshot in ("first", "off")
+        """Whether a whole interval from a save to its fence has been seen in which nothing but optimizers changed the state."""
+        self._probation: Probation | None = None
         self._step: int | None = None
         self._last_start_s = time.monotonic()
         self._due: str | None = None
@@ -475,6 +478,12 @@ class Checkpointer:
         handle = CommitHandle(step, self._waiting)
         trusted = self._hooks is not None and self._hooks.can_be_trusted
         fenced = Fenced(self._optimizers) if trusted else None
+        probation = None
+        if fenced is not None and samples is not None and not self._proven:
+            if all(storage.device is None for storage in captured.storages):
+                probation, fenced, trusted = Probation(captured, cuts, fenced, samples), None, False
+            else:
+                self._proven = True
         alone = not len(self._queue)
         source: Snapshot | LiveChunks | None = None
         here = False
@@ -509,6 +518,7 @@ class Checkpointer:
                 self._write_through(source, handle, captured.n_bytes, end_s)
             elif not trusted:  # not before it is queued: a ring turns only when somebody takes chunks out of it
                 self._fence("save", end_s)
+            self._probation = probation
         except BaseException as error:
             # An interrupt, too: whoever catches it may train on, and no hook would wait for this save.
             with deferred_interrupt():  # launchers and terminals both pass Ctrl-C on: it comes twice
@@ -570,6 +580,11 @@ class Checkpointer:
 
     def _fence(self, why: str, end_s: float | None = None) -> None:
         """May be called by several threads, and again after an interrupt: the snapshot stays until the next one."""
+        probation, self._probation = self._probation, None
+        if probation is not None:
+            self._proven = probation.passed()
+            if not self._proven:
+                self._distrust_and_tell("after the last save", "The save is whole")
         snapshot = self._snapshot
         if snapshot is None:
             return
@@ -583,14 +598,22 @@ class Checkpointer:
             self._queue.give_up(snapshot, error)
         if snapshot.torn_name is None:
             return
+        if error is None:
+            self._distrust_and_tell(f"while {snapshot.torn_name} was copied", "It was put back, and copied again")
+        elif self._hooks is not None:
+            self._hooks.distrust()
+
+    def _distrust_and_tell(self, when: str, outcome: str) -> None:
+        """Nothing is left to a hook any more. Told once."""
         if self._hooks is not None:
             self._hooks.distrust()
-        if error is None and not self._told_of_torn:
+        if not self._told_of_torn:
             self._told_of_torn = True
             logger.warning(
-                "%s was overwritten while it was copied, without torch's knowledge (.data, a NumPy view, a kernel of its own), and put "
-                "back: it was copied again. From now on the state is copied before a save returns. Call ckpt.fence() before such writes",
-                snapshot.torn_name,
+                "parameters or optimizer state were overwritten %s, before the optimizer's step and without it (.data, a NumPy view, a "
+                "kernel of its own). %s. From now on the state is copied before a save returns. Call ckpt.fence() before such writes",
+                when,
+                outcome,
             )
 
     @contextlib.contextmanager

@@ -168,6 +168,14 @@ class Sampled:
             at = self._addresses[stretches.storages] + stretches.in_storage
             self.digests[number] = self._digest(number, stretches, at)
 
+    def is_unchanged(self, number: int) -> bool:
+        """Whether a chunk has the same sample where the state was; its memory must still be there. True, too, where none was taken."""
+        stretches = self._plan.of(number)
+        if stretches is None or number not in self.digests:
+            return True
+        at = self._addresses[stretches.storages] + stretches.in_storage
+        return self._digest(number, stretches, at) == self.digests[number]
+
     def is_copy(self, number: int, content: U8) -> bool:
         """Whether a chunk's copy has the same sample. True, too, where none was taken."""
         stretches = self._plan.of(number)

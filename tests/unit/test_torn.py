@@ -50,8 +50,11 @@ class Job:
             parameter.data.copy_(kept)
 
 
-def open_on(store: MemoryStore, state: dict[str, Any], **settings: Any) -> Checkpointer:
-    return Checkpointer(store, state, **{"every": None, "keep": None, "spot": None, "options": OPTIONS, **settings})
+def open_on(store: MemoryStore, state: dict[str, Any], *, proven: bool = True, **settings: Any) -> Checkpointer:
+    """proven: as after a save whose interval was quiet. Copies are left to the optimizer's step from the first save on."""
+    ckpt = Checkpointer(store, state, **{"every": None, "keep": None, "spot": None, "options": OPTIONS, **settings})
+    ckpt._proven = proven
+    return ckpt
 
 
 def committed(store: MemoryStore) -> list[int]:
@@ -240,6 +243,94 @@ def test_every_byte_is_compared_if_asked_for(slow: threading.Event, verify: str)
             handle.wait(SHORT_S)
         ckpt.save_now(2).wait(SHORT_S)
     assert committed(store) == [2]
+
+
+# -- the first save ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("undone", [True, False])
+def test_a_swap_after_every_save_from_the_first_on_loses_no_step(
+    undone: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, job, states = MemoryStore(), Job(), {}
+    with open_on(store, job.state, proven=False, every=Every(steps=1)) as ckpt:
+        for step in range(1, 6):
+            states[step] = job.step()
+            ckpt._queue.wait_idle(SHORT_S)
+            ckpt.step(step)
+            job.swap()
+            if undone:
+                job.swap_back()
+    told = [record.message for record in caplog.records]
+    assert committed(store) == [1, 2, 3, 4, 5]
+    check(store, states)
+    assert len(told) <= 1 if undone else len(told) == 1, told
+
+
+def test_the_first_save_is_copied_at_once_and_a_quiet_interval_proves_the_loop(slow: threading.Event) -> None:
+    store, job = MemoryStore(), Job()
+    with open_on(store, job.state, proven=False) as ckpt:
+        slow.set()
+        states = {1: job.step()}
+        handle = ckpt.save_now(1)
+        assert ckpt._snapshot is not None
+        assert ckpt._snapshot._fenced
+        job.model(torch.ones(1, 600)).sum().backward()
+        states[2] = job.step()
+        handle.wait(SHORT_S)
+        slow.clear()
+        handle = ckpt.save_now(2)  # its copies do not even begin before it returns
+        assert not ckpt._snapshot._fenced
+        slow.set()
+        job.step()
+        handle.wait(SHORT_S)
+    check(store, states)
+
+
+WRITES: dict[str, Callable[[Job], object]] = {
+    "data": lambda job: job.swap(),
+    "counted": lambda job: torch.nn.init.zeros_(job.model[0].bias),
+    "replaced": lambda job: setattr(job.model[0].weight, "data", torch.zeros(600, 600)),
+    "resized": lambda job: job.model[3].weight.untyped_storage().resize_(4 * 600 * 600 + 64),
+    "moments": lambda job: job.optimizer.state[job.model[0].weight]["momentum_buffer"].data.zero_(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_in_the_first_interval_harms_nothing_and_ends_all_trust(
+    write: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, job = MemoryStore(), Job()
+    with open_on(store, job.state, proven=False) as ckpt:
+        states = {1: job.step()}
+        ckpt.save_now(1)
+        WRITES[write](job)
+        states[2] = job.step()
+        trusted = ckpt._hooks is not None and ckpt._hooks.can_be_trusted
+        ckpt.save_now(2)
+        job.swap()
+    assert committed(store) == [1, 2]
+    told = [record.message for record in caplog.records]
+    check(store, states)
+    if write == "replaced":
+        assert not told, "the storage that was saved is as it was"
+        return
+    assert not trusted
+    (words,) = told
+    assert "after the last save" in words
+
+
+def test_a_fence_before_the_write_is_all_that_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    store, job, states = MemoryStore(), Job(), {}
+    with open_on(store, job.state, proven=False) as ckpt:
+        for step in range(1, 4):
+            states[step] = job.step()
+            ckpt.save_now(step)
+            ckpt.fence()
+            job.swap()
+        assert ckpt._proven
+    assert not caplog.records
+    check(store, states)
 
 
 # -- what is sampled ---------------------------------------------------------------------------------------------------
