@@ -626,7 +626,8 @@ int arguments() {
     for (size_t n : {size_t{0}, size_t{1}, size_t{8}, size_t{32767}, size_t{32768}, size_t{32769}, size_t{100003}}) {
         const Bytes keys = some_lanes(r, 0, FASTCKPT_ROW_WORDS, 8);
         const auto* words = reinterpret_cast<const uint64_t*>(keys.data());
-        Exact memory(some_lanes(r, 0, n, 1), 1);
+        const Bytes some = some_lanes(r, 0, n + 1, 1);
+        Exact memory(Bytes(some.begin(), some.end() - 1), 1);
         Bytes padded = memory.bytes(n);
         padded.resize((n + 32767) / 32768 * 32768);
         std::vector<uint64_t> found(padded.size() / 32768), expected(found.size());
