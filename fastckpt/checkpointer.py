@@ -64,6 +64,8 @@ from fastckpt.workers import ENV_EXIT_TIMEOUT, exit_timeout_s, hurried
 EXIT_CODE_NOTICE = 75
 """EX_TEMPFAIL of sysexits.h: the job is not finished, start it again. Every launcher takes it for a failure worth a restart."""
 
+_SIGNAL_DELAY_S = 1.0  # some ms on a busy machine; an exit by an error can wait that long
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -789,26 +791,45 @@ class Checkpointer:
         """Closes. After a final notice an exception ends in SystemExit(exit_code), with it as the cause and in the log: it is mostly the
         notice's own consequence, and the launcher must know that the job is to be started again.
         """
+        notice = self._notice_behind(error)
         if error is None:
-            self.close()
-            return
-        notice = self.notice
-        try:
-            self._abort(notice)
-        except Exception as ours:
-            # The first error is the one to see; ours goes with it.
-            logger.error("closing the Checkpointer after an exception: %s: %s", type(ours).__name__, ours)
-            if sys.version_info >= (3, 11):
-                error.add_note(f"fastckpt: {type(ours).__name__}: {ours}")
+            try:
+                self.close()
+            except Exception as ours:
+                if notice is None:
+                    raise
+                error = ours
+        else:
+            try:
+                self._abort(notice)
+            except Exception as ours:
+                # The first error is the one to see; ours goes with it.
+                logger.error("closing the Checkpointer after an exception: %s: %s", type(ours).__name__, ours)
+                if sys.version_info >= (3, 11):
+                    error.add_note(f"fastckpt: {type(ours).__name__}: {ours}")
         # Who chooses a status of his own, or only closes a generator, has not failed.
-        if notice is not None and os.getpid() == self._pid and not isinstance(error, (SystemExit, GeneratorExit)):
-            logger.error(
-                "%s had told of the end before this exception came: the exit status is %d",
-                notice.source,
-                self.exit_code,
-                exc_info=(type(error), error, trace),
-            )
-            raise SystemExit(self.exit_code) from error
+        if notice is None or error is None or isinstance(error, (SystemExit, GeneratorExit)):
+            return
+        logger.error(
+            "%s had told of the end before this exception came: the exit status is %d",
+            notice.source,
+            EXIT_CODE_NOTICE,
+            exc_info=error,
+        )
+        raise SystemExit(EXIT_CODE_NOTICE) from error
+
+    def _notice_behind(self, error: BaseException | None) -> Notice | None:
+        """The one that this exception may be a consequence of, even if it is still on its way: a launcher signals one process after the
+        other, and the kernel may give a signal to a thread that has to wait for its turn. Others of the group have died by then.
+        """
+        if os.getpid() != self._pid:
+            return None
+        end_s = time.monotonic()
+        if isinstance(error, (RuntimeError, OSError, EOFError)) and self._watcher is not None and not self._closed:
+            end_s += _SIGNAL_DELAY_S if self._watcher.takes_signals else 0.0
+        while (notice := self.notice) is None and time.monotonic() < end_s:
+            time.sleep(0.01)
+        return notice
 
     def _abort(self, notice: Notice | None) -> None:
         """Leave after an exception: what is in flight gets `close_timeout_s`, and nothing new begins unless a notice has come or it was

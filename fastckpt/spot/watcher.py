@@ -91,6 +91,11 @@ class Watcher:
             self._ask(source)
         return self._final
 
+    @property
+    def takes_signals(self) -> bool:
+        """Whether a notice may be a signal."""
+        return bool(self._signals)
+
     def poll(self) -> float:
         """Ask every source but signals, which need no asking. Seconds until the next time."""
         for source in self._sources:

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from fastckpt import Checkpointer, Options, RNGState
 from fastckpt.catalog import Catalog
+from fastckpt.checkpointer import _is_changing
 from fastckpt.errors import SaveError, StoreUnavailableError
 from fastckpt.repository import Repository
 from fastckpt.spot import Notice
@@ -408,3 +410,69 @@ def test_a_missed_deadline_is_the_saves_error(store: HeldStore) -> None:
     store.open.set()
     assert run.ckpt._queue.wait_idle(SHORT_S)
     assert living(store) == []
+
+
+def test_what_closing_raises_keeps_the_status(store: HeldStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(store)
+    with pytest.raises(SystemExit) as caught, run.ckpt as ckpt:
+        run.steps(1)
+        run.notify()
+        run.train()
+        assert ckpt.step(2) is True
+        monkeypatch.setattr(ckpt._queue, "take_failures", lambda: [SaveError("of another save")])
+    assert status(caught, SaveError) == NOTICE
+    assert living(store) == [2]
+
+
+def test_a_thread_that_trains_is_not_left_alone_by_the_main_one(store: HeldStore) -> None:
+    run = Run(store)
+    changing = _is_changing.__get__(weakref.ref(run.ckpt))
+    run.steps(1)
+    assert changing() is False
+    run.train()
+    assert changing() is True
+    thread = threading.Thread(target=run.ckpt.step, args=(2,))
+    thread.start()
+    thread.join()
+    assert changing() is True
+    run.ckpt.step(3)
+    assert changing() is False
+    run.ckpt.close()
+
+
+def test_a_signal_may_come_just_behind_the_error(store: HeldStore) -> None:
+    """A launcher signals one process after the other."""
+    run = Run(store, spot="signal")
+    with pytest.raises(SystemExit) as caught, run.ckpt:
+        run.steps(2)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+    assert status(caught, RuntimeError) == NOTICE
+    assert living(store) == [2]
+
+
+def test_an_error_that_no_signal_follows_stays_what_it_is(store: HeldStore) -> None:
+    run = Run(store, spot="signal")
+    with pytest.raises(RuntimeError, match="mine"), run.ckpt:
+        run.steps(2)
+        raise RuntimeError("mine")
+    assert living(store) == []
+
+
+def test_a_forked_child_leaves_its_parents_block_with_its_own_error(store: HeldStore) -> None:
+    run = Run(store)
+    run.steps(1)
+    run.notify()
+    run.ckpt._final = run.ckpt.notice
+    pid = os.fork()
+    if pid == 0:
+        code = 9
+        try:
+            with run.ckpt:
+                raise Failure
+        except Failure:
+            code = 3
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    run.ckpt.close()
