@@ -144,7 +144,8 @@ def test_a_forked_child_is_ended_as_if_its_parent_watched_nothing() -> None:
 
 def checkpointer(store: MemoryStore, optimizer: torch.optim.Optimizer, **settings: Any) -> Checkpointer:
     options = Options(threads=1, connections=1)
-    return Checkpointer(store, {"optimizer": optimizer}, every=Every(steps=1), options=options, **settings)
+    state = {"optimizer": optimizer, "weights": torch.randn(100_000)}
+    return Checkpointer(store, state, every=Every(steps=1), options=options, **settings)
 
 
 @pytest.mark.parametrize("spot", ["signal", "signal,file:/nowhere/at/all"])
@@ -178,6 +179,7 @@ def test_a_dropped_checkpointer_stays_until_its_save_has_ended() -> None:
     ckpt.restore()
     store.open.clear()
     handle = ckpt.save_now(1)
+    assert store.reached.wait(SHORT_S)
     seen, ckpt = weakref.ref(ckpt), None  # type: ignore[assignment]
     gc.collect()
     assert seen() is not None, "the optimizer's hook has to wait for its copy"
