@@ -705,8 +705,13 @@ class Checkpointer:
         if self._step is not None and (self._saved(self._step) or self._may_be_saved()):
             if not self._saved(self._step):
                 self._settled.put_back()
-            self._final_save(self._step, *self._told, notice)
-            return
+            try:
+                self._final_save(self._step, *self._told, notice)
+            except Exception as error:  # a device that was lost takes no further copy; one on its way is complete
+                logger.error("%s: %s: %s", notice.source, type(error).__name__, error)
+            else:
+                return
+            left_s = notice.seconds_left(time.monotonic())
         with hurried():
             self._queue.wait_idle(self._close_timeout_s if left_s is None else left_s)
         durable = self.stats.durable_step

@@ -337,6 +337,31 @@ def test_a_failed_final_save_keeps_the_status(store: HeldStore) -> None:
     assert living(store) == [1]
 
 
+def test_a_save_under_way_is_let_finish_where_no_further_one_can_begin(
+    store: HeldStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(store, close_timeout_s=0.001)
+
+    def lost(*args: Any, **kwargs: Any) -> None:
+        raise SaveError("the device is lost")
+
+    with pytest.raises(SystemExit) as caught, run.ckpt as ckpt:
+        run.steps(1)
+        store.open.clear()
+        ckpt.save_now(1)
+        assert store.reached.wait(SHORT_S)
+        run.train()
+        ckpt.step(2)
+        run.notify()
+        monkeypatch.setattr(ckpt, "_try_start", lost)
+        threading.Timer(0.05, store.open.set).start()
+        raise Failure
+    assert status(caught, Failure) == NOTICE
+    assert living(store) == [1]
+    assert "the device is lost" in caplog.text
+    assert "what stands is step 1" in caplog.text
+
+
 def test_an_earlier_failure_does_not_take_the_final_save(store: HeldStore, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(store)
     with run.ckpt as ckpt:
