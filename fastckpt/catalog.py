@@ -274,6 +274,8 @@ def complete_pending(repository: Repository, catalog: Catalog) -> list[Commit]:
             continue
         try:
             commit = try_commit(repository.store, save)
+        except ObjectNotFoundError:  # a running job has committed and retired it since the LIST
+            continue
         except (StoreAccessError, ObjectExistsError) as error:
             logger.warning("%s: the finished save %s is left uncommitted: %s", repository.url, save, error)
             continue

@@ -130,7 +130,8 @@ class Checkpointer:
             self._options.spill_dir,
         )
         self._recapturer, self._cuts = Recapturer(), KnownCuts()
-        self._queue = SaveQueue(self._incarnation, keep, grace_s)
+        self._final: Notice | None = None
+        self._queue = SaveQueue(self._incarnation, keep, grace_s, lambda: self.notice is not None)
         try:
             self._repository.initialise()
             sources = open_sources(spot)
@@ -150,7 +151,6 @@ class Checkpointer:
         self._due: str | None = None
         """The trigger of a save that is due and had to wait."""
         self._early_seen = False
-        self._final: Notice | None = None
         self._left = False
         self._saves = self._deferred = 0
         self._stall_s = 0.0
@@ -183,6 +183,13 @@ class Checkpointer:
         self._fence("restore")
         self._queue.wait_idle()
         self._raise_failures()
+        self._queue.retaining.halt()  # or it might retire what is being restored
+        try:
+            return self._restore(step, weights_only)
+        finally:
+            self._queue.retaining.go_on()
+
+    def _restore(self, step: Step, weights_only: bool) -> int:
         if self._fresh and step == "latest":
             self._begin()
             return 0
@@ -515,11 +522,15 @@ class Checkpointer:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until all saves have ended; raises what failed, or TimeoutError."""
+        """Wait until all saves have ended, and, unless a notice has come, the retention behind them; raises what failed, or TimeoutError
+        if saves are still under way."""
         self._require_open()
         self.fence()
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
         with hurried():
             idle = self._queue.wait_idle(timeout_s)
+        if idle and self.notice is None:
+            self._queue.retaining.wait_idle(None if end_s is None else max(0.0, end_s - time.monotonic()))
         if not idle:
             raise TimeoutError(
                 f"saves are still under way after {timeout_s} s: steps {[job.step for job in self._queue.jobs]}"
@@ -548,11 +559,20 @@ class Checkpointer:
             return
         try:
             self.fence()
-            self._end_saves(exit_timeout_s(), ENV_EXIT_TIMEOUT)
+            self._end_saves(*self._patience(exit_timeout_s(), ENV_EXIT_TIMEOUT))
+            if self.notice is None:  # so that `keep` holds when a run has ended
+                self._queue.retaining.wait_idle(self._close_timeout_s)
         finally:
             self._closed = True
             self._let_go()
         self._raise_failures()
+
+    def _patience(self, limit_s: float, what: str) -> tuple[float, str]:
+        """How long saves may take to end, and who says so. After a notice no longer than the machine stays."""
+        left_s = None if self.notice is None else self.notice.seconds_left(time.monotonic())
+        if left_s is None or left_s >= limit_s:
+            return limit_s, what
+        return max(0.0, left_s), "what the notice left"
 
     def _end_saves(self, timeout_s: float, what: str) -> None:
         """Wait for them, and give up those that are not durable by then. SaveError in that case."""
@@ -567,7 +587,8 @@ class Checkpointer:
 
     def _let_go(self) -> None:
         with contextlib.ExitStack() as last_first:  # one that fails keeps none of the others
-            if self._owns_store and not len(self._queue):  # a save that was given up may still be in its last request
+            idle = self._queue.retaining.halt(0)
+            if self._owns_store and idle and not len(self._queue):  # what was given up may still be in its last request
                 last_first.callback(self._store.close)
             last_first.callback(self._incarnation.close)
             last_first.callback(self._stager.pool.drop_free)
@@ -599,16 +620,17 @@ class Checkpointer:
             return
         try:
             # No fence, which may take max_stall_s: until this returns nobody trains.
-            end_s = time.monotonic() + self._close_timeout_s
+            limit_s, what = self._patience(self._close_timeout_s, "close_timeout_s")
+            end_s = time.monotonic() + limit_s
             if (
                 self._on_exception == "save"
                 and self._step is not None
                 and self._broken is None
                 and not self._saved(self._step)
-                and self._queue.wait_idle(self._close_timeout_s)
+                and self._queue.wait_idle(limit_s)
             ):
                 self._start(self._step, "exception", {}, {}, end_s=end_s)
-            self._end_saves(max(0.0, end_s - time.monotonic()), "close_timeout_s")
+            self._end_saves(max(0.0, end_s - time.monotonic()), what)
         finally:
             self._closed = True
             self._let_go()

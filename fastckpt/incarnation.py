@@ -173,6 +173,8 @@ class Incarnation:
                 threads,
             )
             commit = self._commit(request.save, {self._rank: placed.data}, commit_timeout_s)
+            if self._world == 1 and commit.save == request.save:
+                self._collector.know(commit, placed.packs)
             self.acknowledge(commit)
             return commit
         finally:
@@ -209,11 +211,20 @@ class Incarnation:
         """Let go of memory that was kept for another save."""
         self._buffers.drop()
 
-    def retain(self, keep: Keep | None, grace_s: float = GRACE_S) -> Plan:
-        """One pass of retention, if this is the newest incarnation. Rank 0 only, between saves. StoreError; returns what was done."""
+    def retain(
+        self, keep: Keep | None, grace_s: float = GRACE_S, interrupted: Callable[[], bool] = lambda: False
+    ) -> Plan:
+        """One pass of retention, if this is the newest incarnation. Rank 0 only; may run beside saves, one pass at a time.
+
+        Returns what was to be done; `refused` in it lists what could not. interrupted: asked before every request; PassInterrupted once it
+        is true. StoreError.
+        """
         assert self.epoch is not None
-        todo = plan(self._collector.look(), keep, self.in_flight, grace_s)
-        self._collector.run(todo, as_epoch=self.epoch.number)
+        number = self.epoch.number  # a restore beside this claims another: then nothing more is done
+        flying = self.in_flight.copy()
+        self._collector.interrupt_when(interrupted)
+        todo = plan(self._collector.look(), keep, flying | self.in_flight.copy(), grace_s)
+        todo.refused = self._collector.run(todo, number, lambda: flying | self.in_flight.copy())
         return todo
 
 

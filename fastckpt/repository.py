@@ -21,16 +21,18 @@ from fastckpt.format.repository_records import (
     Epoch,
     Marker,
     Parent,
+    Pin,
     Skipped,
     Tombstone,
     epoch_bytes,
     marker_bytes,
     parse_epoch_record,
     parse_marker,
+    parse_pin,
     utc_now,
     writer,
 )
-from fastckpt.store.base import Store
+from fastckpt.store.base import ObjectInfo, Store
 
 _README = """This is a fastckpt repository: the checkpoints of a training run.
 
@@ -59,6 +61,8 @@ class Listing:
     commits: tuple[CheckpointId, ...]
     """Ascending; tombstones too."""
     modified_s: Mapping[CheckpointId, float] = field(default_factory=dict)
+    infos: dict[str, ObjectInfo] = field(default_factory=dict)
+    """By key, of all of them."""
 
 
 class AllCommits(NamedTuple):
@@ -68,6 +72,8 @@ class AllCommits(NamedTuple):
     tombstones: dict[CheckpointId, Tombstone]
     failed: dict[CheckpointId, CheckpointError]
     """Could not be read, and why."""
+    missing: set[CheckpointId]
+    """Gone since the LIST."""
 
 
 class Repository:
@@ -142,9 +148,11 @@ class Repository:
 
     def list(self) -> Listing:
         """What is there, by name."""
-        epochs = sorted(n for info in self.store.list(keys.EPOCHS) if (n := keys.parse_epoch(info.key)) is not None)
+        epochs = {n: info for info in self.store.list(keys.EPOCHS) if (n := keys.parse_epoch(info.key)) is not None}
         found = {c: info for info in self.store.list(keys.COMMITS) if (c := keys.parse_commit(info.key)) is not None}
-        return Listing(tuple(epochs), tuple(sorted(found)), {c: info.modified_s for c, info in found.items()})
+        modified_s = {c: info.modified_s for c, info in found.items()}
+        infos = {info.key: info for info in (*epochs.values(), *found.values())}
+        return Listing(tuple(sorted(epochs)), tuple(sorted(found)), modified_s, infos)
 
     def newest_epoch(self) -> int:
         """The highest claimed number; 0 if there is none."""
@@ -161,16 +169,28 @@ class Repository:
         """What stands at a commit key."""
         return read_commit(self.store, checkpoint)
 
+    def pins(self) -> dict[str, ObjectInfo]:
+        """Names of pins, by a LIST."""
+        infos = {keys.parse_pin(info.key): info for info in self.store.list(keys.PINS)}
+        return {name: info for name, info in infos.items() if name is not None}
+
+    def pin(self, name: str) -> Pin:
+        """A pin. ObjectNotFoundError."""
+        key = keys.pin_key(name)
+        return parse_pin(read_sealed(self.store, key), f"{self.url}/{key}")
+
     def read_all(self, listing: Listing) -> AllCommits:
         """All commit records, all tombstones, and what could not be read, with its error."""
         commits: dict[CheckpointId, Commit] = {}
         tombstones: dict[CheckpointId, Tombstone] = {}
         failed: dict[CheckpointId, CheckpointError] = {}
+        missing: set[CheckpointId] = set()
         for checkpoint in listing.commits:
             try:
                 found = self.commit(checkpoint)
-            except ObjectNotFoundError:
-                continue  # a tombstone that went since the LIST
+            except ObjectNotFoundError:  # a tombstone, if all is well
+                missing.add(checkpoint)
+                continue
             except StoreError:
                 raise
             except CheckpointError as error:
@@ -180,7 +200,7 @@ class Repository:
                 commits[checkpoint] = found
             else:
                 tombstones[checkpoint] = found
-        return AllCommits(commits, tombstones, failed)
+        return AllCommits(commits, tombstones, failed, missing)
 
     def claim(
         self,
