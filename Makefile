@@ -15,7 +15,7 @@ NATIVE := $(VENV)/.native
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-gpu gpu-checklist gpu-node wheelhouse lint types docs bench bench-codec bench-host bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-gpu gpu-checklist gpu-node wheelhouse lint types docs bench bench-codec bench-host bench-objects bench-stall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ bench-codec: venv ## compare the codec with ZipNN and zstd
 
 bench-host: venv ## measure what the call of save costs for each of 10,000 storages
 	$(PY) benchmarks/host_time.py $(ARGS)
+
+bench-objects: venv ## measure what grows with the number of tensors, views and numbers
+	$(PY) benchmarks/objects.py $(ARGS)
 
 bench-stall: venv ## measure what saving costs a training loop
 	$(PY) benchmarks/stall.py $(ARGS)

@@ -138,6 +138,20 @@ PyObject* lines(PyObject*, PyObject* args) {
     Py_RETURN_NONE;
 }
 
+PyObject* rows(PyObject*, PyObject* args) {
+    PyObject *data_object, *keys_object, *out_object;
+    if (!PyArg_ParseTuple(args, "OOO:rows", &data_object, &keys_object, &out_object)) return nullptr;
+    Buffer data, keys, out;
+    if (!data.get(data_object) || !keys.get(keys_object) || !out.get(out_object, PyBUF_WRITABLE)) return nullptr;
+    if (keys.size() != FASTCKPT_ROW_WORDS * 8) return PyErr_Format(PyExc_ValueError, "%zu bytes of keys: expected %u", keys.size(), FASTCKPT_ROW_WORDS * 8);
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = fastckpt_rows(data.data(), data.size(), static_cast<const uint64_t*>(keys.data()), static_cast<uint64_t*>(out.data()), out.size() / 8);
+    Py_END_ALLOW_THREADS
+    if (status) return PyErr_Format(PyExc_ValueError, "%zu bytes are not %zu rows", data.size(), out.size() / 8);
+    Py_RETURN_NONE;
+}
+
 PyObject* encode(PyObject*, PyObject* args) {
     PyObject *raw_object, *base_object, *stored_object;
     unsigned transform, lane_bytes, pack_bits;
@@ -267,6 +281,7 @@ PyMethodDef methods[] = {
     {"is_constant", is_constant, METH_VARARGS, "is_constant(raw, lane_bytes) -> bool"},
     {"gather", gather, METH_VARARGS, "gather(addresses, lengths, out): joins stretches of memory that the caller keeps alive"},
     {"lines", lines, METH_VARARGS, "lines(addresses, lengths, seed, out): a sample of memory that the caller keeps alive"},
+    {"rows", rows, METH_VARARGS, "rows(data, keys, out): a number for each 32 KiB"},
     {"encode", encode, METH_VARARGS, "encode(raw, base, transform, lane_bytes, pack_bits, stored) -> (stored bytes, crc, digest), None if it does not fit"},
     {"decode", decode, METH_VARARGS, "decode(stored, base, transform, lane_bytes, pack_bits, raw) -> digest, None for a frame of another writer"},
     {"split", split, METH_VARARGS, "split(raw, base, transform, lane_bytes, pack_bits, stream) -> stream bytes, None if it does not fit"},

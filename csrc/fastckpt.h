@@ -68,6 +68,11 @@ int fastckpt_gather(const uint64_t* addresses, const uint64_t* n_bytes, size_t n
 size_t fastckpt_lines_bytes(const uint64_t* n_bytes, size_t n);
 int fastckpt_lines(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, uint64_t seed, void* out, size_t out_bytes);
 
+/* A number for each FASTCKPT_ROW_WORDS words of data, the last ones made up by zeros; keys: as many words. FASTCKPT_BAD_LENGTH if n_out is
+ * not the number of such rows. */
+#define FASTCKPT_ROW_WORDS 4096u
+int fastckpt_rows(const void* data, size_t n_bytes, const uint64_t* keys, uint64_t* out, size_t n_out);
+
 /* Memory of a context: caller-owned, fastckpt_context_bytes() long, 64-byte aligned, initialised once. */
 typedef struct fastckpt_context fastckpt_context;
 size_t fastckpt_context_bytes(void);

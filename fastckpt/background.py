@@ -6,6 +6,7 @@ Checkpointer keeps no interpreter alive.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import Any
 
 from fastckpt import events
 from fastckpt.chunk_source import LiveChunks
-from fastckpt.errors import of_save
+from fastckpt.errors import TornSnapshotError, of_save
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.incarnation import Incarnation
@@ -33,12 +34,31 @@ from fastckpt.workers import start_thread
 MAX_JOBS = 2  # one uploads, one is staged
 
 
+class _Durable(Future[Commit]):
+    """A future that tells when somebody begins to wait for it."""
+
+    def __init__(self, waiting: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self._waiting = waiting
+
+    def result(self, timeout: float | None = None) -> Commit:
+        with contextlib.nullcontext() if self.done() else self._waiting():
+            return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        with contextlib.nullcontext() if self.done() else self._waiting():
+            return super().exception(timeout)
+
+
 class CommitHandle:
     """A save of a repository under way."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(
+        self, step: int, waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    ) -> None:
+        """waiting: a context that is open while somebody waits."""
         self.step = step
-        self.durable: Future[Commit] = Future()
+        self.durable: Future[Commit] = _Durable(waiting)
         """Done when the commit record was seen and acknowledged. Carries the error if anything failed. Cannot be cancelled."""
         self.durable.set_running_or_notify_cancel()
 
@@ -76,9 +96,22 @@ class Job:
     called_s: float
     handle: CommitHandle
     threads: UploadThreads
+    owner: object = None
+    """Kept while this runs: what an optimizer's hook needs to wait for the source."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     told: bool = False
     """Its handle has got its outcome, or is about to. Under the queue's lock."""
+    logged: bool = False
+    """Its error. Under the queue's lock."""
+
+
+@dataclass
+class Torn:
+    """A save that failed because the state was changed while it was copied. Whoever trains has another one made."""
+
+    step: int
+    trigger: str
+    error: TornSnapshotError
 
 
 @dataclass
@@ -108,9 +141,10 @@ class SaveQueue:
         self._worker: object = None
         """Stands for the thread that runs jobs, while there is one."""
         self._failures: list[BaseException] = []
+        self._torn: list[Torn] = []
         self.measured: Measured | None = None
         self.last_commit: Commit | None = None
-        self.retaining = Retaining(incarnation, keep, grace_s, lambda: bool(self._jobs), in_a_hurry)
+        self.retaining = Retaining(incarnation, keep, grace_s, functools.partial(bool, self._jobs), in_a_hurry)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -151,10 +185,17 @@ class SaveQueue:
             failures, self._failures = self._failures, []
         return failures
 
+    def take_torn(self) -> list[Torn]:
+        """Saves that were torn since the last call. They are no failures: see `take_failures`."""
+        with self._changed:
+            torn, self._torn = self._torn, []
+        return torn
+
     def forget_failure(self, error: BaseException) -> None:
         """Somebody else has raised it."""
         with self._changed:
             self._failures = [failure for failure in self._failures if failure is not error]
+            self._torn = [torn for torn in self._torn if torn.error is not error]
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Wait until no job is left. False after the time-out."""
@@ -202,7 +243,7 @@ class SaveQueue:
             return self._run(job)
         except BaseException as raised:
             error = of_save(raised, job.step)
-            logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
+            self._log(job, error)
             _forget_locals(raised)
         try:
             if self._end(job, error):
@@ -257,7 +298,9 @@ class SaveQueue:
         if job.told:
             return False
         job.told = True
-        if error is not None:
+        if isinstance(error, TornSnapshotError):
+            self._torn.append(Torn(job.step, job.trigger, error))
+        elif error is not None:
             self._failures.append(error)
         return True
 
@@ -270,7 +313,19 @@ class SaveQueue:
                 with self._changed:
                     tells = self._tells(job, outcome)
                 if tells:
+                    self._log(job, outcome)
                     job.handle.durable.set_exception(outcome)
+
+    def _log(self, job: Job, error: BaseException) -> None:
+        """Once a save: it may be given up while its thread meets the same error."""
+        with self._changed:
+            if job.logged:
+                return
+            job.logged = True
+        if isinstance(error, TornSnapshotError):
+            logger.warning("step %d was not saved; the next one is, before `step` returns: %s", job.step, error)
+        else:
+            logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
 
 
 def _forget_locals(error: BaseException) -> None:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pickle
 import sys
+import threading
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from fastckpt import events, targets
-from fastckpt.background import MAX_JOBS, CommitHandle, Job, SaveQueue
+from fastckpt.background import MAX_JOBS, CommitHandle, Job, SaveQueue, Torn
 from fastckpt.catalog import Catalog, Step
 from fastckpt.chunk_source import KnownCuts, LiveChunks
 from fastckpt.commit import open_vote
@@ -30,7 +33,6 @@ from fastckpt.errors import (
     SaveError,
     SnapshotStalledError,
     SupersededError,
-    TornSnapshotError,
     of_save,
 )
 from fastckpt.events import logger
@@ -46,10 +48,12 @@ from fastckpt.placement import Plan, look
 from fastckpt.reader import Reader
 from fastckpt.repository import Repository
 from fastckpt.retention import GRACE_S, Keep
+from fastckpt.rng import RNGState
 from fastckpt.schedule import Every
-from fastckpt.snapshot import DoesNotFit, Fenced, FenceHooks, Snapshot, Stager
-from fastckpt.spot import Notice, Watcher, open_sources
-from fastckpt.state import Captured, Recapturer
+from fastckpt.settled import Settled
+from fastckpt.snapshot import DoesNotFit, Fenced, FenceHooks, Sampled, Sampler, Snapshot, Stager
+from fastckpt.spot import Notice, Watcher, WorkerErrors, open_sources
+from fastckpt.state import Captured, Identity, Recapturer
 from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.state.refused import ARRAYS, Watch, described, find
 from fastckpt.store.base import Store
@@ -82,8 +86,9 @@ class Checkpointer:
     url: a directory, "s3://bucket/prefix", or a Store. state: names → objects with state_dict and load_state_dict, tensors, dicts or lists.
 
     every: when to save; None: only `save_now` and notices. keep: which checkpoints stay; None: all. fresh: begin a new history where
-    there are checkpoints. spot: "auto", None, or sources (docs/spot.md). on_exception: "save" saves once more when the block is left by an
-    exception. close_timeout_s: what a save in flight gets then. grace_s: how long bytes of retired checkpoints stay.
+    there are checkpoints. spot: "auto", None, or sources (docs/spot.md). on_exception: "save" saves the last step once more when the block
+    is left by an exception, unless the next one had begun to change the state. close_timeout_s: what a save in flight gets then. grace_s:
+    how long bytes of retired checkpoints stay.
 
     Opening reads the repository's marker, or makes it and probes the store. Errors of background saves are raised by the next call, and by
     `close`. No error, no notice and no store that hangs keeps `step` from returning, except for the final save, which has a deadline,
@@ -120,6 +125,8 @@ class Checkpointer:
         self._watcher: Watcher | None = None
         self._hooks: FenceHooks | None = None
         self._closed, self._pid = False, os.getpid()
+        self._trained_by = threading.main_thread()
+        self._worker_errors = WorkerErrors(functools.partial(_is_changing, weakref.ref(self)))
         self._incarnation = Incarnation(self._repository, self._options)
         self._stager = Stager(
             self._options.snapshot_bytes,
@@ -129,29 +136,45 @@ class Checkpointer:
             self._options.verify_snapshot,
             self._options.spill_dir,
         )
-        self._recapturer, self._cuts = Recapturer(), KnownCuts()
+        generators = {name for name, target in self._targets.items() if isinstance(target, RNGState)}
+        self._recapturer, self._cuts, self._sampler = Recapturer(generators), KnownCuts(), Sampler(generators)
         self._final: Notice | None = None
-        self._queue = SaveQueue(self._incarnation, keep, grace_s, lambda: self.notice is not None)
+        self._queue = SaveQueue(self._incarnation, keep, grace_s, _in_a_hurry(weakref.ref(self)))
         try:
             self._repository.initialise()
+            # Neither may keep one that was forgotten, without being closed: it would go on to take the process's signals.
+            self._hooks = FenceHooks(self._optimizers, _weakly(self._before_update))
+            self._settled = Settled(self._targets, self._hooks)
             sources = open_sources(spot)
             if sources:
-                self._watcher = Watcher(sources)
+                self._watcher = Watcher(sources, at_signal=self._worker_errors.hold)
                 self._watcher.start()
-            self._hooks = FenceHooks(self._optimizers, self._before_update)
         except BaseException:
             self._let_go()
             raise
-        self._began = False
+        self._began = self._prepared = False
         self._broken: PartialRestoreError | None = None
         self._snapshot: Snapshot | None = None
         """The newest one."""
+        self._thread: int | None = None
+        """That has asked for it."""
+        self._saved_state: _SavedState | None = None
+        """Of the newest save."""
+        self._updated: Commit | None = None
+        """What had been restored last when an optimizer updated last."""
+        self._torn: Torn | None = None
+        """A save that was torn, until a newer one is durable, or something is restored."""
+        self._torn_after: Commit | None = None
+        """What had been restored last by then."""
+        self._told_of_torn = False
         self._step: int | None = None
         self._last_start_s = time.monotonic()
         self._due: str | None = None
         """The trigger of a save that is due and had to wait."""
         self._early_seen = False
         self._left = False
+        self._told: tuple[Mapping[str, float], Mapping[str, Any]] = {}, {}
+        """Metrics and meta of the last call of `step`."""
         self._saves = self._deferred = 0
         self._stall_s = 0.0
         self._weights_only = True
@@ -209,12 +232,14 @@ class Checkpointer:
                 known_bad = [*choice.skipped, Skipped(commit.checkpoint, str(error)[:500])]
                 continue
             break
+        self._settled.forget()
         try:
             targets.apply(self._targets, loaded, self._repository.location(commit.checkpoint), plan)
         except PartialRestoreError as error:
             self._broken = error
             raise
         self._broken, self.restored, self._step = None, commit, commit.save.step
+        self._mark_settled()
         self._last_start_s = time.monotonic()
         return commit.save.step
 
@@ -263,12 +288,17 @@ class Checkpointer:
 
         Raises what a background save has failed with since the last call (the state and earlier checkpoints are unharmed: catching it and
         going on is allowed), SaveError for a step that goes backwards, SupersededError when another incarnation has taken over.
+
+        A save that was torn (something has changed the state while it was copied, without an optimizer's step) is not raised here: it is
+        logged, and the next step is saved instead, before this returns. `wait` and `close` raise it if nothing newer is durable by then.
         """
         started = time.monotonic()
         self._require_open()
         if self._broken is not None:
             raise self._broken
-        self._raise_failures()
+        notice = self._watcher.final if self._watcher is not None else None
+        if notice is None:  # else there is no next call for which they could wait, and the final save tells them
+            self._raise_failures()
         metrics, meta = _checked(metrics, meta)
         if type(step) is not int or not 0 <= step <= MAX_STEP:
             raise SaveError(f"step is {step!r}: expected an integer from 0 to {MAX_STEP}")
@@ -277,7 +307,8 @@ class Checkpointer:
         if self._left:
             return True
         before, self._step = self._step, step
-        notice = self._watcher.final if self._watcher is not None else None
+        self._told = metrics, meta
+        self._mark_settled()
         if notice is not None:
             self._final_save(step, metrics, meta, notice)
             return True
@@ -285,23 +316,43 @@ class Checkpointer:
             self._due = self._due or "interval"
         if self._watcher is not None and self._watcher.early is not None and not self._early_seen:
             self._early_seen, self._due = True, "rebalance"
-        if self._due is not None and not self._saved(step):
+        if self._torn is not None and step > self._torn.step:
+            self._due = self._due or self._torn.trigger
+        # The state that a torn save should have held is gone: what is there now is not that step's.
+        is_torn = self._torn is not None and step <= self._torn.step
+        if self._due is not None and not is_torn and not self._saved(step):
             if self._try_start(step, self._due, metrics, meta) is not None:
                 self._due = None
             else:
                 self._deferred += 1
                 events.emit(events.SaveDeferred(target=self._repository.url, step=step, waiting=len(self._queue)))
+        if not self._prepared:
+            self._prepare()
         if self._hooks is not None:
             self._hooks.next_step()
         self._stall_s += time.monotonic() - started
         return False
+
+    def _prepare(self) -> None:
+        """At the first step, whose optimizers have their state now: the memory of the first save is made while training goes on, and its
+        pickling is done. Whatever goes wrong is the save's to tell.
+        """
+        self._prepared = True
+        if self._saves:
+            return
+        try:
+            captured = self._recapturer.capture(targets.state_of(self._targets))
+            self._stager.prepare(captured, self._cuts.of(captured), Fenced(self._optimizers))
+        except Exception as error:
+            logger.info("nothing could be prepared for the first save: %s: %s", type(error).__name__, error)
 
     def save_now(
         self, step: int, *, metrics: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
     ) -> CommitHandle:
         """Save this step, due or not. Waits while earlier saves hold the memory that this one needs; `handle.wait()`: until it is durable.
 
-        A step that is being saved, or is the last one saved, is not saved again. Raises as `step` does.
+        A step that is being saved, or is the last one saved, is not saved again: if the state is still the same (generators apart), the
+        handle is that save's; otherwise SaveError, for a checkpoint is made once. Raises as `step` does.
         """
         self._require_open()
         if self._broken is not None:
@@ -315,8 +366,38 @@ class Checkpointer:
         return handle
 
     def _saved(self, step: int) -> bool:
+        """Whether a step is being saved, or was saved or restored last."""
         last = self._incarnation.last
-        return any(job.step == step for job in self._queue.jobs) or (last is not None and last.checkpoint.step == step)
+        return self._job_of(step) is not None or (last is not None and last.checkpoint.step == step)
+
+    def _job_of(self, step: int) -> Job | None:
+        """The save of a step that is under way, and has not failed."""
+        return next((job for job in self._queue.jobs if job.step == step and not _has_failed(job.handle)), None)
+
+    def _refuse_other_state(
+        self, step: int, first: Job | Commit, metrics: Mapping[str, float], meta: Mapping[str, Any]
+    ) -> None:
+        """SaveError unless the state is that of the save of this step. A checkpoint of it is not made again: a save is never replaced."""
+        saved = self._saved_state
+        if saved is not None and saved.step == step and saved.restored is self.restored:
+            captured = self._recapturer.capture(targets.state_of(self._targets))
+            changed = saved.identity != self._recapturer.identity
+            if not changed and saved.samples is not None:
+                now = self._sampler.take(captured, self._cuts.of(captured), saved.samples.seed)
+                changed = now.digests != saved.samples.digests
+        else:  # it was restored
+            changed = self.restored is not None and self._updated is self.restored
+        if changed:
+            raise SaveError(
+                f"step {step} has been saved or restored, and the state has changed since: a step is saved once. Nothing was committed; "
+                "the checkpoint of that step is as it was. Save under the next number; to go back, call restore(step=…)"
+            )
+        if (metrics and metrics != first.metrics) or (meta and meta != first.meta):
+            logger.warning(
+                "step %d is saved already, without these metrics and meta (%s): they are not recorded. Pass them to the call that saves",
+                step,
+                ", ".join(sorted({*metrics, *meta})),
+            )
 
     def _start(
         self,
@@ -331,11 +412,14 @@ class Checkpointer:
 
         end_s: when (time.monotonic()) the caller must have its answer, if that is before max_stall_s.
         """
-        for job in self._queue.jobs:
-            if job.step == step:
-                return job.handle
-        last = self._queue.last_commit or self.restored
-        if last is not None and last.save.step == step and self._saved(step):
+        job = self._job_of(step)
+        last = self._last_commit()
+        first = job or (last if last is not None and last.save.step == step else None)
+        if first is not None and notice is None and trigger == "manual":
+            self._refuse_other_state(step, first, metrics, meta)
+        if job is not None:
+            return job.handle
+        if last is not None and last.save.step == step:
             handle = CommitHandle(step)
             handle.durable.set_result(last)
             return handle
@@ -345,7 +429,17 @@ class Checkpointer:
             self._wait_for_room(step, notice)
         return handle_or_none
 
+    def _last_commit(self) -> Commit | None:
+        """The checkpoint that the next one follows, if this object has saved or restored it."""
+        last = self._incarnation.last
+        known = (self._queue.last_commit, self.restored)
+        return next((c for c in known if c is not None and last is not None and c.checkpoint == last.checkpoint), None)
+
     def _wait_for_room(self, step: int, notice: Notice | None) -> None:
+        with self._waiting():
+            self._wait_for_fewer_jobs(step, notice)
+
+    def _wait_for_fewer_jobs(self, step: int, notice: Notice | None) -> None:
         jobs = self._queue.jobs
         if not jobs:  # the one that held the memory has just ended
             return
@@ -379,10 +473,13 @@ class Checkpointer:
         if not len(self._queue):
             self._incarnation.check_step(step)
         self._fence("save", end_s)
+        self._see_torn()
+        self._thread = threading.get_ident()
         captured = self._recapturer.capture(targets.state_of(self._targets))
         self._tell_what_is_refused(step, captured)
         cuts = self._cuts.of(captured)
-        handle = CommitHandle(step)
+        samples = None if self._options.verify_snapshot == "off" else self._sampler.take(captured, cuts)
+        handle = CommitHandle(step, self._waiting)
         trusted = self._hooks is not None and self._hooks.can_be_trusted
         fenced = Fenced(self._optimizers) if trusted else None
         alone = not len(self._queue)
@@ -391,19 +488,20 @@ class Checkpointer:
         try:
             with deferred_interrupt():  # slabs, copies under way and the queue's job change hands
                 try:
-                    source = self._stager.begin(captured, cuts, fenced, step, ring=alone)
+                    source = self._stager.begin(captured, cuts, fenced, step, ring=alone, samples=samples)
                 except DoesNotFit:
                     source = LiveChunks(captured, cuts) if alone else None
                 if source is None:
                     return None
                 if isinstance(source, Snapshot):
                     self._snapshot = source
+                    trusted = trusted and not source.must_fence
                 threads: UploadThreads | None = None
                 try:
                     # Now, although an earlier save may be under way: if it ends with the interpreter, none can be started any more.
                     threads = UploadThreads.start(captured, self._options)
                     here = not self._queue.put(
-                        Job(step, trigger, metrics, meta, captured, source, called_s, handle, threads)
+                        Job(step, trigger, metrics, meta, captured, source, called_s, handle, threads, owner=self)
                     )
                 except BaseException:
                     if threads is not None:
@@ -411,6 +509,7 @@ class Checkpointer:
                     source.close()
                     raise
                 self._saves += 1
+                self._saved_state = _SavedState(step, self.restored, self._recapturer.identity, samples)
             if here:
                 self._queue.run_here()
             if isinstance(source, LiveChunks):
@@ -482,16 +581,56 @@ class Checkpointer:
         if snapshot is None:
             return
         snapshot.fence(why, _less(self._options.max_stall_s, end_s))
+        self._look_at(snapshot)
+
+    def _look_at(self, snapshot: Snapshot) -> None:
+        """Tell of what is wrong with it. Nothing is left to a hook any more once something was torn."""
         error = snapshot.error
         if error is not None:
             self._queue.give_up(snapshot, error)
-            if isinstance(error, TornSnapshotError) and self._hooks is not None:
+        if snapshot.torn_name is None:
+            return
+        if self._hooks is not None:
+            self._hooks.distrust()
+        if error is None and not self._told_of_torn:
+            self._told_of_torn = True
+            logger.warning(
+                "%s was overwritten while it was copied, without torch's knowledge (.data, a NumPy view, a kernel of its own), and put "
+                "back: it was copied again. From now on the state is copied before a save returns. Call ckpt.fence() before such writes",
+                snapshot.torn_name,
+            )
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around what waits for a save. If it is the training thread that waits, the state stays as it is meanwhile, and nobody comes to
+        the fence: what is torn must be settled now.
+        """
+        snapshot = self._snapshot
+        if snapshot is None or threading.get_ident() != self._thread or os.getpid() != self._pid:
+            yield
+            return
+        with snapshot.attended():
+            self._look_at(snapshot)
+            yield
+        self._look_at(snapshot)
+
+    def _see_torn(self) -> None:
+        """Learn of saves that were torn, and forget those after which a newer one is durable."""
+        for torn in self._queue.take_torn():
+            self._torn, self._torn_after = torn, self.restored
+            if self._hooks is not None:
                 self._hooks.distrust()
+        last = self._incarnation.last
+        if self._torn is not None and (
+            self._torn_after is not self.restored or (last is not None and last.checkpoint.step > self._torn.step)
+        ):
+            self._torn = None
 
     def _before_update(self) -> None:
         if os.getpid() != self._pid:
             return  # a forked child trains a copy; the snapshot is the parent's, and so are the threads that would end this wait
         started = time.monotonic()
+        self._updated = self.restored
         self._fence("optimizer step")
         self._stall_s += time.monotonic() - started
 
@@ -509,6 +648,7 @@ class Checkpointer:
 
     def _final_save(self, step: int, metrics: Mapping[str, float], meta: Mapping[str, Any], notice: Notice) -> None:
         self._final = notice
+        self._worker_errors.hold()
         final_save(
             self._queue,
             notice,
@@ -518,6 +658,41 @@ class Checkpointer:
             start=lambda: self._start(step, "notice", metrics, meta, notice),
         )
         self._left = True
+
+    def _mark_settled(self) -> None:
+        self._trained_by = threading.current_thread()
+        if self._watcher is not None or self._on_exception is not None:
+            self._settled.mark()
+
+    def _may_be_saved(self) -> bool:
+        """Whether the objects are those of the last step, now that an exception has come from somewhere. Says why they are not."""
+        if self._step is None or self._broken is not None:
+            return False
+        moved = self._settled.moved
+        if moved is None and not self._settled.sees_steps and self._on_exception != "save":
+            moved = "no optimizer was seen to say when it begins a step, so one may have begun"
+        if moved is not None:
+            logger.warning("the state is not saved as step %d: %s", self._step, moved)
+        return moved is None
+
+    def _save_last(self, notice: Notice) -> None:
+        """After an exception that came behind a notice: have the newest step durable that there is."""
+        if self._left:
+            return
+        left_s = notice.seconds_left(time.monotonic())
+        if self._step is not None and self._saved(self._step):
+            given_up = any(job.step == self._step and job.handle.done() for job in self._queue.jobs)
+            if given_up:  # interrupted before it was copied; its memory is needed
+                self._queue.wait_fewer(1, left_s)
+        if self._step is not None and (self._saved(self._step) or self._may_be_saved()):
+            if not self._saved(self._step):
+                self._settled.put_back()
+            self._final_save(self._step, *self._told, notice)
+            return
+        with hurried():
+            self._queue.wait_idle(self._close_timeout_s if left_s is None else left_s)
+        durable = self.stats.durable_step
+        logger.warning("%s: what stands is %s", notice.source, "no step" if durable is None else f"step {durable}")
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -535,7 +710,7 @@ class Checkpointer:
             raise TimeoutError(
                 f"saves are still under way after {timeout_s} s: steps {[job.step for job in self._queue.jobs]}"
             )
-        self._raise_failures()
+        self._raise_failures(torn=True)
 
     @property
     def stats(self) -> Stats:
@@ -565,7 +740,7 @@ class Checkpointer:
         finally:
             self._closed = True
             self._let_go()
-        self._raise_failures()
+        self._raise_failures(torn=True)
 
     def _patience(self, limit_s: float, what: str) -> tuple[float, str]:
         """How long saves may take to end, and who says so. After a notice no longer than the machine stays."""
@@ -576,7 +751,7 @@ class Checkpointer:
 
     def _end_saves(self, timeout_s: float, what: str) -> None:
         """Wait for them, and give up those that are not durable by then. SaveError in that case."""
-        with hurried():
+        with hurried(), self._waiting():
             idle = self._queue.wait_idle(timeout_s)
         if not idle:
             self._queue.cancel()
@@ -585,6 +760,10 @@ class Checkpointer:
                 "up. Earlier checkpoints are as they were"
             )
 
+    def _tell_worker_errors(self) -> None:
+        for error in self._worker_errors.take():
+            logger.warning("kept back since the notice: %s: %s", type(error).__name__, error)
+
     def _let_go(self) -> None:
         with contextlib.ExitStack() as last_first:  # one that fails keeps none of the others
             idle = self._queue.retaining.halt(0)
@@ -592,8 +771,10 @@ class Checkpointer:
                 last_first.callback(self._store.close)
             last_first.callback(self._incarnation.close)
             last_first.callback(self._stager.pool.drop_free)
+            last_first.callback(self._stager.stop_preparing)
             if self._watcher is not None:
                 last_first.callback(self._watcher.close)
+            last_first.callback(self._tell_worker_errors)
             if self._hooks is not None:
                 last_first.callback(self._hooks.remove)
 
@@ -603,38 +784,57 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Closes. After a final notice an exception ends in SystemExit(exit_code), with it as the cause and in the log: it is mostly the
+        notice's own consequence, and the launcher must know that the job is to be started again.
+        """
         if error is None:
             self.close()
             return
+        notice = self.notice
         try:
-            self._abort()
+            self._abort(notice)
         except Exception as ours:
             # The first error is the one to see; ours goes with it.
             logger.error("closing the Checkpointer after an exception: %s: %s", type(ours).__name__, ours)
             if sys.version_info >= (3, 11):
                 error.add_note(f"fastckpt: {type(ours).__name__}: {ours}")
+        # Who chooses a status of his own, or only closes a generator, has not failed.
+        if notice is not None and os.getpid() == self._pid and not isinstance(error, (SystemExit, GeneratorExit)):
+            logger.error(
+                "%s had told of the end before this exception came: the exit status is %d",
+                notice.source,
+                self.exit_code,
+                exc_info=(type(error), error, trace),
+            )
+            raise SystemExit(self.exit_code) from error
 
-    def _abort(self) -> None:
-        """Leave after an exception: what is in flight gets `close_timeout_s`, and nothing new begins unless it was asked for."""
+    def _abort(self, notice: Notice | None) -> None:
+        """Leave after an exception: what is in flight gets `close_timeout_s`, and nothing new begins unless a notice has come or it was
+        asked for.
+        """
         if self._closed or os.getpid() != self._pid:
             return
         try:
             # No fence, which may take max_stall_s: until this returns nobody trains.
-            limit_s, what = self._patience(self._close_timeout_s, "close_timeout_s")
-            end_s = time.monotonic() + limit_s
-            if (
+            end_s = time.monotonic() + self._close_timeout_s
+            if notice is not None:
+                self._save_last(notice)
+                left_s = notice.seconds_left(time.monotonic())
+                end_s = end_s if left_s is None else min(end_s, time.monotonic() + left_s)
+            elif (
                 self._on_exception == "save"
                 and self._step is not None
-                and self._broken is None
                 and not self._saved(self._step)
-                and self._queue.wait_idle(limit_s)
+                and self._may_be_saved()
+                and self._queue.wait_idle(self._close_timeout_s)
             ):
-                self._start(self._step, "exception", {}, {}, end_s=end_s)
-            self._end_saves(max(0.0, end_s - time.monotonic()), what)
+                self._settled.put_back()
+                self._start(self._step, "exception", *self._told, end_s=end_s)
+            self._end_saves(max(0.0, end_s - time.monotonic()), "close_timeout_s")
         finally:
             self._closed = True
             self._let_go()
-        self._raise_failures()
+        self._raise_failures(torn=True)
 
     def _require_open(self) -> None:
         if os.getpid() != self._pid:
@@ -645,8 +845,13 @@ class Checkpointer:
         if self._closed:
             raise CheckpointError("this Checkpointer is closed")
 
-    def _raise_failures(self) -> None:
+    def _raise_failures(self, *, torn: bool = False) -> None:
+        """torn: also what was torn and has not been made good."""
         failures = self._queue.take_failures()
+        self._see_torn()
+        if torn and self._torn is not None:
+            failures.append(self._torn.error)
+            self._torn = None
         if not failures:
             return
         first = next((f for f in failures if isinstance(f, SupersededError)), failures[0])
@@ -665,6 +870,51 @@ def _refused(reader: Reader, location: str, error: pickle.UnpicklingError) -> Re
         f"{location} holds what restore() refuses, as it could run code:\n{words}\nNothing was changed. If you trust whoever "
         "wrote it, call restore(weights_only=False), or allow single classes with torch.serialization.add_safe_globals before restore()"
     )
+
+
+class _SavedState(NamedTuple):
+    """What tells whether the state is still that of a save."""
+
+    step: int
+    restored: Commit | None
+    """By then."""
+    identity: Identity
+    samples: Sampled | None
+
+
+def _has_failed(handle: CommitHandle) -> bool:
+    return handle.done() and handle.durable.exception() is not None
+
+
+def _is_changing(reference: weakref.ref[Checkpointer]) -> bool:
+    """Whether the main thread should not be interrupted: it updates the state, or is not the one that trains."""
+    living = reference()
+    if living is None:
+        return False
+    begun = living._hooks is not None and living._hooks.begun
+    return begun or living._trained_by is not threading.main_thread()
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Calls it while its object is there, and does not keep the object."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        living = reference()
+        if living is not None:
+            living()
+
+    return call
+
+
+def _in_a_hurry(reference: weakref.ref[Checkpointer]) -> Callable[[], bool]:
+    """Whether a notice has come, or nobody has the Checkpointer any more."""
+
+    def call() -> bool:
+        living = reference()
+        return living is None or living.notice is not None
+
+    return call
 
 
 def _less(limit_s: float, end_s: float | None) -> float:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fastckpt import chunking
+from fastckpt import chunking, collector
 from fastckpt.chunking import Cuts, StorageShape
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import element_type
@@ -84,7 +84,8 @@ class LiveChunks:
 
 def cuts_of(captured: Captured) -> Cuts:
     """Where a state is cut."""
-    return chunking.cut(storage_shapes(captured))
+    with collector.held_off():
+        return chunking.cut(storage_shapes(captured))
 
 
 class KnownCuts:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastckpt.format.directory import Extent
@@ -19,8 +18,7 @@ from fastckpt.transform import MAX_CHUNK_ELEMENTS, MAX_RAW_BYTES
 BUNDLE_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class StorageShape:
+class StorageShape(NamedTuple):
     """What decides where a storage is cut. `number` is its place in the directory."""
 
     number: int

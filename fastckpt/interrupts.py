@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-# Those that programs give handlers that raise. A profiler's SIGPROF, or a debugger's, must come when it comes.
+# Those that programs give handlers that raise; torch's of SIGCHLD does when a DataLoader's worker dies. A profiler's SIGPROF, or a
+# debugger's, must come when it comes.
 _SIGNALS = [
     getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGCHLD")
     if hasattr(signal, name)
 ]
 
@@ -41,8 +42,17 @@ def deferred_interrupt() -> Iterator[None]:
                 signal.signal(number, note)
         yield
     finally:
-        for number, handler in handlers.items():
+        for number, handler in reversed(
+            handlers.items()
+        ):  # a notice's own may set another one of SIGCHLD: that comes first
             signal.signal(number, handler)
         with contextlib.ExitStack() as every_one:  # also if one of them raises
-            for number, frame in came.items():
-                every_one.callback(handlers[number], number, frame)
+            for number, frame in sorted(came.items(), reverse=True):  # called lowest first, as the interpreter does
+                every_one.callback(_handle, number, frame)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    """By the handler that is set now: that of a lower number may have set another."""
+    handler = signal.getsignal(number)
+    if callable(handler):
+        handler(number, frame)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from fastckpt import events
+from fastckpt import collector, events
 from fastckpt.errors import CheckpointError
 from fastckpt.format.element_types import NUMPY_PREFIX
 from fastckpt.options import Options
 from fastckpt.reader import Reader, storage_bytes
 from fastckpt.restore import DEVICE_WINDOW_BYTES, StorageLoader, check_size
-from fastckpt.state import Rebuild, unsafe_globals
+from fastckpt.state import Rebuild, may_be_refused, unsafe_globals
+
+# What is loaded within a second or two, with the collector held off: small tensors are many objects, not many bytes.
+_SOON_BYTES = 64 << 20
 
 
 def load_object(
@@ -62,7 +66,9 @@ def load_object(
             places,
             beyond_torch,
         )
-        result = rebuild.run()
+        soon = n_bytes + len(reader.skeleton) <= _SOON_BYTES
+        with collector.held_off() if soon else contextlib.nullcontext():
+            result = rebuild.run()
     events.emit(
         events.LoadFinished(source=reader.source.name, raw_bytes=n_bytes, seconds=time.perf_counter() - started)
     )
@@ -75,6 +81,8 @@ def _array_bytes(reader: Reader) -> int:
 
 def _refuses(reader: Reader, beyond_torch: bool) -> bool:
     """Whether a restricted load is sure to fail. Its error comes from the unpickler; this only saves reading the payload."""
+    if not may_be_refused(reader.skeleton, reader.holds_arrays):
+        return False
     try:
         return bool(unsafe_globals(reader.skeleton, reader.holds_arrays, beyond_torch=beyond_torch))
     except Exception:  # a stream that cannot even be scanned cannot be loaded

@@ -102,6 +102,15 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def parameter_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """An optimizer's groups; none where a wrapper refuses them until its framework has prepared it."""
+    try:
+        return optimizer.param_groups
+    except Exception as error:
+        logger.info("an optimizer cannot say yet what it trains: %s: %s", type(error).__name__, error)
+        return []
+
+
 def _live_tensors(key: str, target: Any, entries: Mapping[Name, TensorEntry]) -> Iterator[tuple[Name, torch.Tensor]]:
     """Names as in a checkpoint → tensors that an object has now."""
     if isinstance(target, RNGState):
@@ -115,7 +124,7 @@ def _live_tensors(key: str, target: Any, entries: Mapping[Name, TensorEntry]) ->
                 yield (key, name), tensor
         return
     if isinstance(target, torch.optim.Optimizer):
-        groups = [{word: value for word, value in g.items() if word != "params"} for g in target.param_groups]
+        groups = [{word: value for word, value in g.items() if word != "params"} for g in parameter_groups(target)]
         state: Any = {"param_groups": groups}
     elif _is_plain(target):
         state = target
@@ -150,7 +159,7 @@ def _on_meta(key: str, target: Any, live: Mapping[Name, torch.Tensor], locations
             if name[0] == key and tensor.is_meta and locations.get(name, "meta") != "meta":
                 yield dotted(name)
     elif isinstance(target, torch.optim.Optimizer):
-        parameters = [p for group in target.param_groups for p in group["params"]]
+        parameters = [p for group in parameter_groups(target) for p in group["params"]]
         saved = any(name[:2] == (key, "state") and place != "meta" for name, place in locations.items())
         if saved and any(parameter.is_meta for parameter in parameters):
             yield f"the parameters of {key!r}"
@@ -252,7 +261,7 @@ def _has_plain_memory(tensor: torch.Tensor) -> bool:
 def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
     """Parameters and their state."""
     state = list(optimizer.state.values())
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in parameter_groups(optimizer) for p in group["params"]]
     for named in named_tensors([parameters, state]):
         if isinstance(named.value, torch.Tensor):
             yield named.value

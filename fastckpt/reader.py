@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastckpt import codec
+from fastckpt import codec, collector
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
 from fastckpt.format import container, directory, records
 from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, INDEX_PARTS, MAGIC, MIN_BYTES, READ_SELF_CONTAINED
@@ -57,7 +57,8 @@ class Reader:
         """Other files that hold chunks."""
         self._sources = [source, *(open_file(file) for file in self.files)] if open_file else [source]
         self._check_records()
-        self.directory = directory.parse(parts["directory"], self.records["raw_bytes"], source.name)
+        with collector.held_off():
+            self.directory = directory.parse(parts["directory"], self.records["raw_bytes"], source.name)
         self._scratch = threading.local()
 
     @classmethod

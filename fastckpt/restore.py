@@ -54,7 +54,7 @@ def _new_memory(n_bytes: int) -> U8:
     if n_bytes >= _MAPPED_BYTES:
         return fresh_pages(n_bytes)
     room = np.empty(n_bytes + _ALIGNMENT_BYTES, np.uint8)
-    start = -room.ctypes.data % _ALIGNMENT_BYTES
+    start = -room.__array_interface__["data"][0] % _ALIGNMENT_BYTES
     return room[start : start + n_bytes]
 
 
@@ -154,6 +154,12 @@ class StorageLoader:
 
     def take(self, number: int) -> UntypedStorage:
         """The storage, whole and verified. CorruptCheckpointError lists all damage of the whole container."""
+        ready = self._loading.get(number) if self._pool is None else None
+        if ready is not None and not ready.missing and not self._damage and self._error is None:
+            # Read already, on this thread, for the sake of another one in its bundle: no other thread to agree with.
+            self._held_bytes -= self._storages[number].n_bytes
+            del self._loading[number]
+            return ready.storage
         self._schedule_storage(number)
         self._schedule_ahead()
         with self._changed:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastckpt import codec, events
+from fastckpt import codec, collector, events
 from fastckpt._version import __version__
 from fastckpt.chunk_source import ChunkSource, LiveChunks
 from fastckpt.chunking import Chunk
@@ -122,7 +122,9 @@ def write(
             header = container.build_header()
             sink.write(header)
             writer.run()
-            parts = [directory.build(writer.directory()), b"[]", writer.records.tobytes(), captured.skeleton]
+            with collector.held_off():
+                listed = directory.build(writer.directory())
+            parts = [listed, b"[]", writer.records.tobytes(), captured.skeleton]
             rest = index_and_footer(header, payload.n_bytes, parts)
             for part in rest:
                 sink.write(part)

@@ -37,6 +37,7 @@ EXIT_TIMEOUT_S = 600.0
 _unfinished: set[threading.Thread] = set()
 _given_up: set[threading.Thread] = set()
 """Those of them that are not waited for any more."""
+_ending = False
 _over = False
 """Nobody will wait for a thread that is started now."""
 _when_over: list[Callable[[], None]] = []
@@ -123,6 +124,17 @@ def _give_up(threads: list[threading.Thread], why: str, advice: str = "") -> Non
     )
 
 
+def is_ending() -> bool:
+    """Whether the interpreter's end has begun: what nobody waits for need not go on."""
+    return _ending
+
+
+def _wait_first() -> None:
+    global _ending  # noqa: PLW0603 - set once
+    _ending = True
+    _wait()
+
+
 def _end() -> None:
     global _over  # noqa: PLW0603 - under the lock
     try:
@@ -142,7 +154,7 @@ def _register() -> bool:
         import concurrent.futures.thread  # noqa: F401
 
         register: Callable[[Callable[[], None]], object] = getattr(threading, "_register_atexit", atexit.register)
-        register(_wait)
+        register(_wait_first)
     except RuntimeError:
         return False
     atexit.register(_end)

@@ -623,6 +623,17 @@ int arguments() {
         if (fastckpt_gather(at, lengths, 4, out.data(), out.size() - 1) != FASTCKPT_BAD_LENGTH) fail("gather into less room");
         if (fastckpt_gather(at, lengths, 3, out.data(), out.size()) != FASTCKPT_BAD_LENGTH) fail("gather of less");
     }
+    for (size_t n : {size_t{0}, size_t{1}, size_t{8}, size_t{32767}, size_t{32768}, size_t{32769}, size_t{100003}}) {
+        const Bytes keys = some_lanes(r, 0, FASTCKPT_ROW_WORDS, 8);
+        const auto* words = reinterpret_cast<const uint64_t*>(keys.data());
+        Exact memory(some_lanes(r, 0, n, 1), 1);
+        Bytes padded = memory.bytes(n);
+        padded.resize((n + 32767) / 32768 * 32768);
+        std::vector<uint64_t> found(padded.size() / 32768), expected(found.size());
+        if (fastckpt_rows(memory.data(), n, words, found.data(), found.size()) || fastckpt_rows(padded.data(), padded.size(), words, expected.data(), expected.size()) || found != expected)
+            fail("rows of %zu bytes", n);
+        if (fastckpt_rows(memory.data(), n, words, found.data(), found.size() + 1) != FASTCKPT_BAD_LENGTH) fail("more rows than there are");
+    }
     for (size_t n : {size_t{0}, size_t{1}, size_t{65535}, size_t{65536}, size_t{65537}, size_t{1000001}}) {
         Exact memory(some_lanes(r, 0, n + 1, 1), 1);
         const uint64_t at[] = {reinterpret_cast<uintptr_t>(memory.data()), reinterpret_cast<uintptr_t>(memory.data())}, lengths[] = {n, 1};

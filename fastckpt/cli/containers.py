@@ -61,8 +61,9 @@ def print_files(found: list[dict[str, Any]]) -> None:
 
 
 def tensor_to_json(entry: TensorEntry) -> dict[str, Any]:
-    value = {**dataclasses.asdict(entry), "name": to_json(entry.name)}
-    value["global"] = value.pop("place")
+    value = {**entry._asdict(), "name": to_json(entry.name)}
+    place = value.pop("place")
+    value["global"] = None if place is None else dataclasses.asdict(place)
     return value
 
 

@@ -20,6 +20,11 @@ from fastckpt.format.tensor_names import Name, canonical, dotted, from_json, to_
 
 MAX_DIMS = 64
 _LIMIT = 1 << 63
+_SMALL = 1 << 40
+_INT = frozenset({int})
+_PLAIN_KEY = frozenset({int, str})
+_STORAGE_MEMBERS = frozenset({"dtype", "bytes", "location", "extents"})
+_TENSOR_MEMBERS = frozenset({"name", "dtype", "shape", "stride", "offset", "storage", "kind", "requires_grad"})
 KINDS = frozenset({"tensor", "parameter", "array", "quantized", "part"})
 
 
@@ -45,8 +50,7 @@ class Extent(NamedTuple):
     n_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class StorageEntry:
+class StorageEntry(NamedTuple):
     """One storage. extents None: it has no data (a meta tensor's)."""
 
     dtype: str
@@ -63,8 +67,7 @@ class GlobalPlace:
     offset: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One name for a view of a storage. Shape, stride and offset in elements."""
 
     name: Name
@@ -104,29 +107,39 @@ def build(directory: Directory) -> bytes:
         "world": directory.world,
         "meta": directory.meta,
         **({"save": directory.save} if directory.save is not None else {}),
-        "storages": [
-            {"dtype": s.dtype, "bytes": s.n_bytes, "location": s.location, "extents": s.extents}
-            for s in directory.storages
-        ],
-        "tensors": [_tensor_to_json(entry) for entry in tensors],
     }
-    return json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode()
+    storages = ",".join(
+        f'{{"dtype":{_text(s.dtype)},"bytes":{s.n_bytes},"location":{_text(s.location)},"extents":{_extents_text(s.extents)}}}'
+        for s in directory.storages
+    )
+    forms: dict[Any, tuple[str, str]] = {}
+    rows = ",".join([_tensor_text(entry, forms) for entry in tensors])
+    return f'{_json(value)[:-1]},"storages":[{storages}],"tensors":[{rows}]}}'.encode()
 
 
-def _tensor_to_json(entry: TensorEntry) -> dict[str, Any]:
-    value: dict[str, Any] = {
-        "name": to_json(entry.name),
-        "dtype": entry.dtype,
-        "shape": entry.shape,
-        "stride": entry.stride,
-        "offset": entry.offset,
-        "storage": entry.storage,
-        "kind": entry.kind,
-        "requires_grad": entry.requires_grad,
-    }
-    if entry.place is not None:
-        value["global"] = {"shape": entry.place.shape, "offset": entry.place.offset}
-    return value
+# Rows are put together from their texts: 50,000 dictionaries for an encoder take three times as long.
+_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
+_text = json.encoder.encode_basestring
+
+
+def _extents_text(extents: tuple[Extent, ...] | None) -> str:
+    if extents is None:
+        return "null"
+    return f"[{','.join([f'[{record},{offset},{n_bytes}]' for record, offset, n_bytes in extents])}]"
+
+
+def _tensor_text(entry: TensorEntry, forms: dict[Any, tuple[str, str]]) -> str:
+    """The row of a tensor. forms: the texts of what many have alike, as far as they have been made."""
+    name, dtype, shape, stride, offset, storage, kind, requires_grad, place = entry
+    form = forms.get((dtype, shape, stride, kind, requires_grad))
+    if form is None:
+        form = forms[dtype, shape, stride, kind, requires_grad] = (
+            _json({"dtype": dtype, "shape": shape, "stride": stride})[1:-1],
+            _json({"kind": kind, "requires_grad": requires_grad})[1:-1],
+        )
+    keys = ",".join([_text(key) if type(key) is str else _json(key) for key in to_json(name)])
+    place_text = "" if place is None else f',"global":{_json({"shape": place.shape, "offset": place.offset})}'
+    return f'{{"name":[{keys}],{form[0]},"offset":{offset},"storage":{storage},{form[1]}{place_text}}}'
 
 
 def build_file_table(files: Sequence[FileEntry]) -> bytes:
@@ -250,8 +263,13 @@ def _raise_unsupported(findings: _Findings, source: str) -> None:
 
 def _storages(values: list[Any], raw_bytes: npt.NDArray[Any], findings: _Findings) -> tuple[StorageEntry, ...]:
     ends = np.cumsum(raw_bytes, dtype=np.int64)
+    raw_list = raw_bytes.tolist()
     storages = []
     for number, value in enumerate(values):
+        entry = _usual_storage(value, raw_list)
+        if entry is not None:
+            storages.append(entry)
+            continue
         place = f"storage {number}"
         if not isinstance(value, dict):
             findings.add(place, "an object", value)
@@ -270,6 +288,62 @@ def _storages(values: list[Any], raw_bytes: npt.NDArray[Any], findings: _Finding
             findings.add(f"{place}, extents", f"{n_bytes} bytes in all", sum(extent.n_bytes for extent in checked))
         storages.append(StorageEntry(dtype, n_bytes, location, checked))
     return tuple(storages)
+
+
+def _usual_storage(value: Any, raw_bytes: list[int]) -> StorageEntry | None:
+    """A storage that lies in one record, as small ones do, if all is right with it. None: look closer."""
+    if type(value) is not dict or value.keys() != _STORAGE_MEMBERS:
+        return None
+    dtype, n_bytes, location, extents = value["dtype"], value["bytes"], value["location"], value["extents"]
+    if type(dtype) is not str or element_type(dtype) is None or type(n_bytes) is not int:
+        return None
+    if type(location) is not str or location == "meta" or type(extents) is not list or len(extents) != 1:
+        return None
+    extent = extents[0]
+    if type(extent) is not list or len(extent) != 3 or not _INT.issuperset(map(type, extent)):
+        return None
+    record, offset, size = extent
+    if (
+        not 0 <= record < len(raw_bytes)
+        or offset < 0
+        or size < 1
+        or size != n_bytes
+        or offset + size > raw_bytes[record]
+    ):
+        return None
+    return StorageEntry(dtype, n_bytes, location, (Extent(record, offset, size),))
+
+
+def _usual_tensor(value: Any, storages: Sequence[StorageEntry]) -> TensorEntry | None:
+    """A tensor if all is right with it: what a writer writes, in a third of the time. None: look closer."""
+    if type(value) is not dict or value.keys() != _TENSOR_MEMBERS:
+        return None
+    name, dtype, shape, stride = value["name"], value["dtype"], value["shape"], value["stride"]
+    offset, storage, kind, requires_grad = value["offset"], value["storage"], value["kind"], value["requires_grad"]
+    element = element_type(dtype) if type(dtype) is str else None
+    if element is None or type(name) is not list or not _PLAIN_KEY.issuperset(map(type, name)):
+        return None
+    if type(shape) is not list or type(stride) is not list or len(shape) != len(stride) or len(shape) > MAX_DIMS:
+        return None
+    if not _INT.issuperset(map(type, (*shape, *stride, offset, storage))) or type(requires_grad) is not bool:
+        return None
+    if type(kind) is not str or kind not in KINDS or kind == "quantized" or not 0 <= storage < len(storages):
+        return None
+    if (
+        not 0 <= offset < _SMALL
+        or any(not 0 < size < _SMALL for size in shape)
+        or any(not 0 <= step < _SMALL for step in stride)
+    ):
+        return None
+    if any(type(key) is int and not -_LIMIT < key < _LIMIT for key in name):
+        return None
+    last, n_elements = offset + 1, 1
+    for size, step in zip(shape, stride, strict=True):
+        last += (size - 1) * step
+        n_elements *= size
+    if n_elements * element.n_bytes >= _LIMIT or last * element.n_bytes > storages[storage].n_bytes:
+        return None
+    return TensorEntry(tuple(name), dtype, tuple(shape), tuple(stride), offset, storage, kind, requires_grad)
 
 
 def _extents(
@@ -298,6 +372,10 @@ def _extents(
 def _tensors(values: list[Any], storages: Sequence[StorageEntry], findings: _Findings) -> tuple[TensorEntry, ...]:
     tensors = []
     for number, value in enumerate(values):
+        entry = _usual_tensor(value, storages)
+        if entry is not None:
+            tensors.append(entry)
+            continue
         place = f"tensor {number}"
         if not isinstance(value, dict):
             findings.add(place, "an object", value)

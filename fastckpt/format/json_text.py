@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from fastckpt.errors import CorruptCheckpointError, Damage
 
 _MAX_DIGITS = 19
+_MANY_DIGITS = re.compile(rb"[0-9]{20}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -34,7 +36,10 @@ def load_json(data: bytes, part: str, source: str) -> Any:
     """
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_integer, parse_constant=_constant
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_int=_integer if _MANY_DIGITS.search(data) else None,  # a call for each integer
+            parse_constant=_constant,
         )
         if (
             b"\\u" in data

@@ -107,8 +107,7 @@ def from_json(value: Any) -> Name:
 def canonical(name: Name) -> tuple[tuple[int, int, str], ...]:
     """Sort key of the canonical order: integers, strings, reprs; a prefix first."""
     return tuple(
-        (0, key, "") if isinstance(key, int) else (1, 0, key) if isinstance(key, str) else (2, 0, key.text)
-        for key in name
+        [(1, 0, key) if type(key) is str else (0, key, "") if type(key) is int else (2, 0, key.text) for key in name]  # type: ignore[union-attr]
     )
 
 

@@ -4,7 +4,7 @@
 compiler. `select` chooses. All release the GIL on large buffers and may be called from any thread.
 """
 
-from fastckpt.kernels.reference import Estimate
+from fastckpt.kernels.reference import ROW_WORDS, WHOLE_BELOW, Estimate, lines_bytes
 from fastckpt.kernels.select import Kernels, kernels, warm_up
 
-__all__ = ["Estimate", "Kernels", "kernels", "warm_up"]
+__all__ = ["ROW_WORDS", "WHOLE_BELOW", "Estimate", "Kernels", "kernels", "lines_bytes", "warm_up"]

@@ -311,6 +311,35 @@ def lines(addresses: U64, lengths: U64, seed: int, out: U8) -> None:
         pages += n
 
 
+ROW_WORDS = 4096
+_BLOCK_ROWS = 4  # 128 KiB, and as much again: they stay in the cache
+
+
+def rows(data: Any, keys: U64, out: U64) -> None:
+    """A number for each 32 KiB of bytes, the last ones made up by zeros: the sum of all words, xor the key of their place in the row, each
+    times its own upper half as a signed number, modulo 2^64. ValueError if there are not as many as `out` has.
+    """
+    view = np.frombuffer(data, np.uint8)
+    if keys.size != ROW_WORDS:
+        raise ValueError(f"{keys.nbytes} bytes of keys: expected {8 * ROW_WORDS}")
+    if -(-view.size // (8 * ROW_WORDS)) != out.size:
+        raise ValueError(f"{view.size} bytes are not {out.size} rows")
+    whole = view.size // (8 * ROW_WORDS)
+    words = view[: whole * 8 * ROW_WORDS].view(np.uint64).reshape(whole, ROW_WORDS)
+    for first in range(0, whole, _BLOCK_ROWS):
+        some = slice(first, min(first + _BLOCK_ROWS, whole))
+        out[some] = _row_sums(words[some], keys)
+    if whole < out.size:
+        last = np.zeros(8 * ROW_WORDS, np.uint8)
+        last[: view.size - whole * last.size] = view[whole * last.size :]
+        out[whole:] = _row_sums(last.view(np.uint64)[None], keys)
+
+
+def _row_sums(words: U64, keys: U64) -> U64:
+    x = words ^ keys
+    return np.asarray((x * (x.view(np.int64) >> 32).view(np.uint64)).sum(axis=1, dtype=np.uint64))
+
+
 def is_constant(raw: Any, lane_bytes: int) -> bool:
     """Whether all lanes are equal."""
     lanes = np.frombuffer(raw, np.uint8).view(f"<u{lane_bytes}")

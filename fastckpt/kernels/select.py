@@ -37,6 +37,8 @@ class Kernels(NamedTuple):
     """(addresses, lengths, out)."""
     lines: Callable[[Any, Any, int, Any], None]
     """(addresses, lengths, seed, out)."""
+    rows: Callable[[Any, Any, Any], None]
+    """(data, keys, out)."""
     encode: Callable[[Any, Any, int, int, int, Any], tuple[int, int, bytes] | None] | None
     """As split, but into a whole zstd frame: (stored bytes, their crc64nvme, digest of raw). None: only native kernels can."""
     decode: Callable[[Any, Any, int, int, int, Any], bytes | None] | None
@@ -54,15 +56,28 @@ def _load(name: str) -> Kernels:
             return Estimate(*n.sample(raw, base, lane_bytes))
 
         return Kernels(
-            name, n.crc64nvme, n.split, n.merge, sample, n.cast, n.is_constant, n.gather, n.lines, n.encode, n.decode
+            name,
+            n.crc64nvme,
+            n.split,
+            n.merge,
+            sample,
+            n.cast,
+            n.is_constant,
+            n.gather,
+            n.lines,
+            n.rows,
+            n.encode,
+            n.decode,
         )
     if name == "numba":
         from fastckpt.kernels import numba_cpu as c
 
         return Kernels(
-            name, c.crc64nvme, c.split, c.merge, r.sample, r.cast, r.is_constant, r.gather, r.lines, None, None
+            name, c.crc64nvme, c.split, c.merge, r.sample, r.cast, r.is_constant, r.gather, r.lines, r.rows, None, None
         )
-    return Kernels(name, r.crc64nvme, r.split, r.merge, r.sample, r.cast, r.is_constant, r.gather, r.lines, None, None)
+    return Kernels(
+        name, r.crc64nvme, r.split, r.merge, r.sample, r.cast, r.is_constant, r.gather, r.lines, r.rows, None, None
+    )
 
 
 @functools.cache

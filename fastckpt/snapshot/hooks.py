@@ -25,6 +25,9 @@ class FenceHooks:
         self._devices: list[list[torch.device]] = []
         """Of each optimizer, by its position: a wrapper may pass a hook on to what it wraps, which calls it with itself."""
         self._fired: set[int] = set()
+        self._ever_fired: set[int] = set()
+        self.begun = False
+        """Whether an optimizer has begun a step since the owner last set this to False: it may be halfway through it."""
         self._distrusted = False
         self._handles: list[RemovableHandle] = []
         for number, optimizer in enumerate(optimizers):
@@ -49,6 +52,11 @@ class FenceHooks:
         """
         return bool(self._devices) and not self._distrusted and len(self._fired) == len(self._devices)
 
+    @property
+    def see_all(self) -> bool:
+        """Whether `begun` knows of every step: each optimizer has called its hook before, and nothing was seen to go past them."""
+        return bool(self._devices) and not self._distrusted and len(self._ever_fired) == len(self._devices)
+
     def next_step(self) -> None:
         """A training step has ended."""
         self._fired.clear()
@@ -66,7 +74,9 @@ class FenceHooks:
     def _before_step(
         self, number: int, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.begun = True
         self._fired.add(number)
+        self._ever_fired.add(number)
         if any(is_capturing(device) for device in self._devices[number]):
             self._distrusted = True  # from now on the graph updates, and calls nobody
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer

@@ -11,14 +11,19 @@ A state larger than the budget goes through it as through a *ring*: slabs are us
 still have to be given out when the step comes, and `fence` keeps the host until the last one is, at most `max_stall_s`: after that the
 snapshot is dropped, and training goes on. With a spill file, slabs that the encoder is far from go to a disk, and the ring turns as fast as
 that writes.
+
+A copy of host memory that is not what the state was at the call is *torn*: something has written to the state behind torch's back, most of
+the time weights that were swapped for an evaluation. Such a chunk is copied once more when the training thread comes to the fence, or
+waits for the save: if the state is that of the call again, the snapshot is whole; if not, it fails.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +57,10 @@ class _Copy:
     device: torch.device | None
     """None: from host memory."""
     n_bytes: int
-    clone: torch.Tensor | None = None
-    """Of the bytes, on their device."""
+    sources: list[torch.Tensor] | None = None
+    """Of the bytes on their device, until the copy is given out."""
+    is_clone: bool = False
+    """`sources` is memory of our own, which nobody else changes."""
     given_out: bool = False
     event: torch.Event | None = None
     """Behind the copy, once it is given out to a device."""
@@ -82,11 +89,11 @@ class Snapshot:
         target: str,
         step: int | None,
         max_stall_s: float,
-        verify: bool = False,
+        at_save: AtSave | None = None,
         spill: SpillFile | None = None,
     ) -> None:
-        """places: from `take_places`, of the same arguments. On return all that is not fenced may change. verify: compare what was copied
-        later with fingerprints taken now.
+        """places: from `take_places`, of the same arguments. On return all that is not fenced may change, and nothing may if `must_fence`.
+        at_save: looks at what is copied later now, and compares; None: nothing does.
 
         spill: where slabs go that hold up the ring; closed with this.
         side_of: the same side stream for the same device every time. Raises what keeps the first copies from being made; the pool has its
@@ -115,10 +122,18 @@ class Snapshot:
         self._there_bytes = 0
         self._in_threads = 0
         self._error: BaseException | None = None
-        self._fenced = self._confirmed = self._closed = False
+        self._started = self._fenced = self._confirmed = self._closed = False
         self._held_back: set[tuple[torch.device, int]] = set()
         self._copiers: WorkerPool | None = None
-        self._at_save = AtSave()
+        self._at_save = at_save or AtSave()
+        self.must_fence = False
+        """What is copied later could not be looked at: the caller fences at once."""
+        self._torn: list[int] = []
+        """Chunks whose copies wait to be made once more."""
+        self.torn_name: str | None = None
+        """The first thing that was seen to be torn, whether or not that could be mended."""
+        self._attended = 0
+        """More than 0: the training thread does nothing to the state until we are done with what is torn."""
         self._spill = spill
         self._spilling: int | None = None
         """The slab that is on its way to the disk."""
@@ -131,7 +146,7 @@ class Snapshot:
             )
         )
         try:
-            self._start(places.n_first, verify)
+            self._start(places.n_first)
         except BaseException as error:
             self._fail(error)
             self.close()
@@ -139,12 +154,15 @@ class Snapshot:
 
     # -- giving out copies ---------------------------------------------------------------------------------------------
 
-    def _start(self, n_first: int, verify: bool) -> None:
+    def _start(self, n_first: int) -> None:
         first = self._order[:n_first]
         with self._changed:
+            for copy in self._copies:
+                if copy.device is not None:
+                    copy.sources = self._sources(copy)
             cloned = self._clone(first)
-            if verify:
-                self._look(self._order[n_first:])
+            if self._at_save.looks:
+                self._look(self._order[n_first:], cloned)
             for side in self._sides.values():
                 side.begin()
             self._at_save.fetch()
@@ -155,6 +173,7 @@ class Snapshot:
             self._changed.wait_for(lambda: not any(self._copies[number].in_thread for number in first))
             if self._error is not None:
                 raise self._error
+            self._started = True
         if self._spill is not None and not self._is_settled():
             start_thread(functools.partial(self._spill_slabs, self._spill), "fastckpt-spill")
 
@@ -163,31 +182,43 @@ class Snapshot:
         copies = [self._copies[number] for number in first if self._copies[number].device is not None]
         if sum(copy.n_bytes for copy in copies) > MAX_CLONED_BYTES:
             return False
+        clones = []
         try:
             for copy in copies:
-                copy.clone = joined(self._sources(copy))
+                assert copy.sources is not None
+                clones.append(joined(copy.sources))
         except torch.OutOfMemoryError:
-            for copy in copies:
-                copy.clone = None
             return False
+        for copy, clone in zip(copies, clones, strict=True):
+            copy.sources, copy.is_clone = [clone], True
         return True
 
-    def _look(self, later: Iterable[int]) -> None:
-        """Take down what the chunks that are copied later hold now."""
-        on_device: dict[torch.device, dict[int, list[torch.Tensor]]] = {}
+    def _look(self, later: Sequence[int], may_clone: bool) -> None:
+        """Take down what the chunks that are copied later hold now.
+
+        Many small storages are joined on their device instead, as their copy would do it: that takes no longer than looking at them, and
+        nothing reaches them any more.
+        """
+        left = MAX_CLONED_BYTES - sum(copy.n_bytes for copy in self._copies if copy.is_clone)
+        on_device: dict[torch.device, dict[int, list[torch.Tensor]]] = {device: {} for device in self._sides}
         for number in later:
             copy = self._copies[number]
             if copy.device is None:
-                self._at_save.take_host(number, copy.n_bytes, functools.partial(self._captured.read, copy.chunk.pieces))
+                self._at_save.take_host(number)
+                continue
+            assert copy.sources is not None
+            if may_clone and len(copy.sources) > 1 and copy.n_bytes <= left and self._clone([number]):
+                left -= copy.n_bytes
             else:
-                on_device.setdefault(copy.device, {})[number] = self._sources(copy)
-        for device, chunks in on_device.items():
-            self._at_save.take_device(self._sides[device], chunks)
+                on_device[copy.device][number] = copy.sources
+        looked = [self._at_save.take_device(self._sides[device], chunks) for device, chunks in on_device.items()]
+        self.must_fence = not all(looked)
 
     def _sources(self, copy: _Copy) -> list[torch.Tensor]:
-        """The pieces of a chunk on their device: contiguous tensors of one element type."""
-        if copy.clone is not None:
-            return [copy.clone]
+        """The pieces of a chunk on their device: contiguous tensors of one element type.
+
+        Made before any stream reads the state: making one may count as a write to its storage.
+        """
         pieces = copy.chunk.pieces
         if len(pieces) > 1:  # whole storages
             found = [self._captured.whole(piece.storage) for piece in pieces]
@@ -237,15 +268,17 @@ class Snapshot:
         copy, slot = self._copies[number], self._slot_of[number]
         slab, stop = self._slabs[slot.slab], slot.offset + copy.n_bytes
         if copy.device is not None:
-            target = slab.tensor[slot.offset : stop]
-            self._sides[copy.device].copy(target, self._sources(copy), pinned=slab.pinned)
-            copy.clone = None
+            if self._started and not copy.is_clone:  # a ring: storages may have been resized, tensors given other ones
+                copy.sources = self._sources(copy)
+            assert copy.sources is not None
+            self._sides[copy.device].copy(slab.tensor[slot.offset : stop], copy.sources, pinned=slab.pinned)
+            copy.sources = None
         elif copy.n_bytes < _INLINE_BYTES:
-            self._copy_host(copy, slab.array[slot.offset : stop])
+            self._copy_host(number)
         else:
             if self._copiers is None:
                 self._copiers = WorkerPool(self._threads, "fastckpt-stage")
-            call = functools.partial(self._copy_in_thread, copy, slab.array[slot.offset : stop])
+            call = functools.partial(self._copy_in_thread, number)
             copy.in_thread = True
             self._in_threads += 1
             try:
@@ -272,10 +305,48 @@ class Snapshot:
             copy.given_out = True
         self._changed.notify_all()
 
-    def _copy_host(self, copy: _Copy, target: U8) -> None:
-        started = time.perf_counter()
-        self._captured.read(copy.chunk.pieces, target)
+    def _copy_host(self, number: int) -> None:
+        copy, started = self._copies[number], time.perf_counter()
+        self._read(number)
+        if not self._at_save.is_host_copy(number, self._content(number)):
+            with self._changed:
+                self.torn_name = self.torn_name or self._names(number)
+                self._torn.append(number)
+                if self._attended:
+                    self._mend()
+                self._changed.notify_all()
         self._tell_staged(copy, started)
+
+    def _read(self, number: int) -> None:
+        self._captured.read(self._copies[number].chunk.pieces, self._content(number))
+
+    def _mend(self) -> None:
+        """Copy once more what is torn: the state may be that of the call again. The caller holds the lock; nobody changes the state."""
+        torn, self._torn = self._torn, []
+        for number in torn:
+            if self._error is not None:
+                break
+            try:
+                self._read(number)
+            except Exception as error:
+                self._fail(error)
+                break
+            if not self._at_save.is_host_copy(number, self._content(number)):
+                self._fail(self._torn_error(number))
+        self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[None]:
+        """The training thread waits for the save: until the context ends, what is torn is mended at once, or the snapshot fails."""
+        with self._changed:
+            self._attended += 1
+            if not self._fenced and not self._closed:
+                self._mend()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._attended -= 1
 
     def _tell_staged(self, copy: _Copy, started: float) -> None:
         if events.enabled():
@@ -292,14 +363,14 @@ class Snapshot:
                 )
             )
 
-    def _copy_in_thread(self, copy: _Copy, target: U8) -> None:
+    def _copy_in_thread(self, number: int) -> None:
         try:
             if self._error is None:
-                self._copy_host(copy, target)
+                self._copy_host(number)
         except BaseException as error:
             self._fail(error)
         with self._changed:
-            copy.in_thread = False
+            self._copies[number].in_thread = False
             self._in_threads -= 1
             self._changed.notify_all()
 
@@ -350,7 +421,7 @@ class Snapshot:
         full = [slab for slab in self._slabs if slab < filling and slab not in self._handed]
         slab = max(full, default=None)
         if slab is None or any(
-            copy.in_thread or not copy.given_out
+            copy.in_thread or not copy.given_out or number in self._torn
             for number, copy in enumerate(self._copies)
             if self._slot_of[number].slab == slab
         ):
@@ -364,7 +435,8 @@ class Snapshot:
     # -- the training thread -------------------------------------------------------------------------------------------
 
     def fence(self, why: str = "fence()", limit_s: float | None = None) -> None:
-        """From here on the state may change: what the caller's current streams are given from now on waits for the copies.
+        """From here on the state may change: what the caller's current streams are given from now on waits for the copies. What is torn is
+        copied once more, first.
 
         Each stream that changes it needs this, so it may be called again, by any thread. The host waits only for copies of host memory, and
         in ring mode until the last copy is given out: for max_stall_s at most, or `limit_s` if that is less. What is wrong with the
@@ -377,13 +449,14 @@ class Snapshot:
                 self._hold_back_or_fail()
                 return
             self._check_versions()
-            if not self._changed.wait_for(self._is_settled, limit_s):
-                self._fail(self._stalled(limit_s))
-            # After a failure too: copies under way read the state.
-            self._changed.wait_for(lambda: not self._in_threads)
-            self._hold_back_or_fail()
-            self._check_versions()
-            self._fenced = True
+            with self.attended():
+                if not self._changed.wait_for(self._is_settled, limit_s):
+                    self._fail(self._stalled(limit_s))
+                # After a failure too: copies under way read the state.
+                self._changed.wait_for(lambda: not self._in_threads)
+                self._hold_back_or_fail()
+                self._check_versions()
+                self._fenced = True
             copiers, self._copiers = self._copiers, None
         if copiers is not None:
             copiers.close()
@@ -416,6 +489,7 @@ class Snapshot:
         address = self._fenced_state.changed()
         if address is not None:
             name = self._name(self._captured.addresses.index(address))
+            self.torn_name = self.torn_name or name
             self._fail(
                 TornSnapshotError(
                     f"{name} changed while it was copied, outside of an optimizer's step(). Nothing was committed. "
@@ -447,6 +521,10 @@ class Snapshot:
             self._changed.wait_for(
                 lambda: self._error is not None or (copy.given_out and not copy.in_thread and self._spilling != slab)
             )
+            if number in self._torn and not self._changed.wait_for(
+                lambda: self._error is not None or number not in self._torn, self._max_stall_s
+            ):
+                self._fail(self._torn_error(number))  # nobody has come to the fence, who could say what the state is
             if self._error is not None:
                 raise self._error
             spilled = self._spill if self._spill is not None and number in self._spill else None
@@ -463,21 +541,24 @@ class Snapshot:
             content = self._content(number)
             if copy.event is not None and not copy.there:
                 self._wait_for_device(copy, copy.event)
-        self._verify(number, content)
+            if copy.device is not None and not self._at_save.is_device_copy(number, content):
+                torn = self._torn_error(number)
+                self.torn_name = self.torn_name or self._names(number)
+                self._fail(torn)
+                raise torn
         self._note(copy)
         return content
 
-    def _verify(self, number: int, content: U8) -> None:
-        if not self._at_save.is_copy(number, content):
-            pieces = self._copies[number].chunk.pieces
-            names = ", ".join(sorted({self._name(piece.storage) for piece in pieces})[:3])
-            error = TornSnapshotError(
-                f"{names}: the bytes that were copied are not those of the call of save. Something has written to them without torch's "
-                "knowledge (.data, a NumPy view, a kernel of its own) before the optimizer's step. Nothing was committed. Call "
-                "ckpt.fence() before such writes"
-            )
-            self._fail(error)
-            raise error
+    def _names(self, number: int) -> str:
+        """What a chunk holds, in a few words."""
+        return ", ".join(sorted({self._name(piece.storage) for piece in self._copies[number].chunk.pieces})[:3])
+
+    def _torn_error(self, number: int) -> TornSnapshotError:
+        return TornSnapshotError(
+            f"{self._names(number)}: the bytes that were copied are not those of the call of save. Something has written to them without "
+            f"torch's knowledge (.data, a NumPy view, a kernel of its own) before the optimizer's step. Nothing of step {self._step} was "
+            "committed. Call ckpt.fence() before such writes"
+        )
 
     def _wait_for_device(self, copy: _Copy, event: torch.Event) -> None:
         started = time.perf_counter()
@@ -554,5 +635,5 @@ class Snapshot:
                 self._captured.let_go()
                 self._fenced_state = Fenced()
                 for copy in self._copies:
-                    copy.clone = None
+                    copy.sources = None
         self._pool.give_back(slabs)

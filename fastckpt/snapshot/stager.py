@@ -8,11 +8,14 @@ from fastckpt.chunking import Cuts
 from fastckpt.errors import SaveError
 from fastckpt.events import logger
 from fastckpt.snapshot.fenced import Fenced
-from fastckpt.snapshot.places import take_places
+from fastckpt.snapshot.places import DoesNotFit, plan_places, take_places
 from fastckpt.snapshot.pool import SlabPool
+from fastckpt.snapshot.sampled import Sampled
 from fastckpt.snapshot.side_stream import SideStream, is_capturing
+from fastckpt.snapshot.slab_maker import SlabMaker
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.spill import SpillFile
+from fastckpt.snapshot.verify import AllBytes, AtSave
 from fastckpt.state import Captured
 
 
@@ -41,24 +44,46 @@ class Stager:
         self._threads, self._target, self._max_stall_s = threads, target, max_stall_s
         self._verify = verify
         self._sides: dict[torch.device, SideStream] = {}
+        self._maker: SlabMaker | None = None
+
+    def prepare(self, captured: Captured, cuts: Cuts, fenced: Fenced | None) -> None:
+        """Begin to make the memory that a snapshot of this state will need, in the background, until one begins or `stop_preparing`."""
+        try:
+            plan = plan_places(captured, cuts, self.pool.budget_bytes, fenced, ring=True)
+        except DoesNotFit:  # such a save needs none
+            return
+        self._maker = SlabMaker(self.pool, plan.slab_bytes, plan.for_device)
+
+    def stop_preparing(self) -> None:
+        """What is made by then stays. Waits for one slab at most."""
+        maker, self._maker = self._maker, None
+        if maker is not None:
+            maker.stop()
 
     def begin(
-        self, captured: Captured, cuts: Cuts, fenced: Fenced | None, step: int | None, *, ring: bool
+        self,
+        captured: Captured,
+        cuts: Cuts,
+        fenced: Fenced | None,
+        step: int | None,
+        *,
+        ring: bool,
+        samples: Sampled | None = None,
     ) -> Snapshot | None:
         """Begin to copy a state. None: earlier snapshots hold the memory that it needs.
 
+        samples: of the state, taken by the caller now; what copies are compared with if `verify` is "sampled".
         fenced: what may be copied until `Snapshot.fence` (see `fenced_tensors`), all else is copied first; None: the caller fences at once,
         before anything can change. ring: whether a state larger than the budget may be copied in parts. DoesNotFit; SaveError while a
         graph is being captured.
         """
         self._refuse_capture(captured)
+        self.stop_preparing()
         with self.pool.all_or_nothing():
             places = take_places(captured, cuts, self.pool, fenced, ring=ring)
             if places is None:
                 return None
-            verify = fenced is not None and self._verify != "off"
-            if verify and self._verify == "first":
-                self._verify = "off"
+            at_save = None if fenced is None else self._looks_at(captured, cuts, samples)
             spill = None
             if places.is_ring and self._spill_dir:
                 try:
@@ -76,9 +101,19 @@ class Stager:
                 target=self._target,
                 step=step,
                 max_stall_s=self._max_stall_s,
-                verify=verify,
+                at_save=at_save,
                 spill=spill,
             )
+
+    def _looks_at(self, captured: Captured, cuts: Cuts, samples: Sampled | None) -> AtSave | None:
+        """What a snapshot of it is compared with."""
+        if self._verify == "sampled":
+            return None if samples is None else AtSave(samples)
+        if self._verify == "off":
+            return None
+        if self._verify == "first":
+            self._verify = "off"
+        return AtSave(AllBytes(captured, cuts))
 
     def _side(self, device: torch.device) -> SideStream:
         side = self._sides.get(device)

@@ -4,6 +4,7 @@ from fastckpt.spot.notice import Notice
 from fastckpt.spot.open import open_sources
 from fastckpt.spot.sources import Ec2Source, FileSource, NoticeSource, SignalSource
 from fastckpt.spot.watcher import NoticeReceived, NoticeSourceBlind, Watcher
+from fastckpt.spot.worker_errors import WorkerErrors
 
 __all__ = [
     "Ec2Source",
@@ -14,5 +15,6 @@ __all__ = [
     "NoticeSourceBlind",
     "SignalSource",
     "Watcher",
+    "WorkerErrors",
     "open_sources",
 ]

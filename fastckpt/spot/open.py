@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
+from fastckpt.events import logger
 from fastckpt.spot.imds import ImdsClient
-from fastckpt.spot.sources import Ec2Source, FileSource, NoticeSource, SignalSource
+from fastckpt.spot.machine import EC2, cloud
+from fastckpt.spot.sources import Ec2Source, FileSource, NoticeSource, SignalSource, SlurmSource
+
+_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
+"""Those with which launchers announce an end. SIGINT is a person's, who does not want to wait."""
+_said: set[str] = set()
+"""Clouds of which this process has been told that their notices are not read."""
 
 
 def open_sources(spec: Any) -> list[NoticeSource]:
-    """None, False or "off": none. "auto": EC2's metadata service unless it is disabled, SIGTERM, and the file that FASTCKPT_NOTICE_FILE
-    names. "ec2", "signal", "file:/path", joined by commas; or a list of sources. ValueError names what is wrong.
+    """None, False or "off": none. "auto": EC2's metadata service unless it is disabled or this is another cloud, SIGTERM, under SLURM
+    SIGUSR1, and the file that FASTCKPT_NOTICE_FILE names. "ec2", "signal" (SIGTERM), "SIGUSR1" and the like, "file:/path", joined by
+    commas; or a list of sources. ValueError names what is wrong.
     """
     if spec is None or spec is False or spec == "off":
         return []
@@ -28,15 +37,9 @@ def open_sources(spec: Any) -> list[NoticeSource]:
         raise ValueError(
             f'spot is {spec!r}: expected "auto", "off", "ec2", "signal", "file:/path", or a list of sources'
         )
-    found: list[NoticeSource] = []
     if spec == "auto":
-        ec2 = _ec2()
-        if ec2 is not None:
-            ec2.optional = True
-            found.append(ec2)
-        found.append(SignalSource())
-        path = os.environ.get("FASTCKPT_NOTICE_FILE")
-        return [*found, FileSource(path)] if path else found
+        return _auto()
+    found: list[NoticeSource] = []
     problems = []
     for word in (part.strip() for part in spec.split(",")):
         if word == "ec2":
@@ -47,12 +50,44 @@ def open_sources(spec: Any) -> list[NoticeSource]:
                 found.append(ec2)
         elif word == "signal":
             found.append(SignalSource())
+        elif word in _SIGNALS and hasattr(signal, word):
+            found.append(SignalSource((signal.Signals[word],)))
         elif word.startswith("file:") and len(word) > len("file:"):
             found.append(FileSource(word.removeprefix("file:")))
         else:
-            problems.append(f"{word!r}: expected auto, off, ec2, signal or file:/path")
+            problems.append(f"{word!r}: expected auto, off, ec2, signal, {', '.join(_SIGNALS)} or file:/path")
     if problems:
         raise ValueError("spot: " + "; ".join(problems))
+    return found
+
+
+def _auto() -> list[NoticeSource]:
+    found: list[NoticeSource] = []
+    signals: SignalSource
+    if "SLURM_JOB_ID" in os.environ and hasattr(signal, "SIGUSR1"):
+        signals = SlurmSource((signal.SIGTERM, signal.SIGUSR1))
+    else:
+        signals = SignalSource()
+    found.append(signals)
+    path = os.environ.get("FASTCKPT_NOTICE_FILE")
+    if path:
+        found.append(FileSource(path))
+    here, told = cloud(), bool(os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT"))
+    if here in (None, EC2) or told:
+        ec2 = _ec2()
+        if ec2 is None:
+            logger.info("EC2's metadata service is not asked: AWS_EC2_METADATA_DISABLED is true")
+        else:
+            ec2.optional = here != EC2 and not told
+            found.insert(0, ec2)
+    elif here not in _said:
+        _said.add(here)
+        logger.warning(
+            "this machine is on %s, whose notices are not read: only %s can tell of its end. Whatever reads them may make the file "
+            'that FASTCKPT_NOTICE_FILE names (docs/spot.md). spot="signal" says that this is known',
+            here,
+            " and ".join(source.name for source in found),
+        )
     return found
 
 

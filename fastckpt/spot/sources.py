@@ -6,16 +6,18 @@ import datetime
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from fastckpt.events import logger
+from fastckpt.spot import handlers
 from fastckpt.spot.imds import ImdsClient, Reply
 from fastckpt.spot.notice import Notice
 
 NOTICE_S = 120.0  # what EC2 gives for stop and terminate, at best
+SLURM_WARNING_S = 60.0  # `sbatch --signal` without a time sends it so long before the end
+_LONGEST_WARNING_S = 3600.0
 _SANE_SKEW_S = 600.0
 _META = "latest/meta-data/"
 
@@ -137,42 +139,73 @@ def _sigterm_grace_s() -> float:
 
 
 class SignalSource:
-    """Signals such as SIGTERM. Only the main thread can set handlers; earlier ones are called after ours, and put back by `close`."""
+    """Signals such as SIGTERM. Only the main thread can set handlers; earlier ones are called after ours, and put back by `close`.
+
+    Sources may be closed in any order. One that nobody holds any more counts as closed.
+    """
 
     def __init__(self, signals: Sequence[int] = (signal.SIGTERM,), grace_s: float | None = None) -> None:
         """grace_s: what the launcher gives before it kills; default FASTCKPT_SIGTERM_GRACE_S, or 30, as Kubernetes and torchrun do."""
-        self.name = " ".join(signal.Signals(number).name for number in signals)
-        self._signals = tuple(signals)
+        self._watch(signals)
         self._grace_s = _sigterm_grace_s() if grace_s is None else grace_s
         self._received: list[tuple[int, float]] = []
         self._returned = 0
-        self._previous: dict[int, Any] = {}
+        self.pid = os.getpid()
+        self.at_once: Callable[[], None] | None = None
+        """Called in the signal's handler, once it is noted: what cannot wait for the next poll. Takes no lock and raises nothing."""
+
+    def _watch(self, signals: Sequence[int]) -> None:
+        self._signals = tuple(signals)
+        self.name = " ".join(signal.Signals(number).name for number in signals)
 
     def install(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
+        if not handlers.may_be_set():
             logger.warning(
                 "%s is not watched: handlers can be set by the main thread only. Open the Checkpointer there", self.name
             )
             return
+        self.pid = os.getpid()
         for number in self._signals:
-            self._previous[number] = signal.signal(number, self._handle)
+            handlers.install(number, self)
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def received(self, number: int, now_s: float) -> None:
         # Appending is one step of the interpreter: no lock that the interrupted code could hold.
-        self._received.append((number, time.monotonic()))
-        previous = self._previous.get(number)
-        if callable(previous):
-            previous(number, frame)
+        self._received.append((number, now_s))
+        if self.at_once is not None:
+            self.at_once()
+
+    def left_s(self, number: int) -> float:
+        """Seconds from the signal to the end of the process."""
+        return self._grace_s
 
     def poll(self, now_s: float) -> list[Notice]:
         new, self._returned = self._received[self._returned :], len(self._received)
-        return [Notice("signal", signal.Signals(n).name, at + self._grace_s, signal.Signals(n).name) for n, at in new]
+        names = [(signal.Signals(number).name, at + self.left_s(number)) for number, at in new]
+        return [Notice("signal", name, deadline_s, name) for name, deadline_s in names]
 
     def close(self) -> None:
-        """Put the previous handlers back, where ours are still the ones that are set. Main thread; elsewhere nothing is done."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number, previous in self._previous.items():
-            if signal.getsignal(number) == self._handle:
-                signal.signal(number, signal.SIG_DFL if previous is None else previous)
-        self._previous = {}
+        """Put the previous handlers back, unless others of ours still want to be told or somebody has set another one since. Outside the
+        main thread the signal is only passed on from now on.
+        """
+        for number in self._signals:
+            handlers.remove(number, self)
+
+
+class SlurmSource(SignalSource):
+    """SIGTERM, and SIGUSR1 as `sbatch --signal=USR1@seconds` has it sent before: unless the process uses SIGUSR1 for something else."""
+
+    def install(self) -> None:
+        if signal.SIGUSR1 in self._signals and not handlers.is_default(signal.SIGUSR1):
+            logger.info("SIGUSR1 is not watched: somebody in this process handles it")
+            self._watch([number for number in self._signals if number != signal.SIGUSR1])
+        super().install()
+
+    def left_s(self, number: int) -> float:
+        if number != signal.SIGUSR1:
+            return super().left_s(number)
+        try:
+            left_s = float(os.environ.get("SLURM_JOB_END_TIME", "")) - time.time()
+        except ValueError:
+            return SLURM_WARNING_S
+        # Sent long before the end, it announces a preemption.
+        return left_s if 0 < left_s <= _LONGEST_WARNING_S else SLURM_WARNING_S

@@ -6,7 +6,8 @@ import os
 import random
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastckpt import events
@@ -39,11 +40,19 @@ class NoticeSourceBlind(events.Event):
 
 
 class Watcher:
-    """Made, started and closed by the training thread; `final`, `early` and `blind` may be read by any."""
+    """Made, started and closed by the training thread; `final`, `early` and `blind` may be read by any.
 
-    def __init__(self, sources: Sequence[NoticeSource], poll_s: float = POLL_S) -> None:
+    One that nobody holds any more stops by itself, and its signals are what they were.
+    """
+
+    def __init__(
+        self, sources: Sequence[NoticeSource], poll_s: float = POLL_S, at_signal: Callable[[], None] | None = None
+    ) -> None:
+        """at_signal: called in a signal's handler, when that signal is a notice. Takes no lock and raises nothing."""
         self._sources = list(sources)
         self._signals = [source for source in self._sources if isinstance(source, SignalSource)]
+        for source in self._signals:
+            source.at_once = at_signal
         self._poll_s = poll_s
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -61,8 +70,11 @@ class Watcher:
             source.install()
         if len(self._signals) < len(self._sources):
             # A daemon: it holds nothing that could be lost, and must not keep a script alive that forgot to close its Checkpointer.
-            self._thread = threading.Thread(target=self._run, name="fastckpt-watcher", daemon=True)
+            self._thread = threading.Thread(
+                target=_watch, args=(weakref.ref(self), self._stop), name="fastckpt-watcher", daemon=True
+            )
             start(self._thread)  # at the interpreter's end there is none, and no loop that could heed a notice
+        logger.info("watched for notices: %s", ", ".join(source.name for source in self._sources) or "nothing")
 
     def close(self) -> None:
         """Put signal handlers back and stop polling, without waiting for a request that is under way. May be called twice."""
@@ -79,23 +91,27 @@ class Watcher:
             self._ask(source)
         return self._final
 
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            for source in self._sources:
-                if source not in self._signals:
-                    self._ask(source)
-            self._stop.wait(self._poll_s * _random.uniform(0.8, 1.2))
+    def poll(self) -> float:
+        """Ask every source but signals, which need no asking. Seconds until the next time."""
+        for source in self._sources:
+            if source not in self._signals:
+                self._ask(source)
+        return self._poll_s * _random.uniform(0.8, 1.2)
 
     def _ask(self, source: NoticeSource) -> None:
         try:
-            notices = source.poll(time.monotonic())
+            notices = list(source.poll(time.monotonic()))
+            for notice in notices:
+                if isinstance(notice, Notice):
+                    self._take(notice)
+            wrong = [type(notice).__name__ for notice in notices if not isinstance(notice, Notice)]
+            if wrong:
+                raise TypeError(f"poll returned {', '.join(wrong)}: expected fastckpt.spot.Notice")
         except Exception as error:
             self._went_blind(source, error)
             return
         if self.blind.pop(source.name, None) is not None:
             logger.info("%s can be watched again", source.name)
-        for notice in notices:
-            self._take(notice)
 
     def _went_blind(self, source: NoticeSource, error: Exception) -> None:
         self.blind.setdefault(source.name, time.monotonic())
@@ -126,3 +142,13 @@ class Watcher:
 
 def _sooner(a: Notice, b: Notice) -> bool:
     return a.deadline_s is not None and (b.deadline_s is None or a.deadline_s < b.deadline_s)
+
+
+def _watch(watcher: weakref.ref[Watcher], stop: threading.Event) -> None:
+    while not stop.is_set():
+        watching = watcher()
+        if watching is None:
+            return
+        wait_s = watching.poll()
+        del watching  # while this waits it is not what keeps it
+        stop.wait(wait_s)

@@ -5,7 +5,17 @@ the skeleton, by default through torch's restricted unpickler, and asks for the 
 """
 
 from fastckpt.state.capture import Captured, CapturedStorage, capture
-from fastckpt.state.rebuild import Rebuild, StorageProvider, unsafe_globals
-from fastckpt.state.recapture import Recapturer
+from fastckpt.state.rebuild import Rebuild, StorageProvider, may_be_refused, unsafe_globals
+from fastckpt.state.recapture import Identity, Recapturer
 
-__all__ = ["Captured", "CapturedStorage", "Rebuild", "Recapturer", "StorageProvider", "capture", "unsafe_globals"]
+__all__ = [
+    "Captured",
+    "CapturedStorage",
+    "Identity",
+    "Rebuild",
+    "Recapturer",
+    "StorageProvider",
+    "capture",
+    "may_be_refused",
+    "unsafe_globals",
+]

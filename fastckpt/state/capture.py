@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copyreg
+import functools
 import io
 import pickle
 import types
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch.storage import TypedStorage, UntypedStorage
 
+from fastckpt import collector
 from fastckpt.errors import SaveError
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
@@ -89,17 +91,33 @@ class Captured:
     elsewhere: dict[int, StoredElsewhere] = field(default_factory=dict)
     form: object = field(default_factory=object)
     """The same object for two states that differ in nothing but bytes, addresses and what stands in the skeleton."""
+    _bytes: dict[int, torch.Tensor] = field(default_factory=dict)
+    """All bytes of storages on devices, as far as they were asked for."""
 
     def let_go(self) -> None:
         """The bytes are not needed any more."""
-        self.owners, self.wholes = [], {}
+        self.owners, self.wholes, self._bytes = [], {}, {}
 
     def device_bytes(self, number: int, offset: int, n_bytes: int) -> torch.Tensor:
-        """A stretch of a storage's bytes on its device. SaveError if it is not there any more."""
+        """A stretch of a storage's bytes on its device. SaveError if it is not there any more.
+
+        The first one of a storage may be made by `set_`, which counts as a write: ask for it before another stream reads the storage.
+        """
+        self._require(number)
+        found = self._bytes.get(number)
+        if found is None:
+            found = self._bytes[number] = self._all_bytes(number)
+        return found[offset : offset + n_bytes]
+
+    def _all_bytes(self, number: int) -> torch.Tensor:
         device = self.storages[number].device
         assert device is not None, "these bytes lie in host memory"
-        self._require(number)
-        return torch.empty(0, dtype=torch.uint8, device=device).set_(self.owners[number], offset, (n_bytes,), (1,))
+        known = self.whole(number)
+        if known is not None:
+            with torch.no_grad():
+                return known.view(-1).view(torch.uint8)
+        empty = torch.empty(0, dtype=torch.uint8, device=device)
+        return empty.set_(self.owners[number], 0, (self.storages[number].n_bytes,), (1,))
 
     def whole(self, number: int) -> torch.Tensor | None:
         """A contiguous tensor over all bytes of a storage, if one is known. It is the owner's, who may have put other data into it."""
@@ -175,6 +193,7 @@ class StorageNumbers:
         self.number_of_array: dict[int, int] = {}  # id(array) → number
         self.reductions: dict[int, Reduction] = {}
         self._has_a_say: dict[type, bool] = {}
+        self._kind_of: dict[torch.dtype, Any] = {}
         self._dtype_at: dict[int, torch.dtype] = {}  # data address → dtype, as torch.save checks it
 
     def reduce(self, obj: Any, pickle_protocol: int) -> Any:
@@ -202,23 +221,23 @@ class StorageNumbers:
     def _storage_id(self, obj: TypedStorage | UntypedStorage) -> tuple[Any, ...]:
         if isinstance(obj, TypedStorage):
             storage, dtype = obj._untyped_storage, obj.dtype
-            kind = getattr(torch, obj._pickle_storage_type())
-            numel = obj._size()
+            kind = self._kind_of.get(dtype)
+            if kind is None:
+                kind = self._kind_of[dtype] = getattr(torch, obj._pickle_storage_type())
         else:
             storage, dtype = obj, torch.uint8
             kind = torch.serialization.normalize_storage_type(type(obj))
-            numel = storage.nbytes()
-        has_memory = storage.device.type != "meta" and storage.data_ptr() != 0
-        if has_memory and self._dtype_at.setdefault(storage.data_ptr(), dtype) != dtype:
+        numel = storage.nbytes() // dtype.itemsize
+        address = 0 if storage.device.type == "meta" else storage.data_ptr()
+        if address and self._dtype_at.setdefault(address, dtype) != dtype:
             # torch's own text: people search for it.
             raise RuntimeError("Cannot save multiple tensors or storages that view the same data as different types")
         location = torch.serialization.location_tag(storage)
         number = self.number_of_storage.get(storage._cdata)
         if number is None:
-            n_bytes = numel * torch._utils._element_size(dtype)
+            n_bytes = numel * dtype.itemsize
             info = _storage_info(storage, dtype, n_bytes, location)
-            address = storage.data_ptr() if info.has_data and n_bytes else 0
-            number = self.number_of_storage[storage._cdata] = self._enter(info, address, storage)
+            number = self.number_of_storage[storage._cdata] = self._enter(info, address if n_bytes else 0, storage)
         return ("storage", kind, str(number), location, numel)
 
     def _enter(self, info: CapturedStorage, address: int, owner: Any) -> int:
@@ -239,8 +258,13 @@ class StorageNumbers:
         return ("storage", UntypedStorage, str(number), "cpu", array.nbytes, "ndarray", array.dtype.str, shape, order)
 
 
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _storage_info(storage: UntypedStorage, dtype: torch.dtype, n_bytes: int, location: str) -> CapturedStorage:
-    name = str(dtype).removeprefix("torch.")
+    name = _name_of(dtype)
     if element_type(name) is None:
         raise SaveError(f"a storage of element type {name} cannot be saved: format version 1 has no such type")
     device = storage.device
@@ -255,8 +279,9 @@ def capture(obj: object, pickle_module: Any, pickle_protocol: int) -> Captured:
     """
     refuse_skipping_data()
     numbers = StorageNumbers()
-    skeleton = pickled(obj, numbers, pickle_module, pickle_protocol)
-    tensors = entries(obj, numbers)
+    with collector.held_off():
+        skeleton = pickled(obj, numbers, pickle_module, pickle_protocol)
+        tensors = entries(obj, numbers)
     return Captured(skeleton, numbers.storages, tensors, numbers.addresses, numbers.owners, numbers.wholes)
 
 
@@ -312,11 +337,14 @@ def _entry(named: Named, state: StorageNumbers) -> TensorEntry | None:
     number = state.number_of_storage.get(value.untyped_storage()._cdata)
     if number is None:  # reached by name only: pickling went another way
         return None
-    dtype = str(value.dtype).removeprefix("torch.")
+    dtype = _name_of(value.dtype)
     storage = state.storages[number]
-    element = element_type(dtype)
-    if storage.dtype == "uint8" and element is not None and storage.n_bytes % element.n_bytes == 0:
-        storage.dtype = dtype  # torch writes its newer types through untyped storages; their width matters for the cuts
+    if storage.dtype == "uint8" and dtype != "uint8":
+        element = element_type(dtype)
+        if element is not None and storage.n_bytes % element.n_bytes == 0:
+            storage.dtype = (
+                dtype  # torch writes its newer types through untyped storages; their width matters for the cuts
+            )
     if storage.device is not None and covers(value, storage.n_bytes):
         state.wholes[number] = value
     return TensorEntry(

@@ -17,6 +17,7 @@ import torch
 from fastckpt.errors import CorruptCheckpointError, Damage
 from fastckpt.format.tensor_names import Name, dotted, key_of
 
+_JAGGED_MODULE = "torch.nested._internal.nested_tensor"
 _COMPRESSED_BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
 _COMPRESSED = (*_COMPRESSED_BY_ROWS, torch.sparse_csc, torch.sparse_bsc)
 # What a pickle stream must contain to make such a tensor: names of functions stand in it as they are.
@@ -82,23 +83,23 @@ def _composites(obj: object) -> Iterator[tuple[Name, torch.Tensor]]:
     while stack:
         name, value = stack.pop()
         kind = type(value)
-        if kind in _PLAIN or id(value) in kept or isinstance(value, _NOT_STATE):
+        if kind in _PLAIN or id(value) in kept or issubclass(kind, _NOT_STATE):
             continue
         kept[id(value)] = value
-        if isinstance(value, torch.Tensor):
+        if issubclass(kind, torch.Tensor):
             if _is_composite(value):
                 yield name, value
             if value.is_leaf and value.grad is not None:
                 stack.append(((*name, "grad"), value.grad))
             stack.extend((name, part) for part in gc.get_referents(value) if part is not kind)
-        elif isinstance(value, dict):
+        elif issubclass(kind, dict):
             for key, child in value.items():
                 stack.append(((*name, key_of(key)), child))
                 if type(key) not in _PLAIN:
                     stack.append((name, key))
             if kind is not dict:
                 stack.append((name, getattr(value, "__dict__", None)))
-        elif isinstance(value, (list, tuple)):
+        elif issubclass(kind, (list, tuple)):
             stack.extend(((*name, number), child) for number, child in enumerate(value) if type(child) not in _PLAIN)
             if kind is not list and kind is not tuple:
                 stack.append((name, getattr(value, "__dict__", None)))
@@ -125,7 +126,10 @@ def _is_composite(tensor: torch.Tensor) -> bool:
 
 
 def _is_jagged(tensor: torch.Tensor) -> bool:
-    return type(tensor) is not torch.Tensor and (tensor.layout is torch.jagged or "_offsets" in tensor.__dict__)
+    if tensor.layout is torch.jagged:
+        return True
+    # Whoever makes one without its constructor gives it any layout.
+    return any(kind.__module__ == _JAGGED_MODULE for kind in type(tensor).__mro__)
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -28,6 +28,8 @@ _TRUE = ("1", "y", "yes", "true")
 _ARRAY_GLOBALS = ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype")
 # Where an error comes from the stream itself: the unpickler, and constructors that it calls.
 _OF_THE_STREAM = (restricted.__name__, harmless.__name__, "argparse", "torch.nn.parameter")
+_GLOBAL = re.compile(rb"c([a-zA-Z_][\w.]*)\n([a-zA-Z_][\w.]*)\n", re.ASCII)
+_STORAGE_NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
 # torch renamed this module; its own loader maps it too.
 _MOVED_MODULES = {"torch.tensor": "torch._tensor"}
 
@@ -87,6 +89,15 @@ def unsafe_globals(skeleton: bytes, holds_arrays: bool, *, beyond_torch: bool = 
     return sorted(used - set(restricted._get_allowed_globals()) - set(restricted._get_user_allowed_globals()))
 
 
+def may_be_refused(skeleton: bytes, holds_arrays: bool) -> bool:
+    """False: a restricted load refuses no global of the skeleton. True: ask `unsafe_globals`, which takes 50 times as long."""
+    if holds_arrays:
+        return True
+    allowed = restricted._get_allowed_globals()
+    found = set(_GLOBAL.findall(skeleton))  # and what looks like one in a text or a number
+    return any(f"{module.decode()}.{name.decode()}" not in allowed for module, name in found)
+
+
 @dataclass
 class Rebuild:
     """One unpickling. `run` may be called once."""
@@ -109,6 +120,7 @@ class Rebuild:
         """The object. pickle.UnpicklingError with torch's words when a restricted load refuses something."""
         self._restore_location = _get_restore_location(self.map_location)
         self._to_meta = _is_meta_location(self.map_location)
+        self._fake = torch._guards.detect_fake_mode(None) is not None  # it takes as long as rebuilding a tensor
         try:
             if not self.weights_only:
                 return self._unpickle(self.pickle_module)
@@ -156,7 +168,7 @@ class Rebuild:
 
     def _require_fit(self, result: Any) -> None:
         """CorruptCheckpointError for tensors that do not fit their storages or themselves."""
-        if torch._guards.detect_fake_mode(None) is not None:
+        if self._fake:
             return
         if self.weights_only:
             self._require_storages_as_long_as_they_were()
@@ -179,7 +191,7 @@ class Rebuild:
         if not isinstance(saved_id, tuple) or len(saved_id) not in (5, 9) or _text(saved_id[0]) != "storage":
             raise self._damage("persistent id", '("storage", type, key, location, elements)', saved_id)
         kind, key, location, numel = saved_id[1], _text(saved_id[2]), _text(saved_id[3]), saved_id[4]
-        if not isinstance(key, str) or not re.fullmatch(r"0|[1-9][0-9]{0,9}", key) or not isinstance(location, str):
+        if not isinstance(key, str) or not _STORAGE_NUMBER.fullmatch(key) or not isinstance(location, str):
             raise self._damage("persistent id", "a storage number and a location", (key, location))
         number = int(key)
         n_bytes = self.provider.n_bytes(number)
@@ -188,7 +200,7 @@ class Rebuild:
         dtype = torch.uint8 if kind is UntypedStorage else getattr(kind, "dtype", None)
         if not isinstance(dtype, torch.dtype) or type(numel) is not int:
             raise self._damage(f"storage {key}", "a storage type and a number of elements", (kind, numel))
-        if numel * torch._utils._element_size(dtype) != n_bytes:
+        if numel * dtype.itemsize != n_bytes:
             raise self._damage(f"storage {key}", f"{n_bytes} bytes", f"{numel} elements of {dtype}")
         if number not in self._loaded:
             if len(saved_id) == 9:
@@ -207,7 +219,7 @@ class Rebuild:
         return typed
 
     def _storage(self, number: int, n_bytes: int, location: str) -> UntypedStorage:
-        if torch._guards.detect_fake_mode(None) is not None:
+        if self._fake:
             storage = UntypedStorage(n_bytes, device="meta")
             storage._fake_device = location  # type: ignore[assignment]
         elif self._to_meta or not self.provider.has_data(number):

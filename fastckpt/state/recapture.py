@@ -13,14 +13,16 @@ import pickle
 import struct
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.storage import UntypedStorage
 
+from fastckpt import collector
 from fastckpt.errors import SaveError
+from fastckpt.format.digest import digest
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.tensor_names import Name, dotted, key_of
 from fastckpt.state.capture import (
@@ -153,6 +155,18 @@ class _Look:
         self.form += tensor.stride()
 
 
+class Identity(NamedTuple):
+    """What two captures have in common if the state has not changed between them, as far as torch and Python tell: not what lies in
+    storages that were written to behind torch's back, or made anew.
+    """
+
+    tensors: list[TensorEntry]
+    streams: list[bytes]
+    """Digests of the pickle streams of all parts."""
+    versions: list[int]
+    """How often each tensor was changed in place."""
+
+
 @dataclass
 class _Part:
     """What is known of a part since it was pickled."""
@@ -160,6 +174,8 @@ class _Part:
     form: list[Any] | bytes | None
     """None: it is pickled every time."""
     opcodes: bytes | memoryview
+    digest: bytes
+    """Of the opcodes."""
     entries: list[TensorEntry]
     numbers: list[int]
     """Of its storages, in the order in which `_Look` meets them; if it has no form, in that of pickling."""
@@ -176,7 +192,11 @@ class _Changed(Exception):
 class Recapturer:
     """Used by the thread that trains."""
 
-    def __init__(self) -> None:
+    def __init__(self, no_identity: Collection[str] = ()) -> None:
+        """no_identity: names of parts that do not count for `identity`."""
+        self._no_identity = no_identity
+        self.identity = Identity([], [], [])
+        """Of the last capture."""
         self._parts: dict[_Path, _Part] = {}
         self._storages: list[CapturedStorage] = []
         """Of the last capture. Its tensors are not kept: what a state_dict() makes for one save must not live until the next."""
@@ -198,9 +218,20 @@ class Recapturer:
             except _Changed:
                 captured = None
         if captured is None:
-            captured = self._anew(parts, looks)
+            with collector.held_off():
+                captured = self._anew(parts, looks)
         captured.skeleton = b"".join([b"\x80\x02", *self._joined(state, (), _DEPTH), b"."])
+        self.identity = self._identity(looks)
         return captured
+
+    def _identity(self, looks: dict[_Path, _Look | _Plain | None]) -> Identity:
+        counted = [path for path in self._parts if path[:1] == () or path[0] not in self._no_identity]
+        versions: list[int] = []
+        for path in counted:
+            look = looks[path]
+            if look is not None:
+                versions += _versions(look.tensors)
+        return Identity(self._tensors, [self._parts[path].digest for path in counted], versions)
 
     def _anew(self, parts: dict[_Path, Any], looks: dict[_Path, _Look | _Plain | None]) -> Captured:
         numbers = StorageNumbers()
@@ -209,7 +240,7 @@ class Recapturer:
             first = len(numbers.storages)
             look = looks[path]
             if isinstance(look, _Plain):
-                self._parts[path] = _Part(look.form, look.opcodes, [], [], [], {})
+                self._parts[path] = _Part(look.form, look.opcodes, digest(look.form), [], [], [], {})
                 self.pickled.append((path, look.form))
                 continue
             stream = _pickled(path, value, numbers)
@@ -219,7 +250,7 @@ class Recapturer:
             known = own if look is None else [numbers.number_of_storage[s._cdata] for s in look.storages]
             form, wholes = (None, {}) if look is None else (look.form, _wholes(look, known, numbers.storages))
             listed = _entries(path, value, numbers)
-            self._parts[path] = _Part(form, stream[2:-1], listed, known, own, wholes)
+            self._parts[path] = _Part(form, stream[2:-1], digest(stream), listed, known, own, wholes)
         self._form = object()
         self._storages = numbers.storages
         self._tensors = [entry for part in self._parts.values() for entry in part.entries]
@@ -253,7 +284,8 @@ class Recapturer:
         if isinstance(look, _Plain):
             if part.own or part.entries:
                 raise _Changed
-            part.opcodes, part.form, part.numbers, part.wholes = look.opcodes, look.form, [], {}
+            part.opcodes, part.digest, part.form = look.opcodes, digest(look.form), look.form
+            part.numbers, part.wholes = [], {}
             self.pickled.append((path, look.form))
             return
         numbers.give(part.own)
@@ -262,7 +294,7 @@ class Recapturer:
         look = _seen_by(numbers, look)
         if _entries(path, value, numbers) != part.entries or numbers.differs(part.own):
             raise _Changed
-        part.opcodes = stream[2:-1]
+        part.opcodes, part.digest = stream[2:-1], digest(stream)
         part.form = None if look is None else look.form
         if look is not None:
             part.numbers = [numbers.number_of_storage[storage._cdata] for storage in look.storages]
@@ -311,6 +343,13 @@ class _Renumbered(StorageNumbers):
         number = self._left.pop()
         self.storages[number], self.addresses[number], self.owners[number] = info, address, owner
         return number
+
+
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # those made under inference_mode count nothing
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _pickled(path: _Path, value: Any, numbers: StorageNumbers) -> bytes:

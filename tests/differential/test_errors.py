@@ -17,6 +17,8 @@ import torch
 import fastckpt
 from tests.differential.tools import describe, outcome, same, through_ours, through_torch
 
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
 
 class Custom:
     def __init__(self) -> None:
@@ -73,7 +75,9 @@ REFUSED: dict[str, Any] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_weights_only_refuses(name: str) -> None:
     state = {"t": torch.ones(2), "bad": REFUSED[name]}
-    alike(outcome(lambda: through_ours(state)), outcome(lambda: through_torch(state)))
+    # What torch says of these two it says since 2.7.
+    words = TORCH >= (2, 7) or name not in ("large array", "blocked")
+    alike(outcome(lambda: through_ours(state)), outcome(lambda: through_torch(state)), words)
     ours, theirs = io.BytesIO(), io.BytesIO()
     fastckpt.save(state, ours)
     torch.save(state, theirs)
@@ -216,6 +220,7 @@ def test_environment_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [str(w.message) for w in ours] == [str(w.message) for w in theirs]
 
 
+@pytest.mark.skipif(TORCH < (2, 7), reason="torch warns of it since 2.7")
 def test_unused_arguments_warn() -> None:
     state = OrderedDict(x=torch.ones(1))
     with pytest.warns(UserWarning, match=r"(?i)weights_only") as theirs:

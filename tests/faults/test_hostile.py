@@ -25,6 +25,7 @@ import zstandard
 
 import fastckpt
 from fastckpt.errors import CheckpointError, CorruptCheckpointError
+from fastckpt.format import directory
 from fastckpt.format.digest import crc64nvme
 from fastckpt.format.records import LAYOUT
 from tests.faults.tools import Parts, allowed, container_of, fetch_all, outcome, seeded
@@ -249,6 +250,27 @@ def test_only_known_errors(kind: str) -> None:
     """Up to 12 s: hundreds of files each; 2,300 in all."""
     found = run_cases(kind, COUNTS[kind])
     assert not found, "\n".join(f"{n} × {text}" for text, n in found.most_common(20))
+
+
+def test_rows_read_at_a_glance_are_read_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is right is taken without a closer look: that must find the same, and pass over nothing."""
+    rng = seeded("at a glance")
+    raw_bytes = np.frombuffer(Parts.of(small()).records, LAYOUT)["raw_bytes"]
+    cases = [Parts.of(directory_case(rng)).directory for _ in range(300)]
+
+    def read() -> list[str]:
+        found = []
+        for case in cases:
+            try:
+                found.append(repr(directory.parse(case, raw_bytes, "x")))
+            except CheckpointError as error:
+                found.append(f"{type(error).__name__} {error}")
+        return found
+
+    at_a_glance = read()
+    monkeypatch.setattr(directory, "_usual_tensor", lambda *_: None)
+    monkeypatch.setattr(directory, "_usual_storage", lambda *_: None)
+    assert at_a_glance == read()
 
 
 CHILD = """

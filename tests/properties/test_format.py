@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import numpy as np
@@ -73,9 +74,11 @@ def directories(draw: st.DrawFn) -> Directory:
             )
         )
     tensors.sort(key=lambda entry: canonical(entry.name))
-    json = st.recursive(st.none() | st.integers(-9, 9) | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3))
+    any_json = st.recursive(
+        st.none() | st.integers(-9, 9) | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3)
+    )
     world = draw(st.integers(1, 9))
-    meta = draw(st.dictionaries(st.text(max_size=3), json, max_size=3))
+    meta = draw(st.dictionaries(st.text(max_size=3), any_json, max_size=3))
     step = draw(st.none() | st.integers(0, (1 << 63) - 1))
     rank = draw(st.integers(0, world - 1))
     return Directory(tuple(storages), tuple(tensors), step, rank, world, {"name": "x"}, meta)
@@ -88,6 +91,8 @@ def test_directory(value: Directory) -> None:
     parsed = directory.parse(built, np.full(8, 64, np.uint32), "here")
     assert parsed == value
     assert directory.build(parsed) == built
+    written = json.dumps(json.loads(built), separators=(",", ":"), ensure_ascii=False).encode()
+    assert written == built, "rows are put together as an encoder would"
 
 
 @given(

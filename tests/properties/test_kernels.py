@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastckpt.kernels.reference import WHOLE_BELOW, lines_bytes
+from fastckpt.kernels.reference import ROW_WORDS, WHOLE_BELOW, lines_bytes
 from fastckpt.kernels.select import Kernels, _load
 from fastckpt.transform import PACK_BITS, Transform
 
@@ -396,3 +396,43 @@ def test_every_line_has_its_turn_and_seeds_choose_others(kernels: Kernels) -> No
 def test_a_stretch_that_is_swapped_has_another_sample(kernels: Kernels, n: int) -> None:
     memory, other = (np.frombuffer(some_bytes(n, seed), np.uint8) for seed in (1, 2))
     assert sampled(kernels, memory, [n], 5).tobytes() != sampled(kernels, other, [n], 5).tobytes()
+
+
+# -- fingerprints of rows ---------------------------------------------------------------------------------------------------
+
+KEYS = np.frombuffer(some_bytes(8 * ROW_WORDS, 9), np.uint64)
+
+
+def row_prints(kernels: Kernels, data: U8) -> npt.NDArray[np.uint64]:
+    out = np.empty(-(-data.size // (8 * ROW_WORDS)), np.uint64)
+    kernels.rows(data, KEYS, out)
+    return out
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 32_767, 32_768, 32_769, 200_000, (1 << 22) - 3])
+def test_fingerprints_of_rows_agree(kernels: Kernels, n: int) -> None:
+    data = np.frombuffer(some_bytes(n), np.uint8)
+    expected = []
+    for start in range(0, n, 8 * ROW_WORDS):  # word by word, as it is defined
+        words = np.frombuffer(data[start : start + 8 * ROW_WORDS].tobytes().ljust(8 * ROW_WORDS, b"\0"), np.uint64)
+        mixed = [x * ((x >> 32) - ((x >> 63) << 32)) for x in (words ^ KEYS).tolist()]
+        expected.append(sum(mixed) % (1 << 64))
+    assert row_prints(kernels, data).tolist() == expected
+    with pytest.raises(ValueError, match="rows"):
+        kernels.rows(data, KEYS, np.empty(len(expected) + 1, np.uint64))
+    with pytest.raises(ValueError, match="keys"):
+        kernels.rows(data, KEYS[1:], np.empty(len(expected), np.uint64))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.int64])
+def test_fingerprints_of_rows_see_changes_of_constants_and_signs(kernels: Kernels, dtype: type) -> None:
+    """Sums of words times numbers do not: a change of high bits in all words of a row adds up to a multiple of 2^64."""
+    n = 16 * ROW_WORDS // np.dtype(dtype).itemsize * 2
+    constants = {v: row_prints(kernels, np.full(n, v, dtype).view(np.uint8)).tobytes() for v in (0, 1, 2, -1, -2, 4)}
+    assert len({*constants.values()}) == len(constants)
+    values = np.random.default_rng(1).standard_normal(n).astype(dtype)
+    if dtype is not np.int64:
+        one = row_prints(kernels, values.view(np.uint8))
+        assert (row_prints(kernels, (-values).view(np.uint8)) != one).all()
+        values[[3, 700]] *= -1
+        assert row_prints(kernels, values.view(np.uint8))[0] != one[0]

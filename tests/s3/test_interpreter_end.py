@@ -47,7 +47,7 @@ def test_pending_saves_whose_keys_a_program_gives(
     answer = tmp_path / "keys.json"
     answer.write_text(json.dumps({"Version": 1, "Expiration": soon.isoformat(), **keys}))
     program = tmp_path / "program.py"
-    program.write_text(f"open('calls', 'a').write('.')\nprint(open({str(answer)!r}).read())\n")
+    program.write_text(f"open({str(tmp_path / 'calls')!r}, 'a').write('.')\nprint(open({str(answer)!r}).read())\n")
     config = tmp_path / "config"
     config.write_text(f"[default]\ncredential_process = {sys.executable} -S -E {program}\n")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

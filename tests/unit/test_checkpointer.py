@@ -218,15 +218,14 @@ def test_the_optimizers_step_waits_for_copies_that_were_left_to_it(
             assert go.wait(SHORT_S)
         original(self, pieces, out)
 
+    # They would be bundled with others that may change at any time.
+    monkeypatch.setattr("fastckpt.chunking.BUNDLE_BYTES", 1)
     with checkpointer(store, training, every=Every(steps=2)) as ckpt:
         training.step()
         ckpt.step(1)
         training.step()  # both hooks have fired between two steps: from here on they are trusted
         monkeypatch.setattr(Captured, "read", slow)
         monkeypatch.setattr("fastckpt.snapshot.snapshot._INLINE_BYTES", 1)  # these tensors would not be worth a thread
-        monkeypatch.setattr(
-            "fastckpt.chunking.BUNDLE_BYTES", 1
-        )  # and would be bundled with others that may change at any time
         then = [p.detach().clone() for p in training.model.parameters()]
         ckpt.step(2)
         assert copying.wait(SHORT_S)

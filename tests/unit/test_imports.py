@@ -14,7 +14,7 @@ PACKAGE = Path(fastckpt.__file__).parent
 # A new one is entered here, as low as it can be.
 LAYERS = (
     ("_native", "_version", "errors", "workers"),
-    ("attributes", "held", "recording", "interrupts", "location", "pages", "turns"),
+    ("attributes", "collector", "held", "recording", "interrupts", "location", "pages", "turns"),
     ("transform", "events", "files", "ranks", "trace"),
     ("kernels",),
     ("options", "sources", "sinks"),
@@ -23,7 +23,7 @@ LAYERS = (
     ("state", "agreement", "ordered_sink"),
     ("reader",),
     ("snapshot", "chunk_source", "commit", "packs", "rng", "schedule"),
-    ("repository",),
+    ("repository", "settled"),
     ("catalog", "known_records", "restore_plan"),
     ("save", "restore"),
     ("upload", "retention", "check", "foreign", "tensors", "loading", "held_pack", "placement", "changes"),

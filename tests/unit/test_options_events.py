@@ -44,7 +44,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("FASTCKPT_COMPRESS", "maybe", "one of 1, true, yes, y, 0, false, no, n"),
         ("FASTCKPT_MAX_STALL_S", "nan", "a number ≥ 0"),
         ("FASTCKPT_MAX_STALL_S", "soon", "a number ≥ 0"),
-        ("FASTCKPT_VERIFY_SNAPSHOT", "on", '"first", "always" or "off"'),
+        ("FASTCKPT_VERIFY_SNAPSHOT", "on", '"sampled", "always", "first" or "off"'),
         ("FASTCKPT_CONNECTIONS", "0", "at least 1"),
         ("FASTCKPT_BACKGROUND_NICE", "20", "at most 19"),
     ],

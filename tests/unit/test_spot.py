@@ -9,14 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastckpt.spot import Ec2Source, FileSource, Notice, SignalSource, Watcher, open_sources
+from fastckpt.spot import Ec2Source, FileSource, Notice, SignalSource, Watcher, machine, open_sources
+from fastckpt.spot import open as spot_open
 from fastckpt.spot.deadline import GUARD_S, Choice, choose
 from fastckpt.spot.imds import ImdsClient, MetadataUnavailable
 from fastckpt.testing.metadata_server import FAULTS, MetadataServer
@@ -173,6 +174,44 @@ def test_the_watcher_survives_its_sources_and_says_that_it_is_blind() -> None:
         watcher.close()
 
 
+def test_garbage_from_a_source_is_told_and_does_not_end_the_watch(caplog: pytest.LogCaptureFixture) -> None:
+    class Strange(Broken):
+        def poll(self, now_s: float) -> list[Notice]:
+            self.asked.release()
+            notice = [Notice("rebalance", self.name, None)] if self.working else []
+            return [None, *notice, "soon"]  # type: ignore[list-item]
+
+    source = Strange()
+    watcher = Watcher([source], poll_s=0.01)
+    watcher.start()
+    try:
+        for _ in range(3):
+            assert source.asked.acquire(timeout=SHORT_S)
+        source.working = True
+        deadline = time.monotonic() + SHORT_S
+        while watcher.early is None:
+            assert time.monotonic() < deadline
+    finally:
+        watcher.close()
+    assert "poll returned NoneType, str: expected fastckpt.spot.Notice" in caplog.text
+
+
+@pytest.mark.parametrize("fault", [*FAULTS])
+def test_a_service_that_recovers_is_heard(server: MetadataServer, fault: str) -> None:
+    server.fault = fault
+    source = Ec2Source(ImdsClient(server.url, timeout_s=0.3))
+    watcher = Watcher([source])
+    for _ in range(2):
+        watcher.poll()
+    assert source.name in watcher.blind
+    server.fault = None
+    server.released.set()
+    server.post_notice(in_s=100)
+    watcher.poll()
+    assert watcher.blind == {}
+    assert watcher.final is not None
+
+
 def test_the_earliest_deadline_counts() -> None:
     watcher = Watcher([])
     for deadline in (None, 50.0, 90.0, 20.0):
@@ -257,7 +296,95 @@ def test_a_handler_set_after_ours_stays() -> None:
         signal.signal(signal.SIGUSR2, before)
 
 
+GOOGLE = {"sys_vendor": "Google\n", "product_name": "Google Compute Engine\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"sys_vendor": "Amazon EC2\n"}, "Amazon EC2"),
+        ({"sys_vendor": "Xen\n", "bios_version": "4.11.amazon\n"}, "Amazon EC2"),
+        (GOOGLE, "Google Cloud"),
+        ({"sys_vendor": "Microsoft Corporation\n"}, None),
+        ({"chassis_asset_tag": "7783-7084-3265-9085-8269-3286-77\n"}, "Azure"),
+        ({"chassis_asset_tag": "OracleCloud.com\n"}, "Oracle Cloud"),
+        ({"sys_vendor": "\x00\udcff" * 5000, "product_name": ""}, None),
+    ],
+)
+def test_the_firmware_tells_the_cloud(tmp_path: Path, files: dict[str, str], expected: str | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    (tmp_path / "bios_vendor").mkdir()  # whatever it is
+    assert machine.cloud(str(tmp_path)) == expected
+    assert machine.cloud(str(tmp_path / "nowhere")) is None
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """Pretends to be on a cloud, with no variable that says anything else."""
+    for name in ("AWS_EC2_METADATA_DISABLED", "AWS_EC2_METADATA_SERVICE_ENDPOINT", "FASTCKPT_NOTICE_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(spot_open, "_said", set())
+    return lambda cloud: monkeypatch.setattr(spot_open, "cloud", lambda: cloud)
+
+
+def test_on_another_cloud_it_is_said_once_that_only_signals_are_watched(
+    on: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on("Azure")
+    monkeypatch.setenv("FASTCKPT_NOTICE_FILE", "/x")
+    for _ in range(2):
+        assert [source.name for source in open_sources("auto")] == ["SIGTERM", "file /x"]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "on Azure, whose notices are not read: only SIGTERM and file /x" in record.getMessage()
+    caplog.clear()
+    open_sources("signal")
+    assert caplog.records == []
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:1")  # somebody wants it asked
+    assert open_sources("auto")[0].name == "ec2"
+
+
+@pytest.mark.parametrize(
+    ("cloud", "told", "level"), [("Amazon EC2", False, "WARNING"), (None, True, "WARNING"), (None, False, "INFO")]
+)
+def test_on_ec2_it_is_said_that_no_notice_can_come(
+    server: MetadataServer,
+    on: Callable[[str | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cloud: str | None,
+    told: bool,
+    level: str,
+) -> None:
+    caplog.set_level("INFO")
+    on(cloud)
+    server.fault = "hop-limit"
+    if told:
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", server.url)
+    monkeypatch.setenv("AWS_METADATA_SERVICE_TIMEOUT", "0.2")
+    monkeypatch.setattr("fastckpt.spot.imds._IPV4", server.url)
+    watcher = Watcher(open_sources("auto"), poll_s=0.01)
+    watcher.start()
+    try:
+        deadline = time.monotonic() + SHORT_S
+        while not watcher.blind:
+            assert time.monotonic() < deadline
+    finally:
+        watcher.close()
+        assert watcher._thread is not None
+        watcher._thread.join(SHORT_S)
+    said = [record for record in caplog.records if "no notice can come from ec2" in record.getMessage()]
+    assert {record.levelname for record in said} == {level}
+    assert "aws ec2 modify-instance-metadata-options --http-put-response-hop-limit 2" in said[0].getMessage()
+    assert len([record for record in caplog.records if "watched for notices: ec2, SIGTERM" in record.getMessage()]) == 1
+
+
 def test_what_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(spot_open, "cloud", lambda: None)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.delenv("FASTCKPT_NOTICE_FILE", raising=False)
     assert [s.name for s in open_sources("auto")] == ["SIGTERM"]

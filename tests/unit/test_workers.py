@@ -183,7 +183,17 @@ def test_a_pool_that_gives_way_to_nobody_gets_no_more_threads() -> None:
 def start(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a script to its end."""
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(script), *arguments],
+        # torch 2.6 leaves a temporary folder of its own to a forked child's end.
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-W",
+            "ignore:Implicitly cleaning up:ResourceWarning",
+            "-c",
+            textwrap.dedent(script),
+            *arguments,
+        ],
         cwd=ROOT,
         check=False,
         capture_output=True,

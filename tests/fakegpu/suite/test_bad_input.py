@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastckpt
 from fastckpt.catalog import Catalog
@@ -579,6 +580,56 @@ def test_an_interrupt_anywhere_in_the_fence(late: torch.device) -> None:
         run.ckpt.fence()
 
     interrupted_everywhere(late, random.randrange(1 << 30), 40, call)
+
+
+# -- what counts as a write ---------------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """The names of this thread's operations since copies may run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = False
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.begun:
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [UNVERIFIED, VERIFIED], ids=["unverified", "verified"])
+def test_views_of_storages_are_made_before_copies_may_run(
+    late: torch.device, monkeypatch: pytest.MonkeyPatch, options: Options
+) -> None:
+    """`set_` counts as a write to the storage: CUDA's sanitizer reports it against the side stream's reads."""
+
+    def make(where: torch.device) -> Job:
+        job = small(where)
+        part = torch.zeros(600, 600, device=where)[:300]  # a view that is not the whole of its storage
+        model = job.state["model"]
+        model.register_buffer("part", part)
+        model.register_buffer("numbers", torch.zeros(300_000, dtype=torch.complex64, device=where))
+        return job
+
+    run = Run(late, make, options=options)
+    operations, begin = Operations(), SideStream.begin
+
+    def begun(self: SideStream) -> None:
+        begin(self)
+        operations.begun = True
+
+    monkeypatch.setattr(SideStream, "begin", begun)
+    for _ in range(3):
+        run.step()
+        operations.begun = False
+        with operations:
+            run.save()
+        run.ckpt.wait(SHORT_S)
+    assert any("copy_" in name for name in operations.names)
+    assert not [name for name in operations.names if "set_" in name]
+    run.check(1, 2, 3)
 
 
 # -- restore and load_state_dict while a save is under way -------------------------------------------------------------

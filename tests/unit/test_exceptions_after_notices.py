@@ -1,0 +1,410 @@
+"""What leaves the block after a notice: what is saved then, and with which status the process ends."""
+# ruff: noqa: PT012 - what happens inside of the `with` is what these tests are about
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastckpt import Checkpointer, Options, RNGState
+from fastckpt.catalog import Catalog
+from fastckpt.errors import SaveError, StoreUnavailableError
+from fastckpt.repository import Repository
+from fastckpt.spot import Notice
+from fastckpt.store.memory import MemoryStore
+from tests.repositories import HeldStore
+
+SHORT_S = 20.0  # no wait of these tests comes near it
+NOTICE = 75
+
+
+class Failure(Exception):
+    """Of training."""
+
+
+class Source:
+    """Of notices that the test gives."""
+
+    name = "test"
+
+    def __init__(self) -> None:
+        self.notices: list[Notice] = []
+
+    def poll(self, now_s: float) -> list[Notice]:
+        found, self.notices = self.notices, []
+        return found
+
+
+class Run:
+    """A training with a Checkpointer."""
+
+    def __init__(self, store: MemoryStore, state: dict[str, Any] | None = None, **settings: Any) -> None:
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.source = Source()
+        self.ckpt = Checkpointer(
+            store,
+            state or {"model": self.model, "optimizer": self.optimizer, "rng": RNGState()},
+            options=Options(threads=1, connections=1),
+            **{"every": None, "spot": [self.source], **settings},
+        )
+        self.ckpt.restore()
+
+    def forward(self) -> torch.Tensor:
+        loss: torch.Tensor = self.model(torch.rand(2, 4)).square().mean()
+        return loss * (random.random() + float(np.random.rand()) + 1)
+
+    def train(self) -> None:
+        self.optimizer.zero_grad()
+        self.forward().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+
+    def steps(self, n: int) -> None:
+        for step in range(1, n + 1):
+            self.train()
+            assert self.ckpt.step(step) is False
+
+    def notify(self, kind: str = "terminate", in_s: float = 100.0) -> None:
+        self.source.notices = [Notice(kind, "test", time.monotonic() + in_s)]
+        assert self.ckpt._watcher is not None
+        self.ckpt._watcher.poll()  # as its thread does now and then
+
+
+@pytest.fixture
+def store() -> Iterator[HeldStore]:
+    held = HeldStore()
+    yield held
+    held.open.set()
+
+
+def living(store: MemoryStore) -> list[int]:
+    return [c.step for c in Catalog(Repository(store)).history()]
+
+
+def status(caught: pytest.ExceptionInfo[SystemExit], cause: type[BaseException]) -> int:
+    assert type(caught.value.__cause__) is cause
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_the_last_step_is_saved_bit_for_bit(store: HeldStore, caplog: pytest.LogCaptureFixture) -> None:
+    expected = Run(MemoryStore())
+    expected.steps(3)
+    after = [(torch.rand(3).tolist(), random.random(), np.random.rand()) for _ in range(2)]
+    expected.ckpt.close()
+    run = Run(store)
+    with pytest.raises(SystemExit) as caught, run.ckpt:
+        run.steps(3)
+        run.notify()
+        run.forward()  # draws for its dropout
+        raise Failure("an NCCL operation was aborted")
+    assert status(caught, Failure) == NOTICE
+    assert living(store) == [3]
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert "an NCCL operation was aborted" in (record.exc_text or "")
+    assert "the exit status is 75" in record.getMessage()
+    again = Run(store)
+    with again.ckpt:
+        assert again.ckpt.restored is not None
+        assert again.ckpt.restored.save.step == 3
+        assert [(torch.rand(3).tolist(), random.random(), np.random.rand()) for _ in range(2)] == after
+        pairs = zip(again.model.parameters(), expected.model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def raising_optimizer(run: Run) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise Failure
+
+    run.optimizer.register_step_post_hook(broken)
+    run.train()
+
+
+def updated(run: Run) -> None:
+    run.train()
+    raise Failure
+
+
+@pytest.mark.parametrize("change", [updated, raising_optimizer])
+@pytest.mark.parametrize("on_exception", [None, "save"])
+def test_nothing_is_saved_from_an_update_under_way(
+    store: HeldStore, change: Callable[[Run], None], on_exception: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(store, on_exception=on_exception)
+    with pytest.raises(SystemExit) as caught, run.ckpt as ckpt:
+        run.steps(1)
+        ckpt.save_now(1).wait(SHORT_S)
+        run.train()
+        ckpt.step(2)
+        run.notify()
+        change(run)
+    assert status(caught, Failure) == NOTICE
+    assert living(store) == [1]
+    assert "the state is not saved as step 2: an optimizer has begun the next one" in caplog.text
+    assert "what stands is step 1" in caplog.text
+
+
+def test_a_save_under_way_is_let_finish(store: HeldStore, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(store, close_timeout_s=0.001)  # the notice gives more
+    with pytest.raises(SystemExit), run.ckpt as ckpt:
+        run.steps(1)
+        store.open.clear()
+        ckpt.save_now(1)
+        assert store.reached.wait(SHORT_S)
+        run.train()
+        ckpt.step(2)
+        run.notify()
+        run.train()
+        threading.Timer(0.05, store.open.set).start()
+        raise Failure
+    assert living(store) == [1]
+    assert "what stands is step 1" in caplog.text
+
+
+def test_a_save_of_the_last_step_under_way_is_the_final_one(store: HeldStore) -> None:
+    run = Run(store, close_timeout_s=0.001)
+    with pytest.raises(SystemExit), run.ckpt as ckpt:
+        run.steps(2)
+        store.open.clear()
+        ckpt.save_now(2)
+        run.notify()
+        run.train()
+        threading.Timer(0.05, store.open.set).start()
+        raise Failure
+    assert living(store) == [2]
+    assert run.ckpt._left
+
+
+class Counting:
+    """A state of the user's own, without optimizers."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"n": self.n}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.n = state["n"]
+
+
+@pytest.mark.parametrize(("on_exception", "saved"), [(None, []), ("save", [3])])
+def test_without_hooked_optimizers_only_who_asks_for_it_is_saved(
+    store: HeldStore, on_exception: Any, saved: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(store, {"mine": Counting()}, on_exception=on_exception)
+    with pytest.raises(SystemExit) as caught, run.ckpt:
+        run.steps(3)
+        run.notify()
+        raise Failure
+    assert status(caught, Failure) == NOTICE
+    assert living(store) == saved
+    assert ("no optimizer was seen to say" in caplog.text) is (not saved)
+
+
+@pytest.mark.parametrize("what", ["buffers of 'norm'", "'place'", "'average'", "'parts'"])
+def test_what_else_has_moved_is_not_saved(store: HeldStore, what: str, caplog: pytest.LogCaptureFixture) -> None:
+    norm = torch.nn.BatchNorm1d(4)
+    optimizer = torch.optim.SGD(norm.parameters())
+    place: dict[str, Any] = {"epoch": 0, "nan": float("nan"), "more": [1, (2, 3), {"x": None}]}
+    average, parts = torch.zeros(2), [torch.zeros(2)]
+    state = {"norm": norm, "optimizer": optimizer, "place": place, "average": average, "parts": parts}
+    run = Run(store, state)
+    with pytest.raises(SystemExit), run.ckpt as ckpt:
+        for step in (1, 2):
+            norm(torch.rand(3, 4)).sum().backward()
+            optimizer.step()
+            ckpt.step(step)
+        run.notify()
+        assert ckpt._settled.moved is None
+        norm.eval()(torch.rand(3, 4))
+        assert ckpt._settled.moved is None
+        changes: dict[str, Callable[[], Any]] = {
+            "buffers of 'norm'": lambda: norm.train()(torch.rand(3, 4)),
+            "'place'": lambda: place["more"][2].update(x=1),
+            "'average'": lambda: average.add_(1),
+            "'parts'": lambda: parts[0].add_(1),
+        }
+        changes[what]()
+        raise Failure
+    assert living(store) == []
+    assert f"the state is not saved as step 2: {what} ha" in caplog.text
+    assert "what stands is no step" in caplog.text
+
+
+def test_large_containers_cost_no_step_its_time(store: HeldStore) -> None:
+    run = Run(store, {"many": list(range(100_000)), "itself": (loop := [])})
+    loop.append(loop)  # type: ignore[arg-type]
+    run.ckpt._settled.mark()
+    assert run.ckpt._settled._values == [None, None]
+    run.ckpt.close()
+
+
+@pytest.mark.parametrize("kind", [None, "rebalance"])
+@pytest.mark.parametrize("error", [Failure, KeyboardInterrupt])
+def test_without_a_final_notice_an_error_is_what_it_was(
+    store: HeldStore, kind: str | None, error: type[BaseException]
+) -> None:
+    run = Run(store)
+    with pytest.raises(error), run.ckpt:
+        run.steps(2)
+        if kind is not None:
+            run.notify(kind)
+        raise error
+    assert living(store) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit(3), GeneratorExit])
+def test_who_leaves_is_saved_and_keeps_a_status_of_his_own(store: HeldStore, error: Any) -> None:
+    run = Run(store)
+    with pytest.raises((SystemExit, GeneratorExit)) as caught, run.ckpt:
+        run.steps(2)
+        run.notify()
+        raise error
+    assert living(store) == [2]
+    if error is KeyboardInterrupt:
+        assert status(caught, KeyboardInterrupt) == NOTICE  # type: ignore[arg-type]
+    else:
+        assert caught.value is error or caught.type is error
+
+
+def test_an_interrupted_final_save_is_finished(store: HeldStore) -> None:
+    run = Run(store)
+
+    def interrupt() -> None:
+        assert store.reached.wait(SHORT_S)
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Timer(0.05, store.open.set).start()
+
+    thread = threading.Thread(target=interrupt)
+    with pytest.raises(SystemExit) as caught, run.ckpt as ckpt:
+        run.steps(2)
+        run.notify()
+        run.train()
+        store.reached.clear()
+        store.open.clear()
+        thread.start()
+        ckpt.step(3)
+    thread.join()
+    assert status(caught, KeyboardInterrupt) == NOTICE
+    assert living(store) == [3]
+
+
+def test_a_final_save_interrupted_before_it_was_copied_is_made_again(
+    store: HeldStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(store)
+    waits = []
+
+    def fence(why: str, end_s: float | None = None) -> None:
+        waits.append(why)
+        if waits.count("save") == 2:  # behind the queueing: nothing is left to hooks that have not fired
+            raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught, run.ckpt as ckpt:
+        run.steps(2)
+        run.notify()
+        monkeypatch.setattr(ckpt, "_fence", fence)
+        ckpt.step(3)
+    assert status(caught, KeyboardInterrupt) == NOTICE
+    assert living(store) == [3]
+
+
+def test_a_failed_final_save_keeps_the_status(store: HeldStore) -> None:
+    run = Run(store)
+    with pytest.raises(SystemExit) as caught, run.ckpt as ckpt:
+        run.steps(1)
+        ckpt.save_now(1).wait(SHORT_S)
+        run.notify()
+        run.train()
+        store.failing = StoreUnavailableError
+        ckpt.step(2)
+    assert status(caught, StoreUnavailableError) == NOTICE
+    assert living(store) == [1]
+
+
+def test_an_earlier_failure_does_not_take_the_final_save(store: HeldStore, caplog: pytest.LogCaptureFixture) -> None:
+    run = Run(store)
+    with run.ckpt as ckpt:
+        run.steps(1)
+        store.failing = StoreUnavailableError
+        with pytest.raises(StoreUnavailableError):
+            ckpt.save_now(1).wait(SHORT_S)
+        store.failing = None
+        run.notify()
+        run.train()
+        assert ckpt.step(2) is True
+    assert living(store) == [2]
+    assert "an earlier save had failed" in caplog.text
+
+
+def test_after_the_deadline_it_is_said_and_nothing_waits(store: HeldStore) -> None:
+    run = Run(store)
+    with pytest.raises(SystemExit) as caught, run.ckpt:
+        run.steps(2)
+        run.notify(in_s=0.0)
+        store.open.clear()
+        raise Failure
+    assert status(caught, Failure) == NOTICE
+    store.open.set()
+    assert run.ckpt._queue.wait_idle(SHORT_S)
+    assert living(store) == []
+
+
+def test_nested_both_are_saved(store: HeldStore) -> None:
+    other = HeldStore()
+    with pytest.raises(SystemExit) as caught:
+        outer = Run(store)
+        with outer.ckpt:
+            inner = Run(other)
+            with inner.ckpt:
+                outer.steps(2)
+                inner.steps(4)
+                outer.notify()
+                inner.notify()
+                raise Failure
+    assert status(caught, Failure) == NOTICE
+    assert (living(store), living(other)) == ([2], [4])
+
+
+def test_an_interrupted_restore_is_not_saved(store: HeldStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(store)
+    with pytest.raises(SystemExit), run.ckpt as ckpt:
+        run.steps(1)
+        ckpt.save_now(1).wait(SHORT_S)
+        run.train()
+        ckpt.step(2)
+        run.notify()
+
+        def interrupted(*args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("fastckpt.targets.apply", interrupted)
+        ckpt.restore(step=1)
+    assert living(store) == [1]
+
+
+def test_a_missed_deadline_is_the_saves_error(store: HeldStore) -> None:
+    run = Run(store)
+    with pytest.raises(SystemExit) as caught, run.ckpt as ckpt:
+        run.steps(1)
+        run.notify(in_s=0.05)
+        store.open.clear()
+        run.train()
+        ckpt.step(2)
+    assert status(caught, SaveError) == NOTICE
+    store.open.set()
+    assert run.ckpt._queue.wait_idle(SHORT_S)
+    assert living(store) == []

@@ -1,0 +1,411 @@
+"""Weights that are swapped while a save copies them, and steps that are saved twice: nothing is acknowledged that was not made."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fastckpt import Checkpointer, Every, Options, RNGState, chunking
+from fastckpt.chunk_source import cuts_of
+from fastckpt.errors import SaveError, StoreUnavailableError, TornSnapshotError
+from fastckpt.snapshot import Sampler
+from fastckpt.snapshot import snapshot as engine
+from fastckpt.state import Captured, Recapturer
+from fastckpt.store.memory import MemoryStore
+from tests.repositories import HeldStore, history
+
+SHORT_S = 20.0
+MIB = 1 << 20
+OPTIONS = Options(threads=1, connections=1, compress=False, host_budget_bytes=128 * MIB, max_stall_s=SHORT_S)
+RING = Options(threads=1, connections=1, compress=False, host_budget_bytes=24 * MIB, max_stall_s=SHORT_S)
+
+
+class Job:
+    """A training whose weights are swapped for an evaluation, as libraries of averaged weights do it: through `.data`."""
+
+    def __init__(self, n_layers: int = 8, width: int = 600) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(n_layers)])
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.state = {"model": self.model, "optimizer": self.optimizer}
+        self._kept: list[torch.Tensor] = []
+
+    def step(self) -> dict[str, torch.Tensor]:
+        for parameter in self.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        self.optimizer.step()
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def swap(self) -> None:
+        self._kept = [parameter.data.clone() for parameter in self.model.parameters()]
+        for parameter in self.model.parameters():
+            parameter.data.fill_(7.0)
+
+    def swap_back(self) -> None:
+        for parameter, kept in zip(self.model.parameters(), self._kept, strict=True):
+            parameter.data.copy_(kept)
+
+
+def open_on(store: MemoryStore, state: dict[str, Any], **settings: Any) -> Checkpointer:
+    return Checkpointer(store, state, **{"every": None, "keep": None, "spot": None, "options": OPTIONS, **settings})
+
+
+def committed(store: MemoryStore) -> list[int]:
+    return sorted(found.step for found in history(store))
+
+
+def check(store: MemoryStore, states: dict[int, dict[str, torch.Tensor]]) -> None:
+    """Every checkpoint holds the state of its step."""
+    for step in committed(store):
+        job = Job()
+        with open_on(store, job.state) as ckpt:
+            assert ckpt.restore(step) == step
+        for name, value in job.model.state_dict().items():
+            assert torch.equal(value, states[step][name]), f"step {step}, {name}"
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Copies of other threads than the training's begin when the event is set."""
+    go, read = threading.Event(), Captured.read
+
+    def waiting(self: Captured, pieces: Any, out: Any) -> None:
+        if threading.current_thread().name.startswith("fastckpt-stage"):
+            assert go.wait(SHORT_S)
+        read(self, pieces, out)
+
+    monkeypatch.setattr(Captured, "read", waiting)
+    yield go
+    go.set()
+
+
+def seen_torn(ckpt: Checkpointer) -> None:
+    """Wait until the newest snapshot has found a copy that is not what it should be."""
+    snapshot = ckpt._snapshot
+    assert snapshot is not None
+    with snapshot._changed:
+        assert snapshot._changed.wait_for(lambda: snapshot.torn_name is not None, SHORT_S)
+
+
+@pytest.mark.parametrize("options", [OPTIONS, RING], ids=["whole", "ring"])
+@pytest.mark.parametrize("call", ["step", "save_now"])
+def test_a_swap_after_every_save_that_is_undone_loses_no_step(
+    slow: threading.Event, caplog: pytest.LogCaptureFixture, call: str, options: Options
+) -> None:
+    store, job, states = MemoryStore(), Job(), {}
+    handles = []
+    with open_on(store, job.state, every=Every(steps=1) if call == "step" else None, options=options) as ckpt:
+        for step in range(1, 6):
+            states[step] = job.step()  # the fence of the save before comes before the update
+            ckpt.wait()
+            if call == "save_now":
+                handles.append(ckpt.save_now(step))
+            ckpt.step(step)
+            job.swap()
+            slow.set()
+            if step == 1:
+                seen_torn(ckpt)
+            job.swap_back()
+        ckpt.wait()
+        assert all(handle.wait(SHORT_S).save.step == handle.step for handle in handles)
+    told = [record.message for record in caplog.records]
+    assert committed(store) == [1, 2, 3, 4, 5]
+    check(store, states)
+    assert len(told) == 1, told
+    assert "put back" in told[0]
+    assert "ckpt.fence()" in told[0]
+
+
+def test_a_swap_that_stays_loses_that_step_and_the_next_one_is_saved_at_once(
+    slow: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, job, states = MemoryStore(), Job(), {}
+    with open_on(store, job.state, every=Every(steps=100)) as ckpt:
+        states[1] = job.step()
+        handle = ckpt.save_now(1)
+        ckpt.step(1)
+        job.swap()
+        slow.set()
+        seen_torn(ckpt)
+        states[2] = job.step()
+        with pytest.raises(TornSnapshotError, match=r"not those of the call of save.*ckpt\.fence\(\)"):
+            handle.wait(SHORT_S)
+        assert ckpt.step(1) is False, "what is there now is not the state of step 1"
+        assert ckpt._queue.wait_idle(SHORT_S)
+        assert committed(store) == []
+        ckpt.step(2)  # not due, and not raised
+        job.swap()
+        ckpt.wait()
+        states[3] = job.step()
+        ckpt.step(3)
+        ckpt.wait()
+        assert committed(store) == [2], "one for one"
+        for step in (4, 5):
+            states[step] = job.step()
+            ckpt.save_now(step)
+            job.swap()
+    assert committed(store) == [2, 4, 5]
+    (told,) = [record.message for record in caplog.records]
+    assert "step 1 was not saved" in told
+    check(store, states)
+
+
+@pytest.mark.parametrize("how", ["handle", "future", "wait", "close"])
+def test_who_waits_in_the_training_thread_is_told_at_once(slow: threading.Event, how: str) -> None:
+    """Nobody would come to the fence meanwhile."""
+    store, job = MemoryStore(), Job()
+    ckpt = open_on(store, job.state)
+    job.step()
+    handle = ckpt.save_now(1)
+    job.swap()
+    slow.set()
+    seen_torn(ckpt)
+    calls: dict[str, Callable[[], object]] = {
+        "handle": lambda: handle.wait(SHORT_S),
+        "future": lambda: handle.durable.result(SHORT_S),
+        "wait": lambda: ckpt.wait(SHORT_S),
+        "close": ckpt.close,
+    }
+    with pytest.raises(TornSnapshotError):
+        calls[how]()
+    if how in ("handle", "future"):
+        with pytest.raises(TornSnapshotError):  # no newer step makes up for it
+            ckpt.close()
+    ckpt.close()
+    assert committed(store) == []
+
+
+def test_who_waits_after_the_swap_was_undone_has_the_step(slow: threading.Event) -> None:
+    store, job = MemoryStore(), Job()
+    with open_on(store, job.state) as ckpt:
+        states = {1: job.step()}
+        handle = ckpt.save_now(1)
+        job.swap()
+        slow.set()
+        seen_torn(ckpt)
+        job.swap_back()
+        assert handle.wait(SHORT_S).save.step == 1
+    check(store, states)
+
+
+def test_a_save_whose_training_never_comes_back_ends(slow: threading.Event) -> None:
+    """The future is waited for by other means than its own, and there is no fence."""
+    store, job = MemoryStore(), Job()
+    options = Options(threads=1, connections=1, compress=False, host_budget_bytes=128 * MIB, max_stall_s=0.2)
+    ckpt = open_on(store, job.state, options=options)
+    job.step()
+    ended = threading.Event()
+    ckpt.save_now(1).durable.add_done_callback(lambda _: ended.set())
+    job.swap()
+    slow.set()
+    assert ended.wait(SHORT_S)
+    with pytest.raises(TornSnapshotError):
+        ckpt.close()
+
+
+def test_a_training_that_goes_back_saves_the_steps_after_it() -> None:
+    """What was torn belongs to the branch that was left."""
+    store, job = MemoryStore(), Job(2)
+    with open_on(store, job.state) as ckpt:
+        job.step()
+        ckpt.save_now(1).wait(SHORT_S)
+        ckpt.step(1)
+        job.step()
+        ckpt.save_now(9)
+        with torch.no_grad():
+            job.model[0].bias.add_(1)
+        ckpt.fence()
+        assert ckpt.restore(step=1) == 1
+        job.step()
+        ckpt._due = "interval"
+        ckpt.step(2)
+        ckpt.wait()
+    assert committed(store) == [1, 2]
+
+
+@pytest.mark.parametrize("verify", ["first", "always"])
+def test_every_byte_is_compared_if_asked_for(slow: threading.Event, verify: str) -> None:
+    store, job = MemoryStore(), Job()
+    options = Options(threads=1, connections=1, compress=False, host_budget_bytes=128 * MIB, verify_snapshot=verify)
+    with open_on(store, job.state, options=options) as ckpt:
+        job.step()
+        handle = ckpt.save_now(1)
+        job.model[3].weight.data[317, 41] += 1
+        slow.set()
+        with pytest.raises(TornSnapshotError, match=r"model\.3\.weight"):
+            handle.wait(SHORT_S)
+        ckpt.save_now(2).wait(SHORT_S)
+    assert committed(store) == [2]
+
+
+# -- what is sampled ---------------------------------------------------------------------------------------------------
+
+
+def sampled(tensors: dict[str, Any], seed: int | None = None) -> dict[int, bytes]:
+    captured = Recapturer().capture(tensors)
+    return Sampler(("rng",)).take(captured, cuts_of(captured), seed).digests
+
+
+def test_small_tensors_are_looked_at_whole_wherever_they_lie() -> None:
+    flat = torch.arange(3.0 * MIB)
+    views = {"small": flat[1000:1100], "column": flat[70_000:71_000:10], "end": flat[-3:], "large": flat[2 * MIB :]}
+    alone = torch.zeros(16_000)
+    state: dict[str, Any] = {"views": views, "alone": alone, "rng": {"words": torch.zeros(600)}}
+    before = sampled(state, 1)
+    assert sampled(state, 1) == before
+    for one in (views["small"][50:51], views["column"][3:4], views["end"][2:], alone[15_999:]):
+        one.add_(1)
+        assert sampled(state, 1) != before
+        one.sub_(1)
+    assert sampled(state, 1) == before
+    state["rng"]["words"].fill_(1)
+    assert sampled(state, 1) == before, "left out"
+    assert sampled(state) != sampled(state), "every save chooses anew"
+
+
+def test_any_swap_of_a_large_tensor_is_seen() -> None:
+    for n in (16_384, MIB + 5, 3 * MIB):
+        for value in (0.0, 1.0):
+            tensor = torch.full((n,), value)
+            before = sampled({"t": tensor}, 1)
+            tensor.mul_(-1)
+            assert sampled({"t": tensor}, 1) != before
+            tensor.mul_(-1)
+            assert sampled({"t": tensor}, 1) == before
+
+
+def test_views_without_number_are_looked_at_once() -> None:
+    flat = torch.zeros(64 * 1024)
+    captured = Recapturer().capture({str(n): flat[n : n + 5000] for n in range(200)})
+    sampler = Sampler()
+    cuts = cuts_of(captured)
+    sampler.take(captured, cuts)
+    stretches = sampler._plan.of(0)
+    assert stretches is not None
+    assert int(stretches.lengths[1:].sum()) == 4 * (200 + 4999)
+    assert stretches.n_bytes < chunking.BUNDLE_BYTES
+
+
+# -- the same step again -----------------------------------------------------------------------------------------------
+
+
+def everything() -> tuple[dict[str, Any], dict[str, Callable[[], object]]]:
+    """A state, and ways to change it."""
+    job = Job(2, 40)
+    job.step()
+    model, optimizer = job.model, job.optimizer
+    weight = model[0].weight
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    extra: dict[str, Any] = {"epoch": 1, "history": [0.5], "table": torch.zeros(3), "names": {"a"}}
+    state = {**job.state, "schedule": schedule, "extra": extra, "rng": RNGState()}
+
+    def in_place() -> None:
+        with torch.no_grad():
+            weight.fill_(5)
+
+    def replaced() -> None:
+        weight.data = weight.data + 1
+
+    return state, {
+        "a step": job.step,
+        "in place": in_place,
+        "data": lambda: weight.data.add_(1),
+        "numpy": lambda: weight.detach().numpy().fill(3),
+        "replaced": replaced,
+        "a schedule": schedule.step,
+        "a number": lambda: extra.update(epoch=2),
+        "a list": lambda: extra["history"].append(0.4),
+        "a tensor in a dict": lambda: extra["table"].fill_(1),
+        "a new tensor": lambda: extra.update(table=torch.ones(3)),
+        "a set": lambda: extra["names"].add("b"),
+        "another key": lambda: extra.update(more=1),
+        "moments": optimizer.state[weight]["momentum_buffer"].zero_,
+        "a learning rate": lambda: optimizer.param_groups[0].update(lr=0.5),
+    }
+
+
+CHANGES = list(everything()[1])
+
+
+@pytest.mark.parametrize("durable", [True, False], ids=["durable", "under way"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
+def test_a_step_that_is_saved_again_with_another_state_is_an_error(change: str, durable: bool) -> None:
+    state, changes = everything()
+    store = HeldStore(held=not durable)
+    with open_on(store, state) as ckpt:
+        first = ckpt.save_now(1)
+        ckpt.fence()
+        if durable:
+            first.wait(SHORT_S)
+        torch.rand(3)  # generators apart
+        assert ckpt.save_now(1).step == 1
+        changes[change]()
+        with pytest.raises(SaveError, match="step 1 has been saved or restored, and the state has changed since"):
+            ckpt.save_now(1)
+        store.open.set()
+        ckpt.save_now(2).wait(SHORT_S)
+    assert committed(store) == [1, 2]
+
+
+def test_a_step_that_is_saved_again_unchanged_is_that_save() -> None:
+    """The loop of the README: a step that was due, then the end of the loop."""
+    store = MemoryStore()
+    state, changes = everything()
+    with open_on(store, state, every=Every(steps=1)) as ckpt:
+        for step in (1, 2, 3):
+            changes["a step"]()
+            ckpt.step(step)
+            ckpt.wait()
+            handle = ckpt.save_now(step)
+            assert handle.wait(SHORT_S) == ckpt._queue.last_commit
+            assert ckpt.save_now(step).wait(SHORT_S) == handle.wait()
+        assert ckpt.stats.saves == 3
+
+
+def test_metrics_that_come_too_late_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with open_on(MemoryStore(), {"t": torch.ones(3)}) as ckpt:
+        ckpt.save_now(1, metrics={"loss": 0.5}).wait(SHORT_S)
+        ckpt.save_now(1, metrics={"loss": 0.5}).wait(SHORT_S)
+        assert not caplog.records
+        ckpt.save_now(1, metrics={"val_loss": 0.4}).wait(SHORT_S)
+    assert "val_loss" in caplog.text
+
+
+def test_what_failed_is_made_by_the_second_call() -> None:
+    store = HeldStore()
+    state, changes = everything()
+    with open_on(store, state) as ckpt:
+        store.failing = StoreUnavailableError
+        with pytest.raises(StoreUnavailableError):
+            ckpt.save_now(1).wait(SHORT_S)
+        store.failing = None
+        with pytest.raises(StoreUnavailableError):
+            ckpt.wait(SHORT_S)
+        changes["in place"]()
+        assert ckpt.save_now(1).wait(SHORT_S).save.attempt == 1
+    assert committed(store) == [1]
+
+
+def test_a_restored_step_is_saved_again_only_if_nothing_was_trained() -> None:
+    store, job = MemoryStore(), Job(2)
+    with open_on(store, job.state) as ckpt:
+        for step in (1, 2):
+            job.step()
+            ckpt.save_now(step).wait(SHORT_S)
+        assert ckpt.restore(step=1) == 1
+        assert ckpt.save_now(1).wait(SHORT_S).save.step == 1
+        job.step()
+        with pytest.raises(SaveError, match="restored"):
+            ckpt.save_now(1)
+        assert ckpt.restore(step=1) == 1
+        assert ckpt.save_now(1).wait(SHORT_S).save.step == 1
+
+
+def test_large_chunks_are_copied_by_threads() -> None:
+    """What the tests above rely on."""
+    assert engine._INLINE_BYTES < 600 * 600 * 4
