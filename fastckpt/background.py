@@ -24,6 +24,7 @@ from fastckpt.errors import TornSnapshotError, of_save
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.incarnation import Incarnation
+from fastckpt.retaining import Retaining
 from fastckpt.retention import Keep
 from fastckpt.snapshot import Snapshot
 from fastckpt.state import Captured
@@ -125,9 +126,15 @@ class Measured:
 class SaveQueue:
     """Runs jobs in order. `put`, `wait_idle` and `cancel` are for the training thread; failures are collected, never raised here."""
 
-    def __init__(self, incarnation: Incarnation, keep: Keep | None, grace_s: float) -> None:
+    def __init__(
+        self,
+        incarnation: Incarnation,
+        keep: Keep | None,
+        grace_s: float,
+        in_a_hurry: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """in_a_hurry: whether a notice has come: then there is no retention any more."""
         self._incarnation = incarnation
-        self._keep, self._grace_s = keep, grace_s
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
         """Under way first; a job leaves when it has ended."""
@@ -137,8 +144,7 @@ class SaveQueue:
         self._torn: list[Torn] = []
         self.measured: Measured | None = None
         self.last_commit: Commit | None = None
-        self.retention_error: BaseException | None = None
-        self._warned_of: set[str] = set()
+        self.retaining = Retaining(incarnation, keep, grace_s, functools.partial(bool, self._jobs), in_a_hurry)
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -226,10 +232,9 @@ class SaveQueue:
                     return
                 job = self._jobs[0]
             commit = self._save(job)
-            if commit is not None:
-                if self._end(job):
-                    job.handle.durable.set_result(commit)
-                self._retain()
+            if commit is not None and self._end(job):
+                job.handle.durable.set_result(commit)
+            self.retaining.wake(commit is not None)
             del job, commit
 
     def _save(self, job: Job) -> Commit | None:
@@ -321,22 +326,6 @@ class SaveQueue:
             logger.warning("step %d was not saved; the next one is, before `step` returns: %s", job.step, error)
         else:
             logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
-
-    def _retain(self) -> None:
-        """What retention cannot do is no failure of the save: it is logged, and tried again after the next."""
-        if self._keep is None:
-            return
-        try:
-            done = self._incarnation.retain(self._keep, self._grace_s)
-            self.retention_error = None
-            for words in done.warnings:
-                if words not in self._warned_of:
-                    self._warned_of.add(words)
-                    logger.warning("%s", words)
-        except Exception as error:
-            if str(error) != str(self.retention_error):
-                logger.warning("old checkpoints could not be removed: %s", error)
-            self.retention_error = error
 
 
 def _forget_locals(error: BaseException) -> None:

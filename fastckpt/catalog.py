@@ -17,6 +17,7 @@ from fastckpt.errors import (
     NoCheckpointError,
     ObjectExistsError,
     ObjectNotFoundError,
+    RetiredError,
     StoreAccessError,
     StoreError,
 )
@@ -185,19 +186,29 @@ class Catalog:
         )
 
     def _verified(self, checkpoint: CheckpointId) -> Commit:
-        commit = self.commit(checkpoint)
         try:
+            commit = self.commit(checkpoint)
             if isinstance(commit, Tombstone):
                 raise self._was_retired(checkpoint)
             verify(self.repository.store, commit)
-        except CorruptCheckpointError:
-            if isinstance(self.repository.commit(checkpoint), Tombstone):
-                raise self._was_retired(checkpoint) from None
-            raise
+        except (CorruptCheckpointError, ObjectNotFoundError) as error:
+            raise self.blame(checkpoint, error) from error
         return commit
 
-    def _was_retired(self, checkpoint: CheckpointId) -> NoCheckpointError:
-        return NoCheckpointError(
+    def blame(self, checkpoint: CheckpointId, error: CheckpointError) -> CheckpointError:
+        """The error that reading a checkpoint has met, or RetiredError if retention has taken it meanwhile. StoreError."""
+        try:
+            retired = isinstance(self.repository.commit(checkpoint), Tombstone)
+        except ObjectNotFoundError:
+            retired = True
+        except StoreError:
+            raise
+        except CheckpointError:
+            retired = False
+        return self._was_retired(checkpoint) if retired else error
+
+    def _was_retired(self, checkpoint: CheckpointId) -> RetiredError:
+        return RetiredError(
             f"{self.repository.location(checkpoint)} was retired while it was being read: a newer checkpoint exists. Try again"
         )
 
@@ -274,6 +285,8 @@ def complete_pending(repository: Repository, catalog: Catalog) -> list[Commit]:
             continue
         try:
             commit = try_commit(repository.store, save)
+        except ObjectNotFoundError:  # a running job has committed and retired it since the LIST
+            continue
         except (StoreAccessError, ObjectExistsError) as error:
             logger.warning("%s: the finished save %s is left uncommitted: %s", repository.url, save, error)
             continue

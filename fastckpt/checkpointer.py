@@ -27,9 +27,12 @@ from fastckpt.commit import open_vote
 from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
+    NoCheckpointError,
+    ObjectNotFoundError,
     PartialRestoreError,
     RefusedStateError,
     RestoreError,
+    RetiredError,
     SaveError,
     SnapshotStalledError,
     SupersededError,
@@ -67,6 +70,18 @@ EXIT_CODE_NOTICE = 75
 _SIGNAL_DELAY_S = 1.0  # some ms on a busy machine; an exit by an error can wait that long
 
 
+_MOST_ROUNDS = 2
+"""Times that a restore loads before it claims."""
+
+
+class _Damaged(Exception):
+    """What `_load` has found, of which checkpoint."""
+
+    def __init__(self, commit: Commit, error: CorruptCheckpointError) -> None:
+        super().__init__(str(error))
+        self.commit, self.error = commit, error
+
+
 @dataclass(frozen=True)
 class Stats:
     """What saving has cost so far."""
@@ -88,7 +103,9 @@ class Checkpointer:
     url: a directory, "s3://bucket/prefix", or a Store. state: names → objects with state_dict and load_state_dict, tensors, dicts or lists.
 
     every: when to save; None: only `save_now` and notices. keep: which checkpoints stay; None: all. fresh: begin a new history where
-    there are checkpoints. spot: "auto", None, or sources (docs/spot.md). on_exception: "save" saves the last step once more when the block
+    there are checkpoints. read_only: `restore` alone, for evaluation and inference beside a training job, which goes on: nothing is written
+    and no epoch is claimed (GET, HEAD and LIST are all it needs); `step` and `save_now` are refused.
+    spot: "auto", None, or sources (docs/spot.md). on_exception: "save" saves the last step once more when the block
     is left by an exception, unless the next one had begun to change the state. close_timeout_s: what a save in flight gets then. grace_s:
     how long bytes of retired checkpoints stay.
 
@@ -106,6 +123,7 @@ class Checkpointer:
         keep: Keep | None = Keep(last=3),  # noqa: B008 - frozen
         spot: Any = "auto",
         fresh: bool = False,
+        read_only: bool = False,
         on_exception: Literal["save"] | None = None,
         close_timeout_s: float = 30.0,
         grace_s: float = GRACE_S,
@@ -113,12 +131,15 @@ class Checkpointer:
     ) -> None:
         if on_exception not in (None, "save"):
             raise ValueError(f'on_exception is {on_exception!r}: expected "save" or None')
+        if read_only and fresh:
+            raise ValueError("read_only=True and fresh=True exclude each other: beginning a new history writes")
         _check_rules(every, keep)
-        _refuse_many_ranks()
+        if not read_only:
+            _refuse_many_ranks()
         warm_up()  # without native kernels numba compiles for seconds: now, in the background, not when a notice has come
         self._targets = targets.check_targets(state)
         self._optimizers = [t for t in self._targets.values() if isinstance(t, torch.optim.Optimizer)]
-        self._every, self._fresh = every, fresh
+        self._every, self._fresh, self._read_only = every, fresh, read_only
         self._on_exception, self._close_timeout_s = on_exception, close_timeout_s
         self._owns_store = not isinstance(url, Store)
         self._store = url if isinstance(url, Store) else open_store(url)
@@ -140,13 +161,17 @@ class Checkpointer:
         )
         generators = {name for name, target in self._targets.items() if isinstance(target, RNGState)}
         self._recapturer, self._cuts, self._sampler = Recapturer(generators), KnownCuts(), Sampler(generators)
-        self._queue = SaveQueue(self._incarnation, keep, grace_s)
+        self._final: Notice | None = None
+        self._queue = SaveQueue(self._incarnation, keep, grace_s, _in_a_hurry(weakref.ref(self)))
         try:
-            self._repository.initialise()
+            if read_only:
+                self._repository.require()
+            else:
+                self._repository.initialise()
             # Neither may keep one that was forgotten, without being closed: it would go on to take the process's signals.
-            self._hooks = FenceHooks(self._optimizers, _weakly(self._before_update))
+            self._hooks = FenceHooks([] if read_only else self._optimizers, _weakly(self._before_update))
             self._settled = Settled(self._targets, self._hooks)
-            sources = open_sources(spot)
+            sources = [] if read_only else open_sources(spot)
             if sources:
                 self._watcher = Watcher(sources, at_signal=self._worker_errors.hold)
                 self._watcher.start()
@@ -176,7 +201,6 @@ class Checkpointer:
         self._due: str | None = None
         """The trigger of a save that is due and had to wait."""
         self._early_seen = False
-        self._final: Notice | None = None
         self._left = False
         self._told: tuple[Mapping[str, float], Mapping[str, Any]] = {}, {}
         """Metrics and meta of the last call of `step`."""
@@ -197,7 +221,8 @@ class Checkpointer:
         What becomes of modules, optimizers, dicts and lists, and which devices tensors go to: docs/how-to/training-loop.md. A warning names
         what an object did not take as it was saved.
 
-        0 if the repository has never had one. step: a number goes back to it; "latest-valid" passes over damaged ones, with a warning
+        0 if the repository has never had one (NoCheckpointError if this only reads: nothing is there to be evaluated).
+        step: a number goes back to it; "latest-valid" passes over damaged ones, with a warning
         and a record of it. weights_only: False lets the checkpoint run code, for your own only; None is True, unless one of
         TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says otherwise.
 
@@ -211,25 +236,21 @@ class Checkpointer:
         self._fence("restore")
         self._queue.wait_idle()
         self._raise_failures()
+        self._queue.retaining.halt()  # or it might retire what is being restored
+        try:
+            return self._restore(step, weights_only)
+        finally:
+            self._queue.retaining.go_on()
+
+    def _restore(self, step: Step, weights_only: bool) -> int:
         if self._fresh and step == "latest":
             self._begin()
             return 0
-        known_bad: list[Skipped] = []
-        while True:
-            choice = self._incarnation.restore(step, known_bad)
-            self._began = True
-            if choice is None:
-                return 0
-            commit = choice.commit
-            try:
-                loaded, plan = self._load(commit, weights_only)
-            except CorruptCheckpointError as error:
-                if step != "latest-valid":
-                    raise Catalog(self._repository).with_advice(commit.checkpoint, error) from error
-                logger.warning("step %d is passed over: %s", commit.save.step, error)
-                known_bad = [*choice.skipped, Skipped(commit.checkpoint, str(error)[:500])]
-                continue
-            break
+        chosen = self._choose_and_load(step, weights_only)
+        self._began = not self._read_only
+        if chosen is None:
+            return 0
+        commit, loaded, plan = chosen
         self._settled.forget()
         try:
             targets.apply(self._targets, loaded, self._repository.location(commit.checkpoint), plan)
@@ -241,12 +262,62 @@ class Checkpointer:
         self._last_start_s = time.monotonic()
         return commit.save.step
 
+    def _choose_and_load(self, step: Step, weights_only: bool) -> tuple[Commit, Any, Plan] | None:
+        """What is restored, checked and not yet put into the objects; unless this only reads, an epoch that continues from it is claimed.
+
+        None: nothing was ever committed.
+        """
+        known_bad: list[Skipped] = []
+        own: set[int] = set()
+        rounds = retired = 0
+        while True:
+            # A head that moves each time while its checkpoint loads is first made to stand still.
+            claims_first = rounds == _MOST_ROUNDS
+            found: tuple[Commit, Any, Plan] | None = None
+            try:
+                if self._read_only:
+                    choice = Catalog(self._repository).choose(step, known_bad)
+                elif claims_first:
+                    choice = self._incarnation.restore(step, known_bad, own)
+                else:
+                    choice = self._incarnation.choose(step, known_bad, own)
+                if choice is not None:
+                    found = choice.commit, *self._load(choice.commit, weights_only)
+            except RetiredError:
+                retired += 1
+                if not isinstance(step, str) or retired > 1:
+                    raise
+                continue
+            except _Damaged as damaged:
+                error, checkpoint = damaged.error, damaged.commit.checkpoint
+                if step != "latest-valid":
+                    raise Catalog(self._repository).with_advice(checkpoint, error) from error
+                logger.warning("step %d is passed over: %s", checkpoint.step, error)
+                known_bad = [*(() if choice is None else choice.skipped), Skipped(checkpoint, str(error)[:500])]
+                continue
+            if self._read_only and found is None:
+                raise NoCheckpointError(f"{self._repository.url} has no checkpoint yet: there is nothing to read")
+            if self._read_only or claims_first or self._incarnation.claim(choice, step, own):
+                return found
+            rounds += 1
+
     def _load(self, commit: Commit, weights_only: bool) -> tuple[Any, Plan]:
         if commit.world != 1:
             raise RestoreError(
                 f"{self._repository.location(commit.checkpoint)} was saved by {commit.world} ranks; this version restores those of one. "
                 "`fastckpt restore --rank` exports each rank's state"
             )
+        try:
+            loaded, plan = self._load_whole(commit, weights_only)
+        except (CorruptCheckpointError, ObjectNotFoundError) as error:
+            found = Catalog(self._repository).blame(commit.checkpoint, error)
+            if isinstance(found, CorruptCheckpointError):
+                raise _Damaged(commit, found) from error
+            raise found from error
+        targets.check(self._targets, loaded, self._repository.location(commit.checkpoint), plan)
+        return loaded, plan
+
+    def _load_whole(self, commit: Commit, weights_only: bool) -> tuple[Any, Plan]:
         location = self._repository.location(commit.checkpoint)
         reader = open_vote(self._store, commit.vote(0))
         plan = look(self._targets, reader.directory, location)
@@ -291,7 +362,7 @@ class Checkpointer:
         logged, and the next step is saved instead, before this returns. `wait` and `close` raise it if nothing newer is durable by then.
         """
         started = time.monotonic()
-        self._require_open()
+        self._require_writing()
         if self._broken is not None:
             raise self._broken
         notice = self._watcher.final if self._watcher is not None else None
@@ -352,7 +423,7 @@ class Checkpointer:
         A step that is being saved, or is the last one saved, is not saved again: if the state is still the same (generators apart), the
         handle is that save's; otherwise SaveError, for a checkpoint is made once. Raises as `step` does.
         """
-        self._require_open()
+        self._require_writing()
         if self._broken is not None:
             raise self._broken
         self._raise_failures()
@@ -720,11 +791,15 @@ class Checkpointer:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until all saves have ended; raises what failed, or TimeoutError."""
+        """Wait until all saves have ended, and, unless a notice has come, the retention behind them; raises what failed, or TimeoutError
+        if saves are still under way."""
         self._require_open()
         self.fence()
+        end_s = None if timeout_s is None else time.monotonic() + timeout_s
         with hurried():
             idle = self._queue.wait_idle(timeout_s)
+        if idle and self.notice is None:
+            self._queue.retaining.wait_idle(None if end_s is None else max(0.0, end_s - time.monotonic()))
         if not idle:
             raise TimeoutError(
                 f"saves are still under way after {timeout_s} s: steps {[job.step for job in self._queue.jobs]}"
@@ -753,11 +828,20 @@ class Checkpointer:
             return
         try:
             self.fence()
-            self._end_saves(exit_timeout_s(), ENV_EXIT_TIMEOUT)
+            self._end_saves(*self._patience(exit_timeout_s(), ENV_EXIT_TIMEOUT))
+            if self.notice is None:  # so that `keep` holds when a run has ended
+                self._queue.retaining.wait_idle(self._close_timeout_s)
         finally:
             self._closed = True
             self._let_go()
         self._raise_failures(torn=True)
+
+    def _patience(self, limit_s: float, what: str) -> tuple[float, str]:
+        """How long saves may take to end, and who says so. After a notice no longer than the machine stays."""
+        left_s = None if self.notice is None else self.notice.seconds_left(time.monotonic())
+        if left_s is None or left_s >= limit_s:
+            return limit_s, what
+        return max(0.0, left_s), "what the notice left"
 
     def _end_saves(self, timeout_s: float, what: str) -> None:
         """Wait for them, and give up those that are not durable by then. SaveError in that case."""
@@ -776,7 +860,8 @@ class Checkpointer:
 
     def _let_go(self) -> None:
         with contextlib.ExitStack() as last_first:  # one that fails keeps none of the others
-            if self._owns_store and not len(self._queue):  # a save that was given up may still be in its last request
+            idle = self._queue.retaining.halt(0)
+            if self._owns_store and idle and not len(self._queue):  # what was given up may still be in its last request
                 last_first.callback(self._store.close)
             last_first.callback(self._incarnation.close)
             last_first.callback(self._stager.pool.drop_free)
@@ -864,6 +949,14 @@ class Checkpointer:
             self._let_go()
         self._raise_failures(torn=True)
 
+    def _require_writing(self) -> None:
+        self._require_open()
+        if self._read_only:
+            raise SaveError(
+                f"this Checkpointer of {self._repository.url} was opened with read_only=True: it restores, and saves nothing. Leave that "
+                "out where the training loop is"
+            )
+
     def _require_open(self) -> None:
         if os.getpid() != self._pid:
             raise CheckpointError(
@@ -931,6 +1024,16 @@ def _weakly(method: Callable[[], None]) -> Callable[[], None]:
         living = reference()
         if living is not None:
             living()
+
+    return call
+
+
+def _in_a_hurry(reference: weakref.ref[Checkpointer]) -> Callable[[], bool]:
+    """Whether a notice has come, or nobody has the Checkpointer any more."""
+
+    def call() -> bool:
+        living = reference()
+        return living is None or living.notice is not None
 
     return call
 

@@ -15,6 +15,7 @@
      │   └─ SnapshotStalledError             training had waited max_stall_s for a copy of the state. Nothing was committed
      ├─ RestoreError                         a restore cannot do what was asked. Nothing was changed
      │   ├─ NoCheckpointError                there is no such checkpoint
+     │   │   └─ RetiredError                 retention took it while it was read. Take the newest
      │   ├─ RefusedStateError(UnpicklingError)  it holds what a restricted restore does not read
      │   └─ PartialRestoreError              it failed midway: the state is a mixture. Restore again before training
      ├─ RepositoryError                      a directory or prefix that is not what it must be, or is used against its rules
@@ -137,6 +138,10 @@ class RestoreError(CheckpointError):
 
 class NoCheckpointError(RestoreError):
     """The repository has no checkpoint that fits what was asked for."""
+
+
+class RetiredError(NoCheckpointError):
+    """The checkpoint was retired while it was being read: a newer one exists."""
 
 
 class RefusedStateError(RestoreError, pickle.UnpicklingError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,44 +54,65 @@ class Incarnation:
         self._buffers = PackBuffers()
         self._sleep, self._clock = sleep, clock
 
-    def restore(self, step: Step = "latest", known_bad: Sequence[Skipped] = ()) -> Choice | None:
+    def restore(
+        self, step: Step = "latest", known_bad: Sequence[Skipped] = (), own: set[int] | None = None
+    ) -> Choice | None:
         """Choose a checkpoint and claim an epoch that continues from it. None: nothing was ever committed, start from 0.
 
-        Saves that died between vote and commit are completed first. known_bad: checkpoints whose data a caller found damaged.
+        own: claims of this restore so far. Errors as those of `choose`.
+        """
+        own = set() if own is None else own
+        choice = self.choose(step, known_bad, own)
+        while not self.claim(choice, step, own):
+            choice = self.choose(step, [*known_bad, *(() if choice is None else choice.skipped)], own)
+        return choice
 
-        NoCheckpointError, CorruptCheckpointError, StoreError.
+    def choose(
+        self, step: Step = "latest", known_bad: Sequence[Skipped] = (), own: Collection[int] = ()
+    ) -> Choice | None:
+        """What `restore` would take. Claims nothing, but saves that died between vote and commit are completed first.
+
+        known_bad: checkpoints whose data a caller found damaged. own: epochs to look past. NoCheckpointError, CorruptCheckpointError,
+        StoreError.
         """
         self.repository.initialise()
         catalog = Catalog(self.repository)
         if isinstance(step, str) and complete_pending(self.repository, catalog):
             catalog = Catalog(self.repository)
-        choice = catalog.choose(step, known_bad)
-        own: set[int] = set()
-        while True:
-            parent = None if choice is None else Parent(choice.commit.checkpoint, choice.commit.digest)
-            skipped = () if choice is None else choice.skipped
-            named = not isinstance(step, str)
-            self.epoch = self.repository.claim(
-                parent, rewind=named or bool(skipped), skipped=skipped, world=self._world
-            )
-            own.add(self.epoch.number)
-            self.last, self._attempts = parent, {}
-            if named:  # a person's wish: newer commits elsewhere change nothing
-                return choice
-            # The second reading: an older incarnation that committed before it could see our claim is not left behind (G8).
-            catalog = Catalog(self.repository)
-            passed = {s.checkpoint for s in skipped}
-            head = next((c for c in catalog.history(own) if c not in passed), None)
-            if head == (None if parent is None else parent.checkpoint):
-                return choice
-            choice = catalog.choose(step, [*known_bad, *skipped], own)
+        return catalog.choose(step, known_bad, own)
+
+    def claim(self, choice: Choice | None, step: Step, own: set[int]) -> bool:
+        """Claim an epoch that continues from what `choose(step)` gave. False: the head has moved meanwhile, choose again.
+
+        own: gets the new number.
+        """
+        parent = None if choice is None else Parent(choice.commit.checkpoint, choice.commit.digest)
+        skipped = () if choice is None else choice.skipped
+        named = not isinstance(step, str)
+        number = self.epoch.number if self.epoch is not None else 0
+        self.epoch = self.repository.claim(
+            parent, rewind=named or bool(skipped), skipped=skipped, world=self._world, above=number
+        )
+        own.add(self.epoch.number)
+        self.last, self._attempts = parent, {}
+        if named:  # a person's wish: newer commits elsewhere change nothing
+            return True
+        # The second reading: an older incarnation that committed before it could see our claim is not left behind (G8).
+        catalog = Catalog(self.repository)
+        if any(c.epoch == self.epoch.number for c in catalog.listing.commits):
+            own.discard(self.epoch.number)  # a store that lets two claim one number
+            return False
+        passed = {s.checkpoint for s in skipped}
+        head = next((c for c in catalog.history(own) if c not in passed), None)
+        return head == (None if parent is None else parent.checkpoint)
 
     def begin(self, *, fresh: bool = False) -> Epoch:
         """Claim an epoch that continues from nothing. RepositoryError if there are checkpoints and `fresh` was not asked for."""
         self.repository.initialise()
         if not fresh:
             self._refuse_existing(Catalog(self.repository))
-        self.epoch = self.repository.claim(None, fresh=fresh, world=self._world)
+        number = self.epoch.number if self.epoch is not None else 0
+        self.epoch = self.repository.claim(None, fresh=fresh, world=self._world, above=number)
         if not fresh:
             self._refuse_existing(Catalog(self.repository))
         self.last, self._attempts = None, {}
@@ -173,6 +194,8 @@ class Incarnation:
                 threads,
             )
             commit = self._commit(request.save, {self._rank: placed.data}, commit_timeout_s)
+            if self._world == 1 and commit.save == request.save:
+                self._collector.know(commit, placed.packs)
             self.acknowledge(commit)
             return commit
         finally:
@@ -202,18 +225,28 @@ class Incarnation:
         if newest > self.epoch.number:
             raise SupersededError(
                 f"{self.repository.url}: another incarnation of this job (epoch {newest}) has taken over from this one (epoch "
-                f"{self.epoch.number}). Step {commit.save.step} was saved, but will not be restored by default. Stop this process"
+                f"{self.epoch.number}). Step {commit.save.step} was saved, but will not be restored by default. Stop this process. If the "
+                "other one only evaluates, let it read: Checkpointer(…, read_only=True), fastckpt.load(url) or fastckpt.open(url)"
             )
 
     def close(self) -> None:
         """Let go of memory that was kept for another save."""
         self._buffers.drop()
 
-    def retain(self, keep: Keep | None, grace_s: float = GRACE_S) -> Plan:
-        """One pass of retention, if this is the newest incarnation. Rank 0 only, between saves. StoreError; returns what was done."""
+    def retain(
+        self, keep: Keep | None, grace_s: float = GRACE_S, interrupted: Callable[[], bool] = lambda: False
+    ) -> Plan:
+        """One pass of retention, if this is the newest incarnation. Rank 0 only; may run beside saves, one pass at a time.
+
+        Returns what was to be done; `refused` in it lists what could not. interrupted: asked before every request; PassInterrupted once it
+        is true. StoreError.
+        """
         assert self.epoch is not None
-        todo = plan(self._collector.look(), keep, self.in_flight, grace_s)
-        self._collector.run(todo, as_epoch=self.epoch.number)
+        number = self.epoch.number  # a restore beside this claims another: then nothing more is done
+        flying = self.in_flight.copy()
+        self._collector.interrupt_when(interrupted)
+        todo = plan(self._collector.look(), keep, flying | self.in_flight.copy(), grace_s)
+        todo.refused = self._collector.run(todo, number, lambda: flying | self.in_flight.copy())
         return todo
 
 

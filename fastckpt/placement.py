@@ -61,6 +61,16 @@ def copies_its_state(target: Any) -> bool:
     )
 
 
+def copies_plainly(target: torch.nn.Module) -> bool:
+    """… under the names and in the shapes that it has: no hook and no method of somebody's own lets it take others."""
+    hooks = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    return copies_its_state(target) and not any(
+        any(getattr(module, name, None) for name in hooks)
+        or not getattr(type(module), "_load_from_state_dict").__module__.startswith("torch.")  # noqa: B009 - private, named once
+        for module in target.modules()
+    )
+
+
 def look(targets: Mapping[str, Any], directory: Directory, source: str) -> Plan:
     """The plan for a checkpoint. RestoreError if a live object is on the meta device: nothing could be put into it."""
     entries = {entry.name: entry for entry in directory.tensors}

@@ -21,16 +21,18 @@ from fastckpt.format.repository_records import (
     Epoch,
     Marker,
     Parent,
+    Pin,
     Skipped,
     Tombstone,
     epoch_bytes,
     marker_bytes,
     parse_epoch_record,
     parse_marker,
+    parse_pin,
     utc_now,
     writer,
 )
-from fastckpt.store.base import Store
+from fastckpt.store.base import ObjectInfo, Store
 
 _README = """This is a fastckpt repository: the checkpoints of a training run.
 
@@ -59,6 +61,8 @@ class Listing:
     commits: tuple[CheckpointId, ...]
     """Ascending; tombstones too."""
     modified_s: Mapping[CheckpointId, float] = field(default_factory=dict)
+    infos: dict[str, ObjectInfo] = field(default_factory=dict)
+    """By key, of all of them."""
 
 
 class AllCommits(NamedTuple):
@@ -68,6 +72,8 @@ class AllCommits(NamedTuple):
     tombstones: dict[CheckpointId, Tombstone]
     failed: dict[CheckpointId, CheckpointError]
     """Could not be read, and why."""
+    missing: set[CheckpointId]
+    """Gone since the LIST."""
 
 
 class Repository:
@@ -75,6 +81,7 @@ class Repository:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._probed = False
 
     @property
     def url(self) -> str:
@@ -87,48 +94,56 @@ class Repository:
         except ObjectNotFoundError:
             return None
 
-    def require(self) -> Marker:
-        """The marker. RepositoryError if this is no repository."""
+    def require(self) -> Marker | None:
+        """The marker; None where it is gone, but what it stands for is there. RepositoryError if this is no repository."""
         marker = self.marker()
-        if marker is None:
+        if marker is None and not self._has_records():
             raise RepositoryError(
                 f"{self.url} is no fastckpt repository: there is no {keys.MARKER}. Check the URL; a Checkpointer makes one "
                 "with its first save"
             )
         return marker
 
+    def _has_records(self) -> bool:
+        return any(True for prefix in (keys.COMMITS, keys.EPOCHS) for _ in self.store.list(prefix))
+
     def initialise(self) -> Marker:
         """The marker, made if there is none. RepositoryError if the store cannot keep G1.
 
-        A new repository's store is probed: `put_if_absent` twice, of which one must fail.
+        The store is probed first, once: `put_if_absent` twice, of which one must fail. Of a repository that is there already too: it may
+        have been moved to another store, or the bucket's settings changed.
         """
         marker = self.marker()
-        if marker is not None:
-            return marker
-        self._refuse_foreign()
-        self.probe()
+        if marker is None:
+            self._refuse_markerless()
+        if not self._probed:
+            self.probe()
+            self._probed = True
+        return marker or self.make_marker()
+
+    def make_marker(self) -> Marker:
+        """The marker that is there now, ours or somebody else's."""
         mine = marker_bytes(Marker(secrets.token_hex(16), utc_now(), writer()))
         there = create(self.store, keys.MARKER, mine)
         if there == mine:
             self.store.put(keys.README, _README.encode())
         return parse_marker(there, f"{self.url}/{keys.MARKER}")
 
-    def _refuse_foreign(self) -> None:
-        """Somebody's other files, at a place that is no repository, are not to be mixed with ours."""
-        ours = (keys.EPOCHS, keys.COMMITS, keys.DATA, keys.VOTES, keys.PINS, _PROBE)
-        if any(True for prefix in (keys.COMMITS, keys.EPOCHS) for _ in self.store.list(prefix)):
+    def _refuse_markerless(self) -> None:
+        if self._has_records():
             raise RepositoryError(
-                f"{self.url} has {', '.join(ours[:2])} but no {keys.MARKER}: it was a repository and its marker is gone. "
-                "Restore the marker from a backup or version of the bucket; nothing is written here without it"
+                f"{self.url} has {keys.COMMITS} or {keys.EPOCHS} but no {keys.MARKER}: it was a repository and its marker is gone. Did a "
+                "lifecycle rule of the bucket delete by age? Switch it off; then `fastckpt check --repair` makes a new marker"
             )
 
     def probe(self) -> None:
         """RepositoryError unless `put_if_absent` refuses an object that is there, and a put can be listed and read at once."""
-        key = f"{_PROBE}{secrets.token_hex(8)}"
+        place = f"{_PROBE}{secrets.token_hex(8)}/"
+        key = f"{place}object"
         first, second = b"first " + key.encode(), b"second " + key.encode()
         try:
             there = create(self.store, key, first), create(self.store, key, second)
-            listed = [info.key for info in self.store.list(_PROBE)]
+            listed = [info.key for info in self.store.list(place)]
             if there != (first, first) or key not in listed:
                 raise RepositoryError(
                     f"{self.url}: this store overwrites where it was asked to create, or does not list what was written: two "
@@ -142,15 +157,29 @@ class Repository:
 
     def list(self) -> Listing:
         """What is there, by name."""
-        epochs = sorted(n for info in self.store.list(keys.EPOCHS) if (n := keys.parse_epoch(info.key)) is not None)
+        epochs = {n: info for info in self.store.list(keys.EPOCHS) if (n := keys.parse_epoch(info.key)) is not None}
         found = {c: info for info in self.store.list(keys.COMMITS) if (c := keys.parse_commit(info.key)) is not None}
-        return Listing(tuple(epochs), tuple(sorted(found)), {c: info.modified_s for c, info in found.items()})
+        modified_s = {c: info.modified_s for c, info in found.items()}
+        infos = {info.key: info for info in (*epochs.values(), *found.values())}
+        return Listing(tuple(sorted(epochs)), tuple(sorted(found)), modified_s, infos)
 
     def newest_epoch(self) -> int:
         """The highest claimed number; 0 if there is none."""
         return max(
             (n for info in self.store.list(keys.EPOCHS) if (n := keys.parse_epoch(info.key)) is not None), default=0
         )
+
+    def _highest_number(self) -> int:
+        """Of anything that was ever written here: an epoch's record may have been deleted by age."""
+        saves = [keys.parse_pack(info.key) for info in self.store.list(keys.DATA)]
+        saves += [vote.save for info in self.store.list(keys.VOTES) if (vote := keys.parse_vote(info.key)) is not None]
+        listing = self.list()
+        numbers = (
+            *listing.epochs,
+            *(c.epoch for c in listing.commits),
+            *(save.epoch for save in saves if save is not None),
+        )
+        return max(numbers, default=0)
 
     def epoch(self, number: int) -> Epoch:
         """An epoch record."""
@@ -161,16 +190,28 @@ class Repository:
         """What stands at a commit key."""
         return read_commit(self.store, checkpoint)
 
+    def pins(self) -> dict[str, ObjectInfo]:
+        """Names of pins, by a LIST."""
+        infos = {keys.parse_pin(info.key): info for info in self.store.list(keys.PINS)}
+        return {name: info for name, info in infos.items() if name is not None}
+
+    def pin(self, name: str) -> Pin:
+        """A pin. ObjectNotFoundError."""
+        key = keys.pin_key(name)
+        return parse_pin(read_sealed(self.store, key), f"{self.url}/{key}")
+
     def read_all(self, listing: Listing) -> AllCommits:
         """All commit records, all tombstones, and what could not be read, with its error."""
         commits: dict[CheckpointId, Commit] = {}
         tombstones: dict[CheckpointId, Tombstone] = {}
         failed: dict[CheckpointId, CheckpointError] = {}
+        missing: set[CheckpointId] = set()
         for checkpoint in listing.commits:
             try:
                 found = self.commit(checkpoint)
-            except ObjectNotFoundError:
-                continue  # a tombstone that went since the LIST
+            except ObjectNotFoundError:  # a tombstone, if all is well
+                missing.add(checkpoint)
+                continue
             except StoreError:
                 raise
             except CheckpointError as error:
@@ -180,7 +221,7 @@ class Repository:
                 commits[checkpoint] = found
             else:
                 tombstones[checkpoint] = found
-        return AllCommits(commits, tombstones, failed)
+        return AllCommits(commits, tombstones, failed, missing)
 
     def claim(
         self,
@@ -190,9 +231,10 @@ class Repository:
         rewind: bool = False,
         skipped: Iterable[Skipped] = (),
         world: int = 1,
+        above: int = 0,
     ) -> Epoch:
-        """Claim the next epoch number. Of several claimants each gets a number of its own."""
-        number = self.newest_epoch() + 1
+        """Claim the next epoch number. Of several claimants each gets a number of its own. above: the claimant's last one."""
+        number = max(above, self._highest_number()) + 1
         nonce = secrets.token_hex(16)
         while number <= keys.MAX_EPOCH:
             epoch = Epoch(number, parent, fresh, rewind, tuple(skipped), world, nonce, utc_now(), writer())

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from fastckpt import events
 from fastckpt.catalog import Catalog
-from fastckpt.commit import create, list_votes, open_vote, read_sealed
-from fastckpt.errors import CheckpointError, ObjectNotFoundError, StoreError
+from fastckpt.commit import create, open_vote
+from fastckpt.errors import CheckpointError, ObjectNotFoundError, StoreError, StoreUnavailableError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName
-from fastckpt.format.repository_records import Commit, Tombstone, parse_pin, tombstone_bytes, utc_now
+from fastckpt.format.repository_records import Commit, Tombstone, tombstone_bytes, utc_now
+from fastckpt.known_records import KnownRecords
 from fastckpt.repository import Repository
+from fastckpt.store.base import Store
+from fastckpt.store.wrap import T, Wrapper
 
 GRACE_S = 7200.0  # longer than any save and any request that is still on its way (assumption A1)
+UNFINISHED = "unfinished save"
+_BATCH = 100  # deletions between two looks for a newer epoch: some seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +127,14 @@ class View:
     expired_pins: Sequence[str]
     now_s: float
     """The latest time the store has put on anything: never later than its clock, so ages are never too large."""
+    replaced: Collection[CheckpointId] = ()
+    """Tombstones that replaced a commit record which was seen."""
+    bare_since_s: Mapping[CheckpointId, float] = field(default_factory=dict)
+    """Tombstones without votes and packs: since when that is known."""
+    missing: Sequence[str] = ()
+    """Keys of records that must be there and are not."""
+    pins_unknown: bool = False
+    """A pin cannot be read: nobody knows what it keeps."""
 
 
 @dataclass
@@ -137,6 +150,8 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     """What whoever made the rules should hear: they do not do what they say."""
+    refused: list[CheckpointError] = field(default_factory=list)
+    """What could not be deleted or overwritten, once it was carried out."""
 
 
 def plan(
@@ -153,8 +168,17 @@ def plan(
     writes here, by a person's word: unfinished saves of the newest epoch are debris as well.
     """
     result = Plan()
+    if view.missing:
+        shown = f"{', '.join(view.missing[:5])}{' …' if len(view.missing) > 5 else ''}"
+        result.warnings.append(
+            f"nothing is removed: records are missing ({shown}), so what the others need is not known. Did a lifecycle rule of the bucket "
+            "delete by age? `fastckpt check` lists what is there, `fastckpt check --repair` puts back what can be"
+        )
+        return result
     flying = {save.checkpoint for save in in_flight}
-    if keep is not None:
+    if keep is not None and view.pins_unknown:
+        result.notes.append("no checkpoint is retired: a pin cannot be read, so what it keeps is not known")
+    elif keep is not None:
         doomed = [(c, "retention") for c in retire(view.history, keep)]
         without_measure = _without_measure(view.history, keep)
         if without_measure is not None:
@@ -176,7 +200,7 @@ def plan(
         over = checkpoint.epoch < view.newest_epoch or stopped or (head is not None and checkpoint < head)
         useful = checkpoint in completable and (head is None or checkpoint > head)
         if over and not useful:
-            result.retire.append((checkpoint, "unfinished save"))
+            result.retire.append((checkpoint, UNFINISHED))
     dead = {checkpoint: view.tombstones[checkpoint] for checkpoint in view.tombstones}
     gone = dead.keys() | {checkpoint for checkpoint, _ in result.retire}
 
@@ -211,23 +235,60 @@ def plan(
             "no pack is deleted: a living checkpoint cannot be read, so what it needs is not known. Try `fastckpt check`"
         )
     for checkpoint, written_s in sorted(view.tombstones.items()):
-        over = checkpoint.epoch < view.newest_epoch or stopped
-        if over and checkpoint not in left and view.now_s - written_s >= grace_s:
+        if checkpoint in left:
+            continue
+        if checkpoint.epoch < view.newest_epoch or stopped:
+            over_s: float | None = written_s
+        else:
+            over_s = view.bare_since_s.get(checkpoint) if checkpoint in view.replaced else None
+        if over_s is not None and view.now_s - over_s >= grace_s:
             result.delete.append(keys.commit_key(checkpoint))
     result.delete += view.expired_pins
     return result
 
 
+class PassInterrupted(Exception):
+    """A pass ended before its next request, as its caller wished. What it did stands, and the next one goes on from there."""
+
+
+class _Gate(Wrapper):
+    """Asks before every request whether the pass is to go on."""
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__(inner)
+        self.interrupted: Callable[[], bool] = lambda: False
+
+    def _call(self, verb: str, key: str, operation: Callable[[], T]) -> T:
+        if self.interrupted():
+            raise PassInterrupted
+        return operation()
+
+
 class Collector:
-    """Retention of one repository. One thread at a time. Keeps what it read of commits that cannot change."""
+    """Retention of one repository. One thread at a time. Remembers contents of records and indexes, never names."""
 
     def __init__(self, repository: Repository) -> None:
-        self._repository = repository
-        self._store = repository.store
+        self._store = _Gate(repository.store)
+        self._repository = KnownRecords(self._store)
         self._needed_by: dict[tuple[CheckpointId, str], frozenset[str]] = {}
+        self._living: set[CheckpointId] = set()
+        """Seen by the pass before, or committed since, and not retired here."""
+        self._bare: dict[CheckpointId, tuple[float, float | None]] = {}
+        """Tombstones without votes and packs: `now_s` of the pass that saw it first, and of the first later one for which the store's clock
+        had gone on: that is after the last of them was deleted."""
+        self._refused: set[str] = set()
+        """Keys that could not be deleted or overwritten. Not tried again: each try would be one more request of every pass."""
 
-    def look(self, catalog: Catalog | None = None) -> View:
-        """Read what a plan needs: five LISTs, and the records and file tables not seen before. StoreError."""
+    def interrupt_when(self, interrupted: Callable[[], bool]) -> None:
+        """From now on passes end with PassInterrupted before the first request at which this is true."""
+        self._store.interrupted = interrupted
+
+    def know(self, commit: Commit, packs: Collection[str]) -> None:
+        """A commit whose packs the caller knows: its index need not be read. Any thread."""
+        self._needed_by[commit.checkpoint, commit.digest] = frozenset(packs)
+
+    def look(self) -> View:
+        """Read what a plan needs: five LISTs, and the records and file tables not seen before. StoreError, PassInterrupted."""
         # Data is listed before commits: a save that commits in between has its packs in neither or in both, never packs alone.
         packs: dict[SaveId, dict[str, float]] = {}
         votes: dict[SaveId, list[str]] = {}
@@ -244,30 +305,60 @@ class Collector:
                 votes.setdefault(name.save, []).append(info.key)
                 names.setdefault(name.save, []).append(name)
                 times.append(info.modified_s)
-        catalog = catalog or Catalog(self._repository)
-        commits, tombstones, failed = self._repository.read_all(catalog.listing)
+        catalog = Catalog(self._repository)
+        found = self._repository.read_all(catalog.listing)
+        commits, tombstones = found.commits, found.tombstones
         times += catalog.listing.modified_s.values()
-        needed: set[str] | None = None if failed else set()
+        needed: set[str] | None = None if found.failed or found.missing else set()
         for commit in commits.values():
             if needed is not None:
-                found = self._needed(commit)
-                needed = None if found is None else needed | found
-        pinned, expired = self._pins(max(times))
+                packs_of = self._needed(commit)
+                needed = None if packs_of is None else needed | packs_of
+        now_s = max(times)
+        pinned, expired, pins_unknown = self._pins(now_s)
+        there = {save.checkpoint for save in (*votes, *packs)}
+        missing = self._missing(catalog, commits, there)
+        self._forget(commits, {*catalog.listing.infos, *expired, *_all(votes), *_all(packs)})
         return View(
             newest_epoch=max(catalog.listing.epochs, default=0),
-            history=[Candidate(c, commits[c].metrics) for c in catalog.history() if c in commits],
+            history=[] if missing else [Candidate(c, commits[c].metrics) for c in catalog.history() if c in commits],
             living=commits,
             tombstones={c: catalog.listing.modified_s.get(c, 0.0) for c in tombstones},
             commit_times_s=catalog.listing.modified_s,
-            unreadable=set(failed),
+            unreadable={*found.failed, *found.missing},
             votes=votes,
-            vote_sets_complete={save for save, found in names.items() if _complete(found)},
+            vote_sets_complete={save for save, those in names.items() if _complete(those)},
             packs=packs,
             needed=needed,
             pinned=pinned,
             expired_pins=expired,
-            now_s=max(times),
+            now_s=now_s,
+            replaced={c for c, tombstone in tombstones.items() if tombstone.of is not None},
+            bare_since_s=self._bare_since_s(tombstones.keys() - there, now_s),
+            missing=missing,
+            pins_unknown=pins_unknown,
         )
+
+    def _missing(
+        self, catalog: Catalog, commits: Mapping[CheckpointId, Commit], there: Collection[CheckpointId]
+    ) -> list[str]:
+        epochs = {c.epoch for c in commits} - set(catalog.listing.epochs)
+        gone = {c for c in self._living - set(catalog.listing.commits) if c in there}
+        self._living = gone | commits.keys()
+        return [*map(keys.epoch_key, sorted(epochs)), *map(keys.commit_key, sorted(gone))]
+
+    def _forget(self, commits: Mapping[CheckpointId, Commit], listed: set[str]) -> None:
+        """What is not there any more, or memory would follow the age of the run."""
+        living = {(c, commit.digest) for c, commit in commits.items()}
+        self._needed_by = {key: packs for key, packs in self._needed_by.copy().items() if key in living}
+        self._refused &= listed
+
+    def _bare_since_s(self, bare: Collection[CheckpointId], now_s: float) -> dict[CheckpointId, float]:
+        before, self._bare = self._bare, {}
+        for checkpoint in bare:
+            first_s, since_s = before.get(checkpoint, (now_s, None))
+            self._bare[checkpoint] = first_s, now_s if since_s is None and now_s > first_s else since_s
+        return {checkpoint: since_s for checkpoint, (_, since_s) in self._bare.items() if since_s is not None}
 
     def _needed(self, commit: Commit) -> frozenset[str] | None:
         key = commit.checkpoint, commit.digest
@@ -283,48 +374,95 @@ class Collector:
             self._needed_by[key] = frozenset(file.key for reader in readers for file in reader.files)
         return self._needed_by[key]
 
-    def _pins(self, now_s: float) -> tuple[set[CheckpointId], list[str]]:
-        pinned, expired = set(), []
-        for info in self._store.list(keys.PINS):
-            if keys.parse_pin(info.key) is None:
-                continue
+    def _pins(self, now_s: float) -> tuple[set[CheckpointId], list[str], bool]:
+        """Checkpoints that are pinned, keys of expired pins, and whether one could not be read."""
+        pinned, expired, unknown = set(), [], False
+        for name, info in self._repository.pins().items():
             try:
-                pin = parse_pin(read_sealed(self._store, info.key), f"{self._store.url}/{info.key}")
+                pin = self._repository.pin(name)
             except ObjectNotFoundError:
+                continue
+            except StoreError:
+                raise
+            except CheckpointError:
+                unknown = True
                 continue
             if now_s - info.modified_s > pin.expires_s:
                 expired.append(info.key)
             else:
                 pinned.add(pin.checkpoint)
-        return pinned, expired
+        return pinned, expired, unknown
 
-    def run(self, todo: Plan, as_epoch: int | None) -> None:
+    def run(
+        self,
+        todo: Plan,
+        as_epoch: int | None,
+        in_flight: Callable[[], Collection[SaveId]] = tuple,
+    ) -> list[CheckpointError]:
         """Carry out a plan. as_epoch: the caller's epoch; nothing is done unless it is the newest. None: a person says that the
-        run is stopped.
+        run is stopped. in_flight: the caller's saves under way, asked again before anything goes.
 
-        Safe to stop anywhere and to begin again. StoreError.
+        Returns what could not be deleted or overwritten, each once: it is passed over from then on.
+        Safe to stop anywhere and to begin again. StoreError, PassInterrupted.
         """
-        if as_epoch is not None and self._repository.newest_epoch() != as_epoch:
-            return
-        blocked: set[CheckpointId] = set()
-        for checkpoint, why in todo.retire:
-            if not self._bury(checkpoint, why):
-                blocked.add(checkpoint)
-        for key in todo.delete:
-            vote = keys.parse_vote(key)
-            if vote is None or vote.save.checkpoint not in blocked:
-                self._store.delete(key)
+        refused: list[CheckpointError] = []
+        if not todo.retire or not self._may_go_on(as_epoch):
+            blocked = {checkpoint for checkpoint, _ in todo.retire}
+        else:
+            flying = {save.checkpoint for save in in_flight()}
+            blocked = {c for c, why in todo.retire if c in flying or not self._bury(c, why, refused)}
+        for batch in _batches([key for key in todo.delete if key not in self._refused]):
+            if not self._may_go_on(as_epoch):
+                break
+            flying_saves = set(in_flight())
+            for key in batch:
+                vote = keys.parse_vote(key)
+                save = vote.save if vote is not None else keys.parse_pack(key)
+                if save is not None and (save in flying_saves or (vote is not None and save.checkpoint in blocked)):
+                    continue
+                if keys.parse_commit(key) in self._held():
+                    continue
+                self._try(key, refused, lambda key=key: self._store.delete(key))  # type: ignore[misc]
+        return refused
 
-    def _bury(self, checkpoint: CheckpointId, why: str) -> bool:
-        """Put the tombstone. False if an unfinished save turned out to be committed: then it stays."""
-        key = keys.commit_key(checkpoint)
+    def _held(self) -> set[CheckpointId | None]:
+        """Checkpoints whose votes or packs cannot be deleted: their tombstones stay, or they would count as unfinished saves again."""
+        saves = (keys.parse_pack(key) or getattr(keys.parse_vote(key), "save", None) for key in self._refused)
+        return {save.checkpoint for save in saves if save is not None}
+
+    def _may_go_on(self, as_epoch: int | None) -> bool:
+        return as_epoch is None or self._repository.newest_epoch() == as_epoch
+
+    def _try(self, key: str, refused: list[CheckpointError], act: Callable[[], object]) -> bool:
+        """False if it was refused: one object that cannot go, or one record that cannot be read, keeps no other."""
         try:
-            found: Commit | Tombstone | None = self._repository.commit(checkpoint)
+            act()
+        except StoreUnavailableError:  # the store, not the object
+            raise
+        except CheckpointError as error:
+            self._refused.add(key)
+            refused.append(error)
+            return False
+        return True
+
+    def _bury(self, checkpoint: CheckpointId, why: str, refused: list[CheckpointError]) -> bool:
+        key, stands = keys.commit_key(checkpoint), False
+
+        def act() -> None:
+            nonlocal stands
+            stands = self._put_tombstone(checkpoint, key, why)
+
+        return key not in self._refused and self._try(key, refused, act) and stands
+
+    def _put_tombstone(self, checkpoint: CheckpointId, key: str, why: str) -> bool:
+        """False if an unfinished save turned out to be committed: then it stays."""
+        try:
+            found: Commit | Tombstone | None = Repository.commit(self._repository, checkpoint)  # as it is now
         except ObjectNotFoundError:
             found = None
         if isinstance(found, Tombstone):
             return True
-        if found is not None and why == "unfinished save":
+        if (found is None) != (why == UNFINISHED):  # not what the plan was made for
             return False
         of = None if found is None else found.digest
         data = tombstone_bytes(Tombstone(checkpoint, of, why, utc_now()))
@@ -333,8 +471,17 @@ class Collector:
                 return False
         else:
             self._store.put(key, data)
+        self._living.discard(checkpoint)
         events.emit(events.Retired(target=self._store.url, epoch=checkpoint.epoch, step=checkpoint.step, why=why))
         return True
+
+
+def _batches(all_keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (all_keys[at : at + _BATCH] for at in range(0, len(all_keys), _BATCH))
+
+
+def _all(of_saves: Mapping[SaveId, Iterable[str]]) -> Iterator[str]:
+    return (key for some in of_saves.values() for key in some)
 
 
 def _complete(names: Iterable[VoteName]) -> bool:
@@ -342,4 +489,4 @@ def _complete(names: Iterable[VoteName]) -> bool:
     return {name.rank for name in found} == set(range(found[0].world))
 
 
-__all__ = ["GRACE_S", "Candidate", "Collector", "Keep", "Plan", "View", "list_votes", "plan", "retire"]
+__all__ = ["GRACE_S", "Candidate", "Collector", "Keep", "PassInterrupted", "Plan", "View", "plan", "retire"]

@@ -13,10 +13,11 @@ from fastckpt.events import logger
 from fastckpt.exact import load_exactly
 from fastckpt.filling import Filling
 from fastckpt.format.tensor_names import dotted
-from fastckpt.placement import Plan, may_be_asked
+from fastckpt.placement import Plan, copies_plainly, may_be_asked
 from fastckpt.rng import RNGState
 
 _SHOWN = 3
+_LAZY = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)  # no shape yet
 
 
 def check_targets(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,10 +49,28 @@ def state_of(targets: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> None:
-    """Put a loaded state into the objects. What one of them does not take as it was saved is said in a warning.
+    """Put a loaded state that was checked into the objects. What one of them does not take as it was saved is said in a warning.
 
-    RestoreError, before anything is touched, if the names differ; PartialRestoreError if an object refuses its state.
+    PartialRestoreError if an object refuses its state.
     """
+    # Generators last: whatever the others draw while they load must not count.
+    order = sorted(targets, key=lambda name: isinstance(targets[name], RNGState))
+    for position, name in enumerate(order):
+        try:
+            changed = _put(name, targets[name], loaded[name], plan)
+        except Exception as error:
+            done = ", ".join(order[:position]) or "nothing"
+            raise PartialRestoreError(
+                f"{source}: {name!r} did not take its state ({type(error).__name__}: {error}). Restored so far: {done}; the state is a "
+                "mixture and must not be trained. Make the objects fit the checkpoint, or restore another step"
+            ) from error
+        if changed:
+            more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+            logger.warning("%s: %r is not what was saved: %s%s", source, name, "; ".join(changed[:_SHOWN]), more)
+
+
+def check(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> None:
+    """RestoreError if a loaded state cannot fit the objects: other names, or tensors of other shapes. Nothing is touched."""
     if not isinstance(loaded, dict):
         raise RestoreError(
             f"{source} holds a {type(loaded).__name__}, not the state of a Checkpointer: fetch it with fastckpt.open"
@@ -67,20 +86,57 @@ def apply(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> N
             + f". Give the Checkpointer a state of {', '.join(map(repr, loaded))}, or take single tensors out: `fastckpt restore` makes a "
             "file of a checkpoint, fastckpt.open reads it"
         )
-    # Generators last: whatever the others draw while they load must not count.
-    order = sorted(targets, key=lambda name: isinstance(targets[name], RNGState))
-    for position, name in enumerate(order):
-        try:
-            changed = _put(name, targets[name], loaded[name], plan)
-        except Exception as error:
-            done = ", ".join(order[:position]) or "nothing"
-            raise PartialRestoreError(
-                f"{source}: {name!r} did not take its state ({type(error).__name__}: {error}). Restored so far: {done}; the state is a "
-                "mixture and must not be trained. Make the objects fit the checkpoint, or restore another step"
-            ) from error
-        if changed:
-            more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-            logger.warning("%s: %r is not what was saved: %s%s", source, name, "; ".join(changed[:_SHOWN]), more)
+    wrong = [words for name in targets for words in _misfits(name, targets[name], loaded[name])]
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise RestoreError(
+            f"{source} does not fit the Checkpointer's state: {'; '.join(wrong[:_SHOWN])}{more}. Nothing was changed. Make the objects as "
+            "they were when it was saved, or restore another step"
+        )
+
+
+def _misfits(name: str, target: Any, value: Any) -> list[str]:
+    """What the object would refuse, in words. Only what is certain: hooks may change what an object is given."""
+    if isinstance(target, torch.Tensor):
+        return _misfit(name, target, value, exact=True)
+    if isinstance(target, torch.optim.Optimizer):
+        return _misfits_of_groups(name, target, value)
+    if not (isinstance(target, torch.nn.Module) and isinstance(value, dict) and copies_plainly(target)):
+        return []
+    live = target.state_dict()
+    return [
+        *(f"{name}.{key} is not in the checkpoint" for key in live if key not in value),
+        *(f"{name}.{key} of the checkpoint has no place here" for key in value if key not in live),
+        *(words for key, now in live.items() if key in value for words in _misfit(f"{name}.{key}", now, value[key])),
+    ]
+
+
+def _misfit(place: str, now: Any, saved: Any, *, exact: bool = False) -> list[str]:
+    if not isinstance(saved, torch.Tensor) or not isinstance(now, torch.Tensor) or isinstance(now, _LAZY):
+        return []
+    if saved.shape != now.shape and (exact or saved.dim() + now.dim() > 1):  # torch takes one number for another
+        return [f"{place} is {list(now.shape)} here and {list(saved.shape)} in the checkpoint"]
+    if exact and saved.dtype != now.dtype:
+        return [f"{place} is {now.dtype} here and {saved.dtype} in the checkpoint"]
+    return []
+
+
+def _misfits_of_groups(name: str, target: torch.optim.Optimizer, value: Any) -> list[str]:
+    groups = value.get("param_groups") if isinstance(value, dict) else None
+    hooked = getattr(target, "_optimizer_load_state_dict_pre_hooks", None)
+    if (
+        hooked
+        or type(target).load_state_dict is not torch.optim.Optimizer.load_state_dict
+        or not isinstance(groups, list)
+    ):
+        return []
+    now = [len(group["params"]) for group in target.param_groups]
+    saved = [
+        len(group["params"]) for group in groups if isinstance(group, dict) and isinstance(group.get("params"), list)
+    ]
+    if now == saved:
+        return []
+    return [f"{name} has groups of {now} parameters here and of {saved} in the checkpoint"]
 
 
 def _put(name: str, target: Any, value: Any, plan: Plan) -> list[str]:

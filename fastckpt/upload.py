@@ -45,6 +45,8 @@ class Uploaded:
     name: VoteName
     data: bytes
     stored_bytes: int
+    packs: tuple[str, ...]
+    """Keys of all packs that it names."""
 
 
 class UploadThreads(NamedTuple):
@@ -153,7 +155,7 @@ def upload(
             durable_s=0.0,
         )
     )
-    return Uploaded(name, vote, packs.stored_bytes + len(vote))
+    return Uploaded(name, vote, packs.stored_bytes + len(vote), tuple(file.key for file in files))
 
 
 def _vote(

@@ -149,6 +149,7 @@ def _carry_out(
 ) -> int:
     """Pass after pass until nothing is left to do. Returns how many objects were deleted."""
     deleted, last = 0, None
+    refused: list[CheckpointError] = []
     draw = bar(repository.url)
     for n_pass in range(_MOST_PASSES):
         seen = repository.newest_epoch()
@@ -160,12 +161,18 @@ def _carry_out(
         fresh = collector.look()
         todo = plan(fresh, keep, (), arguments.grace, abandoned=arguments.branches, stopped=True)
         if (not todo.retire and not todo.delete) or todo == last:
-            draw(1, 1)
-            return deleted
+            break
         draw(n_pass, n_pass + 3)
-        collector.run(todo, as_epoch=None)
-        deleted += len(todo.delete)
+        new = collector.run(todo, as_epoch=None)
+        refused += new
+        deleted += len(todo.delete) - len(new)
         last = todo
+    draw(1, 1)
+    for error in refused[1:]:
+        note(f"{repository.url}: {error}")
+    if refused:
+        note(f"{repository.url}: {deleted} objects deleted; {len(refused)} could not be deleted or replaced")
+        raise refused[0]
     return deleted
 
 

@@ -457,7 +457,12 @@ def test_a_partial_restore_stops_training(store: HeldStore) -> None:
     a, b = torch.nn.Linear(3, 3), torch.nn.Linear(2, 2)
     with Checkpointer(store, {"a": a, "b": b}, spot=None) as ckpt:
         ckpt.save_now(1).wait(SHORT_S)
-    with Checkpointer(store, {"a": torch.nn.Linear(3, 3), "b": torch.nn.Linear(5, 5)}, spot=None) as ckpt:
+
+    class Refuses(torch.nn.Linear):
+        def load_state_dict(self, *values: Any, **named: Any) -> Any:
+            raise ValueError("no")
+
+    with Checkpointer(store, {"a": torch.nn.Linear(3, 3), "b": Refuses(2, 2)}, spot=None) as ckpt:
         with pytest.raises(PartialRestoreError, match="'b' did not take its state"):
             ckpt.restore()
         with pytest.raises(PartialRestoreError):

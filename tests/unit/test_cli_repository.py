@@ -21,7 +21,7 @@ from fastckpt.catalog import Catalog
 from fastckpt.cli import output, target
 from fastckpt.cli.output import clean
 from fastckpt.cli.pruning import forecast, keep_of, needs_of
-from fastckpt.errors import NoCheckpointError
+from fastckpt.errors import CheckpointError, NoCheckpointError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, commit_key, epoch_key
 from fastckpt.format.repository_records import Pin, pin_bytes, utc_now
@@ -432,9 +432,10 @@ def test_prune_stops_when_a_job_starts(
     save_steps(store, [1, 2])
     run_pass = Collector.run
 
-    def then_start(self: Collector, todo: Any, as_epoch: int | None) -> None:
-        run_pass(self, todo, as_epoch)
+    def then_start(self: Collector, todo: Any, as_epoch: int | None) -> list[CheckpointError]:
+        refused = run_pass(self, todo, as_epoch)
         Incarnation(Repository(store), OPTIONS).restore()
+        return refused
 
     monkeypatch.setattr(Collector, "run", then_start)
     status, _, err = run(capsys, "prune", url, "--keep-last", "1", "--run-is-stopped", "--yes")

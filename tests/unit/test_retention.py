@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StoreAccessError
 from fastckpt.format.keys import CheckpointId, SaveId, commit_key, pack_key, pin_key
-from fastckpt.format.repository_records import Commit, Pin, pin_bytes, utc_now
+from fastckpt.format.repository_records import Commit, Pin, Tombstone, pin_bytes, utc_now
 from fastckpt.repository import Repository
-from fastckpt.retention import Candidate, Collector, Keep, View, plan, retire
+from fastckpt.retention import Candidate, Collector, Keep, Plan, View, plan, retire
+from fastckpt.store.base import ObjectInfo
 from fastckpt.store.memory import MemoryStore
 from tests.repositories import check_all, living
-from tests.unit.repository_tools import begin, flip, keys_of, reuse, save_steps, state, vote
+from tests.unit.repository_tools import begin, captured, flip, keys_of, reuse, save_steps, state, vote
 
 GRACE_S = 100.0
 numbers = st.floats(allow_nan=True, allow_infinity=True)
@@ -319,3 +321,179 @@ def test_only_the_newest_epoch_collects() -> None:
 def test_senseless_rules_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         Keep(**bad)  # type: ignore[arg-type]
+
+
+class Locked(MemoryStore):
+    """Some objects cannot be deleted (a legal hold)."""
+
+    def __init__(self, now_s: list[float]) -> None:
+        super().__init__(clock=lambda: now_s[0])
+        self.held: set[str] = set()
+        self.asked: list[str] = []
+
+    def delete(self, key: str) -> None:
+        if key in self.held:
+            self.asked.append(key)
+            raise StoreAccessError(f"{key} is under legal hold")
+        super().delete(key)
+
+
+def test_one_object_that_cannot_be_deleted_keeps_no_other_and_is_told_once() -> None:
+    now_s = [0.0]
+    store = Locked(now_s)
+    job = save_steps(store, [1])
+    store.held = set(keys_of(store, "votes/"))
+    told = []
+    for step in range(2, 9):
+        job.save(captured(state(step, 100)), step)
+        now_s[0] += 10.0
+        told += job.retain(Keep(last=1), 0.0).refused
+    assert [str(error) for error in told] == [f"{key} is under legal hold" for key in store.held]
+    assert store.asked == list(store.held)
+    assert steps(store) == [8]
+    assert len(keys_of(store, "data/")) <= 2
+    assert set(keys_of(store, "votes/")) == store.held | set(keys_of(store, "votes/000001-000000000008-000/"))
+    assert commit_key(CheckpointId(1, 1)) in keys_of(store, "commits/"), "or it would count as an unfinished save"
+
+
+def test_votes_that_contradict_each_other_stop_nothing_else() -> None:
+    store = MemoryStore()
+    job = save_steps(store, [1, 2, 3])
+    vote(store, 1, 2, 0, 1, state(9, 100), attempt=1)
+    vote(store, 1, 2, 0, 1, state(8, 100), attempt=1)
+    vote(store, 1, 7, 0, 2, state(8, 100))
+    vote(store, 1, 7, 0, 2, state(9, 100))
+    for _ in range(2):
+        job.retain(Keep(last=1), 0.0)
+    assert steps(store) == [3]
+    assert not keys_of(store, "data/000001-000000000001-000/")
+    check_all(store)
+
+
+def test_a_record_that_cannot_be_read_when_it_is_to_be_retired_keeps_no_other() -> None:
+    store = MemoryStore()
+    save_steps(store, [1, 2, 3])
+    collector = Collector(Repository(store))
+    todo = plan(collector.look(), Keep(last=1), (), 0.0)
+    flip(store, commit_key(CheckpointId(1, 1)))
+    (refused,) = collector.run(todo, None)
+    assert isinstance(refused, CorruptCheckpointError)
+    assert isinstance(Repository(store).commit(CheckpointId(1, 2)), Tombstone)
+
+
+def test_a_tombstone_of_the_living_epoch_goes_a_grace_after_all_of_its_checkpoint() -> None:
+    now_s = [0.0]
+    store = MemoryStore(clock=lambda: now_s[0])
+    job = save_steps(store, [1, 2])
+    seen: dict[str, float] = {}
+    for step in range(3, 12):
+        now_s[0] += GRACE_S / 2
+        job.save(captured(state(step, 100)), step)
+        job.retain(Keep(last=1), GRACE_S)
+        for what, prefix in (("pack", "data/000001-000000000001"), ("tombstone", "commits/000001-000000000001")):
+            if not any(key.startswith(prefix) for key in keys_of(store, "")):
+                seen.setdefault(what, now_s[0])
+    assert seen["tombstone"] >= seen["pack"] + GRACE_S
+    check_all(store)
+
+
+def test_one_over_a_save_that_was_never_committed_stays_while_its_epoch_lives() -> None:
+    now_s = [0.0]
+    store = MemoryStore(clock=lambda: now_s[0])
+    job = save_steps(store, [1])
+    vote(store, 1, 2, 0, 2, state(2, 100))  # the other rank's never came
+    for step in range(3, 12):
+        now_s[0] += 2 * GRACE_S
+        job.save(captured(state(step, 100)), step)
+        job.retain(Keep(last=1), GRACE_S)
+    assert not keys_of(store, "data/000001-000000000002-000/")
+    assert commit_key(CheckpointId(1, 2)) in keys_of(store, "commits/")
+
+
+@pytest.mark.parametrize("what", ["epochs/000001.json", commit_key(CheckpointId(1, 2))])
+def test_nothing_goes_while_a_record_is_missing(what: str) -> None:
+    store = MemoryStore()
+    save_steps(store, [1, 2, 3])
+    collector = Collector(Repository(store))
+    collector.look()
+    store.delete(what)
+    before = keys_of(store, "")
+    todo = plan(collector.look(), Keep(last=1), (), 0.0)
+    assert what in todo.warnings[0]
+    collector.run(todo, None)
+    assert keys_of(store, "") == before
+
+
+def test_a_record_that_only_the_list_shows_keeps_packs() -> None:
+    class Contradicting(MemoryStore):
+        hidden = ""
+
+        def head(self, key: str) -> ObjectInfo:
+            if key == self.hidden:
+                raise ObjectNotFoundError(key)
+            return super().head(key)
+
+    store = Contradicting()
+    save_steps(store, [1, 2, 3])
+    store.hidden = commit_key(CheckpointId(1, 2))
+    packs = keys_of(store, "data/")
+    collect(store, Keep(last=1))
+    collect(store, Keep(last=1))
+    assert keys_of(store, "data/") == packs
+
+
+def test_a_pin_that_cannot_be_read_retires_nothing() -> None:
+    store = MemoryStore()
+    save_steps(store, [1, 2, 3])
+    pin(store, 1, 60)
+    flip(store, pin_key("reader"))
+    assert any("a pin cannot be read" in words for words in collect(store, Keep(last=1)))
+    assert steps(store) == [1, 2, 3]
+
+
+def test_a_new_epoch_between_two_batches_ends_the_pass() -> None:
+    store = MemoryStore()
+    save_steps(store, [1, 2])
+    collector = Collector(Repository(store))
+    doomed = [f"data/000001-000000000001-000/r00000/{n:06}.pack" for n in range(250)]
+    for key in doomed:
+        store.put(key, b"")
+    todo = Plan(delete=doomed)
+    original = store.delete
+
+    def delete(key: str) -> None:
+        original(key)
+        if key == doomed[0]:
+            begin(store, 1, None)
+
+    store.delete = delete  # type: ignore[method-assign]
+    collector.run(todo, 1)
+    assert len(set(doomed) & set(keys_of(store, "data/"))) == 150
+
+
+def test_what_is_in_flight_is_asked_again_before_anything_goes() -> None:
+    store = MemoryStore()
+    save_steps(store, [1, 2, 3])
+    collector = Collector(Repository(store))
+    todo = plan(collector.look(), Keep(last=1), (), 0.0)
+    collector.run(todo, 1, lambda: [SaveId(1, 1, 0)])
+    assert steps(store) == [1, 3]
+    assert keys_of(store, "votes/000001-000000000001-000/")
+
+
+def test_a_pass_reads_what_is_new() -> None:
+    class Reads(MemoryStore):
+        read = 0
+
+        def get(self, key: str) -> bytes:
+            self.read += 1
+            return super().get(key)
+
+    store = Reads()
+    job = save_steps(store, [*range(1, 9)])
+    job.retain(Keep(last=4), 1e9)
+    store.read = 0
+    job.retain(Keep(last=4), 1e9)
+    store.read = 0
+    job.retain(Keep(last=4), 1e9)
+    assert store.read == 0
