@@ -15,7 +15,7 @@ NATIVE := $(VENV)/.native
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-gpu gpu-checklist gpu-node wheelhouse lint types docs bench bench-codec bench-host bench-objects bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse lint types docs bench bench-codec bench-first-contact bench-host bench-objects bench-stall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ test: venv ## run the tests
 test-slow: venv ## run the tests that take minutes
 	$(PY) -m pytest -m slow $(ARGS)
 
+test-matrix: venv ## run the tests on other Pythons and torches, each in an environment of its own (ARGS="--only 3.12+2.11")
+	$(PY) -m tests.matrix $(ARGS)
+
 test-gpu: venv ## run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)
 
@@ -84,6 +87,10 @@ bench: venv ## run the benchmarks
 bench-codec: venv ## compare the codec with ZipNN and zstd
 	@$(PIP) zipnn==0.5.4
 	$(PY) benchmarks/codec.py $(ARGS)
+
+bench-first-contact: venv ## measure what somebody meets who tries it: import, first calls, one tensor of S3
+	@if $(PY) -c 'from tests import s3server; raise SystemExit(s3server.choose().kind is None)'; \
+	then $(PY) -m tests.s3server $(abspath $(PY)) benchmarks/first_contact.py $(ARGS); else $(PY) benchmarks/first_contact.py $(ARGS); fi
 
 bench-host: venv ## measure what the call of save costs for each of 10,000 storages
 	$(PY) benchmarks/host_time.py $(ARGS)

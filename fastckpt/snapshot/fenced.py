@@ -8,11 +8,6 @@ import torch
 
 from fastckpt.torch_names import local_of, version_of
 
-try:
-    from torch.distributed.tensor import DTensor
-except ImportError:  # torch built without distributed
-    DTensor = None  # type: ignore[assignment,misc]
-
 
 class Fenced:
     """The parameters and states of optimizers, with their versions at the call of save. Takes about a microsecond a tensor.
@@ -99,10 +94,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensor whose storage is saved: a shard's own, for a DTensor."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return tensor
-    if DTensor is not None and isinstance(tensor, DTensor):
-        local = local_of(tensor)
-        return local if type(local) is torch.Tensor else None
-    return None
+    local = local_of(tensor)
+    return local if type(local) is torch.Tensor else None
 
 
 def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[torch.Tensor]:
