@@ -173,7 +173,7 @@ class Checkpointer:
             self._settled = Settled(self._targets, self._hooks)
             sources = [] if read_only else open_sources(spot)
             if sources:
-                self._watcher = Watcher(sources, at_signal=self._worker_errors.hold)
+                self._watcher = Watcher(sources, at_signal=self._worker_errors.hold_for_good)
                 self._watcher.start()
         except BaseException:
             self._let_go()
@@ -378,6 +378,9 @@ class Checkpointer:
         before, self._step = self._step, step
         self._told = metrics, meta
         self._mark_settled()
+        if notice is None and self._watcher is not None and self._watcher.takes_signals:
+            self._worker_errors.hold()
+            notice = self._behind_worker_errors()
         if notice is not None:
             self._final_save(step, metrics, meta, notice)
             return True
@@ -737,7 +740,7 @@ class Checkpointer:
 
     def _final_save(self, step: int, metrics: Mapping[str, float], meta: Mapping[str, Any], notice: Notice) -> None:
         self._final = notice
-        self._worker_errors.hold()
+        self._worker_errors.hold_for_good()
         final_save(
             self._queue,
             notice,
@@ -854,9 +857,21 @@ class Checkpointer:
                 "up. Earlier checkpoints are as they were"
             )
 
+    def _behind_worker_errors(self) -> Notice | None:
+        """Errors of workers that were kept since the last step: by now a notice is behind them, or they are raised."""
+        held = self._worker_errors.take()
+        if not held:
+            return None
+        notice = self._notice_behind(held[0])
+        if notice is None:
+            raise held[0]
+        for error in held:
+            self._worker_errors.keep(error)  # for the log
+        return notice
+
     def _tell_worker_errors(self) -> None:
         for error in self._worker_errors.take():
-            logger.warning("kept back since the notice: %s: %s", type(error).__name__, error)
+            logger.warning("kept back while the state was changing or saved: %s: %s", type(error).__name__, error)
 
     def _let_go(self) -> None:
         with contextlib.ExitStack() as last_first:  # one that fails keeps none of the others
@@ -868,6 +883,7 @@ class Checkpointer:
             last_first.callback(self._stager.stop_preparing)
             if self._watcher is not None:
                 last_first.callback(self._watcher.close)
+            last_first.callback(self._worker_errors.close)
             last_first.callback(self._tell_worker_errors)
             if self._hooks is not None:
                 last_first.callback(self._hooks.remove)

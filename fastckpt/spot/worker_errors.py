@@ -1,14 +1,16 @@
 """What dies beside training when a signal goes to the whole process group.
 
 SLURM, systemd, `timeout` and a terminal send a signal to the workers of a DataLoader, too. torch then raises a RuntimeError in the main
-thread, from its handler of SIGCHLD, between any two instructions: an update of the weights would be left halfway, or the final save itself
-would be broken off. So from the notice on such errors come only where training waits for something, which it would not get any more.
-Everywhere else it goes on to its next call of `step`, which ends it.
+thread, from its handler of SIGCHLD, between any two instructions: an update of the weights would be left halfway, the final save broken
+off, or the handler of the notice itself ended before it has noted anything. So such errors come only where training waits for something,
+which it would not get any more. Everywhere else they are kept for the next call of `step`: there is a notice by then, or it raises them.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -20,38 +22,71 @@ _WAITING = ("queue", "threading", "multiprocessing", "concurrent", "selectors")
 
 
 class WorkerErrors:
-    """A handler of SIGCHLD above the one that is there."""
+    """Those that were kept for one who trains. Dropped, or closed without a notice, it keeps none."""
 
     def __init__(self, busy: Callable[[], bool]) -> None:
         """busy: whether the state is being changed. Called in a signal's handler."""
-        self._busy = busy
-        self._previous: Callable[[int, FrameType | None], Any] | None = None
+        self.busy = busy
+        self.pid = os.getpid()
         self._held: list[Exception] = []
 
     def hold(self) -> None:
-        """From now on; for good, as dead workers are found again at each end of another one. May be called in a signal's handler. Outside
-        the main thread nothing is done, and nothing raised there.
+        """From now on. As often as you like, as torch sets its handler when the first worker starts. Outside the main thread nothing is
+        done, and nothing raised there.
         """
-        if not handlers.may_be_set() or not hasattr(signal, "SIGCHLD"):
-            return
-        top = signal.getsignal(signal.SIGCHLD)
-        if self._previous is None and callable(top):  # otherwise nobody raises anything
-            self._previous = top
-            signal.signal(signal.SIGCHLD, self._handle)
+        if handlers.may_be_set() and hasattr(signal, "SIGCHLD"):
+            _guard(self)
+
+    def hold_for_good(self) -> None:
+        """As `hold`; after a notice. Dead workers are found again at each end of another one, and that may come behind `close`."""
+        self.hold()
+        _for_good.add(self)
+
+    def keep(self, error: Exception) -> None:
+        """In a signal's handler."""
+        self._held.append(error)
 
     def take(self) -> list[Exception]:
-        """Those that were kept back since the last call: for the log."""
+        """Those that were kept since the last call."""
         held, self._held = self._held, []
         return held
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        assert self._previous is not None
+    def close(self) -> None:
+        """Errors come again at once, unless a notice has come."""
+        if self not in _for_good:
+            _owners.discard(self)
+            if not _owners and handlers.may_be_set() and isinstance(top := signal.getsignal(signal.SIGCHLD), _Guard):
+                signal.signal(signal.SIGCHLD, top.previous)
+
+
+_owners: weakref.WeakSet[WorkerErrors] = weakref.WeakSet()
+_for_good: set[WorkerErrors] = set()
+
+
+class _Guard:
+    """A handler of SIGCHLD above the one that was there: one for all Checkpointers."""
+
+    def __init__(self, previous: Callable[[int, FrameType | None], Any]) -> None:
+        self.previous = previous
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         try:
-            self._previous(number, frame)
+            self.previous(number, frame)
         except Exception as error:
-            if may_raise(_modules(frame), busy=self._busy()):
+            here = os.getpid()
+            owners = [owner for owner in _owners if owner.pid == here]
+            if not owners or may_raise(_modules(frame), busy=any(owner.busy() for owner in owners)):
                 raise
-            self._held.append(error)
+            for owner in owners:
+                owner.keep(error)
+
+
+def _guard(owner: WorkerErrors) -> None:
+    if owner not in _owners:
+        _owners.add(owner)
+    top = signal.getsignal(signal.SIGCHLD)
+    if callable(top) and not isinstance(top, _Guard):  # otherwise nobody raises anything
+        signal.signal(signal.SIGCHLD, _Guard(top))
 
 
 def _modules(frame: FrameType | None) -> Iterator[str]:

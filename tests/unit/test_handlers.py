@@ -18,7 +18,7 @@ import torch
 
 from fastckpt import Checkpointer, Every, Options
 from fastckpt.interrupts import deferred_interrupt
-from fastckpt.spot import SignalSource, Watcher, handlers, open_sources
+from fastckpt.spot import SignalSource, Watcher, handlers, open_sources, worker_errors
 from fastckpt.spot.sources import SLURM_WARNING_S, SlurmSource
 from fastckpt.spot.worker_errors import WorkerErrors, may_raise
 from fastckpt.store.memory import MemoryStore
@@ -291,29 +291,83 @@ def die() -> None:
     signal.raise_signal(signal.SIGCHLD)
 
 
-def test_errors_of_workers_wait_from_the_signal_on(children: list[int]) -> None:
+@pytest.fixture
+def keeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a notice keeps for the rest of the process ends with the test."""
+    monkeypatch.setattr(worker_errors, "_for_good", set())
+    monkeypatch.setattr(worker_errors, "_owners", weakref.WeakSet())
+
+
+@pytest.mark.usefixtures("keeping")
+def test_errors_of_workers_are_kept(children: list[int]) -> None:
     with pytest.raises(WorkerDied):
         die()
+    first, second = WorkerErrors(lambda: False), WorkerErrors(lambda: False)
+    for _ in range(3):
+        first.hold()
+        second.hold()
+    die()
+    assert [type(error) for errors in (first, second) for error in errors.take()] == [WorkerDied] * 2
+    first.close()
+    die()
+    assert (len(first.take()), len(second.take())) == (0, 1)
+    assert len(children) == 3, "the handler itself is called each time, once"
+    second.close()
+    with pytest.raises(WorkerDied):
+        die()
+    first.hold()
+    first = WorkerErrors(lambda: False)  # the other one is forgotten
+    gc.collect()
+    with pytest.raises(WorkerDied):
+        die()
+
+
+@pytest.mark.usefixtures("keeping")
+def test_after_a_notice_they_are_kept_behind_the_end(children: list[int]) -> None:
     errors = WorkerErrors(lambda: False)
     source = SignalSource()
-    source.at_once = errors.hold
+    source.at_once = errors.hold_for_good
     source.install()
     try:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            die()
+        os.kill(os.getpid(), signal.SIGTERM)
+        die()
     finally:
         source.close()
+        errors.close()
     die()
-    assert len(children) == 4, "the handler itself is called each time, once"
-    assert [type(error) for error in errors.take()] == [WorkerDied] * 3
-    assert errors.take() == []
+    assert len(errors.take()) == 2
 
 
+@pytest.mark.usefixtures("keeping")
+def test_the_handler_of_a_notice_is_not_ended_by_one(children: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may tell of a worker's end between any two instructions of it."""
+    errors = WorkerErrors(lambda: False)
+    errors.hold()
+    living = handlers._Line.living
+
+    def interrupted(self: Any) -> Any:
+        handlers_die()
+        return living(self)
+
+    # As if it were in there: what counts is in whose frames the main thread is.
+    handlers_die = type(die)(die.__code__, {**die.__globals__, "__name__": "fastckpt.spot.handlers"})
+    monkeypatch.setattr(handlers._Line, "living", interrupted)
+    source = SignalSource()
+    source.install()
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        source.close()
+    assert notices(source) == 1
+    assert len(errors.take()) >= 1
+    errors.close()
+
+
+@pytest.mark.usefixtures("keeping")
 def test_both_at_once_behind_a_deferred_block(children: list[int]) -> None:
     errors = WorkerErrors(lambda: False)
     source = SignalSource()
-    source.at_once = errors.hold
+    source.at_once = errors.hold_for_good
     source.install()
     try:
         with deferred_interrupt():
@@ -323,6 +377,24 @@ def test_both_at_once_behind_a_deferred_block(children: list[int]) -> None:
         assert len(errors.take()) == 1
     finally:
         source.close()
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+@pytest.mark.usefixtures("keeping")
+def test_an_error_that_was_kept_ends_the_next_step(children: list[int], noticed: bool) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(3))])
+    with checkpointer(MemoryStore(), optimizer, spot="signal") as ckpt:
+        ckpt.restore()
+        ckpt.step(1)
+        die()
+        if noticed:
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()  # it comes last
+            assert ckpt.step(2) is True
+            assert ckpt.exit_code == 75
+        else:
+            with pytest.raises(WorkerDied):
+                ckpt.step(2)
+            assert ckpt.step(3) is False
 
 
 @pytest.mark.parametrize(
@@ -344,6 +416,7 @@ def test_errors_interrupt_only_who_waits(modules: list[str], raises: bool) -> No
     assert may_raise(iter(modules), busy=True) is False
 
 
+@pytest.mark.usefixtures("keeping")
 def test_nothing_is_held_where_nothing_raises() -> None:
     WorkerErrors(lambda: False).hold()
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
