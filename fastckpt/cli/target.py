@@ -94,7 +94,7 @@ def _looks_like_one(store: Store) -> bool:
     try:
         store.head(keys.MARKER)
     except ObjectNotFoundError:
-        return all(any(True for _ in store.list(prefix)) for prefix in (keys.COMMITS, keys.EPOCHS))
+        return any(keys.parse_commit(info.key) is not None for info in store.list(keys.COMMITS))
     return True
 
 
