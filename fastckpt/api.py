@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import IO, Any, cast
 
 import torch
@@ -23,12 +23,16 @@ from fastckpt.errors import (
     Damage,
     EmptyCheckpointError,
     NotACheckpointError,
+    ObjectNotFoundError,
     SaveError,
+    StoreAccessError,
+    StoreError,
     TooLargeError,
 )
 from fastckpt.files import FileObject, Sink, make_directories, open_sink
 from fastckpt.loading import load_object
 from fastckpt.location import is_url, location
+from fastckpt.newest import is_repository, read_checkpoint
 from fastckpt.object_sink import ObjectSink
 from fastckpt.object_source import ObjectSource
 from fastckpt.options import Options
@@ -256,13 +260,19 @@ def load(
 ) -> Any:
     """Load what fastckpt.save, torch.save or safetensors wrote: torch.load's arguments, every byte verified (fastckpt's own files).
 
-    f: a path, a URL, or a file object that can seek; it is left behind the object. `mmap=True` is accepted for paths and gives ordinary
+    f: a path, a URL, or a file object that can seek; it is left behind the object. A repository's path or URL means its newest
+    checkpoint, read beside whatever job writes there (`Checkpointer(read_only=True)` restores into objects); an object of the same name
+    comes first. `mmap=True` is accepted for paths and gives ordinary
     private memory. `map_location="meta"` reads no tensor data.
 
     Raises CorruptCheckpointError (lists all damage), UnsupportedFormatError, NotACheckpointError, TooLargeError; pickle.UnpicklingError
     for what `weights_only` refuses, in torch's words; OSError for the path.
     """
-    with _open_source(f) as source:
+    found = _found(f)
+    if isinstance(found, Store):
+        with found:
+            return _load_newest(found, map_location, pickle_module, weights_only, mmap, pickle_load_args)
+    with closing(found) as source:
         if not _is_ours(source):
             return foreign.load(
                 _for_torch(f, source),
@@ -296,6 +306,36 @@ def load(
         return result
 
 
+def _load_newest(
+    store: Store,
+    map_location: Any,
+    pickle_module: Any,
+    weights_only: bool | None,
+    mmap: bool | None,
+    load_args: dict[str, Any],
+) -> Any:
+    weights_only = resolve_weights_only(weights_only, pickle_module)
+    torch.serialization._check_dill_version(pickle_module)
+    if mmap:
+        raise ValueError("f must be a file path in order to use the mmap argument")
+    if load_args and weights_only:
+        foreign.warn_unused_arguments()
+    options = Options.from_env()
+    return read_checkpoint(
+        store,
+        "latest",
+        lambda reader: load_object(
+            reader,
+            options,
+            max(options.threads, options.connections),
+            map_location=map_location,
+            pickle_module=pickle_module or pickle,
+            weights_only=weights_only,
+            load_args={"encoding": "utf-8", **load_args},
+        ),
+    )
+
+
 def get_unsafe_globals(f: Any) -> list[str]:
     """Names of the functions and classes in a checkpoint that `weights_only` refuses. Reads no tensor data, runs nothing."""
     with _open_source(f) as source:
@@ -309,12 +349,27 @@ def get_unsafe_globals(f: Any) -> list[str]:
             raise CorruptCheckpointError(source.name, [damage]) from error
 
 
-def open(f: Any) -> TensorReader:
+def open(f: Any, *, step: int | None = None) -> TensorReader:
     """Open a checkpoint to look at names, shapes and dtypes and to fetch single tensors: no pickle is read.
 
+    f: as for load. step: that of a repository's checkpoint; None: the newest.
     Use as a context manager, or call close(). Raises as load does; files of torch.save and safetensors are refused.
     """
-    source = _source(f)
+    source = _found(f, repository=step is not None)
+    if isinstance(source, Store):
+        store, options = source, Options.from_env()
+        try:
+            return read_checkpoint(
+                store, "latest" if step is None else step, lambda reader: TensorReader(reader, options, store.close)
+            )
+        except BaseException:
+            store.close()
+            raise
+    if step is not None:
+        source.close()
+        raise NotACheckpointError(
+            f"{_describe(f)} is no repository, so it has no checkpoint of step {step}. Leave step out for a file"
+        )
     try:
         if not _is_ours(source):
             raise NotACheckpointError(
@@ -354,6 +409,43 @@ def _sink(f: Any, verb: str, options: Options) -> tuple[OrderedSink, turns.Turn]
     except BaseException:
         turn.end()
         raise
+
+
+def _found(f: Any, repository: bool = False) -> Source | Store:
+    """A container, or the store of a repository, whichever `f` names. An object of that name comes first, unless `repository`."""
+    where = location(f) if isinstance(f, (str, os.PathLike)) else None
+    if where is None:
+        return _source(f)
+    if not is_url(where):
+        return (_repository(where) if os.path.isdir(where) else None) or _source(f)
+    if repository:
+        return _repository(where) or _source(f)
+    try:
+        return _source(f)
+    except (ObjectNotFoundError, StoreAccessError, SaveError, FileNotFoundError):
+        # Rights to read a prefix do not include the object of its own name, and a whole bucket has no name of an object.
+        store = _repository(where)
+        if store is None:
+            raise
+        return store
+
+
+def _repository(where: str) -> Store | None:
+    """The store of a repository; None if there is none, as far as can be seen."""
+    store = None
+    try:
+        store = open_store(where)
+        if is_repository(store):
+            return store
+    except StoreError as error:  # what the caller meets otherwise says more
+        events.logger.debug("looking for a repository at %s: %s", where, error)
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+    if store is not None:
+        store.close()
+    return None
 
 
 def _source(f: Any) -> Source:

@@ -61,6 +61,16 @@ def history(
             number, most, counts = number - 1, keys.MAX_STEP, False
 
 
+def stand_in(number: int, commits: Iterable[Commit]) -> Epoch | None:
+    """What a missing epoch record must have said of its parent, as the epoch's oldest living commit tells; None if that does not tell."""
+    first = min(commits, key=lambda commit: commit.save, default=None)
+    if first is None or (first.parent is not None and first.parent.checkpoint.epoch >= number):
+        return None
+    return Epoch(
+        number, first.parent, first.parent is None, False, (), first.world, first.digest, first.utc, first.writer
+    )
+
+
 @dataclass(frozen=True)
 class Choice:
     """A checkpoint to restore, and what was passed over to get there."""
@@ -108,11 +118,25 @@ class Catalog:
         epochs = [n for n in (*self.listing.epochs, *(c.epoch for c in commits)) if n not in without]
 
         def epoch_of(number: int) -> Epoch | None:
-            return None if number in without else self.epoch(number)
+            return None if number in without else self.epoch(number) or self.stand_in(number)
 
         for checkpoint in history(max(epochs, default=0), epoch_of, commits):
             if not self._retired(checkpoint):
                 yield checkpoint
+
+    def stand_in(self, number: int) -> Epoch | None:
+        """For a record that is missing, what its epoch's oldest living commit says. None if it does not tell."""
+        for checkpoint in (c for c in self.listing.commits if c.epoch == number):
+            if self._retired(checkpoint):
+                continue
+            try:
+                commit = self.commit(checkpoint)
+            except CheckpointError as error:
+                if isinstance(error, StoreError):
+                    raise
+                return None
+            return stand_in(number, [commit]) if isinstance(commit, Commit) else None
+        return None
 
     def branches(self) -> list[CheckpointId]:
         """Living checkpoints outside of the history, newest first."""

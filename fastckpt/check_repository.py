@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastckpt.catalog import history
+from fastckpt.catalog import history, stand_in
 from fastckpt.commit import complete_set, open_vote, read_sealed, read_vote, read_vote_bytes
 from fastckpt.errors import (
     CorruptCheckpointError,
@@ -361,7 +361,9 @@ class _Check:
         def epoch_of(number: int) -> Epoch | None:
             if number in listing.epochs and number not in self._epochs:
                 raise _Gone
-            return self._epochs.get(number)
+            if number in self._epochs:
+                return self._epochs[number]
+            return stand_in(number, [c for checkpoint, c in self._commits.items() if checkpoint.epoch == number])
 
         newest = max((*listing.epochs, *(c.epoch for c in listing.commits)), default=0)
         try:

@@ -14,6 +14,7 @@ without bytes that somebody holds open or whose directory is closed to us. A fil
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -165,8 +166,47 @@ def sync_directory(path: str) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NOT_IMPLEMENTED:
+            raise
+        _warn_of_directories(path, error)
     finally:
         os.close(fd)
+
+
+_NOT_IMPLEMENTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY)
+_warned_of_directories = False
+
+
+def _warn_of_directories(path: str, error: OSError) -> None:
+    """Once a process: SMB and some FUSE file systems cannot sync a directory."""
+    global _warned_of_directories  # noqa: PLW0603 - told twice at worst
+    if not _warned_of_directories:
+        _warned_of_directories = True
+        logger.warning(
+            "the file system of %s cannot sync directories (%s): what is saved there survives a killed process, but perhaps no power loss",
+            path,
+            error.strerror,
+        )
+
+
+def _rename_if_absent(source: str, target: str) -> None:
+    """renameat2(2) with RENAME_NOREPLACE: FileExistsError if there is something at `target`. OSError where the system or the file system
+    has no such call."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), target)
+    if libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), target)
+
+
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+_NO_LINKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK)  # FUSE, exFAT, Android's sdcardfs
+
+
+class NoAtomicCreateError(OSError):
+    """The file system has no operation that creates a name only if it is free."""
 
 
 @contextlib.contextmanager
@@ -249,25 +289,85 @@ class AtomicFile:
         if self._exclusive:
             self._link_exclusively()
             return
-        if self._name is None:
-            # src_dir_fd plays no part with an absolute path, but makes CPython call linkat, which alone follows the link.
-            self._name = self._temporary
-            os.link(f"/proc/self/fd/{self._fd}", self._temporary, src_dir_fd=self._fd, follow_symlinks=True)
-        os.rename(self._name, self._target)
+        try:
+            self._give_name(self._temporary)
+            os.rename(self._name or self._temporary, self._target)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: this file system cannot rename files (a mounted bucket?), so none can be replaced whole. Use "
+                "s3://bucket/… itself, or another directory",
+                self._target,
+            ) from error
         self._name = None
         self._close()
         sync_directory(self._directory)
 
+    def _give_name(self, name: str) -> None:
+        """Where the file has none yet."""
+        if self._name is not None:
+            return
+        self._name = name
+        try:
+            # src_dir_fd plays no part with an absolute path, but makes CPython call linkat, which alone follows the link.
+            os.link(f"/proc/self/fd/{self._fd}", name, src_dir_fd=self._fd, follow_symlinks=True)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self._copy_to(name)
+
+    def _copy_to(self, name: str) -> None:
+        """A file system with unnamed files and without links: the bytes go to a named one."""
+        named = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(named, stat.S_IMODE(os.fstat(self._fd).st_mode))
+            source = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                while data := os.read(source, _WRITE_BYTES):
+                    _write_all(named, data)
+            finally:
+                os.close(source)
+            if not self._exclusive:
+                take_over(named, self._target)
+            os.fsync(named)
+        finally:
+            os.close(named)
+
     def _link_exclusively(self) -> None:
-        """link(2) is the one operation that creates a name only if it is free, on every file system that has links."""
-        if self._name is None:
-            os.link(f"/proc/self/fd/{self._fd}", self._target, src_dir_fd=self._fd, follow_symlinks=True)
-        else:
-            os.link(self._name, self._target)
-            os.unlink(self._name)
-            self._name = None
+        """link(2) creates a name only if it is free; where a file system has no links, renameat2(2) may."""
+        try:
+            if self._name is None:
+                os.link(f"/proc/self/fd/{self._fd}", self._target, src_dir_fd=self._fd, follow_symlinks=True)
+            else:
+                os.link(self._name, self._target)
+                os.unlink(self._name)
+                self._name = None
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self._rename_exclusively(error)
         self._close()
         sync_directory(self._directory)
+
+    def _rename_exclusively(self, no_link: OSError) -> None:
+        try:
+            self._give_name(self._temporary)
+            _rename_if_absent(self._temporary, self._target)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno not in (*_NO_LINKS, errno.EINVAL):
+                raise
+            raise NoAtomicCreateError(
+                error.errno,
+                f"this file system has neither hard links (link: {no_link.strerror}) nor a rename that replaces nothing (renameat2: "
+                f"{error.strerror}), so two processes could overwrite each other's files. Is it a bucket that is mounted? Give its URL "
+                "(s3://bucket/…) instead, or a directory of a local disk or of NFS",
+                self._target,
+            ) from error
+        self._name = None
 
     def _close(self) -> None:
         # Forgotten first: Linux has closed a descriptor even when close reports an error, and closing it

@@ -14,12 +14,12 @@ from typing import Any
 from fastckpt.catalog import Catalog, Choice, Step, complete_pending
 from fastckpt.chunk_source import ChunkSource
 from fastckpt.commit import list_votes, try_commit
-from fastckpt.errors import RepositoryError, SaveError, SupersededError
-from fastckpt.format.keys import MAX_STEP, MAX_TRY, CheckpointId, SaveId
-from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped
+from fastckpt.errors import ObjectNotFoundError, RepositoryError, SaveError, SupersededError
+from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, CheckpointId, SaveId, epoch_key
+from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, Tombstone, epoch_bytes
 from fastckpt.options import Options
 from fastckpt.packs import PackBuffers
-from fastckpt.repository import Repository
+from fastckpt.repository import Repository, stands
 from fastckpt.retention import GRACE_S, Collector, Keep, Plan, plan
 from fastckpt.state import Captured
 from fastckpt.upload import SaveRequest, UploadThreads, upload
@@ -218,15 +218,40 @@ class Incarnation:
             pause = min(2 * pause, _MAX_POLL_S)
 
     def acknowledge(self, commit: Commit) -> None:
-        """After the commit record was seen: SupersededError if a newer incarnation has claimed the repository."""
+        """After the commit record was seen: SupersededError if a newer incarnation has claimed the repository, or another job our place.
+
+        RepositoryError if the record is not there any more. The marker and our epoch's record are put back if somebody deleted them.
+        """
         assert self.epoch is not None
+        repository, number = self.repository, self.epoch.number
         self.last = Parent(commit.checkpoint, commit.digest)
-        newest = self.repository.newest_epoch()
-        if newest > self.epoch.number:
+        where = repository.location(commit.checkpoint)
+        try:
+            found: Commit | Tombstone | None = repository.commit(commit.checkpoint)
+        except ObjectNotFoundError:
+            found = None
+        if found is None:
+            raise RepositoryError(
+                f"{where} was committed and is not there any more: somebody deletes what this job saves, or the store loses it. Look for "
+                "lifecycle rules and for scripts that clean up; what is there: `fastckpt check`"
+            )
+        if not isinstance(found, Commit) or found.digest != commit.digest:
             raise SupersededError(
-                f"{self.repository.url}: another incarnation of this job (epoch {newest}) has taken over from this one (epoch "
-                f"{self.epoch.number}). Step {commit.save.step} was saved, but will not be restored by default. Stop this process. If the "
+                f"{where} was committed and is another record now: somebody else writes as this job. Stop this process"
+            )
+        newest = repository.newest_epoch()
+        if newest > number:
+            raise SupersededError(
+                f"{repository.url}: another incarnation of this job (epoch {newest}) has taken over from this one (epoch "
+                f"{number}). Step {commit.save.step} was saved, but will not be restored by default. Stop this process. If the "
                 "other one only evaluates, let it read: Checkpointer(…, read_only=True), fastckpt.load(url) or fastckpt.open(url)"
+            )
+        key = epoch_key(number)
+        if not stands(repository.store, key, epoch_bytes(self.epoch)) or not repository.put_back_marker():
+            raise SupersededError(
+                f"{repository.url}: the records of this job ({key}, {MARKER}) are somebody else's now: another job has begun there, or "
+                f"the store overwrites where it is asked to create (docs/stores.md). Step {commit.save.step} was saved, but may not be "
+                "restored by default. Stop this process"
             )
 
     def close(self) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastckpt.catalog import history
+from fastckpt.catalog import Catalog, history
 from fastckpt.check_repository import RepositoryReport
-from fastckpt.commit import try_commit
-from fastckpt.errors import CheckpointError, StoreError
-from fastckpt.format.keys import CheckpointId, SaveId
-from fastckpt.format.repository_records import Commit, Epoch
+from fastckpt.commit import create, try_commit
+from fastckpt.errors import CheckpointError, RepositoryError, StoreError
+from fastckpt.format.keys import MARKER, CheckpointId, SaveId, epoch_key
+from fastckpt.format.repository_records import Commit, Epoch, epoch_bytes
 from fastckpt.repository import Repository
 
 
@@ -32,6 +32,8 @@ class RepairPlan:
 
     complete: tuple[Completion, ...]
     left: tuple[str, ...]
+    records: tuple[int, ...] = ()
+    """Epochs whose records are missing, and 0 for the marker, where there are commits that need them."""
 
 
 def plan_repair(report: RepositoryReport, epoch_of: Callable[[int], Epoch | None], newest_epoch: int) -> RepairPlan:
@@ -52,7 +54,9 @@ def plan_repair(report: RepositoryReport, epoch_of: Callable[[int], Epoch | None
         completions.append(Completion(save, place))
     damaged = [one.checkpoint for one in report.checkpoints if one.state == "damaged"]
     left = [f"checkpoint {c} is damaged: `fastckpt salvage` gets out what can be read" for c in damaged]
-    return RepairPlan(tuple(completions), tuple(left))
+    lost = {finding.key for finding in report.findings if finding.damage.found in ("none", "no such object")}
+    records = [number for number in sorted({c.epoch for c in living}) if epoch_key(number) in lost]
+    return RepairPlan(tuple(completions), tuple(left), (*([0] if living and MARKER in lost else []), *records))
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,19 @@ def repair(repository: Repository, plan: RepairPlan) -> list[Repaired]:
 
     StoreAccessError and other errors of the store are raised: they would meet the others too.
     """
+    for number in plan.records:
+        if not number:
+            repository.make_marker()
+            continue
+        catalog = Catalog(repository)
+        epoch = catalog.stand_in(number)
+        if epoch is None:  # its oldest commits are gone: what it continued from is not known
+            newer = next((c for c in catalog.listing.commits if c.epoch == number), None)
+            raise RepositoryError(
+                f"{repository.url}/{epoch_key(number)} cannot be made again: what its oldest checkpoint {newer} continued from is not "
+                "known. Nothing is retired while it is missing; go on in a new repository, or remove that epoch's checkpoints"
+            )
+        create(repository.store, epoch_key(number), epoch_bytes(epoch))
     done = []
     for completion in plan.complete:
         try:

@@ -82,6 +82,8 @@ class Repository:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._probed = False
+        self._marker_bytes: bytes | None = None
+        """As it was read or made here: what a running job puts back if a lifecycle rule takes it."""
 
     @property
     def url(self) -> str:
@@ -90,9 +92,12 @@ class Repository:
     def marker(self) -> Marker | None:
         """The marker, or None: nothing was ever saved here."""
         try:
-            return parse_marker(read_sealed(self.store, keys.MARKER), f"{self.url}/{keys.MARKER}")
+            data = read_sealed(self.store, keys.MARKER)
         except ObjectNotFoundError:
             return None
+        marker = parse_marker(data, f"{self.url}/{keys.MARKER}")
+        self._marker_bytes = data
+        return marker
 
     def require(self) -> Marker | None:
         """The marker; None where it is gone, but what it stands for is there. RepositoryError if this is no repository."""
@@ -127,7 +132,13 @@ class Repository:
         there = create(self.store, keys.MARKER, mine)
         if there == mine:
             self.store.put(keys.README, _README.encode())
+        self._marker_bytes = there
         return parse_marker(there, f"{self.url}/{keys.MARKER}")
+
+    def put_back_marker(self) -> bool:
+        """Whether the marker that was read at first is there, or is put back now. False: another one is."""
+        mine = self._marker_bytes
+        return mine is None or stands(self.store, keys.MARKER, mine)
 
     def _refuse_markerless(self) -> None:
         if self._has_records():
@@ -247,6 +258,18 @@ class Repository:
     def location(self, checkpoint: CheckpointId) -> str:
         """For messages: where the commit record of a checkpoint is."""
         return f"{self.url}/{commit_key(checkpoint)}"
+
+
+def stands(store: Store, key: str, mine: bytes) -> bool:
+    """Whether an object has these bytes, or has been put back with them as there was none. False: it has others."""
+    found = bytearray(len(mine))
+    try:
+        store.get_into(key, 0, found)  # as much as there should be: one request, whatever lies there
+    except EOFError:
+        return False
+    except ObjectNotFoundError:
+        return create(store, key, mine) == mine
+    return bytes(found) == mine
 
 
 def known_epochs(repository: Repository, listing: Listing) -> Sequence[Epoch]:

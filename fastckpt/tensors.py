@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -62,8 +62,9 @@ class TensorReader(Mapping[str, Any]):
     Use from one thread, as a context manager or with close().
     """
 
-    def __init__(self, reader: Reader, options: Options) -> None:
-        self._reader = reader
+    def __init__(self, reader: Reader, options: Options, closed: Callable[[], None] = lambda: None) -> None:
+        """closed: called by `close`, for what lies behind the reader."""
+        self._reader, self._closed = reader, closed
         self._options = options
         self._entries: dict[str, list[TensorEntry]] = {}
         self._by_keys: dict[Name, list[TensorEntry]] = {}
@@ -87,6 +88,7 @@ class TensorReader(Mapping[str, Any]):
         """Let go of the file."""
         self._last_chunk.let_go()
         self._reader.source.close()
+        self._closed()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -15,7 +15,7 @@ from fastckpt.cli.output import BAD_CHECKPOINT, FOUND_DAMAGE, OK, bar, confirm, 
 from fastckpt.cli.target import find, options, safe_history
 from fastckpt.commit import list_votes, open_vote
 from fastckpt.errors import CheckpointError, ObjectNotFoundError, StoreError
-from fastckpt.format.keys import CheckpointId, SaveId
+from fastckpt.format.keys import MARKER, CheckpointId, SaveId, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Tombstone, metrics_to_json
 from fastckpt.format.tensor_names import dotted
 from fastckpt.format.vote import save_info
@@ -235,8 +235,12 @@ def check(repository: Repository, arguments: argparse.Namespace) -> Checked:
     checked.plan = plan_of(repository, report)
     if not arguments.json:
         _print_plan(checked.plan)
-    if checked.plan.complete:
-        question = f"Commit {len(checked.plan.complete)} finished saves?"
+    if checked.plan.complete or checked.plan.records:
+        question = (
+            f"Commit {len(checked.plan.complete)} finished saves, and make {len(checked.plan.records)} missing records?"
+        )
+        if not checked.plan.records:
+            question = f"Commit {len(checked.plan.complete)} finished saves?"
         answer = confirm(question, yes=arguments.yes, json_only=arguments.json)
         checked.unanswered = answer is None
         if answer:
@@ -304,9 +308,11 @@ def _print_plan(plan: repairing.RepairPlan) -> None:
         say(
             f"to repair: commit epoch {one.save.epoch}, step {one.save.step}, try {one.save.attempt}: {becomes[one.becomes]}"
         )
+    for number in plan.records:
+        say(f"to repair: make {epoch_key(number) if number else MARKER}, which is missing")
     for words in plan.left:
         say(f"not repaired: {words}")
-    if not plan.complete:
+    if not plan.complete and not plan.records:
         say("there is nothing to repair")
 
 

@@ -48,8 +48,17 @@ def restore(repository: Repository, arguments: argparse.Namespace) -> int:
 
 def _wanted(repository: Repository, catalog: Catalog, arguments: argparse.Namespace) -> Step:
     """--step and --epoch for `Catalog.choose`."""
+    if arguments.epoch is None and arguments.step is None:
+        others = catalog.branches() if not safe_history(catalog) else []
+        if not others:
+            return "latest"
+        newest = others[0]
+        note(
+            f"the newest epoch has no checkpoint yet (begun with fresh=True): step {newest.step} of epoch {newest.epoch} is taken"
+        )
+        return newest
     if arguments.epoch is None:
-        return "latest" if arguments.step is None else int(arguments.step)
+        return int(arguments.step)
     return find(repository.url, safe_history(catalog), catalog.listing.commits, arguments.step, arguments.epoch)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from fastckpt.catalog import Catalog
 from fastckpt.cli.output import WrongUsageError, note
-from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, ObjectNotFoundError, RepositoryError, StoreError
+from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, RepositoryError, StoreError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.kernels import kernels
 from fastckpt.location import is_url, location
+from fastckpt.newest import is_repository
 from fastckpt.object_source import ObjectSource
 from fastckpt.options import Options
 from fastckpt.repository import Repository
@@ -89,15 +90,6 @@ def _names_a_place(url: str) -> bool:
     return True
 
 
-def _looks_like_one(store: Store) -> bool:
-    """By its marker; or, where somebody deleted that, by what lies around it."""
-    try:
-        store.head(keys.MARKER)
-    except ObjectNotFoundError:
-        return all(any(True for _ in store.list(prefix)) for prefix in (keys.COMMITS, keys.EPOCHS))
-    return True
-
-
 @contextmanager
 def maybe_repository(text: str, endpoint_url: str | None) -> Iterator[Repository | None]:
     """The repository at a path or URL; None if there is something else, or nothing. StoreError."""
@@ -106,7 +98,7 @@ def maybe_repository(text: str, endpoint_url: str | None) -> Iterator[Repository
         yield None
         return
     with _store(str(path) if path is not None else text, endpoint_url) as store:
-        yield Repository(store) if _looks_like_one(store) else None
+        yield Repository(store) if is_repository(store) else None
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from fastckpt.errors import (
     StoreError,
     StoreFullError,
 )
-from fastckpt.files import AtomicFile, make_directories, remove_empty_directories, remove_file
+from fastckpt.files import AtomicFile, NoAtomicCreateError, make_directories, remove_empty_directories, remove_file
 from fastckpt.location import is_url, location
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
 
@@ -68,6 +68,8 @@ class LocalStore(Store):
             raise StoreError(f"{doing} {self.url}/{key} failed: {error}") from error
 
     def _translate(self, error: OSError, key: str, doing: str) -> StoreError:
+        if isinstance(error, NoAtomicCreateError):
+            return StoreError(f"{self.url} cannot hold a repository: {error.strerror}")
         where = f"{doing} {self.url}/{key} failed: {error.strerror or error}"
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return ObjectNotFoundError(f"{self.url}/{key} does not exist")

@@ -158,7 +158,7 @@ def _read_everything(store: MemoryStore) -> list[str]:
             return None
 
     repository = Repository(store)
-    attempt(repository.require)
+    attempt(repository.initialise)
     listing = repository.list()
     for number in listing.epochs:
         attempt(lambda number=number: repository.epoch(number))

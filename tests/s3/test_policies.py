@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import ObjectNotFoundError, StoreAccessError, StoreError
 from fastckpt.store.base import Store
 from fastckpt.store.cloud import S3Store
@@ -217,3 +219,24 @@ def test_check_bucket_survives_anything(open_store: Callable[..., S3Store], prox
     assert report.warnings == ()
     assert len(report.unknown) == 4
     assert all("AccessDenied" in line for line in report.unknown)
+
+
+def test_the_rights_of_a_reader_are_enough_to_evaluate(
+    users: dict[str, tuple[str, str]],
+    s3_server: S3Server,
+    bucket: str,
+    store: S3Store,
+    open_store: Callable[..., S3Store],
+) -> None:
+    text = (POLICIES / "reader.json").read_text()
+    for placeholder, value in (("BUCKET", bucket), ("PREFIX", "p"), ("PRINCIPAL", "arn:aws:iam:::user/reader")):
+        text = text.replace(placeholder, value)
+    s3_server.owner_client().put_bucket_policy(Bucket=bucket, Policy=text)
+    theirs = open_store(session=s3_server.session(*users["reader"]))
+    with Checkpointer(store, {"w": torch.full((3,), 5.0)}, spot=None) as job:
+        job.save_now(1).wait(60)
+        found = torch.zeros(3)
+        with Checkpointer(theirs, {"w": found}, read_only=True) as evaluation:
+            assert evaluation.restore() == 1
+            assert found.eq(5).all()
+        job.save_now(2).wait(60)

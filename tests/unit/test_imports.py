@@ -26,7 +26,7 @@ LAYERS = (
     ("snapshot", "chunk_source", "commit", "packs", "rng", "schedule"),
     ("repository", "settled"),
     ("catalog", "known_records", "restore_plan"),
-    ("save", "restore"),
+    ("save", "restore", "newest"),
     ("upload", "retention", "check", "foreign", "tensors", "loading", "held_pack", "placement", "changes"),
     ("exact", "filling"),
     ("incarnation", "analyze", "export", "salvage", "check_repository", "targets"),

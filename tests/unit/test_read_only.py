@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fastckpt
 from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import (
     NoCheckpointError,
@@ -22,7 +25,8 @@ from fastckpt.errors import (
 from fastckpt.format.keys import CheckpointId
 from fastckpt.repository import Repository
 from fastckpt.retention import Collector, Keep, plan
-from fastckpt.store.base import Store
+from fastckpt.store.base import ObjectInfo, Store
+from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
 from tests.repositories import incarnation
@@ -233,3 +237,83 @@ def _captured(state: Any) -> Any:
     from fastckpt.state import capture
 
     return capture(state, pickle, 2)
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
+    """memory://readers/run, whose every write is refused once it is opened by its URL."""
+    store = MemoryStore(name="readers")
+
+    def open_url(url: str) -> Store:
+        rest = url.removeprefix("memory://readers").strip("/")
+        return ReadOnlyStore(_Below(store, f"{rest}/" if rest else ""))
+
+    monkeypatch.setattr("fastckpt.api.open_store", open_url)
+    return store
+
+
+class _Below(Wrapper):
+    """A store under a prefix of another."""
+
+    def __init__(self, inner: Store, prefix: str) -> None:
+        super().__init__(inner)
+        self._prefix = prefix
+
+    def put(self, key: str, data: Any) -> None:
+        self.inner.put(self._prefix + key, data)
+
+    def put_if_absent(self, key: str, data: Any) -> None:
+        self.inner.put_if_absent(self._prefix + key, data)
+
+    def get(self, key: str) -> bytes:
+        return self.inner.get(self._prefix + key)
+
+    def get_into(self, key: str, offset: int, out: Any) -> None:
+        self.inner.get_into(self._prefix + key, offset, out)
+
+    def head(self, key: str) -> ObjectInfo:
+        return replace(self.inner.head(self._prefix + key), key=key)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        n = len(self._prefix)
+        return (replace(info, key=info.key[n:]) for info in self.inner.list(self._prefix + prefix))
+
+    def delete(self, key: str) -> None:
+        self.inner.delete(self._prefix + key)
+
+
+URL = "memory://readers/run"
+
+
+def test_load_and_open_read_a_repository_by_its_url(named: MemoryStore) -> None:
+    job = trained(_Below(named, "run/"))
+    assert fastckpt.load(URL)["model"]["weight"].eq(2).all()
+    for step, expected in ((None, 2), (1, 1)):
+        with fastckpt.open(URL, step=step) as reader:
+            assert reader["model.weight"].eq(expected).all()
+    with pytest.raises(NoCheckpointError, match="no checkpoint of step 7"):
+        fastckpt.open(URL, step=7)
+    job.save_now(3).wait(SHORT_S)
+    with fastckpt.open(URL, step=3):
+        job.close()
+
+
+def test_an_object_of_the_same_name_wins(named: MemoryStore, tmp_path: Path) -> None:
+    trained(_Below(named, "run/")).close()
+    fastckpt.save({"a": 1}, tmp_path / "x")
+    named.put("run", (tmp_path / "x").read_bytes())
+    assert fastckpt.load(URL) == {"a": 1}
+    with fastckpt.open(URL, step=2) as reader:
+        assert reader["model.weight"].eq(2).all()
+
+
+def test_a_directory_is_read_too_and_a_file_has_no_steps(tmp_path: Path) -> None:
+    trained(LocalStore(tmp_path / "run")).close()
+    assert fastckpt.load(tmp_path / "run")["model"]["weight"].eq(2).all()
+    with fastckpt.open(tmp_path / "run", step=1) as reader:
+        assert reader["model.weight"].eq(1).all()
+    fastckpt.save({"a": 1}, tmp_path / "x")
+    with pytest.raises(fastckpt.NotACheckpointError, match="no repository"):
+        fastckpt.open(tmp_path / "x", step=1)
+    with pytest.raises(IsADirectoryError):
+        fastckpt.load(tmp_path)
