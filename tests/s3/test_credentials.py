@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import fastckpt
 from fastckpt.errors import ObjectNotFoundError, StoreAccessError, StoreError, StoreUnavailableError
 from fastckpt.store.cloud import S3Store, open_s3
 from fastckpt.store.cloud_bucket import check_bucket
@@ -343,6 +345,29 @@ def test_a_prefix_is_what_others_see(prefix: str, s3_server: S3Server, bucket: s
     names = [found["Key"] for found in s3_server.owner_client().list_objects_v2(Bucket=bucket)["Contents"]]
     assert names == [f"{prefix.rstrip('/')}/a".lstrip("/")]
     assert [info.key for info in store.list("")] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "epoch=0-step=1.ckpt",
+        "model (1).pt",
+        "a+b,c@3:x.pt",
+        "größe.pt",
+        "重み.pt",
+        "100%.pt",
+        "a%20b?c#d&e.pt",
+        "~x'*!.pt",
+    ],
+)
+def test_an_object_is_called_what_others_see(
+    name: str, s3_server: S3Server, aws: pytest.MonkeyPatch, bucket: str
+) -> None:
+    url = f"s3://{bucket}/dir/{name}"
+    fastckpt.save({"a": torch.ones(3)}, url)
+    names = [found["Key"] for found in s3_server.owner_client().list_objects_v2(Bucket=bucket)["Contents"]]
+    assert names == [f"dir/{name}"]
+    assert torch.equal(fastckpt.load(url)["a"], torch.ones(3))
 
 
 def test_neighbours_of_the_prefix_are_not_ours(bucket: str, open_store: Callable[..., S3Store]) -> None:
