@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
+from fastckpt._version import __version__
 from fastckpt.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError, StoreUnavailableError
 from fastckpt.kernels.checksums import crc64nvme
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_name, check_prefix
@@ -51,6 +52,7 @@ MAX_PUT_BYTES = 5 << 30
 _PAGE = 1000  # S3's own limit
 _MOST_PAGE_BYTES = 16 << 20
 _MOST_ERROR_BYTES = 64 << 10
+_NOT_SIGNED = {"accept-encoding": "identity", "user-agent": f"fastckpt/{__version__}"}  # proxies change these
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -116,7 +118,7 @@ class S3Store(Store):
         )
         try:
             with self._http.request(
-                method, f"{path}?{asked}" if asked else path, {**sent, "accept-encoding": "identity"}, body
+                method, f"{path}?{asked}" if asked else path, {**sent, **_NOT_SIGNED}, body
             ) as response:
                 if 200 <= response.status < 300:
                     yield response
@@ -138,7 +140,11 @@ class S3Store(Store):
     def _payload(self, body: memoryview | None) -> str:
         if body is None:
             return NO_PAYLOAD
-        return UNSIGNED_PAYLOAD if self.connection.encrypted else hashlib.sha256(body).hexdigest()
+        return (
+            UNSIGNED_PAYLOAD
+            if self.connection.encrypted or self.connection.anonymous
+            else hashlib.sha256(body).hexdigest()
+        )
 
     def _no_answer(self, error: HttpError, doing: str, where: str) -> StoreError:
         text = cut_secrets(f"{doing} {where}: {error}", self.connection.credentials.secrets)

@@ -25,6 +25,7 @@ _IN_A_HOST = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
 """Bucket names that can stand in a host's name. One with dots can, but no wildcard certificate covers it."""
 _REGION = re.compile(r"[A-Za-z0-9-]+")
 _AWS_HOST = re.compile(r"(^|\.)s3[.-]([a-z0-9.-]*\.)?amazonaws\.com(\.cn)?$")
+_KMS_KEY = re.compile(r"[!-~]+")
 _OWNER = re.compile(r"[0-9]{12}")
 
 
@@ -211,6 +212,8 @@ def _check_options(
         raise StoreError(f'sse is {sse!r}: expected None, "AES256" or "aws:kms"')
     if sse_kms_key_id is not None and sse != "aws:kms":
         raise StoreError('sse_kms_key_id is for sse="aws:kms"')
+    if sse_kms_key_id is not None and not _KMS_KEY.fullmatch(sse_kms_key_id):
+        raise StoreError(f"sse_kms_key_id is {sse_kms_key_id!r}: expected a key's id or ARN, without white space")
     if expected_bucket_owner is not None and not _OWNER.fullmatch(expected_bucket_owner):
         raise StoreError(
             f"expected_bucket_owner is {expected_bucket_owner!r}: expected the 12 digits of an AWS account"

@@ -183,7 +183,7 @@ class HttpClient:
         except BaseException as error:
             if plain is not None:
                 plain.close()
-            if isinstance(error, OSError):
+            if isinstance(error, (OSError, UnicodeError)):  # the latter: a name that DNS cannot have
                 raise self._no_connection(error) from error
             raise
 
@@ -201,7 +201,7 @@ class HttpClient:
         if not 200 <= status < 300:
             raise HttpError(f"the proxy {self._proxy[0]}:{self._proxy[1]} refuses with HTTP {status}", never_sent=True)
 
-    def _no_connection(self, error: OSError) -> HttpError:
+    def _no_connection(self, error: OSError | UnicodeError) -> HttpError:
         place, timeout_s = self.place, self.server.connect_timeout_s
         if isinstance(error, ssl.SSLCertVerificationError):
             return HttpError(
@@ -214,6 +214,8 @@ class HttpClient:
             what = f"no TLS with {place} ({error.reason or error}). Should the endpoint be http://?"
         elif isinstance(error, socket.gaierror):
             what = f"the name of {place} cannot be resolved ({error.strerror})"
+        elif isinstance(error, UnicodeError):
+            what = f"the name of {place} is none that can be resolved ({error})"
         elif isinstance(error, TimeoutError):
             what = f"no connection to {place} in {timeout_s:g} s"
         else:
@@ -242,6 +244,8 @@ class HttpResponse:
             return self._read_into(view)
         except OSError as error:
             raise HttpError(f"the connection to {self._client.place} broke: {_words(error)}") from error
+        except ValueError as error:
+            raise HttpError(f"the answer of {self._client.place} is no HTTP: {error}") from error
 
     def _read_into(self, view: memoryview) -> int:
         if self._chunked and not self._left and not self._next_chunk():
@@ -460,6 +464,11 @@ def _tls_context(ca_bundle: bytes | None) -> ssl.SSLContext:
     if ca_bundle:
         context.load_verify_locations(cadata=ca_bundle.decode("ascii", "ignore"))
     return context
+
+
+if hasattr(os, "register_at_fork"):
+    # A context has locks, which another thread of the parent may have held.
+    os.register_at_fork(after_in_child=_tls_context.cache_clear)
 
 
 def check_bundle(ca_bundle: bytes) -> None:

@@ -326,6 +326,7 @@ def test_no_location(url: str) -> None:
     [
         ({"sse": "AES"}, "sse is 'AES'"),
         ({"sse_kms_key_id": "k"}, "sse_kms_key_id is for"),
+        ({"sse": "aws:kms", "sse_kms_key_id": "k\r\nx-amz-acl: public-read"}, "without white space"),
         ({"expected_bucket_owner": "me"}, "12 digits"),
         ({"stall_timeout_s": 0}, "stall_timeout_s is 0"),
         ({"connections": -1}, "connections is -1"),

@@ -477,6 +477,12 @@ def test_a_store_that_takes_all_and_answers_nothing_is_found(
     release.set()
 
 
+def test_a_proxy_whose_name_cannot_be(server: MannersServer, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("HTTP_PROXY", "http://a..b:1")
+    with pytest.raises(StoreUnavailableError, match="none that can be resolved"):
+        open_s3("s3://lab/run").get("a")
+
+
 def test_a_server_that_reads_nothing_is_found() -> None:
     with SilentServer() as silent:
         store = open_s3("s3://lab/run", endpoint_url=silent.url, stall_timeout_s=0.5, slowest_bytes_per_s=1 << 30)
