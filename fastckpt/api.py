@@ -44,7 +44,7 @@ from fastckpt.sources import FileObjectSource, PathSource, Source
 from fastckpt.state import Captured, capture, unsafe_globals
 from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
-from fastckpt.store.open import open_store
+from fastckpt.store.open import open_object
 from fastckpt.tensors import TensorReader
 from fastckpt.torch_names import check_can_seek, check_can_write, check_dill
 from fastckpt.workers import start_thread
@@ -91,6 +91,7 @@ def save(
     captured = capture(obj, pickle_module, pickle_protocol)
     skeleton_s = time.perf_counter() - started
     sink, _ = _sink(f, "save", options)
+    sink.expect(captured.n_bytes)
     try:
         pool = start_workers(captured, options)
     except BaseException:
@@ -181,6 +182,7 @@ def save_async(
     except BaseException:
         source.close()
         raise
+    sink.expect(captured.n_bytes)
     try:
         pool = start_workers(captured, options)
     except BaseException:
@@ -383,10 +385,12 @@ def open(f: Any, *, step: int | None = None) -> TensorReader:
 
 def _object(url: str) -> tuple[Store, str]:
     """The store and the key of one object. SaveError for a URL that names none."""
-    root, _, key = url.rpartition("/")
-    if not key or root.endswith(("/", ":")):
-        raise SaveError(f"{url!r} names no object: expected scheme://place/…/name")
-    return open_store(root), key
+    try:
+        return open_object(url)
+    except StoreError as error:
+        if not url.rpartition("/")[2]:
+            raise SaveError(str(error)) from None
+        raise
 
 
 def _sink(f: Any, verb: str, options: Options) -> tuple[OrderedSink, turns.Turn]:

@@ -267,7 +267,7 @@ def _open_recorder(path: str | None) -> Recorder | None:
     if not path:
         return None
     try:
-        return Recorder(path)
+        return Recorder(os.path.expanduser(path))
     except Exception as error:  # a wish to watch is no reason to fail
         logger.warning("FASTCKPT_TRACE: events are not recorded: %s: %s", type(error).__name__, error)
         return None

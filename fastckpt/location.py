@@ -14,6 +14,8 @@ from fastckpt.errors import StoreError
 
 _SCHEMES = "s3|s3a|gs|gcs|az|abfs|abfss|azure|memory|file|http|https|hdfs|hf"
 _COLLAPSED = re.compile(rf"({_SCHEMES}):(?:/(?!/)(.+))?", re.DOTALL)
+_MISTYPED = re.compile(r"(s3|s3a|s3n|gs|gcs|az|abfs|abfss|hdfs)(//|:(?!/))(.+)", re.DOTALL)
+"""A URL that lacks its colon or its slashes."""
 _INSIDE = re.compile(rf"(.*/)({_SCHEMES}):/+(?=.)", re.DOTALL)
 
 
@@ -32,6 +34,7 @@ def location(target: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str
         text = f"{collapsed[1]}://{slash}{collapsed[2] or ''}"
     scheme, separator, rest = text.partition("://")
     if not separator or "/" in scheme:
+        _refuse_mistyped(text)
         _refuse_inside(text)
         return text
     return _path_of_file_url(text, rest) if scheme == "file" else text
@@ -46,9 +49,21 @@ def is_url(text: str) -> bool:
 def _path_of_file_url(url: str, rest: str) -> str:
     host, slash, path = rest.partition("/")
     path = urllib.parse.unquote(path)
-    if host.lower() not in ("", "localhost") or not slash or "\0" in path:
-        raise StoreError(f"{url!r} is no file URL: expected file:///absolute/path")
+    if host.lower() not in ("", "localhost") or not slash or "\0" in path or path.lstrip("/").startswith("~"):
+        raise StoreError(
+            f"{url!r} is no file URL: expected file:///absolute/path; a ~ stands for a home directory only in paths"
+        )
     return "/" + path.lstrip("/")
+
+
+def _refuse_mistyped(path: str) -> None:
+    found = _MISTYPED.fullmatch(path)
+    first = path.partition("/")[0]
+    if found and not os.path.lexists(first):
+        raise StoreError(
+            f"{path!r} would become a directory {first!r} on this machine. Is {found[1] + '://' + found[3]!r} meant? For a "
+            "directory that is really called so, write ./ before it"
+        )
 
 
 def _refuse_inside(path: str) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import mmap
 import tempfile
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
+from fastckpt.errors import StoreError, StoreFullError
 from fastckpt.store import late_writes
 from fastckpt.store.base import Store
 
@@ -19,8 +24,8 @@ class ObjectSink:
     """A Sink over one key. What is written is gathered in memory, past 64 MiB in an unnamed temporary file ($TMPDIR); the object appears
     whole with `commit`.
 
-    One put can be at most 5 GiB on S3; states larger than that belong into a repository (Checkpointer), whose packs upload while
-    they are encoded. Owns the store if `owns_store`.
+    One put can be at most 5 GiB on S3; more is refused as soon as it is reached. States larger than that belong into a repository
+    (Checkpointer), whose packs upload while they are encoded. Owns the store if `owns_store`.
     """
 
     def __init__(self, store: Store, key: str, *, owns_store: bool = True) -> None:
@@ -29,8 +34,42 @@ class ObjectSink:
         self._owns_store = owns_store
         self._spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # noqa: SIM115 - closed by commit or abandon
 
+    def expect(self, raw_bytes: int) -> None:
+        """Warn if a state of so many bytes is likely to be too large: that it is, is known only when most of it is encoded."""
+        most = self._store.most_put_bytes
+        if most is not None and raw_bytes > most:
+            logger.warning(
+                "a state of %.1f GB goes into one object, %s/%s, which holds at most %.1f GB: unless it compresses to that, the save will "
+                "be refused. A Checkpointer has no such limit",
+                raw_bytes / 1e9,
+                self._store.url,
+                self._key,
+                most / 1e9,
+            )
+
     def write(self, data: Any) -> None:
-        self._spool.write(memoryview(data).cast("B"))
+        """StoreFullError if $TMPDIR is full, StoreError if the object becomes larger than the store takes."""
+        view = memoryview(data).cast("B")
+        most = self._store.most_put_bytes
+        if most is not None and self._spool.tell() + view.nbytes > most:
+            raise StoreError(
+                f"{self._store.url}/{self._key} would have more than {most} bytes, which one PUT cannot carry; nothing was sent. Use a "
+                "Checkpointer, whose objects are small, or save the parts of the state one by one"
+            )
+        with self._room():
+            self._spool.write(view)
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StoreFullError(
+                f"{self._store.url}/{self._key} is gathered in {tempfile.gettempdir()} before it is sent, and there is no room for it: "
+                f"{error.strerror}. Set $TMPDIR to a directory on a larger disk, or use a Checkpointer, which sends while it encodes"
+            ) from error
 
     def commit(self) -> None:
         age_s = late_writes.age_s(self._store.url, self._key)
@@ -51,9 +90,17 @@ class ObjectSink:
             self._spool.seek(0)
             self._store.put(self._key, self._spool.read())
         else:
-            self._spool.flush()
-            with mmap.mmap(self._spool.fileno(), n_bytes, access=mmap.ACCESS_READ) as mapped:
+            with self._room():
+                self._spool.flush()
+            mapped = mmap.mmap(self._spool.fileno(), n_bytes, access=mmap.ACCESS_READ)
+            try:
                 self._store.put(self._key, mapped)
+            except BaseException as error:
+                _let_go(error)
+                raise
+            finally:
+                with contextlib.suppress(BufferError):  # somebody looks at it still: it is closed when they have done
+                    mapped.close()
 
     def _close(self) -> None:
         self._spool.close()
@@ -61,4 +108,13 @@ class ObjectSink:
             self._store.close()
 
     def abandon(self) -> None:
+        with contextlib.suppress(OSError):  # it may try to write the rest, where there is no room
+            self._spool.close()
         self._close()
+
+
+def _let_go(error: BaseException | None) -> None:
+    """What the frames of a failed put hold: their views of the file would keep its room on the disk for as long as the error is kept."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

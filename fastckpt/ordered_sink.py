@@ -31,6 +31,11 @@ class OrderedSink:
             self._sink.abandon()
             self._sink = open_sink(self._sink.absolute_path)
 
+    def expect(self, raw_bytes: int) -> None:
+        """How large the state is, before the first byte."""
+        if isinstance(self._sink, ObjectSink):
+            self._sink.expect(raw_bytes)
+
     def write(self, data: Any) -> None:
         if not isinstance(self._sink, (AtomicFile, ObjectSink)):
             self.wait()

@@ -25,7 +25,7 @@ interpreter() {
 }
 
 python=$(interpreter)
-packages="zstandard xxhash safetensors boto3 botocore s3transfer jmespath python-dateutil six urllib3 obstore typing_extensions
+packages="zstandard xxhash safetensors boto3 botocore s3transfer jmespath python-dateutil six urllib3 typing_extensions
     pytest pluggy iniconfig packaging Pygments pytest-timeout hypothesis sortedcontainers psutil"
 wanted=()
 for name in $packages; do

@@ -16,7 +16,6 @@ from fastckpt.files import open_sink
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.tensor_names import dotted
-from fastckpt.location import location
 from fastckpt.repository import Repository
 from fastckpt.salvage import SalvagedRank, SalvageReport, report_to_json, salvage
 
@@ -63,9 +62,10 @@ def _wanted(repository: Repository, catalog: Catalog, arguments: argparse.Namesp
 
 
 def _local(text: str) -> str:
-    if local_path(text) is None:
+    path = local_path(text)
+    if path is None:
         raise WrongUsageError(f"--out is {text!r}: expected a path of this machine; upload what is written there")
-    return location(text)
+    return str(path)
 
 
 def _refuse_existing(paths: Iterable[str], force: bool) -> None:

@@ -64,15 +64,16 @@ def local_path(text: str) -> Path | None:
         found = location(text)
     except StoreError as error:
         raise WrongUsageError(str(error)) from None
-    return None if is_url(found) else Path(found)
+    return None if is_url(found) else Path(os.path.expanduser(found))
 
 
-def _store(url: str, endpoint_url: str | None) -> Store:
+def _store(url: str, endpoint_url: str | None, *, single_object: bool = False) -> Store:
     """WrongUsageError for a URL that can be none, StoreError for what is wrong with the place."""
+    settings: dict[str, Any] = {}
     try:
-        if endpoint_url is None or not location(url).startswith("s3://"):
-            return open_store(url)
-        return open_store(url, endpoint_url=endpoint_url)
+        if location(url).startswith("s3://"):
+            settings = {"any_names": single_object} | ({"endpoint_url": endpoint_url} if endpoint_url else {})
+        return open_store(url, **settings)
     except StoreError as error:
         if _names_a_place(url):
             raise
@@ -125,10 +126,11 @@ def open_source(text: str, endpoint_url: str | None) -> Source:
     path = local_path(text)
     if path is not None:
         return PathSource(str(path))
-    root, _, key = location(text).rpartition("/")
+    url = location(text)
+    root, _, key = url.rpartition("/")
     if not key or root.endswith(("/", ":")):
         raise WrongUsageError(f"{text!r} names neither a repository nor an object: expected scheme://place/…/name")
-    store = _store(root, endpoint_url)
+    store = _store(root, endpoint_url, single_object=True)
     try:
         return ObjectSource(store, key, owns_store=True)
     except BaseException:

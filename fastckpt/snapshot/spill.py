@@ -20,7 +20,7 @@ class SpillFile:
 
     def __init__(self, directory: str) -> None:
         """SaveError if no file can be made there."""
-        self._directory = directory
+        self._directory = directory = os.path.expanduser(directory)
         try:
             self._file: IO[Any] = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - `close` closes it
         except OSError as error:

@@ -22,6 +22,7 @@ from fastckpt.errors import StoreError
 
 MAX_KEY_BYTES = 1024
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]{1,255}")
+_NAME_SEGMENT = re.compile(r"[^\x00-\x1f\x7f-\x9f/]+")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -47,6 +48,24 @@ def check_key(key: str) -> str:
     return key
 
 
+def check_name(name: str) -> str:
+    """The name itself, if an object that others named, or a user, can have it: wider than a key. StoreError.
+
+    Everything that S3 takes, but for control characters, empty segments, and those that are `.` or `..`.
+    """
+    segments = name.split("/")
+    try:
+        n_bytes = len(name.encode())
+    except UnicodeEncodeError:
+        n_bytes = MAX_KEY_BYTES + 1
+    if n_bytes > MAX_KEY_BYTES or not all(_NAME_SEGMENT.fullmatch(s) and s not in (".", "..") for s in segments):
+        raise StoreError(
+            f"{name!r} is no name of an object: expected up to {MAX_KEY_BYTES} bytes of UTF-8, no control characters, and between two / "
+            "neither nothing nor . nor .."
+        )
+    return name
+
+
 def check_prefix(prefix: str) -> str:
     """The prefix itself, if it is "" or a key with a `/` behind it. StoreError otherwise."""
     if prefix:
@@ -67,6 +86,9 @@ class Store(abc.ABC):
     """For messages and logs: says where it is, never a secret."""
     useful_connections: int | None = None
     """More requests at once than this gain nothing. None: the more the better."""
+
+    most_put_bytes: int | None = None
+    """The largest object that one `put` can write. None: not limited."""
 
     @abc.abstractmethod
     def put(self, key: str, data: Any) -> None:

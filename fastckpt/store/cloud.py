@@ -1,101 +1,167 @@
-"""S3 and what speaks its protocol. Bytes move through obstore (Rust: no GIL, no copy); boto3 says who we are, where, and with which key.
+"""S3 and what speaks its protocol. boto3 says who we are, where, and with which key; the bytes move through `cloud_http.py`.
 
-One method is one HTTP request (`list`: one per 1,000 objects), tried once: the only retries are those of `store/wrap.py`. docs/stores.md
-has what users should know; here is why it is so.
+One method is one HTTP request (`list`: one per 1,000 objects), tried once: the only retries are those of `store/wrap.py`. Two exceptions: a
+refused HEAD, whose answer has no body, is asked again as a GET that has a reason; and a PUT is sent once more, with an MD5, where the
+server does not take the header of a checksum, or misses one. docs/stores.md has what users should know; here is why it is so.
 
 * **Checksums.** Over https each body goes with its CRC64NVME, which S3 verifies and keeps; the payload is not signed (SHA-256 costs
   0.77 s of CPU per GiB, CRC64NVME 0.10). Over plain http nothing else protects the body, and servers that ignore checksum headers
-  (Ceph 16) do verify the signature: there the payload is signed.
-* **Time-outs.** obstore's read_timeout starts with the request, runs until the answer's head, and starts again with every piece of
-  the answer's body. So for reads it measures progress, but a PUT's answer comes only after its whole body was sent. A PUT therefore
-  has `stall_timeout_s` plus its size / `slowest_bytes_per_s`. obstore fixes time-outs per client: there is one client per power of two
-  of the size.
+  (Ceph 16) do verify the signature: there the payload is signed. MD5, which every server knows, costs 1.5 s per GiB.
 * **Times** are S3's own Last-Modified, in whole seconds.
-* **Processes.** obstore's threads do not survive a fork: open the store in the process that uses it.
+* **Processes.** A forked process may go on with a store that its parent has used: it opens connections of its own.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, TypeVar
+import datetime
+import email.utils
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
 
+from fastckpt._version import __version__
 from fastckpt.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError, StoreUnavailableError
-from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
+from fastckpt.kernels.checksums import crc64nvme
+from fastckpt.store.base import ObjectInfo, Store, check_key, check_name, check_prefix
 from fastckpt.store.cloud_connection import Connection, connect
-from fastckpt.store.cloud_credentials import is_ours
-from fastckpt.store.cloud_errors import CREDENTIAL_CODES, BeyondEndError, harmless, read_answer, translate
+from fastckpt.store.cloud_errors import (
+    CREDENTIAL_CODES,
+    Answer,
+    BeyondEndError,
+    cut_secrets,
+    harmless,
+    read_answer,
+    refuses_checksum,
+    translate,
+    wants_checksum,
+)
+from fastckpt.store.cloud_http import HttpClient, HttpError, HttpResponse, host_header
+from fastckpt.store.cloud_listing import NotAListingError, read_page
+from fastckpt.store.cloud_signature import NO_PAYLOAD, UNSIGNED_PAYLOAD, quoted_path, quoted_query, signed
 
-T = TypeVar("T")
+logger = logging.getLogger("fastckpt")
 
 MAX_PUT_BYTES = 5 << 30
 """S3's limit for one PUT."""
-_SMALL_PUT_BYTES = 64 << 10  # the smallest class of PUT sizes: commit records and votes share its client
-_STREAM_BYTES = 1 << 20  # pieces of a GET handed to Python: 0.70 s of CPU per GiB; whole 16 MiB ranges took 1.0
 _PAGE = 1000  # S3's own limit
+_MOST_PAGE_BYTES = 16 << 20
+_MOST_ERROR_BYTES = 64 << 10
+_NOT_SIGNED = {"accept-encoding": "identity", "user-agent": f"fastckpt/{__version__}"}  # proxies change these
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 class S3Store(Store):
     """Objects under one prefix of a bucket. Made by `open_s3`. Nothing is sent before the first call."""
 
-    def __init__(self, connection: Connection) -> None:
+    most_put_bytes = MAX_PUT_BYTES
+
+    def __init__(self, connection: Connection, *, any_names: bool = False) -> None:
         self.connection = connection
         self.url = f"s3://{connection.bucket}" + (f"/{connection.prefix}" if connection.prefix else "")
-        self._clients: dict[tuple[float, bool], Any] = {}
-        self._lock = threading.Lock()
+        self._http = HttpClient(connection.server())
+        self._check: Callable[[str], str] = check_name if any_names else check_key
+        self._checksum = connection.checksum
         self._closed = False
         self._bucket_seen = False
-        self._owner_seen = connection.expected_bucket_owner is None
+        self._strangers_told = False
 
     def __repr__(self) -> str:
         return f"S3Store({self.url!r})"
 
-    def _client(self, n_bytes: int = 0, *, owner_header: bool = True) -> Any:
-        """The client for a request with a body of `n_bytes`."""
+    def _path(self, name: str) -> str:
+        """Quoted; `name`: within the bucket."""
         connection = self.connection
-        timeout_s = connection.stall_timeout_s
-        if n_bytes > 0:
-            size = max(_SMALL_PUT_BYTES, 1 << (n_bytes - 1).bit_length())
-            timeout_s += size / connection.slowest_bytes_per_s
-        key = (timeout_s, owner_header)
-        with self._lock:
-            if self._closed:
-                raise StoreError(f"{self.url} is closed")
-            client = self._clients.get(key)
-            if client is None:
-                client = self._clients[key] = connection.client(timeout_s, owner_header=owner_header)
-        return client
+        base = urlsplit(connection.endpoint).path.rstrip("/")
+        bucket = "" if connection.virtual_host else f"/{connection.bucket}"
+        return quoted_path(f"{base}{bucket}/{name}" if name or not bucket else f"{base}{bucket}")
 
-    def _call(self, doing: str, key: str, work: Callable[[], T]) -> T:
-        """`work()`, its exceptions translated. `key` is for messages."""
-        generation = self.connection.credentials.generation
-        try:
-            result = work()
-        except (StoreError, EOFError):
-            raise
-        except Exception as error:  # obstore's, OSError's and ValueError's kinds: all mean that the request failed
-            problem = error
-        else:
-            self._bucket_seen = True
-            return result
-        # Raised out here so that obstore's exception, which may hold a session token, is not kept as the context.
-        raise self._explain(problem, doing, key, generation) from harmless(problem, self.connection.credentials.secrets)
+    def _name(self, key: str) -> str:
+        return f"{self.connection.prefix}/{key}" if self.connection.prefix else key
 
-    def _explain(self, problem: Exception, doing: str, key: str, generation: int) -> StoreError:
-        credentials = self.connection.credentials
+    @contextmanager
+    def _asked(
+        self,
+        doing: str,
+        key: str,
+        method: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: memoryview | None = None,
+    ) -> Iterator[HttpResponse]:
+        """The answer to one request, if it is a success; else StoreError's subclass. `query` for the bucket, else the object `key`."""
+        if self._closed:
+            raise StoreError(f"{self.url} is closed")
+        connection = self.connection
         where = f"{self.url}/{key}" if key else self.url
-        if is_ours(problem):
-            failure = credentials.failure
-            return type(failure)(f"{doing} {where}: {failure}")
-        answer = read_answer(problem)
-        if answer.elsewhere and not answer.region:
-            answer = replace(answer, region=self.connection.ask_region())
-        found = translate(problem, answer, doing, where, credentials.secrets, self.connection.region)
+        generation = connection.credentials.generation
+        try:
+            keys = connection.keys()
+        except StoreError as error:
+            raise type(error)(f"{doing} {where}: {error}") from error.__cause__
+        path, asked = self._path("" if query else self._name(key)), quoted_query(query or {})
+        sent = signed(
+            method,
+            path,
+            asked,
+            {"host": host_header(connection.endpoint), **self._common_headers(), **(headers or {})},
+            self._payload(body),
+            keys,
+            connection.region,
+            datetime.datetime.now(datetime.timezone.utc),
+        )
+        try:
+            with self._http.request(
+                method, f"{path}?{asked}" if asked else path, {**sent, **_NOT_SIGNED}, body
+            ) as response:
+                if 200 <= response.status < 300:
+                    yield response
+                    self._bucket_seen = True
+                    return
+                text = response.read(_MOST_ERROR_BYTES)
+        except HttpError as error:
+            raise self._no_answer(error, doing, where) from harmless(error, connection.credentials.secrets)
+        raise self._refused(read_answer(response.status, response.headers, text), doing, where, generation)
+
+    def _common_headers(self) -> dict[str, str]:
+        found = {}
+        if self.connection.expected_bucket_owner:
+            found["x-amz-expected-bucket-owner"] = self.connection.expected_bucket_owner
+        if self.connection.request_payer:
+            found["x-amz-request-payer"] = "requester"
+        return found
+
+    def _payload(self, body: memoryview | None) -> str:
+        if body is None:
+            return NO_PAYLOAD
+        return (
+            UNSIGNED_PAYLOAD
+            if self.connection.encrypted or self.connection.anonymous
+            else hashlib.sha256(body).hexdigest()
+        )
+
+    def _no_answer(self, error: HttpError, doing: str, where: str) -> StoreError:
+        text = cut_secrets(f"{doing} {where}: {error}", self.connection.credentials.secrets)
+        if error.untrusted:
+            return StoreError(text)
+        found = StoreUnavailableError(text)
+        found.refused = error.never_sent
+        return found
+
+    def _refused(self, answer: Answer, doing: str, where: str, generation: int) -> StoreError:
+        credentials = self.connection.credentials
+        found = translate(answer, doing, where, credentials.secrets, self.connection.region)
         if isinstance(found, (ObjectExistsError, ObjectNotFoundError)) and answer.code:
             self._bucket_seen = True
-        if answer.code in CREDENTIAL_CODES and credentials.renewed_since(generation):
+        if refuses_checksum(answer) or wants_checksum(answer):
+            return _ChecksumError(str(found))
+        if answer.code in CREDENTIAL_CODES and not self.connection.anonymous and credentials.renewed_since(generation):
             again = StoreUnavailableError(
                 f"{found} The credentials have been replaced meanwhile: another try uses the new ones"
             )
@@ -107,163 +173,189 @@ class S3Store(Store):
         return found
 
     def put(self, key: str, data: Any) -> None:
-        self._put("put", key, data, "overwrite")
+        self._put("put", key, data, {})
 
     def put_if_absent(self, key: str, data: Any) -> None:
         """As the contract says. ObjectExistsError is S3's 412; its 409, which a race of two writers can cause, is worth another try."""
-        self._put("put_if_absent", key, data, "create")
+        self._put("put_if_absent", key, data, {"if-none-match": "*"})
 
-    def _put(self, doing: str, key: str, data: Any, mode: Any) -> None:
-        import obstore
-
-        check_key(key)
+    def _put(self, doing: str, key: str, data: Any, headers: dict[str, str]) -> None:
+        self._check(key)
         view = memoryview(data)
-        if view.nbytes > MAX_PUT_BYTES:
-            raise StoreError(f"{doing} {self.url}/{key}: {view.nbytes} bytes; one PUT carries at most {MAX_PUT_BYTES}")
-        body: Any = view.cast("B") if view.nbytes else b""  # a view of nothing cannot be cast
-        client = self._client(view.nbytes)
-        self._call(doing, key, lambda: obstore.put(client, key, body, mode=mode, use_multipart=False))
+        if view.nbytes > self.most_put_bytes:
+            raise StoreError(
+                f"{doing} {self.url}/{key}: {view.nbytes} bytes; one PUT carries at most {self.most_put_bytes}"
+            )
+        body = view.cast("B") if view.nbytes else memoryview(b"")  # a view of nothing cannot be cast
+        if self.connection.sse:
+            headers["x-amz-server-side-encryption"] = self.connection.sse
+        if self.connection.sse_kms_key_id:
+            headers["x-amz-server-side-encryption-aws-kms-key-id"] = self.connection.sse_kms_key_id
+        try:
+            self._put_once(doing, key, body, headers)
+        except _ChecksumError as error:
+            if self._checksum == "md5":
+                raise StoreError(
+                    f"{error}. The body went with Content-MD5; another checksum may be what it wants: open_store(…, checksum=)"
+                ) from None
+            logger.info("%s does not take this checksum (%s): from now on bodies go with Content-MD5", self.url, error)
+            self._checksum = "md5"
+            self._put_once(doing, key, body, headers)
+
+    def _put_once(self, doing: str, key: str, body: memoryview, headers: Mapping[str, str]) -> None:
+        with self._asked(
+            doing, key, "PUT", headers={**headers, **_checksum_headers(self._checksum, body)}, body=body
+        ) as response:
+            response.read(_MOST_ERROR_BYTES)
+            self._check_etag(doing, key, response)
 
     def get(self, key: str) -> bytes:
-        import obstore
+        self._check(key)
+        with self._asked("get", key, "GET") as response:
+            self._check_etag("get", key, response)
+            if response.n_bytes is None:
+                raise StoreUnavailableError(f"get {self.url}/{key}: the answer does not say how long it is")
+            out = bytearray(response.n_bytes)
+            _fill(response, memoryview(out))
+            return bytes(out)
 
-        check_key(key)
-        client = self._client()
-
-        def work() -> bytes:
-            answer = obstore.get(client, key)
-            self._check_etag("get", key, answer.meta)
-            data = answer.bytes().to_bytes()
-            self._check_length("get", key, len(data), answer.meta["size"])
-            return data
-
-        return self._call("get", key, work)
-
-    def _check_etag(self, doing: str, key: str, found: Any) -> None:
-        if found["e_tag"] is None:  # an error page sent with status 200; S3 never omits it
-            raise StoreUnavailableError(f"{doing} {self.url}/{key}: the answer is not one of S3 (it has no ETag)")
-
-    def _check_length(self, doing: str, key: str, found: int, expected: int) -> None:
-        if found != expected:
-            raise StoreUnavailableError(f"{doing} {self.url}/{key}: {found} bytes came: expected {expected}")
+    def _check_etag(self, doing: str, key: str, response: HttpResponse) -> None:
+        if "etag" not in response.headers:  # an error page sent with status 200; S3 never omits it
+            raise StoreUnavailableError(
+                f"{doing} {self.url}/{key}: the answer is not one of S3 (it has no ETag): a proxy or a login page may have spoken"
+            )
 
     def get_into(self, key: str, offset: int, out: Any) -> None:
-        """As the contract says. The bytes are copied once, in pieces of 1 MiB, as they come."""
-        import obstore
-
-        check_key(key)
+        """As the contract says. The bytes go from the connection to where they belong."""
+        self._check(key)
         view = memoryview(out)
         if not view.nbytes:
             self.head(key)  # absent is absent even when nothing is wanted of it; S3 has no range of 0 bytes
             return
         view = view.cast("B")
-        client = self._client()
         end = offset + view.nbytes
-
-        def work() -> None:
-            answer = obstore.get(client, key, options={"range": (offset, end)})
-            size = answer.meta["size"]
-            start, stop = answer.range
-            if start != offset or stop != min(end, size):
-                raise StoreUnavailableError(
-                    f"get {self.url}/{key}: bytes {start} to {stop} came: expected {offset} to {min(end, size)}"
-                )
-            at = 0
-            for piece in answer.stream(min_chunk_size=_STREAM_BYTES):
-                part = memoryview(piece)
-                if at + part.nbytes > stop - start:
-                    raise StoreUnavailableError(
-                        f"get {self.url}/{key}: more bytes came than the {stop - start} announced"
-                    )
-                view[at : at + part.nbytes] = part
-                at += part.nbytes
-            self._check_length("get", key, at, stop - start)
-            if size < end:
-                raise EOFError(f"{self.url}/{key} has {size} bytes: expected {end} or more")
-
         try:
-            self._call("get", key, work)
+            with self._asked("get", key, "GET", headers={"range": f"bytes={offset}-{end - 1}"}) as response:
+                self._check_etag("get", key, response)
+                found = _RANGE.fullmatch(response.headers.get("content-range", ""))
+                start, stop, size = (int(found[1]), int(found[2]) + 1, int(found[3])) if found else (0, 0, 0)
+                if found is None or response.status != 206 or start != offset or stop != min(end, size):
+                    raise StoreUnavailableError(
+                        f"get {self.url}/{key}: bytes {start} to {stop} of {size} came (HTTP {response.status}): expected {offset} to {end}"
+                    )
+                _fill(response, view[: stop - start])
         except BeyondEndError as error:
             raise EOFError(f"{self.url}/{key} ends at or before byte {offset}: expected {end} or more") from error
+        if size < end:
+            raise EOFError(f"{self.url}/{key} has {size} bytes: expected {end} or more")
 
     def head(self, key: str) -> ObjectInfo:
-        import obstore
-
-        check_key(key)
-        client = self._client()
+        self._check(key)
         try:
-            found = self._call("head", key, lambda: obstore.head(client, key))
-        except ObjectNotFoundError:
-            if self._bucket_seen:
-                raise
-            # The answer to a HEAD has no body, so a missing bucket looks like a missing object. Asked once, not at every HEAD.
-            self._call("head", key, lambda: obstore.get(client, key))
+            with self._asked("head", key, "HEAD") as response:
+                self._check_etag("head", key, response)
+                at = email.utils.parsedate_to_datetime(response.headers.get("last-modified", ""))
+                if response.n_bytes is None:
+                    raise ValueError("it has no length")
+                return ObjectInfo(key, response.n_bytes, float(int(at.timestamp())))
+        except ValueError as error:
+            raise StoreUnavailableError(f"head {self.url}/{key}: the answer is not one of S3 ({error})") from error
+        except (StoreUnavailableError, ObjectExistsError):
             raise
-        self._check_etag("head", key, found)
-        return _info(key, found)
+        except StoreError as error:
+            if isinstance(error, ObjectNotFoundError) and self._bucket_seen:
+                raise
+            problem = error
+        # The answer to a HEAD has no body: a missing bucket looks like a missing object, and a wrong key like an expired token or a
+        # wrong clock. A GET tells, and the refusal of a HEAD is no everyday matter.
+        with contextlib.suppress(BeyondEndError), self._asked("head", key, "GET", headers={"range": "bytes=0-0"}):
+            pass
+        raise problem
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """As the contract says. Objects whose key is none of ours (`check_key`) are left out: no method could be given it."""
-        import obstore
-
         check_prefix(prefix)
-        self._check_owner()
-        # obstore does not sign default headers of this one request, and S3 refuses unsigned ones.
-        client = self._client(owner_header=False)
-        pages = obstore.list(client, prefix[:-1] or None, chunk_size=_PAGE)
-        return self._listed(prefix, iter(pages))
+        return self._listed(prefix)
 
-    def _listed(self, prefix: str, pages: Iterator[Any]) -> Iterator[ObjectInfo]:
+    def _listed(self, prefix: str) -> Iterator[ObjectInfo]:
+        base = f"{self.connection.prefix}/" if self.connection.prefix else ""
+        query = {"list-type": "2", "max-keys": str(_PAGE), "encoding-type": "url"}
+        if base + prefix:
+            query["prefix"] = base + prefix
         last = ""
         while True:
-            page = self._call("list", prefix, lambda: next(pages, None))
-            if page is None:
-                return
-            for found in page:
-                key = found["path"]
-                if not key.startswith(prefix) or not _is_key(key):
+            with self._asked("list", prefix, "GET", query=query) as response:
+                try:
+                    page = read_page(response.read(_MOST_PAGE_BYTES))
+                except NotAListingError as error:
+                    raise StoreUnavailableError(
+                        f"list {self.url}/{prefix}: the answer is not one of S3 ({error}): a proxy or a login page may have spoken"
+                    ) from error
+            for name, n_bytes, modified_s in page.objects:
+                key = name.removeprefix(base)
+                if not name.startswith(base + prefix) or not self._is_key(key):
                     continue
                 if key <= last:
                     raise StoreError(
                         f"list {self.url}/{prefix}: {key!r} comes after {last!r}; stores that do not sort (S3 Express) are not supported"
                     )
                 last = key
-                yield _info(key, found)
+                yield ObjectInfo(key, n_bytes, modified_s)
+            if page.next_token is None:
+                return
+            query["continuation-token"] = page.next_token
 
-    def _check_owner(self) -> None:
-        """Before the first `list`, whose requests cannot say whose bucket is expected: one that can."""
-        if not self._owner_seen:
-            with contextlib.suppress(ObjectNotFoundError):
-                self.head("fastckpt.json")
-            self._owner_seen = True
+    def _is_key(self, text: str) -> bool:
+        try:
+            check_key(text)
+        except StoreError:
+            if not self._strangers_told and text:
+                self._strangers_told = True
+                logger.warning(
+                    "%s: %r is no name that fastckpt gives: it and others like it are ignored", self.url, text
+                )
+            return False
+        return True
 
     def delete(self, key: str) -> None:
         """As the contract says. In a versioned bucket this adds a delete marker; older versions stay, and cost."""
-        import obstore
-
-        check_key(key)
-        client = self._client()
+        self._check(key)
         # Some servers answer 404 where S3 answers 204. A missing bucket is another error.
-        with contextlib.suppress(ObjectNotFoundError):
-            self._call("delete", key, lambda: obstore.delete(client, key))
+        with contextlib.suppress(ObjectNotFoundError), self._asked("delete", key, "DELETE") as response:
+            if response.status != 204 and response.read(1):
+                raise StoreUnavailableError(
+                    f"delete {self.url}/{key}: the answer is not one of S3 (it has a body): a proxy or a login page may have spoken"
+                )
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            self._clients.clear()
+        self._closed = True
+        self._http.close()
 
 
-def _is_key(text: str) -> bool:
-    try:
-        check_key(text)
-    except StoreError:
-        return False
-    return True
+class _ChecksumError(StoreError):
+    """The server does not take the header of the body's checksum, or misses one. Stays inside the store."""
 
 
-def _info(key: str, found: Any) -> ObjectInfo:
-    # HEAD has whole seconds; some servers' LIST has fractions. One object has one time.
-    return ObjectInfo(key, found["size"], float(int(found["last_modified"].timestamp())))
+def _checksum_headers(kind: str | None, body: memoryview) -> dict[str, str]:
+    if kind == "crc64nvme":
+        value = crc64nvme(body).to_bytes(8, "big")
+        return {"x-amz-checksum-crc64nvme": base64.b64encode(value).decode()}
+    if kind == "md5":
+        value = hashlib.md5(body, usedforsecurity=False).digest()
+        return {"content-md5": base64.b64encode(value).decode()}
+    return {}
+
+
+def _fill(response: HttpResponse, view: memoryview) -> None:
+    """HttpError if another number of bytes comes."""
+    at = 0
+    while at < view.nbytes:
+        n = response.read_into(view[at:])
+        if not n:
+            raise HttpError(f"{at} bytes came: expected {view.nbytes}")
+        at += n
+    if response.read(1):
+        raise HttpError(f"more bytes came than the {view.nbytes} announced")
 
 
 def open_s3(
@@ -274,10 +366,14 @@ def open_s3(
     sse: str | None = None,
     sse_kms_key_id: str | None = None,
     expected_bucket_owner: str | None = None,
-    connect_timeout_s: float = 5.0,
+    anonymous: bool | None = None,
+    request_payer: bool | None = None,
+    checksum: str | None = None,
+    connect_timeout_s: float = 4.0,
     stall_timeout_s: float = 20.0,
     slowest_bytes_per_s: int = 256 << 10,
     connections: int = 16,
+    any_names: bool = False,
 ) -> S3Store:
     """The store at `s3://bucket/prefix`. Nothing is sent to S3 yet; missing credentials are a StoreAccessError.
 
@@ -285,8 +381,13 @@ def open_s3(
         (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, the profile's; `endpoint_url` goes first), the addressing style and the CA bundle.
     `sse`: "AES256" or "aws:kms" (then `sse_kms_key_id` may name the key); by default what the bucket is set to.
     `expected_bucket_owner`: 12 digits; requests to a bucket of another AWS account are refused by S3.
-    `stall_timeout_s`: a request without progress ends with StoreUnavailableError; a PUT may take its size / `slowest_bytes_per_s` longer.
+    `anonymous`: requests without a signature, for public buckets. None: whether AWS_NO_SIGN_REQUEST is true.
+    `request_payer`: the reader of a Requester Pays bucket agrees to pay. None: whether AWS_REQUEST_PAYER is "requester".
+    `checksum`: of each body, "crc64nvme" or "md5". None: the former over https, unless AWS_REQUEST_CHECKSUM_CALCULATION (or the profile's
+        request_checksum_calculation) is when_required, then the latter; over http the payload is signed, and none is sent.
+    `stall_timeout_s`: a request without progress ends with StoreUnavailableError; a PUT has its size / `slowest_bytes_per_s` longer.
     `connections`: how many stay open between requests. Requests are as many as there are callers.
+    `any_names`: keys may be all that `check_name` takes, for single objects; a repository needs none of that.
     """
     return S3Store(
         connect(
@@ -296,9 +397,13 @@ def open_s3(
             sse=sse,
             sse_kms_key_id=sse_kms_key_id,
             expected_bucket_owner=expected_bucket_owner,
+            anonymous=anonymous,
+            request_payer=request_payer,
+            checksum=checksum,
             connect_timeout_s=connect_timeout_s,
             stall_timeout_s=stall_timeout_s,
             slowest_bytes_per_s=slowest_bytes_per_s,
             connections=connections,
-        )
+        ),
+        any_names=any_names,
     )

@@ -28,13 +28,15 @@ class Account:
     """What boto3 says."""
 
     credentials: SessionCredentials
-    """Proven to be there."""
+    """Asked for only when they are needed."""
     session: Any = field(repr=False)
     """botocore's."""
     endpoint: str
     region: str
     addressing_style: str | None
     """The profile's, if it says."""
+    checksums: str
+    """"when_supported" or "when_required"."""
     ca_bundle: bytes | None = field(repr=False)
     """Certificates to trust, if they are not the system's."""
     files: tuple[tuple[str, _Stamp], ...] = field(repr=False)
@@ -59,23 +61,29 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_forked_child)
 
 
-def account(session: Any, endpoint_url: str | None, timeout_s: float) -> Account:
+def account(session: Any, endpoint_url: str | None, timeout_s: float, *, anonymous: bool = False) -> Account:
     """The account that a session stands for; None: boto3's whole chain. timeout_s: for connections of boto3's own.
 
-    StoreAccessError without credentials; StoreError for a configuration that cannot be used. Any thread.
+    StoreAccessError without credentials, unless anonymous; StoreError for a configuration that cannot be used. Any thread.
     """
     if session is not None:
-        return _ask(session, endpoint_url, timeout_s)
+        return _proven(_ask(session, endpoint_url, timeout_s), anonymous)
     key = _key(endpoint_url, timeout_s)
     with _lock:
         found = _kept.get(key)
     if found is None or not found.is_current():
-        found = _ask(None, endpoint_url, timeout_s)
+        found = _proven(_ask(None, endpoint_url, timeout_s), anonymous)
         with _lock:
             _kept.pop(key, None)
             _kept[key] = found
             while len(_kept) > _MOST_KEPT:
                 del _kept[next(iter(_kept))]
+    return _proven(found, anonymous)
+
+
+def _proven(found: Account, anonymous: bool) -> Account:
+    if not anonymous:
+        found.credentials.frozen()
     return found
 
 
@@ -86,7 +94,7 @@ def botocore_client(session: Any, **settings: Any) -> Any:
     timeout_s, style = settings.pop("timeout_s"), settings.pop("style", None)
     return session.create_client(
         "s3",
-        region_name=settings.pop("region_name", None) or session.get_config_variable("region") or DEFAULT_REGION,
+        region_name=settings.pop("region_name", None) or _region(session),
         config=Config(
             retries={"total_max_attempts": 1},
             connect_timeout=timeout_s,
@@ -103,30 +111,51 @@ def _ask(session: Any, endpoint_url: str | None, timeout_s: float) -> Account:
         import botocore.session
 
         core = getattr(session, "_session", session) or botocore.session.Session()
-        credentials = SessionCredentials(core)
-        credentials.frozen()
-        client = botocore_client(core, endpoint_url=endpoint_url, timeout_s=timeout_s)
+        # It only says where S3 is. With keys of its own it looks for none.
+        client = botocore_client(
+            core,
+            endpoint_url=endpoint_url,
+            timeout_s=timeout_s,
+            aws_access_key_id="none",
+            aws_secret_access_key="none",
+        )
         bundle = core.get_config_variable("ca_bundle")
         paths = [core.get_config_variable("config_file"), core.get_config_variable("credentials_file"), bundle]
         files = tuple((path, _stamp(path)) for path in map(os.path.expanduser, filter(None, paths)))
         return Account(
-            credentials=credentials,
+            credentials=SessionCredentials(core),
             session=core,
             endpoint=client.meta.endpoint_url,
             region=client.meta.region_name,
             addressing_style=(client.meta.config.s3 or {}).get("addressing_style"),
+            checksums=_checksums(core),
             ca_bundle=Path(bundle).read_bytes() if bundle else None,
             files=files,
         )
     except StoreError:
         raise
     except ImportError as error:
-        raise StoreError(f"s3:// needs boto3 and obstore: pip install boto3 obstore ({error})") from error
+        raise StoreError(f"s3:// needs boto3: pip install boto3 ({error})") from error
     except Exception as error:  # a broken profile, an endpoint that is no URL, a bundle that cannot be read
         problem = error
     raise StoreError(f"the AWS configuration cannot be used: {type(problem).__name__}: {problem}") from harmless(
         problem, ()
     )
+
+
+def _region(session: Any) -> str:
+    """botocore reads AWS_DEFAULT_REGION only; every other SDK, and AWS's own documents, AWS_REGION."""
+    given = session.instance_variables().get("region")
+    return str(given or os.environ.get("AWS_REGION") or session.get_config_variable("region") or DEFAULT_REGION)
+
+
+def _checksums(session: Any) -> str:
+    """boto3 before 1.36 does not know the setting, other SDKs do."""
+    name = "request_checksum_calculation"
+    found = session.get_config_variable(name) or os.environ.get(f"AWS_{name.upper()}") or "when_supported"
+    if str(found).lower() not in ("when_supported", "when_required"):
+        raise ValueError(f"{name} is {found!r}: expected when_supported or when_required")
+    return str(found).lower()
 
 
 def _key(endpoint_url: str | None, timeout_s: float) -> bytes:

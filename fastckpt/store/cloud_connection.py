@@ -1,35 +1,37 @@
-"""Where an S3 store is and how it is spoken to: from `s3://bucket/prefix` and boto3's configuration to obstore's."""
+"""Where an S3 store is and how it is spoken to: what `s3://bucket/prefix` and boto3's configuration mean."""
 
 from __future__ import annotations
 
-import datetime
 import ipaddress
 import logging
+import os
 import re
+import ssl
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from fastckpt.errors import StoreError
+from fastckpt.store.base import check_name
 from fastckpt.store.cloud_account import DEFAULT_REGION, Account, account, botocore_client
-from fastckpt.store.cloud_credentials import SessionCredentials, no_debug_logs
-from fastckpt.store.cloud_errors import harmless
+from fastckpt.store.cloud_credentials import SessionCredentials
+from fastckpt.store.cloud_http import Server, check_bundle, proxy_of
+from fastckpt.store.cloud_signature import Keys
 
 logger = logging.getLogger("fastckpt")
 
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-# What S3 calls safe in a key, and what obstore was seen to send as it is.
-_PREFIX_SEGMENT = re.compile(r"[A-Za-z0-9!\-_.'()=+@,:&$; ]+")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
+_IN_A_HOST = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
+"""Bucket names that can stand in a host's name. One with dots can, but no wildcard certificate covers it."""
+_REGION = re.compile(r"[A-Za-z0-9-]+")
 _AWS_HOST = re.compile(r"(^|\.)s3[.-]([a-z0-9.-]*\.)?amazonaws\.com(\.cn)?$")
+_KMS_KEY = re.compile(r"[!-~]+")
 _OWNER = re.compile(r"[0-9]{12}")
-_NEVER = datetime.timedelta(days=1)  # obstore's time-out for a whole request; 0 would end it at once
-# Shorter than what servers grant an idle connection, so that a request rarely meets one that is just being closed.
-_IDLE = datetime.timedelta(seconds=15)
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Everything that obstore needs to know, decided once. Options as in `open_s3`."""
+    """Everything that a request needs to know, decided once. Options as in `open_s3`."""
 
     bucket: str
     prefix: str
@@ -46,7 +48,11 @@ class Connection:
     sse: str | None = None
     sse_kms_key_id: str | None = None
     expected_bucket_owner: str | None = None
-    connect_timeout_s: float = 5.0
+    anonymous: bool = False
+    request_payer: bool = False
+    checksum: str | None = None
+    """Of a body, in a header: "crc64nvme", "md5" or None."""
+    connect_timeout_s: float = 4.0
     stall_timeout_s: float = 20.0
     slowest_bytes_per_s: int = 256 << 10
     connections: int = 16
@@ -76,68 +82,23 @@ class Connection:
             aws_session_token=frozen.token,
         )
 
-    def ask_region(self) -> str:
-        """Where the bucket is, if the server tells; "" otherwise. One request. obstore does not show the header that says it."""
-        with no_debug_logs():
-            try:
-                client = self.boto3_client()
-                answer = client.head_bucket(Bucket=self.bucket)
-            except Exception as error:  # this only makes a message better
-                answer = getattr(error, "response", {})
-        return str(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region", ""))
-
-    def client(self, timeout_s: float, *, owner_header: bool = True) -> Any:
-        """A new obstore S3Store, whose requests end after `timeout_s` without progress. Takes 5 ms."""
-        from obstore.store import S3Store as ObstoreS3
-
-        # Whatever is not said here obstore takes from variables such as AWS_SKIP_SIGNATURE, which boto3 does not know.
-        config: dict[str, Any] = {
-            "endpoint": self.endpoint,
-            "aws_endpoint_url_s3": self.endpoint,  # else the variable of that name goes before `endpoint`
-            "region": self.region,
-            "virtual_hosted_style_request": self.virtual_host,
-            "unsigned_payload": self.encrypted,
-            "skip_signature": False,
-            "conditional_put": "etag",
-            "s3_express": False,
-            "request_payer": False,
-            # The bulk call answers 200 with errors inside and asks for a checksum that some servers do not know.
-            "disable_bulk_delete": True,
-        }
-        if self.encrypted:
-            config["checksum_algorithm"] = "crc64nvme"
-        if self.sse:
-            config["server_side_encryption"] = self.sse
-        if self.sse_kms_key_id:
-            config["sse_kms_key_id"] = self.sse_kms_key_id
-        options: dict[str, Any] = {
-            "allow_http": not self.encrypted,
-            "allow_invalid_certificates": False,
-            "connect_timeout": datetime.timedelta(seconds=self.connect_timeout_s),
-            "read_timeout": datetime.timedelta(seconds=timeout_s),
-            "timeout": _NEVER,
-            "pool_idle_timeout": _IDLE,
-            "pool_max_idle_per_host": str(self.connections),
-        }
-        if self.ca_bundle:
-            options["root_certificate"] = self.ca_bundle
-        if self.expected_bucket_owner and owner_header:
-            options["default_headers"] = {"x-amz-expected-bucket-owner": self.expected_bucket_owner}
-        try:
-            return ObstoreS3(
-                self.bucket,
-                prefix=self.prefix or None,
-                config=config,  # type: ignore[arg-type] # built piece by piece
-                client_options=options,  # type: ignore[arg-type]
-                retry_config={"max_retries": 0},
-                credential_provider=self.credentials,
-            )
-        except Exception as error:  # a certificate that is none; settings that obstore before 0.11 does not know
-            problem = error
-        words = str(problem).partition("\n\n")[0]
-        raise StoreError(f"obstore does not take its settings (0.11 or newer is needed): {words}") from harmless(
-            problem, ()
+    def server(self) -> Server:
+        """For HttpClient."""
+        return Server(
+            endpoint=self.endpoint,
+            ca_bundle=self.ca_bundle,
+            connect_timeout_s=self.connect_timeout_s,
+            stall_timeout_s=self.stall_timeout_s,
+            slowest_bytes_per_s=self.slowest_bytes_per_s,
+            connections=int(self.connections),
         )
+
+    def keys(self) -> Keys | None:
+        """What to sign with now; None: nothing. StoreAccessError, StoreUnavailableError."""
+        if self.anonymous:
+            return None
+        frozen = self.credentials.frozen()
+        return Keys(frozen.access_key, frozen.secret_key, frozen.token)
 
 
 def parse_s3_url(url: str) -> tuple[str, str]:
@@ -146,13 +107,15 @@ def parse_s3_url(url: str) -> tuple[str, str]:
     bucket, _, prefix = rest.partition("/")
     prefix = prefix.removesuffix("/")
     if scheme != "s3" or not _BUCKET.fullmatch(bucket):
-        raise StoreError(f"{url!r} is no S3 location: expected s3://bucket/prefix, the bucket in lower case")
-    for segment in prefix.split("/") if prefix else ():
-        if segment in (".", "..") or not _PREFIX_SEGMENT.fullmatch(segment):
-            raise StoreError(
-                f"{url!r}: {segment!r} cannot be part of the prefix: expected A–Z a–z 0–9 ! - _ . ' ( ) = + @ , : & $ ; or spaces, "
-                "and neither . nor .."
-            )
+        raise StoreError(
+            f"{url!r} is no S3 location: expected s3://bucket/prefix, the bucket of 3 to 255 letters, digits "
+            "and . - _ (for an access point take its alias)"
+        )
+    if prefix:
+        try:
+            check_name(prefix)
+        except StoreError as error:
+            raise StoreError(f"{url!r} is no S3 location: {error}") from None
     return bucket, prefix
 
 
@@ -170,17 +133,35 @@ def _is_loopback(host: str) -> bool:
     return host == "localhost" or host.endswith(".localhost")
 
 
-def connect(url: str, *, endpoint_url: str | None = None, session: Any = None, **options: Any) -> Connection:
+def connect(
+    url: str,
+    *,
+    endpoint_url: str | None = None,
+    session: Any = None,
+    anonymous: bool | None = None,
+    request_payer: bool | None = None,
+    checksum: str | None = None,
+    **options: Any,
+) -> Connection:
     """The Connection for the arguments of `open_s3`. Nothing is sent to S3; missing credentials are a StoreAccessError here."""
     bucket, prefix = parse_s3_url(url)
-    _check_options(**options)
-    who = account(session, endpoint_url, options["connect_timeout_s"])
+    _check_options(checksum=checksum, **options)
+    if anonymous is None:
+        anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
+    if request_payer is None:
+        request_payer = os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester"
+    who = account(session, endpoint_url, options["connect_timeout_s"], anonymous=anonymous)
+    _check_account(who)
     endpoint, virtual_host = _address(who, bucket)
+    encrypted = endpoint.startswith("https://")
     host = urlsplit(endpoint).hostname or ""
-    if endpoint.startswith("http://") and not _is_loopback(host):
+    if not encrypted and not _is_loopback(host):
         logger.warning(
             "%s is reached without encryption: whoever is on the way to %s can read the checkpoints", url, host
         )
+    if checksum is None and (encrypted or anonymous):
+        # Over http the payload is signed instead: servers that know no checksums in headers verify that.
+        checksum = "crc64nvme" if who.checksums == "when_supported" else "md5"
     return Connection(
         bucket=bucket,
         prefix=prefix,
@@ -191,15 +172,48 @@ def connect(url: str, *, endpoint_url: str | None = None, session: Any = None, *
         session=who.session,
         service_url=who.endpoint,
         ca_bundle=who.ca_bundle,
+        anonymous=anonymous,
+        request_payer=request_payer,
+        checksum=checksum,
         **options,
     )
 
 
-def _check_options(*, sse: Any, sse_kms_key_id: Any, expected_bucket_owner: Any, **numbers: float) -> None:
+def _check_account(who: Account) -> None:
+    """StoreError for what no request could be made of."""
+    try:
+        parts = urlsplit(who.endpoint)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        good = good and re.search(r"[^!-~]", who.endpoint) is None
+    except ValueError:  # a port that is no number, half an IPv6 address
+        good = False
+    if not good:
+        raise StoreError(
+            f"the endpoint is {who.endpoint!r}: expected http:// or https://, a host and perhaps a port, without white space"
+        )
+    if not _REGION.fullmatch(who.region):
+        raise StoreError(f"the region is {who.region!r}: expected a name such as us-east-1, without white space")
+    proxy_of(who.endpoint)
+    if who.ca_bundle is not None:
+        try:
+            check_bundle(who.ca_bundle)
+        except (ssl.SSLError, ValueError) as error:
+            raise StoreError(
+                f"the CA bundle (AWS_CA_BUNDLE, or the profile's ca_bundle) cannot be used: {error}"
+            ) from error
+
+
+def _check_options(
+    *, sse: Any, sse_kms_key_id: Any, expected_bucket_owner: Any, checksum: Any, **numbers: float
+) -> None:
+    if checksum not in (None, "crc64nvme", "md5"):
+        raise StoreError(f'checksum is {checksum!r}: expected None, "crc64nvme" or "md5"')
     if sse not in (None, "AES256", "aws:kms"):
         raise StoreError(f'sse is {sse!r}: expected None, "AES256" or "aws:kms"')
     if sse_kms_key_id is not None and sse != "aws:kms":
         raise StoreError('sse_kms_key_id is for sse="aws:kms"')
+    if sse_kms_key_id is not None and not _KMS_KEY.fullmatch(sse_kms_key_id):
+        raise StoreError(f"sse_kms_key_id is {sse_kms_key_id!r}: expected a key's id or ARN, without white space")
     if expected_bucket_owner is not None and not _OWNER.fullmatch(expected_bucket_owner):
         raise StoreError(
             f"expected_bucket_owner is {expected_bucket_owner!r}: expected the 12 digits of an AWS account"
@@ -210,10 +224,11 @@ def _check_options(*, sse: Any, sse_kms_key_id: Any, expected_bucket_owner: Any,
 
 
 def _address(who: Account, bucket: str) -> tuple[str, bool]:
-    """Endpoint for obstore, and whether the bucket's name is in its host.
+    """Endpoint, and whether the bucket's name is in its host.
 
     AWS wants the name in the host. Everything else gets it in the path: a private server's name has seldom a wildcard in DNS and in
-    its certificate. So does a bucket with dots, which no wildcard certificate covers. The profile's `s3 = addressing_style` goes first.
+    its certificate. So does a bucket whose name a host cannot have, or with dots, which no wildcard certificate covers. The profile's
+    `s3 = addressing_style` goes before the former, as with boto3 not before the latter.
     """
     parts = urlsplit(who.endpoint)
     if parts.netloc == "s3.amazonaws.com":  # botocore names the old global endpoint, but sends to the regional one
@@ -222,7 +237,8 @@ def _address(who: Account, bucket: str) -> tuple[str, bool]:
     if who.addressing_style in ("virtual", "path"):
         virtual = who.addressing_style == "virtual"
     else:
-        virtual = bool(_AWS_HOST.search(host)) and ".vpce." not in host and "." not in bucket
-    if virtual and not _is_address(host):
+        virtual = bool(_AWS_HOST.search(host)) and ".vpce." not in host
+    virtual = virtual and _IN_A_HOST.fullmatch(bucket) is not None and not _is_address(host)
+    if virtual:
         parts = parts._replace(netloc=f"{bucket}.{parts.netloc}")
-    return urlunsplit(parts).rstrip("/"), virtual and not _is_address(host)
+    return urlunsplit(parts).rstrip("/"), virtual

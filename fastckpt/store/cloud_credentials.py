@@ -1,14 +1,13 @@
-"""Who we are to S3: boto3's whole chain (environment, profile, assumed role, web identity, container, instance), fresh for every request.
+"""Who we are to S3: boto3's whole chain (environment, profile, assumed role, web identity, container, instance).
 
-obstore's own Boto3CredentialProvider says of every key that it lives for 30 minutes, and obstore keeps it for 25. A role's key has as
-little as 10 minutes left when botocore hands it out, so it would be used for up to a quarter of an hour after its end. Here obstore is told
-that a key ends at once, which makes it ask before every request: a call of 0.1 ms, while botocore renews the key in good time.
+It is asked before every request, a call of 0.1 ms: a role's key has as little as 10 minutes left when botocore hands it out, and botocore
+renews it in good time.
 """
 
 from __future__ import annotations
 
-import datetime
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,12 @@ from typing import Any
 from fastckpt.errors import StoreAccessError, StoreError, StoreUnavailableError
 from fastckpt.store.cloud_errors import cut_secrets, harmless
 
-_MARK = "fastckpt credentials"
 _NEXT_STEP = (
     "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run `aws configure`, or give the machine a role "
-    "(boto3's chain: https://boto3.amazonaws.com/v1/documentation/api/latest/guide/credentials.html)"
+    "(boto3's chain: https://boto3.amazonaws.com/v1/documentation/api/latest/guide/credentials.html). "
+    "For a public bucket set AWS_NO_SIGN_REQUEST=true, or anonymous=True"
 )
+_IN_A_HEADER = re.compile(r"[!-~]+")
 _TRANSIENT = (
     "ConnectionError",
     "ConnectTimeoutError",
@@ -31,13 +31,8 @@ _TRANSIENT = (
 )
 
 
-def is_ours(error: BaseException) -> bool:
-    """Did obstore fail because `SessionCredentials` raised?"""
-    return _MARK in str(error)
-
-
 class SessionCredentials:
-    """A callable for obstore: gives the credentials of a boto3 session as they are now. Any thread; its text form shows no secret."""
+    """The credentials of a boto3 session as they are now. Any thread; its text form shows no secret."""
 
     def __init__(self, session: Any) -> None:
         self._chain = getattr(session, "_session", session)
@@ -46,7 +41,6 @@ class SessionCredentials:
         self._found: Any = None
         self._generation = 0
         self._seen: set[str] = set()
-        self._failure: StoreError | None = None
 
     def __repr__(self) -> str:
         return f"SessionCredentials(generation={self._generation})"
@@ -62,11 +56,6 @@ class SessionCredentials:
         with self._lock:
             return sorted(self._seen, key=len, reverse=True)
 
-    @property
-    def failure(self) -> StoreError:
-        """Why the last call failed."""
-        return self._failure or StoreAccessError(f"no AWS credentials. {_NEXT_STEP}")
-
     def frozen(self) -> Any:
         """botocore's (access_key, secret_key, token), renewed if due. StoreAccessError, StoreUnavailableError."""
         problem: Exception | None = None
@@ -77,11 +66,10 @@ class SessionCredentials:
         except Exception as error:  # botocore's own kinds, and what a user's credential_process or plug-in raises
             problem = error
         if problem is not None:
-            self._failure = self._explain(problem)
-            raise self._failure from harmless(problem, self.secrets)
+            raise self._explain(problem) from harmless(problem, self.secrets)
         if frozen is None or not frozen.access_key or not frozen.secret_key:
-            self._failure = StoreAccessError(f"no AWS credentials found. {_NEXT_STEP}")
-            raise self._failure
+            raise StoreAccessError(f"no AWS credentials found. {_NEXT_STEP}")
+        _check_form(frozen)
         with self._lock:
             self._seen.update(part for part in (frozen.secret_key, frozen.token) if part)
         return frozen
@@ -91,23 +79,6 @@ class SessionCredentials:
         if any(kind.__name__ in _TRANSIENT for kind in type(error).__mro__):
             return StoreUnavailableError(f"AWS credentials could not be fetched just now: {text}")
         return StoreAccessError(f"AWS credentials could not be had: {text}. {_NEXT_STEP}")
-
-    def __call__(self) -> Any:
-        try:
-            frozen = self.frozen()
-        except StoreError:
-            failed = True
-        else:
-            failed = False
-        if failed:
-            # obstore puts the text, and this function's trace, into its own exception: nothing of the cause may be in them.
-            raise RuntimeError(_MARK)
-        return {
-            "access_key_id": frozen.access_key,
-            "secret_access_key": frozen.secret_key,
-            "token": frozen.token,
-            "expires_at": datetime.datetime.now(datetime.timezone.utc),
-        }
 
     def renewed_since(self, generation: int) -> bool:
         """After a refusal: walk the chain anew, unless that was done since `generation`. Are the credentials others than before?
@@ -131,6 +102,24 @@ class SessionCredentials:
             self._found = found
             self._generation += 1
             return True
+
+
+def _check_form(frozen: Any) -> None:
+    """StoreAccessError for keys that were copied with white space: S3 would only call the signature wrong."""
+    bad = [
+        what
+        for what, text, good in (
+            ("the access key", frozen.access_key, _IN_A_HEADER.fullmatch(frozen.access_key)),
+            ("the secret key", frozen.secret_key, frozen.secret_key == frozen.secret_key.strip()),
+            ("the session token", frozen.token, not frozen.token or _IN_A_HEADER.fullmatch(frozen.token)),
+        )
+        if text and not good
+    ]
+    if bad:
+        raise StoreAccessError(
+            f"the AWS credentials cannot be used: {' and '.join(bad)} has white space or characters that no key has, such as a line end "
+            "that was copied with it. Take it out of the variable or file that the key comes from"
+        )
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -17,6 +17,19 @@ _memory: dict[str, MemoryStore] = {}
 _memory_lock = threading.Lock()
 
 
+def open_object(url: str, **settings: Any) -> tuple[Store, str]:
+    """The store and the key of the one object that a URL names, whose name others may have given it. The caller closes the store.
+
+    url: as `location` returned it. settings, errors: those of `open_store`. StoreError for a URL that names no object.
+    """
+    root, _, key = url.rpartition("/")
+    if not key or root.endswith(("/", ":")):
+        raise StoreError(f"{url!r} names no object: expected scheme://place/…/name")
+    if root.startswith("s3://"):
+        settings["any_names"] = True
+    return open_store(root, **settings), key
+
+
 def open_store(url: str | os.PathLike[str], **settings: Any) -> Store:
     """The store at a URL: a path or file://, s3://bucket/prefix, memory://name (this process only). The caller closes it.
 
@@ -29,7 +42,7 @@ def open_store(url: str | os.PathLike[str], **settings: Any) -> Store:
         raise StoreError("the URL is empty: expected a directory or s3://bucket/prefix")
     scheme, _, rest = url.partition("://") if is_url(url) else ("", "", "")
     if scheme == "s3":
-        from fastckpt.store.cloud import open_s3  # boto3 and obstore take a second to import
+        from fastckpt.store.cloud import open_s3  # boto3 takes half a second to import
 
         return Retrying(open_s3(url, **settings))
     if settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -15,6 +16,12 @@ from fastckpt.store import late_writes
 from fastckpt.store.base import ObjectInfo, Store
 
 T = TypeVar("T")
+
+logger = logging.getLogger("fastckpt")
+
+_TELL_S = 4.0
+"""Of trying, until it is told: within 5 s, as a person would wonder then."""
+_TELL_AGAIN_S = 30.0
 
 # A generator of our own: drawing from the global one would change what training draws.
 _random = random.Random()
@@ -39,6 +46,7 @@ class Wrapper(Store):
         self.inner = inner
         self.url = inner.url
         self.useful_connections = inner.useful_connections
+        self.most_put_bytes = inner.most_put_bytes
 
     def put(self, key: str, data: Any) -> None:
         self._call("put", key, lambda: self.inner.put(key, data))
@@ -91,6 +99,7 @@ class Retrying(Wrapper):
         self._give_up_s = give_up_s
         self._first_pause_s, self._longest_pause_s = first_pause_s, longest_pause_s
         self._sleep, self._clock, self._jitter = sleep, clock, jitter
+        self._told_s: float | None = None
 
     def put(self, key: str, data: Any) -> None:
         def once() -> None:
@@ -135,7 +144,22 @@ class Retrying(Wrapper):
                 events.emit(
                     StoreRetry(target=self.url, verb=verb, key=key, attempt=attempt, pause_s=pause_s, error=error)
                 )
+                # Before a pause that would end later than that.
+                if self._clock() - started + pause_s >= _TELL_S:
+                    self._tell(error, attempt, self._clock() - started)
                 self._sleep(pause_s)
+
+    def _tell(self, error: BaseException, attempt: int, seconds: float) -> None:
+        now = self._clock()
+        if self._told_s is None or now - self._told_s >= _TELL_AGAIN_S:
+            self._told_s = now
+            logger.warning(
+                "%s (try %d, after %.0f s; tried again until %.0f s have passed)",
+                error,
+                attempt,
+                seconds,
+                self._give_up_s,
+            )
 
 
 class Limited(Wrapper):

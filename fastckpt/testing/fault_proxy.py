@@ -112,6 +112,8 @@ class FaultProxy:
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        if bytes_per_s or bytes_per_s_each:  # or what waits here to be read would hide the limit from the client
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 128 << 10)
         self.port: int = self._listener.getsockname()[1]
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
         self._acceptor = threading.Thread(target=self._accept, name="fault-proxy", daemon=True)

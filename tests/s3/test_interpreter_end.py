@@ -1,4 +1,4 @@
-"""The end of a real interpreter with saves to S3: obstore has threads of its own, boto3 runs programs. Each test starts a Python, 5 s."""
+"""The end of a real interpreter with saves to S3: boto3 runs programs. Each test starts a Python, 5 s."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check(prefix: str) -> None:
 
 @pytest.mark.parametrize("registered", ["before the import", "after it"])
 def test_handlers_of_atexit(aws: pytest.MonkeyPatch, bucket: str, tmp_path: Path, registered: str) -> None:
-    """Nothing of boto3 and obstore has been imported until then."""
+    """Nothing of boto3 has been imported until then."""
     script = [IMPORT, f"atexit.register(lambda: calls('s3://{bucket}/x-'))"]
     if registered == "before the import":
         script = ["import torch", script[1], IMPORT]
