@@ -44,7 +44,7 @@ from fastckpt.sources import FileObjectSource, PathSource, Source
 from fastckpt.state import Captured, capture, unsafe_globals
 from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
-from fastckpt.store.open import open_object
+from fastckpt.store.open import open_object, open_store
 from fastckpt.tensors import TensorReader
 from fastckpt.torch_names import check_can_seek, check_can_write, check_dill
 from fastckpt.workers import start_thread
