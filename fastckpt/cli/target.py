@@ -72,7 +72,8 @@ def _store(url: str, endpoint_url: str | None, *, single_object: bool = False) -
     settings: dict[str, Any] = {}
     try:
         if location(url).startswith("s3://"):
-            settings = {"any_names": single_object} | ({"endpoint_url": endpoint_url} if endpoint_url else {})
+            settings |= {"endpoint_url": endpoint_url} if endpoint_url is not None else {}
+            settings |= {"any_names": True} if single_object else {}
         return open_store(url, **settings)
     except StoreError as error:
         if _names_a_place(url):

@@ -727,6 +727,6 @@ def test_a_container_at_a_url(
         return store if url == "s3://bucket/x" else LocalStore("/nonexistent")
 
     sub = LocalStore(Path(store.url.removeprefix("file://")) / "x")
-    monkeypatch.setattr(target, "open_store", lambda url: sub if url == "s3://bucket/x" else opened(url))
+    monkeypatch.setattr(target, "open_store", lambda url, **_: sub if url == "s3://bucket/x" else opened(url))
     assert cli.main(["check", "s3://bucket/x/a.fckpt"]) == cli.OK
     assert "1 chunks" in capsys.readouterr().out
