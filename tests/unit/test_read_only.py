@@ -248,7 +248,8 @@ def named(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
         rest = url.removeprefix("memory://readers").strip("/")
         return ReadOnlyStore(_Below(store, f"{rest}/" if rest else ""))
 
-    monkeypatch.setattr("fastckpt.api.open_store", open_url)
+    for module in ("fastckpt.api", "fastckpt.store.open"):
+        monkeypatch.setattr(f"{module}.open_store", open_url)
     return store
 
 
