@@ -317,7 +317,7 @@ def _load_newest(
     load_args: dict[str, Any],
 ) -> Any:
     weights_only = resolve_weights_only(weights_only, pickle_module)
-    torch.serialization._check_dill_version(pickle_module)
+    check_dill(pickle_module)
     if mmap:
         raise ValueError("f must be a file path in order to use the mmap argument")
     if load_args and weights_only:
