@@ -43,9 +43,10 @@ class FaultyStore(Wrapper):
             self.operations.append((verb, key))
         self._hook(number, verb, key, "before")
         if not self._fail(number, verb, key):
-            result = operation()
-            self._hook(number, verb, key, "after")
-            return result
+            try:
+                return operation()
+            finally:  # a refusal is an answer too
+                self._hook(number, verb, key, "after")
         if self._mode == "after":
             operation()
         elif self._mode == "delayed" and verb in ("put", "put_if_absent", "delete"):
