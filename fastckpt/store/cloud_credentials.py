@@ -7,8 +7,10 @@ renews it in good time.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +43,7 @@ class SessionCredentials:
         self._found: Any = None
         self._generation = 0
         self._seen: set[str] = set()
+        _alive.add(self)
 
     def __repr__(self) -> str:
         return f"SessionCredentials(generation={self._generation})"
@@ -102,6 +105,18 @@ class SessionCredentials:
             self._found = found
             self._generation += 1
             return True
+
+
+_alive: weakref.WeakSet[SessionCredentials] = weakref.WeakSet()
+
+
+def _in_forked_child() -> None:
+    for one in list(_alive):
+        one._lock = threading.Lock()  # a thread of the parent may have held it, while it asked for keys
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def _check_form(frozen: Any) -> None:

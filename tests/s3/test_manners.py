@@ -430,6 +430,8 @@ def test_a_fork_of_a_process_that_used_s3_may_use_it(server: MannersServer) -> N
     store = open_s3("s3://lab")
     data = store.get("x")
     context = multiprocessing.get_context("fork")
+    held = store.connection.credentials._lock  # as by a thread that asks for keys just now
+    held.acquire()
 
     def child(answers: Any) -> None:
         answers.put(same(fastckpt.load("s3://lab/x")) and store.get("x") == data)
@@ -438,6 +440,7 @@ def test_a_fork_of_a_process_that_used_s3_may_use_it(server: MannersServer) -> N
     children = [context.Process(target=child, args=(answers,)) for _ in range(2)]
     for one in children:
         one.start()
+    held.release()
     for one in children:
         one.join(60)
         assert one.exitcode == 0
