@@ -20,6 +20,7 @@ import functools
 import ipaddress
 import logging
 import os
+import re
 import select
 import socket
 import ssl
@@ -40,6 +41,8 @@ logger = logging.getLogger("fastckpt")
 _PIECE_BYTES = 1 << 20
 _MOST_HEAD_BYTES = 64 << 10
 _MOST_UNREAD_BYTES = 64 << 10  # of an answer: more is not read for the sake of a connection
+_MOST_INTERIM, _MOST_TRAILERS = 20, 100
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
 _IDLE_S = 15.0  # shorter than what servers grant an idle connection, so that a request rarely meets one that is just being closed
 _SLICE_S = 1.0  # how often a wait looks for progress
 _HIDDEN_BYTES = 8 << 20  # what a proxy may have acknowledged and not yet passed on: Linux lets 6 MiB wait to be read
@@ -262,11 +265,17 @@ class HttpResponse:
     def _next_chunk(self) -> bool:
         if self._in_chunk:
             self._connection.read_line(self._watch)
-        size = int(self._connection.read_line(self._watch).split(b";")[0], 16)
+        words = self._connection.read_line(self._watch).split(b";")[0].strip()
+        if not _CHUNK_SIZE.fullmatch(words):
+            raise ValueError(f"{words[:20]!r} is no size of a chunk")
+        size = int(words, 16)
         self._left, self._in_chunk = size, True
         if not size:
-            while self._connection.read_line(self._watch):
-                pass  # trailers
+            for _ in range(_MOST_TRAILERS):
+                if not self._connection.read_line(self._watch):
+                    break
+            else:
+                raise ValueError("its trailers do not end")
             self._chunked = False
         return bool(size)
 
@@ -431,7 +440,7 @@ class _Connection:
 
     def read_head(self, watch: _Watch) -> tuple[int, dict[str, str]]:
         """Status and headers of the next answer; names in lower case."""
-        while True:
+        for _ in range(_MOST_INTERIM):
             while b"\r\n\r\n" not in self._early:
                 if len(self._early) > 4 and not self._early.startswith(b"HTTP/"):
                     raise HttpError("the answer is no HTTP: does the server want https?")
@@ -448,6 +457,7 @@ class _Connection:
                 if parts[0] == b"HTTP/1.0" and "connection" not in headers:
                     headers["connection"] = "close"
                 return status, headers
+        raise HttpError("the answer does not come: only interim ones do")
 
 
 def _words(error: OSError) -> str:
