@@ -551,7 +551,7 @@ class Checkpointer:
         self._tell_what_is_refused(step, captured)
         cuts = self._cuts.of(captured)
         samples = None if self._options.verify_snapshot == "off" else self._sampler.take(captured, cuts)
-        handle = CommitHandle(step, self._waiting)
+        handle = CommitHandle(step, _attending(weakref.ref(self)))
         trusted = self._hooks is not None and self._hooks.can_be_trusted
         fenced = Fenced(self._optimizers) if trusted else None
         probation = None
@@ -1030,6 +1030,26 @@ def _is_changing(reference: weakref.ref[Checkpointer]) -> bool:
         return False
     begun = living._hooks is not None and living._hooks.begun
     return begun or living._trained_by is not threading.main_thread()
+
+
+def _attending(reference: weakref.ref[Checkpointer]) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """`Checkpointer._waiting`, for handles, which do not keep the object. While their save is under way its job does."""
+
+    def attended() -> contextlib.AbstractContextManager[None]:
+        living = reference()
+        return contextlib.nullcontext() if living is None else living._waiting()
+
+    return attended
+
+
+def _has_notice(reference: weakref.ref[Checkpointer]) -> Callable[[], bool]:
+    """Whether a notice has come: for threads, which do not keep the object."""
+
+    def has_notice() -> bool:
+        living = reference()
+        return living is not None and living.notice is not None
+
+    return has_notice
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:

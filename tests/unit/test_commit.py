@@ -68,7 +68,7 @@ def test_whoever_completes_builds_the_same_bytes(store: MemoryStore) -> None:
     assert record_of(store) == first
 
 
-def test_two_completers_at_once(store: MemoryStore) -> None:
+def test_two_completers_at_once(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have built the record before either puts it."""
     for rank in range(2):
         vote(store, 1, 7, rank, 2, small(rank))
@@ -76,13 +76,17 @@ def test_two_completers_at_once(store: MemoryStore) -> None:
 
     created: list[str] = []
 
-    def wait(number: int, verb: str, key: str, when: str) -> None:
-        if (verb, key) == ("put_if_absent", KEY):
-            if when == "before":
-                both.wait()
-            else:
-                created.append(key)
+    create = store.put_if_absent
 
+    def counted(key: str, data: Any) -> None:
+        create(key, data)
+        created.append(key)
+
+    def wait(number: int, verb: str, key: str, when: str) -> None:
+        if (verb, key, when) == ("put_if_absent", KEY, "before"):
+            both.wait()
+
+    monkeypatch.setattr(store, "put_if_absent", counted)
     found: list[Any] = []
     completers = [
         threading.Thread(target=lambda: found.append(try_commit(FaultyStore(store, hook=wait), SAVE))) for _ in range(2)

@@ -278,6 +278,9 @@ def test_an_interrupt_between_queue_and_work_loses_no_save(end: End, monkeypatch
     """A handler of a signal raises when `save_now` has queued the job and nobody runs it yet."""
     store, job = MemoryStore(), Trained()
     with job.open(store) as ckpt:
+        ckpt.save_now(job.train(1)).wait(SHORT_S)
+        job.train(2)  # from here on the hook is trusted
+        ckpt.step(2)
         end()
         put = ckpt._queue.put
 
@@ -291,9 +294,9 @@ def test_an_interrupt_between_queue_and_work_loses_no_save(end: End, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(ckpt._queue, "put", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                ckpt.save_now(job.train(1))
+                ckpt.save_now(job.train(3))
         ckpt.wait(0)
-    job.check(store, [1])
+    job.check(store, [1, 3])
 
 
 def test_reading_needs_none_either(tmp_path: Path, end: End) -> None:
