@@ -161,7 +161,9 @@ ODD: dict[str, Callable[[], torch.Tensor]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*(nested tensors|CSR tensor).*:UserWarning")
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled:UserWarning")  # torch 2.11, once a process
+@pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks are implicitly disabled:UserWarning"
+)  # torch 2.11, once a process
 @pytest.mark.parametrize("name", ODD)
 def test_tensors_of_every_layout_are_saved_again_and_again(name: str) -> None:
     store, value = HeldStore(), ODD[name]()
