@@ -23,20 +23,6 @@ MIB = 1 << 20
 OPTIONS = Options(threads=1, connections=1, host_budget_bytes=512 * MIB)
 
 
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the slabs that are made."""
-    sizes: list[int] = []
-    fresh = pool.fresh_pages
-
-    def counted(n_bytes: int) -> Any:
-        sizes.append(n_bytes)
-        return fresh(n_bytes)
-
-    monkeypatch.setattr(pool, "fresh_pages", counted)
-    return sizes
-
-
 class Run:
     """12 MiB of state, with AdamW's moments 36."""
 

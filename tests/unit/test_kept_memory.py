@@ -16,7 +16,6 @@ import torch
 
 import fastckpt
 from fastckpt.options import Options
-from fastckpt.snapshot import pool
 from fastckpt.snapshot.kept import kept
 
 MIB = 1 << 20
@@ -28,20 +27,6 @@ def nothing_kept() -> Iterator[None]:
     yield
     fastckpt.release_memory()
     assert kept.free_bytes == 0
-
-
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the slabs that are made."""
-    sizes: list[int] = []
-    fresh = pool.fresh_pages
-
-    def counted(n_bytes: int) -> Any:
-        sizes.append(n_bytes)
-        return fresh(n_bytes)
-
-    monkeypatch.setattr(pool, "fresh_pages", counted)
-    return sizes
 
 
 def state(mib: int = 8, value: float = 1.0) -> dict[str, torch.Tensor]:
