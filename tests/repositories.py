@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastckpt import Options
+from fastckpt import Checkpointer, Options
 from fastckpt.catalog import Catalog, verify
 from fastckpt.commit import open_vote
 from fastckpt.errors import CorruptCheckpointError
@@ -19,6 +19,7 @@ from fastckpt.format.repository_records import Commit
 from fastckpt.incarnation import Incarnation
 from fastckpt.loading import load_object
 from fastckpt.repository import Repository
+from fastckpt.spot import Notice
 from fastckpt.state import Captured, capture
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
@@ -105,3 +106,31 @@ def check_all(store: Store) -> None:
                 damage = reader.read_chunk(number, out)
                 if damage is not None:
                     raise CorruptCheckpointError(commit.checkpoint.__str__(), [damage])
+
+
+def saved_once(state: dict[str, Any]) -> MemoryStore:
+    """A repository with step 1 of a state."""
+    store = MemoryStore()
+    with Checkpointer(store, state, every=None, spot=None) as ckpt:
+        ckpt.save_now(1).wait()
+    return store
+
+
+def restore_once(store: MemoryStore, state: dict[str, Any]) -> None:
+    """Step 1 into the objects of a state."""
+    with Checkpointer(store, state, every=None, spot=None) as ckpt:
+        assert ckpt.restore() == 1
+
+
+class GivenNotices:
+    """A source of notices that the test controls."""
+
+    name = "test"
+
+    def __init__(self) -> None:
+        self.notices: list[Notice] = []
+
+    def poll(self, now_s: float) -> list[Notice]:
+        """Each is told once."""
+        found, self.notices = self.notices, []
+        return found

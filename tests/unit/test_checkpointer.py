@@ -35,22 +35,9 @@ from fastckpt.incarnation import Incarnation
 from fastckpt.repository import Repository
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
-from tests.repositories import HeldStore
+from tests.repositories import GivenNotices, HeldStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it
-
-
-class FakeSource:
-    """A source of notices that the test controls."""
-
-    name = "test"
-
-    def __init__(self) -> None:
-        self.notices: list[Notice] = []
-
-    def poll(self, now_s: float) -> list[Notice]:
-        found, self.notices = self.notices, []
-        return found
 
 
 class Training:
@@ -509,7 +496,7 @@ def test_a_finished_save_without_commit_is_completed_by_the_next_start(store: He
 
 
 def test_a_notice_ends_the_run_with_a_durable_step(store: HeldStore) -> None:
-    source = FakeSource()
+    source = GivenNotices()
     training = Training()
     with checkpointer(store, training, every=None, spot=[source]) as ckpt:
         assert ckpt.restore() == 0
@@ -531,7 +518,7 @@ def test_a_notice_ends_the_run_with_a_durable_step(store: HeldStore) -> None:
 
 
 def test_a_final_save_has_a_deadline(store: HeldStore) -> None:
-    source = FakeSource()
+    source = GivenNotices()
     ckpt = checkpointer(store, every=None, spot=[source])
     store.open.clear()
     source.notices = [Notice("terminate", "test", time.monotonic() + 0.3, "")]
@@ -650,7 +637,7 @@ def test_all_generators_are_restored() -> None:
 
 
 def test_saving_and_watching_draw_from_no_generator_of_the_training(store: HeldStore) -> None:
-    source = FakeSource()
+    source = GivenNotices()
     before = RNGState().state_dict()
     with checkpointer(store, spot=[source]) as ckpt:  # Training() seeds all generators
         before = RNGState().state_dict()

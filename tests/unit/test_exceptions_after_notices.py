@@ -23,7 +23,7 @@ from fastckpt.errors import SaveError, StoreUnavailableError
 from fastckpt.repository import Repository
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
-from tests.repositories import HeldStore
+from tests.repositories import GivenNotices, HeldStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it
 NOTICE = 75
@@ -31,19 +31,6 @@ NOTICE = 75
 
 class Failure(Exception):
     """Of training."""
-
-
-class Source:
-    """Of notices that the test gives."""
-
-    name = "test"
-
-    def __init__(self) -> None:
-        self.notices: list[Notice] = []
-
-    def poll(self, now_s: float) -> list[Notice]:
-        found, self.notices = self.notices, []
-        return found
 
 
 class Run:
@@ -55,7 +42,7 @@ class Run:
         np.random.seed(1)
         self.model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Dropout(0.5))
         self.optimizer = torch.optim.AdamW(self.model.parameters())
-        self.source = Source()
+        self.source = GivenNotices()
         self.ckpt = Checkpointer(
             store,
             state or {"model": self.model, "optimizer": self.optimizer, "rng": RNGState()},

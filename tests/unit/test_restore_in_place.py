@@ -20,19 +20,8 @@ from fastckpt.errors import PartialRestoreError, RestoreError
 from fastckpt.placement import look
 from fastckpt.reader import Reader
 from fastckpt.sources import FileObjectSource
-from fastckpt.store.memory import MemoryStore
-
-
-def saved(state: dict[str, Any]) -> MemoryStore:
-    store = MemoryStore()
-    with Checkpointer(store, state, every=None, spot=None) as ckpt:
-        ckpt.save_now(1).wait()
-    return store
-
-
-def restore(store: MemoryStore, state: dict[str, Any]) -> None:
-    with Checkpointer(store, state, every=None, spot=None) as ckpt:
-        assert ckpt.restore() == 1
+from tests.repositories import restore_once as restore
+from tests.repositories import saved_once as saved
 
 
 def words(caplog: pytest.LogCaptureFixture) -> str:

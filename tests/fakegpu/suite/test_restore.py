@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastckpt import Checkpointer, RNGState
-from fastckpt.store.memory import MemoryStore
+from fastckpt import RNGState
 from tests.fakegpu import device
 from tests.fakegpu.suite.tools import reports
+from tests.repositories import restore_once as restore
+from tests.repositories import saved_once as saved
 
 GPU = torch.device("fakegpu:0")
 OTHER = torch.device("fakegpu:1")
@@ -35,18 +36,6 @@ class Average:
 
     def load_state_dict(self, state: Any) -> None:
         self.shadow = state["shadow"]
-
-
-def saved(state: dict[str, Any]) -> MemoryStore:
-    store = MemoryStore()
-    with Checkpointer(store, state, every=None, spot=None) as ckpt:
-        ckpt.save_now(1).wait()
-    return store
-
-
-def restore(store: MemoryStore, state: dict[str, Any]) -> None:
-    with Checkpointer(store, state, every=None, spot=None) as ckpt:
-        assert ckpt.restore() == 1
 
 
 def containers(where: torch.device | None) -> dict[str, Any]:
