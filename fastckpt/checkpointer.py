@@ -1042,16 +1042,6 @@ def _attending(reference: weakref.ref[Checkpointer]) -> Callable[[], contextlib.
     return attended
 
 
-def _has_notice(reference: weakref.ref[Checkpointer]) -> Callable[[], bool]:
-    """Whether a notice has come: for threads, which do not keep the object."""
-
-    def has_notice() -> bool:
-        living = reference()
-        return living is not None and living.notice is not None
-
-    return has_notice
-
-
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
     """Calls it while its object is there, and does not keep the object."""
     reference = weakref.WeakMethod(method)
