@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -270,8 +270,3 @@ def stands(store: Store, key: str, mine: bytes) -> bool:
     except ObjectNotFoundError:
         return create(store, key, mine) == mine
     return bytes(found) == mine
-
-
-def known_epochs(repository: Repository, listing: Listing) -> Sequence[Epoch]:
-    """All epoch records, ascending. CorruptCheckpointError for a damaged one."""
-    return [repository.epoch(number) for number in listing.epochs]
