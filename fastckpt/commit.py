@@ -134,8 +134,11 @@ def try_commit(store: Store, save: SaveId, own: Mapping[int, bytes] | None = Non
     own: bytes of votes by rank that this process has placed, which need not be read back. RepositoryError where the votes contradict each
     other or the step was retired; CorruptCheckpointError for a damaged vote; StoreError.
     """
-    names = complete_set(list_votes(store, save), f"{store.url}/{votes_prefix(save)}")
+    there = list_votes(store, save)
+    names = complete_set(there, f"{store.url}/{votes_prefix(save)}")
     if names is None:
+        if own and not own.keys() <= {name.rank for name in there}:
+            _require_not_retired(store, save)  # a vote that was placed and is gone does not come again
         return None
     votes = []
     for name in names:
@@ -150,15 +153,29 @@ def try_commit(store: Store, save: SaveId, own: Mapping[int, bytes] | None = Non
         votes.append((read.name, read.info, read.directory, read.parts))
     record = commit_bytes(commit_of(votes, f"{store.url}/{votes_prefix(save)}"))
     key = commit_key(save.checkpoint)
-    there = create(store, key, record)
-    found = parse_commit_record(there, save.checkpoint, f"{store.url}/{key}")
+    stands = create(store, key, record)
+    found = parse_commit_record(stands, save.checkpoint, f"{store.url}/{key}")
     if isinstance(found, Tombstone):
-        raise RepositoryError(
-            f"{store.url}/{key}: step {save.step} of epoch {save.epoch} has been retired ({found.why})"
-        )
-    if there == record:
+        raise _retired(store, save, found)
+    if stands == record:
         events.emit(events.Committed(target=store.url, key=key, step=save.step, epoch=save.epoch, world=found.world))
     return found
+
+
+def _require_not_retired(store: Store, save: SaveId) -> None:
+    """RepositoryError if a tombstone stands where the save is to be committed."""
+    try:
+        found = read_commit(store, save.checkpoint)
+    except ObjectNotFoundError:
+        return
+    if isinstance(found, Tombstone):
+        raise _retired(store, save, found)
+
+
+def _retired(store: Store, save: SaveId, found: Tombstone) -> RepositoryError:
+    return RepositoryError(
+        f"{store.url}/{commit_key(save.checkpoint)}: step {save.step} of epoch {save.epoch} has been retired ({found.why})"
+    )
 
 
 def _check_packs(store: Store, vote: VoteRead) -> None:

@@ -161,6 +161,19 @@ def test_a_tombstone_keeps_a_late_commit_out(store: MemoryStore) -> None:
     assert record_of(store) == stone
 
 
+def test_a_vote_that_retention_took_is_not_waited_for(store: MemoryStore) -> None:
+    """A saver that slept for longer than the grace finds its step retired and its vote deleted: nobody will place it again."""
+    vote(store, 1, 7, 0, 1, small(0))
+    (info,) = store.list("votes/")
+    own = {0: store.get(info.key)}
+    store.delete(info.key)
+    assert try_commit(store, SAVE, own) is None, "a listing may lag"
+    store.put(KEY, tombstone_bytes(Tombstone(SAVE.checkpoint, None, "unfinished save", utc_now())))
+    with pytest.raises(RepositoryError, match="has been retired"):
+        try_commit(store, SAVE, own)
+    assert try_commit(store, SAVE) is None, "whoever placed no vote has none that could be gone"
+
+
 @pytest.mark.parametrize("mode", ["before", "after", "delayed"])
 def test_a_lost_reply_to_the_commit(store: MemoryStore, mode: Any) -> None:
     vote(store, 1, 7, 0, 1, small(0))
