@@ -134,11 +134,8 @@ def try_commit(store: Store, save: SaveId, own: Mapping[int, bytes] | None = Non
     own: bytes of votes by rank that this process has placed, which need not be read back. RepositoryError where the votes contradict each
     other or the step was retired; CorruptCheckpointError for a damaged vote; StoreError.
     """
-    there = list_votes(store, save)
-    names = complete_set(there, f"{store.url}/{votes_prefix(save)}")
+    names = complete_set(list_votes(store, save), f"{store.url}/{votes_prefix(save)}")
     if names is None:
-        if own and not own.keys() <= {name.rank for name in there}:
-            _require_not_retired(store, save)  # a vote that was placed and is gone does not come again
         return None
     votes = []
     for name in names:
@@ -162,14 +159,23 @@ def try_commit(store: Store, save: SaveId, own: Mapping[int, bytes] | None = Non
     return found
 
 
-def _require_not_retired(store: Store, save: SaveId) -> None:
-    """RepositoryError if a tombstone stands where the save is to be committed."""
+def require_vote(store: Store, name: VoteName) -> None:
+    """RepositoryError if a vote that was placed is gone: nobody places it again, so it is not waited for."""
     try:
-        found = read_commit(store, save.checkpoint)
-    except ObjectNotFoundError:
+        store.head(vote_key(name))
         return
+    except ObjectNotFoundError:
+        pass
+    try:
+        found = read_commit(store, name.save.checkpoint)
+    except ObjectNotFoundError:
+        found = None
     if isinstance(found, Tombstone):
-        raise _retired(store, save, found)
+        raise _retired(store, name.save, found)
+    raise RepositoryError(
+        f"{store.url}/{vote_key(name)} was placed and is gone: step {name.save.step} was retired meanwhile, or somebody deletes what this "
+        "job saves. It is not committed"
+    )
 
 
 def _retired(store: Store, save: SaveId, found: Tombstone) -> RepositoryError:

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastckpt.catalog import Catalog, Choice, Step, complete_pending
 from fastckpt.chunk_source import ChunkSource
-from fastckpt.commit import list_votes, try_commit
+from fastckpt.commit import list_votes, require_vote, try_commit, vote_name
 from fastckpt.errors import ObjectNotFoundError, RepositoryError, SaveError, SupersededError
 from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, CheckpointId, SaveId, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, Tombstone, epoch_bytes
@@ -208,6 +208,8 @@ class Incarnation:
             commit = try_commit(self.repository.store, save, own)
             if commit is not None:
                 return commit
+            for rank, data in own.items():
+                require_vote(self.repository.store, vote_name(save, rank, self._world, data))
             if self._clock() >= give_up:
                 there = {name.rank for name in list_votes(self.repository.store, save)}
                 missing = sorted(set(range(self._world)) - there)
