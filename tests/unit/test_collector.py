@@ -79,7 +79,7 @@ def test_a_child_of_a_fork_has_it() -> None:
 def test_saving_and_loading_leave_it_on() -> None:
     file = io.BytesIO()
     fastckpt.save({"a": torch.ones(2)}, file)
-    with pytest.raises(Exception, match="pickle|local object"):
+    with pytest.raises(Exception, match=r"pickle|local object"):
         fastckpt.save({"a": lambda: None}, io.BytesIO())
     file.seek(0)
     fastckpt.load(file)
