@@ -56,7 +56,7 @@ SUITES = ("tests/unit", "tests/differential", "tests/golden", "tests/crash")
 QUICK = ("tests/unit", "tests/golden", "tests/differential/test_python_state.py", "tests/crash/test_process.py")
 # What the tests import. moonclip, mypy, ruff and numba are no part of what is asked here; matplotlib draws the demo's picture.
 TOOLS = ("setuptools>=77", "hypothesis>=6.100", "matplotlib>=3.8", "psutil>=5.9", "pytest>=8.2", "pytest-timeout>=2.3")
-NEEDS = ("numpy", "zstandard", "xxhash", "safetensors", "boto3", "obstore")
+NEEDS = ("numpy", "zstandard", "xxhash", "safetensors", "boto3")
 
 
 @dataclass
