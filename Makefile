@@ -1,21 +1,24 @@
 # PYTHON=python3.12   the Python that the virtual environment is made with
 # PYTHON_VERSION=3.12  the Python of a GPU node, for `make wheelhouse`
 # TORCH_INDEX=<url>   the index that torch comes from, such as https://download.pytorch.org/whl/cpu
+# JOBS=2              how many tests run at once
 # ARGS="..."          passed on to pytest, the demo or the benchmarks
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTHON_VERSION ?= 3.12
+JOBS ?= 2
 ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest -n $(JOBS)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 NATIVE := $(VENV)/.native
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse lint types docs bench bench-codec bench-first-contact bench-host bench-objects bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-objects bench-stall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,9 +52,12 @@ demo: venv ## train until a spot notice, finish in a new process, compare every 
 demo-s3: venv ## the same against a real S3 server on loopback (radosgw)
 	@$(PY) -m tests.s3server $(abspath $(PY)) examples/demo.py $(ARGS)
 
-# Some 12 minutes on two quiet cores; no test starts after 25.
-test: venv ## run the tests
-	$(PY) -m pytest --session-timeout=1500 $(ARGS)
+check: lint types ## what to run before each commit, in two minutes: style, types, and the tests that need no processes and servers
+	$(PYTEST) --session-timeout=600 tests/unit tests/golden tests/contract tests/differential $(ARGS)
+
+# Some 8 minutes on two quiet cores; no test starts after 25.
+test: venv ## run all tests but the slow ones (JOBS=1: in one process)
+	$(PYTEST) --session-timeout=1500 $(ARGS)
 
 test-slow: venv ## run the tests that take minutes
 	$(PY) -m pytest -m slow $(ARGS)
@@ -70,6 +76,10 @@ gpu-node: ## the same on a node without a network, over its own torch; needs `ma
 
 wheelhouse: ## wheels for such a node: PYTHON_VERSION=3.12
 	@PYTHON_VERSION="$(PYTHON_VERSION)" scripts/wheelhouse.sh
+
+fmt: venv ## put the code into its form
+	$(PY) -m ruff format
+	$(PY) -m ruff check --fix
 
 lint: venv ## check style
 	$(PY) -m ruff format --check

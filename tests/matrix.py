@@ -55,7 +55,15 @@ PAIRS = (
 SUITES = ("tests/unit", "tests/differential", "tests/golden", "tests/crash")
 QUICK = ("tests/unit", "tests/golden", "tests/differential/test_python_state.py", "tests/crash/test_process.py")
 # What the tests import. moonclip, mypy, ruff and numba are no part of what is asked here; matplotlib draws the demo's picture.
-TOOLS = ("setuptools>=77", "hypothesis>=6.100", "matplotlib>=3.8", "psutil>=5.9", "pytest>=8.2", "pytest-timeout>=2.3")
+TOOLS = (
+    "setuptools>=77",
+    "hypothesis>=6.100",
+    "matplotlib>=3.8",
+    "psutil>=5.9",
+    "pytest>=8.2",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+)
 NEEDS = ("numpy", "zstandard", "xxhash", "safetensors", "boto3")
 
 
@@ -114,7 +122,7 @@ def run_pair(pair: Pair, suites: Sequence[str], demo: bool, log: Path) -> Outcom
         environment = {**os.environ, "PYTHONPATH": str(sources)}
         report = home / "report.xml"
         done = subprocess.run(
-            [inside, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", f"--junitxml={report}", *suites],
+            [inside, "-m", "pytest", "-q", "-ra", "-n", "2", "-p", "no:cacheprovider", f"--junitxml={report}", *suites],
             cwd=sources, env=environment, check=False, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
         )  # fmt: skip
         outcome.tests, outcome.failed = _counts(report)

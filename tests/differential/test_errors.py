@@ -6,6 +6,7 @@ import datetime
 import inspect
 import io
 import pickle
+import re
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ LOAD_ARGUMENTS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("arguments", LOAD_ARGUMENTS, ids=repr)
+@pytest.mark.parametrize(
+    "arguments", LOAD_ARGUMENTS, ids=[re.sub(" at 0x[^>]*", "", repr(arguments)) for arguments in LOAD_ARGUMENTS]
+)
 def test_load_arguments(arguments: dict[str, Any]) -> None:
     state = {"x": torch.ones(3)}
     alike(outcome(lambda: through_ours(state, **arguments)), outcome(lambda: through_torch(state, **arguments)))

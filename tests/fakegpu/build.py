@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -50,11 +51,13 @@ def build() -> Path:
         key.update(path.read_bytes())
     folder = HERE / ".build"
     library = folder / f"fakegpu-{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = _compile(cxx, Path(scratch))
-            made.replace(library)
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two that want it at once, one builds it
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = _compile(cxx, Path(scratch))
+                made.replace(library)
     return library
 
 

@@ -129,7 +129,7 @@ ORIGINAL = prepared()
 OBJECTS = [info.key for info in ORIGINAL.list("") if info.key != keys.README]
 
 
-@pytest.mark.parametrize("key", OBJECTS, ids=lambda key: key.split("/")[0] + key[-20:])
+@pytest.mark.parametrize("key", OBJECTS, ids=[f"{n}-{key.split('/')[0]}" for n, key in enumerate(OBJECTS)])
 def test_a_flipped_bit_anywhere_is_an_error_or_harmless(key: str) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
