@@ -18,7 +18,7 @@ NATIVE := $(VENV)/.native
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-objects bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-objects bench-stall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ gpu-node: ## the same on a node without a network, over its own torch; needs `ma
 
 wheelhouse: ## wheels for such a node: PYTHON_VERSION=3.12
 	@PYTHON_VERSION="$(PYTHON_VERSION)" scripts/wheelhouse.sh
+
+wheels: venv ## build the wheel for each Python that is here, and try one in a fresh environment without a compiler
+	@PYTHON="$(abspath $(PY))" scripts/wheels.sh
 
 fmt: venv ## put the code into its form
 	$(PY) -m ruff format
