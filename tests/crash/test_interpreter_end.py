@@ -17,7 +17,7 @@ from fastckpt.catalog import Catalog
 from fastckpt.repository import Repository
 from fastckpt.store.local import LocalStore
 from fastckpt.trace import read
-from tests.interpreter import CALLS, IMPORT, USUAL, is_own, run
+from tests.support.interpreter import CALLS, IMPORT, USUAL, is_own, run
 
 
 def saved(path: Path, n: int) -> bool:

@@ -25,7 +25,8 @@ from fastckpt.retention import Keep
 from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
 from fastckpt.testing.faulty_store import FaultyStore
-from tests.repositories import captured, check_all, incarnation, read, same
+from tests.support.repositories import check_all, incarnation, read
+from tests.support.states import captured, same, small_state
 
 RESULT = Path(__file__).parent / "results" / "repository_kill.json"
 
@@ -45,7 +46,7 @@ def job(store: Store, report: Callable[[int], None], steps: int = 2) -> None:
     choice = run.restore()
     start = 0 if choice is None else choice.commit.save.step
     for step in range(start + 1, start + 1 + steps):
-        run.save(captured(step), step)
+        run.save(captured(small_state(step)), step)
         report(step)
         run.retain(Keep(last=2), grace_s=0.0)
 
@@ -82,8 +83,8 @@ def judge(root: Path, acknowledged: int, before: int) -> str:
     least = max(acknowledged, before)
     assert step >= least, f"step {least} was acknowledged, a restore finds {step}"
     if choice is not None:
-        assert same(read(store, choice.commit), step)
-    run.save(captured(step + 1), step + 1)
+        assert same(read(store, choice.commit), small_state(step))
+    run.save(captured(small_state(step + 1)), step + 1)
     for _ in range(3):
         run.retain(Keep(last=2), grace_s=0.0)
     check_all(store)

@@ -17,7 +17,8 @@ from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.faulty_store import FaultyStore, Mode
-from tests.repositories import captured, check_all, history, incarnation, living, read, same
+from tests.support.repositories import check_all, history, incarnation, living, read
+from tests.support.states import captured, same, small_state
 
 
 def copy_of(store: MemoryStore) -> MemoryStore:
@@ -31,24 +32,24 @@ def prepared() -> MemoryStore:
     store = MemoryStore()
     run = incarnation(store)
     for step in (1, 2, 3):
-        run.save(captured(step), step)
+        run.save(captured(small_state(step)), step)
     return store
 
 
 def save_first(store: Store) -> None:
-    incarnation(store).save(captured(1), 1)
+    incarnation(store).save(captured(small_state(1)), 1)
 
 
 def restore_and_save(store: Store) -> None:
     run = incarnation(store)
     assert run.restore() is not None
-    run.save(captured(4), 4)
+    run.save(captured(small_state(4)), 4)
 
 
 def restore_save_retain(store: Store) -> None:
     run = incarnation(store)
     run.restore()
-    run.save(captured(4), 4)
+    run.save(captured(small_state(4)), 4)
     for _ in range(3):  # tombstones, then packs
         run.retain(Keep(last=1), grace_s=0.0)
 
@@ -87,12 +88,12 @@ def test_every_operation_fails_once(scenario: str, mode: Mode) -> None:
             if not failed:
                 assert step == max(allowed), where
             if choice is not None:
-                assert same(read(store, choice.commit), step), where
+                assert same(read(store, choice.commit), small_state(step)), where
             faulty.release()
         # and the next incarnation works
         after = incarnation(store)
         after.restore()
-        after.save(captured(9), 9)
+        after.save(captured(small_state(9)), 9)
         check_all(store)
         assert history(store)[0].step == 9
 
@@ -166,7 +167,7 @@ def _read_everything(store: MemoryStore) -> list[str]:
         commit = attempt(lambda checkpoint=checkpoint: repository.commit(checkpoint))
         if commit is not None:
             value = attempt(lambda commit=commit: read(store, commit))
-            assert value is None or same(value, checkpoint.step)
+            assert value is None or same(value, small_state(checkpoint.step))
     return found
 
 
@@ -198,7 +199,7 @@ def test_retention_deletes_no_pack_while_a_commit_cannot_be_read() -> None:
     store.put(key, record[:-2] + b"x\n")
     run = incarnation(store)
     run.restore()
-    run.save(captured(4), 4)
+    run.save(captured(small_state(4)), 4)
     packs = {info.key for info in store.list(keys.DATA)}
     for _ in range(3):
         done = run.retain(Keep(last=1), grace_s=0.0)

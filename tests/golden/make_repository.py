@@ -24,7 +24,8 @@ from fastckpt.repository import Repository
 from fastckpt.retention import Keep
 from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
-from tests.unit.repository_tools import OPTIONS, begin, captured, reuse, save_ranks, vote
+from tests.support.repositories import IN_PARALLEL, begin, reuse, save_ranks, vote
+from tests.support.states import captured
 
 ROOT = Path(__file__).resolve().parent / "repository"
 
@@ -45,12 +46,12 @@ def state(seed: int) -> dict[str, Any]:
 
 def write(store: Store) -> None:
     """Epoch 1: steps 1 (retired), 2, 3. Epoch 2: a rewind to 2; 3, 4. Epoch 3: two ranks, a shared pack, an unfinished save, pins."""
-    job = Incarnation(Repository(store), OPTIONS)
+    job = Incarnation(Repository(store), IN_PARALLEL)
     job.restore()
     for step in (1, 2, 3):
         job.save(captured(state(step)), step, metrics={"loss": 1 / step, "odd": float("nan")}, meta={"note": "µ"})
         job.retain(Keep(last=2), grace_s=0.0)
-    job = Incarnation(Repository(store), OPTIONS)
+    job = Incarnation(Repository(store), IN_PARALLEL)
     job.restore(2)
     for step in (3, 4):
         commit = job.save(captured(state(10 + step)), step)

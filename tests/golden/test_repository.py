@@ -19,8 +19,8 @@ from fastckpt.store.local import LocalStore
 from tests.golden import make_repository
 from tests.golden.repository_decoder import FormatError
 from tests.golden.repository_decoder import Repository as Decoder
-from tests.repositories import read
-from tests.unit.repository_tools import same
+from tests.support.repositories import read
+from tests.support.states import same
 
 EXPECTED: dict[str, Any] = json.loads((make_repository.ROOT / "expected.json").read_text())
 

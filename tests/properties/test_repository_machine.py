@@ -37,7 +37,8 @@ from fastckpt.repository import Repository
 from fastckpt.retention import Keep, PassInterrupted
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
-from tests.repositories import OPTIONS, captured, check_all, history, read, same
+from tests.support.repositories import OPTIONS, check_all, history, read
+from tests.support.states import captured, same, small_state
 
 GRACE_S = 50.0
 WAIT_S = 60.0
@@ -245,7 +246,7 @@ class World:
         found = history(self.store)
         for checkpoint in found:
             value = read(self.store, repository.commit(checkpoint))  # type: ignore[arg-type]
-            assert any(same(value, v) for v in self.values[checkpoint]), f"{checkpoint} is a mixture"
+            assert any(same(value, small_state(v)) for v in self.values[checkpoint]), f"{checkpoint} is a mixture"
         # G8: unless somebody went back on purpose, the last acknowledged one or a newer one is what a restore takes.
         if self.acknowledged and not self.rewinds:
             newest = self.acknowledged[-1][0]
@@ -265,7 +266,7 @@ def saver(world: World, run: Incarnation, rng: random.Random) -> None:
     step = 0 if choice is None else choice.commit.save.step
     if choice is not None:
         value = read(run.repository.store, choice.commit)
-        assert any(same(value, v) for v in world.values[choice.commit.checkpoint])
+        assert any(same(value, small_state(v)) for v in world.values[choice.commit.checkpoint])
     _train(world, run, rng, step)
 
 
@@ -278,7 +279,7 @@ def _train(world: World, run: Incarnation, rng: random.Random, step: int, retain
         for _attempt in range(2):
             world.values.setdefault(checkpoint, set()).add(value)
             try:
-                run.save(captured(value), step)
+                run.save(captured(small_state(value)), step)
             except SupersededError:
                 raise
             except StoreUnavailableError:
@@ -348,7 +349,7 @@ def reader(world: World, run: Incarnation, rng: random.Random) -> None:
             choice = Catalog(run.repository).choose()
             if choice is not None:
                 value = read(run.repository.store, choice.commit)
-                assert any(same(value, v) for v in world.values[choice.commit.checkpoint])
+                assert any(same(value, small_state(v)) for v in world.values[choice.commit.checkpoint])
         except (NoCheckpointError, CorruptCheckpointError):
             # Retired while it was read: its votes were gone before it had them. Never wrong values.
             continue

@@ -12,8 +12,8 @@ import torch
 
 import fastckpt
 from fastckpt import Checkpointer
-from tests.interpreter import CALLS, IMPORT, USUAL, is_own, run
 from tests.s3server import S3Server
+from tests.support.interpreter import CALLS, IMPORT, USUAL, is_own, run
 
 pytestmark = pytest.mark.s3
 

@@ -15,8 +15,9 @@ from fastckpt.incarnation import Incarnation
 from fastckpt.repository import Repository
 from fastckpt.store.cloud import S3Store
 from fastckpt.store.wrap import Retrying
-from tests.repositories import OPTIONS, captured, check_all, history, read, same
 from tests.s3server import S3Server
+from tests.support.repositories import OPTIONS, check_all, history, read
+from tests.support.states import captured, same, small_state
 
 pytestmark = pytest.mark.s3
 ROUNDS = 200
@@ -55,7 +56,7 @@ def test_two_incarnations_race(s3_server: S3Server, open_store: Callable[..., S3
                 for _ in range(saves):
                     step += 1
                     values[CheckpointId(run.epoch.number, step)] = float(2 * round_number + i)
-                    acknowledged.append(run.save(captured(float(2 * round_number + i)), step).checkpoint)
+                    acknowledged.append(run.save(captured(small_state(float(2 * round_number + i))), step).checkpoint)
             except SupersededError:
                 superseded.append(i)
             except BaseException as error:
@@ -76,7 +77,7 @@ def test_two_incarnations_race(s3_server: S3Server, open_store: Callable[..., S3
         acknowledged.clear()
         newest = Catalog(Repository(stores[0])).choose()
         assert newest is not None
-        assert same(read(stores[0], newest.commit), values[newest.commit.checkpoint])
+        assert same(read(stores[0], newest.commit), small_state(values[newest.commit.checkpoint]))
         if round_number % 10 == 9:  # a small repository is a fast one
             check_all(stores[0])
             bucket_run = f"s3://{bucket}/run-{round_number}"

@@ -13,7 +13,8 @@ from fastckpt.format.repository_records import Epoch, Parent, Tombstone, tombsto
 from fastckpt.incarnation import Incarnation
 from fastckpt.repository import Repository
 from fastckpt.store.memory import MemoryStore
-from tests.unit.repository_tools import OPTIONS, captured, flip, keys_of, save_steps, state
+from tests.support.repositories import IN_PARALLEL, flip, keys_of, save_steps
+from tests.support.states import captured, rich_state
 
 
 @st.composite
@@ -144,10 +145,10 @@ def test_all_are_damaged(store: MemoryStore) -> None:
 
 
 def test_a_rewind_leaves_a_branch(store: MemoryStore) -> None:
-    job = Incarnation(Repository(store), OPTIONS)
+    job = Incarnation(Repository(store), IN_PARALLEL)
     job.restore(1)
     assert [c.step for c in catalog(store).history()] == [1], "even before its first save"
-    job.save(captured(state(9)), 2)
+    job.save(captured(rich_state(9)), 2)
     assert list(catalog(store).history()) == [CheckpointId(2, 2), CheckpointId(1, 1)]
     assert catalog(store).branches() == [CheckpointId(1, 3), CheckpointId(1, 2)]
     old = catalog(store).choose(3)

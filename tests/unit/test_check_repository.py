@@ -27,19 +27,8 @@ from fastckpt.retention import Keep
 from fastckpt.store.base import ObjectInfo
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
-from tests.unit.repository_tools import (
-    OPTIONS,
-    begin,
-    commit_of,
-    flip,
-    keys_of,
-    reuse,
-    same,
-    save_ranks,
-    save_steps,
-    state,
-    vote,
-)
+from tests.support.repositories import IN_PARALLEL, begin, commit_of, flip, keys_of, reuse, save_ranks, save_steps, vote
+from tests.support.states import rich_state, same
 
 
 class CountingStore(MemoryStore):
@@ -60,7 +49,7 @@ def store(tmp_path: Path) -> LocalStore:
 
 
 def check(store: Any, **more: Any) -> RepositoryReport:
-    return check_repository(Repository(store), options=OPTIONS, **more)
+    return check_repository(Repository(store), options=IN_PARALLEL, **more)
 
 
 def states(report: RepositoryReport) -> dict[int, str]:
@@ -95,7 +84,7 @@ def test_a_whole_repository(store: LocalStore) -> None:
 
 
 def test_several_ranks_and_no_repository_at_all(store: LocalStore) -> None:
-    save_ranks(store, begin(store, 3).number, 4, [state(rank) for rank in range(3)])
+    save_ranks(store, begin(store, 3).number, 4, [rich_state(rank) for rank in range(3)])
     assert check(store).ok
     empty = check(MemoryStore())
     assert [(f.key, f.damage.part) for f in empty.findings] == [("fastckpt.json", "fastckpt.json")]
@@ -209,13 +198,13 @@ def test_only_some_steps(store: LocalStore) -> None:
 
 def test_unfinished_saves(store: LocalStore) -> None:
     save_steps(store, [1])
-    vote(store, 1, 5, 0, 1, state(5))  # killed before its commit
-    vote(store, 1, 6, 0, 2, state(6))  # the other rank never voted
-    vote(store, 1, 1, 0, 1, state(9), attempt=3)  # a late vote of another try
-    vote(store, 1, 7, 0, 1, state(7))
+    vote(store, 1, 5, 0, 1, rich_state(5))  # killed before its commit
+    vote(store, 1, 6, 0, 2, rich_state(6))  # the other rank never voted
+    vote(store, 1, 1, 0, 1, rich_state(9), attempt=3)  # a late vote of another try
+    vote(store, 1, 7, 0, 1, rich_state(7))
     store.delete(pack_of(store, 7))
-    vote(store, 1, 8, 0, 1, state(8))
-    vote(store, 1, 8, 0, 2, state(8))
+    vote(store, 1, 8, 0, 1, rich_state(8))
+    vote(store, 1, 8, 0, 2, rich_state(8))
     report = check(store)
     assert report.ok, "unfinished saves are no damage"
     found = {(u.save.step, u.save.attempt): u for u in report.unfinished}
@@ -228,9 +217,9 @@ def test_unfinished_saves(store: LocalStore) -> None:
 
 def test_repair_commits_what_is_complete_and_touches_nothing_else(store: LocalStore) -> None:
     save_steps(store, [3])
-    vote(store, 1, 5, 0, 1, state(5))
-    vote(store, 1, 2, 0, 1, state(2))
-    vote(store, 1, 6, 0, 2, state(6))
+    vote(store, 1, 5, 0, 1, rich_state(5))
+    vote(store, 1, 2, 0, 1, rich_state(2))
+    vote(store, 1, 6, 0, 2, rich_state(6))
     before = {info.key: info for info in store.list("")}
     report = check(store)
     plan = plan_repair(report, Catalog(Repository(store)).epoch, 1)
@@ -249,8 +238,8 @@ def test_repair_commits_what_is_complete_and_touches_nothing_else(store: LocalSt
 
 def test_a_repair_that_fails_is_listed_and_the_others_are_done(store: LocalStore) -> None:
     save_steps(store, [1])
-    vote(store, 1, 2, 0, 1, state(2))
-    vote(store, 1, 3, 0, 1, state(3))
+    vote(store, 1, 2, 0, 1, rich_state(2))
+    vote(store, 1, 3, 0, 1, rich_state(3))
     plan = plan_repair(check(store), Catalog(Repository(store)).epoch, 1)
     flip(store, vote_of(store, 2))
     done = repair(Repository(store), plan)
@@ -260,7 +249,7 @@ def test_a_repair_that_fails_is_listed_and_the_others_are_done(store: LocalStore
 
 def test_an_abandoned_save_becomes_an_abandoned_branch(store: LocalStore) -> None:
     save_steps(store, [1])
-    vote(store, 1, 5, 0, 1, state(5))
+    vote(store, 1, 5, 0, 1, rich_state(5))
     begin(store, 1, commit_of(store, 1), rewind=True)
     plan = plan_repair(check(store), Catalog(Repository(store)).epoch, 2)
     assert [c.becomes for c in plan.complete] == ["abandoned"]
@@ -268,7 +257,7 @@ def test_an_abandoned_save_becomes_an_abandoned_branch(store: LocalStore) -> Non
 
 def test_a_first_commit_can_be_completed(store: LocalStore) -> None:
     begin(store, 1)
-    vote(store, 1, 5, 0, 1, state(5))
+    vote(store, 1, 5, 0, 1, rich_state(5))
     report = check(store)
     assert report.checkpoints == []
     assert [c.becomes for c in plan_repair(report, Catalog(Repository(store)).epoch, 1).complete] == ["newest"]
@@ -355,7 +344,7 @@ def test_errors_of_the_store_are_raised(store: LocalStore, monkeypatch: pytest.M
 
 def test_reading_changes_nothing(store: LocalStore) -> None:
     save_steps(store, [1, 2])
-    vote(store, 1, 6, 0, 2, state(6))
+    vote(store, 1, 6, 0, 2, rich_state(6))
     before = list(store.list(""))
     check(store)
     check(store, quick=True)
@@ -378,8 +367,8 @@ def test_one_completable_try_of_a_step_is_taken() -> None:
 
 
 def test_states_are_what_the_tools_say(store: LocalStore) -> None:
-    assert same(state(3), state(3))
-    assert not same(state(3), state(4))
+    assert same(rich_state(3), rich_state(3))
+    assert not same(rich_state(3), rich_state(4))
     assert not same(torch.tensor([0.0]), torch.tensor([-0.0]))
     save_steps(store, [1])
     assert len(list_votes(store, SaveId(1, 1, 0))) == 1

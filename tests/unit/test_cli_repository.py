@@ -29,18 +29,8 @@ from fastckpt.incarnation import Incarnation
 from fastckpt.repository import Repository
 from fastckpt.retention import Collector, Keep
 from fastckpt.store.local import LocalStore
-from tests.unit.repository_tools import (
-    OPTIONS,
-    begin,
-    captured,
-    flip,
-    keys_of,
-    same,
-    save_ranks,
-    save_steps,
-    state,
-    vote,
-)
+from tests.support.repositories import IN_PARALLEL, begin, flip, keys_of, save_ranks, save_steps, vote
+from tests.support.states import captured, rich_state, same
 
 
 @pytest.fixture
@@ -83,10 +73,10 @@ def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[
 def rewound(store: LocalStore) -> None:
     """Epoch 1: steps 1 to 3. Epoch 2 goes on from 2 with 4; and one rank of two voted for 9."""
     save_steps(store, [1, 2, 3], {1: {"loss": 3.0}, 2: {"loss": 1.0}, 3: {"loss": float("nan")}})
-    job = Incarnation(Repository(store), OPTIONS)
+    job = Incarnation(Repository(store), IN_PARALLEL)
     job.restore(2)
-    job.save(captured(state(4)), 4, metrics={"loss": 2.0})
-    vote(store, 2, 9, 0, 2, state(9))
+    job.save(captured(rich_state(4)), 4, metrics={"loss": 2.0})
+    vote(store, 2, 9, 0, 2, rich_state(9))
 
 
 # ls
@@ -168,7 +158,7 @@ def test_show(store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]) -
 def test_show_of_several_ranks_with_one_damaged(
     store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_ranks(store, begin(store, 2).number, 1, [state(1), state(2)])
+    save_ranks(store, begin(store, 2).number, 1, [rich_state(1), rich_state(2)])
     store.delete(keys_of(store, "votes/")[1])
     status, out, err = run(capsys, "show", url)
     assert status == cli.BAD_CHECKPOINT
@@ -261,7 +251,7 @@ def test_check_of_a_repository_and_a_file(
 
 def test_repair_needs_a_yes(store: LocalStore, url: str, capsys: pytest.CaptureFixture[str], terminal: Any) -> None:
     save_steps(store, [1])
-    vote(store, 1, 5, 0, 1, state(5))
+    vote(store, 1, 5, 0, 1, rich_state(5))
     status, out, err = run(capsys, "check", url, "--repair")
     assert status == cli.USAGE
     assert "to repair: commit epoch 1, step 5, try 0: the next restore continues from it" in out
@@ -287,7 +277,7 @@ def test_repair_needs_a_yes(store: LocalStore, url: str, capsys: pytest.CaptureF
 def test_repair_with_yes_and_json(store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]) -> None:
     begin(store, 2)
     for rank in range(2):
-        vote(store, 1, 5, rank, 2, state(rank))
+        vote(store, 1, 5, rank, 2, rich_state(rank))
     status, value = run_json(capsys, "check", url, "--repair", "--yes")
     assert status == cli.OK
     assert value["repositories"][0]["repair"]["done"] == [{"epoch": 1, "step": 5, "error": None}]
@@ -434,7 +424,7 @@ def test_prune_stops_when_a_job_starts(
 
     def then_start(self: Collector, todo: Any, as_epoch: int | None) -> list[CheckpointError]:
         refused = run_pass(self, todo, as_epoch)
-        Incarnation(Repository(store), OPTIONS).restore()
+        Incarnation(Repository(store), IN_PARALLEL).restore()
         return refused
 
     monkeypatch.setattr(Collector, "run", then_start)
@@ -469,7 +459,7 @@ def test_restore(store: LocalStore, url: str, tmp_path: Path, capsys: pytest.Cap
     status, said, _ = run(capsys, "restore", url, "--out", out)
     assert status == cli.OK
     assert "epoch 2, step 4" in said
-    assert same(fastckpt.load(out, weights_only=False), state(4))
+    assert same(fastckpt.load(out, weights_only=False), rich_state(4))
     assert run(capsys, "check", out)[0] == cli.OK
     status, _, err = run(capsys, "restore", url, "--out", out, "--step", "3")
     assert status == cli.USAGE
@@ -477,18 +467,18 @@ def test_restore(store: LocalStore, url: str, tmp_path: Path, capsys: pytest.Cap
     status, value = run_json(capsys, "restore", url, "--out", out, "--step", "3", "--force")
     assert status == cli.OK
     assert (value["step"], value["container_bytes"]) == (3, os.path.getsize(out))
-    assert same(fastckpt.load(out, weights_only=False), state(3))
+    assert same(fastckpt.load(out, weights_only=False), rich_state(3))
     assert run(capsys, "restore", url, "--out", out, "--epoch", "1", "--force")[0] == cli.OK
-    assert same(fastckpt.load(out, weights_only=False), state(2)), "of epoch 1, the history has step 2"
+    assert same(fastckpt.load(out, weights_only=False), rich_state(2)), "of epoch 1, the history has step 2"
 
 
 def test_restore_of_a_rank(store: LocalStore, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_ranks(store, begin(store, 2).number, 1, [state(1), state(2)])
+    save_ranks(store, begin(store, 2).number, 1, [rich_state(1), rich_state(2)])
     out = str(tmp_path / "out")
     status, _, err = run(capsys, "restore", url, "--rank", "1", "--out", out)
     assert status == cli.OK
     assert "--rank" in err
-    assert same(fastckpt.load(out, weights_only=False), state(2))
+    assert same(fastckpt.load(out, weights_only=False), rich_state(2))
     assert run(capsys, "restore", url, "--rank", "2", "--out", f"{out}2")[0] == cli.BAD_CHECKPOINT
 
 
@@ -644,7 +634,7 @@ def test_clean() -> None:
 def test_names_metrics_and_meta_cannot_reach_the_terminal(
     store: LocalStore, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = Incarnation(Repository(store), OPTIONS)
+    job = Incarnation(Repository(store), IN_PARALLEL)
     evil = EVIL.replace("\n", "")
     obj = {EVIL: torch.randn(1000)}
     job.save(captured(obj), 1, trigger=evil, metrics={evil: 1.0}, meta={"x": evil})

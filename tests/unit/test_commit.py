@@ -23,15 +23,27 @@ from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
 from fastckpt.testing.faulty_store import FaultyStore
-from tests.repositories import OPTIONS, captured, check_all, living
-from tests.unit.repository_tools import begin, commit_of, flip, keys_of, place_vote, reuse, save_steps, state, vote
+from tests.support.repositories import (
+    OPTIONS,
+    begin,
+    check_all,
+    commit_of,
+    flip,
+    keys_of,
+    living,
+    place_vote,
+    reuse,
+    save_steps,
+    vote,
+)
+from tests.support.states import captured, rich_state, small_state
 
 SAVE = SaveId(1, 7, 0)
 KEY = commit_key(SAVE.checkpoint)
 
 
 def small(rank: int) -> Any:
-    return state(rank, 1000)
+    return rich_state(rank, 1000)
 
 
 @pytest.fixture
@@ -192,7 +204,7 @@ def test_a_save_ends_whose_vote_is_gone(store: MemoryStore) -> None:
     run.repository.initialise()
     run.restore()
     with pytest.raises(RepositoryError, match="was placed and is gone"):
-        run.save(captured(1.0), 1)
+        run.save(captured(small_state(1.0)), 1)
 
 
 @pytest.mark.parametrize("mode", ["before", "after", "delayed"])

@@ -23,7 +23,7 @@ from fastckpt.errors import SaveError, StoreUnavailableError
 from fastckpt.repository import Repository
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
-from tests.repositories import GivenNotices, HeldStore
+from tests.support.stores import GivenNotices, HeldStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it
 NOTICE = 75

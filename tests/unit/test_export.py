@@ -21,17 +21,8 @@ from fastckpt.reader import Reader
 from fastckpt.repository import Repository
 from fastckpt.sources import PathSource
 from fastckpt.store.local import LocalStore
-from tests.unit.repository_tools import (
-    OPTIONS,
-    begin,
-    commit_of,
-    flip,
-    keys_of,
-    same,
-    save_ranks,
-    save_steps,
-    state,
-)
+from tests.support.repositories import IN_PARALLEL, begin, commit_of, flip, keys_of, save_ranks, save_steps
+from tests.support.states import rich_state, same
 
 
 @pytest.fixture
@@ -39,7 +30,7 @@ def store(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path / "run")
 
 
-def exported(store: LocalStore, step: int, out: Path, rank: int = 0, options: Options = OPTIONS) -> int:
+def exported(store: LocalStore, step: int, out: Path, rank: int = 0, options: Options = IN_PARALLEL) -> int:
     return export(Repository(store), commit_of(store, step), rank, AtomicFile(str(out)), options)
 
 
@@ -57,14 +48,14 @@ def test_the_file_loads_bit_for_bit_and_passes_check(store: LocalStore, tmp_path
     n_bytes = exported(store, 2, out)
     assert out.stat().st_size == n_bytes
     loaded = fastckpt.load(out, weights_only=False)
-    assert same(loaded, state(2))
+    assert same(loaded, rich_state(2))
     assert (
         loaded["model"]["view"].untyped_storage().data_ptr() == loaded["model"]["weight"].untyped_storage().data_ptr()
     )
     report = checked(out)
     assert report.ok, report.damage
     with fastckpt.open(out) as tensors:
-        assert same(tensors["model.weight"], state(2)["model"]["weight"])
+        assert same(tensors["model.weight"], rich_state(2)["model"]["weight"])
         assert tensors._reader.directory.step == 2
         assert tensors._reader.directory.save is None
 
@@ -79,15 +70,15 @@ def test_nothing_is_decoded(store: LocalStore, tmp_path: Path, monkeypatch: pyte
         patch.setattr("fastckpt.codec.decode", no)
         patch.setattr("fastckpt.codec.encode", no)
         exported(store, 1, tmp_path / "out.fckpt")
-    assert same(fastckpt.load(tmp_path / "out.fckpt", weights_only=False), state(1))
+    assert same(fastckpt.load(tmp_path / "out.fckpt", weights_only=False), rich_state(1))
 
 
 def test_several_ranks(store: LocalStore, tmp_path: Path) -> None:
     epoch = begin(store, 3).number
-    save_ranks(store, epoch, 4, [state(rank) for rank in range(3)])
+    save_ranks(store, epoch, 4, [rich_state(rank) for rank in range(3)])
     for rank in range(3):
         exported(store, 4, tmp_path / f"{rank}", rank)
-        assert same(fastckpt.load(tmp_path / f"{rank}", weights_only=False), state(rank))
+        assert same(fastckpt.load(tmp_path / f"{rank}", weights_only=False), rich_state(rank))
         with fastckpt.open(tmp_path / f"{rank}") as tensors:
             assert (tensors._reader.directory.rank, tensors._reader.directory.world) == (rank, 3)
     with pytest.raises(NoCheckpointError, match="no rank 3"):
@@ -167,7 +158,7 @@ def test_an_error_of_the_store_reaches_the_caller(store: LocalStore, monkeypatch
 
     monkeypatch.setattr(store, "get_into", fail)
     with pytest.raises(StoreUnavailableError):
-        export(Repository(store), commit, 0, FileObject(io.BytesIO()), OPTIONS)
+        export(Repository(store), commit, 0, FileObject(io.BytesIO()), IN_PARALLEL)
 
 
 def test_layout_stores_equal_chunks_once_and_tiles(store: LocalStore, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fastckpt.files import AtomicFile
 from fastckpt.format import keys
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
-from tests.repositories import check_all, history
+from tests.support.repositories import check_all, history
 
 SMALL = fastckpt.Options(threads=1, connections=2, compress=False, host_budget_bytes=48 << 20)
 STATE_BYTES = 20 << 20

@@ -22,7 +22,7 @@ from fastckpt.spot import SignalSource, Watcher, handlers, open_sources, worker_
 from fastckpt.spot.sources import SLURM_WARNING_S, SlurmSource
 from fastckpt.spot.worker_errors import WorkerErrors, may_raise
 from fastckpt.store.memory import MemoryStore
-from tests.repositories import HeldStore
+from tests.support.stores import HeldStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it
 ENDED = -signal.SIGTERM

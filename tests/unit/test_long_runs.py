@@ -17,7 +17,8 @@ from fastckpt.repository import Repository
 from fastckpt.retention import Keep
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
-from tests.repositories import OPTIONS, captured, check_all, history
+from tests.support.repositories import OPTIONS, check_all, history
+from tests.support.states import captured, small_state
 
 KEYS_A_PAGE = 1000
 
@@ -58,7 +59,7 @@ def run_of(seconds_a_save: float, saves: int, watched: set[int]) -> tuple[Counte
     store = Counted(inner)
     run = Incarnation(Repository(store), OPTIONS)
     run.restore()
-    state, found = captured(1.0), {}
+    state, found = captured(small_state(1.0)), {}
     store.take()
     for step in range(1, saves + 1):
         run.save(state, step)
@@ -110,7 +111,7 @@ def test_memory_of_the_collector_is_that_of_what_is_there() -> None:
     run.restore()
     sizes = []
     for step in range(1, 201):
-        run.save(captured(1.0), step)
+        run.save(captured(small_state(1.0)), step)
         run.retain(Keep(last=2))
         now_s[0] += 600.0
         collector = run._collector

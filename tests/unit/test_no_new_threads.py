@@ -28,7 +28,8 @@ from fastckpt.store.memory import MemoryStore
 from fastckpt.testing.metadata_server import MetadataServer
 from fastckpt.trace import read
 from fastckpt.workers import WorkerPool, hurried
-from tests.repositories import HeldStore, check_all, history
+from tests.support.repositories import check_all, history
+from tests.support.stores import HeldStore
 
 MIB = 1 << 20
 SHORT_S = 30.0

@@ -12,7 +12,7 @@ import torch
 from fastckpt import Checkpointer, Every, Options
 from fastckpt.errors import SaveError
 from fastckpt.snapshot import Fenced
-from tests.repositories import HeldStore
+from tests.support.stores import HeldStore
 
 SHORT_S = 20.0
 OPTIONS = Options(threads=1, connections=1, compress=False)

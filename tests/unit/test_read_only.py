@@ -29,7 +29,7 @@ from fastckpt.store.base import ObjectInfo, Store
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
-from tests.repositories import incarnation
+from tests.support.repositories import incarnation
 
 SHORT_S = 60.0
 

@@ -20,8 +20,8 @@ from fastckpt.errors import PartialRestoreError, RestoreError
 from fastckpt.placement import look
 from fastckpt.reader import Reader
 from fastckpt.sources import FileObjectSource
-from tests.repositories import restore_once as restore
-from tests.repositories import saved_once as saved
+from tests.support.repositories import restore_once as restore
+from tests.support.repositories import saved_once as saved
 
 
 def words(caplog: pytest.LogCaptureFixture) -> str:

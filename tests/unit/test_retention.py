@@ -17,8 +17,8 @@ from fastckpt.repository import Repository
 from fastckpt.retention import Candidate, Collector, Keep, Plan, View, plan, retire
 from fastckpt.store.base import ObjectInfo
 from fastckpt.store.memory import MemoryStore
-from tests.repositories import check_all, living
-from tests.unit.repository_tools import begin, captured, flip, keys_of, reuse, save_steps, state, vote
+from tests.support.repositories import begin, check_all, flip, keys_of, living, reuse, save_steps, vote
+from tests.support.states import captured, rich_state
 
 GRACE_S = 100.0
 numbers = st.floats(allow_nan=True, allow_infinity=True)
@@ -250,7 +250,7 @@ def test_a_pin_keeps_and_expires() -> None:
     assert any("pinned" in words for words in collect(store, Keep(last=1)))
     assert steps(store) == [1, 3]
     now_s[0] = 61.0
-    vote(store, 1, 3, 0, 1, state(4, 100), attempt=1)  # the store's clock is read off what it writes
+    vote(store, 1, 3, 0, 1, rich_state(4, 100), attempt=1)  # the store's clock is read off what it writes
     collect(store, Keep(last=1))
     assert keys_of(store, "pins/") == []
     collect(store, Keep(last=1))
@@ -266,11 +266,11 @@ def test_grace_is_counted_from_the_tombstone() -> None:
     now_s[0] = 500.0
     collect(store, Keep(last=1), GRACE_S)
     now_s[0] = 500.0 + GRACE_S - 1
-    vote(store, 1, 3, 0, 1, state(3, 100))
+    vote(store, 1, 3, 0, 1, rich_state(3, 100))
     collect(store, Keep(last=1), GRACE_S)
     assert set(old) <= set(keys_of(store, "data/")), "somebody may be reading them"
     now_s[0] = 500.0 + GRACE_S
-    vote(store, 1, 3, 0, 1, state(4, 100), attempt=1)
+    vote(store, 1, 3, 0, 1, rich_state(4, 100), attempt=1)
     collect(store, Keep(last=1), GRACE_S)
     assert not set(old) & set(keys_of(store, "data/"))
     check_all(store)
@@ -345,7 +345,7 @@ def test_one_object_that_cannot_be_deleted_keeps_no_other_and_is_told_once() -> 
     store.held = set(keys_of(store, "votes/"))
     told = []
     for step in range(2, 9):
-        job.save(captured(state(step, 100)), step)
+        job.save(captured(rich_state(step, 100)), step)
         now_s[0] += 10.0
         told += job.retain(Keep(last=1), 0.0).refused
     assert [str(error) for error in told] == [f"{key} is under legal hold" for key in store.held]
@@ -359,10 +359,10 @@ def test_one_object_that_cannot_be_deleted_keeps_no_other_and_is_told_once() -> 
 def test_votes_that_contradict_each_other_stop_nothing_else() -> None:
     store = MemoryStore()
     job = save_steps(store, [1, 2, 3])
-    vote(store, 1, 2, 0, 1, state(9, 100), attempt=1)
-    vote(store, 1, 2, 0, 1, state(8, 100), attempt=1)
-    vote(store, 1, 7, 0, 2, state(8, 100))
-    vote(store, 1, 7, 0, 2, state(9, 100))
+    vote(store, 1, 2, 0, 1, rich_state(9, 100), attempt=1)
+    vote(store, 1, 2, 0, 1, rich_state(8, 100), attempt=1)
+    vote(store, 1, 7, 0, 2, rich_state(8, 100))
+    vote(store, 1, 7, 0, 2, rich_state(9, 100))
     for _ in range(2):
         job.retain(Keep(last=1), 0.0)
     assert steps(store) == [3]
@@ -388,7 +388,7 @@ def test_a_tombstone_of_the_living_epoch_goes_a_grace_after_all_of_its_checkpoin
     seen: dict[str, float] = {}
     for step in range(3, 12):
         now_s[0] += GRACE_S / 2
-        job.save(captured(state(step, 100)), step)
+        job.save(captured(rich_state(step, 100)), step)
         job.retain(Keep(last=1), GRACE_S)
         for what, prefix in (("pack", "data/000001-000000000001"), ("tombstone", "commits/000001-000000000001")):
             if not any(key.startswith(prefix) for key in keys_of(store, "")):
@@ -401,10 +401,10 @@ def test_one_over_a_save_that_was_never_committed_stays_while_its_epoch_lives() 
     now_s = [0.0]
     store = MemoryStore(clock=lambda: now_s[0])
     job = save_steps(store, [1])
-    vote(store, 1, 2, 0, 2, state(2, 100))  # the other rank's never came
+    vote(store, 1, 2, 0, 2, rich_state(2, 100))  # the other rank's never came
     for step in range(3, 12):
         now_s[0] += 2 * GRACE_S
-        job.save(captured(state(step, 100)), step)
+        job.save(captured(rich_state(step, 100)), step)
         job.retain(Keep(last=1), GRACE_S)
     assert not keys_of(store, "data/000001-000000000002-000/")
     assert commit_key(CheckpointId(1, 2)) in keys_of(store, "commits/")

@@ -23,17 +23,8 @@ from fastckpt.salvage import FoundIn, SalvageReport, choose_try, salvage
 from fastckpt.sources import PathSource
 from fastckpt.store.local import LocalStore
 from fastckpt.tensors import TensorReader
-from tests.unit.repository_tools import (
-    OPTIONS,
-    begin,
-    flip,
-    keys_of,
-    same,
-    save_ranks,
-    save_steps,
-    state,
-    vote,
-)
+from tests.support.repositories import IN_PARALLEL, begin, flip, keys_of, save_ranks, save_steps, vote
+from tests.support.states import captured, rich_state, same
 
 NAMES = [
     "array",
@@ -59,7 +50,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def run(store: LocalStore, step: int, out: Path, epoch: int = 1, **more: Any) -> SalvageReport:
-    more.setdefault("options", OPTIONS)
+    more.setdefault("options", IN_PARALLEL)
     return salvage(Repository(store), CheckpointId(epoch, step), str(out), **more)
 
 
@@ -92,7 +83,7 @@ def test_everything_of_a_whole_checkpoint(store: LocalStore, out: Path) -> None:
     report = run(store, 1, out, progress=lambda done, total: seen.append((done, total)))
     assert report.nothing_lost
     assert sorted(report.ranks[0].saved) == NAMES
-    expected = flat(state(1))
+    expected = flat(rich_state(1))
     found = loaded(out)
     assert sorted(found) == NAMES
     assert all(same(found[name], expected[name]) for name in NAMES)
@@ -113,7 +104,7 @@ def test_a_damaged_chunk_costs_its_tensors_and_names_where_they_are(store: Local
     assert lost == ["model.view", "model.weight"]
     assert all(tensor.found_in == FoundIn(CheckpointId(1, 2), 0) for _, tensor in report.lost)
     assert "crc64nvme" in report.lost[0][1].why[0]
-    found, expected = loaded(out), flat(state(3))
+    found, expected = loaded(out), flat(rich_state(3))
     assert sorted(found) == [name for name in NAMES if name not in lost]
     assert all(same(found[name], expected[name]) for name in found)
     text = json.loads((out / "report.json").read_text())
@@ -133,11 +124,10 @@ def test_where_else_is_verified_too(store: LocalStore, out: Path) -> None:
 def test_history_goes_before_abandoned_branches(store: LocalStore, out: Path) -> None:
     save_steps(store, [1, 5])
     from fastckpt.incarnation import Incarnation
-    from tests.unit.repository_tools import captured
 
-    job = Incarnation(Repository(store), OPTIONS)
+    job = Incarnation(Repository(store), IN_PARALLEL)
     job.restore(1)
-    job.save(captured(state(3)), 3)
+    job.save(captured(rich_state(3)), 3)
     (pack,) = keys_of(store, "data/000002-000000000003-000/")
     store.delete(pack)
     report = run(store, 3, out, epoch=2)
@@ -169,7 +159,7 @@ def test_missing_packs(store: LocalStore, out: Path) -> None:
 def test_a_rank_whose_vote_is_lost(store: LocalStore, out: Path) -> None:
     epoch = begin(store, 3).number
     for step in (1, 2):
-        save_ranks(store, epoch, step, [state(10 * step + rank) for rank in range(3)])
+        save_ranks(store, epoch, step, [rich_state(10 * step + rank) for rank in range(3)])
     votes = keys_of(store, "votes/000001-000000000002-000/")
     store.delete(votes[1])
     flip(store, votes[2], 200)  # in the directory: nothing of it can be believed
@@ -181,7 +171,7 @@ def test_a_rank_whose_vote_is_lost(store: LocalStore, out: Path) -> None:
     lost = report.ranks[1].lost
     assert len(lost) == len(NAMES)
     assert all(tensor.assumed and tensor.found_in == FoundIn(CheckpointId(1, 1), 1) for tensor in lost)
-    assert same(loaded(out)["model.weight"], state(20)["model"]["weight"])
+    assert same(loaded(out)["model.weight"], rich_state(20)["model"]["weight"])
 
 
 def test_a_vote_with_a_damaged_skeleton_keeps_its_tensors(store: LocalStore, out: Path) -> None:
@@ -192,7 +182,7 @@ def test_a_vote_with_a_damaged_skeleton_keeps_its_tensors(store: LocalStore, out
     assert not report.nothing_lost
     assert not report.ranks[0].object_whole
     assert report.lost == []
-    expected, found = flat(state(1)), loaded(out)
+    expected, found = flat(rich_state(1)), loaded(out)
     assert all(same(found[name], expected[name]) for name in NAMES)
 
 
@@ -205,7 +195,7 @@ def test_a_vote_with_a_damaged_header_keeps_its_tensors(store: LocalStore, out: 
 @pytest.mark.parametrize("gone", [False, True])
 def test_a_damaged_or_lost_commit_record(store: LocalStore, out: Path, gone: bool) -> None:
     epoch = begin(store, 2).number
-    save_ranks(store, epoch, 1, [state(1), state(2)])
+    save_ranks(store, epoch, 1, [rich_state(1), rich_state(2)])
     key = commit_key(CheckpointId(epoch, 1))
     if gone:
         store.delete(key)
@@ -215,20 +205,20 @@ def test_a_damaged_or_lost_commit_record(store: LocalStore, out: Path, gone: boo
     assert report.commit.startswith("missing" if gone else "commit or tombstone")
     assert report.nothing_lost
     for rank in range(2):
-        assert same(loaded(out, rank)["model.weight"], state(rank + 1)["model"]["weight"])
+        assert same(loaded(out, rank)["model.weight"], rich_state(rank + 1)["model"]["weight"])
 
 
 def test_an_unfinished_save(store: LocalStore, out: Path) -> None:
     epoch = begin(store, 2).number
-    vote(store, epoch, 7, 1, 2, state(7))
+    vote(store, epoch, 7, 1, 2, rich_state(7))
     report = run(store, 7, out)
     assert [rank.lost_whole for rank in report.ranks] == [True, False]
     assert "has not voted" in report.ranks[0].notes[0]
-    assert same(loaded(out, 1)["ids"], state(7)["ids"])
+    assert same(loaded(out, 1)["ids"], rich_state(7)["ids"])
 
 
 def test_one_rank_only(store: LocalStore, out: Path) -> None:
-    save_ranks(store, begin(store, 2).number, 1, [state(1), state(2)])
+    save_ranks(store, begin(store, 2).number, 1, [rich_state(1), rich_state(2)])
     report = run(store, 1, out, ranks=[1])
     assert [rank.rank for rank in report.ranks] == [1]
     assert not (out / "rank-00000.fckpt").exists()
@@ -359,4 +349,4 @@ def test_fetching_by_name_agrees(store: LocalStore, out: Path) -> None:
     run(store, 1, out)
     with fastckpt.open(out / "rank-00000.fckpt") as tensors:
         assert isinstance(tensors, TensorReader)
-        assert same(tensors["model.weight"], state(1)["model"]["weight"])
+        assert same(tensors["model.weight"], rich_state(1)["model"]["weight"])

@@ -26,7 +26,8 @@ from fastckpt.retention import Keep
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
-from tests.repositories import HeldStore, history
+from tests.support.repositories import history
+from tests.support.stores import HeldStore
 
 MIB = 1 << 20
 save_module = importlib.import_module("fastckpt.save")  # the package has a function of that name

@@ -37,7 +37,7 @@ from fastckpt.spot import Notice
 from fastckpt.state import Captured
 from fastckpt.store.memory import MemoryStore
 from fastckpt.workers import ENV_EXIT_TIMEOUT
-from tests.repositories import HeldStore
+from tests.support.stores import HeldStore
 
 ROOT = Path(__file__).parents[2]
 SHORT_S = 20.0  # no wait of these tests comes near it

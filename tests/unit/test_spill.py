@@ -18,7 +18,7 @@ from fastckpt.format import keys
 from fastckpt.snapshot import spill
 from fastckpt.snapshot.spill import SpillFile
 from fastckpt.store.memory import MemoryStore
-from tests.repositories import HeldStore
+from tests.support.stores import HeldStore
 
 WAIT_S = 15.0
 MIB = 1 << 20

@@ -16,7 +16,8 @@ from fastckpt.snapshot import Sampler
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.state import Captured, Recapturer
 from fastckpt.store.memory import MemoryStore
-from tests.repositories import HeldStore, history
+from tests.support.repositories import history
+from tests.support.stores import HeldStore
 
 SHORT_S = 20.0
 MIB = 1 << 20

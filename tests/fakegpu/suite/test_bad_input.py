@@ -34,7 +34,7 @@ from fastckpt.snapshot.side_stream import SideStream
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import Job, batch_norm_cnn, inputs, moving_average
 from tests.fakegpu.suite.tools import Saved, equal, host, reports
-from tests.repositories import HeldStore
+from tests.support.stores import HeldStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it
 UNVERIFIED = Options(threads=1, connections=1, compress=False, host_budget_bytes=128 << 20, verify_snapshot="off")

@@ -11,8 +11,8 @@ import torch
 from fastckpt import RNGState
 from tests.fakegpu import device
 from tests.fakegpu.suite.tools import reports
-from tests.repositories import restore_once as restore
-from tests.repositories import saved_once as saved
+from tests.support.repositories import restore_once as restore
+from tests.support.repositories import saved_once as saved
 
 GPU = torch.device("fakegpu:0")
 OTHER = torch.device("fakegpu:1")

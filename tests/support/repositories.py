@@ -1,4 +1,4 @@
-"""Small repositories for tests: made by one process, or by one that plays several ranks; and how they are damaged."""
+"""Small repositories for tests: made by one process, or by one that plays several ranks; how they are damaged, and looked at."""
 
 from __future__ import annotations
 
@@ -8,51 +8,47 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
+from fastckpt import Checkpointer, Options
+from fastckpt.catalog import Catalog, verify
 from fastckpt.commit import open_vote, try_commit, vote_name
+from fastckpt.errors import CorruptCheckpointError
 from fastckpt.format import container, directory
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent
 from fastckpt.incarnation import Incarnation
-from fastckpt.options import Options
+from fastckpt.loading import load_object
 from fastckpt.reader import Reader
 from fastckpt.repository import Repository
 from fastckpt.save import index_and_footer
-from fastckpt.state import Captured, capture
 from fastckpt.store.base import Store
+from fastckpt.store.memory import MemoryStore
 from fastckpt.upload import SaveRequest, upload
+from tests.support.states import captured, rich_state
 
-OPTIONS = Options(threads=2, connections=2)
-
-
-def state(seed: int, n: int = 300_000) -> dict[str, Any]:
-    """Big and small tensors, a view, an array, a newer element type, Python state: 1.9 MB for the default n."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(n, generator=generator)
-    return {
-        "model": {"weight": weight, "bias": torch.randn(7, generator=generator), "view": weight[10:20]},
-        "optim": {"state": {0: {"step": torch.tensor(float(seed)), "exp_avg": torch.zeros(n)}}, "lr": 0.1},
-        "ids": torch.arange(seed, seed + 11),
-        "array": np.arange(20_000, dtype=np.float64) + seed,
-        "wide": torch.arange(5, dtype=torch.int32).to(torch.uint16),
-        "empty": torch.empty(0, 3),
-        "note": f"seed {seed}",
-    }
+OPTIONS = Options(threads=1, connections=1, host_budget_bytes=256 << 20)
+"""Nothing at the same time, which makes the order of requests that of the calls."""
+IN_PARALLEL = Options(threads=2, connections=2)
 
 
-def captured(obj: Any) -> Captured:
-    return capture(obj, pickle, 2)
+def incarnation(store: Store) -> Incarnation:
+    return Incarnation(Repository(store), OPTIONS)
+
+
+def read(store: Store, commit: Commit, rank: int = 0) -> Any:
+    """The object of a checkpoint, every byte verified."""
+    reader = open_vote(store, commit.vote(rank))
+    return load_object(reader, OPTIONS, 1, map_location=None, pickle_module=pickle, weights_only=True, load_args={})
 
 
 def save_steps(
     store: Store, steps: Sequence[int], metrics: Mapping[int, Mapping[str, float]] | None = None
 ) -> Incarnation:
-    """One incarnation's saves of state(step)."""
-    job = Incarnation(Repository(store), OPTIONS)
+    """One incarnation's saves of rich_state(step)."""
+    job = Incarnation(Repository(store), IN_PARALLEL)
     job.restore()
     for step in steps:
-        job.save(captured(state(step)), step, metrics=(metrics or {}).get(step))
+        job.save(captured(rich_state(step)), step, metrics=(metrics or {}).get(step))
     return job
 
 
@@ -70,7 +66,7 @@ def vote(
     """One rank's part of a save: packs and vote."""
     of = None if parent is None else Parent(parent.checkpoint, parent.digest)
     request = SaveRequest(save=SaveId(epoch, step, attempt), parent=of, rank=rank, world=world)
-    upload(captured(obj), store, request, OPTIONS)
+    upload(captured(obj), store, request, IN_PARALLEL)
 
 
 def save_ranks(store: Store, epoch: int, step: int, states: Sequence[Any], parent: Commit | None = None) -> Commit:
@@ -123,14 +119,40 @@ def flip(store: Store, key: str, at: int | None = None) -> None:
     store.put(key, data)
 
 
-def same(a: Any, b: Any) -> bool:
-    """Bit for bit, shapes, types and structure too."""
-    if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, torch.Tensor):
-        if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
-            return False
-        return a.contiguous().view(-1).view(torch.uint8).equal(b.contiguous().view(-1).view(torch.uint8))
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    return type(a) is type(b) and bool(a == b)
+def living(store: Store) -> dict[CheckpointId, Commit]:
+    """All living checkpoints, in the history or not. Raises for one that cannot be read."""
+    repository = Repository(store)
+    found = repository.read_all(repository.list())
+    assert not found.failed, found.failed
+    return found.commits
+
+
+def history(store: Store) -> list[CheckpointId]:
+    return list(Catalog(Repository(store)).history())
+
+
+def check_all(store: Store) -> None:
+    """G1: whatever is committed is whole, to the last bit."""
+    for commit in living(store).values():
+        verify(store, commit)
+        for rank in range(commit.world):
+            reader = open_vote(store, commit.vote(rank))
+            for number in range(len(reader.records)):
+                out = np.empty(int(reader.records["raw_bytes"][number]), np.uint8)
+                damage = reader.read_chunk(number, out)
+                if damage is not None:
+                    raise CorruptCheckpointError(commit.checkpoint.__str__(), [damage])
+
+
+def saved_once(state: dict[str, Any]) -> MemoryStore:
+    """A repository with step 1 of a state."""
+    store = MemoryStore()
+    with Checkpointer(store, state, every=None, spot=None) as ckpt:
+        ckpt.save_now(1).wait()
+    return store
+
+
+def restore_once(store: MemoryStore, state: dict[str, Any]) -> None:
+    """Step 1 into the objects of a state."""
+    with Checkpointer(store, state, every=None, spot=None) as ckpt:
+        assert ckpt.restore() == 1
