@@ -88,8 +88,9 @@ lint: venv ## check style
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
 
-types: venv ## check types
+types: venv ## check types, those of a user's program too
 	$(PY) -m mypy
+	$(PY) -m pytest tests/types
 
 docs: venv ## check the documents: links, and that their Python code runs
 	$(PY) -m pytest tests/docs $(ARGS)

@@ -52,8 +52,14 @@ PAIRS = (
     Pair("3.13", "2.14.1", "the newest torch"),
     Pair("3.14", "2.14.1", "the newest of both"),
 )
-SUITES = ("tests/unit", "tests/differential", "tests/golden", "tests/crash")
-QUICK = ("tests/unit", "tests/golden", "tests/differential/test_python_state.py", "tests/crash/test_process.py")
+SUITES = ("tests/unit", "tests/process", "tests/differential", "tests/golden", "tests/crash")
+QUICK = (
+    "tests/unit",
+    "tests/process",
+    "tests/golden",
+    "tests/differential/test_python_state.py",
+    "tests/crash/test_process.py",
+)
 # What the tests import. moonclip, mypy, ruff and numba are no part of what is asked here; matplotlib draws the demo's picture.
 TOOLS = (
     "setuptools>=77",

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,12 @@ import pytest
 from fastckpt.store.cloud import S3Store, open_s3
 from fastckpt.testing.fault_proxy import FaultProxy
 from tests.s3server import S3Server
+
+pytest.importorskip("boto3", reason="s3:// needs boto3")
+from tests.s3.manners import (
+    MannersServer,
+    self_signed,
+)
 
 
 @pytest.fixture
@@ -57,3 +64,36 @@ def proxy(s3_server: S3Server) -> Iterator[FaultProxy]:
 def faulty(open_store: Callable[..., S3Store], proxy: FaultProxy) -> S3Store:
     """The store behind the proxy. 1 s without progress is a stall."""
     return open_store(endpoint_url=proxy.url, stall_timeout_s=1.0)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Keys of nobody, and nothing of the machine's own AWS settings or proxies: for servers that play a manner."""
+    for name in [name for name in os.environ if name.upper().startswith("AWS_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "AKIA1",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.fixture
+def server(environment: pytest.MonkeyPatch) -> Iterator[MannersServer]:
+    with MannersServer() as found:
+        environment.setenv("AWS_ENDPOINT_URL", found.url)
+        yield found
+
+
+@pytest.fixture
+def encrypted(environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[MannersServer]:
+    """With a certificate that is its own authority, which AWS_CA_BUNDLE names."""
+    cert, key = self_signed(tmp_path)
+    with MannersServer(tls=(cert, key)) as found:
+        environment.setenv("AWS_ENDPOINT_URL", found.url)
+        environment.setenv("AWS_CA_BUNDLE", cert)
+        yield found

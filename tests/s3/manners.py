@@ -30,6 +30,8 @@ from types import TracebackType
 from typing import Any
 from xml.sax.saxutils import escape
 
+import torch
+
 NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 Manner = Callable[["Request"], bool]
 
@@ -322,3 +324,10 @@ class SilentServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._socket.close()
+
+
+OBJECT = {"a": torch.arange(3)}
+
+
+def is_object(found: Any) -> bool:
+    return bool(torch.equal(found["a"], OBJECT["a"]))

@@ -1,8 +1,12 @@
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from fastckpt import files, object_sink, turns
 from fastckpt.snapshot import pool
+from tests.support.stores import HeldStore
+from tests.support.targets import Gate
 
 
 @pytest.fixture
@@ -17,3 +21,27 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(pool, "fresh_pages", counted)
     return sizes
+
+
+@pytest.fixture
+def store() -> Iterator[HeldStore]:
+    """Open, until the test holds it."""
+    held = HeldStore()
+    yield held
+    held.open.set()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """The first save to a path, object or file object stops just before its last step."""
+    gate = Gate()
+    for owner in (files.AtomicFile, files.DirectFile, files.FileObject, object_sink.ObjectSink):
+
+        def commit(self: Any, real: Callable[[Any], None] = owner.commit) -> None:  # type: ignore[attr-defined]
+            gate.wait()
+            real(self)
+
+        monkeypatch.setattr(owner, "commit", commit)
+    yield gate
+    gate.open.set()
+    assert not turns._turns, "a save has ended and left its turn"

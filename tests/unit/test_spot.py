@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -243,35 +240,6 @@ def test_hostile_replies_never_leave_the_watcher(server: MetadataServer) -> None
     assert watcher.final.seconds_left(time.monotonic()) <= 120  # type: ignore[operator]
 
 
-_CHILD = """
-import os, signal, sys
-from fastckpt.spot import SignalSource, Watcher
-seen = []
-signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-before = signal.getsignal(signal.SIGTERM)
-watcher = Watcher([SignalSource(grace_s=7)])
-watcher.start()
-assert watcher.final is None
-os.kill(os.getpid(), signal.SIGTERM)
-notice = watcher.final
-assert notice.kind == "signal" and notice.source == "SIGTERM", notice
-assert seen == [signal.SIGTERM], "the handler that was there is called too"
-pid = os.fork()
-if pid == 0:
-    os._exit(watcher.final is not None)
-assert os.waitpid(pid, 0)[1] == 0, "a forked child takes its parent's notice for its own"
-watcher.close()
-assert signal.getsignal(signal.SIGTERM) is before
-"""
-
-
-def test_signals_are_chained_and_put_back() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", _CHILD], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("text", ["abc", "-1", "nan", ""])
 def test_a_grace_that_is_no_time_is_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTCKPT_SIGTERM_GRACE_S", text)
@@ -416,15 +384,3 @@ def test_what_does_not_fit_is_not_begun_if_something_else_does(
             assert fresh <= room < fresh + in_flight  # type: ignore[operator]
         if choice is Choice.FINISH:
             assert fresh > room  # type: ignore[operator]
-
-
-def test_the_server_as_a_program() -> None:
-    command = [sys.executable, "-m", "fastckpt.testing.metadata_server", "--port", "0", "--notice-after", "0"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    ) as child:
-        assert child.stdout is not None
-        url = child.stdout.readline().strip().partition("=")[2]
-        assert child.stdout.readline() == "notice posted\n"
-        assert Ec2Source(ImdsClient(url)).poll(0.0)[0].kind == "terminate"
-        child.terminate()

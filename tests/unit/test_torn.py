@@ -1,4 +1,4 @@
-"""Weights that are swapped while a save copies them, and steps that are saved twice: nothing is acknowledged that was not made."""
+"""Weights that are swapped while a save copies them: nothing is acknowledged that was not made."""
 
 from __future__ import annotations
 
@@ -9,57 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from fastckpt import Checkpointer, Every, Options, RNGState, chunking
+from fastckpt import Checkpointer, Every, Options, chunking
 from fastckpt.chunk_source import cuts_of
-from fastckpt.errors import SaveError, StoreUnavailableError, TornSnapshotError
+from fastckpt.errors import TornSnapshotError
 from fastckpt.snapshot import Sampler
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.state import Captured, Recapturer
 from fastckpt.store.memory import MemoryStore
-from tests.support.repositories import history
-from tests.support.stores import HeldStore
+from tests.support.swaps import MIB, OPTIONS, SHORT_S, Job, committed, open_on
 
-SHORT_S = 20.0
-MIB = 1 << 20
-OPTIONS = Options(threads=1, connections=1, compress=False, host_budget_bytes=128 * MIB, max_stall_s=SHORT_S)
 RING = Options(threads=1, connections=1, compress=False, host_budget_bytes=24 * MIB, max_stall_s=SHORT_S)
-
-
-class Job:
-    """A training whose weights are swapped for an evaluation, as libraries of averaged weights do it: through `.data`."""
-
-    def __init__(self, n_layers: int = 8, width: int = 600) -> None:
-        torch.manual_seed(0)
-        self.model = torch.nn.Sequential(*[torch.nn.Linear(width, width) for _ in range(n_layers)])
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        self.state = {"model": self.model, "optimizer": self.optimizer}
-        self._kept: list[torch.Tensor] = []
-
-    def step(self) -> dict[str, torch.Tensor]:
-        for parameter in self.model.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        self.optimizer.step()
-        return {name: value.clone() for name, value in self.model.state_dict().items()}
-
-    def swap(self) -> None:
-        self._kept = [parameter.data.clone() for parameter in self.model.parameters()]
-        for parameter in self.model.parameters():
-            parameter.data.fill_(7.0)
-
-    def swap_back(self) -> None:
-        for parameter, kept in zip(self.model.parameters(), self._kept, strict=True):
-            parameter.data.copy_(kept)
-
-
-def open_on(store: MemoryStore, state: dict[str, Any], *, proven: bool = True, **settings: Any) -> Checkpointer:
-    """proven: as after a save whose interval was quiet. Copies are left to the optimizer's step from the first save on."""
-    ckpt = Checkpointer(store, state, **{"every": None, "keep": None, "spot": None, "options": OPTIONS, **settings})
-    ckpt._proven = proven
-    return ckpt
-
-
-def committed(store: MemoryStore) -> list[int]:
-    return sorted(found.step for found in history(store))
 
 
 def check(store: MemoryStore, states: dict[int, dict[str, torch.Tensor]]) -> None:
@@ -380,122 +339,6 @@ def test_views_without_number_are_looked_at_once() -> None:
     assert stretches is not None
     assert int(stretches.lengths[1:].sum()) == 4 * (200 + 4999)
     assert stretches.n_bytes < chunking.BUNDLE_BYTES
-
-
-# -- the same step again -----------------------------------------------------------------------------------------------
-
-
-def everything() -> tuple[dict[str, Any], dict[str, Callable[[], object]]]:
-    """A state, and ways to change it."""
-    job = Job(2, 40)
-    job.step()
-    model, optimizer = job.model, job.optimizer
-    weight = model[0].weight
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    extra: dict[str, Any] = {"epoch": 1, "history": [0.5], "table": torch.zeros(3), "names": {"a"}}
-    state = {**job.state, "schedule": schedule, "extra": extra, "rng": RNGState()}
-
-    def in_place() -> None:
-        with torch.no_grad():
-            weight.fill_(5)
-
-    def replaced() -> None:
-        weight.data = weight.data + 1
-
-    return state, {
-        "a step": job.step,
-        "in place": in_place,
-        "data": lambda: weight.data.add_(1),
-        "numpy": lambda: weight.detach().numpy().fill(3),
-        "replaced": replaced,
-        "a schedule": schedule.step,
-        "a number": lambda: extra.update(epoch=2),
-        "a list": lambda: extra["history"].append(0.4),
-        "a tensor in a dict": lambda: extra["table"].fill_(1),
-        "a new tensor": lambda: extra.update(table=torch.ones(3)),
-        "a set": lambda: extra["names"].add("b"),
-        "another key": lambda: extra.update(more=1),
-        "moments": optimizer.state[weight]["momentum_buffer"].zero_,
-        "a learning rate": lambda: optimizer.param_groups[0].update(lr=0.5),
-    }
-
-
-CHANGES = list(everything()[1])
-
-
-@pytest.mark.parametrize("durable", [True, False], ids=["durable", "under way"])
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*:UserWarning")
-def test_a_step_that_is_saved_again_with_another_state_is_an_error(change: str, durable: bool) -> None:
-    state, changes = everything()
-    store = HeldStore(held=not durable)
-    with open_on(store, state) as ckpt:
-        first = ckpt.save_now(1)
-        ckpt.fence()
-        if durable:
-            first.wait(SHORT_S)
-        torch.rand(3)  # generators apart
-        assert ckpt.save_now(1).step == 1
-        changes[change]()
-        with pytest.raises(SaveError, match="step 1 has been saved or restored, and the state has changed since"):
-            ckpt.save_now(1)
-        store.open.set()
-        ckpt.save_now(2).wait(SHORT_S)
-    assert committed(store) == [1, 2]
-
-
-def test_a_step_that_is_saved_again_unchanged_is_that_save() -> None:
-    """The loop of the README: a step that was due, then the end of the loop."""
-    store = MemoryStore()
-    state, changes = everything()
-    with open_on(store, state, every=Every(steps=1)) as ckpt:
-        for step in (1, 2, 3):
-            changes["a step"]()
-            ckpt.step(step)
-            ckpt.wait()
-            handle = ckpt.save_now(step)
-            assert handle.wait(SHORT_S) == ckpt._queue.last_commit
-            assert ckpt.save_now(step).wait(SHORT_S) == handle.wait()
-        assert ckpt.stats.saves == 3
-
-
-def test_metrics_that_come_too_late_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    with open_on(MemoryStore(), {"t": torch.ones(3)}) as ckpt:
-        ckpt.save_now(1, metrics={"loss": 0.5}).wait(SHORT_S)
-        ckpt.save_now(1, metrics={"loss": 0.5}).wait(SHORT_S)
-        assert not caplog.records
-        ckpt.save_now(1, metrics={"val_loss": 0.4}).wait(SHORT_S)
-    assert "val_loss" in caplog.text
-
-
-def test_what_failed_is_made_by_the_second_call() -> None:
-    store = HeldStore()
-    state, changes = everything()
-    with open_on(store, state) as ckpt:
-        store.failing = StoreUnavailableError
-        with pytest.raises(StoreUnavailableError):
-            ckpt.save_now(1).wait(SHORT_S)
-        store.failing = None
-        with pytest.raises(StoreUnavailableError):
-            ckpt.wait(SHORT_S)
-        changes["in place"]()
-        assert ckpt.save_now(1).wait(SHORT_S).save.attempt == 1
-    assert committed(store) == [1]
-
-
-def test_a_restored_step_is_saved_again_only_if_nothing_was_trained() -> None:
-    store, job = MemoryStore(), Job(2)
-    with open_on(store, job.state) as ckpt:
-        for step in (1, 2):
-            job.step()
-            ckpt.save_now(step).wait(SHORT_S)
-        assert ckpt.restore(step=1) == 1
-        assert ckpt.save_now(1).wait(SHORT_S).save.step == 1
-        job.step()
-        with pytest.raises(SaveError, match="restored"):
-            ckpt.save_now(1)
-        assert ckpt.restore(step=1) == 1
-        assert ckpt.save_now(1).wait(SHORT_S).save.step == 1
 
 
 def test_large_chunks_are_copied_by_threads() -> None:

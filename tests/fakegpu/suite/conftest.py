@@ -36,3 +36,14 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # A process that has entered "threads" cannot leave it.
     items.sort(key=lambda item: "threads" in item.name)
+
+
+@pytest.fixture
+def late() -> Iterator[torch.device]:
+    """As `gpu`, under one schedule, in which copies come as late as they may: for tests that are not about the order of streams."""
+    device.configure("copy_late")
+    device.cost()
+    device.clear()
+    yield torch.device("fakegpu:0")
+    found = reports()
+    assert not found, "\n".join(found)
