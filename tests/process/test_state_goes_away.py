@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.forked import run_forked
+
 CHANGES = {
     "other data": "weight.data = torch.zeros_like(weight)",
     "deleted": "model = weight = None; optim.state.clear(); optim.param_groups[0]['params'] = []",
@@ -67,16 +64,7 @@ def test_state_that_goes_away_before_it_has_been_copied(tmp_path: Path, change: 
                 assert torch.equal(other.weight, expected)
                 print("whole")
     """
-    code = textwrap.dedent(script).replace("CHANGE", change)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, str(tmp_path / "run")],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=dict(os.environ),
-    )
+    done = run_forked(script.replace("CHANGE", change), str(tmp_path / "run"), timeout_s=60)
     print(done.stdout, done.stderr)
     assert done.returncode == 0, done.stderr
     assert "whole" in done.stdout or "refused" in done.stdout

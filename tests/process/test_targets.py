@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastckpt
+from tests.support.forked import run_forked
 from tests.support.targets import linux, root, state, step_in
 
 
@@ -35,7 +36,7 @@ def test_a_descriptor_is_written_at_its_position_and_nothing_is_cut_off(tmp_path
 def test_an_empty_file_that_another_process_has_open(tmp_path: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=tmp_path) as f:
         script = "import fastckpt, sys; fastckpt.save({'step': 9}, sys.argv[1])"
-        subprocess.run([sys.executable, "-c", script, f.name], check=True, timeout=120)
+        run_forked(script, f.name).check_returncode()
         assert step_in(f) == 9
 
 
@@ -47,9 +48,7 @@ def as_nobody(*words: str) -> subprocess.CompletedProcess[str]:
         "fastckpt.save({}, os.devnull)\n"
         "if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
     )
-    return subprocess.run(
-        [sys.executable, "-c", script + words[0], *words[1:]], check=False, capture_output=True, text=True, timeout=120
-    )
+    return run_forked(script + words[0], *words[1:])
 
 
 @pytest.fixture
@@ -63,10 +62,7 @@ def public() -> Iterator[Path]:
 
 @pytest.mark.parametrize("mode", [0o555, pytest.param(0o1777, marks=root)], ids=oct)
 def test_a_directory_that_is_closed(public: Path, mode: int) -> None:
-    """An empty file in it is written in place; one that holds bytes is left alone, and the error says what would do.
-
-    7 s: only a process of its own can give its rights away, and this starts three.
-    """
+    """An empty file in it is written in place; one that holds bytes is left alone, and the error says what would do."""
     path = public / "x"
     path.touch()
     path.chmod(0o666)
