@@ -1,3 +1,5 @@
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,12 +10,24 @@ from fastckpt.snapshot import pool
 from tests.support.stores import HeldStore
 from tests.support.targets import Gate
 
+_waited_for: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@pytest.fixture(autouse=True)
+def saves_end_with_their_test() -> Iterator[None]:
+    """What a save that was given up says at its end would stand in the log of the next test. Those that hang are waited for once."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "fastckpt-checkpointer" and thread not in _waited_for:
+            _waited_for.add(thread)
+            thread.join(5)
+
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the slabs of ordinary memory that are made."""
     sizes: list[int] = []
-    fresh = pool.fresh_pages
+    fresh = pool.fresh_pages  # type: ignore[attr-defined]
 
     def counted(n_bytes: int) -> Any:
         sizes.append(n_bytes)
@@ -37,7 +51,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
     for owner in (files.AtomicFile, files.DirectFile, files.FileObject, object_sink.ObjectSink):
 
-        def commit(self: Any, real: Callable[[Any], None] = owner.commit) -> None:  # type: ignore[attr-defined]
+        def commit(self: Any, real: Callable[[Any], None] = owner.commit) -> None:
             gate.wait()
             real(self)
 
