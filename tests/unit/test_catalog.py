@@ -139,9 +139,9 @@ def test_an_unreadable_record_is_not_passed_over_in_silence(store: MemoryStore) 
 def test_all_are_damaged(store: MemoryStore) -> None:
     for step in (1, 2, 3):
         damage(store, step)
-    for step in ("latest", "latest-valid"):
+    for step in ("latest", "latest-valid"):  # type: ignore[assignment]
         with pytest.raises((CorruptCheckpointError, NoCheckpointError)):
-            catalog(store).choose(step)  # type: ignore[arg-type]
+            catalog(store).choose(step)
 
 
 def test_a_rewind_leaves_a_branch(store: MemoryStore) -> None:

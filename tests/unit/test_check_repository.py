@@ -77,7 +77,7 @@ def test_a_whole_repository(store: LocalStore) -> None:
     assert report.packs == 3
     assert report.pack_bytes == sum(info.n_bytes for info in store.list("data/"))
     assert seen[-1] == (report.pack_bytes, report.pack_bytes)
-    assert report.repository == Repository(store).require().repository
+    assert report.repository == Repository(store).require().repository  # type: ignore[union-attr]
     plan = plan_repair(report, Repository(store).epoch, 1)
     assert plan.complete == ()
     assert plan.left == ()

@@ -57,7 +57,7 @@ class Run:
 
     def train(self) -> None:
         self.optimizer.zero_grad()
-        self.forward().backward()  # type: ignore[no-untyped-call]
+        self.forward().backward()
         self.optimizer.step()
 
     def steps(self, n: int) -> None:
@@ -234,8 +234,8 @@ def test_what_else_has_moved_is_not_saved(store: HeldStore, what: str, caplog: p
 
 
 def test_large_containers_cost_no_step_its_time(store: HeldStore) -> None:
-    run = Run(store, {"many": list(range(100_000)), "itself": (loop := [])})
-    loop.append(loop)  # type: ignore[arg-type]
+    run = Run(store, {"many": list(range(100_000)), "itself": (loop := list[Any]())})
+    loop.append(loop)
     run.ckpt._settled.mark()
     assert run.ckpt._settled._values == [None, None]
     run.ckpt.close()

@@ -86,7 +86,7 @@ def test_a_handler_set_in_between_is_called_and_stays(chains: bool, first_closed
     def mine(number: int, frame: Any) -> None:
         calls.append(number)
         if chains:
-            ours(number, frame)  # type: ignore[operator, misc]
+            ours(number, frame)  # type: ignore[misc]
 
     signal.signal(signal.SIGTERM, mine)
     (above,) = opened()
@@ -262,7 +262,7 @@ def test_the_jobs_end_is_the_warnings_deadline(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_masks_that_cannot_be_read_hide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handlers.Path, "read_text", lambda *a, **k: "SigCgt:\nSigIgn:\tzz\n")
+    monkeypatch.setattr(handlers.Path, "read_text", lambda *a, **k: "SigCgt:\nSigIgn:\tzz\n")  # type: ignore[attr-defined]
     assert handlers.is_default(signal.SIGUSR1)
 
 
@@ -350,7 +350,7 @@ def test_the_handler_of_a_notice_is_not_ended_by_one(children: list[int], monkey
         return living(self)
 
     # As if it were in there: what counts is in whose frames the main thread is.
-    handlers_die = type(die)(die.__code__, {**die.__globals__, "__name__": "fastckpt.spot.handlers"})
+    handlers_die = type(die)(die.__code__, {**die.__globals__, "__name__": "fastckpt.spot.handlers"})  # type: ignore[misc]
     monkeypatch.setattr(handlers._Line, "living", interrupted)
     source = SignalSource()
     source.install()

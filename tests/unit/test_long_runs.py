@@ -157,7 +157,7 @@ def test_a_save_does_not_wait_for_retention_which_ends_for_it() -> None:
     assert not store.open.is_set()
     store.open.set()
     ckpt.wait()
-    assert [c.step for c in history(store.inner)] == [3]  # type: ignore[arg-type]
+    assert [c.step for c in history(store.inner)] == [3]
     ckpt.close()
 
 

@@ -107,7 +107,7 @@ class AsTensor(AsTuple):
 
 class Output(OrderedDict[str, Any]):
     def __reduce__(self) -> Any:
-        made, _, *rest = super().__reduce__()
+        made, _, *rest = super().__reduce__()  # type: ignore[str-unpack]
         return (made, (), *rest)
 
 
@@ -160,7 +160,7 @@ class Color(enum.Enum):
 
 def test_keys_are_not_asked_to_show_themselves() -> None:
     parameters = [torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))]
-    state = {
+    state = {  # type: ignore[misc]
         **{key: {"m": torch.zeros(2)} for key in parameters},
         Key(1): torch.ones(1),
         (Key(2), 1): torch.ones(1),

@@ -100,7 +100,7 @@ def test_saves_that_begin_then_are_done_when_they_return(tmp_path: Path, ended: 
 
 
 def test_a_save_that_was_accepted_before_is_whole(tmp_path: Path, end: End, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, write = threading.Event(), api.write
+    go, write = threading.Event(), api.write  # type: ignore[attr-defined]
 
     def late(*arguments: Any) -> int:
         assert go.wait(SHORT_S)
@@ -419,7 +419,7 @@ def test_who_is_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
     """Twice, if somebody begins in between; but never twice for a thread that hangs."""
     monkeypatch.setenv(workers.ENV_EXIT_TIMEOUT, "0.05")
     go = threading.Event()
-    hung = workers.start_thread(go.wait, "hung")
+    hung = workers.start_thread(go.wait, "hung")  # type: ignore[arg-type]
     assert hung is not None
     workers._wait()
     assert caplog.text.count("saves under way, 0.05 s after its main thread (hung)") == 1
@@ -437,7 +437,7 @@ def test_who_is_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
 
 def test_an_interrupt_ends_the_wait_for_good(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     go = threading.Event()
-    hung = workers.start_thread(go.wait, "hung")
+    hung = workers.start_thread(go.wait, "hung")  # type: ignore[arg-type]
     assert hung is not None
 
     def interrupted(self: threading.Thread, timeout: float | None = None) -> None:

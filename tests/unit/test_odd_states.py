@@ -90,8 +90,8 @@ class Wrapper(torch.optim.Optimizer):
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
-    state = property(lambda self: self.optimizer.state)  # type: ignore[assignment]
-    param_groups = property(lambda self: self.optimizer.param_groups)  # type: ignore[assignment]
+    state = property(lambda self: self.optimizer.state)
+    param_groups = property(lambda self: self.optimizer.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
@@ -102,7 +102,7 @@ class Wrapper(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)
 
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         return self.optimizer.step(closure)
 
 
@@ -169,7 +169,7 @@ def test_tensors_of_every_layout_are_saved_again_and_again(name: str) -> None:
     store, value = HeldStore(), ODD[name]()
     state = {"v": value, "t": torch.ones(2)}
     model = torch.nn.Linear(2, 2)
-    model.odd = value  # type: ignore[assignment]
+    model.odd = value
     if isinstance(value, torch.nn.Parameter):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     else:

@@ -48,7 +48,7 @@ def test_names_shapes_values(state: dict[str, dict[str, torch.Tensor]], path: Pa
             assert torch.equal(original, found)
             assert (found.stride(), found.dtype) == (original.stride(), original.dtype)
         assert reader["empty"].shape == (0, 4)
-        assert np.array_equal(reader["array"], state["array"])
+        assert np.array_equal(reader["array"], state["array"])  # type: ignore[arg-type]
         assert reader["array"].flags.f_contiguous
         assert reader["array"].dtype == np.dtype("<f4")
         assert reader.entry("model.w").shape == (300, 200)
@@ -197,7 +197,7 @@ def test_a_module_and_its_state_dict_have_the_same_names(prefix: tuple[str, ...]
         fastckpt.save(nest(saved), tmp_path / "x")
         with fastckpt.open(tmp_path / "x") as reader:
             reader.load_into(nest(into))
-        assert torch.equal(second[0].weight, first[0].weight)
+        assert torch.equal(second[0].weight, first[0].weight)  # type: ignore[arg-type]
 
 
 def test_names_that_look_alike_are_not_mixed_up(tmp_path: Path) -> None:
@@ -205,6 +205,6 @@ def test_names_that_look_alike_are_not_mixed_up(tmp_path: Path) -> None:
     with fastckpt.open(tmp_path / "x") as reader:
         state = {"a.b": torch.full((1,), 9.0), "a": {"b": torch.full((1,), 9.0)}}
         reader.load_into(state)
-        assert (state["a.b"].item(), state["a"]["b"].item()) == (1, 0)  # type: ignore[union-attr,index]
+        assert (state["a.b"].item(), state["a"]["b"].item()) == (1, 0)  # type: ignore[attr-defined]
         with pytest.raises(UnknownTensorError):
             reader.load_into({"a": (torch.zeros(1),)})

@@ -56,7 +56,7 @@ def names(captured: Captured) -> list[Any]:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of each stream that was pickled."""
     made: list[int] = []
-    original = recapture.pickled
+    original = recapture.pickled  # type: ignore[attr-defined]
 
     def pickled(*args: Any) -> bytes:
         stream = original(*args)
@@ -303,6 +303,7 @@ def test_numbers_beside_a_tensor_are_looked_at_at_once(counted: list[int]) -> No
 
 def test_a_part_that_gets_and_loses_tensors(counted: list[int]) -> None:
     again = Recapturer()
+    value: Any
     for value in ([1, 2], [1, torch.ones(2)], [1, 2], [np.float64(1)], torch.ones(1), {}):
         state = {"a": {"b": value}, "w": {"w": torch.ones(3)}}
         ours = again.capture(state)

@@ -102,7 +102,7 @@ def test_a_full_disk_ends_the_recording_with_one_warning(
     with events.record(tmp_path / "run.jsonl") as recorder, caplog.at_level(logging.WARNING, "fastckpt"):
         time.sleep(0.2)  # the first line is written
         with monkeypatch.context() as patched:
-            patched.setattr(recording.os, "write", full)
+            patched.setattr(recording.os, "write", full)  # type: ignore[attr-defined]
             events.emit(deferred(1))
             recorder._thread.join(30)
         fastckpt.save({"a": torch.arange(3)}, tmp_path / "x.fckpt")

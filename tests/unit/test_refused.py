@@ -164,10 +164,10 @@ def test_a_class_that_the_program_allows_is_not_warned_of(caplog: pytest.LogCapt
     assert isinstance(into["d"]["x"], Foreign)
     assert not caplog.records
     with torch.serialization.safe_globals(
-        [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]
+        [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.Float64DType]  # type: ignore[attr-defined]
     ):
         restored({"d": {"x": np.arange(3.0), "big": np.zeros(20_000)}}, into)
-    assert into["d"]["x"].tolist() == [0, 1, 2]
+    assert into["d"]["x"].tolist() == [0, 1, 2]  # type: ignore[attr-defined]
     assert not caplog.records
 
 
@@ -217,7 +217,7 @@ class NoStorages:
     def has_data(self, number: int) -> bool:
         raise AssertionError
 
-    take = has_data  # type: ignore[assignment]
+    take = has_data
 
 
 def load(body: bytes) -> Any:

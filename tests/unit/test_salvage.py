@@ -263,7 +263,7 @@ def test_odd_tensors(store: LocalStore, out: Path) -> None:
     for name, value in obj.items():
         if name not in (1, "1", "meta", "parameter", ""):
             assert same(found[str(name)], value), name
-    assert same(found["parameter"], obj["parameter"].data)  # type: ignore[union-attr]
+    assert same(found["parameter"], obj["parameter"].data)  # type: ignore[attr-defined]
     assert found["big-array"].flags.f_contiguous
 
 

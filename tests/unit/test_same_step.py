@@ -30,7 +30,7 @@ def everything() -> tuple[dict[str, Any], dict[str, Callable[[], object]]]:
             weight.fill_(5)
 
     def replaced() -> None:
-        weight.data = weight.data + 1
+        weight.data = weight.data + 1  # type: ignore[assignment]
 
     return state, {
         "a step": job.step,

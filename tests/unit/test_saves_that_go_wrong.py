@@ -83,10 +83,10 @@ def test_statistics_that_share_a_parameters_storage_are_copied_first() -> None:
 def test_parameters_that_share_a_storage_are_left_to_the_fence() -> None:
     flat = torch.zeros(24, 8)
     parts = [torch.nn.Parameter(flat[:8]), torch.nn.Parameter(flat[8:].t())]
-    fenced = engine.Fenced([torch.optim.SGD(parts, lr=0.1)])
+    fenced = engine.Fenced([torch.optim.SGD(parts, lr=0.1)])  # type: ignore[attr-defined]
     assert fenced.addresses == {flat.untyped_storage().data_ptr()}
     strided = torch.nn.Parameter(torch.zeros(16)[::2])
-    assert not engine.Fenced([torch.optim.SGD([strided], lr=0.1)]).addresses
+    assert not engine.Fenced([torch.optim.SGD([strided], lr=0.1)]).addresses  # type: ignore[attr-defined]
 
 
 def test_retention_that_fails_in_any_way_stops_no_later_save() -> None:
@@ -119,7 +119,7 @@ def test_a_save_that_gets_no_copying_thread_fails_and_is_over(monkeypatch: pytes
 
 def test_room_that_comes_while_one_looks_for_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_on(MemoryStore(), {"x": noise(8)}) as ckpt:
-        begin, refused = ckpt._stager.begin, []
+        begin, refused = ckpt._stager.begin, list[Any]()
 
         def busy_once(*arguments: Any, **settings: Any) -> Any:
             if not refused:
@@ -304,8 +304,8 @@ def test_errors_of_others_keep_their_class() -> None:
         pass
 
     error = Mine("my store's")
-    assert background.of_save(error, 1) is error
-    assert isinstance(background.of_save(OSError(errno.ENOMEM, "none"), 1), OutOfHostMemoryError)
+    assert background.of_save(error, 1) is error  # type: ignore[attr-defined]
+    assert isinstance(background.of_save(OSError(errno.ENOMEM, "none"), 1), OutOfHostMemoryError)  # type: ignore[attr-defined]
 
 
 def test_buffers_of_the_encoder_are_no_threads_own() -> None:

@@ -102,7 +102,7 @@ def _check_slabs(pool: SlabPool, memory: Memory, acts: list[tuple[Any, Any, Any]
         if act == "take":
             waiting = sum(s.n_bytes == first and s.for_device is second for s in _kept(pool))
             made = memory.made
-            slab = taking(lambda first=first, second=second: pool.take(first, second))
+            slab = taking(lambda first=first, second=second: pool.take(first, second))  # type: ignore[misc]
             if slab is not None:
                 got(slab, first, second)
                 assert (memory.made == made) == bool(waiting), "those that wait are used before others are made"
@@ -110,7 +110,7 @@ def _check_slabs(pool: SlabPool, memory: Memory, acts: list[tuple[Any, Any, Any]
                 assert used + first > pool.budget_bytes
                 assert not waiting
         elif act == "take_all":
-            slabs = taking(lambda first=first, second=second: pool.take_all(first, second))
+            slabs = taking(lambda first=first, second=second: pool.take_all(first, second))  # type: ignore[misc]
             if slabs is None:
                 assert pool.used_bytes == used, "all or nothing"
                 if memory.there:
@@ -130,7 +130,7 @@ def _check_slabs(pool: SlabPool, memory: Memory, acts: list[tuple[Any, Any, Any]
                 free.update({id(slab): slab for slab in chosen})
         else:
             setattr(memory, act, first)
-        slab = slabs = chosen = None
+        slab = slabs = chosen = None  # type: ignore[assignment]
         kept = _kept(pool)
         free = {id(one): one for one in kept}
         assert pool.used_bytes == sum(one.n_bytes for one in held)

@@ -92,7 +92,7 @@ def test_a_full_disk_is_told_and_the_store_waited_for(
         return os_pwrite(fd, data, at)
 
     os_pwrite = os.pwrite
-    monkeypatch.setattr(spill.os, "pwrite", full)
+    monkeypatch.setattr(spill.os, "pwrite", full)  # type: ignore[attr-defined]
     with Checkpointer(store, {"model": net}, every=None, spot=None, keep=None, options=options(str(tmp_path))) as ckpt:
         then = {name: value.clone() for name, value in net.state_dict().items()}
         ckpt.save_now(1)

@@ -237,7 +237,7 @@ def test_hostile_replies_never_leave_the_watcher(server: MetadataServer) -> None
                 server.items[path] = text
         watcher._ask(source)
     assert watcher.final is not None
-    assert watcher.final.seconds_left(time.monotonic()) <= 120  # type: ignore[operator]
+    assert watcher.final.seconds_left(time.monotonic()) <= 120
 
 
 @pytest.mark.parametrize("text", ["abc", "-1", "nan", ""])
@@ -377,10 +377,10 @@ def test_what_does_not_fit_is_not_begun_if_something_else_does(
     if in_flight == 0:
         assert choice is Choice.FRESH
     elif None not in (left, fresh, in_flight):
-        room = left - GUARD_S  # type: ignore[operator]
+        room = left - GUARD_S
         if choice is Choice.FINISH_THEN_FRESH:
-            assert fresh + in_flight <= room  # type: ignore[operator]
+            assert fresh + in_flight <= room
         if choice is Choice.FRESH:
-            assert fresh <= room < fresh + in_flight  # type: ignore[operator]
+            assert fresh <= room < fresh + in_flight
         if choice is Choice.FINISH:
-            assert fresh > room  # type: ignore[operator]
+            assert fresh > room

@@ -191,7 +191,7 @@ def test_a_save_in_a_signal_handler_overtakes_the_one_that_it_interrupts(
 ) -> None:
     """The interrupted save cannot end before the handler does; written after it, it would replace the newer state."""
     path = tmp_path / "x"
-    real, told = files.AtomicFile.write, []
+    real, told = files.AtomicFile.write, list[Any]()
 
     def write(self: files.AtomicFile, data: Any) -> None:
         if not told:

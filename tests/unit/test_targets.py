@@ -113,14 +113,14 @@ def test_an_empty_file_that_is_open_is_written_where_it_lies(tmp_path: Path, leg
 @linux
 def test_where_there_are_no_leases_only_this_process_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(fd: int, *arguments: Any) -> int:
-        if arguments[0] == held.fcntl.F_SETLEASE:
+        if arguments[0] == held.fcntl.F_SETLEASE:  # type: ignore[attr-defined]
             raise OSError(22, "Invalid argument")
         return int(fcntl_fcntl(fd, *arguments))
 
-    fcntl_fcntl = held.fcntl.fcntl
+    fcntl_fcntl = held.fcntl.fcntl  # type: ignore[attr-defined]
     (tmp_path / "x").touch()
     with monkeypatch.context() as patch:
-        patch.setattr(held.fcntl, "fcntl", refused)
+        patch.setattr(held.fcntl, "fcntl", refused)  # type: ignore[attr-defined]
         assert not held.held_open(str(tmp_path / "x"))
         with (tmp_path / "x").open("rb"):
             assert held.held_open(str(tmp_path / "x"))

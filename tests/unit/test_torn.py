@@ -249,7 +249,7 @@ def test_the_first_save_is_copied_at_once_and_a_quiet_interval_proves_the_loop(s
 
 WRITES: dict[str, Callable[[Job], object]] = {
     "data": lambda job: job.swap(),
-    "counted": lambda job: torch.nn.init.zeros_(job.model[0].bias),
+    "counted": lambda job: torch.nn.init.zeros_(job.model[0].bias),  # type: ignore[arg-type]
     "replaced": lambda job: setattr(job.model[0].weight, "data", torch.zeros(600, 600)),
     "resized": lambda job: job.model[3].weight.untyped_storage().resize_(4 * 600 * 600 + 64),
     "moments": lambda job: job.optimizer.state[job.model[0].weight]["momentum_buffer"].data.zero_(),

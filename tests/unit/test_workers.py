@@ -170,9 +170,9 @@ def test_a_pool_that_gives_way_to_nobody_gets_no_more_threads() -> None:
 
 
 def test_threads_that_have_ended_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    start_thread(lambda: None, "short").join(SHORT_S)
+    start_thread(lambda: None, "short").join(SHORT_S)  # type: ignore[union-attr]
     ended: Callable[[], object] = workers._wait
     monkeypatch.setenv(workers.ENV_EXIT_TIMEOUT, "0")
     ended()
-    start_thread(lambda: None, "next").join(SHORT_S)
+    start_thread(lambda: None, "next").join(SHORT_S)  # type: ignore[union-attr]
     assert not [thread for thread in workers._unfinished if thread.name == "short"]
