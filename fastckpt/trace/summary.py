@@ -30,6 +30,8 @@ _OF_SAVES = frozenset(
     ]
 )
 
+_TICK_S = 1e-9  # of the clock that recordings are made with; a speed in less could be infinite, which JSON cannot hold
+
 
 @dataclass
 class Save:
@@ -69,7 +71,7 @@ class Save:
         """Bytes a second of a stage's wall time: stored bytes of uploads, raw bytes of the others. None where nothing was measured."""
         wall_s = self.wall_s(stage)
         n_bytes = self.stored_bytes if stage in (UPLOAD, COMMIT) else self.raw_bytes
-        return n_bytes / wall_s if wall_s > 0 and stage not in (STALL, COMMIT) else None
+        return n_bytes / wall_s if wall_s >= _TICK_S and stage not in (STALL, COMMIT) else None
 
     @property
     def bottleneck(self) -> str:

@@ -77,6 +77,17 @@ def test_any_events_make_a_summary(recordings: list[Recording]) -> None:
         assert isinstance(save.bottleneck, str)
 
 
+def test_a_time_below_the_clocks_tick_gives_no_speed() -> None:
+    found = [event("PackStored", 2.2e-309, seconds=1), event("CheckpointDurable", 0.0, stored_bytes=1)]
+    recordings = [recording(*found)]
+    summary = summarize(recordings)
+    json.dumps(to_json(recordings, summary), allow_nan=False)
+    assert [save.speed(stage) for save in summary.saves for stage in STAGES] == [None] * len(STAGES) * len(
+        summary.saves
+    )
+    assert summary.saves
+
+
 SPANS = st.lists(
     st.builds(lambda a, b: Span(float(min(a, b)), float(max(a, b))), st.integers(0, 30), st.integers(0, 30))
 )
