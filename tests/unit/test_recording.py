@@ -156,6 +156,7 @@ def test_what_an_event_carries_cannot_end_the_recording(tmp_path: Path) -> None:
     assert fourth.text("error") == "OSError: [Errno 5] Input/output error"
 
 
+@pytest.mark.alone
 def test_emitting_is_cheap_and_from_many_threads(tmp_path: Path) -> None:
     def emit_many() -> None:
         for step in range(1000):
