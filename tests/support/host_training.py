@@ -29,9 +29,16 @@ class Training:
         self.done = 0
 
     def step(self) -> int:
+        self.backward()
+        return self.update()
+
+    def backward(self) -> None:
+        """The part of a step that waits for no copy."""
         self.done += 1
         x = torch.randn(2, self.width, generator=torch.Generator().manual_seed(self.done))
         self.norm(self.model(x)).square().mean().backward()
+
+    def update(self) -> int:
         self.optim.step()
         self.optim.zero_grad()
         return self.done
