@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from fastckpt import Checkpointer, Options
-from fastckpt.catalog import Catalog, verify
-from fastckpt.commit import open_vote
 from fastckpt.errors import CorruptCheckpointError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit
-from fastckpt.incarnation import Incarnation
-from fastckpt.loading import load_object
-from fastckpt.repository import Repository
+from fastckpt.reading.object_loader import load_object
+from fastckpt.repository.catalog import Catalog, verify
+from fastckpt.repository.commit import open_vote
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
 from fastckpt.spot import Notice
 from fastckpt.state import Captured, capture
 from fastckpt.store.base import Store

@@ -10,18 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastckpt.commit import open_vote, try_commit, vote_name
 from fastckpt.format import container, directory
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent
-from fastckpt.incarnation import Incarnation
+from fastckpt.format.vote import vote_name
 from fastckpt.options import Options
-from fastckpt.reader import Reader
-from fastckpt.repository import Repository
-from fastckpt.save import index_and_footer
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.repository.commit import open_vote, try_commit
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
 from fastckpt.state import Captured, capture
 from fastckpt.store.base import Store
-from fastckpt.upload import SaveRequest, upload
+from fastckpt.writing.container import index_and_footer
+from fastckpt.writing.rank import SaveRequest, upload
 
 OPTIONS = Options(threads=2, connections=2)
 

@@ -17,7 +17,6 @@ import torch
 
 import fastckpt
 from fastckpt import Checkpointer, Every, Keep, Options, RNGState, events
-from fastckpt.catalog import Catalog
 from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -31,8 +30,9 @@ from fastckpt.errors import (
     TornSnapshotError,
 )
 from fastckpt.format import keys
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
 from tests.repositories import GivenNotices, HeldStore
@@ -207,7 +207,7 @@ def test_the_optimizers_step_waits_for_copies_that_were_left_to_it(
 
     monkeypatch.setattr("fastckpt.snapshot.snapshot._INLINE_BYTES", 1)  # these tensors would not be worth a thread
     monkeypatch.setattr(
-        "fastckpt.chunking.BUNDLE_BYTES", 1
+        "fastckpt.state.chunking.BUNDLE_BYTES", 1
     )  # and would be bundled with others that may change at any time
     with checkpointer(store, training, every=Every(steps=2)) as ckpt:
         training.step()

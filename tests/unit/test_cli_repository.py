@@ -17,7 +17,6 @@ import torch
 
 import fastckpt
 from fastckpt import cli
-from fastckpt.catalog import Catalog
 from fastckpt.cli import output, target
 from fastckpt.cli.output import clean
 from fastckpt.cli.pruning import forecast, keep_of, needs_of
@@ -25,9 +24,10 @@ from fastckpt.errors import CheckpointError, NoCheckpointError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, commit_key, epoch_key
 from fastckpt.format.repository_records import Pin, pin_bytes, utc_now
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
-from fastckpt.retention import Collector, Keep
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Collector, Keep
 from fastckpt.store.local import LocalStore
 from tests.unit.repository_tools import (
     OPTIONS,
@@ -624,7 +624,7 @@ def test_an_interrupt(url: str, store: LocalStore, monkeypatch: pytest.MonkeyPat
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastckpt.check_repository.check_repository", interrupt)
+    monkeypatch.setattr("fastckpt.upkeep.check.repository.check_repository", interrupt)
     assert cli.main(["check", url]) == cli.INTERRUPTED
 
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import events, recording
-from fastckpt.recording import Recorder
+from fastckpt import events
 from fastckpt.trace import read
+from fastckpt.trace import recorder as recording
+from fastckpt.trace.recorder import Recorder
 
 ROOT = Path(fastckpt.__file__).parents[1]
 

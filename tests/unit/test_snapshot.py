@@ -25,10 +25,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastckpt import Checkpointer, Every, Options, background, events
-from fastckpt.catalog import Catalog
+from fastckpt import Checkpointer, Every, Options, events
 from fastckpt.errors import SaveError, SnapshotStalledError
-from fastckpt.repository import Repository
+from fastckpt.host.threads import ENV_EXIT_TIMEOUT
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.snapshot import Stager
 from fastckpt.snapshot import pool as pool_module
 from fastckpt.snapshot.pool import Slab, SlabPool
@@ -36,7 +37,7 @@ from fastckpt.snapshot.slots import PAGE_BYTES, lay_out, slab_limit
 from fastckpt.spot import Notice
 from fastckpt.state import Captured
 from fastckpt.store.memory import MemoryStore
-from fastckpt.workers import ENV_EXIT_TIMEOUT
+from fastckpt.training import save_queue
 from tests.repositories import HeldStore
 
 ROOT = Path(__file__).parents[2]
@@ -477,7 +478,7 @@ def test_a_save_that_gets_no_thread_fails_and_is_over(store: HeldStore, monkeypa
         ckpt.save_now(training.step()).wait(SHORT_S)
         ckpt.wait(SHORT_S)
         with monkeypatch.context() as patch:
-            patch.setattr(background, "start_thread", none_left)
+            patch.setattr(save_queue, "start_thread", none_left)
             training.step()
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 ckpt.save_now(2)

@@ -20,15 +20,17 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import cli, files, held, object_sink, turns
+from fastckpt import cli
 from fastckpt.errors import OvertakenError, SaveError, StoreError, StoreUnavailableError, TargetBusyError
+from fastckpt.host import files, held
 from fastckpt.options import Options
-from fastckpt.ordered_sink import key_of_path
 from fastckpt.store import late_writes
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.open import open_store
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.faulty_store import FaultyStore
+from fastckpt.writing import object_sink, turns
+from fastckpt.writing.ordered_sink import key_of_path
 
 IMPATIENT = Options(max_order_wait_s=0.05, threads=1)
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")

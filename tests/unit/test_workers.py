@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from fastckpt import load, workers
-from fastckpt.workers import WorkerPool, exit_timeout_s, hurried, start_thread
+from fastckpt import load
+from fastckpt.host import threads
+from fastckpt.host.threads import WorkerPool, exit_timeout_s, hurried, start_thread
 
 ROOT = Path(__file__).parents[2]
 SHORT_S = 30.0  # no wait of these tests comes near it
@@ -99,7 +100,7 @@ def test_no_thread_outlives_its_pool() -> None:
         assert len(set(threading.enumerate()) - before) == 6
     made.close()
     assert set(threading.enumerate()) <= before
-    assert made not in workers._pools
+    assert made not in threads._pools
 
 
 def test_what_a_call_held_is_let_go_before_the_next_one_comes(pool: WorkerPool) -> None:
@@ -208,7 +209,7 @@ def test_an_ordinary_user_can_do_that_too() -> None:
     done = start(
         f"""
         import os, sys, threading
-        from fastckpt.workers import WorkerPool, hurried
+        from fastckpt.host.threads import WorkerPool, hurried
         if os.getuid() == 0:
             os.setgroups([])
             os.setgid({NOBODY})
@@ -236,7 +237,7 @@ def test_the_end_of_a_script_waits_for_save_async(tmp_path: Path) -> None:
     done = start(
         """
         import sys, threading, torch, fastckpt
-        from fastckpt import workers
+        from fastckpt.host import threads
         real = fastckpt.api.write
         def late(*arguments):
             assert threading.current_thread() is not threading.main_thread()
@@ -318,12 +319,12 @@ def test_a_store_that_hangs_keeps_no_checkpointer() -> None:
 def test_the_time_for_that_is_read_when_it_is_needed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(workers.ENV_EXIT_TIMEOUT, "2.5")
+    monkeypatch.setenv(threads.ENV_EXIT_TIMEOUT, "2.5")
     assert exit_timeout_s() == 2.5
-    monkeypatch.setenv(workers.ENV_EXIT_TIMEOUT, "soon")
-    assert exit_timeout_s() == workers.EXIT_TIMEOUT_S
+    monkeypatch.setenv(threads.ENV_EXIT_TIMEOUT, "soon")
+    assert exit_timeout_s() == threads.EXIT_TIMEOUT_S
     assert "FASTCKPT_EXIT_TIMEOUT_S is 'soon': expected seconds" in caplog.text
-    monkeypatch.delenv(workers.ENV_EXIT_TIMEOUT)
+    monkeypatch.delenv(threads.ENV_EXIT_TIMEOUT)
     assert exit_timeout_s() == 600
 
 
@@ -393,7 +394,7 @@ def test_a_forked_child_ends_without_waiting_for_its_parents_saves() -> None:
         + """
     import os, warnings
     warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-    from fastckpt.workers import WorkerPool, hurried
+    from fastckpt.host.threads import WorkerPool, hurried
     child = os.fork()
     if not child:
         pool = WorkerPool(1, "mine", nice=3)
@@ -412,8 +413,8 @@ def test_a_forked_child_ends_without_waiting_for_its_parents_saves() -> None:
 
 def test_threads_that_have_ended_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     start_thread(lambda: None, "short").join(SHORT_S)
-    ended: Callable[[], object] = workers._wait
-    monkeypatch.setenv(workers.ENV_EXIT_TIMEOUT, "0")
+    ended: Callable[[], object] = threads._wait
+    monkeypatch.setenv(threads.ENV_EXIT_TIMEOUT, "0")
     ended()
     start_thread(lambda: None, "next").join(SHORT_S)
-    assert not [thread for thread in workers._unfinished if thread.name == "short"]
+    assert not [thread for thread in threads._unfinished if thread.name == "short"]

@@ -24,13 +24,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastckpt
-from fastckpt.catalog import Catalog
-from fastckpt.checkpointer import Checkpointer, Every
 from fastckpt.errors import SaveError, TornSnapshotError
 from fastckpt.options import Options
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.snapshot.side_stream import SideStream
+from fastckpt.training.checkpointer import Checkpointer, Every
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import Job, batch_norm_cnn, inputs, moving_average
 from tests.fakegpu.suite.tools import Saved, equal, host, reports

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastckpt.catalog import Catalog
-from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import TornSnapshotError
 from fastckpt.options import Options
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.snapshot import Fenced, FenceHooks
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.snapshot.pool import Slab, SlabPool
 from fastckpt.snapshot.side_stream import SideStream, bytes_of
+from fastckpt.training.checkpointer import Checkpointer
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import Job, batch_norm_cnn, closure, inputs, mlp, moving_average
 from tests.fakegpu.suite.tools import OPTIONS, reports, train
@@ -124,7 +124,7 @@ def test_what_forward_changes_is_not_copied_first(
         found.addresses |= {t.untyped_storage().data_ptr() for m in modules for t in m.state_dict().values()}
         return found
 
-    monkeypatch.setattr("fastckpt.checkpointer.Fenced", all_fenced)
+    monkeypatch.setattr("fastckpt.training.checkpointer.Fenced", all_fenced)
     assert any("RACE: write" in text for text in run(job))
 
 
@@ -306,4 +306,4 @@ def test_a_fence_before_the_closure_has_run_costs_the_whole_copy(
 
 
 def test_the_public_loop_is_what_the_bugs_are_tested_on() -> None:
-    assert Checkpointer.__module__ == "fastckpt.checkpointer"
+    assert Checkpointer.__module__ == "fastckpt.training.checkpointer"
