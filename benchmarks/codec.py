@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import CACHE, ROOT, codec_data, measure, output, progress, tables
 from benchmarks.runner import rotated
 from fastckpt import __version__, _native, codec
-from fastckpt.transform import MAX_CHUNK_ELEMENTS, MAX_RAW_BYTES, Transform
+from fastckpt.kernels.transform import MAX_CHUNK_ELEMENTS, MAX_RAW_BYTES, Transform
 
 Bytes = NDArray[np.uint8]
 OWN_CACHE = CACHE / "codec"

@@ -30,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import fastckpt
-from fastckpt.pages import fresh_pages
+from fastckpt.host.pages import fresh_pages
 
 N_TENSORS, TENSOR_BYTES = 113, 4 << 20
 ROUNDS = 5

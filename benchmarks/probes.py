@@ -14,8 +14,8 @@ import torch
 
 import fastckpt
 from benchmarks import measure
-from fastckpt.reader import Reader
-from fastckpt.sources import PathSource
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.sources import PathSource
 
 PIECE = 4 << 20
 # A limit is what the machine can do at its best: on a virtual machine the first write into memory that the host has not

@@ -1,11 +1,13 @@
 """fastckpt: a checkpoint storage engine for PyTorch.
 
-    the way out                                                  the way back
-    state ─→ staging ─→ chunking ─→ codec ─→ format ─→ store     catalog ─→ reader ─→ restore ─→ state
-    nested   private    where to    bytes →  container  bytes    which      verified   decoded    unpickled,
-    objects  copy       cut         fewer    or packs   by key   commit     index      in threads restricted
-                    └──────── save.py, upload.py move it ────┘
-                                     └─→ commit.py: one conditional put
+    the way out                                                         the way back
+    state ─→ snapshot ─→ codec ─→ format ─→ store                       repository ─→ reading ─→ state
+    nested   private     bytes →  container  memory,                    which         verified,  unpickled,
+    objects, copy        fewer    or packs   directory,                 commit        decoded    restricted
+    cut                           and vote   S3                                       in threads
+             └────── writing/ moves it ──────┘
+                              └─→ repository/commit.py: one conditional put
+    `training/` decides when, `spot/` hears notices, `upkeep/` is for a person with a repository, `host/` is this machine, `kernels/` are the loops.
 
 `save`, `load` and `save_async` take torch.save's and torch.load's arguments; `open` fetches single tensors by name. A training loop uses
 
@@ -23,14 +25,12 @@ from __future__ import annotations
 
 import importlib.metadata as _metadata
 
-from fastckpt.collector import held_off as _held_off
+from fastckpt.host.cycle_collector import held_off as _held_off
 
 with _held_off():  # a collection that falls into this would walk all of torch: 0.08 s of 0.14
     from fastckpt import errors, events
     from fastckpt._version import __version__
     from fastckpt.api import SaveHandle, get_unsafe_globals, load, open, release_memory, save, save_async
-    from fastckpt.background import CommitHandle
-    from fastckpt.checkpointer import EXIT_CODE_NOTICE, Checkpointer
     from fastckpt.errors import (
         CheckpointError,
         CorruptCheckpointError,
@@ -50,10 +50,12 @@ with _held_off():  # a collection that falls into this would walk all of torch: 
         UnsupportedFormatError,
     )
     from fastckpt.options import Options
-    from fastckpt.retention import Keep
-    from fastckpt.rng import RNGState
-    from fastckpt.schedule import Every
-    from fastckpt.tensors import TensorReader
+    from fastckpt.reading.tensor_reader import TensorReader
+    from fastckpt.repository.retention import Keep
+    from fastckpt.training.checkpointer import EXIT_CODE_NOTICE, Checkpointer
+    from fastckpt.training.rng import RNGState
+    from fastckpt.training.save_queue import CommitHandle
+    from fastckpt.training.schedule import Every
 
 __all__ = [
     "EXIT_CODE_NOTICE",

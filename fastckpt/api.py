@@ -16,8 +16,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from fastckpt import events, foreign, turns
-from fastckpt.chunk_source import LiveChunks, cuts_of
+from fastckpt import events
 from fastckpt.errors import (
     CorruptCheckpointError,
     Damage,
@@ -29,25 +28,28 @@ from fastckpt.errors import (
     StoreError,
     TooLargeError,
 )
-from fastckpt.files import FileObject, Sink, make_directories, open_sink
-from fastckpt.loading import load_object
-from fastckpt.location import is_url, location
-from fastckpt.newest import is_repository, read_checkpoint
-from fastckpt.object_sink import ObjectSink
-from fastckpt.object_source import ObjectSource
+from fastckpt.host.files import FileObject, Sink, make_directories, open_sink
+from fastckpt.host.threads import start_thread
+from fastckpt.host.torch_names import check_can_seek, check_can_write, check_dill
 from fastckpt.options import Options
-from fastckpt.ordered_sink import OrderedSink, key_of_path
-from fastckpt.reader import Reader, is_container
-from fastckpt.save import start_workers, write
+from fastckpt.reading import foreign
+from fastckpt.reading.chunk_reader import Reader, is_container
+from fastckpt.reading.object_loader import load_object
+from fastckpt.reading.object_source import ObjectSource
+from fastckpt.reading.sources import FileObjectSource, PathSource, Source
+from fastckpt.reading.tensor_reader import TensorReader
+from fastckpt.repository.newest import is_repository, read_checkpoint
 from fastckpt.snapshot import DoesNotFit, Snapshot, kept
-from fastckpt.sources import FileObjectSource, PathSource, Source
 from fastckpt.state import Captured, capture, unsafe_globals
+from fastckpt.state.chunks import LiveChunks, cuts_of
 from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
+from fastckpt.store.location import is_url, location
 from fastckpt.store.open import open_object, open_store
-from fastckpt.tensors import TensorReader
-from fastckpt.torch_names import check_can_seek, check_can_write, check_dill
-from fastckpt.workers import start_thread
+from fastckpt.writing import turns
+from fastckpt.writing.container import start_workers, write
+from fastckpt.writing.object_sink import ObjectSink
+from fastckpt.writing.ordered_sink import OrderedSink, key_of_path
 
 
 def _describe(f: Any) -> str:

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fastckpt.recording import Recorder
+from fastckpt.trace.recorder import Recorder
 
 logger = logging.getLogger("fastckpt")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastckpt.kernels import kernels
-from fastckpt.transform import MAX_RAW_BYTES
+from fastckpt.kernels.transform import MAX_RAW_BYTES
 
 logger = logging.getLogger("fastckpt")
 

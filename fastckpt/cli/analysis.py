@@ -7,16 +7,16 @@ import pickle
 from typing import Any
 
 from fastckpt import api
-from fastckpt.analyze import Group, Side, analyze
-from fastckpt.catalog import Catalog
 from fastckpt.cli.output import OK, bar, human, note, print_json, say, table
 from fastckpt.cli.target import local_path, maybe_repository, open_source, options
-from fastckpt.commit import open_vote
 from fastckpt.errors import NoCheckpointError
 from fastckpt.kernels import kernels
-from fastckpt.loading import load_object
-from fastckpt.reader import Reader
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.object_loader import load_object
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.commit import open_vote
 from fastckpt.state import Captured, capture
+from fastckpt.upkeep.analyze import Group, Side, analyze
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from fastckpt import check as checking
 from fastckpt.cli.output import BAD_CHECKPOINT, FOUND_DAMAGE, OK, bar, human, print_json, say, table
 from fastckpt.cli.target import open_source
 from fastckpt.errors import CheckpointError, NotACheckpointError
@@ -16,9 +15,10 @@ from fastckpt.format.container import MAGIC
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.records import transform_of
 from fastckpt.format.tensor_names import dotted, to_json
-from fastckpt.reader import Reader, storage_bytes, summary
-from fastckpt.reader import is_container as is_ours
-from fastckpt.sources import PathSource, Source
+from fastckpt.reading.chunk_reader import Reader, storage_bytes, summary
+from fastckpt.reading.chunk_reader import is_container as is_ours
+from fastckpt.reading.sources import PathSource, Source
+from fastckpt.upkeep.check import container as checking
 
 
 def is_container(path: Path) -> bool:

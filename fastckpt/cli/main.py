@@ -42,7 +42,7 @@ from fastckpt.cli.target import (
     require_environment,
 )
 from fastckpt.errors import CheckpointError, StoreError
-from fastckpt.repository import Repository
+from fastckpt.repository.repository import Repository
 
 
 def main(argv: Sequence[str] | None = None) -> int:

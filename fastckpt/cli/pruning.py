@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastckpt.cli.output import OK, USAGE, WrongUsageError, bar, confirm, human, note, print_json, say
-from fastckpt.commit import open_vote
 from fastckpt.errors import CheckpointError, ObjectNotFoundError, RepositoryError, StoreError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit
-from fastckpt.repository import Repository
-from fastckpt.retention import Collector, Keep, Plan, View, plan
+from fastckpt.repository.commit import open_vote
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Collector, Keep, Plan, View, plan
 
 _MOST_PASSES = 100  # three are enough; a bound so that a bug cannot turn into deleting forever
 

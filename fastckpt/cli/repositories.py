@@ -7,20 +7,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fastckpt import check_repository as checking
-from fastckpt import repair as repairing
-from fastckpt.catalog import Catalog, describe, pending_saves
 from fastckpt.cli.containers import tensor_to_json
 from fastckpt.cli.output import BAD_CHECKPOINT, FOUND_DAMAGE, OK, bar, confirm, human, note, print_json, say, table
 from fastckpt.cli.target import find, options, safe_history
-from fastckpt.commit import list_votes, open_vote
 from fastckpt.errors import CheckpointError, ObjectNotFoundError, StoreError
 from fastckpt.format.keys import MARKER, CheckpointId, SaveId, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Tombstone, metrics_to_json
 from fastckpt.format.tensor_names import dotted
 from fastckpt.format.vote import save_info
-from fastckpt.reader import Reader
-from fastckpt.repository import Repository
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.repository.catalog import Catalog, describe, pending_saves
+from fastckpt.repository.commit import list_votes, open_vote
+from fastckpt.repository.repository import Repository
+from fastckpt.upkeep import repair as repairing
+from fastckpt.upkeep.check import repository as checking
 
 _MANY_METRICS = 4
 

@@ -7,17 +7,17 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastckpt.catalog import Catalog, Step
 from fastckpt.cli.output import FOUND_DAMAGE, OK, WrongUsageError, bar, human, note, print_json, say
 from fastckpt.cli.target import find, local_path, options, safe_history
 from fastckpt.errors import NoCheckpointError
-from fastckpt.export import export
-from fastckpt.files import open_sink
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.tensor_names import dotted
-from fastckpt.repository import Repository
-from fastckpt.salvage import SalvagedRank, SalvageReport, report_to_json, salvage
+from fastckpt.host.files import open_sink
+from fastckpt.repository.catalog import Catalog, Step
+from fastckpt.repository.repository import Repository
+from fastckpt.upkeep.export import export
+from fastckpt.upkeep.salvage import SalvagedRank, SalvageReport, report_to_json, salvage
 
 
 def restore(repository: Repository, arguments: argparse.Namespace) -> int:

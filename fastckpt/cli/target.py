@@ -9,20 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastckpt.catalog import Catalog
 from fastckpt.cli.output import WrongUsageError, note
 from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, RepositoryError, StoreError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.kernels import kernels
-from fastckpt.location import is_url, location
-from fastckpt.newest import is_repository
-from fastckpt.object_source import ObjectSource
 from fastckpt.options import Options
-from fastckpt.repository import Repository
-from fastckpt.sources import PathSource, Source
+from fastckpt.reading.object_source import ObjectSource
+from fastckpt.reading.sources import PathSource, Source
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.newest import is_repository
+from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.store.cloud_connection import parse_s3_url
+from fastckpt.store.location import is_url, location
 from fastckpt.store.open import open_store
 
 

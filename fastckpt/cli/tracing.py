@@ -12,7 +12,7 @@ from typing import Any
 from fastckpt._version import __version__
 from fastckpt.cli.output import OK, WrongUsageError, human, note, print_json, say, table
 from fastckpt.cli.target import local_path
-from fastckpt.files import AtomicFile
+from fastckpt.host.files import AtomicFile
 from fastckpt.trace import Recording, Summary, draw, read, summarize, to_chrome
 from fastckpt.trace.stages import ENCODE, STAGE, STALL, UPLOAD
 from fastckpt.trace.summary import to_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastckpt.transform import Transform
+from fastckpt.kernels.transform import Transform
 
 NO_PARAMETER = bytes(8)
 

@@ -10,7 +10,7 @@ import enum
 from typing import NamedTuple
 
 from fastckpt.kernels import Estimate
-from fastckpt.transform import PACK_BITS, Transform
+from fastckpt.kernels.transform import PACK_BITS, Transform
 
 
 class Effort(enum.IntEnum):

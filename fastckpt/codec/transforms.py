@@ -18,7 +18,7 @@ from fastckpt.codec.choose import MIN_SAVING, Coding, Effort, choose
 from fastckpt.kernels import kernels, reference
 from fastckpt.kernels.checksums import crc64nvme, digest
 from fastckpt.kernels.reference import STRIPE_LANES
-from fastckpt.transform import HAS_FRAME, Transform
+from fastckpt.kernels.transform import HAS_FRAME, Transform
 
 U8 = npt.NDArray[np.uint8]
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt.errors import Damage
-from fastckpt.transform import (
+from fastckpt.kernels.transform import (
     HAS_BASE,
     HAS_FRAME,
     IMPLEMENTED,

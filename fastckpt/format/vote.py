@@ -7,10 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastckpt.errors import CorruptCheckpointError, Damage
+from fastckpt.format.digest import digest
 from fastckpt.format.directory import Directory
 from fastckpt.format.keys import MAX_EPOCH, MAX_TRY, SaveId, VoteName
 from fastckpt.format.members import Members
 from fastckpt.format.repository_records import Commit, Parent, VoteEntry, metrics_to_json, parent_to_json, parse_parent
+
+
+def vote_name(save: SaveId, rank: int, world: int, data: bytes) -> VoteName:
+    """The name that a vote of these bytes has."""
+    return VoteName(save, rank, world, len(data), digest(data).hex())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastckpt.kernels import reference
 from fastckpt.kernels.reference import STRIPE_LANES
-from fastckpt.transform import Transform
+from fastckpt.kernels.transform import Transform
 
 _TABLES = reference.crc_tables()
 

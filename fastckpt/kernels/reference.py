@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastckpt.transform import PACK_BITS, Transform
+from fastckpt.kernels.transform import PACK_BITS, Transform
 
 STRIPE_LANES = 131072
 _POLYNOMIAL_REFLECTED = 0x9A6C9329AC4BC9B5  # 0xAD93D23594C93659 with its bits reversed

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from fastckpt.host.threads import start
 from fastckpt.kernels.reference import Estimate
-from fastckpt.workers import start
 
 # Importing numba and compiling takes a second or two; the NumPy code does this much in a few milliseconds.
 _NUMBA_FROM_BYTES = 256 * 1024

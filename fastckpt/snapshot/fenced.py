@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from fastckpt.torch_names import local_of, version_of
+from fastckpt.host.torch_names import local_of, version_of
 
 
 class Fenced:

@@ -10,11 +10,11 @@ import os
 import threading
 import time
 
-from fastckpt.chunking import Cuts
 from fastckpt.snapshot.pool import SlabPool
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.stager import Stager
 from fastckpt.state import Captured
+from fastckpt.state.chunking import Cuts
 
 _POLL_S = 0.01  # another save's end wakes nobody here: it may be any thread's, and there may be many
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastckpt.chunking import Chunk, Cuts
+from fastckpt.kernels.transform import MAX_RAW_BYTES
 from fastckpt.snapshot.fenced import Fenced
 from fastckpt.snapshot.pool import Slab, SlabPool
 from fastckpt.snapshot.slots import Layout, lay_out, slab_limit
 from fastckpt.state import Captured
-from fastckpt.transform import MAX_RAW_BYTES
+from fastckpt.state.chunking import Chunk, Cuts
 
 
 class DoesNotFit(Exception):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from fastckpt.events import logger
-from fastckpt.pages import fresh_pages
+from fastckpt.host.pages import fresh_pages
 
 U8 = npt.NDArray[np.uint8]
 

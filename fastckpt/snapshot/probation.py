@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch.storage import UntypedStorage
 
-from fastckpt.chunking import Cuts
 from fastckpt.snapshot.fenced import Fenced
 from fastckpt.snapshot.sampled import Sampled
 from fastckpt.state import Captured
+from fastckpt.state.chunking import Cuts
 
 
 class Probation:

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastckpt.chunking import Chunk, Cuts
 from fastckpt.format.digest import digest
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import element_type
+from fastckpt.host.pages import fresh_pages
 from fastckpt.kernels import WHOLE_BELOW, kernels, lines_bytes
-from fastckpt.pages import fresh_pages
 from fastckpt.state import Captured
+from fastckpt.state.chunking import Chunk, Cuts
 
 U8 = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]

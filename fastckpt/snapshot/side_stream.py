@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fastckpt.chunking import BUNDLE_BYTES
 from fastckpt.snapshot import cuda
+from fastckpt.state.chunking import BUNDLE_BYTES
 
 _POLL_S = 0.0005
 # Generic events spin when they are waited for (torch 2.13), and hold a core that training needs: background threads ask and sleep.

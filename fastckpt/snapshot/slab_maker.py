@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastckpt.events import logger
+from fastckpt.host.threads import is_ending, start_thread
 from fastckpt.snapshot.pool import SlabPool
-from fastckpt.workers import is_ending, start_thread
 
 
 class SlabMaker:

@@ -29,10 +29,10 @@ from dataclasses import dataclass
 import torch
 
 from fastckpt import events
-from fastckpt.chunking import Chunk, Cuts
 from fastckpt.errors import SaveError, SnapshotStalledError, TornSnapshotError
 from fastckpt.events import logger
 from fastckpt.format.tensor_names import dotted
+from fastckpt.host.threads import WorkerPool, start_thread
 from fastckpt.snapshot import cuda
 from fastckpt.snapshot.fenced import Fenced
 from fastckpt.snapshot.places import Places
@@ -41,7 +41,7 @@ from fastckpt.snapshot.side_stream import SideStream, joined, wait_for
 from fastckpt.snapshot.spill import SpillFile
 from fastckpt.snapshot.verify import AtSave
 from fastckpt.state import Captured
-from fastckpt.workers import WorkerPool, start_thread
+from fastckpt.state.chunking import Chunk, Cuts
 
 MAX_CLONED_BYTES = 64 << 20
 """Of a device's memory, for what may change at any time: statistics, averages, generators, learning rates."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from fastckpt.chunking import Cuts
 from fastckpt.errors import SaveError
 from fastckpt.events import logger
 from fastckpt.snapshot.fenced import Fenced
@@ -17,6 +16,7 @@ from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.spill import SpillFile
 from fastckpt.snapshot.verify import AllBytes, AtSave
 from fastckpt.state import Captured
+from fastckpt.state.chunking import Cuts
 
 
 class Stager:

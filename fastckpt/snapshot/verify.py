@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fastckpt.chunking import Cuts
 from fastckpt.events import logger
 from fastckpt.format.digest import digest
+from fastckpt.kernels.transform import MAX_RAW_BYTES
 from fastckpt.snapshot.device_prints import DevicePrints
 from fastckpt.snapshot.side_stream import SideStream
 from fastckpt.state import Captured
-from fastckpt.transform import MAX_RAW_BYTES
+from fastckpt.state.chunking import Cuts
 
 U8 = npt.NDArray[np.uint8]
 

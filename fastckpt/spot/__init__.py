@@ -1,7 +1,7 @@
 """When the machine is about to go: notices from the metadata service, a signal or a file (docs/spot.md). Imports no torch."""
 
 from fastckpt.spot.notice import Notice
-from fastckpt.spot.open import open_sources
+from fastckpt.spot.select import open_sources
 from fastckpt.spot.sources import Ec2Source, FileSource, NoticeSource, SignalSource
 from fastckpt.spot.watcher import NoticeReceived, NoticeSourceBlind, Watcher
 from fastckpt.spot.worker_errors import WorkerErrors

@@ -18,7 +18,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fastckpt.workers import start
+from fastckpt.host.threads import start
 
 _TOKEN_TTL_S = 21600
 _RENEW_S = 60.0  # before it expires: a poll must not meet a stale token in the two minutes that count

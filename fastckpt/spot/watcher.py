@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from fastckpt import events
 from fastckpt.events import logger
+from fastckpt.host.threads import start
 from fastckpt.spot.notice import Notice
 from fastckpt.spot.sources import NoticeSource, SignalSource
-from fastckpt.workers import start
 
 # A generator of our own: drawing from the global one would change what training draws.
 _random = random.Random()

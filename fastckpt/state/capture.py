@@ -17,14 +17,14 @@ import numpy.typing as npt
 import torch
 from torch.storage import TypedStorage, UntypedStorage
 
-from fastckpt import collector
 from fastckpt.errors import SaveError
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
 from fastckpt.format.tensor_names import Name
+from fastckpt.host import cycle_collector
+from fastckpt.host.torch_names import class_of, identity, skips_data, untyped_of
 from fastckpt.kernels import kernels
 from fastckpt.state.naming import Named, Reduction, named_tensors
-from fastckpt.torch_names import class_of, identity, skips_data, untyped_of
 
 # Smaller arrays stay in the pickle: a record, a storage entry and a range read cost more than they save.
 _ARRAY_BYTES = 64 * 1024
@@ -280,7 +280,7 @@ def capture(obj: object, pickle_module: Any, pickle_protocol: int) -> Captured:
     """
     refuse_skipping_data()
     numbers = StorageNumbers()
-    with collector.held_off():
+    with cycle_collector.held_off():
         skeleton = pickled(obj, numbers, pickle_module, pickle_protocol)
         tensors = entries(obj, numbers)
     return Captured(skeleton, numbers.storages, tensors, numbers.addresses, numbers.owners, numbers.wholes)

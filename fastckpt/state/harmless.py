@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastckpt.torch_names import allowed_globals, load_allowing, restricted, user_allowed_globals
+from fastckpt.host.torch_names import allowed_globals, load_allowing, restricted, user_allowed_globals
 
 NUMPY_DTYPE = "numpy.dtype"
 """Only as a part of a NumPy scalar: by itself, or in an array, it is refused."""

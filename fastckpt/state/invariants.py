@@ -16,7 +16,7 @@ import torch
 
 from fastckpt.errors import CorruptCheckpointError, Damage
 from fastckpt.format.tensor_names import Name, dotted, key_of
-from fastckpt.torch_names import is_fake, validate_sparse_compressed, validate_sparse_coo, without_subclasses
+from fastckpt.host.torch_names import is_fake, validate_sparse_compressed, validate_sparse_coo, without_subclasses
 
 _JAGGED_MODULE = "torch.nested._internal.nested_tensor"
 _COMPRESSED_BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)

@@ -17,7 +17,7 @@ import torch
 
 from fastckpt.format.directory import GlobalPlace
 from fastckpt.format.tensor_names import Name, key_of
-from fastckpt.torch_names import has_storage, offset_of_local, without_subclasses
+from fastckpt.host.torch_names import has_storage, offset_of_local, without_subclasses
 
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device})
 _OPAQUE = (

@@ -19,8 +19,7 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from fastckpt.errors import CheckpointError, CorruptCheckpointError, Damage
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
-from fastckpt.state import harmless, invariants
-from fastckpt.torch_names import (
+from fastckpt.host.torch_names import (
     allowed_globals,
     fake_mode,
     fake_storage,
@@ -31,6 +30,7 @@ from fastckpt.torch_names import (
     restricted,
     user_allowed_globals,
 )
+from fastckpt.state import harmless, invariants
 
 # torch's functions that lay a tensor over a storage; they fail when it does not fit.
 _PLACES_A_TENSOR = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")

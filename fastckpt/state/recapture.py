@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.storage import UntypedStorage
 
-from fastckpt import collector
 from fastckpt.errors import SaveError
 from fastckpt.format.digest import digest
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.tensor_names import Name, dotted, key_of
+from fastckpt.host import cycle_collector
+from fastckpt.host.torch_names import identity, version_of
 from fastckpt.state.capture import (
     Captured,
     CapturedStorage,
@@ -34,7 +35,6 @@ from fastckpt.state.capture import (
     pickled,
     refuse_skipping_data,
 )
-from fastckpt.torch_names import identity, version_of
 
 _PROTOCOL = 2
 _MAX_SPLIT = 64  # a part more costs as much as ten tensors
@@ -219,7 +219,7 @@ class Recapturer:
             except _Changed:
                 captured = None
         if captured is None:
-            with collector.held_off():
+            with cycle_collector.held_off():
                 captured = self._anew(parts, looks)
         captured.skeleton = b"".join([b"\x80\x02", *self._joined(state, (), _DEPTH), b"."])
         self.identity = self._identity(looks)

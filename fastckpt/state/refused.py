@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fastckpt.format.tensor_names import Name, dotted, key_of
+from fastckpt.host.torch_names import allowed_globals, read_global, restricted, user_allowed_globals
 from fastckpt.state import harmless
-from fastckpt.torch_names import allowed_globals, read_global, restricted, user_allowed_globals
 
 # GLOBAL in the stream of protocol 2: c, module, line feed, name, line feed. Text may look like it.
 _GLOBAL = re.compile(rb"c([A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n)")

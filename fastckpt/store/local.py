@@ -18,9 +18,9 @@ from fastckpt.errors import (
     StoreError,
     StoreFullError,
 )
-from fastckpt.files import AtomicFile, NoAtomicCreateError, make_directories, remove_empty_directories, remove_file
-from fastckpt.location import is_url, location
+from fastckpt.host.files import AtomicFile, NoAtomicCreateError, make_directories, remove_empty_directories, remove_file
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
+from fastckpt.store.location import is_url, location
 
 _PUT_TRIES = (
     100  # a put into a directory that a concurrent delete keeps removing; each round needs another delete to lose

@@ -7,9 +7,9 @@ import threading
 from typing import Any
 
 from fastckpt.errors import StoreError
-from fastckpt.location import is_url, location
 from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
+from fastckpt.store.location import is_url, location
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Retrying
 

@@ -5,8 +5,8 @@ recording ─→ reading ─→ chrome: spans by thread, for Perfetto
 """
 
 from fastckpt.trace.chrome import to_chrome
+from fastckpt.trace.parsing import Recorded, Recording, RecordingError, parse, read
 from fastckpt.trace.picture import draw
-from fastckpt.trace.reading import Recorded, Recording, RecordingError, parse, read
 from fastckpt.trace.summary import Load, Save, Summary, summarize
 
 __all__ = [

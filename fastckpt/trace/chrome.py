@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastckpt.trace.reading import Recorded, Recording
+from fastckpt.trace.parsing import Recorded, Recording
 from fastckpt.trace.stages import Moment, Span, lanes, moments
 
 _ACROSS_ROW = 1_000_000  # numbers of rows that are no threads

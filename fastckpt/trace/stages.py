@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from fastckpt.trace.reading import Recorded
+from fastckpt.trace.parsing import Recorded
 
 STALL, STAGE, ENCODE, UPLOAD, COMMIT = "stall", "stage", "encode", "upload", "commit"
 STAGES = (STALL, STAGE, ENCODE, UPLOAD, COMMIT)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastckpt.trace.reading import Recorded, Recording
+from fastckpt.trace.parsing import Recorded, Recording
 from fastckpt.trace.stages import COMMIT, ENCODE, STAGE, STAGES, STALL, UPLOAD, Span, covered_s, raw_span, span_of
 
 _ALIKE = 0.85  # stages that worked nearly as long as the longest are named with it

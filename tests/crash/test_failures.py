@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import files
+from fastckpt.host import files
 from tests.crash import tools
 
 OLD, NEW = 1, 2

@@ -13,8 +13,8 @@ import torch
 
 import fastckpt
 from fastckpt import Checkpointer
-from fastckpt.catalog import Catalog
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
 from fastckpt.trace import read
 from tests.support.interpreter import CALLS, IMPORT, USUAL, is_own, run
@@ -287,7 +287,7 @@ def test_an_idle_process_waits_for_nobody(tmp_path: Path) -> None:
         ckpt = fastckpt.Checkpointer("other", {"s": own(1)}, every=None)  # stays open
         ckpt.save_now(1)
         ckpt.wait()
-        from fastckpt import workers
+        from fastckpt.host import threads
         for thread in list(workers._unfinished):  # has told its outcome, and is about to end
             thread.join()
         """,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fastckpt import files
 from fastckpt.errors import ObjectExistsError
+from fastckpt.host import files
 from fastckpt.store.local import LocalStore
 from tests.crash import tools
 

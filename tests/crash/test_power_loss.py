@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastckpt
-from fastckpt import files
+from fastckpt.host import files
 from tests.crash import tools
 from tests.crash.power import Op, Recorder, states_after_power_loss
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt.catalog import Catalog
-from fastckpt.repository import Repository
-from fastckpt.retention import Keep
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Keep
 from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
 from fastckpt.testing.faulty_store import FaultyStore

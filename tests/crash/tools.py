@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import fastckpt
-from fastckpt import files
+from fastckpt.host import files
 
 torch.set_num_threads(1)  # a fork keeps only the calling thread: torch must not wait for others
 

@@ -18,24 +18,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastckpt.catalog import Catalog
-from fastckpt.check_repository import check_repository
-from fastckpt.commit import open_vote, try_commit, vote_name
 from fastckpt.errors import CheckpointError, StoreError
-from fastckpt.export import export
-from fastckpt.files import FileObject
 from fastckpt.format import container, keys, records
 from fastckpt.format.digest import digest
 from fastckpt.format.keys import CheckpointId, commit_key, epoch_key, pin_key, vote_key
 from fastckpt.format.repository_records import Commit, Pin, pin_bytes, utc_now
-from fastckpt.incarnation import Incarnation
-from fastckpt.loading import load_object
+from fastckpt.format.vote import vote_name
+from fastckpt.host.files import FileObject
 from fastckpt.options import Options
-from fastckpt.repository import Repository
-from fastckpt.retention import Collector, Keep, plan
-from fastckpt.salvage import salvage
-from fastckpt.save import index_and_footer
+from fastckpt.reading.object_loader import load_object
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.commit import open_vote, try_commit
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Collector, Keep, plan
 from fastckpt.store.local import LocalStore
+from fastckpt.upkeep.check.repository import check_repository
+from fastckpt.upkeep.export import export
+from fastckpt.upkeep.salvage import salvage
+from fastckpt.writing.container import index_and_footer
 from tests.faults.test_hostile import junk, mutate_json
 from tests.faults.tools import outcome
 from tests.support.states import captured, small_state

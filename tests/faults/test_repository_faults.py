@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from fastckpt.catalog import Catalog
 from fastckpt.errors import CheckpointError, StoreUnavailableError
 from fastckpt.format import keys
-from fastckpt.repository import Repository
-from fastckpt.retention import Keep
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Keep
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Retrying

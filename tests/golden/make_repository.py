@@ -19,9 +19,9 @@ from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId
 from fastckpt.format.repository_records import Commit, Pin, pin_bytes, utc_now
 from fastckpt.format.sealed import seal
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
-from fastckpt.retention import Keep
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Keep
 from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
 from tests.support.repositories import IN_PARALLEL, begin, reuse, save_ranks, vote
@@ -69,7 +69,7 @@ def write(store: Store) -> None:
 
 def reuse_from(store: Store) -> None:
     """Step 7 commits, and step 8 names only its packs."""
-    from fastckpt.commit import try_commit
+    from fastckpt.repository.commit import try_commit
 
     assert try_commit(store, SaveId(3, 7, 0)) is not None
     reuse(store, 7, 8, epoch=3)

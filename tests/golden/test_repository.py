@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from fastckpt.catalog import Catalog
-from fastckpt.check_repository import check_repository
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
+from fastckpt.upkeep.check.repository import check_repository
 from tests.golden import make_repository
 from tests.golden.repository_decoder import FormatError
 from tests.golden.repository_decoder import Repository as Decoder

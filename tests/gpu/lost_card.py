@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import SaveError
 from fastckpt.options import Options
+from fastckpt.training.checkpointer import Checkpointer
 from tests.fakegpu.suite.models import mlp
 
 OPTIONS = Options(threads=1, connections=1, host_budget_bytes=128 << 20)

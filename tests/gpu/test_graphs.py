@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import SaveError
 from fastckpt.options import Options
 from fastckpt.snapshot import FenceHooks
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.snapshot.side_stream import SideStream, wait_for
+from fastckpt.training.checkpointer import Checkpointer
 from tests.fakegpu.suite.models import inputs
 from tests.fakegpu.suite.tools import OPTIONS, Saved, train
 from tests.gpu.machines import FAKE, Machine

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastckpt.checkpointer import Checkpointer
+from fastckpt.training.checkpointer import Checkpointer
 from tests.fakegpu.suite.models import mlp
 from tests.gpu.conftest import Record
 from tests.gpu.lost_card import OPTIONS

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 import fastckpt
-from fastckpt.checkpointer import Checkpointer, Keep
 from fastckpt.options import Options, _physical_memory_bytes
 from fastckpt.snapshot.pool import Slab, SlabPool, empty_host_cache
 from fastckpt.snapshot.slots import MAX_SLAB_BYTES
+from fastckpt.training.checkpointer import Checkpointer, Keep
 from tests.gpu.conftest import Record
 from tests.gpu.machines import FAKE, Machine
 from tests.gpu.tools import differences

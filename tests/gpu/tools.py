@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastckpt.checkpointer import Checkpointer
 from fastckpt.options import Options
 from fastckpt.snapshot.side_stream import SideStream
+from fastckpt.training.checkpointer import Checkpointer
 from tests.fakegpu.suite.tools import OPTIONS, Saved, load, train
 from tests.gpu.machines import Machine
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fastckpt import load, workers
-from fastckpt.workers import exit_timeout_s
+from fastckpt import load
+from fastckpt.host import threads
+from fastckpt.host.threads import exit_timeout_s
 
 ROOT = Path(__file__).parents[2]
 SHORT_S = 30.0  # no wait of these tests comes near it
@@ -49,7 +50,7 @@ def test_an_ordinary_user_can_do_that_too() -> None:
     done = start(
         f"""
         import os, sys, threading
-        from fastckpt.workers import WorkerPool, hurried
+        from fastckpt.host.threads import WorkerPool, hurried
         if os.getuid() == 0:
             os.setgroups([])
             os.setgid({NOBODY})
@@ -77,7 +78,7 @@ def test_the_end_of_a_script_waits_for_save_async(tmp_path: Path) -> None:
     done = start(
         """
         import sys, threading, torch, fastckpt
-        from fastckpt import workers
+        from fastckpt.host import threads
         real = fastckpt.api.write
         def late(*arguments):
             assert threading.current_thread() is not threading.main_thread()
@@ -159,12 +160,12 @@ def test_a_store_that_hangs_keeps_no_checkpointer() -> None:
 def test_the_time_for_that_is_read_when_it_is_needed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(workers.ENV_EXIT_TIMEOUT, "2.5")
+    monkeypatch.setenv(threads.ENV_EXIT_TIMEOUT, "2.5")
     assert exit_timeout_s() == 2.5
-    monkeypatch.setenv(workers.ENV_EXIT_TIMEOUT, "soon")
-    assert exit_timeout_s() == workers.EXIT_TIMEOUT_S
+    monkeypatch.setenv(threads.ENV_EXIT_TIMEOUT, "soon")
+    assert exit_timeout_s() == threads.EXIT_TIMEOUT_S
     assert "FASTCKPT_EXIT_TIMEOUT_S is 'soon': expected seconds" in caplog.text
-    monkeypatch.delenv(workers.ENV_EXIT_TIMEOUT)
+    monkeypatch.delenv(threads.ENV_EXIT_TIMEOUT)
     assert exit_timeout_s() == 600
 
 
@@ -234,7 +235,7 @@ def test_a_forked_child_ends_without_waiting_for_its_parents_saves() -> None:
         + """
     import os, warnings
     warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-    from fastckpt.workers import WorkerPool, hurried
+    from fastckpt.host.threads import WorkerPool, hurried
     child = os.fork()
     if not child:
         pool = WorkerPool(1, "mine", nice=3)

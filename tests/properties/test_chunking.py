@@ -8,9 +8,9 @@ from collections import defaultdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastckpt.chunking import BUNDLE_BYTES, Cuts, StorageShape, chunk_bytes, cut
 from fastckpt.format.element_types import ElementType, element_type
 from fastckpt.format.tensor_names import ReprKey
+from fastckpt.state.chunking import BUNDLE_BYTES, Cuts, StorageShape, chunk_bytes, cut
 
 TYPES = [
     found

@@ -18,7 +18,7 @@ from fastckpt.codec import Coding, Effort, choose
 from fastckpt.format.element_types import _BY_NAME, element_type
 from fastckpt.kernels import Estimate, kernels
 from fastckpt.kernels.select import _load
-from fastckpt.transform import HAS_FRAME, PACK_BITS, Transform
+from fastckpt.kernels.transform import HAS_FRAME, PACK_BITS, Transform
 from tests.properties.test_kernels import SHAPES, prepared, rot_stream, some_bytes, weights
 
 NAMES = [*sorted(_BY_NAME), "numpy:<f8", "numpy:>f4", "numpy:<c16", "numpy:|b1"]

@@ -14,7 +14,7 @@ import pytest
 from fastckpt import codec
 from fastckpt.codec import Effort
 from fastckpt.kernels import kernels
-from fastckpt.transform import Transform
+from fastckpt.kernels.transform import Transform
 
 DATA = Path(__file__).with_name("codec_data.npz")
 # Kind: transform, stored / raw by the native kernels, and by libzstd as an entropy coder.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fastckpt.kernels.reference import ROW_WORDS, WHOLE_BELOW, lines_bytes
 from fastckpt.kernels.select import Kernels, _load
-from fastckpt.transform import PACK_BITS, Transform
+from fastckpt.kernels.transform import PACK_BITS, Transform
 
 try:
     from fastckpt import _native

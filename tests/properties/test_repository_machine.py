@@ -20,7 +20,6 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt.catalog import Catalog, complete_pending
 from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -32,9 +31,10 @@ from fastckpt.errors import (
 )
 from fastckpt.format.keys import CheckpointId, pin_key
 from fastckpt.format.repository_records import Pin, pin_bytes, utc_now
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
-from fastckpt.retention import Keep, PassInterrupted
+from fastckpt.repository.catalog import Catalog, complete_pending
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Keep, PassInterrupted
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
 from tests.support.repositories import OPTIONS, check_all, history, read
@@ -433,7 +433,7 @@ def no_acknowledgement_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def packs_deleted_without_asking_who_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retention takes the packs of what it retires before the tombstone is there."""
-    from fastckpt import retention
+    from fastckpt.repository.repository import retention
 
     original = retention.Collector.run
 

@@ -17,12 +17,12 @@ from fastckpt.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from fastckpt.object_sink import ObjectSink
 from fastckpt.store.base import Store
 from fastckpt.store.cloud import S3Store
 from fastckpt.store.cloud_errors import Answer, read_answer, translate
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.fault_proxy import Fault, FaultProxy
+from fastckpt.writing.object_sink import ObjectSink
 from tests.s3server import S3Server
 
 pytestmark = pytest.mark.s3

@@ -22,12 +22,12 @@ from fastckpt.errors import (
     StoreFullError,
     StoreUnavailableError,
 )
-from fastckpt.object_sink import ObjectSink
 from fastckpt.store.cloud import S3Store, open_s3
 from fastckpt.store.cloud_connection import connect
 from fastckpt.store.cloud_http import proxy_of
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.fault_proxy import FaultProxy
+from fastckpt.writing.object_sink import ObjectSink
 from tests.s3.manners import (
     OBJECT,
     MannersServer,

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import ObjectNotFoundError, StoreAccessError, StoreError
 from fastckpt.store.base import Store
 from fastckpt.store.cloud import S3Store
 from fastckpt.store.cloud_bucket import check_bucket
 from fastckpt.testing.fault_proxy import Fault, FaultProxy
+from fastckpt.training.checkpointer import Checkpointer
 from tests.s3server import S3Server
 
 pytestmark = pytest.mark.s3

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from fastckpt.catalog import Catalog
 from fastckpt.errors import SupersededError
 from fastckpt.format.keys import CheckpointId
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
 from fastckpt.store.cloud import S3Store
 from fastckpt.store.wrap import Retrying
 from tests.s3server import S3Server

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fastckpt import cli
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
 from tests.support.repositories import IN_PARALLEL, save_steps, vote
 from tests.support.states import captured, rich_state

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from fastckpt import Checkpointer, Every, Options
-from fastckpt.catalog import Catalog
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.store.memory import MemoryStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it

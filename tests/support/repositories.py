@@ -10,20 +10,21 @@ from typing import Any
 import numpy as np
 
 from fastckpt import Checkpointer, Options
-from fastckpt.catalog import Catalog, verify
-from fastckpt.commit import open_vote, try_commit, vote_name
 from fastckpt.errors import CorruptCheckpointError
 from fastckpt.format import container, directory
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent
-from fastckpt.incarnation import Incarnation
-from fastckpt.loading import load_object
-from fastckpt.reader import Reader
-from fastckpt.repository import Repository
-from fastckpt.save import index_and_footer
+from fastckpt.format.vote import vote_name
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.object_loader import load_object
+from fastckpt.repository.catalog import Catalog, verify
+from fastckpt.repository.commit import open_vote, try_commit
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
-from fastckpt.upload import SaveRequest, upload
+from fastckpt.writing.container import index_and_footer
+from fastckpt.writing.rank import SaveRequest, upload
 from tests.support.states import captured, rich_state
 
 OPTIONS = Options(threads=1, connections=1, host_budget_bytes=256 << 20)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from fastckpt import Checkpointer, Every, Options, RNGState
-from fastckpt.catalog import Catalog
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.store.memory import MemoryStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it

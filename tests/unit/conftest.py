@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from fastckpt import files, object_sink, turns
+from fastckpt.host import files
 from fastckpt.snapshot import pool
+from fastckpt.writing import object_sink, turns
 from tests.support.stores import HeldStore
 from tests.support.targets import Gate
 

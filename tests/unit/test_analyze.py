@@ -11,8 +11,8 @@ import torch
 
 import fastckpt
 from fastckpt.cli import main
-from fastckpt.reader import Reader
-from fastckpt.sources import PathSource
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.sources import PathSource
 
 
 def state(seed: int, moved: bool) -> dict[str, Any]:

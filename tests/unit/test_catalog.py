@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastckpt.catalog import Catalog, history
 from fastckpt.errors import CorruptCheckpointError, NoCheckpointError
 from fastckpt.format.keys import CheckpointId, commit_key
 from fastckpt.format.repository_records import Epoch, Parent, Tombstone, tombstone_bytes, utc_now
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog, history
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
 from fastckpt.store.memory import MemoryStore
 from tests.support.repositories import IN_PARALLEL, flip, keys_of, save_steps
 from tests.support.states import captured, rich_state

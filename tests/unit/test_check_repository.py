@@ -9,24 +9,24 @@ from typing import Any
 import pytest
 import torch
 
-from fastckpt.catalog import Catalog
-from fastckpt.check_repository import (
+from fastckpt.errors import StoreUnavailableError
+from fastckpt.format import keys
+from fastckpt.format.keys import CheckpointId, SaveId, commit_key, epoch_key
+from fastckpt.format.repository_records import Pin, commit_bytes, pin_bytes, utc_now
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.commit import list_votes
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Keep
+from fastckpt.store.base import ObjectInfo
+from fastckpt.store.local import LocalStore
+from fastckpt.store.memory import MemoryStore
+from fastckpt.upkeep.check.repository import (
     RepositoryReport,
     UnfinishedSave,
     check_repository,
     classify,
 )
-from fastckpt.commit import list_votes
-from fastckpt.errors import StoreUnavailableError
-from fastckpt.format import keys
-from fastckpt.format.keys import CheckpointId, SaveId, commit_key, epoch_key
-from fastckpt.format.repository_records import Pin, commit_bytes, pin_bytes, utc_now
-from fastckpt.repair import plan_repair, repair
-from fastckpt.repository import Repository
-from fastckpt.retention import Keep
-from fastckpt.store.base import ObjectInfo
-from fastckpt.store.local import LocalStore
-from fastckpt.store.memory import MemoryStore
+from fastckpt.upkeep.repair import plan_repair, repair
 from tests.support.repositories import IN_PARALLEL, begin, commit_of, flip, keys_of, reuse, save_ranks, save_steps, vote
 from tests.support.states import rich_state, same
 

@@ -13,13 +13,13 @@ import torch
 
 import fastckpt
 from fastckpt import Checkpointer, Every, Keep, Options, RNGState, events
-from fastckpt.catalog import Catalog
 from fastckpt.errors import (
     SaveError,
 )
 from fastckpt.format import keys
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
 from tests.support.stores import GivenNotices, HeldStore
 from tests.support.training import SHORT_S, Training, checkpointer, living, losses
 
@@ -142,7 +142,7 @@ def test_the_optimizers_step_waits_for_copies_that_were_left_to_it(
 
     monkeypatch.setattr("fastckpt.snapshot.snapshot._INLINE_BYTES", 1)  # these tensors would not be worth a thread
     monkeypatch.setattr(
-        "fastckpt.chunking.BUNDLE_BYTES", 1
+        "fastckpt.state.chunking.BUNDLE_BYTES", 1
     )  # and would be bundled with others that may change at any time
     with checkpointer(store, training, every=Every(steps=2)) as ckpt:
         training.step()

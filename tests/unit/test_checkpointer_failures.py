@@ -14,7 +14,6 @@ import torch
 
 import fastckpt
 from fastckpt import Checkpointer
-from fastckpt.catalog import Catalog
 from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -28,7 +27,8 @@ from fastckpt.errors import (
     TornSnapshotError,
 )
 from fastckpt.format import keys
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.spot import Notice
 from tests.support.stores import GivenNotices, HeldStore
 from tests.support.training import SHORT_S, Training, checkpointer, living, losses

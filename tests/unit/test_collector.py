@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import collector
+from fastckpt.host import cycle_collector
 
 
 @pytest.fixture(autouse=True)
@@ -21,9 +21,9 @@ def _enabled() -> None:
 
 def test_it_runs_again_afterwards_whatever_happens() -> None:
     def interrupted() -> None:
-        with collector.held_off():
+        with cycle_collector.held_off():
             assert not gc.isenabled()
-            with collector.held_off():
+            with cycle_collector.held_off():
                 pass
             assert not gc.isenabled(), "the inner one let it run"
             raise KeyboardInterrupt
@@ -36,7 +36,7 @@ def test_it_runs_again_afterwards_whatever_happens() -> None:
 def test_who_has_disabled_it_finds_it_disabled() -> None:
     gc.disable()
     try:
-        with collector.held_off():
+        with cycle_collector.held_off():
             pass
         assert not gc.isenabled()
     finally:
@@ -47,14 +47,14 @@ def test_the_last_of_several_threads_lets_it_run() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with collector.held_off():
+        with cycle_collector.held_off():
             inside.set()
             leave.wait(10)
 
     thread = threading.Thread(target=other)
     thread.start()
     assert inside.wait(10)
-    with collector.held_off():
+    with cycle_collector.held_off():
         pass
     assert not gc.isenabled(), "the other thread is still at it"
     leave.set()
@@ -65,11 +65,11 @@ def test_the_last_of_several_threads_lets_it_run() -> None:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_child_of_a_fork_has_it() -> None:
     """No thread of the parent is there to let it run again."""
-    with collector.held_off():
+    with cycle_collector.held_off():
         child = os.fork()
         if not child:
             right = gc.isenabled()
-            with collector.held_off():
+            with cycle_collector.held_off():
                 right = right and not gc.isenabled()
             os._exit(0 if right and gc.isenabled() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from fastckpt.commit import list_votes, open_vote, require_vote, try_commit, vote_name
 from fastckpt.errors import (
     CorruptCheckpointError,
     ObjectNotFoundError,
@@ -17,8 +16,10 @@ from fastckpt.errors import (
 )
 from fastckpt.format.keys import CheckpointId, SaveId, commit_key, vote_key
 from fastckpt.format.repository_records import Parent, Tombstone, tombstone_bytes, utc_now
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
+from fastckpt.format.vote import vote_name
+from fastckpt.repository.commit import list_votes, open_vote, require_vote, try_commit
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from fastckpt import Checkpointer, Options, RNGState
-from fastckpt.catalog import Catalog
-from fastckpt.checkpointer import _is_changing
 from fastckpt.errors import SaveError, StoreUnavailableError
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
+from fastckpt.training.checkpointer import _is_changing
 from tests.support.stores import GivenNotices, HeldStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it
@@ -405,7 +405,7 @@ def test_an_interrupted_restore_is_not_saved(store: HeldStore, monkeypatch: pyte
         def interrupted(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("fastckpt.targets.apply", interrupted)
+        monkeypatch.setattr("fastckpt.training.stateful.apply", interrupted)
         ckpt.restore(step=1)
     assert living(store) == [1]
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import check as checking
 from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, StoreUnavailableError
-from fastckpt.export import export, lay_out
-from fastckpt.files import AtomicFile, FileObject
 from fastckpt.format import records
+from fastckpt.host.files import AtomicFile, FileObject
 from fastckpt.options import Options
-from fastckpt.reader import Reader
-from fastckpt.repository import Repository
-from fastckpt.sources import PathSource
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.sources import PathSource
+from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
+from fastckpt.upkeep.check import container as checking
+from fastckpt.upkeep.export import export, lay_out
 from tests.support.repositories import IN_PARALLEL, begin, commit_of, flip, keys_of, save_ranks, save_steps
 from tests.support.states import rich_state, same
 

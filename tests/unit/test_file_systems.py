@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import files
 from fastckpt.errors import StoreError
-from fastckpt.repository import Repository
+from fastckpt.host import files
+from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
 
 

@@ -12,8 +12,8 @@ import torch
 
 import fastckpt
 from fastckpt.errors import StoreAccessError, StoreFullError
-from fastckpt.files import AtomicFile
 from fastckpt.format import keys
+from fastckpt.host.files import AtomicFile
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from tests.support.repositories import check_all, history

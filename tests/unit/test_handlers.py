@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from fastckpt import Checkpointer, Every, Options
-from fastckpt.interrupts import deferred_interrupt
+from fastckpt.host.interrupts import deferred_interrupt
 from fastckpt.spot import SignalSource, Watcher, handlers, open_sources, worker_errors
 from fastckpt.spot.sources import SLURM_WARNING_S, SlurmSource
 from fastckpt.spot.worker_errors import WorkerErrors, may_raise
@@ -406,7 +406,7 @@ def test_an_error_that_was_kept_ends_the_next_step(children: list[int], noticed:
         (["torch.optim.adamw", "__main__"], False),
         (["__main__"], False),
         (["mine.threading", "threadingx", "__main__"], False),
-        (["threading", "fastckpt.background", "fastckpt.checkpointer", "__main__"], False),
+        (["threading", "fastckpt.training.save_queue", "fastckpt.training.checkpointer", "__main__"], False),
         (["torch.utils.data.dataset", "fastckpt.spot.handlers", "__main__"], False),
         ([], False),
     ],

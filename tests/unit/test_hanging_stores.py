@@ -11,8 +11,8 @@ import pytest
 
 from fastckpt import Checkpointer, events
 from fastckpt.errors import SaveError, SnapshotStalledError
+from fastckpt.host.threads import ENV_EXIT_TIMEOUT
 from fastckpt.spot import Notice
-from fastckpt.workers import ENV_EXIT_TIMEOUT
 from tests.support.host_training import MIB, SHORT_S, Training, after, check, checkpointer, committed, options, same
 from tests.support.stores import HeldStore
 

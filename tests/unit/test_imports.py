@@ -1,105 +1,62 @@
-"""Imports point down, and the modules that know bytes only do not know torch."""
+"""Imports point down, and the rooms that know bytes only do not know torch. The layers stand in scripts/house.py."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import sys
 from pathlib import Path
+
+import pytest
 
 import fastckpt
 
 PACKAGE = Path(fastckpt.__file__).parent
+sys.path.insert(0, str(PACKAGE.parent / "scripts"))
 
-# From the bottom up. A module or folder may import those of the layers below its own, and no other of its own layer.
-# A new one is entered here, as low as it can be.
-LAYERS = (
-    ("_native", "_version", "errors", "workers"),
-    ("torch_names",),
-    ("attributes", "collector", "held", "recording", "interrupts", "location", "pages", "turns"),
-    ("transform", "events", "files", "ranks", "trace"),
-    ("kernels",),
-    ("options", "sources", "sinks"),
-    ("codec", "format", "store", "plan"),
-    ("chunking", "delta_policy", "object_sink", "object_source"),
-    ("state", "agreement", "ordered_sink"),
-    ("reader",),
-    ("snapshot", "chunk_source", "commit", "packs", "rng", "schedule"),
-    ("repository", "settled"),
-    ("catalog", "known_records", "restore_plan"),
-    ("save", "restore", "newest"),
-    ("upload", "retention", "check", "foreign", "tensors", "loading", "held_pack", "placement", "changes"),
-    ("exact", "filling"),
-    ("incarnation", "analyze", "export", "salvage", "check_repository", "targets"),
-    ("repair",),
-    ("spot", "retaining"),
-    ("background",),
-    ("final_save",),
-    ("checkpointer",),
-    ("api",),
-    ("dcp", "integrations"),
-    ("__init__",),
-    ("testing", "cli"),
-    ("__main__",),
-)
-LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
-ALLOWED = {name: {low for names in LAYERS[:number] for low in names} for name, number in LAYER_OF.items()}
+import house  # noqa: E402  (a script, not a package)
+
 KNOW_BYTES_ONLY = {"codec", "format", "store"}
 
 
-def imported_modules(tree: ast.Module, package: list[str]) -> Iterator[tuple[int, str]]:
-    """Line and full name of every import, those inside functions too; `from a import b` gives a.b."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            path = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{path}.{alias.name}") for alias in node.names)
-
-
-def broken_rules(path: Path, source: str) -> list[str]:
-    """What the imports of a module break. `path` is relative to the folder `fastckpt`."""
-    unit = path.parts[0].removesuffix(".py")
-    if unit not in LAYER_OF:
-        return [f"fastckpt/{path}: fastckpt.{unit} is not in LAYERS of {Path(__file__).name}"]
-    broken = []
-    for line, name in imported_modules(ast.parse(source), ["fastckpt", *path.parent.parts]):
-        root, *rest = name.split(".")
-        where = f"fastckpt/{path}:{line}: "
-        if root == "torch" and unit in KNOW_BYTES_ONLY:
-            broken.append(f"{where}{unit} → torch, but {unit} knows bytes only")
-        elif root == "fastckpt":
-            target = rest[0] if rest and rest[0] in LAYER_OF else "__init__"
-            if target != unit and target not in ALLOWED[unit]:
-                broken.append(f"{where}{unit} → {target}, but {target} is not below {unit}")
-    return broken
+def broken(path: str, source: str) -> list[str]:
+    """What the imports of a module break. `path` is relative to the package's folder."""
+    return house.not_down(house.arrows({PACKAGE / path: ast.parse(source)}, house.rooms_of(PACKAGE)))
 
 
 def test_imports_point_down() -> None:
-    broken = [
-        problem
-        for path in sorted(PACKAGE.rglob("*.py"))
-        for problem in broken_rules(path.relative_to(PACKAGE), path.read_text(encoding="utf-8"))
-    ]
-    assert not broken, "\n" + "\n".join(broken)
+    found = house.arrows(house.sources(PACKAGE), house.rooms_of(PACKAGE))
+    assert found
+    assert not house.not_down(found), "\n" + "\n".join(house.not_down(found))
 
 
-def test_a_broken_rule_is_named_with_file_line_and_edge() -> None:
-    assert (
-        broken_rules(Path("codec/base.py"), "import numpy\nfrom ..errors import Damage\nfrom . import frames\n") == []
-    )
-    assert broken_rules(Path("cli.py"), "import torch\nimport fastckpt\nfrom fastckpt import errors\n") == []
-    assert broken_rules(Path("codec/base.py"), "import zlib\n\ndef f():\n    import torch.nn\n") == [
-        "fastckpt/codec/base.py:4: codec → torch, but codec knows bytes only"
-    ]
-    assert broken_rules(Path("format/index.py"), "from ..codec.base import x\nfrom fastckpt import store\n") == [
-        "fastckpt/format/index.py:1: format → codec, but codec is not below format",
-        "fastckpt/format/index.py:2: format → store, but store is not below format",
-    ]
-    assert broken_rules(Path("errors.py"), "from . import options\nfrom . import __version__\n") == [
-        "fastckpt/errors.py:1: errors → options, but options is not below errors",
-        "fastckpt/errors.py:2: errors → __init__, but __init__ is not below errors",
-    ]
-    assert broken_rules(Path("novel.py"), "") == [
-        "fastckpt/novel.py: fastckpt.novel is not in LAYERS of test_imports.py"
-    ]
+def test_the_layers_list_what_exists_and_nothing_else() -> None:
+    listed = [room for names in house.LAYERS for room in names]
+    assert sorted(listed) == sorted(house.rooms_of(PACKAGE))
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "problem"),
+    [
+        ("codec/base.py", "import numpy\nfrom ..errors import Damage\nfrom . import frames\n", None),
+        ("cli/main.py", "import torch\nfrom fastckpt import errors\n", None),
+        ("format/index.py", "from ..codec.base import x\n", "fastckpt/format/index.py:1: format → codec, but codec is not below format"),
+        ("format/index.py", "from fastckpt import store\n", "fastckpt/format/index.py:1: format → store, but store is not below format"),
+        ("errors.py", "from . import options\n", "fastckpt/errors.py:1: errors → options, but options is not below errors"),
+        ("errors.py", "from . import __version__\n", "fastckpt/errors.py:1: errors → __init__, but __init__ is not below errors"),
+        ("state/x.py", "def f():\n    import fastckpt.api\n", "fastckpt/state/x.py:2: state → api, but api is not below state"),
+        ("novel/x.py", "from fastckpt import errors", "fastckpt/novel/x.py:1: novel is in no layer of scripts/house.py"),
+    ],
+)  # fmt: skip
+def test_a_broken_rule_is_named_with_file_line_and_edge(path: str, source: str, problem: str | None) -> None:
+    assert broken(path, source) == ([] if problem is None else [problem])
+
+
+def test_rooms_that_know_bytes_only_do_not_know_torch() -> None:
+    for room in KNOW_BYTES_ONLY:
+        for path, tree in house.sources(PACKAGE / room).items():
+            for node in ast.walk(tree):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                assert not [name for name in names if name.split(".")[0] == "torch"], (
+                    f"{path}:{getattr(node, 'lineno', 0)}"
+                )

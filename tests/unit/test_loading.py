@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import codec, pages, restore, sources
+from fastckpt import codec
 from fastckpt.errors import NoCheckpointError
 from fastckpt.format import keys
-from fastckpt.sources import PathSource
+from fastckpt.host import pages
+from fastckpt.reading import sources, storage_loader
+from fastckpt.reading.sources import PathSource
 
 
 @pytest.fixture
@@ -140,5 +142,5 @@ def test_more_threads_wait_for_a_disk_but_no_more_decode(
     assert all(torch.equal(loaded[name], state[name]) for name in state)
     assert most <= 2
     workers = {name for name in readers if name.startswith("fastckpt-load")}
-    assert len(workers) <= (2 + restore._WAITING_THREADS if waits else 2)
+    assert len(workers) <= (2 + storage_loader._WAITING_THREADS if waits else 2)
     assert bool(hints) is waits

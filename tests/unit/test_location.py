@@ -10,8 +10,8 @@ import torch
 import fastckpt
 from fastckpt import cli
 from fastckpt.errors import StoreError
-from fastckpt.location import location
 from fastckpt.snapshot.spill import SpillFile
+from fastckpt.store.location import location
 
 
 @pytest.mark.parametrize("text", ["s3:bucket/run", "s3//bucket/run", "gs//bucket/run", "az:container/run", "s3a:b"])

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastckpt.catalog import Catalog
-from fastckpt.checkpointer import Checkpointer
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
-from fastckpt.retention import Keep
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Keep
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
+from fastckpt.training.checkpointer import Checkpointer
 from tests.support.repositories import OPTIONS, check_all, history
 from tests.support.states import captured, small_state
 
@@ -166,14 +166,14 @@ def test_a_job_that_always_has_a_save_queued_retires_all_the_same() -> None:
 
     class Run:
         def retain(self, keep: Keep, grace_s: float, interrupted: Callable[[], bool]) -> Any:
-            from fastckpt.retention import PassInterrupted, Plan
+            from fastckpt.repository.retention import PassInterrupted, Plan
 
             if interrupted():
                 raise PassInterrupted
             ran.append(True)
             return Plan()
 
-    from fastckpt.retaining import Retaining
+    from fastckpt.repository.retaining import Retaining
 
     retaining = Retaining(Run(), Keep(), 0.0, busy=lambda: True, stopped=lambda: False)  # type: ignore[arg-type]
     for _ in range(8):

@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from fastckpt.catalog import Catalog
-from fastckpt.check_repository import check_repository
-from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import RepositoryError, SupersededError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, commit_key
-from fastckpt.repair import plan_repair, repair
-from fastckpt.repository import Repository
-from fastckpt.retention import Keep
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Keep
 from fastckpt.store.memory import MemoryStore
+from fastckpt.training.checkpointer import Checkpointer
+from fastckpt.upkeep.check.repository import check_repository
+from fastckpt.upkeep.repair import plan_repair, repair
 from tests.support.repositories import check_all, history, incarnation, keys_of
 from tests.support.states import captured, small_state
 

@@ -14,20 +14,21 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import Checkpointer, Every, Keep, Options, api, events, workers
-from fastckpt.background import MAX_JOBS
-from fastckpt.check_repository import check_repository
+from fastckpt import Checkpointer, Every, Keep, Options, api, events
 from fastckpt.errors import SaveError, StoreError
+from fastckpt.host import threads
+from fastckpt.host.threads import WorkerPool, hurried
 from fastckpt.kernels import select
-from fastckpt.recording import Recorder
-from fastckpt.repository import Repository
+from fastckpt.repository.repository import Repository
 from fastckpt.spot import FileSource, Watcher
 from fastckpt.spot.imds import ImdsClient
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.testing.metadata_server import MetadataServer
 from fastckpt.trace import read
-from fastckpt.workers import WorkerPool, hurried
+from fastckpt.trace.recorder import Recorder
+from fastckpt.training.save_queue import MAX_JOBS
+from fastckpt.upkeep.check.repository import check_repository
 from tests.support.repositories import check_all, history
 from tests.support.stores import HeldStore
 
@@ -52,7 +53,7 @@ def end(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
 
     def begin() -> None:
         if request.param == "over":
-            monkeypatch.setattr(workers, "_over", True)
+            monkeypatch.setattr(threads, "_over", True)
         else:
             monkeypatch.setattr(threading.Thread, "start", refuse)
 
@@ -383,7 +384,7 @@ def test_a_recording_that_cannot_go_on_ends_with_one_warning(
     tmp_path: Path, ended: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     recorder = Recorder(tmp_path / "run.jsonl")
-    monkeypatch.setattr("fastckpt.recording.MAX_RECORDING_BYTES", 10)
+    monkeypatch.setattr("fastckpt.trace.recorder.MAX_RECORDING_BYTES", 10)
     for step in (1, 2):
         recorder(events.SaveDeferred(target="t", step=step, waiting=0))
     recorder.close()
@@ -417,17 +418,17 @@ def test_kernels_are_not_compiled_then(ended: None, monkeypatch: pytest.MonkeyPa
 
 def test_who_is_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Twice, if somebody begins in between; but never twice for a thread that hangs."""
-    monkeypatch.setenv(workers.ENV_EXIT_TIMEOUT, "0.05")
+    monkeypatch.setenv(threads.ENV_EXIT_TIMEOUT, "0.05")
     go = threading.Event()
-    hung = workers.start_thread(go.wait, "hung")  # type: ignore[arg-type]
+    hung = threads.start_thread(go.wait, "hung")  # type: ignore[arg-type]
     assert hung is not None
-    workers._wait()
+    threads._wait()
     assert caplog.text.count("saves under way, 0.05 s after its main thread (hung)") == 1
     began = time.monotonic()
-    monkeypatch.setenv(workers.ENV_EXIT_TIMEOUT, "600")
-    later = workers.start_thread(lambda: None, "later")
+    monkeypatch.setenv(threads.ENV_EXIT_TIMEOUT, "600")
+    later = threads.start_thread(lambda: None, "later")
     assert later is not None
-    workers._wait()
+    threads._wait()
     assert time.monotonic() - began < SHORT_S
     assert not later.is_alive()
     assert hung.is_alive()
@@ -437,7 +438,7 @@ def test_who_is_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
 
 def test_an_interrupt_ends_the_wait_for_good(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     go = threading.Event()
-    hung = workers.start_thread(go.wait, "hung")  # type: ignore[arg-type]
+    hung = threads.start_thread(go.wait, "hung")  # type: ignore[arg-type]
     assert hung is not None
 
     def interrupted(self: threading.Thread, timeout: float | None = None) -> None:
@@ -446,8 +447,8 @@ def test_an_interrupt_ends_the_wait_for_good(monkeypatch: pytest.MonkeyPatch, ca
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "join", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            workers._wait()
+            threads._wait()
     assert "the process ends with saves under way, interrupted by KeyboardInterrupt (hung)" in caplog.text
-    workers._wait()  # or it would last for ten minutes
+    threads._wait()  # or it would last for ten minutes
     go.set()
     hung.join(SHORT_S)

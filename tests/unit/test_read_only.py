@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import (
     NoCheckpointError,
     RepositoryError,
@@ -23,12 +22,13 @@ from fastckpt.errors import (
     SupersededError,
 )
 from fastckpt.format.keys import CheckpointId
-from fastckpt.repository import Repository
-from fastckpt.retention import Collector, Keep, plan
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Collector, Keep, plan
 from fastckpt.store.base import ObjectInfo, Store
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
+from fastckpt.training.checkpointer import Checkpointer
 from tests.support.repositories import incarnation
 
 SHORT_S = 60.0

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from fastckpt import RNGState, load
-from fastckpt.files import FileObject
+from fastckpt.host.files import FileObject
 from fastckpt.options import Options
-from fastckpt.save import write
 from fastckpt.state import Captured, Recapturer, capture, recapture
+from fastckpt.writing.container import write
 
 OPTIONS = Options(threads=1)
 

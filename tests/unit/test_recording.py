@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import events, recording
-from fastckpt.recording import Recorder
+from fastckpt import events
 from fastckpt.trace import read
+from fastckpt.trace import recorder as recording
+from fastckpt.trace.recorder import Recorder
 
 
 def lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

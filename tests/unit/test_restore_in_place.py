@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 import fastckpt
-from fastckpt import Checkpointer, targets
-from fastckpt.changes import changes
-from fastckpt.commit import open_vote
+from fastckpt import Checkpointer
 from fastckpt.errors import PartialRestoreError, RestoreError
-from fastckpt.placement import look
-from fastckpt.reader import Reader
-from fastckpt.sources import FileObjectSource
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.sources import FileObjectSource
+from fastckpt.repository.commit import open_vote
+from fastckpt.training import stateful
+from fastckpt.training.changes import changes
+from fastckpt.training.placement import look
 from tests.support.repositories import restore_once as restore
 from tests.support.repositories import saved_once as saved
 
@@ -160,7 +161,7 @@ def test_an_optimizer_that_wraps_another_without_being_one(caplog: pytest.LogCap
         assert ckpt.restored is not None
         loaded, _ = ckpt._load(ckpt.restored, True)
         wrapped = {"m": second["m"], "o": Wrapper(second["o"])}
-        targets.apply(wrapped, loaded, "x", look(wrapped, open_vote(store, ckpt.restored.vote(0)).directory, "x"))
+        stateful.apply(wrapped, loaded, "x", look(wrapped, open_vote(store, ckpt.restored.vote(0)).directory, "x"))
     assert equal(first["o"].state_dict(), second["o"].state_dict())
     assert not caplog.records
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from fastckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StoreAccessError
 from fastckpt.format.keys import CheckpointId, SaveId, commit_key, pack_key, pin_key
 from fastckpt.format.repository_records import Commit, Pin, Tombstone, pin_bytes, utc_now
-from fastckpt.repository import Repository
-from fastckpt.retention import Candidate, Collector, Keep, Plan, View, plan, retire
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Candidate, Collector, Keep, Plan, View, plan, retire
 from fastckpt.store.base import ObjectInfo
 from fastckpt.store.memory import MemoryStore
 from tests.support.repositories import begin, check_all, flip, keys_of, living, reuse, save_steps, vote

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import check as checking
 from fastckpt.errors import NoCheckpointError, StoreUnavailableError, TooLargeError
-from fastckpt.files import AtomicFile
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, commit_key
+from fastckpt.host.files import AtomicFile
 from fastckpt.options import Options
-from fastckpt.repository import Repository
-from fastckpt.retention import Keep
-from fastckpt.salvage import FoundIn, SalvageReport, choose_try, salvage
-from fastckpt.sources import PathSource
+from fastckpt.reading.sources import PathSource
+from fastckpt.reading.tensor_reader import TensorReader
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Keep
 from fastckpt.store.local import LocalStore
-from fastckpt.tensors import TensorReader
+from fastckpt.upkeep.check import container as checking
+from fastckpt.upkeep.salvage import FoundIn, SalvageReport, choose_try, salvage
 from tests.support.repositories import IN_PARALLEL, begin, flip, keys_of, save_ranks, save_steps, vote
 from tests.support.states import captured, rich_state, same
 
@@ -123,7 +123,7 @@ def test_where_else_is_verified_too(store: LocalStore, out: Path) -> None:
 
 def test_history_goes_before_abandoned_branches(store: LocalStore, out: Path) -> None:
     save_steps(store, [1, 5])
-    from fastckpt.incarnation import Incarnation
+    from fastckpt.repository.incarnation import Incarnation
 
     job = Incarnation(Repository(store), IN_PARALLEL)
     job.restore(1)

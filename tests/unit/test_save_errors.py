@@ -6,8 +6,8 @@ import errno
 
 import pytest
 
-from fastckpt import pages
 from fastckpt.errors import OutOfHostMemoryError, SaveError, TornSnapshotError, of_save
+from fastckpt.host import pages
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import importlib
 import signal
 import threading
 import time
@@ -18,19 +17,21 @@ import numpy as np
 import pytest
 import torch
 
-from fastckpt import Every, Options, background, pages
-from fastckpt.checkpointer import Checkpointer
+from fastckpt import Every, Options
 from fastckpt.errors import OutOfHostMemoryError, SaveError, SnapshotStalledError, StoreError
-from fastckpt.interrupts import deferred_interrupt
-from fastckpt.retention import Keep
+from fastckpt.host import pages
+from fastckpt.host.interrupts import deferred_interrupt
+from fastckpt.repository.retention import Keep
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
+from fastckpt.training import save_queue
+from fastckpt.training.checkpointer import Checkpointer
+from fastckpt.writing import container
 from tests.support.repositories import history
 from tests.support.stores import HeldStore
 
 MIB = 1 << 20
-save_module = importlib.import_module("fastckpt.save")  # the package has a function of that name
 SHORT_S = 20.0
 SMALL = Options(threads=1, connections=1, compress=False, host_budget_bytes=64 * MIB)
 
@@ -231,7 +232,7 @@ def test_failed_saves_leave_no_buffers_to_the_collector() -> None:
         gc.disable()
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(save_module, "fresh_pages", lambda n: made.append(_Watched(fresh(n))) or made[-1].array)
+                patch.setattr(container, "fresh_pages", lambda n: made.append(_Watched(fresh(n))) or made[-1].array)
                 for step in (1, 2, 3):
                     with pytest.raises(StoreError):
                         ckpt.save_now(step).wait(SHORT_S)
@@ -304,13 +305,13 @@ def test_errors_of_others_keep_their_class() -> None:
         pass
 
     error = Mine("my store's")
-    assert background.of_save(error, 1) is error  # type: ignore[attr-defined]
-    assert isinstance(background.of_save(OSError(errno.ENOMEM, "none"), 1), OutOfHostMemoryError)  # type: ignore[attr-defined]
+    assert save_queue.of_save(error, 1) is error  # type: ignore[attr-defined]
+    assert isinstance(save_queue.of_save(OSError(errno.ENOMEM, "none"), 1), OutOfHostMemoryError)  # type: ignore[attr-defined]
 
 
 def test_buffers_of_the_encoder_are_no_threads_own() -> None:
     """np.empty in a thread stays in an arena of the C library when the thread ends: 630 MB after sixty saves."""
-    scratch = save_module._Scratch.of(4 * MIB)
+    scratch = container._Scratch.of(4 * MIB)
     assert scratch.raw.ctypes.data % 4096 == 0
     assert scratch.room.ctypes.data % 4096 == 0
-    assert save_module._Scratch.of(0).raw.size == 0
+    assert container._Scratch.of(0).raw.size == 0

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastckpt import Checkpointer, background, events
+from fastckpt import Checkpointer, events
 from fastckpt.errors import SaveError
 from fastckpt.snapshot import pool as pool_module
 from fastckpt.snapshot.pool import Slab, SlabPool
+from fastckpt.training import save_queue
 from tests.support.host_training import MIB, SHORT_S, Training, after, check, checkpointer, committed, options, same
 from tests.support.stores import HeldStore
 
@@ -173,7 +174,7 @@ def test_a_save_that_gets_no_thread_fails_and_is_over(store: HeldStore, monkeypa
         ckpt.save_now(training.step()).wait(SHORT_S)
         ckpt.wait(SHORT_S)
         with monkeypatch.context() as patch:
-            patch.setattr(background, "start_thread", none_left)
+            patch.setattr(save_queue, "start_thread", none_left)
             training.step()
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 ckpt.save_now(2)

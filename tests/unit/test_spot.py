@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastckpt.spot import Ec2Source, FileSource, Notice, SignalSource, Watcher, machine, open_sources
-from fastckpt.spot import open as spot_open
+from fastckpt.spot import select as spot_open
 from fastckpt.spot.deadline import GUARD_S, Choice, choose
 from fastckpt.spot.imds import ImdsClient, MetadataUnavailable
 from fastckpt.testing.metadata_server import FAULTS, MetadataServer

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 
 import fastckpt
-from fastckpt import files, object_sink, turns
 from fastckpt.errors import OvertakenError, StoreUnavailableError, TargetBusyError
+from fastckpt.host import files
 from fastckpt.options import Options
 from fastckpt.store import late_writes
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.faulty_store import FaultyStore
+from fastckpt.writing import object_sink, turns
 from tests.support.targets import Gate, state, step_in
 
 IMPATIENT = Options(max_order_wait_s=0.05, threads=1)

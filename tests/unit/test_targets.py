@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 import fastckpt
-from fastckpt import held, turns
-from fastckpt.ordered_sink import key_of_path
+from fastckpt.host import held
+from fastckpt.writing import turns
+from fastckpt.writing.ordered_sink import key_of_path
 from tests.support.targets import Gate, linux, root, state, step_in
 
 # -- what cannot be replaced ---------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 import fastckpt
-from fastckpt import torch_names
+from fastckpt.host import torch_names
 
 PACKAGE = Path(fastckpt.__file__).parent
-OWN = PACKAGE / "torch_names.py"
+OWN = PACKAGE / "host" / "torch_names.py"
 # Of tensors and storages: such an attribute can only be torch's.
 OF_TENSORS = {
     "_cdata", "_version", "_untyped_storage", "_size", "_pickle_storage_type", "_fake_device", "_local_tensor", "_element_size",

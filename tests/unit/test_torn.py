@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastckpt import Checkpointer, Every, Options, chunking
-from fastckpt.chunk_source import cuts_of
+from fastckpt import Checkpointer, Every, Options
 from fastckpt.errors import TornSnapshotError
 from fastckpt.snapshot import Sampler
 from fastckpt.snapshot import snapshot as engine
-from fastckpt.state import Captured, Recapturer
+from fastckpt.state import Captured, Recapturer, chunking
+from fastckpt.state.chunks import cuts_of
 from fastckpt.store.memory import MemoryStore
 from tests.support.swaps import MIB, OPTIONS, SHORT_S, Job, committed, open_on
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import fastckpt
 from fastckpt import events
-from fastckpt.recording import MAX_LINE_BYTES
-from fastckpt.trace import Recorded, Recording, RecordingError, draw, parse, read, reading, summarize, to_chrome
+from fastckpt.trace import Recorded, Recording, RecordingError, draw, parse, parsing, read, summarize, to_chrome
+from fastckpt.trace.recorder import MAX_LINE_BYTES
 from fastckpt.trace.stages import COMMIT, ENCODE, STAGE, STAGES, STALL, UPLOAD, Span, covered_s, lanes, union
 from fastckpt.trace.summary import to_json
 
@@ -301,7 +301,7 @@ def test_files_events_and_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -
     words = ["more than 20 events", "20 threads", "the file is longer than 999 bytes"]
     for (name, limit), expected in zip(limits.items(), words, strict=True):
         with monkeypatch.context() as patched:
-            patched.setattr(reading, name, limit)
+            patched.setattr(parsing, name, limit)
             with pytest.raises(RecordingError, match=expected):
                 parse(file(*lines_), "x")
 

@@ -10,8 +10,8 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from fastckpt import workers
-from fastckpt.workers import WorkerPool, hurried, start_thread
+from fastckpt.host import threads
+from fastckpt.host.threads import WorkerPool, hurried, start_thread
 
 SHORT_S = 30.0  # no wait of these tests comes near it
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a priority for each thread")
@@ -91,7 +91,7 @@ def test_no_thread_outlives_its_pool() -> None:
         assert len(set(threading.enumerate()) - before) == 6
     made.close()
     assert set(threading.enumerate()) <= before
-    assert made not in workers._pools
+    assert made not in threads._pools
 
 
 def test_what_a_call_held_is_let_go_before_the_next_one_comes(pool: WorkerPool) -> None:
@@ -171,8 +171,8 @@ def test_a_pool_that_gives_way_to_nobody_gets_no_more_threads() -> None:
 
 def test_threads_that_have_ended_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     start_thread(lambda: None, "short").join(SHORT_S)  # type: ignore[union-attr]
-    ended: Callable[[], object] = workers._wait
-    monkeypatch.setenv(workers.ENV_EXIT_TIMEOUT, "0")
+    ended: Callable[[], object] = threads._wait
+    monkeypatch.setenv(threads.ENV_EXIT_TIMEOUT, "0")
     ended()
     start_thread(lambda: None, "next").join(SHORT_S)  # type: ignore[union-attr]
-    assert not [thread for thread in workers._unfinished if thread.name == "short"]
+    assert not [thread for thread in threads._unfinished if thread.name == "short"]

@@ -22,9 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastckpt import checkpointer
 from fastckpt.options import Options
 from fastckpt.snapshot.side_stream import SideStream
+from fastckpt.training import checkpointer
 from tests.fakegpu import collectives, device
 from tests.fakegpu.suite.models import Job, inputs
 from tests.fakegpu.suite.schedules import Schedule

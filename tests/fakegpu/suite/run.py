@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 import fastckpt
-from fastckpt.catalog import Catalog
-from fastckpt.checkpointer import Checkpointer
 from fastckpt.options import Options
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
+from fastckpt.training.checkpointer import Checkpointer
 from tests.fakegpu.suite.models import Job, inputs
 from tests.fakegpu.suite.tools import Saved, equal, host, reports
 from tests.support.stores import HeldStore

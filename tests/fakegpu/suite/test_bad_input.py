@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastckpt.checkpointer import Every
 from fastckpt.options import Options
 from fastckpt.snapshot import snapshot as engine
+from fastckpt.training.checkpointer import Every
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import Job, batch_norm_cnn, moving_average
 from tests.fakegpu.suite.run import SHORT_S, UNVERIFIED, VERIFIED, Run

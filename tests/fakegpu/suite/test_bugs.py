@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastckpt.catalog import Catalog
 from fastckpt.errors import TornSnapshotError
 from fastckpt.options import Options
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.snapshot import Fenced, FenceHooks
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.snapshot.pool import Slab, SlabPool
@@ -125,7 +125,7 @@ def test_what_forward_changes_is_not_copied_first(
         found.addresses |= {t.untyped_storage().data_ptr() for m in modules for t in m.state_dict().values()}
         return found
 
-    monkeypatch.setattr("fastckpt.checkpointer.Fenced", all_fenced)
+    monkeypatch.setattr("fastckpt.training.checkpointer.Fenced", all_fenced)
     assert any("RACE: write" in text for text in run(job))
 
 

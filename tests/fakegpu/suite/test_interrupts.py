@@ -19,9 +19,9 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import SaveError
 from fastckpt.snapshot.side_stream import SideStream
+from fastckpt.training.checkpointer import Checkpointer
 from tests.fakegpu.suite.models import inputs
 from tests.fakegpu.suite.run import RING, SHORT_S, UNVERIFIED, Run, compare, interrupt, wide
 from tests.fakegpu.suite.tools import host, reports

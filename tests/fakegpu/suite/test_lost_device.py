@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastckpt.catalog import Catalog
-from fastckpt.checkpointer import Checkpointer
 from fastckpt.errors import SaveError
 from fastckpt.options import Options
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
+from fastckpt.training.checkpointer import Checkpointer
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import Job, inputs
 from tests.fakegpu.suite.tools import equal, host

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from fastckpt.checkpointer import Checkpointer
 from fastckpt.options import Options
 from fastckpt.snapshot import FenceHooks
 from fastckpt.snapshot.snapshot import Snapshot
+from fastckpt.training.checkpointer import Checkpointer
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import inputs
 from tests.fakegpu.suite.tools import Saved, host, reports

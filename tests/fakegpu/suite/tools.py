@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from fastckpt.catalog import Catalog
-from fastckpt.checkpointer import Checkpointer, Every
-from fastckpt.commit import open_vote
-from fastckpt.loading import load_object
 from fastckpt.options import Options
-from fastckpt.repository import Repository
+from fastckpt.reading.object_loader import load_object
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.commit import open_vote
+from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
+from fastckpt.training.checkpointer import Checkpointer, Every
 from tests.fakegpu import device
 
 OPTIONS = Options(threads=2, connections=2, host_budget_bytes=256 << 20)

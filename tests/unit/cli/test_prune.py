@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from fastckpt import cli
-from fastckpt.catalog import Catalog
 from fastckpt.cli.pruning import forecast, keep_of, needs_of
 from fastckpt.errors import CheckpointError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, commit_key
 from fastckpt.format.repository_records import Pin, pin_bytes, utc_now
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
-from fastckpt.retention import Collector, Keep
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Collector, Keep
 from fastckpt.store.local import LocalStore
 from tests.support.command_line import rewound, run, run_json
 from tests.support.repositories import IN_PARALLEL, keys_of, save_steps

@@ -11,9 +11,9 @@ import torch
 
 import fastckpt
 from fastckpt import cli
-from fastckpt.catalog import Catalog
 from fastckpt.format.keys import CheckpointId, commit_key, epoch_key
-from fastckpt.repository import Repository
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
 from tests.support.command_line import rewound, run, run_json
 from tests.support.repositories import begin, flip, keys_of, save_ranks, save_steps, vote

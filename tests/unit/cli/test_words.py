@@ -17,8 +17,8 @@ from fastckpt.cli import output, target
 from fastckpt.cli.output import clean
 from fastckpt.errors import NoCheckpointError
 from fastckpt.format.keys import CheckpointId
-from fastckpt.incarnation import Incarnation
-from fastckpt.repository import Repository
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
 from tests.support.command_line import run, run_json
 from tests.support.repositories import IN_PARALLEL, flip, keys_of, save_steps
@@ -106,7 +106,7 @@ def test_an_interrupt(url: str, store: LocalStore, monkeypatch: pytest.MonkeyPat
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastckpt.check_repository.check_repository", interrupt)
+    monkeypatch.setattr("fastckpt.upkeep.check.repository.check_repository", interrupt)
     assert cli.main(["check", url]) == cli.INTERRUPTED
 
 

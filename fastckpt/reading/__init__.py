@@ -1,0 +1,1 @@
+"""Stored bytes → chunks → storages → objects; every byte is verified on the way."""

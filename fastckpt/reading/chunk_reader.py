@@ -1,0 +1,320 @@
+"""An open container: its index, checked whole, and its chunks, verified one by one.
+
+The one place where stored bytes become raw bytes: crc before the decoder sees a frame, digest after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastckpt import codec
+from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
+from fastckpt.format import container, directory, records
+from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, INDEX_PARTS, MAGIC, MIN_BYTES, READ_SELF_CONTAINED
+from fastckpt.format.digest import crc64nvme, digest
+from fastckpt.format.directory import FileEntry
+from fastckpt.format.element_types import NUMPY_PREFIX
+from fastckpt.format.tensor_names import dotted
+from fastckpt.host import cycle_collector
+from fastckpt.kernels.transform import HAS_BASE, Transform, transform_name
+from fastckpt.reading.sources import Source
+
+U8 = npt.NDArray[np.uint8]
+
+_NO_LIMIT = contextlib.nullcontext()
+
+
+class Reader:
+    """A container of which header, footer and index have been read and found right.
+
+    `read_chunk` may be called from several threads at once. Does not own the source.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        start: int,
+        footer: container.Footer,
+        open_file: Callable[[FileEntry], Source] | None = None,
+    ) -> None:
+        """open_file: makes the sources of a vote's packs; None: the container is self-contained."""
+        self.source = source
+        self.start = start
+        """Where the container begins in the source; offsets in the index count from here."""
+        self.footer = footer
+        self._self_contained = open_file is None
+        parts = self._read_index()
+        self.skeleton = parts["skeleton"]
+        self.records = records.unpack(parts["records"])
+        self.files = directory.parse_file_table(parts["file table"], open_file is None, source.name)
+        """Other files that hold chunks."""
+        self._sources = [source, *(open_file(file) for file in self.files)] if open_file else [source]
+        self._check_records()
+        with cycle_collector.held_off():
+            self.directory = directory.parse(parts["directory"], self.records["raw_bytes"], source.name)
+        self._scratch = threading.local()
+
+    @classmethod
+    def open(cls, source: Source, *, alone: bool) -> Reader:
+        """Read and check the index.
+
+        alone: the source is one file and must be one container, first byte to last. Otherwise it may hold several, one after
+        another, and the first is opened. CorruptCheckpointError (all findings) or UnsupportedFormatError.
+        """
+        start, footer = _find_footer(source, alone)
+        if not footer.header.read_features & READ_SELF_CONTAINED:
+            raise UnsupportedFormatError(
+                f"{source.name} refers to other files: it is part of a repository, not a file to load"
+            )
+        head = _read(source, start, HEADER_BYTES, "header")
+        if head != footer.header_bytes:
+            container.parse_header(head, source.name)  # a damaged header is named as such
+            damage = Damage("header", "bytes 0–64", "the copy in the footer", "another header")
+            raise CorruptCheckpointError(source.name, [damage])
+        return cls(source, start, footer)
+
+    @classmethod
+    def open_vote(cls, source: Source, open_file: Callable[[FileEntry], Source]) -> Reader:
+        """Read and check a vote: an index whose chunks are in packs. Errors as those of `open`."""
+        start, footer = _find_footer(source, alone=True)
+        if footer.header.read_features & READ_SELF_CONTAINED:
+            damage = Damage("header", "read features", "not SELF_CONTAINED (a vote)", "SELF_CONTAINED")
+            raise CorruptCheckpointError(source.name, [damage])
+        if _read(source, start, HEADER_BYTES, "header") != footer.header_bytes:
+            damage = Damage("header", "bytes 0–64", "the copy in the footer", "another header")
+            raise CorruptCheckpointError(source.name, [damage])
+        return cls(source, start, footer, open_file)
+
+    def _read_index(self) -> dict[str, bytes]:
+        first = self.footer.payload_end
+        data = _read(self.source, self.start + first, self.footer.container_bytes - FOOTER_BYTES - first, "directory")
+        view = memoryview(data)
+        parts, damage = {}, []
+        for name in INDEX_PARTS:
+            entry = self.footer.parts[name]
+            part = view[entry.offset - first : entry.offset - first + entry.n_bytes]
+            found = digest(part)
+            if found != entry.digest:
+                place = f"bytes {entry.offset}–{entry.offset + entry.n_bytes}, digest"
+                damage.append(Damage(name, place, entry.digest.hex(), found.hex()))
+            parts[name] = bytes(part)
+        if damage:
+            raise CorruptCheckpointError(self.source.name, damage)
+        return parts
+
+    def _check_records(self) -> None:
+        lengths = None if self._self_contained else [file.n_bytes for file in self.files]
+        damage = records.check(self.records, self.footer.payload_end, lengths)
+        if damage:
+            raise CorruptCheckpointError(self.source.name, damage)
+
+    @property
+    def holds_arrays(self) -> bool:
+        """Whether some storages are NumPy arrays."""
+        return any(storage.dtype.startswith(NUMPY_PREFIX) for storage in self.directory.storages)
+
+    def require_readable(self) -> None:
+        """UnsupportedFormatError if any chunk has a transform that this version does not read; names chunks and tensors."""
+        numbers = records.unsupported(self.records)
+        if numbers:
+            names = sorted({transform_name(int(self.records["transform"][n])) for n in numbers})
+            affected = [name for n in numbers for name in self.tensors_of(n)]
+            raise UnsupportedFormatError(
+                f"{self.source.name} needs a newer fastckpt: {len(numbers)} chunks use the transform {', '.join(names)}"
+                + (f" (for {', '.join(affected[:3])}{' …' if len(affected) > 3 else ''})" if affected else "")
+                + ". Upgrade with `pip install -U fastckpt-engine`"
+            )
+
+    @cached_property
+    def _record_ends(self) -> npt.NDArray[np.int64]:
+        return np.cumsum(self.records["raw_bytes"], dtype=np.int64)
+
+    def pieces(self, storage: int) -> Iterator[tuple[int, int, int, int]]:
+        """(record, offset in its raw bytes, offset in the storage, bytes) of each stretch of a storage, in order."""
+        ends, raw = self._record_ends, self.records["raw_bytes"]
+        position = 0
+        for extent in self.directory.storages[storage].extents or ():
+            record, offset, left = extent
+            while left:
+                n = min(left, int(raw[record]) - offset)
+                yield record, offset, position, n
+                record, offset, left, position = record + 1, 0, left - n, position + n
+        assert position in (0, self.directory.storages[storage].n_bytes), (ends, storage)
+
+    @cached_property
+    def _storages_of_record(self) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in range(len(self.records))]
+        for number in range(len(self.directory.storages)):
+            for record, *_ in self.pieces(number):
+                found[record].append(number)
+        return found
+
+    @cached_property
+    def _names_of_storage(self) -> list[list[str]]:
+        found: list[list[str]] = [[] for _ in self.directory.storages]
+        for tensor in self.directory.tensors:
+            found[tensor.storage].append(dotted(tensor.name))
+        return found
+
+    def tensors_of(self, record: int) -> tuple[str, ...]:
+        """Dotted names of the tensors that need a chunk; storages without a name as "storage 7"."""
+        storages = sorted(set(self._storages_of_record[record]))
+        return tuple(name for n in storages for name in self._names_of_storage[n] or [f"storage {n}"])
+
+    def tensors_of_file(self, file: int) -> tuple[str, ...]:
+        """Names of the tensors that need a file of the file table; 1 is the first."""
+        found = (name for n in np.flatnonzero(self.records["file"] == file) for name in self.tensors_of(int(n)))
+        return tuple(dict.fromkeys(found))
+
+    def read_chunk(self, number: int, out: U8, decoders: AbstractContextManager[Any] = _NO_LIMIT) -> Damage | None:
+        """Read, verify and decode one chunk into `out` (as long as its raw bytes). Returns the damage, if there is any.
+
+        decoders: entered for the part that computes rather than waits. Any thread. Takes at most twice the chunk's bytes besides `out`,
+        for the time of the call; as much again for each base on its way.
+        """
+        record = self.records[number]
+        transform = Transform(int(record["transform"]))
+        place = f"chunk {number}"
+        n_stored = int(record["stored_bytes"])
+        if n_stored:
+            first, file = int(record["offset"]), int(record["file"])
+            place += f", bytes {first}–{first + n_stored}" + (f" of {self.files[file - 1].key}" if file else "")
+        base: Any = None  # first: reading it uses this thread's scratch, too
+        if transform in HAS_BASE:
+            base = self._base(number, record)
+            if isinstance(base, Damage):
+                return self._damage(number, f"{place}, base: {base.place}", base.expected, base.found)
+        try:
+            stored = out if transform is Transform.RAW else self._scratch_of(n_stored)
+            if n_stored:
+                self._read_stored(record, stored)
+        except (EOFError, ObjectNotFoundError) as error:
+            return self._damage(number, place, f"{n_stored} stored bytes", str(error))
+        with decoders:
+            return self._decode_chunk(number, place, stored, out, base)
+
+    def _decode_chunk(self, number: int, place: str, stored: U8, out: U8, base: U8 | None) -> Damage | None:
+        record = self.records[number]
+        # Before the decoder sees it: damage never reaches a decoder, only malice does.
+        if stored.size and crc64nvme(stored) != int(record["crc64nvme"]):
+            found = f"{crc64nvme(stored):016x}"
+            return self._damage(number, f"{place}, crc64nvme", f"{int(record['crc64nvme']):016x}", found)
+        lane_bytes, pack_bits = int(record["lane_bytes"]), int(record["pack_width"])
+        transform = Transform(int(record["transform"]))
+        try:
+            found_digest = codec.decode(
+                transform, lane_bytes, pack_bits, record["parameter"].tobytes(), stored, out, base
+            )
+        except codec.CodecError as error:
+            return self._damage(number, place, error.expected, error.found)
+        if found_digest != record["digest"].tobytes():
+            return self._damage(number, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
+        return None
+
+    def _base(self, number: int, record: Any) -> U8 | Damage:
+        """The bytes that a chunk's transform starts from: of one record, or the end of one and the beginning of the next."""
+        first, start, n_bytes = records.base_of(record)
+        found = np.empty(n_bytes, np.uint8)
+        position = 0
+        while position < n_bytes:
+            chunk = np.empty(int(self.records["raw_bytes"][first]), np.uint8)
+            damage = self.read_chunk(first, chunk)
+            if damage is not None:
+                return damage
+            part = chunk[start : start + n_bytes - position]
+            found[position : position + part.size] = part
+            position, first, start = position + part.size, first + 1, 0
+        return found
+
+    def _read_stored(self, record: Any, out: U8) -> None:
+        file, offset = int(record["file"]), int(record["offset"])
+        self._sources[file].read_into(offset if file else self.start + offset, out)
+
+    def will_read(self, first: int, last: int) -> None:
+        """A hint: the stored bytes of these records are wanted soon. Any thread."""
+        rows = self.records[first : last + 1]
+        rows = rows[
+            (rows["file"] == 0) & (rows["stored_bytes"] > 0)
+        ]  # those of packs are read by many threads, from a store
+        if len(rows):
+            start, stop = int(rows["offset"].min()), int((rows["offset"] + rows["stored_bytes"]).max())
+            self.source.will_read(self.start + start, stop - start)
+
+    def _damage(self, number: int, place: str, expected: str, found: str) -> Damage:
+        return Damage("payload", place, expected, found, self.tensors_of(number))
+
+    def _scratch_of(self, n_bytes: int) -> U8:
+        """This thread's buffer for stored bytes: fresh pages for every chunk cost as much as reading it."""
+        buffer: U8 | None = getattr(self._scratch, "buffer", None)
+        if buffer is None or buffer.size < n_bytes:
+            buffer = self._scratch.buffer = np.empty(n_bytes, np.uint8)
+        return buffer[:n_bytes]
+
+
+def is_container(source: Source) -> bool:
+    """Whether it is a container, or was one before it was damaged: the magic at either end says so."""
+    ends = bytearray(min(len(MAGIC), source.n_bytes)), bytearray(min(len(MAGIC), source.n_bytes))
+    source.read_into(0, ends[0])
+    source.read_into(source.n_bytes - len(ends[1]), ends[1])
+    return MAGIC in map(bytes, ends)
+
+
+def _read(source: Source, offset: int, n_bytes: int, part: str) -> bytes:
+    data = bytearray(n_bytes)
+    try:
+        source.read_into(offset, data)
+    except EOFError as error:
+        raise CorruptCheckpointError(source.name, [Damage(part, "end", f"{n_bytes} bytes", str(error))]) from error
+    return bytes(data)
+
+
+def _find_footer(source: Source, alone: bool) -> tuple[int, container.Footer]:
+    """The start of the (first) container in the source, and its footer."""
+    end = source.n_bytes
+    while True:
+        if end < MIN_BYTES:
+            damage = Damage(
+                "footer",
+                "whole file" if end == source.n_bytes else f"byte {end}",
+                f"at least {MIN_BYTES} bytes",
+                str(end),
+            )
+            raise CorruptCheckpointError(source.name, [damage])
+        footer = container.parse_footer(_read(source, end - FOOTER_BYTES, FOOTER_BYTES, "footer"), end, source.name)
+        start = end - footer.container_bytes
+        if start == 0:
+            return 0, footer
+        if alone:
+            expected = f"{footer.container_bytes} bytes, as the footer says"
+            damage = Damage("footer", "container length", expected, f"a file of {source.n_bytes} bytes")
+            raise CorruptCheckpointError(source.name, [damage])
+        end = start
+
+
+def affected(damage: Sequence[Damage]) -> tuple[str, ...]:
+    """All tensors that some damage affects, each once."""
+    return tuple(dict.fromkeys(name for item in damage for name in item.tensors))
+
+
+def storage_bytes(reader: Reader) -> int:
+    """Host memory that the storages of a container need when it is loaded."""
+    return sum(s.n_bytes for s in reader.directory.storages if s.extents is not None)
+
+
+def summary(reader: Reader) -> dict[str, Any]:
+    """Sizes of a container, for `ls` and `show`."""
+    return {
+        "container_bytes": reader.footer.container_bytes,
+        "raw_bytes": storage_bytes(reader),
+        "chunks": len(reader.records),
+        "tensors": len(reader.directory.tensors),
+        "storages": len(reader.directory.storages),
+    }

@@ -1,0 +1,99 @@
+"""An open container or vote → the object that was saved."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastckpt import events
+from fastckpt.errors import CheckpointError
+from fastckpt.format.element_types import NUMPY_PREFIX
+from fastckpt.host import cycle_collector
+from fastckpt.host.torch_names import fake_mode, is_meta_location
+from fastckpt.options import Options
+from fastckpt.reading.chunk_reader import Reader, storage_bytes
+from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, StorageLoader, check_size
+from fastckpt.state import Rebuild, may_be_refused, unsafe_globals
+
+# What is loaded within a second or two, with the collector held off: small tensors are many objects, not many bytes.
+_SOON_BYTES = 64 << 20
+
+
+def load_object(
+    reader: Reader,
+    options: Options,
+    threads: int,
+    *,
+    map_location: Any,
+    pickle_module: Any,
+    weights_only: bool,
+    load_args: dict[str, Any],
+    places: Sequence[str] | None = None,
+    beyond_torch: bool = False,
+) -> Any:
+    """Unpickle the object, its storages read, verified and decoded by `threads` threads ahead of the unpickler.
+
+    places, beyond_torch: see `Rebuild`.
+
+    CorruptCheckpointError lists all damage, and nothing is returned; TooLargeError before anything is allocated; pickle.UnpicklingError.
+    """
+    started = time.perf_counter()
+    n_bytes = storage_bytes(reader)
+    if not reader.skeleton:
+        raise CheckpointError(
+            f"{reader.source.name} holds tensors but no object to load: fetch them with fastckpt.open"
+        )
+    meta = is_meta_location(map_location)
+    refused = weights_only and _refuses(reader, beyond_torch)
+    # Nothing is read ahead for a load that will be refused, nor for one that needs no data.
+    read_ahead = not meta and not refused and fake_mode() is None
+    # Also where nothing is read ahead: what comes before a refused global is read all the same. Arrays are read even for "meta".
+    check_size(reader, _array_bytes(reader) if meta else n_bytes, options.max_load_bytes)
+    reader.require_readable()
+    events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
+    window = (None if _stays_on_host(reader, map_location, places) else DEVICE_WINDOW_BYTES) if read_ahead else 0
+    with StorageLoader(reader, threads, window) as loader:
+        rebuild = Rebuild(
+            reader.skeleton,
+            loader,
+            reader.source.name,
+            map_location,
+            weights_only,
+            pickle_module,
+            load_args,
+            places,
+            beyond_torch,
+        )
+        soon = n_bytes + len(reader.skeleton) <= _SOON_BYTES
+        with cycle_collector.held_off() if soon else contextlib.nullcontext():
+            result = rebuild.run()
+    events.emit(
+        events.LoadFinished(source=reader.source.name, raw_bytes=n_bytes, seconds=time.perf_counter() - started)
+    )
+    return result
+
+
+def _array_bytes(reader: Reader) -> int:
+    return sum(storage.n_bytes for storage in reader.directory.storages if storage.dtype.startswith(NUMPY_PREFIX))
+
+
+def _refuses(reader: Reader, beyond_torch: bool) -> bool:
+    """Whether a restricted load is sure to fail. Its error comes from the unpickler; this only saves reading the payload."""
+    if not may_be_refused(reader.skeleton, reader.holds_arrays):
+        return False
+    try:
+        return bool(unsafe_globals(reader.skeleton, reader.holds_arrays, beyond_torch=beyond_torch))
+    except Exception:  # a stream that cannot even be scanned cannot be loaded
+        return True
+
+
+def _stays_on_host(reader: Reader, map_location: Any, places: Sequence[str] | None) -> bool:
+    if places is not None:
+        return all(place in ("cpu", "meta") for place in places)
+    if map_location is None:
+        return all(storage.location == "cpu" for storage in reader.directory.storages)
+    return isinstance(map_location, (str, torch.device)) and str(map_location) == "cpu"

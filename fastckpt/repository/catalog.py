@@ -1,0 +1,350 @@
+"""Which checkpoint comes next: the history of a repository (docs/guarantees.md, section 3), and choosing from it.
+
+`history` and `choose` are pure; `Catalog` reads what they need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastckpt.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    Damage,
+    NoCheckpointError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RetiredError,
+    StoreAccessError,
+    StoreError,
+)
+from fastckpt.events import logger
+from fastckpt.format import keys
+from fastckpt.format.keys import CheckpointId, SaveId
+from fastckpt.format.repository_records import Commit, Epoch, Skipped, Tombstone
+from fastckpt.repository.commit import open_vote, try_commit
+from fastckpt.repository.repository import Listing, Repository
+from fastckpt.store.base import Store
+
+Step = int | Literal["latest", "latest-valid"] | CheckpointId
+
+
+def history(
+    newest: int, epoch_of: Callable[[int], Epoch | None], commits: Iterable[CheckpointId]
+) -> Iterator[CheckpointId]:
+    """The checkpoints that a restore goes through, the one it takes first.
+
+    newest: the highest epoch. epoch_of: its record, or None where it is missing. commits: any order. Lazy: records of epochs are
+    asked for only as far as the caller goes.
+
+    An epoch without a commit counts only if it was a rewind or begun anew: whoever made an ordinary claim may have died before its second
+    reading, and its parent may be behind what others have committed.
+    """
+    steps: dict[int, list[int]] = {}
+    for checkpoint in commits:
+        steps.setdefault(checkpoint.epoch, []).append(checkpoint.step)
+    number, most, counts = newest, keys.MAX_STEP, False
+    while number > 0:
+        for step in sorted(steps.get(number, ()), reverse=True):
+            if step <= most:
+                yield CheckpointId(number, step)
+        epoch = epoch_of(number)
+        counts = counts or number in steps or (epoch is not None and (epoch.rewind or epoch.fresh))
+        if epoch is not None and counts and epoch.parent is not None:
+            # A parent's epoch is lower than its own (checked when it was read), so this ends.
+            number, most, counts = epoch.parent.checkpoint.epoch, epoch.parent.checkpoint.step, True
+        elif epoch is not None and epoch.fresh:
+            return
+        else:
+            number, most, counts = number - 1, keys.MAX_STEP, False
+
+
+def stand_in(number: int, commits: Iterable[Commit]) -> Epoch | None:
+    """What a missing epoch record must have said of its parent, as the epoch's oldest living commit tells; None if that does not tell."""
+    first = min(commits, key=lambda commit: commit.save, default=None)
+    if first is None or (first.parent is not None and first.parent.checkpoint.epoch >= number):
+        return None
+    return Epoch(
+        number, first.parent, first.parent is None, False, (), first.world, first.digest, first.utc, first.writer
+    )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A checkpoint to restore, and what was passed over to get there."""
+
+    commit: Commit
+    skipped: tuple[Skipped, ...] = ()
+
+
+class Catalog:
+    """What one reading of a repository's names found. Records are read when they are needed, each once."""
+
+    def __init__(self, repository: Repository, listing: Listing | None = None) -> None:
+        self.repository = repository
+        self.listing = repository.list() if listing is None else listing
+        self._epochs: dict[int, Epoch] = {}
+        self._commits: dict[CheckpointId, Commit | Tombstone] = {}
+
+    def epoch(self, number: int) -> Epoch | None:
+        """An epoch record; None where there is none."""
+        if number not in self.listing.epochs:
+            return None
+        if number not in self._epochs:
+            self._epochs[number] = self.repository.epoch(number)
+        return self._epochs[number]
+
+    def commit(self, checkpoint: CheckpointId) -> Commit | Tombstone:
+        if checkpoint not in self._commits:
+            self._commits[checkpoint] = self.repository.commit(checkpoint)
+        return self._commits[checkpoint]
+
+    def _retired(self, checkpoint: CheckpointId) -> bool:
+        """Whether a tombstone stands there. What cannot be read is not retired: it must not be passed over in silence."""
+        try:
+            return isinstance(self.commit(checkpoint), Tombstone)
+        except ObjectNotFoundError:
+            return True
+        except StoreError:
+            raise
+        except CheckpointError:
+            return False
+
+    def history(self, without: Collection[int] = ()) -> Iterator[CheckpointId]:
+        """Living checkpoints, newest first; as if the epochs `without` had not been claimed."""
+        commits = [c for c in self.listing.commits if c.epoch not in without]
+        epochs = [n for n in (*self.listing.epochs, *(c.epoch for c in commits)) if n not in without]
+
+        def epoch_of(number: int) -> Epoch | None:
+            return None if number in without else self.epoch(number) or self.stand_in(number)
+
+        for checkpoint in history(max(epochs, default=0), epoch_of, commits):
+            if not self._retired(checkpoint):
+                yield checkpoint
+
+    def stand_in(self, number: int) -> Epoch | None:
+        """For a record that is missing, what its epoch's oldest living commit says. None if it does not tell."""
+        for checkpoint in (c for c in self.listing.commits if c.epoch == number):
+            if self._retired(checkpoint):
+                continue
+            try:
+                commit = self.commit(checkpoint)
+            except CheckpointError as error:
+                if isinstance(error, StoreError):
+                    raise
+                return None
+            return stand_in(number, [commit]) if isinstance(commit, Commit) else None
+        return None
+
+    def branches(self) -> list[CheckpointId]:
+        """Living checkpoints outside of the history, newest first."""
+        inside = set(self.history())
+        return [c for c in reversed(self.listing.commits) if c not in inside and not self._retired(c)]
+
+    def choose(
+        self, step: Step = "latest", known_bad: Iterable[Skipped] = (), without: Collection[int] = ()
+    ) -> Choice | None:
+        """The checkpoint to restore, its record, indexes and the sizes of its packs checked; None: nothing was ever committed.
+
+        latest: the newest of the history; damage is an error that names the newest complete one. latest-valid: the newest that passes
+        the check. A number: the newest checkpoint of that step, in the history if it is there. NoCheckpointError,
+        CorruptCheckpointError, StoreError. known_bad: passed over without another look. without: epochs to look past.
+        """
+        if not self.listing.commits:
+            if isinstance(step, str):
+                return None
+            raise NoCheckpointError(f"{self.repository.url} has no checkpoint at all: step {step} cannot be restored")
+        if not isinstance(step, str):
+            checkpoint = self._find(step)
+            return Choice(self._verified(checkpoint))
+        skipped: list[Skipped] = list(known_bad)
+        for checkpoint in self.history(without):
+            if any(checkpoint == bad.checkpoint for bad in skipped):
+                continue
+            try:
+                return Choice(self._verified(checkpoint), tuple(skipped))
+            except StoreError:
+                raise
+            except CheckpointError as error:
+                if step == "latest":
+                    raise self.with_advice(checkpoint, error) from error
+                logger.warning("%s is passed over: %s", self.repository.location(checkpoint), error)
+                skipped.append(Skipped(checkpoint, str(error)[:500]))
+        raise self._nothing(skipped)
+
+    def _nothing(self, skipped: Sequence[Skipped]) -> NoCheckpointError:
+        """Why there is nothing to restore although there are commits."""
+        url = self.repository.url
+        living = [c for c in self.listing.commits if not self._retired(c)]
+        if skipped:
+            shown = ", ".join(str(s.checkpoint) for s in skipped)
+            return NoCheckpointError(
+                f"{url}: none of the checkpoints in the history is complete ({shown}). `fastckpt salvage` gets out what can be read"
+            )
+        if living:
+            shown = ", ".join(f"step {c.step} (epoch {c.epoch})" for c in living[-5:])
+            return NoCheckpointError(
+                f"{url}: the history of epoch {max(self.listing.epochs, default=0)} has no checkpoint (begun with fresh=True, or all "
+                f"retired); others are {shown}. Restore one of them with restore(step=…), or pass fresh=True to begin again"
+            )
+        return NoCheckpointError(f"{url}: every checkpoint has been retired. Pass fresh=True to begin again")
+
+    def _find(self, step: int | CheckpointId) -> CheckpointId:
+        if isinstance(step, CheckpointId):
+            if step in self.listing.commits and not self._retired(step):
+                return step
+        else:
+            for checkpoint in self.history():
+                if checkpoint.step == step:
+                    return checkpoint
+            for checkpoint in self.branches():
+                if checkpoint.step == step:
+                    logger.warning("step %d is taken from epoch %d, an abandoned branch", step, checkpoint.epoch)
+                    return checkpoint
+        known = list(self.history())[:5]
+        shown = ", ".join(str(c.step) for c in known) or "none"
+        raise NoCheckpointError(
+            f"{self.repository.url} has no checkpoint of step {step}; newest: {shown}. `fastckpt ls` lists all"
+        )
+
+    def _verified(self, checkpoint: CheckpointId) -> Commit:
+        try:
+            commit = self.commit(checkpoint)
+            if isinstance(commit, Tombstone):
+                raise self._was_retired(checkpoint)
+            verify(self.repository.store, commit)
+        except (CorruptCheckpointError, ObjectNotFoundError) as error:
+            raise self.blame(checkpoint, error) from error
+        return commit
+
+    def blame(self, checkpoint: CheckpointId, error: CheckpointError) -> CheckpointError:
+        """The error that reading a checkpoint has met, or RetiredError if retention has taken it meanwhile. StoreError."""
+        try:
+            retired = isinstance(self.repository.commit(checkpoint), Tombstone)
+        except ObjectNotFoundError:
+            retired = True
+        except StoreError:
+            raise
+        except CheckpointError:
+            retired = False
+        return self._was_retired(checkpoint) if retired else error
+
+    def _was_retired(self, checkpoint: CheckpointId) -> RetiredError:
+        return RetiredError(
+            f"{self.repository.location(checkpoint)} was retired while it was being read: a newer checkpoint exists. Try again"
+        )
+
+    def with_advice(self, checkpoint: CheckpointId, error: CheckpointError) -> CheckpointError:
+        """The error, and what to do about it."""
+        if not isinstance(error, CorruptCheckpointError):
+            return error
+        for other in self.history():
+            if other == checkpoint:
+                continue
+            try:
+                self._verified(other)
+            except CheckpointError:
+                continue
+            where = f"step {other.step} (epoch {other.epoch})"
+            advice = f'The newest complete one is {where}: restore(step={other.step}), or step="latest-valid"'
+            break
+        else:
+            advice = "No other checkpoint is complete. `fastckpt salvage` gets out what can be read"
+        return CorruptCheckpointError(error.source, error.damage, advice)
+
+
+def verify(store: Store, commit: Commit) -> None:
+    """Check all that can be checked without reading packs: votes by length and digest, indexes, lengths of packs.
+
+    CorruptCheckpointError lists everything that is wrong or missing; StoreError.
+    """
+    damage: list[Damage] = []
+    sizes = _sizes(store, {commit.save})
+    for rank in range(commit.world):
+        name = commit.vote(rank)
+        key = keys.vote_key(name)
+        try:
+            reader = open_vote(store, name)
+        except ObjectNotFoundError:
+            damage.append(Damage("vote", key, f"{name.n_bytes} bytes", "no such object"))
+            continue
+        except CorruptCheckpointError as error:
+            damage.extend(error.damage)
+            continue
+        for file in reader.files:
+            if file.key not in sizes:
+                sizes.update(_sizes(store, {s for s in [keys.parse_pack(file.key)] if s is not None}))
+            found = sizes.get(file.key)
+            if found != file.n_bytes:
+                lost = reader.tensors_of_file(reader.files.index(file) + 1)
+                what = "no such object" if found is None else f"{found} bytes"
+                damage.append(Damage("pack", file.key, f"{file.n_bytes} bytes", what, lost))
+    if damage:
+        raise CorruptCheckpointError(f"{store.url}/{keys.commit_key(commit.checkpoint)}", damage)
+
+
+def _sizes(store: Store, saves: Iterable[SaveId]) -> dict[str, int]:
+    """Lengths of all packs of some saves: a LIST costs one request for a thousand packs."""
+    return {info.key: info.n_bytes for save in saves for info in store.list(f"{keys.DATA}{save}/")}
+
+
+def pending_saves(store: Store, listing: Listing) -> list[SaveId]:
+    """Saves with votes but without a commit record or tombstone, oldest first."""
+    votes = {vote.save for info in store.list(keys.VOTES) if (vote := keys.parse_vote(info.key)) is not None}
+    known = set(listing.commits)
+    return sorted(save for save in votes if save.checkpoint not in known)
+
+
+def complete_pending(repository: Repository, catalog: Catalog) -> list[Commit]:
+    """Commit the saves whose votes are all there and that would be newer than what the history begins with.
+
+    Who may not write leaves them: a reader sees what is committed. Contradictions are logged and left to `check`.
+    """
+    head = next(catalog.history(), None)
+    done = []
+    for save in pending_saves(repository.store, catalog.listing):
+        if head is not None and save.checkpoint <= head:
+            continue
+        try:
+            commit = try_commit(repository.store, save)
+        except ObjectNotFoundError:  # a running job has committed and retired it since the LIST
+            continue
+        except (StoreAccessError, ObjectExistsError) as error:
+            logger.warning("%s: the finished save %s is left uncommitted: %s", repository.url, save, error)
+            continue
+        except StoreError:
+            raise
+        except CheckpointError as error:
+            logger.warning("%s: the save %s cannot be completed: %s", repository.url, save, error)
+            continue
+        if commit is not None:
+            logger.warning(
+                "%s: completed the commit of step %d (epoch %d), whose process ended before it",
+                repository.url,
+                save.step,
+                save.epoch,
+            )
+            done.append(commit)
+    return done
+
+
+def describe(commit: Commit) -> dict[str, Any]:
+    """A commit for `--json` and tables."""
+    return {
+        "epoch": commit.save.epoch,
+        "step": commit.save.step,
+        "try": commit.save.attempt,
+        "utc": commit.utc,
+        "world": commit.world,
+        "trigger": commit.trigger,
+        "raw_bytes": commit.raw_bytes,
+        "stored_bytes": commit.stored_bytes,
+        "seconds": commit.seconds,
+        "metrics": commit.metrics,
+        "meta": commit.meta,
+        "parent": None
+        if commit.parent is None
+        else {"epoch": commit.parent.checkpoint.epoch, "step": commit.parent.checkpoint.step},
+    }

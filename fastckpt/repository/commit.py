@@ -1,0 +1,195 @@
+"""Votes → commit record: one conditional put makes a checkpoint exist (docs/guarantees.md, section 3).
+
+Nothing here asks who wrote a vote: the record follows from the votes alone, so the rank that sees the last one, a later incarnation and
+`check --repair` all build the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fastckpt import events
+from fastckpt.errors import CorruptCheckpointError, Damage, ObjectExistsError, ObjectNotFoundError, RepositoryError
+from fastckpt.format import keys
+from fastckpt.format.container import INDEX_PARTS
+from fastckpt.format.digest import digest
+from fastckpt.format.directory import Directory, FileEntry
+from fastckpt.format.keys import CheckpointId, SaveId, VoteName, commit_key, parse_vote, vote_key, votes_prefix
+from fastckpt.format.repository_records import Commit, Tombstone, commit_bytes, parse_commit_record
+from fastckpt.format.sealed import MAX_SEALED_BYTES
+from fastckpt.format.vote import SaveInfo, commit_of, save_info
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.object_source import BytesSource, ObjectSource
+from fastckpt.store.base import Store
+
+MAX_VOTE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class VoteRead:
+    """A vote that was read, or built here, and checked."""
+
+    name: VoteName
+    info: SaveInfo
+    directory: Directory
+    parts: Mapping[str, tuple[int, int]]
+    files: tuple[FileEntry, ...]
+
+
+def read_vote_bytes(store: Store, name: VoteName) -> bytes:
+    """The bytes of a vote, which are those its name says. CorruptCheckpointError, ObjectNotFoundError."""
+    key = vote_key(name)
+    source = f"{store.url}/{key}"
+    found = store.head(key).n_bytes
+    if found != name.n_bytes or found > MAX_VOTE_BYTES:
+        expected = f"{name.n_bytes} bytes, as its name says, and at most {MAX_VOTE_BYTES}"
+        raise CorruptCheckpointError(source, [Damage("vote", "length", expected, str(found))])
+    data = store.get(key)
+    actual = digest(data).hex()
+    if actual != name.digest:
+        raise CorruptCheckpointError(source, [Damage("vote", "digest", f"{name.digest}, as its name says", actual)])
+    return data
+
+
+def open_vote(store: Store, name: VoteName, data: bytes | None = None) -> Reader:
+    """A rank's index, checked whole, whose chunks are read from packs. `data`: its bytes, if they are at hand.
+
+    CorruptCheckpointError, UnsupportedFormatError, ObjectNotFoundError.
+    """
+    if data is None:
+        data = read_vote_bytes(store, name)
+    source = BytesSource(data, f"{store.url}/{vote_key(name)}")
+    return Reader.open_vote(source, lambda file: ObjectSource(store, file.key, file.n_bytes))
+
+
+def read_vote(store: Store, name: VoteName, data: bytes | None = None) -> VoteRead:
+    """What a commit record needs to know of a vote. Errors as those of `open_vote`."""
+    reader = open_vote(store, name, data)
+    parts = {part: (entry.offset, entry.n_bytes) for part, entry in reader.footer.parts.items()}
+    info = save_info(reader.directory, name, reader.source.name)
+    return VoteRead(name, info, reader.directory, {part: parts[part] for part in INDEX_PARTS}, reader.files)
+
+
+def complete_set(names: Iterable[VoteName], where: str) -> list[VoteName] | None:
+    """The votes of all ranks of one try, rank 0's first; None if some are missing.
+
+    RepositoryError if ranks disagree about the world or one voted twice: no commit may come of that.
+    """
+    votes = sorted(names, key=lambda name: (name.rank, name.digest))
+    if not votes:
+        return None
+    worlds = sorted({vote.world for vote in votes})
+    ranks = [vote.rank for vote in votes]
+    twice = sorted({rank for rank in ranks if ranks.count(rank) > 1})
+    if len(worlds) > 1 or twice:
+        raise RepositoryError(
+            f"{where}: votes contradict each other (worlds {worlds}, more than one vote of ranks {twice}): nothing is committed. "
+            "Save the step again; `fastckpt prune` removes these"
+        )
+    return votes if len(votes) == worlds[0] else None
+
+
+def list_votes(store: Store, save: SaveId) -> list[VoteName]:
+    """The votes of one try that are there."""
+    found = (parse_vote(info.key) for info in store.list(votes_prefix(save)))
+    return [name for name in found if name is not None]
+
+
+def read_commit(store: Store, checkpoint: CheckpointId) -> Commit | Tombstone:
+    """What stands at a commit key. ObjectNotFoundError, CorruptCheckpointError, UnsupportedFormatError."""
+    key = commit_key(checkpoint)
+    return parse_commit_record(read_sealed(store, key), checkpoint, f"{store.url}/{key}")
+
+
+def read_sealed(store: Store, key: str) -> bytes:
+    """The bytes of a small object, whose length is looked at first."""
+    n_bytes = store.head(key).n_bytes
+    if n_bytes > MAX_SEALED_BYTES:
+        damage = Damage(key.partition("/")[0], "length", f"at most {MAX_SEALED_BYTES}", str(n_bytes))
+        raise CorruptCheckpointError(f"{store.url}/{key}", [damage])
+    return store.get(key)
+
+
+def create(store: Store, key: str, data: bytes) -> bytes:
+    """Put an object if there is none. Returns the bytes that are there now: `data`, or somebody else's.
+
+    An error says nothing about whether ours landed (S4), so a caller may simply call again: equal bytes are ours.
+    """
+    try:
+        store.put_if_absent(key, data)
+    except ObjectExistsError:
+        return read_sealed(store, key)
+    return data
+
+
+def try_commit(store: Store, save: SaveId, own: Mapping[int, bytes] | None = None) -> Commit | None:
+    """Commit a save if all its votes are there: the record that stands afterwards, perhaps another try's; None if votes are missing.
+
+    own: bytes of votes by rank that this process has placed, which need not be read back. RepositoryError where the votes contradict each
+    other or the step was retired; CorruptCheckpointError for a damaged vote; StoreError.
+    """
+    names = complete_set(list_votes(store, save), f"{store.url}/{votes_prefix(save)}")
+    if names is None:
+        return None
+    votes = []
+    for name in names:
+        data = (own or {}).get(name.rank)
+        if data is not None and digest(data).hex() != name.digest:
+            raise RepositoryError(
+                f"{store.url}/{vote_key(name)} is a vote of this process's rank {name.rank} that it did not place: two processes "
+                "save as one incarnation. Start each with a Checkpointer of its own"
+            )
+        read = read_vote(store, name, data)
+        _check_packs(store, read)
+        votes.append((read.name, read.info, read.directory, read.parts))
+    record = commit_bytes(commit_of(votes, f"{store.url}/{votes_prefix(save)}"))
+    key = commit_key(save.checkpoint)
+    stands = create(store, key, record)
+    found = parse_commit_record(stands, save.checkpoint, f"{store.url}/{key}")
+    if isinstance(found, Tombstone):
+        raise _retired(store, save, found)
+    if stands == record:
+        events.emit(events.Committed(target=store.url, key=key, step=save.step, epoch=save.epoch, world=found.world))
+    return found
+
+
+def require_vote(store: Store, name: VoteName) -> None:
+    """RepositoryError if a vote that was placed is gone: nobody places it again, so it is not waited for."""
+    try:
+        store.head(vote_key(name))
+        return
+    except ObjectNotFoundError:
+        pass
+    try:
+        found = read_commit(store, name.save.checkpoint)
+    except ObjectNotFoundError:
+        found = None
+    if isinstance(found, Tombstone):
+        raise _retired(store, name.save, found)
+    raise RepositoryError(
+        f"{store.url}/{vote_key(name)} was placed and is gone: step {name.save.step} was retired meanwhile, or somebody deletes what this "
+        "job saves. It is not committed"
+    )
+
+
+def _retired(store: Store, save: SaveId, found: Tombstone) -> RepositoryError:
+    return RepositoryError(
+        f"{store.url}/{commit_key(save.checkpoint)}: step {save.step} of epoch {save.epoch} has been retired ({found.why})"
+    )
+
+
+def _check_packs(store: Store, vote: VoteRead) -> None:
+    """Packs of *other* saves must be there in full length: this save's own were acknowledged before the vote was placed."""
+    damage = []
+    for file in vote.files:
+        if keys.parse_pack(file.key) == vote.name.save:
+            continue
+        try:
+            found = str(store.head(file.key).n_bytes)
+        except ObjectNotFoundError:
+            found = "no such object"
+        if found != str(file.n_bytes):
+            damage.append(Damage("pack", file.key, f"{file.n_bytes} bytes", found))
+    if damage:
+        raise CorruptCheckpointError(f"{store.url}/{vote_key(vote.name)}", damage)

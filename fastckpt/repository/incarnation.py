@@ -1,0 +1,281 @@
+"""One incarnation of a job in its repository: it claims an epoch, saves steps, acknowledges what is safe, retires what is not wanted.
+
+Knows nothing of training: `Checkpointer` does. Called from one thread at a time.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastckpt.errors import ObjectNotFoundError, RepositoryError, SaveError, SupersededError
+from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, CheckpointId, SaveId, epoch_key
+from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, Tombstone, epoch_bytes
+from fastckpt.format.vote import vote_name
+from fastckpt.options import Options
+from fastckpt.repository.catalog import Catalog, Choice, Step, complete_pending
+from fastckpt.repository.commit import list_votes, require_vote, try_commit
+from fastckpt.repository.repository import Repository, stands
+from fastckpt.repository.retention import GRACE_S, Collector, Keep, Plan, plan
+from fastckpt.state import Captured
+from fastckpt.state.chunks import ChunkSource
+from fastckpt.writing.packs import PackBuffers
+from fastckpt.writing.rank import SaveRequest, UploadThreads, upload
+
+_MAX_POLL_S = 5.0
+# A generator of our own: drawing from the global one would change what training draws.
+_random = random.Random()
+
+
+class Incarnation:
+    """See the module. rank and world: this process's place among those that save together; all claim through rank 0's `claimed`."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        options: Options,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.repository = repository
+        self.epoch: Epoch | None = None
+        self.last: Parent | None = None
+        """The newest checkpoint that this incarnation restored or saw committed."""
+        self.in_flight: set[SaveId] = set()
+        self._options = options
+        self._rank, self._world = rank, world
+        self._attempts: dict[int, int] = {}
+        self._collector = Collector(repository)
+        self._buffers = PackBuffers()
+        self._sleep, self._clock = sleep, clock
+
+    def restore(
+        self, step: Step = "latest", known_bad: Sequence[Skipped] = (), own: set[int] | None = None
+    ) -> Choice | None:
+        """Choose a checkpoint and claim an epoch that continues from it. None: nothing was ever committed, start from 0.
+
+        own: claims of this restore so far. Errors as those of `choose`.
+        """
+        own = set() if own is None else own
+        choice = self.choose(step, known_bad, own)
+        while not self.claim(choice, step, own):
+            choice = self.choose(step, [*known_bad, *(() if choice is None else choice.skipped)], own)
+        return choice
+
+    def choose(
+        self, step: Step = "latest", known_bad: Sequence[Skipped] = (), own: Collection[int] = ()
+    ) -> Choice | None:
+        """What `restore` would take. Claims nothing, but saves that died between vote and commit are completed first.
+
+        known_bad: checkpoints whose data a caller found damaged. own: epochs to look past. NoCheckpointError, CorruptCheckpointError,
+        StoreError.
+        """
+        self.repository.initialise()
+        catalog = Catalog(self.repository)
+        if isinstance(step, str) and complete_pending(self.repository, catalog):
+            catalog = Catalog(self.repository)
+        return catalog.choose(step, known_bad, own)
+
+    def claim(self, choice: Choice | None, step: Step, own: set[int]) -> bool:
+        """Claim an epoch that continues from what `choose(step)` gave. False: the head has moved meanwhile, choose again.
+
+        own: gets the new number.
+        """
+        parent = None if choice is None else Parent(choice.commit.checkpoint, choice.commit.digest)
+        skipped = () if choice is None else choice.skipped
+        named = not isinstance(step, str)
+        number = self.epoch.number if self.epoch is not None else 0
+        self.epoch = self.repository.claim(
+            parent, rewind=named or bool(skipped), skipped=skipped, world=self._world, above=number
+        )
+        own.add(self.epoch.number)
+        self.last, self._attempts = parent, {}
+        if named:  # a person's wish: newer commits elsewhere change nothing
+            return True
+        # The second reading: an older incarnation that committed before it could see our claim is not left behind (G8).
+        catalog = Catalog(self.repository)
+        if any(c.epoch == self.epoch.number for c in catalog.listing.commits):
+            own.discard(self.epoch.number)  # a store that lets two claim one number
+            return False
+        passed = {s.checkpoint for s in skipped}
+        head = next((c for c in catalog.history(own) if c not in passed), None)
+        return head == (None if parent is None else parent.checkpoint)
+
+    def begin(self, *, fresh: bool = False) -> Epoch:
+        """Claim an epoch that continues from nothing. RepositoryError if there are checkpoints and `fresh` was not asked for."""
+        self.repository.initialise()
+        if not fresh:
+            self._refuse_existing(Catalog(self.repository))
+        number = self.epoch.number if self.epoch is not None else 0
+        self.epoch = self.repository.claim(None, fresh=fresh, world=self._world, above=number)
+        if not fresh:
+            self._refuse_existing(Catalog(self.repository))
+        self.last, self._attempts = None, {}
+        return self.epoch
+
+    def _refuse_existing(self, catalog: Catalog) -> None:
+        newest = next(catalog.history(), None)
+        if newest is not None:
+            self.epoch = None
+            raise RepositoryError(
+                f"{self.repository.url} has checkpoints already (newest: step {newest.step}). Call restore() before the first save, "
+                "use another URL, or pass fresh=True to begin a new history beside them"
+            )
+
+    def check_step(self, step: int) -> None:
+        """SaveError unless a save of this step can follow what was restored and saved."""
+        if type(step) is not int or not 0 <= step <= MAX_STEP:
+            raise SaveError(f"step is {step!r}: expected an integer from 0 to {MAX_STEP}")
+        if self.last is not None and step <= self.last.checkpoint.step:
+            what = "saved" if self.epoch is not None and self.last.checkpoint.epoch == self.epoch.number else "restored"
+            raise SaveError(
+                f"step {step} does not come after step {self.last.checkpoint.step}, which was {what}: a step is saved once. "
+                "Count from what restore() returned; to go back, call restore(step=…)"
+            )
+
+    def save(
+        self,
+        captured: Captured,
+        step: int,
+        *,
+        trigger: str = "manual",
+        metrics: Mapping[str, float] | None = None,
+        meta: Mapping[str, Any] | None = None,
+        called_s: float | None = None,
+        commit_timeout_s: float = 600.0,
+        goodput_bytes_s: float | None = None,
+        source: ChunkSource | None = None,
+        before_vote: Callable[[], None] = lambda: None,
+        cancelled: Callable[[], bool] = lambda: False,
+        threads: UploadThreads | None = None,
+    ) -> Commit:
+        """Upload, vote, commit, acknowledge. Returns the record once it was seen and no newer incarnation is in sight.
+
+        threads: see `upload`; the caller closes them too.
+
+        SupersededError: it is committed, but a newer incarnation exists. Any error: the earlier checkpoints are as they were.
+        """
+        if self.epoch is None:
+            self.begin()
+        assert self.epoch is not None
+        self.check_step(step)
+        attempt = self._attempts.get(step, 0)
+        if attempt > MAX_TRY:
+            raise SaveError(f"step {step} has been tried {attempt} times: save another step")
+        self._attempts[step] = attempt + 1
+        request = SaveRequest(
+            save=SaveId(self.epoch.number, step, attempt),
+            parent=self.last,
+            rank=self._rank,
+            world=self._world,
+            trigger=trigger,
+            metrics=metrics or {},
+            meta=meta or {},
+        )
+        if called_s is not None:
+            request = replace(request, called_s=called_s)
+        self.in_flight.add(request.save)
+        try:
+            placed = upload(
+                captured,
+                self.repository.store,
+                request,
+                self._options,
+                source,
+                before_vote,
+                goodput_bytes_s,
+                cancelled,
+                self._buffers,
+                threads,
+            )
+            commit = self._commit(request.save, {self._rank: placed.data}, commit_timeout_s)
+            if self._world == 1 and commit.save == request.save:
+                self._collector.know(commit, placed.packs)
+            self.acknowledge(commit)
+            return commit
+        finally:
+            self.in_flight.discard(request.save)
+
+    def _commit(self, save: SaveId, own: Mapping[int, bytes], timeout_s: float) -> Commit:
+        """Commit, or wait until another rank has. SaveError if votes are still missing after `timeout_s`."""
+        give_up, pause = self._clock() + timeout_s, 0.05
+        while True:
+            commit = try_commit(self.repository.store, save, own)
+            if commit is not None:
+                return commit
+            for rank, data in own.items():
+                require_vote(self.repository.store, vote_name(save, rank, self._world, data))
+            if self._clock() >= give_up:
+                there = {name.rank for name in list_votes(self.repository.store, save)}
+                missing = sorted(set(range(self._world)) - there)
+                raise SaveError(
+                    f"step {save.step}: no vote of ranks {missing[:20]} after {timeout_s:.0f} s. Nothing was committed"
+                )
+            self._sleep(pause * _random.uniform(0.5, 1.5))
+            pause = min(2 * pause, _MAX_POLL_S)
+
+    def acknowledge(self, commit: Commit) -> None:
+        """After the commit record was seen: SupersededError if a newer incarnation has claimed the repository, or another job our place.
+
+        RepositoryError if the record is not there any more. The marker and our epoch's record are put back if somebody deleted them.
+        """
+        assert self.epoch is not None
+        repository, number = self.repository, self.epoch.number
+        self.last = Parent(commit.checkpoint, commit.digest)
+        where = repository.location(commit.checkpoint)
+        try:
+            found: Commit | Tombstone | None = repository.commit(commit.checkpoint)
+        except ObjectNotFoundError:
+            found = None
+        if found is None:
+            raise RepositoryError(
+                f"{where} was committed and is not there any more: somebody deletes what this job saves, or the store loses it. Look for "
+                "lifecycle rules and for scripts that clean up; what is there: `fastckpt check`"
+            )
+        if not isinstance(found, Commit) or found.digest != commit.digest:
+            raise SupersededError(
+                f"{where} was committed and is another record now: somebody else writes as this job. Stop this process"
+            )
+        newest = repository.newest_epoch()
+        if newest > number:
+            raise SupersededError(
+                f"{repository.url}: another incarnation of this job (epoch {newest}) has taken over from this one (epoch "
+                f"{number}). Step {commit.save.step} was saved, but will not be restored by default. Stop this process. If the "
+                "other one only evaluates, let it read: Checkpointer(…, read_only=True), fastckpt.load(url) or fastckpt.open(url)"
+            )
+        key = epoch_key(number)
+        if not stands(repository.store, key, epoch_bytes(self.epoch)) or not repository.put_back_marker():
+            raise SupersededError(
+                f"{repository.url}: the records of this job ({key}, {MARKER}) are somebody else's now: another job has begun there, or "
+                f"the store overwrites where it is asked to create (docs/stores.md). Step {commit.save.step} was saved, but may not be "
+                "restored by default. Stop this process"
+            )
+
+    def close(self) -> None:
+        """Let go of memory that was kept for another save."""
+        self._buffers.drop()
+
+    def retain(
+        self, keep: Keep | None, grace_s: float = GRACE_S, interrupted: Callable[[], bool] = lambda: False
+    ) -> Plan:
+        """One pass of retention, if this is the newest incarnation. Rank 0 only; may run beside saves, one pass at a time.
+
+        Returns what was to be done; `refused` in it lists what could not. interrupted: asked before every request; PassInterrupted once it
+        is true. StoreError.
+        """
+        assert self.epoch is not None
+        number = self.epoch.number  # a restore beside this claims another: then nothing more is done
+        flying = self.in_flight.copy()
+        self._collector.interrupt_when(interrupted)
+        todo = plan(self._collector.look(), keep, flying | self.in_flight.copy(), grace_s)
+        todo.refused = self._collector.run(todo, number, lambda: flying | self.in_flight.copy())
+        return todo
+
+
+__all__ = ["CheckpointId", "Incarnation"]

@@ -1,0 +1,62 @@
+"""A checkpoint of a repository for who only reads: the newest, or that of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from fastckpt.errors import (
+    CorruptCheckpointError,
+    NoCheckpointError,
+    ObjectNotFoundError,
+    RestoreError,
+    RetiredError,
+)
+from fastckpt.format import keys
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.repository.catalog import Catalog, Step
+from fastckpt.repository.commit import open_vote
+from fastckpt.repository.repository import Repository
+from fastckpt.store.base import Store
+
+T = TypeVar("T")
+
+
+def is_repository(store: Store) -> bool:
+    """Whether there is one, by its marker, or by its commits where that is gone. StoreError."""
+    try:
+        store.head(keys.MARKER)
+    except ObjectNotFoundError:
+        return any(keys.parse_commit(info.key) is not None for info in store.list(keys.COMMITS))
+    return True
+
+
+def read_checkpoint(store: Store, step: Step, read: Callable[[Reader], T]) -> T:
+    """What `read` makes of a checkpoint. With GET, HEAD and LIST alone; nobody is disturbed.
+
+    What retention takes meanwhile is RetiredError; who asked for no step gets what is newest then, once. NoCheckpointError, RestoreError
+    for a checkpoint of several ranks, CorruptCheckpointError, StoreError.
+    """
+    try:
+        return _read(store, step, read)
+    except RetiredError:
+        if not isinstance(step, str):
+            raise
+    return _read(store, step, read)
+
+
+def _read(store: Store, step: Step, read: Callable[[Reader], T]) -> T:
+    catalog = Catalog(Repository(store))
+    choice = catalog.choose(step)
+    if choice is None:
+        raise NoCheckpointError(f"{store.url} has no checkpoint yet: there is nothing to read")
+    commit = choice.commit
+    if commit.world != 1:
+        raise RestoreError(
+            f"{catalog.repository.location(commit.checkpoint)} was saved by {commit.world} ranks; this version reads those of one. "
+            "`fastckpt restore --rank` exports each rank's state"
+        )
+    try:
+        return read(open_vote(store, commit.vote(0)))
+    except (CorruptCheckpointError, ObjectNotFoundError) as error:
+        raise catalog.blame(commit.checkpoint, error) from error

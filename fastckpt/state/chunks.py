@@ -1,0 +1,146 @@
+"""Where an encoder gets a state's chunks from: the state itself, or a snapshot of it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fastckpt.format.directory import TensorEntry
+from fastckpt.format.element_types import element_type
+from fastckpt.format.tensor_names import Name, canonical
+from fastckpt.host import cycle_collector
+from fastckpt.state import Captured, chunking
+from fastckpt.state.chunking import Cuts, StorageShape
+
+U8 = npt.NDArray[np.uint8]
+
+
+class ChunkSource(Protocol):
+    """The chunks of one state. `raw` and `release` may be called by any thread, each chunk once and in order."""
+
+    cuts: Cuts
+
+    def raw(self, number: int, scratch: U8) -> U8:
+        """A chunk's bytes, which nobody changes until `release`: in `scratch`, which is large enough, or elsewhere. May block."""
+
+    def release(self, number: int) -> None:
+        """The bytes are not needed any more."""
+
+    def confirm(self) -> None:
+        """To be called when all chunks have been read, before anything is committed. Raises what is wrong with them."""
+
+    def close(self) -> None:
+        """Let go of everything. May be called twice."""
+
+
+class LiveChunks:
+    """Chunks read from the state where it is. Its owner leaves it alone until the save is done, or `stop` has returned."""
+
+    def __init__(self, captured: Captured, cuts: Cuts | None = None) -> None:
+        self.cuts = cuts or cuts_of(captured)
+        self._captured = captured
+        self._changed = threading.Condition()
+        self._reading = 0
+        self._error: BaseException | None = None
+
+    def stop(self, error: BaseException) -> None:
+        """Let the save fail: its next `raw` raises the error. On return nobody reads the state any more."""
+        with self._changed:
+            self._error = error
+            self._changed.wait_for(lambda: not self._reading)
+
+    def raw(self, number: int, scratch: U8) -> U8:
+        """A private copy, although the pieces often lie in memory ready to be encoded: if another thread wrote to them between digest
+        and encoder, the file would be damaged from birth.
+        """
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            self._reading += 1
+        try:
+            chunk = self.cuts.chunks[number]
+            raw = scratch[: chunk.n_bytes]
+            self._captured.read(chunk.pieces, raw)
+        finally:
+            with self._changed:
+                self._reading -= 1
+                self._changed.notify_all()
+        return raw
+
+    def release(self, number: int) -> None:
+        """The scratch buffer is the caller's."""
+
+    def confirm(self) -> None:
+        """Raises what `stop` was given."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
+
+
+def cuts_of(captured: Captured) -> Cuts:
+    """Where a state is cut."""
+    with cycle_collector.held_off():
+        return chunking.cut(storage_shapes(captured))
+
+
+class KnownCuts:
+    """Where the states of a run are cut: decided anew only when their form has changed."""
+
+    def __init__(self) -> None:
+        self._form: object = None
+        self._cuts = Cuts([], {})
+
+    def of(self, captured: Captured) -> Cuts:
+        """As `cuts_of`."""
+        if captured.form is not self._form:
+            self._cuts, self._form = cuts_of(captured), captured.form
+        return self._cuts
+
+
+def _role(name: Name) -> str:
+    """What a tensor is to the optimizer: the key behind […, "state", parameter]."""
+    return str(name[-1]) if len(name) >= 3 and name[-3] == "state" else ""
+
+
+def storage_shapes(captured: Captured) -> list[StorageShape]:
+    """What `chunking.cut` wants to know about each storage."""
+    names: dict[int, Any] = {}
+    for tensor in captured.tensors:
+        best = names.get(tensor.storage)
+        if best is None or canonical(tensor.name) < canonical(best.name):
+            names[tensor.storage] = tensor
+    shapes = []
+    for number, storage in enumerate(captured.storages):
+        element = element_type(storage.dtype)
+        assert element is not None, storage.dtype
+        if element.n_bytes not in (1, 2, 4, 8, 16):  # NumPy strings: bytes are as good as any unit
+            element = element._replace(n_bytes=1, rot_lane_bytes=0)
+        first = names.get(number)
+        n_bytes = storage.n_bytes if storage.has_data else 0
+        if first is None:
+            shapes.append(StorageShape(number, n_bytes, element, location=storage.location))
+        else:
+            place = _first_global_element(first)
+            role = _role(first.name)
+            shapes.append(
+                StorageShape(number, n_bytes, element, first.name, role, first.requires_grad, storage.location, place)
+            )
+    return shapes
+
+
+def _first_global_element(tensor: TensorEntry) -> int:
+    """Where a shard starts in the flat order of the whole tensor; 0 unless it is one contiguous stretch of it."""
+    if tensor.place is None or not tensor.shape or tensor.offset:
+        return 0
+    whole, offset = tensor.place.shape, tensor.place.offset
+    if len(whole) != len(tensor.shape) or tensor.shape[1:] != whole[1:] or any(offset[1:]):
+        return 0  # cut in another dimension than the first: not contiguous in the whole
+    row = 1
+    for size in whole[1:]:
+        row *= size
+    return offset[0] * row

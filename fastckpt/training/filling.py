@@ -1,0 +1,95 @@
+"""Dictionaries and lists take their state in place, all the way down: who else holds one of them sees the new values.
+
+So does who holds a tensor of a dictionary. A tensor in a list is replaced, as its position is no name: the next list may have another
+there. What shares memory now, and shared it when it was saved, stays tied. What shares memory now, and did not then, is replaced: a copy
+would write into the other.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+from fastckpt.training.placement import Plan
+
+_MAX_DEPTH = 100  # deeper ones are replaced whole
+
+
+class Filling:
+    """One restore of a dictionary or list."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._made: dict[int, Any] = {}
+        """id() of a loaded object → what stands for it. An object that is there twice stays one."""
+        self._used: set[int] = set()
+        """id() of live objects that have got a state: for a second one another has to stand."""
+        self._kept: list[Any] = []
+        """Of both: ids must not be given again meanwhile."""
+
+    def fill(self, live: Any, value: Any, depth: int = 0, *, in_list: bool = False) -> Any:
+        """What is to stand where `live` stood: `live` itself with the content of `value`, if it can take that, else `value`."""
+        if id(value) in self._made:
+            return self._made[id(value)]
+        takes = type(live) is type(value) and id(live) not in self._used and depth < _MAX_DEPTH
+        if takes and type(value) in (dict, OrderedDict):
+            self.enter(live, value)
+            content = {key: self.fill(live.get(key), child, depth + 1) for key, child in value.items()}
+            live.clear()
+            live.update(content)
+            if type(live) is OrderedDict:  # a module's state dict has `_metadata`
+                live.__dict__.update(value.__dict__)
+            return live
+        if takes and type(value) is list:
+            self.enter(live, value)
+            live[:] = self.items(live, value, depth + 1)
+            return live
+        if isinstance(live, torch.Tensor) and self._may_be_filled(live, in_list) and _fits(live, value):
+            self.enter(live, value)
+            with torch.no_grad():
+                live.copy_(value)
+            return live
+        return value
+
+    def items(self, live: list[Any], value: list[Any], depth: int = 0) -> list[Any]:
+        """The new content of a list."""
+        return [
+            self.fill(live[n] if n < len(live) else None, child, depth, in_list=True) for n, child in enumerate(value)
+        ]
+
+    def _may_be_filled(self, live: torch.Tensor, in_list: bool) -> bool:
+        return id(live) in self._plan.tied or (id(live) in self._plan.alone and not in_list)
+
+    def enter(self, live: Any, value: Any) -> None:
+        """`live` is what stands for `value` from now on."""
+        self._made[id(value)] = live
+        self._used.add(id(live))
+        self._kept += (live, value)
+
+
+def _fits(live: torch.Tensor, value: Any) -> bool:
+    """Whether a copy into `live` makes it what `value` is."""
+    return (
+        type(live) is type(value)
+        and type(live) in (torch.Tensor, torch.nn.Parameter)
+        and (live.dtype, live.shape, live.layout, live.requires_grad)
+        == (value.dtype, value.shape, value.layout, value.requires_grad)
+        and live.layout is torch.strided
+        and not (live.is_meta or value.is_meta or live.is_quantized or live.is_nested or value.is_nested)
+        and not live.is_inference()
+        and not value.__dict__
+        and _has_a_place_for_each_element(live)
+    )
+
+
+def _has_a_place_for_each_element(tensor: torch.Tensor) -> bool:
+    """False if elements may lie in one another's memory, as an expanded tensor's do."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < reach:
+                return False
+            reach = stride * size
+    return True

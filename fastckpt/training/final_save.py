@@ -1,0 +1,65 @@
+"""The last save of a run whose machine is about to go: the newest step that the time allows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from fastckpt import events
+from fastckpt.errors import SaveError
+from fastckpt.events import logger
+from fastckpt.host.threads import hurried
+from fastckpt.spot import Notice
+from fastckpt.spot.deadline import Choice, choose
+from fastckpt.training.save_queue import CommitHandle, SaveQueue
+
+
+def final_save(
+    queue: SaveQueue, notice: Notice, step: int, target: str, *, saved: bool, start: Callable[[], CommitHandle]
+) -> None:
+    """Have the newest step durable that the time allows; blocks until it is.
+
+    saved: whether `step` is being saved, or is what was saved last. start: begins its save, or finds the one under way.
+    SaveError, or the save's own error, if no step could be made durable in time.
+    """
+    left_s = notice.seconds_left(time.monotonic())
+    events.emit(events.FinalSave(target=target, step=step, source=notice.source, seconds_left=left_s))
+    logger.warning(
+        "%s: final save at step %d, %s seconds left", notice.source, step, "?" if left_s is None else f"{left_s:.0f}"
+    )
+    if saved:
+        decision = Choice.FRESH
+    else:
+        estimate = queue.measured.seconds if queue.measured is not None else None
+        decision = choose(left_s, estimate, estimate if len(queue) else 0.0)
+    if decision in (Choice.FRESH, Choice.FINISH_THEN_FRESH):
+        if decision is Choice.FRESH and not saved:
+            queue.cancel()  # an older step's upload would only take bandwidth from this one
+        _wait_for(start(), queue, notice)
+    elif decision is Choice.FINISH and queue.jobs:
+        _wait_for(queue.jobs[0].handle, queue, notice)
+    for failure in queue.take_failures():
+        logger.warning("an earlier save had failed: %s", failure)
+
+
+def too_late(queue: SaveQueue, notice: Notice, step: int) -> SaveError:
+    """Gives up what is under way. The error that says so, and what stands."""
+    queue.cancel()
+    last = queue.last_commit
+    stands = "no checkpoint of this run" if last is None else f"step {last.save.step}"
+    return SaveError(f"{notice.source}: step {step} was not durable when the time was over. What stands is {stands}")
+
+
+def _wait_for(handle: CommitHandle, queue: SaveQueue, notice: Notice) -> None:
+    left_s = notice.seconds_left(time.monotonic())
+    try:
+        with hurried():
+            handle.wait(left_s)
+    except TimeoutError as error:
+        if handle.done():  # the save's own
+            queue.forget_failure(error)
+            raise
+        raise too_late(queue, notice, handle.step) from error
+    except BaseException as error:
+        queue.forget_failure(error)
+        raise

@@ -1,0 +1,278 @@
+"""Where what is loaded goes: a look at the live objects, before anything is read, and for each storage of a checkpoint a place.
+
+Modules and optimizers take their state to where their parameters are, so it is loaded to the host for them. Tensors in dictionaries, lists
+and other objects go to the device of the live tensor of the same name; where there is none, to the one that they were saved from; and if
+this machine does not have that, to the CPU, with a warning.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.storage import UntypedStorage
+
+from fastckpt.errors import RestoreError
+from fastckpt.events import logger
+from fastckpt.format.directory import Directory, TensorEntry
+from fastckpt.format.tensor_names import Name, dotted
+from fastckpt.host.torch_names import has_storage, identity
+from fastckpt.state.naming import named_tensors
+from fastckpt.training.rng import RNGState
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a restore has to know of the live objects and of the checkpoint. Made before anything is changed."""
+
+    places: Sequence[str]
+    """Of each storage, a location as torch writes them."""
+    elsewhere: Mapping[str, str]
+    """Locations that this machine does not have → where their storages go."""
+    entries: Mapping[Name, TensorEntry]
+    locations: Mapping[Name, str]
+    """Of each name, where it was saved from."""
+    live: Mapping[Name, torch.Tensor]
+    """Of modules, tensors, dictionaries and lists."""
+    alone: frozenset[int]
+    """id() of live tensors whose memory no other object of the state uses."""
+    tied: frozenset[int]
+    """id() of live tensors that share memory with others, which share it in the checkpoint in the same way."""
+
+    @property
+    def map_location(self) -> dict[Any, str]:
+        """For tensors that have no storage of their own (wrapper subclasses)."""
+        return {**self.elsewhere, **{_device(place): to for place, to in self.elsewhere.items()}}
+
+    def saved_parameters(self) -> dict[int, TensorEntry]:
+        """id() of a live tensor of a module → what the checkpoint says of it."""
+        return {id(tensor): self.entries[name] for name, tensor in self.live.items() if name in self.entries}
+
+
+def copies_its_state(target: Any) -> bool:
+    """A module that copies what it is given into its own parameters, as torch's modules do."""
+    return (
+        isinstance(target, torch.nn.Module)
+        and type(target).load_state_dict is torch.nn.Module.load_state_dict
+        and "load_state_dict" not in vars(target)
+    )
+
+
+def copies_plainly(target: torch.nn.Module) -> bool:
+    """… under the names and in the shapes that it has: no hook and no method of somebody's own lets it take others."""
+    hooks = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    return copies_its_state(target) and not any(
+        any(getattr(module, name, None) for name in hooks)
+        or not getattr(type(module), "_load_from_state_dict").__module__.startswith("torch.")  # noqa: B009 - private, named once
+        for module in target.modules()
+    )
+
+
+def look(targets: Mapping[str, Any], directory: Directory, source: str) -> Plan:
+    """The plan for a checkpoint. RestoreError if a live object is on the meta device: nothing could be put into it."""
+    entries = {entry.name: entry for entry in directory.tensors}
+    locations = {entry.name: directory.storages[entry.storage].location for entry in directory.tensors}
+    live = {name: tensor for key in targets for name, tensor in _live_tensors(key, targets[key], entries)}
+    alone, tied = _sharing(targets, live, entries)
+    problems = [problem for key in targets for problem in _on_meta(key, targets[key], live, locations)]
+    if problems:
+        raise RestoreError(
+            f"{source} cannot be restored into tensors without memory (device 'meta'):\n  "
+            + "\n  ".join(problems)
+            + "\nNothing was changed. Call module.to_empty(device=…) before you make the optimizer and the Checkpointer"
+        )
+    places = [storage.location for storage in directory.storages]
+    for number, wanted in _wanted(targets, directory, live).items():
+        places[number] = wanted
+    elsewhere = {place: "cpu" for place in {*places, *locations.values()} if not _is_here(place)}
+    missing = sorted(elsewhere.keys() & set(places))
+    if missing:
+        names = sorted({dotted(e.name) for e in directory.tensors if places[e.storage] in elsewhere})
+        logger.warning(
+            "%s: tensors of %s, which this machine does not have, are restored to the CPU: %s",
+            source,
+            ", ".join(missing),
+            _some(names),
+        )
+    return Plan(
+        places=[elsewhere.get(place, place) for place in places],
+        elsewhere=elsewhere,
+        entries=entries,
+        locations=locations,
+        # What others have made for their state_dict() need not live on.
+        live={name: tensor for name, tensor in live.items() if _is_plain(targets[str(name[0])])},
+        alone=alone,
+        tied=tied,
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def parameter_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """An optimizer's groups; none where a wrapper refuses them until its framework has prepared it."""
+    try:
+        return optimizer.param_groups
+    except Exception as error:
+        logger.info("an optimizer cannot say yet what it trains: %s: %s", type(error).__name__, error)
+        return []
+
+
+def _live_tensors(key: str, target: Any, entries: Mapping[Name, TensorEntry]) -> Iterator[tuple[Name, torch.Tensor]]:
+    """Names as in a checkpoint → tensors that an object has now."""
+    if isinstance(target, RNGState):
+        return
+    if isinstance(target, torch.nn.Module):
+        for name, tensor in (
+            *target.named_parameters(remove_duplicate=False),
+            *target.named_buffers(remove_duplicate=False),
+        ):
+            if not torch.nn.parameter.is_lazy(tensor):
+                yield (key, name), tensor
+        return
+    if isinstance(target, torch.optim.Optimizer):
+        groups = [{word: value for word, value in g.items() if word != "params"} for g in parameter_groups(target)]
+        state: Any = {"param_groups": groups}
+    elif _is_plain(target):
+        state = target
+    elif may_be_asked(key, target, entries):
+        try:
+            state = target.state_dict()
+        except Exception as error:  # it may be asked for its state too early; it is going to get one
+            logger.info("%r cannot say yet where its tensors are: %s: %s", key, type(error).__name__, error)
+            return
+    else:
+        return
+    for named in named_tensors(state, (key,)):
+        if isinstance(named.value, torch.Tensor):
+            yield named.name, named.value
+
+
+def may_be_asked(key: str, target: Any, entries: Mapping[Name, TensorEntry]) -> bool:
+    """Whether to ask an object for its state when nothing is saved: it keeps tensors, other than generators do, and is no source of data,
+    which may start workers when it is asked."""
+    return not hasattr(type(target), "__iter__") and any(
+        name[0] == key and entry.dtype != "uint8" for name, entry in entries.items()
+    )
+
+
+def _is_plain(target: Any) -> bool:
+    return isinstance(target, (torch.nn.Module, torch.Tensor, dict, list))
+
+
+def _on_meta(key: str, target: Any, live: Mapping[Name, torch.Tensor], locations: Mapping[Name, str]) -> Iterator[str]:
+    if copies_its_state(target) or isinstance(target, torch.Tensor):
+        for name, tensor in live.items():
+            if name[0] == key and tensor.is_meta and locations.get(name, "meta") != "meta":
+                yield dotted(name)
+    elif isinstance(target, torch.optim.Optimizer):
+        parameters = [p for group in parameter_groups(target) for p in group["params"]]
+        saved = any(name[:2] == (key, "state") and place != "meta" for name, place in locations.items())
+        if saved and any(parameter.is_meta for parameter in parameters):
+            yield f"the parameters of {key!r}"
+
+
+def _wanted(targets: Mapping[str, Any], directory: Directory, live: Mapping[Name, torch.Tensor]) -> dict[int, str]:
+    """Number of a storage → place, where that is not the one it was saved from. What anybody wants on a device goes there."""
+    wanted: dict[int, str] = {}
+    for entry in directory.tensors:
+        if directory.storages[entry.storage].extents is None:
+            continue
+        place = _place(targets.get(str(entry.name[0])) if entry.name else None, entry.name, live)
+        if place is None:
+            place = directory.storages[entry.storage].location
+        if wanted.get(entry.storage, "cpu") == "cpu":
+            wanted[entry.storage] = place
+    return wanted
+
+
+def _place(target: Any, name: Name, live: Mapping[Name, torch.Tensor]) -> str | None:
+    """None: where it was saved from."""
+    if isinstance(target, (RNGState, torch.Tensor)):
+        return "cpu"
+    if copies_its_state(target):
+        return "cpu" if name in live else None
+    if (
+        isinstance(target, torch.optim.Optimizer)
+        and type(target).load_state_dict is torch.optim.Optimizer.load_state_dict
+        and name[1:2] == ("state",)
+        and isinstance(name[2], int)
+    ):
+        return "cpu"  # it goes to where its parameter is
+    tensor = live.get(name)
+    return None if tensor is None or tensor.is_meta else str(tensor.device)
+
+
+def _is_here(location: str) -> bool:
+    try:
+        torch.serialization.default_restore_location(UntypedStorage(0), location)
+    except Exception:  # each backend has words of its own for a device that is not there
+        return False
+    return True
+
+
+def _device(location: str) -> Any:
+    try:
+        return torch.device(location)
+    except RuntimeError:  # no tensor can say that it is there
+        return location
+
+
+def _sharing(
+    targets: Mapping[str, Any], live: Mapping[Name, torch.Tensor], entries: Mapping[Name, TensorEntry]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """`alone` and `tied` of a plan."""
+    groups: dict[int, list[tuple[Name, torch.Tensor]]] = defaultdict(list)
+    for name, tensor in live.items():
+        if _has_plain_memory(tensor):
+            groups[identity(tensor.untyped_storage())].append((name, tensor))
+    held = {
+        identity(tensor.untyped_storage())
+        for target in targets.values()
+        if isinstance(target, torch.optim.Optimizer)
+        for tensor in _tensors_of(target)
+        if _has_plain_memory(tensor)
+    }
+    alone, tied = set(), set()
+    for storage, group in groups.items():
+        if len(group) == 1:
+            _, tensor = group[0]
+            # A view of something larger: that is somebody's, who did not give it to us.
+            if storage not in held and tensor.nbytes == tensor.untyped_storage().nbytes():
+                alone.add(id(tensor))
+        elif _is_shared_alike(group, entries):
+            tied |= {id(tensor) for _, tensor in group}
+    return frozenset(alone), frozenset(tied)
+
+
+def _is_shared_alike(group: Sequence[tuple[Name, torch.Tensor]], entries: Mapping[Name, TensorEntry]) -> bool:
+    """Whether the checkpoint has all of them in one storage too, at the same places."""
+    storages = set()
+    for name, tensor in group:
+        entry = entries.get(name)
+        if entry is None or (entry.offset, entry.stride) != (tensor.storage_offset(), tuple(tensor.stride())):
+            return False
+        storages.add(entry.storage)
+    return len(storages) == 1
+
+
+def _has_plain_memory(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and has_storage(tensor)
+    )
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    """Parameters and their state."""
+    state = list(optimizer.state.values())
+    parameters = [p for group in parameter_groups(optimizer) for p in group["params"]]
+    for named in named_tensors([parameters, state]):
+        if isinstance(named.value, torch.Tensor):
+            yield named.value

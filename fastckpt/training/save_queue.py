@@ -1,0 +1,340 @@
+"""Saves of a Checkpointer in the background: one uploads while the next is staged.
+
+A thread lives only while there is work, and the interpreter's end waits for it: no save is lost at the end of a script, and an idle
+Checkpointer keeps no interpreter alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastckpt import events
+from fastckpt.errors import TornSnapshotError, of_save
+from fastckpt.events import logger
+from fastckpt.format.repository_records import Commit
+from fastckpt.host.threads import start_thread
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.retaining import Retaining
+from fastckpt.repository.retention import Keep
+from fastckpt.snapshot import Snapshot
+from fastckpt.state import Captured
+from fastckpt.state.chunks import LiveChunks
+from fastckpt.writing.rank import UploadThreads
+
+MAX_JOBS = 2  # one uploads, one is staged
+
+
+class _Durable(Future[Commit]):
+    """A future that tells when somebody begins to wait for it."""
+
+    def __init__(self, waiting: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self._waiting = waiting
+
+    def result(self, timeout: float | None = None) -> Commit:
+        with contextlib.nullcontext() if self.done() else self._waiting():
+            return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        with contextlib.nullcontext() if self.done() else self._waiting():
+            return super().exception(timeout)
+
+
+class CommitHandle:
+    """A save of a repository under way."""
+
+    def __init__(
+        self, step: int, waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    ) -> None:
+        """waiting: a context that is open while somebody waits."""
+        self.step = step
+        self.durable: Future[Commit] = _Durable(waiting)
+        """Done when the commit record was seen and acknowledged. Carries the error if anything failed. Cannot be cancelled."""
+        self.durable.set_running_or_notify_cancel()
+
+    def __repr__(self) -> str:
+        if not self.durable.done():
+            return f"<CommitHandle of step {self.step}: under way>"
+        error = self.durable.exception()
+        return f"<CommitHandle of step {self.step}: {'durable' if error is None else repr(error)}>"
+
+    def done(self) -> bool:
+        """Whether the save has ended, well or not."""
+        return self.durable.done()
+
+    def wait(self, timeout_s: float | None = None) -> Commit:
+        """Block until durable; the commit record. Raises the save's error, or TimeoutError (the save goes on)."""
+        try:
+            return self.durable.result(timeout_s)
+        except futures.TimeoutError:
+            if self.durable.done():  # the save's own error
+                raise
+            # Before Python 3.11 it is not the built-in one that callers catch.
+            raise TimeoutError(f"step {self.step} is not durable after {timeout_s} s; the save goes on") from None
+
+
+@dataclass(eq=False)
+class Job:
+    """One save. `source` a Snapshot, or the state itself: then whoever queued this waits."""
+
+    step: int
+    trigger: str
+    metrics: Mapping[str, float]
+    meta: Mapping[str, Any]
+    captured: Captured
+    source: Snapshot | LiveChunks
+    called_s: float
+    handle: CommitHandle
+    threads: UploadThreads
+    owner: object = None
+    """Kept while this runs: what an optimizer's hook needs to wait for the source."""
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    told: bool = False
+    """Its handle has got its outcome, or is about to. Under the queue's lock."""
+    logged: bool = False
+    """Its error. Under the queue's lock."""
+
+
+@dataclass
+class Torn:
+    """A save that failed because the state was changed while it was copied. Whoever trains has another one made."""
+
+    step: int
+    trigger: str
+    error: TornSnapshotError
+
+
+@dataclass
+class Measured:
+    """What finished saves took: the basis of estimates."""
+
+    stored_bytes: int = 0
+    seconds: float = 0.0
+    """From the start of the upload to the acknowledgement."""
+
+
+class SaveQueue:
+    """Runs jobs in order. `put`, `wait_idle` and `cancel` are for the training thread; failures are collected, never raised here."""
+
+    def __init__(
+        self,
+        incarnation: Incarnation,
+        keep: Keep | None,
+        grace_s: float,
+        in_a_hurry: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """in_a_hurry: whether a notice has come: then there is no retention any more."""
+        self._incarnation = incarnation
+        self._changed = threading.Condition()
+        self._jobs: deque[Job] = deque()
+        """Under way first; a job leaves when it has ended."""
+        self._worker: object = None
+        """Stands for the thread that runs jobs, while there is one."""
+        self._failures: list[BaseException] = []
+        self._torn: list[Torn] = []
+        self.measured: Measured | None = None
+        self.last_commit: Commit | None = None
+        self.retaining = Retaining(incarnation, keep, grace_s, functools.partial(bool, self._jobs), in_a_hurry)
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Those not ended, oldest first."""
+        with self._changed:
+            return tuple(self._jobs)
+
+    def put(self, job: Job) -> bool:
+        """Queue a job. The caller has looked at `len`. If this raises (no thread can be had, an interrupt), it is not queued.
+
+        False: the interpreter's end allows no thread, and the caller has to `run_here`.
+        """
+        with self._changed:
+            before = self._worker
+            try:
+                self._jobs.append(job)
+                if self._worker is None:
+                    self._worker = worker = object()
+                    return start_thread(functools.partial(self._work, worker), "fastckpt-checkpointer") is not None
+                return True
+            except BaseException:
+                self._worker = before  # a thread that has started all the same finds that it is not the one
+                if job in self._jobs:
+                    self._jobs.remove(job)
+                raise
+
+    def run_here(self) -> None:
+        """After `put` has said False: run what is queued on this thread. As often as you like."""
+        if self._worker is not None:
+            self._work(self._worker)
+
+    def take_failures(self) -> list[BaseException]:
+        """What has gone wrong since the last call."""
+        with self._changed:
+            failures, self._failures = self._failures, []
+        return failures
+
+    def take_torn(self) -> list[Torn]:
+        """Saves that were torn since the last call. They are no failures: see `take_failures`."""
+        with self._changed:
+            torn, self._torn = self._torn, []
+        return torn
+
+    def forget_failure(self, error: BaseException) -> None:
+        """Somebody else has raised it."""
+        with self._changed:
+            self._failures = [failure for failure in self._failures if failure is not error]
+            self._torn = [torn for torn in self._torn if torn.error is not error]
+
+    def wait_idle(self, timeout_s: float | None = None) -> bool:
+        """Wait until no job is left. False after the time-out."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._jobs and self._worker is None, timeout_s)
+
+    def wait_fewer(self, n: int, timeout_s: float | None = None) -> bool:
+        """Wait until there are fewer than n jobs. False after the time-out."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self._jobs) < n, timeout_s)
+
+    def cancel(self) -> None:
+        """End all jobs at the next chunk or pack. Does not wait."""
+        for job in self.jobs:
+            job.cancelled.set()
+
+    def _work(self, worker: object) -> None:
+        try:
+            self._run_jobs(worker)
+        finally:
+            with self._changed:
+                if self._worker is worker:  # whatever it was that ended this thread
+                    self._worker = None
+                    self._changed.notify_all()
+
+    def _run_jobs(self, worker: object) -> None:
+        while True:
+            with self._changed:
+                if self._worker is not worker:
+                    return
+                if not self._jobs:
+                    self._worker = None
+                    self._changed.notify_all()
+                    return
+                job = self._jobs[0]
+            commit = self._save(job)
+            if commit is not None and self._end(job):
+                job.handle.durable.set_result(commit)
+            self.retaining.wake(commit is not None)
+            del job, commit
+
+    def _save(self, job: Job) -> Commit | None:
+        """None: it has failed, and that was told."""
+        try:
+            return self._run(job)
+        except BaseException as raised:
+            error = of_save(raised, job.step)
+            self._log(job, error)
+            _forget_locals(raised)
+        try:
+            if self._end(job, error):
+                job.handle.durable.set_exception(error)
+            return None
+        finally:
+            del error  # its traceback has this frame
+
+    def _run(self, job: Job) -> Commit:
+        started = time.monotonic()
+        commit = self._incarnation.save(
+            job.captured,
+            job.step,
+            trigger=job.trigger,
+            metrics=job.metrics,
+            meta=job.meta,
+            called_s=job.called_s,
+            source=job.source,
+            cancelled=job.cancelled.is_set,
+            threads=job.threads,
+        )
+        self.measured = Measured(commit.stored_bytes, time.monotonic() - started)
+        self.last_commit = commit
+        events.emit(
+            events.CheckpointDurable(
+                target=self._incarnation.repository.url,
+                step=job.step,
+                trigger=job.trigger,
+                raw_bytes=commit.raw_bytes,
+                stored_bytes=commit.stored_bytes,
+                seconds=time.monotonic() - job.called_s,
+            )
+        )
+        return commit
+
+    def _end(self, job: Job, error: BaseException | None = None) -> bool:
+        """Whether the caller is to tell the handle: without the lock, for its callbacks are the user's."""
+        try:
+            job.threads.close()  # if it did not get as far as an upload
+            job.source.close()
+        except BaseException as raised:  # after the commit: the save stands, whatever becomes of the memory
+            failure = of_save(raised, job.step)
+            logger.error("letting go of the snapshot of step %d: %s: %s", job.step, type(failure).__name__, failure)
+        with self._changed:
+            tells = self._tells(job, error)
+            self._jobs.popleft()
+            self._changed.notify_all()
+        return tells
+
+    def _tells(self, job: Job, error: BaseException | None) -> bool:
+        """The caller holds the lock. False if the outcome was told before."""
+        if job.told:
+            return False
+        job.told = True
+        if isinstance(error, TornSnapshotError):
+            self._torn.append(Torn(job.step, job.trigger, error))
+        elif error is not None:
+            self._failures.append(error)
+        return True
+
+    def give_up(self, source: Snapshot | LiveChunks, error: BaseException) -> None:
+        """The chunks of a save have failed while it waits for something else, perhaps for ever: tell now. Its later end is ignored."""
+        for job in self.jobs:
+            if job.source is source:
+                job.cancelled.set()
+                outcome = of_save(error, job.step)
+                with self._changed:
+                    tells = self._tells(job, outcome)
+                if tells:
+                    self._log(job, outcome)
+                    job.handle.durable.set_exception(outcome)
+
+    def _log(self, job: Job, error: BaseException) -> None:
+        """Once a save: it may be given up while its thread meets the same error."""
+        with self._changed:
+            if job.logged:
+                return
+            job.logged = True
+        if isinstance(error, TornSnapshotError):
+            logger.warning("step %d was not saved; the next one is, before `step` returns: %s", job.step, error)
+        else:
+            logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
+
+
+def _forget_locals(error: BaseException) -> None:
+    """Of the frames that an error went through: they hold the save's buffers, in a circle that only the cyclic collector breaks, and large
+    trainings switch that off.
+    """
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        traceback.clear_frames(at.__traceback__)
+        at = at.__cause__ or at.__context__

@@ -1,0 +1,186 @@
+"""The objects that a Checkpointer saves and restores: what they look like as plain state, and how they take it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastckpt.errors import PartialRestoreError, RestoreError
+from fastckpt.events import logger
+from fastckpt.format.tensor_names import dotted
+from fastckpt.training.changes import changes
+from fastckpt.training.exact import load_exactly
+from fastckpt.training.filling import Filling
+from fastckpt.training.placement import Plan, copies_plainly, may_be_asked
+from fastckpt.training.rng import RNGState
+
+_SHOWN = 3
+_LAZY = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)  # no shape yet
+
+
+def check_targets(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the mapping. TypeError lists every object that cannot be restored in place."""
+    problems = []
+    if not isinstance(state, Mapping) or not state:
+        raise TypeError(
+            f"state is {type(state).__name__}: expected a mapping of names to objects, such as {{'model': model}}"
+        )
+    for name, target in state.items():
+        if not isinstance(name, str) or not name:
+            problems.append(f"{name!r}: expected a name (a string)")
+        elif not (_stateful(target) or isinstance(target, (torch.Tensor, dict, list))):
+            problems.append(
+                f"{name!r} is {type(target).__name__}: expected an object with state_dict and load_state_dict, a tensor, a dict or a list"
+            )
+    if problems:
+        raise TypeError("this state cannot be restored in place: " + "; ".join(problems))
+    return dict(state)
+
+
+def _stateful(target: Any) -> bool:
+    return callable(getattr(target, "state_dict", None)) and callable(getattr(target, "load_state_dict", None))
+
+
+def state_of(targets: Mapping[str, Any]) -> dict[str, Any]:
+    """What is saved: for each name the state dict, or the tensor, dict or list itself."""
+    return {name: target.state_dict() if _stateful(target) else target for name, target in targets.items()}
+
+
+def apply(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> None:
+    """Put a loaded state that was checked into the objects. What one of them does not take as it was saved is said in a warning.
+
+    PartialRestoreError if an object refuses its state.
+    """
+    # Generators last: whatever the others draw while they load must not count.
+    order = sorted(targets, key=lambda name: isinstance(targets[name], RNGState))
+    for position, name in enumerate(order):
+        try:
+            changed = _put(name, targets[name], loaded[name], plan)
+        except Exception as error:
+            done = ", ".join(order[:position]) or "nothing"
+            raise PartialRestoreError(
+                f"{source}: {name!r} did not take its state ({type(error).__name__}: {error}). Restored so far: {done}; the state is a "
+                "mixture and must not be trained. Make the objects fit the checkpoint, or restore another step"
+            ) from error
+        if changed:
+            more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+            logger.warning("%s: %r is not what was saved: %s%s", source, name, "; ".join(changed[:_SHOWN]), more)
+
+
+def check(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> None:
+    """RestoreError if a loaded state cannot fit the objects: other names, or tensors of other shapes. Nothing is touched."""
+    if not isinstance(loaded, dict):
+        raise RestoreError(
+            f"{source} holds a {type(loaded).__name__}, not the state of a Checkpointer: fetch it with fastckpt.open"
+        )
+    missing, unknown = sorted(targets.keys() - loaded.keys()), sorted(map(str, loaded.keys() - targets.keys()))
+    if missing or unknown:
+        raise RestoreError(
+            f"{source} does not fit the Checkpointer's state: "
+            + "; ".join(
+                [f"{name!r} is not in the checkpoint" for name in missing]
+                + [f"{name!r} of the checkpoint has no place here" for name in unknown]
+            )
+            + f". Give the Checkpointer a state of {', '.join(map(repr, loaded))}, or take single tensors out: `fastckpt restore` makes a "
+            "file of a checkpoint, fastckpt.open reads it"
+        )
+    wrong = [words for name in targets for words in _misfits(name, targets[name], loaded[name])]
+    if wrong:
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise RestoreError(
+            f"{source} does not fit the Checkpointer's state: {'; '.join(wrong[:_SHOWN])}{more}. Nothing was changed. Make the objects as "
+            "they were when it was saved, or restore another step"
+        )
+
+
+def _misfits(name: str, target: Any, value: Any) -> list[str]:
+    """What the object would refuse, in words. Only what is certain: hooks may change what an object is given."""
+    if isinstance(target, torch.Tensor):
+        return _misfit(name, target, value, exact=True)
+    if isinstance(target, torch.optim.Optimizer):
+        return _misfits_of_groups(name, target, value)
+    if not (isinstance(target, torch.nn.Module) and isinstance(value, dict) and copies_plainly(target)):
+        return []
+    live = target.state_dict()
+    return [
+        *(f"{name}.{key} is not in the checkpoint" for key in live if key not in value),
+        *(f"{name}.{key} of the checkpoint has no place here" for key in value if key not in live),
+        *(words for key, now in live.items() if key in value for words in _misfit(f"{name}.{key}", now, value[key])),
+    ]
+
+
+def _misfit(place: str, now: Any, saved: Any, *, exact: bool = False) -> list[str]:
+    if not isinstance(saved, torch.Tensor) or not isinstance(now, torch.Tensor) or isinstance(now, _LAZY):
+        return []
+    if saved.shape != now.shape and (exact or saved.dim() + now.dim() > 1):  # torch takes one number for another
+        return [f"{place} is {list(now.shape)} here and {list(saved.shape)} in the checkpoint"]
+    if exact and saved.dtype != now.dtype:
+        return [f"{place} is {now.dtype} here and {saved.dtype} in the checkpoint"]
+    return []
+
+
+def _misfits_of_groups(name: str, target: torch.optim.Optimizer, value: Any) -> list[str]:
+    groups = value.get("param_groups") if isinstance(value, dict) else None
+    hooked = getattr(target, "_optimizer_load_state_dict_pre_hooks", None)
+    if (
+        hooked
+        or type(target).load_state_dict is not torch.optim.Optimizer.load_state_dict
+        or not isinstance(groups, list)
+    ):
+        return []
+    now = [len(group["params"]) for group in target.param_groups]
+    saved = [
+        len(group["params"]) for group in groups if isinstance(group, dict) and isinstance(group.get("params"), list)
+    ]
+    if now == saved:
+        return []
+    return [f"{name} has groups of {now} parameters here and of {saved} in the checkpoint"]
+
+
+def _put(name: str, target: Any, value: Any, plan: Plan) -> list[str]:
+    """Words for what has become another."""
+    if isinstance(target, RNGState):
+        target.load_state_dict(value)
+    elif isinstance(target, torch.nn.Module):
+        return _put_into_module(name, target, value, plan)
+    elif isinstance(target, torch.optim.Optimizer):
+        followed = load_exactly(target, value, name, plan)
+        if followed is None:
+            return list(changes(value, target.state_dict()))
+        return followed
+    elif _stateful(target):
+        target.load_state_dict(value)
+        if may_be_asked(name, target, plan.entries):
+            return list(changes(value, target.state_dict()))
+    elif isinstance(target, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or value.shape != target.shape or value.dtype != target.dtype:
+            found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise TypeError(f"expected {target.dtype} {list(target.shape)}, found {found}")
+        with torch.no_grad():
+            target.copy_(value)
+    elif isinstance(target, dict) and isinstance(value, dict):
+        filling = Filling(plan)
+        filling.enter(target, value)
+        content = {key: filling.fill(target.get(key), child) for key, child in value.items()}
+        target.clear()
+        target.update(content)
+    elif isinstance(target, list) and isinstance(value, list):
+        filling = Filling(plan)
+        filling.enter(target, value)
+        target[:] = filling.items(target, value)
+    else:
+        raise TypeError(f"expected a {type(target).__name__}, found a {type(value).__name__}")
+    return []
+
+
+def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: Plan) -> list[str]:
+    module.load_state_dict(value)
+    now = {(name, key): t for key, t in (*module.named_parameters(), *module.named_buffers())}
+    saved = {key: (plan.entries[key], tensor) for key, tensor in now.items() if key in plan.entries}
+    empty = [dotted(key) for key, (_, tensor) in saved.items() if tensor.is_meta and plan.locations[key] != "meta"]
+    if empty:
+        raise TypeError(f"{', '.join(empty[:_SHOWN])}: still without memory (device 'meta')")
+    types = {key: (entry.dtype, str(tensor.dtype).removeprefix("torch.")) for key, (entry, tensor) in saved.items()}
+    return [f"{dotted(key)}: {one} became {other}" for key, (one, other) in types.items() if one != other]

@@ -1,0 +1,215 @@
+"""A committed rank → one self-contained container, its stored bytes copied as they are: nothing is decoded, nothing encoded.
+
+    vote ─→ lay_out: where each chunk goes ─→ ranged reads × connections ─→ crc64nvme ─→ sink, in order ─→ index ─→ footer
+
+What comes out is what `fastckpt.save` could have written (docs/format.md, section 1): it loads, shows and checks like any other.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastckpt.errors import CorruptCheckpointError, Damage, NoCheckpointError, ObjectNotFoundError
+from fastckpt.format import container, directory
+from fastckpt.format.container import HEADER_BYTES
+from fastckpt.format.digest import crc64nvme
+from fastckpt.format.keys import vote_key
+from fastckpt.format.records import Records
+from fastckpt.format.repository_records import Commit
+from fastckpt.host.files import Sink
+from fastckpt.host.threads import WorkerPool
+from fastckpt.options import Options
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.repository.commit import open_vote
+from fastckpt.repository.repository import Repository
+from fastckpt.store.base import Store
+from fastckpt.writing.container import index_and_footer
+
+U8 = npt.NDArray[np.uint8]
+
+_READ_BYTES = (
+    16 << 20
+)  # a quarter of a second of one S3 connection: longer reads gain nothing, shorter ones cost requests
+
+
+class Run(NamedTuple):
+    """One ranged read: chunks that lie back to back in a pack and will in the container."""
+
+    file: int
+    offset: int
+    n_bytes: int
+    records: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything goes. `runs` in the order of the payload, which they tile."""
+
+    records: Records
+    runs: tuple[Run, ...]
+    payload_bytes: int
+
+
+def lay_out(old: Records) -> Layout:
+    """Records of a vote → those of a self-contained container. Chunks that are equal in all but their place are stored once."""
+    new, bare = old.copy(), old.copy()
+    new["file"] = bare["file"] = bare["offset"] = 0
+    placed: dict[bytes, int] = {}
+    runs: list[Run] = []
+    position = HEADER_BYTES
+    for row in np.flatnonzero(old["stored_bytes"]).tolist():
+        content = bare[row].tobytes()
+        offset = placed.get(content)
+        if offset is None:
+            offset = placed[content] = position
+            n_bytes = int(old["stored_bytes"][row])
+            position += n_bytes
+            _append(runs, Run(int(old["file"][row]), int(old["offset"][row]), n_bytes, (row,)))
+        new["offset"][row] = offset
+    return Layout(new, tuple(runs), position - HEADER_BYTES)
+
+
+def _append(runs: list[Run], run: Run) -> None:
+    """Add a read, as part of the last one where it continues that."""
+    if runs:
+        last = runs[-1]
+        n_bytes = last.n_bytes + run.n_bytes
+        if (last.file, last.offset + last.n_bytes) == (run.file, run.offset) and n_bytes <= _READ_BYTES:
+            runs[-1] = Run(last.file, last.offset, n_bytes, last.records + run.records)
+            return
+    runs.append(run)
+
+
+def export(
+    repository: Repository,
+    commit: Commit,
+    rank: int,
+    sink: Sink,
+    options: Options | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Write a rank's state as a self-contained container to the sink and commit it. Returns its bytes.
+
+    progress: called with bytes done and bytes in all. Takes 16 MiB for each of `options.connections`, within half of
+    `options.host_budget_bytes`, and the index; reads on that many threads, writes on this one.
+
+    NoCheckpointError for a rank that is not there; CorruptCheckpointError lists all damage of the rank; UnsupportedFormatError,
+    StoreError, OSError of the sink. On any of them, and on KeyboardInterrupt, the sink is abandoned.
+    """
+    options = options or Options()
+    try:
+        if not 0 <= rank < commit.world:
+            raise NoCheckpointError(
+                f"{repository.location(commit.checkpoint)} has ranks 0 to {commit.world - 1}: there is no rank {rank}"
+            )
+        n_bytes = _write(_open(repository.store, commit, rank), repository.store, sink, options, progress)
+        sink.commit()
+    except BaseException:
+        sink.abandon()
+        raise
+    return n_bytes
+
+
+def _open(store: Store, commit: Commit, rank: int) -> Reader:
+    name = commit.vote(rank)
+    try:
+        reader = open_vote(store, name)
+    except ObjectNotFoundError as error:
+        damage = Damage("vote", vote_key(name), f"{name.n_bytes} bytes", "no such object")
+        raise CorruptCheckpointError(f"{store.url}/{vote_key(name)}", [damage], _ADVICE) from error
+    reader.require_readable()
+    return reader
+
+
+_ADVICE = "Take another step (`fastckpt ls` lists them), or get out what can be read with `fastckpt salvage`"
+
+
+def _write(reader: Reader, store: Store, sink: Sink, options: Options, progress: Callable[[int, int], None]) -> int:
+    layout = lay_out(reader.records)
+    header = container.build_header()
+    sink.write(header)
+    damage: list[Damage] = []
+    done = 0
+    for run, data in _read_ahead(reader, store, layout.runs, options):
+        found = _check(reader, layout, store, run, data)
+        damage += found
+        if not damage:  # after the first finding only to list the others
+            sink.write(data)
+        done += run.n_bytes
+        progress(done, layout.payload_bytes)
+    if damage:
+        raise CorruptCheckpointError(reader.source.name, damage, _ADVICE)
+    listed = replace(reader.directory, save=None)
+    parts = [directory.build(listed), b"[]", layout.records.tobytes(), reader.skeleton]
+    rest = index_and_footer(header, layout.payload_bytes, parts)
+    for part in rest:
+        sink.write(part)
+    return HEADER_BYTES + layout.payload_bytes + sum(map(len, rest))
+
+
+def _read_ahead(
+    reader: Reader, store: Store, runs: tuple[Run, ...], options: Options
+) -> Iterator[tuple[Run, U8 | None]]:
+    """The bytes of each run, in order; None where the pack is missing or too short."""
+    buffers = max(1, min(options.connections, options.host_budget_bytes // (2 * _READ_BYTES), len(runs)))
+    pool = WorkerPool(buffers, "fastckpt-export")
+    try:
+        pending: deque[tuple[Run, Future[U8 | None]]] = deque()
+        for run in runs:
+            if len(pending) == buffers:
+                first, future = pending.popleft()
+                yield first, future.result()
+                del future  # its bytes, before the next are asked for
+            read = functools.partial(_read, store, reader.files[run.file - 1].key, run.offset, run.n_bytes)
+            pending.append((run, pool.submit(read)))
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        pool.close()
+
+
+def _read(store: Store, key: str, offset: int, n_bytes: int) -> U8 | None:
+    out = np.empty(n_bytes, np.uint8)
+    try:
+        store.get_into(key, offset, out)
+    except (EOFError, ObjectNotFoundError):
+        return None
+    return out
+
+
+def _check(reader: Reader, layout: Layout, store: Store, run: Run, data: U8 | None) -> list[Damage]:
+    """What is wrong with the chunks of a run. Where it could not be read as a whole, each of them is tried."""
+    key = reader.files[run.file - 1].key
+    found, position = [], 0
+    for row in run.records:
+        n_bytes, offset = int(reader.records["stored_bytes"][row]), run.offset + position
+        stored = _read(store, key, offset, n_bytes) if data is None else data[position : position + n_bytes]
+        position += n_bytes
+        place = f"chunk {row}, bytes {offset}–{offset + n_bytes} of {key}"
+        if stored is None:
+            found.append(Damage("payload", place, f"{n_bytes} stored bytes", "none", _users(reader, layout, row)))
+            continue
+        expected, actual = int(reader.records["crc64nvme"][row]), crc64nvme(stored)
+        if actual != expected:
+            names = _users(reader, layout, row)
+            found.append(Damage("payload", f"{place}, crc64nvme", f"{expected:016x}", f"{actual:016x}", names))
+    return found
+
+
+def _users(reader: Reader, layout: Layout, row: int) -> tuple[str, ...]:
+    """Tensors that need a chunk, or one that would share its bytes."""
+    same = layout.records["offset"] == layout.records["offset"][row]
+    rows = np.flatnonzero(same & (layout.records["stored_bytes"] > 0)).tolist()
+    return tuple(dict.fromkeys(name for other in rows for name in reader.tensors_of(other)))
+
+
+__all__ = ["Layout", "Run", "export", "lay_out"]

@@ -1,0 +1,288 @@
+"""State → container: gather, digest and encode on several threads, write in order on one.
+
+    cut ─→ [gather → digest → encode → crc] × threads ─→ sink, in the order of the records ─→ index ─→ footer ─→ commit
+
+At most `chunks_in_flight` chunks are between the state and the sink, each with a scratch buffer of its own. The first
+error cancels the rest, abandons the sink and reaches the caller.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fastckpt import codec, events
+from fastckpt._version import __version__
+from fastckpt.format import container, directory, records
+from fastckpt.format.container import HEADER_BYTES, PartEntry
+from fastckpt.format.digest import digest
+from fastckpt.host import cycle_collector
+from fastckpt.host.files import Sink
+from fastckpt.host.pages import fresh_pages
+from fastckpt.host.threads import WorkerPool
+from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
+from fastckpt.options import Options
+from fastckpt.state import Captured
+from fastckpt.state.chunking import Chunk
+from fastckpt.state.chunks import ChunkSource, LiveChunks
+
+U8 = npt.NDArray[np.uint8]
+
+_INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
+
+
+class Payload(Protocol):
+    """Where stored bytes go."""
+
+    def add(self, stored: Any) -> tuple[int, int]:
+        """Take a chunk's stored bytes; returns its file number and offset. On return the caller may reuse the buffer."""
+
+
+class _ContainerPayload:
+    """The payload of a self-contained container: written through to the sink."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self.n_bytes = 0
+
+    def add(self, stored: Any) -> tuple[int, int]:
+        offset = HEADER_BYTES + self.n_bytes
+        self._sink.write(stored)
+        self.n_bytes += len(stored)
+        return 0, offset
+
+
+class _Scratch(NamedTuple):
+    """What one chunk under way needs: its raw bytes, unless its source has them, and its stored bytes."""
+
+    raw: U8
+    room: U8
+
+    @classmethod
+    def of(cls, n_bytes: int) -> _Scratch:
+        """Pages of their own: what threads that come and go allocate stays in arenas of the C library, 630 MB after sixty saves."""
+        return cls(fresh_pages(n_bytes), fresh_pages(n_bytes))
+
+
+class _Encoded(NamedTuple):
+    encoded: codec.Encoded
+    scratch: _Scratch
+    seconds: float
+
+
+def start_workers(captured: Captured, options: Options, *, background: bool = False) -> WorkerPool | None:
+    """The threads that `write` will use; None if the state is too small to need any, or the interpreter's end allows none. background:
+    nobody waits for them.
+    """
+    if captured.n_bytes <= _INLINE_BYTES or options.threads == 1:
+        return None
+    pool = WorkerPool(options.threads, "fastckpt-save", nice=options.background_nice if background else 0)
+    # Not through the pool: what is submitted ahead may wait for memory that only the one who submits gives back.
+    return None if pool.inline else pool
+
+
+def write(
+    captured: Captured,
+    sink: Sink,
+    target: str,
+    options: Options,
+    pool: WorkerPool | None,
+    skeleton_s: float,
+    source: ChunkSource | None = None,
+) -> int:
+    """Write a container to the sink and commit it. Returns its bytes.
+
+    source: the captured state's chunks; None: the state itself. On any error, KeyboardInterrupt included, the sink is abandoned and the
+    error raised. Closes the pool and the source.
+    """
+    source = source or LiveChunks(captured)
+    started = time.perf_counter()
+    try:
+        try:
+            payload = _ContainerPayload(sink)
+            writer = ChunkWriter(captured, payload, target, options, pool, source)
+            chunks = len(writer.cuts.chunks)
+            events.emit(
+                events.SaveStarted(
+                    target=target,
+                    raw_bytes=captured.n_bytes,
+                    chunks=chunks,
+                    storages=len(captured.storages),
+                    skeleton_s=skeleton_s,
+                )
+            )
+            header = container.build_header()
+            sink.write(header)
+            writer.run()
+            with cycle_collector.held_off():
+                listed = directory.build(writer.directory())
+            parts = [listed, b"[]", writer.records.tobytes(), captured.skeleton]
+            rest = index_and_footer(header, payload.n_bytes, parts)
+            for part in rest:
+                sink.write(part)
+            n_bytes = HEADER_BYTES + payload.n_bytes + sum(map(len, rest))
+            commit_from = time.perf_counter()
+            sink.commit()
+        finally:
+            if pool is not None:
+                pool.close()
+            source.close()
+    except BaseException as error:
+        sink.abandon()
+        events.emit(events.SaveFailed(target=target, error=error))
+        raise
+    now = time.perf_counter()
+    events.emit(
+        events.SaveFinished(
+            target=target,
+            raw_bytes=captured.n_bytes,
+            file_bytes=n_bytes,
+            seconds=now - started + skeleton_s,
+            durable_s=now - commit_from,
+        )
+    )
+    return n_bytes
+
+
+class ChunkWriter:
+    """Encodes the chunks of a state and hands them, in order, to a payload. Used once, by one thread."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        payload: Payload,
+        target: str,
+        options: Options,
+        pool: WorkerPool | None,
+        source: ChunkSource,
+    ) -> None:
+        self._captured = captured
+        self._payload = payload
+        self._target = target
+        self._options = options
+        self._pool = pool
+        self._source = source
+        self.cuts = source.cuts
+        self.records = np.zeros(len(self.cuts.chunks), records.LAYOUT)
+        self._written: dict[tuple[bytes, int], int] = {}
+        """(digest, raw bytes) of each chunk that is stored → its record."""
+
+    def run(self) -> None:
+        """Afterwards `records` is complete and the source has confirmed its bytes. The first error cancels the rest and is raised."""
+        for number, (chunk, result) in enumerate(zip(self.cuts.chunks, self._encode_all(), strict=True)):
+            self._write_chunk(number, chunk, result)
+        self._source.confirm()
+
+    def _encode_all(self) -> Iterator[_Encoded]:
+        """Results in order. The scratch buffer of each goes back to work once the consumer asks for the next."""
+        if self._pool is None:
+            scratch = _Scratch.of(max((chunk.n_bytes for chunk in self.cuts.chunks), default=0))
+            for number, chunk in enumerate(self.cuts.chunks):
+                yield self._encode(number, chunk, scratch)
+            return
+        free = [_Scratch.of(MAX_RAW_BYTES) for _ in range(self._options.chunks_in_flight)]
+        pending: deque[Future[_Encoded]] = deque()
+        waiting = iter(enumerate(self.cuts.chunks))
+        more = True
+        while more or pending:
+            while free and more:
+                upcoming = next(waiting, None)
+                if upcoming is None:
+                    more = False
+                else:
+                    pending.append(self._pool.submit(functools.partial(self._encode, *upcoming, free.pop())))
+            if pending:
+                result = pending.popleft().result()
+                yield result
+                free.append(result.scratch)
+
+    def _encode(self, number: int, chunk: Chunk, scratch: _Scratch) -> _Encoded:
+        started = time.perf_counter()
+        effort = codec.Effort.NORMAL if self._options.compress else codec.Effort.NONE
+        element = chunk.element
+        raw = self._source.raw(number, scratch.raw)
+        encode_from = time.perf_counter()
+        encoded = codec.encode(
+            raw, element.const_lane_bytes, element.rot_lane_bytes, effort=effort, room=scratch.room[: raw.size]
+        )
+        now = time.perf_counter()
+        if events.enabled():
+            events.emit(
+                events.ChunkEncoded(
+                    target=self._target,
+                    record=number,
+                    transform=transform_name(encoded.transform),
+                    raw_bytes=chunk.n_bytes,
+                    stored_bytes=len(encoded.stored),
+                    seconds=now - encode_from,
+                    raw_s=encode_from - started,
+                )
+            )
+        return _Encoded(encoded, scratch, now - started)
+
+    def _write_chunk(self, number: int, chunk: Chunk, result: _Encoded) -> None:
+        started = time.perf_counter()
+        row, encoded = self.records[number], result.encoded
+        earlier = self._written.get((encoded.digest, chunk.n_bytes))
+        stored_bytes = 0
+        if earlier is not None:
+            self.records[number] = self.records[earlier]
+        else:
+            stored_bytes = len(encoded.stored)
+            row["transform"], row["lane_bytes"], row["pack_width"] = (
+                encoded.transform,
+                encoded.lane_bytes,
+                encoded.pack_bits,
+            )
+            row["raw_bytes"], row["stored_bytes"] = chunk.n_bytes, stored_bytes
+            row["digest"], row["crc64nvme"] = np.void(encoded.digest), encoded.crc64nvme
+            row["parameter"] = np.void(encoded.parameter)
+            if stored_bytes:
+                row["file"], row["offset"] = self._payload.add(encoded.stored)
+                self._written[encoded.digest, chunk.n_bytes] = number
+        self._source.release(number)
+        events.emit(
+            events.ChunkStored(
+                target=self._target,
+                record=number,
+                transform=records.transform_of(self.records[number]),
+                raw_bytes=chunk.n_bytes,
+                stored_bytes=stored_bytes,
+                encode_s=result.seconds,
+                write_s=time.perf_counter() - started,
+            )
+        )
+
+    def directory(self) -> directory.Directory:
+        """What the index says about storages and tensors. The caller adds step, rank, world and meta."""
+        captured = self._captured
+        storages = tuple(
+            directory.StorageEntry(s.dtype, s.n_bytes, s.location, self.cuts.extents[n] if s.has_data else None)
+            for n, s in enumerate(captured.storages)
+        )
+        writer = {
+            "name": "fastckpt",
+            "version": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        }
+        return directory.Directory(storages, tuple(captured.tensors), writer=writer)
+
+
+def index_and_footer(header: bytes, payload_bytes: int, parts: Sequence[bytes]) -> list[bytes]:
+    """The bytes behind the payload, parts first, footer last. parts: in the order of INDEX_PARTS."""
+    position = HEADER_BYTES + payload_bytes
+    entries = []
+    for part in parts:
+        entries.append(PartEntry(position, len(part), digest(part)))
+        position += len(part)
+    return [*parts, container.build_footer(entries, payload_bytes, header)]

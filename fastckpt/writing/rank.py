@@ -1,0 +1,175 @@
+"""One rank's part of a save: its chunks into packs, its index into a vote (docs/guarantees.md, section 3)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from fastckpt import events
+from fastckpt.errors import SaveError, StoreFullError
+from fastckpt.format import container, directory
+from fastckpt.format.keys import SaveId, VoteName, vote_key
+from fastckpt.format.repository_records import Parent, utc_now, writer
+from fastckpt.format.vote import SaveInfo, save_to_json, vote_name
+from fastckpt.host.threads import WorkerPool
+from fastckpt.options import Options
+from fastckpt.state import Captured
+from fastckpt.state.chunks import ChunkSource, LiveChunks
+from fastckpt.store.base import Store
+from fastckpt.writing.container import ChunkWriter, index_and_footer, start_workers
+from fastckpt.writing.packs import PackBuffers, PackWriter, choose_pack_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveRequest:
+    """What a rank's vote says besides the state."""
+
+    save: SaveId
+    parent: Parent | None
+    rank: int = 0
+    world: int = 1
+    trigger: str = "manual"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    called_s: float = field(default_factory=time.monotonic)
+    """When save was called, time.monotonic()."""
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """A vote that is durable, and all that it names."""
+
+    name: VoteName
+    data: bytes
+    stored_bytes: int
+    packs: tuple[str, ...]
+    """Keys of all packs that it names."""
+
+
+class UploadThreads(NamedTuple):
+    """All that one upload needs. `upload` starts its own, unless it is given them: a save that waits for another to end may only get to it
+    when the interpreter's end allows no more of them.
+    """
+
+    encoders: WorkerPool | None
+    uploaders: WorkerPool
+
+    @classmethod
+    def start(cls, captured: Captured, options: Options) -> UploadThreads:
+        """RuntimeError if they cannot be had. Takes some 50 µs a thread."""
+        encoders = start_workers(captured, options, background=True)
+        try:
+            return cls(encoders, WorkerPool(options.connections, "fastckpt-upload", nice=options.background_nice))
+        except BaseException:
+            if encoders is not None:
+                encoders.close()
+            raise
+
+    def close(self) -> None:
+        """Cancel what has not begun, wait for the rest. May be called twice."""
+        for pool in (self.encoders, self.uploaders):
+            if pool is not None:
+                pool.close()
+
+
+def upload(
+    captured: Captured,
+    store: Store,
+    request: SaveRequest,
+    options: Options,
+    source: ChunkSource | None = None,
+    before_vote: Callable[[], None] = lambda: None,
+    goodput_bytes_s: float | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+    buffers: PackBuffers | None = None,
+    threads: UploadThreads | None = None,
+) -> Uploaded:
+    """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
+
+    source: the captured state's chunks; None: the state itself. before_vote: called when all packs are durable; what it raises stops the
+    save before it can be committed. cancelled: asked before every chunk; True ends the save with a SaveError.
+    buffers: kept by the caller for its next save. threads: closed by this.
+    Takes, besides the state, `options.chunks_in_flight` × 16 MiB and `connections + 1` packs.
+    """
+    started = time.perf_counter()
+    target = f"{store.url} step {request.save.step}"
+    packs: PackWriter | None = None
+    pack_bytes = choose_pack_bytes(captured.n_bytes, options, goodput_bytes_s)
+    try:
+        threads = threads or UploadThreads.start(captured, options)
+        try:
+            with PackWriter(
+                store,
+                request.save,
+                request.rank,
+                pack_bytes,
+                options.connections,
+                threads.uploaders,
+                cancelled,
+                buffers,
+            ) as packs:
+                chunks = ChunkWriter(captured, packs, target, options, threads.encoders, source or LiveChunks(captured))
+                events.emit(
+                    events.SaveStarted(
+                        target=target,
+                        raw_bytes=captured.n_bytes,
+                        chunks=len(chunks.cuts.chunks),
+                        storages=len(captured.storages),
+                        skeleton_s=0.0,
+                    )
+                )
+                chunks.run()
+                files = packs.finish()
+        finally:
+            threads.close()
+        before_vote()
+        info = SaveInfo(
+            request.save,
+            request.parent,
+            request.trigger,
+            request.metrics,
+            captured.n_bytes,
+            packs.stored_bytes,
+            time.monotonic() - request.called_s,
+            utc_now(),
+        )
+        vote = _vote(chunks, captured, files, request, info)
+        if cancelled():  # the last moment at which that can be true of it
+            raise SaveError(f"the save of step {request.save.step} was cancelled. Nothing was committed")
+        name = vote_name(request.save, request.rank, request.world, vote)
+        store.put(vote_key(name), vote)
+    except BaseException as error:
+        if isinstance(error, StoreFullError) and packs is not None:
+            packs.remove()  # or it takes the room that the next save needs, until its grace is over
+        events.emit(events.SaveFailed(target=target, error=error))
+        raise
+    events.emit(
+        events.SaveFinished(
+            target=target,
+            raw_bytes=captured.n_bytes,
+            file_bytes=packs.stored_bytes + len(vote),
+            seconds=time.perf_counter() - started,
+            durable_s=0.0,
+        )
+    )
+    return Uploaded(name, vote, packs.stored_bytes + len(vote), tuple(file.key for file in files))
+
+
+def _vote(
+    chunks: ChunkWriter, captured: Captured, files: list[directory.FileEntry], request: SaveRequest, info: SaveInfo
+) -> bytes:
+    listed = chunks.directory()
+    listed = replace(
+        listed,
+        step=request.save.step,
+        rank=request.rank,
+        world=request.world,
+        meta=dict(request.meta),
+        writer={**listed.writer, **writer()},
+        save=save_to_json(info),
+    )
+    header = container.build_header(read_features=0)
+    parts = [directory.build(listed), directory.build_file_table(files), chunks.records.tobytes(), captured.skeleton]
+    return b"".join([header, *index_and_footer(header, 0, parts)])
