@@ -354,7 +354,7 @@ def test_after_that_time_it_is_given_up(store: HeldStore) -> None:
         ckpt.step(1)
         raise ValueError("mine")
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert living(store) == []
     assert any("given up" in note for note in getattr(caught.value, "__notes__", ["given up"]))
 
@@ -555,11 +555,11 @@ def test_staged_buffers_are_used_again(store: HeldStore) -> None:
         ckpt.save_now(1).wait(SHORT_S)
         ckpt.wait()
         assert ckpt.stats.snapshot_bytes == 0
-        kept = ckpt._stager.pool.held_bytes
+        kept = ckpt._engine.stager.pool.held_bytes
         assert kept > 0
         ckpt.save_now(2).wait(SHORT_S)
         ckpt.wait()
-        assert ckpt._stager.pool.held_bytes == kept
+        assert ckpt._engine.stager.pool.held_bytes == kept
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_leaving_by_an_exception_ends_retention_before_its_next_request() -> Non
     with pytest.raises(ZeroDivisionError), ckpt:
         raise ZeroDivisionError
     store.open.set()
-    assert ckpt._queue.retaining.wait_idle(60)
+    assert ckpt._engine.queue.retaining.wait_idle(60)
     assert store.after_hold == 1
 
 

@@ -17,6 +17,7 @@ from fastckpt import Checkpointer
 from fastckpt.errors import PartialRestoreError, RestoreError
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.sources import FileObjectSource
+from fastckpt.repository.catalog import Choice
 from fastckpt.repository.commit import open_vote
 from fastckpt.training import stateful
 from fastckpt.training.changes import changes
@@ -159,7 +160,7 @@ def test_an_optimizer_that_wraps_another_without_being_one(caplog: pytest.LogCap
     with Checkpointer(store, first, every=None, spot=None) as ckpt:
         ckpt.restore()
         assert ckpt.restored is not None
-        loaded, _ = ckpt._load(ckpt.restored, True)
+        loaded = ckpt._restorer._load(Choice(ckpt.restored), True).state
         wrapped = {"m": second["m"], "o": Wrapper(second["o"])}
         stateful.apply(wrapped, loaded, "x", look(wrapped, open_vote(store, ckpt.restored.vote(0)).directory, "x"))
     assert equal(first["o"].state_dict(), second["o"].state_dict())

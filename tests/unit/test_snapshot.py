@@ -349,8 +349,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pool_of(ckpt: Checkpointer) -> Watched:
-    assert isinstance(ckpt._stager.pool, Watched)
-    return ckpt._stager.pool
+    assert isinstance(ckpt._engine.stager.pool, Watched)
+    return ckpt._engine.stager.pool
 
 
 @pytest.mark.parametrize(("budget_mib", "of_state"), [(192, 2.0), (108, 1.0), (32, 0.25)])
@@ -417,7 +417,7 @@ def test_without_host_memory_the_save_fails_at_its_caller(store: HeldStore, monk
     with checkpointer(store, training) as ckpt:
         ckpt.step(training.step())
         ckpt.wait(SHORT_S)
-        ckpt._stager.pool._drop_free()
+        ckpt._engine.stager.pool._drop_free()
 
         def none_left(n_bytes: int) -> torch.Tensor:
             raise MemoryError(f"{n_bytes} bytes, as the test wants it")
@@ -482,7 +482,7 @@ def test_a_save_that_gets_no_thread_fails_and_is_over(store: HeldStore, monkeypa
             training.step()
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 ckpt.save_now(2)
-        left = ckpt._queue.jobs
+        left = ckpt._engine.queue.jobs
         for job in left:
             job.source.close()  # or its threads keep this process
         assert not left, "nobody would ever run it"
@@ -528,7 +528,7 @@ def test_training_goes_on_when_the_store_hangs(store: HeldStore, monkeypatch: py
     assert time.monotonic() - began < 10
     assert same(training.now(), after(6, 64))
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert ckpt.stats.snapshot_bytes == 0
     check(store, [1], 64)
 
@@ -548,7 +548,7 @@ def test_a_first_save_without_hooks_stalls_no_longer(store: HeldStore, monkeypat
     with pytest.raises(SaveError, match="not durable"):
         ckpt.close()
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert committed(store) == []
 
 
@@ -567,7 +567,7 @@ def test_a_state_that_is_written_through_stalls_no_longer(store: HeldStore, monk
     with pytest.raises(SaveError, match="not durable"):
         ckpt.close()
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert committed(store) == []
     assert same(training.now(), after(1, 64))
 
@@ -583,7 +583,7 @@ def test_leaving_by_an_exception_takes_no_longer_than_was_asked_for(store: HeldS
         raise ZeroDivisionError
     took_s = time.monotonic() - began
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert took_s < 5
     assert ckpt.stats.snapshot_bytes == 0
     check(store, [1], 64)
@@ -605,7 +605,7 @@ def test_leaving_by_an_exception_with_a_last_save_takes_no_longer_either(store: 
 
     assert isinstance(in_time(leave, store), ZeroDivisionError)
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert committed(store)[0] == 1
 
 
@@ -712,7 +712,7 @@ def test_memory_that_another_snapshot_holds_is_back_pressure_too(store: HeldStor
         for _ in range(3):
             ckpt.step(training.step())
         assert (ckpt.stats.saves, ckpt.stats.deferred) == (1, 2)
-        assert len(ckpt._queue) == 1
+        assert len(ckpt._engine.queue) == 1
         threading.Timer(0.0, store.open.set).start()
         ckpt.save_now(3).wait(SHORT_S)  # waits for the memory
         assert ckpt.stats.saves == 2

@@ -195,9 +195,9 @@ def test_a_step_from_another_thread_on_another_stream_is_held_back_there(gpu: to
     with own:
         run.train_and_save().wait(SHORT_S)
         run.train_and_save()
-        assert run.ckpt._hooks is not None
+        assert run.ckpt._engine.fence.hooks is not None
         run.step()
-        assert run.ckpt._hooks.can_be_trusted
+        assert run.ckpt._engine.fence.hooks.can_be_trusted
         run.check(1, 2)
 
 
@@ -301,7 +301,7 @@ def test_memory_that_cannot_be_pinned_is_made_up_for(gpu: torch.device, caplog: 
     told = [record.message for record in caplog.records if "cannot be pinned" in record.message]
     assert len(told) == 1
     assert "ulimit -l" in told[0]
-    assert run.ckpt._stager.pool.unpinned_bytes > 0
+    assert run.ckpt._engine.stager.pool.unpinned_bytes > 0
     run.check(1, 2, 3)
 
 
@@ -309,7 +309,7 @@ def test_pinned_memory_that_runs_out_midway_is_made_up_for(late: torch.device) -
     run = Run(late)
     run.train_and_save().wait(SHORT_S)
     device.limit_pinned_bytes(0)
-    run.ckpt._stager.pool._drop_free()
+    run.ckpt._engine.stager.pool._drop_free()
     run.train_and_save()
     run.check(1, 2)
 
@@ -340,7 +340,7 @@ def test_a_device_without_room_for_anything_is_saved(
         device.limit_device_bytes(1 << 62)
     run.ckpt.wait(SHORT_S)
     assert cloned == [False] * 3
-    assert all(side._joint is None for side in run.ckpt._stager._sides.values())
+    assert all(side._joint is None for side in run.ckpt._engine.stager._sides.values())
     unverified = [record for record in caplog.records if "no room for fingerprints" in record.message]
     assert len(unverified) == (3 if options is VERIFIED else 0)
     run.check(1, 2, 3)
@@ -372,7 +372,7 @@ def test_slabs_of_a_device_that_stays_broken_are_not_used_again(
     run.train_and_save().wait(SHORT_S)
     run.step()
     run.ckpt.wait(SHORT_S)
-    pool = run.ckpt._stager.pool
+    pool = run.ckpt._engine.stager.pool
     held = pool.held_bytes
 
     def broken(event: torch.Event) -> None:
@@ -488,7 +488,7 @@ def test_an_interrupt_while_the_fence_keeps_the_host(late: torch.device) -> None
     presser.join(SHORT_S)
     compare(before, host(model.state_dict()))
     run.store.open.set()
-    assert run.ckpt._queue.wait_idle(SHORT_S)
+    assert run.ckpt._engine.queue.wait_idle(SHORT_S)
     assert run.committed() == [1]
     assert run.ckpt.stats.snapshot_bytes == 0
     other = wide(late)
@@ -568,7 +568,7 @@ def test_an_interrupt_anywhere_in_save_now(late: torch.device) -> None:
 
 def test_an_interrupt_anywhere_in_step(late: torch.device) -> None:
     def call(run: Run) -> None:
-        run.ckpt._due = "interval"
+        run.ckpt._due.trigger = "interval"
         run.ckpt.step(run.done)
 
     interrupted_everywhere(late, random.randrange(1 << 30), 40, call)
