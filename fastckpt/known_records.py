@@ -36,9 +36,12 @@ class KnownRecords(Repository):
         return found
 
     def _see(self, infos: dict[str, ObjectInfo], listed: tuple[str, ...]) -> None:
-        others = {key: info for key, info in self._infos.items() if not key.startswith(listed)}
-        self._infos = {**others, **infos}
-        self._known = {key: known for key, known in self._known.items() if self._infos.get(key) == known[0]}
+        """What is known of the keys under `listed` is true of these objects afterwards, and only of these."""
+        for key in [key for key in self._infos if key.startswith(listed) and key not in infos]:
+            del self._infos[key]
+        for key in [key for key, (info, _) in self._known.items() if key.startswith(listed) and infos.get(key) != info]:
+            del self._known[key]
+        self._infos.update(infos)
 
     def commit(self, checkpoint: CheckpointId) -> Commit | Tombstone:
         return self._once(keys.commit_key(checkpoint), lambda: super(KnownRecords, self).commit(checkpoint))
@@ -50,10 +53,10 @@ class KnownRecords(Repository):
         return self._once(keys.pin_key(name), lambda: super(KnownRecords, self).pin(name))
 
     def _once(self, key: str, read: Callable[[], T]) -> T:
-        info, known = self._infos.get(key), self._known.get(key)
-        if known is not None and known[0] == info:
+        known = self._known.get(key)
+        if known is not None:
             return known[1]  # type: ignore[return-value]
-        found = read()
+        found, info = read(), self._infos.get(key)
         if info is not None:
             self._known[key] = info, found
         return found
