@@ -21,7 +21,7 @@ from fastckpt.format.sealed import MAX_SEALED_BYTES
 from fastckpt.format.vote import SaveInfo, commit_of, save_info
 from fastckpt.object_source import BytesSource, ObjectSource
 from fastckpt.reader import Reader
-from fastckpt.store.base import Store
+from fastckpt.store.base import ObjectInfo, Store
 
 MAX_VOTE_BYTES = 2 << 30
 
@@ -101,15 +101,15 @@ def list_votes(store: Store, save: SaveId) -> list[VoteName]:
     return [name for name in found if name is not None]
 
 
-def read_commit(store: Store, checkpoint: CheckpointId) -> Commit | Tombstone:
-    """What stands at a commit key. ObjectNotFoundError, CorruptCheckpointError, UnsupportedFormatError."""
+def read_commit(store: Store, checkpoint: CheckpointId, listed: ObjectInfo | None = None) -> Commit | Tombstone:
+    """What stands at a commit key. listed: see `read_sealed`. ObjectNotFoundError, CorruptCheckpointError, UnsupportedFormatError."""
     key = commit_key(checkpoint)
-    return parse_commit_record(read_sealed(store, key), checkpoint, f"{store.url}/{key}")
+    return parse_commit_record(read_sealed(store, key, listed), checkpoint, f"{store.url}/{key}")
 
 
-def read_sealed(store: Store, key: str) -> bytes:
-    """The bytes of a small object, whose length is looked at first."""
-    n_bytes = store.head(key).n_bytes
+def read_sealed(store: Store, key: str, listed: ObjectInfo | None = None) -> bytes:
+    """The bytes of a small object, whose length is looked at first. listed: what a LIST has just told of it, which saves a request."""
+    n_bytes = (listed or store.head(key)).n_bytes
     if n_bytes > MAX_SEALED_BYTES:
         damage = Damage(key.partition("/")[0], "length", f"at most {MAX_SEALED_BYTES}", str(n_bytes))
         raise CorruptCheckpointError(f"{store.url}/{key}", [damage])

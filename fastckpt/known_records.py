@@ -17,7 +17,7 @@ T = TypeVar("T")
 class KnownRecords(Repository):
     """Remembers what records say by key, time and size as the last LIST told them; what a LIST shows no more is forgotten.
 
-    Names are never remembered, and no failure is. One thread at a time.
+    Names are never remembered, and no failure is. A record is one request: the LIST has told its length. One thread at a time.
     """
 
     def __init__(self, store: Store) -> None:
@@ -42,6 +42,9 @@ class KnownRecords(Repository):
         for key in [key for key, (info, _) in self._known.items() if key.startswith(listed) and infos.get(key) != info]:
             del self._known[key]
         self._infos.update(infos)
+
+    def _listed(self, key: str) -> ObjectInfo | None:
+        return self._infos.get(key)
 
     def commit(self, checkpoint: CheckpointId) -> Commit | Tombstone:
         return self._once(keys.commit_key(checkpoint), lambda: super(KnownRecords, self).commit(checkpoint))

@@ -19,6 +19,7 @@ from fastckpt.format.keys import MARKER, CheckpointId, SaveId, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Tombstone, metrics_to_json
 from fastckpt.format.tensor_names import dotted
 from fastckpt.format.vote import save_info
+from fastckpt.known_records import KnownRecords
 from fastckpt.reader import Reader
 from fastckpt.repository import Repository
 
@@ -29,7 +30,8 @@ _MANY_METRICS = 4
 
 
 def list_repository(repository: Repository) -> dict[str, Any]:
-    """Everything `ls` says about a repository, newest first. Reads records and names, no index."""
+    """Everything `ls` says about a repository, newest first. Reads records, each with one request, and names, no index."""
+    repository = KnownRecords(repository.store)
     catalog = Catalog(repository)
     found = repository.read_all(catalog.listing)
     inside = safe_history(catalog)

@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 
-from fastckpt.errors import ObjectNotFoundError
+from fastckpt.cli.repositories import list_repository
+from fastckpt.commit import MAX_SEALED_BYTES
+from fastckpt.errors import CorruptCheckpointError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Pin, Tombstone, pin_bytes, tombstone_bytes, utc_now
 from fastckpt.incarnation import Incarnation
 from fastckpt.known_records import KnownRecords
 from fastckpt.repository import Repository
+from fastckpt.retention import Keep
 from fastckpt.store.cloud_listing import NotAListingError, read_page
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
@@ -30,13 +33,15 @@ class Reads(Wrapper):
         self.keys: list[str] = []
 
     def _call(self, verb: str, key: str, operation: Callable[[], Any]) -> Any:
+        assert verb != "head", "the LIST has told the length"
         if verb in ("get", "get_into"):
             self.keys.append(key)
         return operation()
 
     def take(self) -> set[str]:
-        found, self.keys = set(self.keys), []
-        return found
+        found, self.keys = self.keys, []
+        assert len(set(found)) == len(found)
+        return set(found)
 
 
 def test_a_record_is_read_again_only_when_the_list_shows_another_object() -> None:
@@ -68,9 +73,38 @@ def test_a_record_is_read_again_only_when_the_list_shows_another_object() -> Non
     look()
     assert reads.take() == {keys.pin_key("p")}, "the same bytes, written again"
     store.delete(keys.commit_key(ONE))
-    look()
-    with pytest.raises(ObjectNotFoundError):
-        known.commit(ONE)
+    found = known.read_all(known.list())
+    assert (set(found.commits), found.tombstones) == ({TWO}, {}), "what is gone is forgotten"
+    assert not reads.take()
+
+
+def test_ls_reads_each_record_once() -> None:
+    store = MemoryStore()
+    run = Incarnation(Repository(store), OPTIONS)
+    run.restore()
+    for step in (1, 2, 3):
+        run.save(captured(float(step)), step)
+    run.retain(Keep(last=1))
+    reads = Reads(store)
+    found = list_repository(Repository(reads))
+    assert (found["retired"], [row["step"] for row in found["checkpoints"]]) == (2, [3])
+    assert len(reads.take()) == 4, "one epoch, one commit, two tombstones"
+
+
+@pytest.mark.parametrize("n_bytes", [0, 100, MAX_SEALED_BYTES + 1])
+def test_a_record_that_is_another_one_since_the_list_is_an_error_or_itself(n_bytes: int) -> None:
+    store = MemoryStore()
+    run = Incarnation(Repository(store), OPTIONS)
+    run.restore()
+    run.save(captured(1.0), 1)
+    known = KnownRecords(store)
+    listing = known.list()
+    store.put(keys.commit_key(ONE), bytes(n_bytes))
+    assert isinstance(known.read_all(listing).failed[ONE], CorruptCheckpointError)
+    store.put(keys.commit_key(ONE), tombstone_bytes(Tombstone(ONE, None, "the test", utc_now())))
+    assert isinstance(known.commit(ONE), Tombstone)
+    store.put(keys.commit_key(TWO), bytes(n_bytes))
+    assert TWO in known.read_all(known.list()).failed, "too long, or none"
 
 
 @pytest.mark.parametrize("at", ["", "2026-11-27", "2026-11-27 10:00:00", "yesterday at 10:00"])
