@@ -150,7 +150,15 @@ def try_commit(store: Store, save: SaveId, own: Mapping[int, bytes] | None = Non
         votes.append((read.name, read.info, read.directory, read.parts))
     record = commit_bytes(commit_of(votes, f"{store.url}/{votes_prefix(save)}"))
     key = commit_key(save.checkpoint)
-    stands = create(store, key, record)
+    try:
+        stands = create(store, key, record)
+    except (
+        ObjectNotFoundError
+    ) as error:  # no second try: what kept the commit out may have been followed by the deletion of its packs
+        raise RepositoryError(
+            f"{store.url}/{key}: another record stood there and is gone again: step {save.step} of epoch {save.epoch} was retired while it "
+            "was being saved. It is not committed"
+        ) from error
     found = parse_commit_record(stands, save.checkpoint, f"{store.url}/{key}")
     if isinstance(found, Tombstone):
         raise _retired(store, save, found)
