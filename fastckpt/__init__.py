@@ -7,7 +7,8 @@
     cut                           and vote   S3                                       in threads
              └────── writing/ moves it ──────┘
                               └─→ repository/commit.py: one conditional put
-    `training/` decides when, `spot/` hears notices, `upkeep/` is for a person with a repository, `host/` is this machine, `kernels/` are the loops.
+    `training/` decides when, `spot/` hears notices, `upkeep/` is for a person with a repository, `host/` is this machine, `kernels/` are
+    the loops over every byte.
 
 `save`, `load` and `save_async` take torch.save's and torch.load's arguments; `open` fetches single tensors by name. A training loop uses
 

@@ -169,6 +169,8 @@ class Checkpointer:
                 self._repository.require()
             else:
                 self._repository.initialise()
+                for words in self._store.harmful_rules():
+                    logger.warning("%s: %s (docs/stores.md, Lifecycle rules)", self._repository.url, words)
             # Neither may keep one that was forgotten, without being closed: it would go on to take the process's signals.
             self._hooks = FenceHooks([] if read_only else self._optimizers, _weakly(self._before_update))
             self._settled = Settled(self._targets, self._hooks)
