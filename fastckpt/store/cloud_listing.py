@@ -47,7 +47,10 @@ def read_page(data: bytes) -> Page:
 def _object(entry: Xml.Element, quoted: bool) -> tuple[str, int, float]:
     name = entry.findtext("Key", "")
     # Whole seconds, as in the answer to a HEAD: one object has one time.
-    at = datetime.datetime.strptime(entry.findtext("LastModified", "")[:19], "%Y-%m-%dT%H:%M:%S")
+    text = entry.findtext("LastModified", "")
+    if text[10:11] != "T":
+        raise ValueError(f"LastModified is {text!r}")
+    at = datetime.datetime.fromisoformat(text[:19])  # strptime takes longer than all else of an entry
     return (
         urllib.parse.unquote_plus(name) if quoted else name,
         int(entry.findtext("Size", "")),
