@@ -38,4 +38,4 @@ class Notice:
     @property
     def deadline(self) -> Deadline:
         """When the machine is expected to be gone."""
-        return Deadline(math.inf if self.deadline_s is None else self.deadline_s, "the notice")
+        return Deadline(math.inf if self.deadline_s is None else self.deadline_s, "the time that the notice gave")

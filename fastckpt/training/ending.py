@@ -132,10 +132,10 @@ class Ending:
         last: the last step that is whole; None: there is none that may be saved.
         """
         # No fence, which may take max_stall_s: until this returns nobody trains.
-        deadline = Deadline.after(self._close_timeout_s, "close_timeout_s")
+        deadline = Deadline.after(self._close_timeout_s, f"close_timeout_s = {self._close_timeout_s:g} s")
         if notice is not None:
             self._save_last(notice, last)
-            deadline = Deadline(notice.deadline.at_s, "close_timeout_s").sooner(deadline)
+            deadline = notice.deadline.sooner(deadline)
         elif (
             self._on_exception == "save"
             and last is not None
@@ -185,24 +185,23 @@ class Ending:
 
         SaveError after FASTCKPT_EXIT_TIMEOUT_S: a store that hangs must not keep the process.
         """
-        limit = Deadline.after(exit_timeout_s(), ENV_EXIT_TIMEOUT)
+        limit = Deadline.after(exit_timeout_s(), f"{ENV_EXIT_TIMEOUT} = {exit_timeout_s():g} s")
         if self.notice is not None:
-            limit = limit.sooner(Deadline(self.notice.deadline.at_s, "what the notice left"))
+            limit = limit.sooner(self.notice.deadline)
         self._end_saves(limit)
         if self.notice is None:  # so that `keep` holds when a run has ended
             self._engine.queue.retaining.wait_idle(self._close_timeout_s)
 
     def _end_saves(self, deadline: Deadline) -> None:
         """Wait for them, and give up those that are not durable by then. SaveError in that case."""
-        queue, left_s = self._engine.queue, deadline.left_s()
-        assert left_s is not None
+        queue = self._engine.queue
         with hurried(), self._engine.fence.attended():
-            idle = queue.wait_idle(left_s)
+            idle = queue.wait_idle(deadline.left_s())
         if not idle:
             queue.cancel()
             raise SaveError(
-                f"saves of steps {[job.step for job in queue.jobs]} were not durable after {deadline.why} = {left_s:g} s and were given "
-                "up. Earlier checkpoints are as they were"
+                f"saves of steps {[job.step for job in queue.jobs]} were not durable after {deadline.why} and were given up. Earlier "
+                "checkpoints are as they were"
             )
 
     def close(self) -> None:

@@ -171,9 +171,7 @@ class Saver:
             if self._queue.wait_fewer(len(jobs), limit.left_s()):
                 return
         if limit is deadline:
-            raise OutOfTime(
-                f"step {step} was not saved: earlier saves left no room for it before {deadline.why} was over"
-            )
+            raise OutOfTime(f"step {step} was not saved: earlier saves left no room for it within {deadline.why}")
         raise SaveError(
             f"step {step} was not saved: the save of step {jobs[0].step}, which was given up, still waits for the store and holds its "
             f"memory. Earlier checkpoints are as they were. Look at {self._incarnation.repository.url}"
