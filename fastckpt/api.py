@@ -36,7 +36,7 @@ from fastckpt.newest import is_repository, read_checkpoint
 from fastckpt.object_sink import ObjectSink
 from fastckpt.object_source import ObjectSource
 from fastckpt.options import Options
-from fastckpt.ordered_sink import OrderedSink, key_of_path
+from fastckpt.ordered_sink import OrderedSink, keys_of_object, keys_of_path
 from fastckpt.reader import Reader, is_container
 from fastckpt.save import start_workers, write
 from fastckpt.snapshot import DoesNotFit, Snapshot, kept
@@ -397,16 +397,16 @@ def _sink(f: Any, verb: str, options: Options) -> tuple[OrderedSink, turns.Turn]
     """Where a save goes, and its place among the saves that go there. verb: "save" or "save_async", for messages."""
     name = f"{verb} to {_describe(f)}"
     if not isinstance(f, (str, os.PathLike)):
-        turn = turns.take(("object", id(f)), name)
+        turn = turns.take(keys_of_object(f), name)
         opened: Callable[[], Sink] = functools.partial(FileObject, f)
     elif is_url(where := location(f)):
         store, key = _object(where)
-        turn = turns.take(("url", store.url, key), name)
+        turn = turns.take([("url", store.url, key)], name)
         opened = functools.partial(ObjectSink, store, key)
     else:
         if _describe(f).startswith("file:"):
             make_directories(os.path.dirname(where))  # as a store does
-        turn = turns.take(key_of_path(where), name)
+        turn = turns.take(keys_of_path(where), name)
         opened = functools.partial(open_sink, where)
     try:
         return OrderedSink(opened(), turn, options.max_order_wait_s), turn
