@@ -44,6 +44,7 @@ _MOST_UNREAD_BYTES = 64 << 10  # of an answer: more is not read for the sake of 
 _MOST_INTERIM, _MOST_TRAILERS = 20, 100
 _CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
 _STATUS = re.compile(rb"[1-9][0-9]{2}")
+_INTERIM = re.compile(rb"HTTP/1\.[0-9] +1[0-9][0-9]\b")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _IDLE_S = 15.0  # shorter than what servers grant an idle connection, so that a request rarely meets one that is just being closed
 _SLICE_S = 1.0  # how often a wait looks for progress
@@ -403,10 +404,33 @@ class _Connection:
             try:
                 n = self._socket.send(view[at : at + _PIECE_BYTES])
             except TimeoutError:
+                if self._has_answered():  # and reads no more, as a refusal's sender may: the rest has nowhere to go
+                    self.send_failed = True
+                    return
                 watch.waited()  # the next try has the same piece, as TLS wants it
             else:
                 at += n
                 watch.sent(n)
+
+    def _has_answered(self) -> bool:
+        """Whether the head of an answer, other than an interim one, or the end has come already. Does not wait."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if poll.poll(0):
+            waiting_s = self._socket.gettimeout()
+            self._socket.settimeout(0)
+            try:
+                piece = self._socket.recv(8192)
+            except (BlockingIOError, ssl.SSLWantReadError):  # TLS has messages of its own
+                return False
+            finally:
+                self._socket.settimeout(waiting_s)
+            if not piece:
+                return True
+            self._early += piece
+        while _INTERIM.match(self._early) and b"\r\n\r\n" in self._early:
+            self._early = self._early.partition(b"\r\n\r\n")[2]
+        return b"\r\n\r\n" in self._early
 
     def recv_into(self, view: memoryview, watch: _Watch) -> int:
         """0: the end."""
