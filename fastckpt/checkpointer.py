@@ -42,6 +42,7 @@ from fastckpt.events import logger
 from fastckpt.final_save import final_save, too_late
 from fastckpt.format.keys import MAX_STEP
 from fastckpt.format.repository_records import Commit, Skipped, metrics_to_json
+from fastckpt.format.tensor_names import Name
 from fastckpt.incarnation import Incarnation
 from fastckpt.interrupts import deferred_interrupt
 from fastckpt.kernels import warm_up
@@ -186,6 +187,8 @@ class Checkpointer:
         """That has asked for it."""
         self._saved_state: _SavedState | None = None
         """Of the newest save."""
+        self._as_restored: _Look | None = None
+        """What could be seen of the objects right after the newest restore."""
         self._updated: Commit | None = None
         """What had been restored last when an optimizer updated last."""
         self._torn: Torn | None = None
@@ -209,6 +212,8 @@ class Checkpointer:
         self._weights_only = True
         """Of the last restore: what it does not refuse needs no warning."""
         self._refused = Watch()
+        self._untold: dict[str, list[Name]] = {}
+        """What it has seen since the last save."""
         self._form: object = None
         self.restored: Commit | None = None
         """The record of the checkpoint that `restore` took: its metrics, meta, time."""
@@ -258,6 +263,7 @@ class Checkpointer:
             self._broken = error
             raise
         self._broken, self.restored, self._step = None, commit, commit.save.step
+        self._as_restored = None if self._read_only else self._look()
         self._mark_settled()
         self._last_start_s = time.monotonic()
         return commit.save.step
@@ -413,7 +419,7 @@ class Checkpointer:
         if self._saves:
             return
         try:
-            captured = self._recapturer.capture(targets.state_of(self._targets))
+            captured = self._capture()
             self._stager.prepare(captured, self._cuts.of(captured), Fenced(self._optimizers))
         except Exception as error:
             logger.info("nothing could be prepared for the first save: %s: %s", type(error).__name__, error)
@@ -452,13 +458,16 @@ class Checkpointer:
         """SaveError unless the state is that of the save of this step. A checkpoint of it is not made again: a save is never replaced."""
         saved = self._saved_state
         if saved is not None and saved.step == step and saved.restored is self.restored:
-            captured = self._recapturer.capture(targets.state_of(self._targets))
+            captured = self._capture()
             changed = saved.identity != self._recapturer.identity
             if not changed and saved.samples is not None:
                 now = self._sampler.take(captured, self._cuts.of(captured), saved.samples.seed)
                 changed = now.digests != saved.samples.digests
         else:  # it was restored
-            changed = self.restored is not None and self._updated is self.restored
+            before = self._as_restored
+            changed = self.restored is not None and (
+                self._updated is self.restored or (before is not None and not before.is_of(self._look(before)))
+            )
         if changed:
             raise SaveError(
                 f"step {step} has been saved or restored, and the state has changed since: a step is saved once. Nothing was committed; "
@@ -470,6 +479,35 @@ class Checkpointer:
                 step,
                 ", ".join(sorted({*metrics, *meta})),
             )
+
+    def _look(self, before: _Look | None = None) -> _Look | None:
+        """The state of all objects that can be asked for it without consequences; None if they cannot be saved. before: looks where that
+        one has looked.
+        """
+        asked = {name: target for name, target in self._targets.items() if targets.may_be_looked_at(target)}
+        recapturer, cuts, sampler = Recapturer(), KnownCuts(), Sampler()
+        try:
+            if all(name in asked or isinstance(target, RNGState) for name, target in self._targets.items()):
+                # What is pickled now need not be for the first save.
+                recapturer, cuts, sampler, captured = self._recapturer, self._cuts, self._sampler, self._capture()
+            else:
+                captured = recapturer.capture(targets.state_of(asked))
+        except Exception as error:  # the next save will say so
+            logger.info("what was restored cannot be looked at: %s: %s", type(error).__name__, error)
+            return None
+        samples = None
+        if self._options.verify_snapshot != "off":
+            seed = None if before is None or before.samples is None else before.samples.seed
+            samples = sampler.take(captured, cuts.of(captured), seed)
+        return _Look(recapturer.identity, samples)
+
+    def _capture(self) -> Captured:
+        """The state as it is now. What restoring it would refuse is told by the next save, whoever has pickled it."""
+        captured = self._recapturer.capture(targets.state_of(self._targets))
+        arrays = [] if captured.form is self._form else [e.name for e in captured.tensors if e.kind == "array"]
+        self._form = captured.form
+        self._untold |= self._refused.new_in(self._recapturer.pickled, arrays)
+        return captured
 
     def _start(
         self,
@@ -547,8 +585,8 @@ class Checkpointer:
         self._fence("save", end_s)
         self._see_torn()
         self._thread = threading.get_ident()
-        captured = self._recapturer.capture(targets.state_of(self._targets))
-        self._tell_what_is_refused(step, captured)
+        captured = self._capture()
+        self._tell_what_is_refused(step)
         cuts = self._cuts.of(captured)
         samples = None if self._options.verify_snapshot == "off" else self._sampler.take(captured, cuts)
         handle = CommitHandle(step, _attending(weakref.ref(self)))
@@ -612,11 +650,9 @@ class Checkpointer:
         self._last_start_s = called_s
         return handle
 
-    def _tell_what_is_refused(self, step: int, captured: Captured) -> None:
+    def _tell_what_is_refused(self, step: int) -> None:
         """At the save, not when the machine is gone: only the one who saves can choose another type."""
-        arrays = [] if captured.form is self._form else [e.name for e in captured.tensors if e.kind == "array"]
-        self._form = captured.form
-        found = self._refused.new_in(self._recapturer.pickled, arrays)
+        found, self._untold = self._untold, {}
         if found and self._weights_only:
             logger.warning(
                 "step %d is being saved to %s, but restore() will refuse it for what it holds:\n%s\nSave plain values in their place. "
@@ -1017,6 +1053,19 @@ class _SavedState(NamedTuple):
     """By then."""
     identity: Identity
     samples: Sampled | None
+
+
+class _Look(NamedTuple):
+    """What tells whether a state is still the same."""
+
+    identity: Identity
+    samples: Sampled | None
+
+    def is_of(self, other: _Look | None) -> bool:
+        """Whether both were the same, as far as that can be seen."""
+        if other is None or self.identity != other.identity:
+            return False
+        return self.samples is None or other.samples is None or self.samples.digests == other.samples.digests
 
 
 def _has_failed(handle: CommitHandle) -> bool:

@@ -43,6 +43,22 @@ def _stateful(target: Any) -> bool:
     return callable(getattr(target, "state_dict", None)) and callable(getattr(target, "load_state_dict", None))
 
 
+_WITHOUT_CONSEQUENCES = (
+    torch.nn.Module,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.amp.GradScaler,
+    torch.Tensor,
+    dict,
+    list,
+)
+
+
+def may_be_looked_at(target: Any) -> bool:
+    """Whether an object says what its state is and does nothing else: a loader of data may start workers, or draw, when it is asked."""
+    return isinstance(target, _WITHOUT_CONSEQUENCES)
+
+
 def state_of(targets: Mapping[str, Any]) -> dict[str, Any]:
     """What is saved: for each name the state dict, or the tensor, dict or list itself."""
     return {name: target.state_dict() if _stateful(target) else target for name, target in targets.items()}
