@@ -30,6 +30,7 @@ from fastckpt.errors import (
     TooLargeError,
 )
 from fastckpt.files import FileObject, Sink, make_directories, open_sink
+from fastckpt.interrupts import deferred_interrupt
 from fastckpt.loading import load_object
 from fastckpt.location import is_url, location
 from fastckpt.newest import is_repository, read_checkpoint
@@ -91,13 +92,13 @@ def save(
     captured = capture(obj, pickle_module, pickle_protocol)
     skeleton_s = time.perf_counter() - started
     sink, _ = _sink(f, "save", options)
-    sink.expect(captured.n_bytes)
     try:
+        sink.expect(captured.n_bytes)
         pool = start_workers(captured, options)
+        write(captured, sink, _describe(f), options, pool, skeleton_s)
     except BaseException:
         sink.abandon()
         raise
-    write(captured, sink, _describe(f), options, pool, skeleton_s)
 
 
 def _save_legacy(obj: object, f: Any, pickle_module: Any, pickle_protocol: int, options: Options) -> None:
@@ -177,20 +178,9 @@ def save_async(
     handle = SaveHandle(_describe(f))
     source = _snapshot(captured, handle.target, options)
     skeleton_s = time.perf_counter() - started
-    try:
-        sink, turn = _sink(f, "save_async", options)
-    except BaseException:
-        source.close()
-        raise
-    sink.expect(captured.n_bytes)
-    try:
-        pool = start_workers(captured, options)
-    except BaseException:
-        source.close()
-        sink.abandon()
-        raise
 
     def run() -> None:
+        assert sink is not None
         try:
             handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s, source))
         except BaseException as error:
@@ -199,21 +189,27 @@ def save_async(
             )
             handle.durable.set_exception(error)
 
-    thread = None
-    if not isinstance(source, LiveChunks):
-        try:
-            thread = start_thread(run, "fastckpt-save")
-            if thread is not None:
-                turn.hand_over()
-        except BaseException:
+    thread = sink = pool = None
+    try:
+        sink, turn = _sink(f, "save_async", options)
+        sink.expect(captured.n_bytes)
+        pool = start_workers(captured, options)
+        if not isinstance(source, LiveChunks):
+            with deferred_interrupt():  # all of it changes hands
+                thread = start_thread(run, "fastckpt-save")
+                if thread is not None:
+                    turn.hand_over()
+        if thread is None:
+            handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s, source))
+        handle.staged.set_result(None)
+    except BaseException:
+        if thread is None:  # else it goes on, though nobody gets its handle
             if pool is not None:
                 pool.close()
-            sink.abandon()
+            if sink is not None:
+                sink.abandon()
             source.close()
-            raise
-    if thread is None:
-        handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s, source))
-    handle.staged.set_result(None)
+        raise
     return handle
 
 
@@ -397,17 +393,18 @@ def _sink(f: Any, verb: str, options: Options) -> tuple[OrderedSink, turns.Turn]
     """Where a save goes, and its place among the saves that go there. verb: "save" or "save_async", for messages."""
     name = f"{verb} to {_describe(f)}"
     if not isinstance(f, (str, os.PathLike)):
-        turn = turns.take(keys_of_object(f), name)
+        keys = keys_of_object(f)
         opened: Callable[[], Sink] = functools.partial(FileObject, f)
     elif is_url(where := location(f)):
         store, key = _object(where)
-        turn = turns.take([("url", store.url, key)], name)
+        keys = (("url", store.url, key),)
         opened = functools.partial(ObjectSink, store, key)
     else:
         if _describe(f).startswith("file:"):
             make_directories(os.path.dirname(where))  # as a store does
-        turn = turns.take(keys_of_path(where), name)
+        keys = keys_of_path(where)
         opened = functools.partial(open_sink, where)
+    turn = turns.take(keys, name)
     try:
         return OrderedSink(opened(), turn, options.max_order_wait_s), turn
     except BaseException:

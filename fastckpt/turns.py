@@ -58,7 +58,9 @@ class Turn:
                 waited = True
                 left_s = end - time.monotonic()
                 if left_s <= 0:
-                    raise self._busy(earlier[0], f"has not ended after {timeout_s:g} s of waiting (max_order_wait_s)")
+                    error = self._busy(earlier[0], f"has not ended after {timeout_s:g} s of waiting (max_order_wait_s)")
+                    del earlier  # the traceback would keep a turn that nobody ends
+                    raise error
                 _changed.wait(min(left_s, _POLL_S))
 
     def _earlier(self) -> list[Turn]:
@@ -113,10 +115,14 @@ def take(keys: Collection[Hashable], name: str) -> Turn:
     keys: what it is known by; saves that have one in common have one target. name: of the save, for messages.
     """
     turn = Turn(keys, name)
-    with _changed:
-        for key in keys:
-            _turns.setdefault(key, []).append(weakref.ref(turn))
-    return turn
+    try:
+        with _changed:
+            for key in keys:
+                _turns.setdefault(key, []).append(weakref.ref(turn))
+        return turn
+    except BaseException:  # Ctrl-C, whose traceback may keep the turn for as long as it is kept
+        turn.end()
+        raise
 
 
 def _of(key: Hashable) -> list[Turn]:

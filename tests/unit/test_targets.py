@@ -22,15 +22,16 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import cli, files, held, object_sink, turns
+from fastckpt import api, cli, files, held, object_sink, turns, workers
 from fastckpt.errors import OvertakenError, SaveError, StoreError, StoreUnavailableError, TargetBusyError
 from fastckpt.options import Options
-from fastckpt.ordered_sink import keys_of_path
+from fastckpt.ordered_sink import OrderedSink, keys_of_path
 from fastckpt.store import late_writes
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.open import open_store
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.faulty_store import FaultyStore
+from fastckpt.workers import start_thread
 
 IMPATIENT = Options(max_order_wait_s=0.05, threads=1)
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
@@ -347,6 +348,46 @@ def test_a_turn_whose_save_was_cut_off_ends_with_it() -> None:
     last = turns.take([key], "two")
     assert not last.wait(0.0)
     last.end()
+
+
+@pytest.mark.parametrize("call", [fastckpt.save, fastckpt.save_async])
+def test_an_interrupt_that_is_kept_holds_nobody_up(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notebooks and trainers keep the exception, and with it all that its frames hold."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OrderedSink, "expect", interrupt)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            call(state(1), tmp_path / "x")
+    fastckpt.save_async(state(2), tmp_path / "x", options=IMPATIENT).wait(60)
+    assert step_in(tmp_path / "x") == 2
+    assert kept.value is not None
+
+
+def test_an_interrupt_while_the_thread_starts_does_not_break_its_save(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[threading.Thread] = []
+
+    def start_and_interrupt(run: Callable[[], None], name: str) -> threading.Thread | None:
+        thread = start_thread(run, name)
+        assert thread is not None
+        started.append(thread)
+        assert gate.reached.wait(60)
+        signal.raise_signal(signal.SIGINT)
+        return thread
+
+    monkeypatch.setattr(api, "start_thread", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fastckpt.save_async(state(1), tmp_path / "x")
+    assert started[0] in workers._unfinished, "the interpreter's end would not wait for it"
+    gate.open.set()
+    started[0].join(60)
+    assert step_in(tmp_path / "x") == 1
 
 
 # -- objects of a store --------------------------------------------------------------------------------------------------
