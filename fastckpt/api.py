@@ -36,7 +36,7 @@ from fastckpt.location import is_url, location
 from fastckpt.newest import is_repository, read_checkpoint
 from fastckpt.object_sink import ObjectSink
 from fastckpt.object_source import ObjectSource
-from fastckpt.options import Options
+from fastckpt.options import Options, bounded
 from fastckpt.ordered_sink import OrderedSink, keys_of_object, keys_of_path
 from fastckpt.reader import Reader, is_container
 from fastckpt.save import start_workers, write
@@ -146,7 +146,7 @@ class SaveHandle:
     def wait(self, timeout_s: float | None = None) -> int:
         """Block until durable; returns the bytes of the file. Raises the save's error, or TimeoutError (the save goes on)."""
         try:
-            return self.durable.result(timeout_s)
+            return self.durable.result(None if timeout_s is None else bounded(timeout_s))
         except futures.TimeoutError:
             if self.durable.done():  # the save's own error
                 raise

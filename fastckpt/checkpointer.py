@@ -47,7 +47,7 @@ from fastckpt.incarnation import Incarnation
 from fastckpt.interrupts import deferred_interrupt
 from fastckpt.kernels import warm_up
 from fastckpt.loading import load_object
-from fastckpt.options import Options
+from fastckpt.options import Options, bounded
 from fastckpt.placement import Plan, look
 from fastckpt.reader import Reader
 from fastckpt.repository import Repository
@@ -132,6 +132,7 @@ class Checkpointer:
     ) -> None:
         if on_exception not in (None, "save"):
             raise ValueError(f'on_exception is {on_exception!r}: expected "save" or None')
+        _check_kinds({"fresh": fresh, "read_only": read_only}, {"close_timeout_s": close_timeout_s, "grace_s": grace_s})
         if read_only and fresh:
             raise ValueError("read_only=True and fresh=True exclude each other: beginning a new history writes")
         _check_rules(every, keep)
@@ -141,7 +142,7 @@ class Checkpointer:
         self._targets = targets.check_targets(state)
         self._optimizers = [t for t in self._targets.values() if isinstance(t, torch.optim.Optimizer)]
         self._every, self._fresh, self._read_only = every, fresh, read_only
-        self._on_exception, self._close_timeout_s = on_exception, close_timeout_s
+        self._on_exception, self._close_timeout_s = on_exception, bounded(close_timeout_s)
         self._owns_store = not isinstance(url, Store)
         self._store = url if isinstance(url, Store) else open_store(url)
         self._options = (options or Options.from_env()).for_store(self._store.useful_connections)
@@ -834,6 +835,7 @@ class Checkpointer:
         if saves are still under way."""
         self._require_open()
         self.fence()
+        timeout_s = None if timeout_s is None else bounded(timeout_s)
         end_s = None if timeout_s is None else time.monotonic() + timeout_s
         with hurried():
             idle = self._queue.wait_idle(timeout_s)
@@ -1132,6 +1134,26 @@ def _checked(
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"meta must be what JSON can hold: {error}") from error
     return numbers, copy
+
+
+def _check_kinds(switches: Mapping[str, object], seconds: Mapping[str, object]) -> None:
+    """TypeError, ValueError. A "no" from a configuration is true; less than no grace would take packs from readers."""
+    problems = [
+        f"{name} is {value!r}: expected True or False"
+        for name, value in switches.items()
+        if not isinstance(value, bool)
+    ]
+    numbers = {name: value for name, value in seconds.items() if isinstance(value, (int, float))}
+    problems += [
+        f"{name} is {value!r}: expected a number of seconds" for name, value in seconds.items() if name not in numbers
+    ]
+    if problems:
+        raise TypeError("; ".join(problems))
+    negative = [
+        f"{name} is {value!r}: expected a number of seconds ≥ 0" for name, value in numbers.items() if not value >= 0
+    ]
+    if negative:
+        raise ValueError("; ".join(negative))
 
 
 def _check_rules(every: object, keep: object) -> None:

@@ -111,6 +111,8 @@ class Options:
         problems = [f"{name} is {value!r}: it must be {expected}" for name, value, expected in wrong if expected]
         if problems:
             raise ValueError("; ".join(problems))
+        for name in ("max_stall_s", "max_order_wait_s"):
+            object.__setattr__(self, name, bounded(getattr(self, name)))
         if not self.threads:
             object.__setattr__(self, "threads", min(_cpus(), 16))
         if not self.host_budget_bytes:
@@ -164,6 +166,15 @@ class Options:
         if problems:
             raise ValueError("; ".join(problems))
         return cls(**found)
+
+
+LONGEST_S = 1e9
+"""Thirty years. The system's waits take no infinity."""
+
+
+def bounded(seconds: float) -> float:
+    """A time-out that can be waited for: infinity, and what is as good, becomes `LONGEST_S`."""
+    return min(seconds, LONGEST_S)
 
 
 def variable(name: str) -> str:
