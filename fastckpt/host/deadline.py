@@ -6,6 +6,14 @@ import math
 import time
 from dataclasses import dataclass
 
+LONGEST_S = 1e9
+"""Thirty years. The system's waits take no infinity."""
+
+
+def bounded(seconds: float) -> float:
+    """A time-out that can be waited for: infinity, and what is as good, becomes `LONGEST_S`."""
+    return min(seconds, LONGEST_S)
+
 
 @dataclass(frozen=True)
 class Deadline:
@@ -22,7 +30,7 @@ class Deadline:
 
     def left_s(self) -> float | None:
         """Seconds from now on, at least 0; None: there is no limit. What the waiting functions of `threading` take."""
-        return None if self.at_s == math.inf else max(0.0, self.at_s - time.monotonic())
+        return None if self.at_s == math.inf else bounded(max(0.0, self.at_s - time.monotonic()))
 
     def expired(self) -> bool:
         """Whether the moment has come."""

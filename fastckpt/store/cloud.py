@@ -57,7 +57,9 @@ _MOST_ERROR_BYTES = 64 << 10
 _MOST_RULES_BYTES = 2 << 20  # S3 takes 1,000 rules, some 500 bytes each
 _ADVICE_S = 2.0  # without progress: nobody waits longer for what is only said
 _NOT_SIGNED = {"accept-encoding": "identity", "user-agent": f"fastckpt/{__version__}"}  # proxies change these
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
+_MOST_EMPTY_PAGES = 10_000
+"""In a row. S3 sends some where it has passed over what was deleted."""
 
 
 class S3Store(Store):
@@ -266,7 +268,7 @@ class S3Store(Store):
                 if response.n_bytes is None:
                     raise ValueError("it has no length")
                 return ObjectInfo(key, response.n_bytes, float(int(at.timestamp())))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise StoreUnavailableError(f"head {self.url}/{key}: the answer is not one of S3 ({error})") from error
         except (StoreUnavailableError, ObjectExistsError):
             raise
@@ -291,6 +293,8 @@ class S3Store(Store):
         if base + prefix:
             query["prefix"] = base + prefix
         last = ""
+        tokens: set[str] = set()
+        empty = 0
         while True:
             with self._asked("list", prefix, "GET", query=query) as response:
                 try:
@@ -311,6 +315,17 @@ class S3Store(Store):
                 yield ObjectInfo(key, n_bytes, modified_s)
             if page.next_token is None:
                 return
+            empty = 0 if page.objects else empty + 1
+            if page.next_token in tokens or empty > _MOST_EMPTY_PAGES:
+                raise StoreUnavailableError(
+                    f"list {self.url}/{prefix}: the server's pages do not end: "
+                    + (
+                        f"{empty} in a row were empty"
+                        if page.next_token not in tokens
+                        else "one leads back to an earlier one"
+                    )
+                )
+            tokens.add(page.next_token)
             query["continuation-token"] = page.next_token
 
     def _is_key(self, text: str) -> bool:

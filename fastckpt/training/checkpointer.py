@@ -23,7 +23,7 @@ from fastckpt.errors import CheckpointError, PartialRestoreError, SaveError, Sup
 from fastckpt.events import logger
 from fastckpt.format.keys import MAX_STEP
 from fastckpt.format.repository_records import Commit, metrics_to_json
-from fastckpt.host.deadline import Deadline
+from fastckpt.host.deadline import Deadline, bounded
 from fastckpt.host.threads import hurried
 from fastckpt.kernels import warm_up
 from fastckpt.options import Options
@@ -110,7 +110,10 @@ class Checkpointer:
             RepositoryError: something else lies at the URL, or, if this only reads, nothing.
             SaveError: several ranks; `spill_dir` cannot be written to.
         """
-        _check_arguments(every, keep, on_exception, fresh=fresh, read_only=read_only)
+        _check_rules(every, keep, on_exception)
+        _check_kinds({"fresh": fresh, "read_only": read_only}, {"close_timeout_s": close_timeout_s, "grace_s": grace_s})
+        if read_only and fresh:
+            raise ValueError("read_only=True and fresh=True exclude each other: beginning a new history writes")
         if not read_only:
             _refuse_many_ranks()
         warm_up()  # without native kernels numba compiles for seconds: now, in the background, not when a notice has come
@@ -134,7 +137,7 @@ class Checkpointer:
             opened.callback(self._engine.close, store if store is not url else None)
             self._saver = Saver(self._engine, options, weakref.ref(self), fresh=fresh)
             self._restorer = Restorer(self._engine.incarnation, live, options, read_only=read_only)
-            self._ending = Ending(self._engine, self._saver, on_exception, close_timeout_s)
+            self._ending = Ending(self._engine, self._saver, on_exception, bounded(close_timeout_s))
             opened.callback(self._ending.close)
             if read_only:
                 self._engine.repository.require()
@@ -199,7 +202,7 @@ class Checkpointer:
             raise
         self._broken, self.restored = None, commit
         self._last = SaveAsked(commit.save.step, "manual", commit.metrics, commit.meta)
-        self._saver.has_restored(commit)
+        self._saver.has_restored(commit, looked_at=not self._read_only)
         self._ending.mark_step()
         return commit.save.step
 
@@ -476,7 +479,7 @@ def _checked(
     return numbers, copy
 
 
-def _check_arguments(every: object, keep: object, on_exception: object, *, fresh: bool, read_only: bool) -> None:
+def _check_rules(every: object, keep: object, on_exception: object) -> None:
     """Refuse what would fail in the training loop, or in the background at every save."""
     problems = []
     if not isinstance(every, (Every, type(None))):
@@ -487,8 +490,26 @@ def _check_arguments(every: object, keep: object, on_exception: object, *, fresh
         raise TypeError("; ".join(problems))
     if on_exception not in (None, "save"):
         raise ValueError(f'on_exception is {on_exception!r}: expected "save" or None')
-    if read_only and fresh:
-        raise ValueError("read_only=True and fresh=True exclude each other: beginning a new history writes")
+
+
+def _check_kinds(switches: Mapping[str, object], seconds: Mapping[str, object]) -> None:
+    """TypeError, ValueError. A "no" from a configuration is true; less than no grace would take packs from readers."""
+    problems = [
+        f"{name} is {value!r}: expected True or False"
+        for name, value in switches.items()
+        if not isinstance(value, bool)
+    ]
+    numbers = {name: value for name, value in seconds.items() if isinstance(value, (int, float))}
+    problems += [
+        f"{name} is {value!r}: expected a number of seconds" for name, value in seconds.items() if name not in numbers
+    ]
+    if problems:
+        raise TypeError("; ".join(problems))
+    negative = [
+        f"{name} is {value!r}: expected a number of seconds ≥ 0" for name, value in numbers.items() if not value >= 0
+    ]
+    if negative:
+        raise ValueError("; ".join(negative))
 
 
 def _refuse_many_ranks() -> None:

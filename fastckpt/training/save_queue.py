@@ -22,6 +22,7 @@ from fastckpt import events
 from fastckpt.errors import TornSnapshotError, of_save
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
+from fastckpt.host.deadline import bounded
 from fastckpt.host.threads import start_thread
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.retaining import Retaining
@@ -75,7 +76,7 @@ class CommitHandle:
     def wait(self, timeout_s: float | None = None) -> Commit:
         """Block until durable; the commit record. Raises the save's error, or TimeoutError (the save goes on)."""
         try:
-            return self.durable.result(timeout_s)
+            return self.durable.result(None if timeout_s is None else bounded(timeout_s))
         except futures.TimeoutError:
             if self.durable.done():  # the save's own error
                 raise

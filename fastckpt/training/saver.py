@@ -89,7 +89,7 @@ class Saver:
             return
         changed = self._live.has_changed_since(asked.step)
         if changed is None:  # it was restored
-            changed = self.restored is not None and self._fence.updated
+            changed = self.restored is not None and (self._fence.updated or self._live.has_changed_since_restore())
         if changed:
             raise SaveError(
                 f"step {asked.step} has been saved or restored, and the state has changed since: a step is saved once. Nothing was "
@@ -115,11 +115,12 @@ class Saver:
         """A restore has chosen what the next save follows. claimed: and an epoch for it."""
         self._began = claimed
 
-    def has_restored(self, commit: Commit) -> None:
-        """Another state has come into the objects."""
+    def has_restored(self, commit: Commit, *, looked_at: bool) -> None:
+        """Another state has come into the objects. looked_at: it is to be known later whether they have changed since."""
         self.restored = commit
         self.counts.begun_s = time.monotonic()
-        self._live.forget()
+        if looked_at:
+            self._live.remember_restored()
         self._fence.forget_updates()
         self._torn.forget()
 
@@ -189,7 +190,7 @@ class Saver:
         self._fence.wait("save", deadline)
         self._torn.look()
         taken = self._live.take()
-        self._live.tell_what_is_refused(asked.step, self._incarnation.repository.url, taken.captured)
+        self._live.tell_what_is_refused(asked.step, self._incarnation.repository.url)
         beginning = _Beginning(
             asked, taken, self._fence.permit(taken), CommitHandle(asked.step, self._fence.attending())
         )

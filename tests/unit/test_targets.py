@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -20,9 +22,10 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import cli
+from fastckpt import api, cli
 from fastckpt.errors import OvertakenError, SaveError, StoreError, StoreUnavailableError, TargetBusyError
-from fastckpt.host import files, held
+from fastckpt.host import files, held, threads
+from fastckpt.host.threads import start_thread
 from fastckpt.options import Options
 from fastckpt.store import late_writes
 from fastckpt.store.memory import MemoryStore
@@ -30,7 +33,7 @@ from fastckpt.store.open import open_store
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.faulty_store import FaultyStore
 from fastckpt.writing import object_sink, turns
-from fastckpt.writing.ordered_sink import key_of_path
+from fastckpt.writing.ordered_sink import OrderedSink, keys_of_path
 
 IMPATIENT = Options(max_order_wait_s=0.05, threads=1)
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
@@ -164,6 +167,67 @@ def test_saves_to_one_file_object_come_one_after_another(gate: Gate, monkeypatch
     assert [step_in(target) for _ in range(3)] == [1, 2, 3]
 
 
+def _later_than(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, first: Any, between: Callable[[], object], second: Any
+) -> None:
+    older = fastckpt.save_async(state(1), first)
+    assert gate.reached.wait(60)
+    between()
+    monkeypatch.setattr(turns, "_changed", OpensTheGate(gate))
+    fastckpt.save_async(state(2), second).wait(60)
+    assert gate.open.is_set(), "the later save did not wait"
+    older.wait(60)
+
+
+def _removed(folder: Path) -> None:
+    shutil.rmtree(folder)
+    (folder.parent / "takes its inode number").mkdir()
+    folder.mkdir()
+
+
+def _moved_away(folder: Path) -> None:
+    folder.rename(folder.parent / "old")
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("becomes", [_removed, _moved_away])
+def test_a_directory_that_is_made_anew_keeps_the_order_of_its_targets(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, becomes: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    _later_than(gate, monkeypatch, folder / "x", lambda: becomes(folder), folder / "x")
+    assert step_in(folder / "x") == 2
+
+
+@linux
+@pytest.mark.parametrize("names", ["raw", "descriptor", "another object", "temporary"])
+def test_all_that_writes_to_one_open_file_is_one_target(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, names: str
+) -> None:
+    with contextlib.ExitStack() as opened:
+        first: Any = opened.enter_context(
+            tempfile.NamedTemporaryFile("wb", dir=tmp_path) if names == "temporary" else open(tmp_path / "x", "ab")  # noqa: SIM115
+        )
+        second: Any = {
+            "raw": lambda: first.raw,
+            "descriptor": lambda: f"/dev/fd/{first.fileno()}",
+            "another object": lambda: opened.enter_context(open(tmp_path / "x", "ab")),
+            "temporary": lambda: first.file,
+        }[names]()
+        _later_than(gate, monkeypatch, first, lambda: None, second)
+        with open(first.name, "rb") as written:
+            assert [step_in(written) for _ in range(2)] == [1, 2]
+
+
+def test_a_file_object_is_not_asked_for_a_descriptor_that_it_would_have_to_make() -> None:
+    with tempfile.SpooledTemporaryFile() as spool:
+        fastckpt.save(state(1), spool)
+        assert not spool._rolled  # type: ignore[attr-defined]
+        spool.seek(0)
+        assert step_in(spool) == 1
+
+
 def test_a_failed_save_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
     older = fastckpt.save_async(state(1), tmp_path / "x")
     assert gate.reached.wait(60)
@@ -282,10 +346,50 @@ def test_a_save_in_a_signal_handler_does_not_wait_for_one_that_is_just_put_in_pl
 
 def test_a_turn_whose_save_was_cut_off_ends_with_it() -> None:
     key = "cut off"
-    turns.take(key, "one")
-    last = turns.take(key, "two")
+    turns.take([key], "one")
+    last = turns.take([key], "two")
     assert not last.wait(0.0)
     last.end()
+
+
+@pytest.mark.parametrize("call", [fastckpt.save, fastckpt.save_async])
+def test_an_interrupt_that_is_kept_holds_nobody_up(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notebooks and trainers keep the exception, and with it all that its frames hold."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OrderedSink, "expect", interrupt)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            call(state(1), tmp_path / "x")
+    fastckpt.save_async(state(2), tmp_path / "x", options=IMPATIENT).wait(60)
+    assert step_in(tmp_path / "x") == 2
+    assert kept.value is not None
+
+
+def test_an_interrupt_while_the_thread_starts_does_not_break_its_save(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[threading.Thread] = []
+
+    def start_and_interrupt(run: Callable[[], None], name: str) -> threading.Thread | None:
+        thread = start_thread(run, name)
+        assert thread is not None
+        started.append(thread)
+        assert gate.reached.wait(60)
+        signal.raise_signal(signal.SIGINT)
+        return thread
+
+    monkeypatch.setattr(api, "start_thread", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fastckpt.save_async(state(1), tmp_path / "x")
+    assert started[0] in threads._unfinished, "the interpreter's end would not wait for it"
+    gate.open.set()
+    started[0].join(60)
+    assert step_in(tmp_path / "x") == 1
 
 
 # -- objects of a store --------------------------------------------------------------------------------------------------
@@ -512,7 +616,7 @@ def test_a_file_with_bytes_that_is_open_is_replaced_and_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with tempfile.NamedTemporaryFile(dir=tmp_path) as f:
-        nobody = turns.take(key_of_path(f.name), "a save that has not begun")
+        nobody = turns.take(keys_of_path(f.name), "a save that has not begun")
         first, second = fastckpt.save_async(state(1), f.name), fastckpt.save_async(state(2), f.name)
         assert not caplog.records  # both are about to write into an empty file
         nobody.end()
