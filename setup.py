@@ -21,6 +21,11 @@ def is_set(name: str) -> bool:
     return os.environ.get(name, "") not in ("", "0")
 
 
+if sys.byteorder != "little":  # neither the format nor the kernels swap bytes; `import fastckpt` would refuse, too
+    raise SystemExit(
+        f"fastckpt runs on little-endian machines only, and this one is {sys.byteorder}-endian: nothing is built."
+    )
+
 REQUIRED = is_set("FASTCKPT_REQUIRE_NATIVE")
 
 

@@ -42,7 +42,7 @@ const FoldConstants kFold128(128), kFold512(512), kFold2048(2048);
 
 u64 crc_by_table(u64 crc, const u8* p, size_t n) {
     for (; n >= 8; n -= 8, p += 8) {
-        const u64 x = crc ^ load64(p);  // fastckpt is little-endian only; setup.py refuses others
+        const u64 x = crc ^ load64(p);  // the first byte lowest: kernels.h asserts the byte order
         crc = 0;
         for (int k = 0; k < 8; ++k) crc ^= kTables.slice[7 - k][(x >> (8 * k)) & 0xff];
     }

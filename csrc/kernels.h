@@ -5,6 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
+// Lanes, digests, streams and frames are read and written as the machine's own integers.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "fastckpt runs on little-endian machines only");
+
 namespace fastckpt {
 
 using u8 = uint8_t;
