@@ -5,6 +5,7 @@
 // A frame has blocks of three kinds: raw, RLE, and compressed ones that hold four Huffman streams of literals and no sequences.
 #include <cstring>
 
+#include "arguments.h"
 #include "frames.h"
 #include "xxh3.h"
 
@@ -201,14 +202,15 @@ int read_subpack(fastckpt_context& c, const Chunk& chunk, Source& source, u8* ra
     return used == n_escapes ? FASTCKPT_OK : FASTCKPT_FOREIGN;
 }
 
-// FASTCKPT_OK if such a chunk can be.
-int checked(const fastckpt_context* context, const Chunk& c) {
+// FASTCKPT_OK if such a chunk can be. raw: its bytes or the room for them; stored: the other side of the call.
+int checked(const fastckpt_context* context, const Chunk& c, const void* raw, const void* stored, size_t stored_bytes) {
     const bool delta = c.transform == FASTCKPT_SUB || c.transform == FASTCKPT_SUBPACK;
     if (!context || (c.transform != FASTCKPT_ROT && c.transform != FASTCKPT_ROTU && !delta) || (delta && !c.base)) return FASTCKPT_BAD_ARGUMENT;
     if (c.w != 2 && c.w != 4 && c.w != 8) return FASTCKPT_BAD_LANE;
     if (c.transform == FASTCKPT_SUBPACK && c.pack != 1 && c.pack != 2 && c.pack != 4 && c.pack != 8) return FASTCKPT_BAD_LANE;
     if (c.n_bytes == 0 || c.n_bytes > kMaxRaw || c.n_bytes % c.w) return FASTCKPT_BAD_LENGTH;
-    return FASTCKPT_OK;
+    if (const int status = check_memory(raw, c.n_bytes)) return status;
+    return check_memory(stored, stored_bytes);
 }
 
 Chunk chunk_of(const void* raw, const void* base, size_t n_bytes, unsigned transform, unsigned w, unsigned pack) {
@@ -232,21 +234,25 @@ int read_stream(fastckpt_context& c, const Chunk& chunk, Source& source, u8* raw
 extern "C" size_t fastckpt_context_bytes(void) { return sizeof(fastckpt_context); }
 
 extern "C" fastckpt_context* fastckpt_context_init(void* memory) {
+    if (!memory || reinterpret_cast<uintptr_t>(memory) % alignof(fastckpt_context)) return nullptr;
     auto* context = static_cast<fastckpt_context*>(memory);  // nothing else in it is read before it is written
     for (Decoder& one : context->decoders) one.description_bytes = 0;
     return context;
 }
 
-extern "C" size_t fastckpt_encode_bound(size_t n_bytes) { return 2 * n_bytes + 1024; }
+extern "C" size_t fastckpt_encode_bound(size_t n_bytes) { return n_bytes > kMaxRaw ? 0 : 2 * n_bytes + 1024; }
 
 extern "C" int fastckpt_encode(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned transform,
                                unsigned lane_bytes, unsigned pack_bits, void* stored, size_t capacity, fastckpt_encoded* result) {
+    if (!result) return FASTCKPT_BAD_ARGUMENT;
     const auto* from = static_cast<const u8*>(raw);
     Xxh3 digest(from, n_bytes);
     const bool digested = n_bytes >= FASTCKPT_MIN_DIGEST_BYTES;
     std::memset(result, 0, sizeof *result);
     if (transform == FASTCKPT_RAW) {
         if (n_bytes == 0 || n_bytes > kMaxRaw) return FASTCKPT_BAD_LENGTH;
+        if (const int status = check_memory(raw, n_bytes)) return status;
+        if (const int status = check_memory(stored, capacity)) return status;
         if (n_bytes > capacity) return FASTCKPT_NO_ROOM;
         const Kernels& k = kernels();
         u64 crc = ~u64{0};
@@ -262,7 +268,7 @@ extern "C" int fastckpt_encode(fastckpt_context* context, const void* raw, const
         return FASTCKPT_OK;
     }
     const Chunk chunk = chunk_of(raw, base, n_bytes, transform, lane_bytes, pack_bits);
-    if (const int status = checked(context, chunk)) return status;
+    if (const int status = checked(context, chunk, raw, stored, capacity)) return status;
     // Second moments have another range in each row: blocks of 32 KiB make them 0.9 % smaller than blocks of 128 KiB. Weights gain nothing
     // from that, and the decoder, which makes as many tables, loses a tenth.
     const size_t part_bytes = transform == FASTCKPT_ROT ? kBlock : transform == FASTCKPT_ROTU ? kBlock / 4 : kBlock / 2;
@@ -276,7 +282,8 @@ extern "C" int fastckpt_encode(fastckpt_context* context, const void* raw, const
 extern "C" int fastckpt_decode(fastckpt_context* context, const void* stored, size_t stored_bytes, const void* base, size_t n_bytes,
                                unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw, uint8_t digest_out[16]) {
     const Chunk chunk = chunk_of(nullptr, base, n_bytes, transform, lane_bytes, pack_bits);
-    if (const int status = checked(context, chunk)) return status;
+    if (!digest_out) return FASTCKPT_BAD_ARGUMENT;
+    if (const int status = checked(context, chunk, raw, stored, stored_bytes)) return status;
     auto* to = static_cast<u8*>(raw);
     Xxh3 digest(to, n_bytes);
     const bool digested = n_bytes >= FASTCKPT_MIN_DIGEST_BYTES;
@@ -290,7 +297,8 @@ extern "C" int fastckpt_decode(fastckpt_context* context, const void* stored, si
 extern "C" int fastckpt_split(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned transform,
                               unsigned lane_bytes, unsigned pack_bits, void* stream, size_t capacity, size_t* stream_bytes) {
     const Chunk chunk = chunk_of(raw, base, n_bytes, transform, lane_bytes, pack_bits);
-    if (const int status = checked(context, chunk)) return status;
+    if (!stream_bytes) return FASTCKPT_BAD_ARGUMENT;
+    if (const int status = checked(context, chunk, raw, stream, capacity)) return status;
     StreamSink sink(stream, capacity);
     const int status = write_stream(*context, chunk, sink, nullptr);
     *stream_bytes = sink.stored_bytes();
@@ -300,12 +308,14 @@ extern "C" int fastckpt_split(fastckpt_context* context, const void* raw, const 
 extern "C" int fastckpt_merge(fastckpt_context* context, const void* stream, size_t stream_bytes, const void* base, size_t n_bytes,
                               unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw) {
     const Chunk chunk = chunk_of(nullptr, base, n_bytes, transform, lane_bytes, pack_bits);
-    if (const int status = checked(context, chunk)) return status;
+    if (const int status = checked(context, chunk, raw, stream, stream_bytes)) return status;
     StreamSource source(stream, stream_bytes);
     return read_stream(*context, chunk, source, static_cast<u8*>(raw), nullptr);
 }
 
 extern "C" int fastckpt_gather(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, void* out, size_t out_bytes) {
+    if (const int status = check_stretches(addresses, n_bytes, n)) return status;
+    if (const int status = check_memory(out, out_bytes)) return status;
     uint8_t* to = static_cast<uint8_t*>(out);
     size_t left = out_bytes;
     for (size_t i = 0; i < n; ++i) {
@@ -316,12 +326,16 @@ extern "C" int fastckpt_gather(const uint64_t* addresses, const uint64_t* n_byte
     return left ? FASTCKPT_BAD_LENGTH : FASTCKPT_OK;
 }
 
-extern "C" int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned lane_bytes) {
-    const auto* p = static_cast<const u8*>(raw);
-    if (n_bytes < lane_bytes || !lane_bytes) return 0;
+extern "C" int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned lane_bytes, int* constant) {
+    if (!constant) return FASTCKPT_BAD_ARGUMENT;
+    if (lane_bytes != 1 && lane_bytes != 2 && lane_bytes != 4 && lane_bytes != 8) return FASTCKPT_BAD_LANE;
+    if (n_bytes == 0 || n_bytes % lane_bytes) return FASTCKPT_BAD_LENGTH;
+    if (const int status = check_memory(raw, n_bytes)) return status;
     // Equal lanes: each byte equals the one a lane before it. memcmp of overlapping stretches only reads.
-    return std::memcmp(p, p + lane_bytes, n_bytes < 64 ? n_bytes - lane_bytes : 64 - lane_bytes) == 0 &&
-           std::memcmp(p, p + lane_bytes, n_bytes - lane_bytes) == 0;
+    const auto* p = static_cast<const u8*>(raw);
+    const size_t pairs = n_bytes - lane_bytes, first = pairs < 64 ? pairs : 64;  // the usual answer, without a pass over the chunk
+    *constant = std::memcmp(p, p + lane_bytes, first) == 0 && std::memcmp(p, p + lane_bytes, pairs) == 0;
+    return FASTCKPT_OK;
 }
 
 namespace {
@@ -331,15 +345,28 @@ u16 rounded(u32 u) {
 }
 }  // namespace
 
-extern "C" void fastckpt_cast(const void* wide, size_t n_lanes, void* narrow) {
+namespace {
+int check_lanes(const void* narrow, const void* wide, size_t n_lanes) {
+    if (n_lanes > kMostBytes / 4) return FASTCKPT_BAD_LENGTH;
+    if (const int status = check_memory(narrow, 2 * n_lanes)) return status;
+    return check_memory(wide, 4 * n_lanes);
+}
+}  // namespace
+
+extern "C" int fastckpt_cast(const void* wide, size_t n_lanes, void* narrow) {
+    if (const int status = check_lanes(narrow, wide, n_lanes)) return status;
     for (size_t i = 0; i < n_lanes; ++i) {
         const u16 x = rounded(load32(static_cast<const u8*>(wide) + 4 * i));
         std::memcpy(static_cast<u8*>(narrow) + 2 * i, &x, 2);
     }
+    return FASTCKPT_OK;
 }
 
-extern "C" int fastckpt_cast_equal(const void* narrow, const void* wide, size_t n_lanes) {
+extern "C" int fastckpt_cast_equal(const void* narrow, const void* wide, size_t n_lanes, int* equal) {
+    if (!equal) return FASTCKPT_BAD_ARGUMENT;
+    if (const int status = check_lanes(narrow, wide, n_lanes)) return status;
     constexpr size_t kStep = 4096;
+    *equal = 0;
     for (size_t from = 0; from < n_lanes; from += kStep) {
         const size_t n = n_lanes - from < kStep ? n_lanes - from : kStep;
         unsigned differ = 0;
@@ -348,7 +375,8 @@ extern "C" int fastckpt_cast_equal(const void* narrow, const void* wide, size_t 
             std::memcpy(&x, static_cast<const u8*>(narrow) + 2 * i, 2);
             differ |= x ^ rounded(load32(static_cast<const u8*>(wide) + 4 * i));
         }
-        if (differ) return 0;
+        if (differ) return FASTCKPT_OK;
     }
-    return 1;
+    *equal = 1;
+    return FASTCKPT_OK;
 }

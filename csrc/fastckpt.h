@@ -1,8 +1,11 @@
 /* The C interface of fastckpt's native kernels and codec.
  *
  * Rules for every function: the caller owns all buffers and keeps them unchanged during the call; sources and destinations do not
- * overlap; no alignment is needed; nothing is allocated. Functions without a context may be called by any number of threads at once;
- * a context belongs to one thread at a time. Every status but FASTCKPT_OK leaves the destination undefined.
+ * overlap; bytes need no alignment, arrays of uint64_t have theirs; nothing is allocated. Functions without a context may be called by
+ * any number of threads at once; a context belongs to one thread at a time. Every status but FASTCKPT_OK leaves the destination undefined.
+ * Every number and pointer is checked before memory is touched, except that a buffer is trusted to be as long as the caller says: null
+ * where bytes are expected is FASTCKPT_BAD_ARGUMENT, a length beyond PTRDIFF_MAX is FASTCKPT_BAD_LENGTH. The exceptions, which have no
+ * status to give, are the two functions that return a crc.
  * The meaning of each function is the NumPy code in fastckpt/kernels/reference.py; the bytes are specified in docs/format.md, section 4.
  */
 #ifndef FASTCKPT_H
@@ -19,7 +22,7 @@ enum fastckpt_status {
     FASTCKPT_OK = 0,
     FASTCKPT_BAD_LANE = 1,     /* lane_bytes or pack_bits is not one that the transform knows */
     FASTCKPT_BAD_LENGTH = 2,   /* a length is 0, too large, or not a multiple of lane_bytes */
-    FASTCKPT_BAD_ARGUMENT = 3, /* an unknown transform, a missing base or context */
+    FASTCKPT_BAD_ARGUMENT = 3, /* an unknown transform; a missing base, context or buffer */
     FASTCKPT_NO_ROOM = 4,      /* the destination is too small: stored bytes would not be fewer than the caller allows */
     FASTCKPT_UNFIT = 5,        /* the chunk is not what the transform needs (ROTU: a sign bit is set) */
     FASTCKPT_FOREIGN = 6,      /* not a frame as fastckpt_encode makes it: another zstd decoder may read it, or it is damaged */
@@ -55,15 +58,16 @@ uint64_t fastckpt_crc64nvme_portable(uint64_t crc, const void* data, size_t n_by
 /* XXH3-128 of data in canonical (big-endian) form. n_bytes >= FASTCKPT_MIN_DIGEST_BYTES, else FASTCKPT_BAD_LENGTH. */
 int fastckpt_xxh3_128(const void* data, size_t n_bytes, uint8_t digest[16]);
 
-/* 1 if all lanes of the chunk are equal. lane_bytes: 1, 2, 4 or 8. */
-int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned lane_bytes);
+/* *constant is 1 if all lanes of the chunk are equal, else 0. lane_bytes: 1, 2, 4 or 8; n_bytes: a multiple of it, not 0. */
+int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned lane_bytes, int* constant);
 
 /* Joins n stretches of memory: n_bytes[i] bytes from addresses[i]. FASTCKPT_BAD_LENGTH, and nothing written past out_bytes, if they are not
- * out_bytes together. */
+ * out_bytes together. FASTCKPT_BAD_ARGUMENT for a stretch at address 0 or past the last address. */
 int fastckpt_gather(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, void* out, size_t out_bytes);
 
 /* A sample of n stretches of memory, n_bytes[i] bytes from addresses[i]: those shorter than FASTCKPT_WHOLE_BELOW whole, of the others 64
- * bytes of each 4 KiB; the seed decides which. FASTCKPT_BAD_LENGTH, and nothing written, if out_bytes is not fastckpt_lines_bytes. */
+ * bytes of each 4 KiB; the seed decides which. FASTCKPT_BAD_LENGTH, and nothing written, if out_bytes is not fastckpt_lines_bytes,
+ * which is SIZE_MAX if no memory can have so many bytes. Addresses: as for fastckpt_gather. */
 #define FASTCKPT_WHOLE_BELOW 65536u
 size_t fastckpt_lines_bytes(const uint64_t* n_bytes, size_t n);
 int fastckpt_lines(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, uint64_t seed, void* out, size_t out_bytes);
@@ -73,7 +77,8 @@ int fastckpt_lines(const uint64_t* addresses, const uint64_t* n_bytes, size_t n,
 #define FASTCKPT_ROW_WORDS 4096u
 int fastckpt_rows(const void* data, size_t n_bytes, const uint64_t* keys, uint64_t* out, size_t n_out);
 
-/* Memory of a context: caller-owned, fastckpt_context_bytes() long, 64-byte aligned, initialised once. */
+/* Memory of a context: caller-owned, fastckpt_context_bytes() long, 64-byte aligned, initialised once. fastckpt_context_init returns null
+ * for memory that is null or aligned otherwise. */
 typedef struct fastckpt_context fastckpt_context;
 size_t fastckpt_context_bytes(void);
 fastckpt_context* fastckpt_context_init(void* memory);
@@ -89,12 +94,12 @@ int fastckpt_split(fastckpt_context* context, const void* raw, const void* base,
 int fastckpt_merge(fastckpt_context* context, const void* stream, size_t stream_bytes, const void* base, size_t n_bytes,
                    unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw);
 
-/* 1 if each of n lanes of 2 bytes (bfloat16) is the float32 lane of `wide` rounded to nearest, ties to even (CAST). */
-int fastckpt_cast_equal(const void* narrow, const void* wide, size_t n_lanes);
+/* *equal is 1 if each of n lanes of 2 bytes (bfloat16) is the float32 lane of `wide` rounded to nearest, ties to even (CAST); else 0. */
+int fastckpt_cast_equal(const void* narrow, const void* wide, size_t n_lanes, int* equal);
 /* That rounding. */
-void fastckpt_cast(const void* wide, size_t n_lanes, void* narrow);
+int fastckpt_cast(const void* wide, size_t n_lanes, void* narrow);
 
-/* Room that fastckpt_encode never exceeds when it is given that much. */
+/* Room that fastckpt_encode never exceeds when it is given that much. 0 for more bytes than a chunk has. */
 size_t fastckpt_encode_bound(size_t n_bytes);
 
 typedef struct {

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "arguments.h"
 #include "fastckpt.h"
 #include "kernels.h"
 
@@ -88,6 +89,8 @@ void look(const u8* raw, const u8* base, size_t lanes, Tally& t) {
 extern "C" int fastckpt_sample(const void* raw, const void* base, size_t n_bytes, unsigned w, fastckpt_estimate* out) {
     if (w != 2 && w != 4 && w != 8) return FASTCKPT_BAD_LANE;
     if (!n_bytes || n_bytes % w) return FASTCKPT_BAD_LENGTH;
+    if (!out) return FASTCKPT_BAD_ARGUMENT;
+    if (const int status = check_memory(raw, n_bytes)) return status;
     Tally t;  // 54 KiB
     std::memset(&t, 0, sizeof t);
     const auto* x = static_cast<const u8*>(raw);

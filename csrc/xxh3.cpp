@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "arguments.h"
 #include "fastckpt.h"
 
 namespace fastckpt {
@@ -71,6 +72,8 @@ void Xxh3::finish(u8 digest[16]) {
 
 extern "C" int fastckpt_xxh3_128(const void* data, size_t n_bytes, uint8_t digest[16]) {
     if (n_bytes < FASTCKPT_MIN_DIGEST_BYTES) return FASTCKPT_BAD_LENGTH;
+    if (!digest) return FASTCKPT_BAD_ARGUMENT;
+    if (const int status = fastckpt::check_memory(data, n_bytes)) return status;
     fastckpt::Xxh3 state(static_cast<const uint8_t*>(data), n_bytes);
     state.finish(digest);
     return FASTCKPT_OK;

@@ -561,6 +561,131 @@ int hostile(uint64_t seed, size_t rounds) {
 
 // ---- arguments ----
 
+// Each width, count, length, capacity and pointer in turn is what no caller should pass; the buffers end at their last byte. Whatever the
+// call answers, it must not touch memory that is not its own, which sanitizers see.
+void wild_arguments(Random& r) {
+    constexpr size_t kBytes = 240;  // whole lanes of each width
+    constexpr uint64_t kWild[] = {0,   1,   2,   3,   4,     5,     7,     8,     9,          16,         63,        64,        65,
+                                  100, 127, 128, 255, 65535, 65536, 65537, 1u << 31, (1u << 31) + 2, 0xffffffff, uint64_t{1} << 32, uint64_t{1} << 62,
+                                  uint64_t{1} << 63, (uint64_t{1} << 63) - 1, ~uint64_t{0}, ~uint64_t{0} - 7, ~uint64_t{0} - 4095};
+    Context context(0xA5);
+    Exact raw(some_lanes(r, 1, kBytes, 1), 1), base(some_lanes(r, 1, kBytes, 1), 3), out(kBytes, 5);
+    fastckpt_encoded result;
+    fastckpt_estimate estimate;
+    uint8_t digest[16];
+    size_t size = 0;
+    int found = 0;
+    const auto refused = [](int status, const char* what, uint64_t x) {
+        if (status < FASTCKPT_BAD_LANE || status > FASTCKPT_BAD_ARGUMENT) fail("%s, %#llx: status %d", what, static_cast<unsigned long long>(x), status);
+    };
+    for (const uint64_t x : kWild) {
+        const auto number = static_cast<unsigned>(x);
+        for (unsigned w : {1u, 2u, 4u, 8u})
+            if (number != w) {
+                const int status = fastckpt_is_constant(raw.data(), kBytes, number, &found);
+                if (number != 1 && number != 2 && number != 4 && number != 8) refused(status, "is_constant of lanes", x);
+            }
+        if (number != 2 && number != 4 && number != 8) refused(fastckpt_sample(raw.data(), base.data(), kBytes, number, &estimate), "sample of lanes", x);
+        for (unsigned transform : {FASTCKPT_ROT, FASTCKPT_ROTU, FASTCKPT_SUB, FASTCKPT_SUBPACK}) {
+            if (number != 2 && number != 4 && number != 8) {
+                refused(fastckpt_encode(context, raw.data(), base.data(), kBytes, transform, number, 1, out.data(), kBytes, &result), "encode of lanes", x);
+                refused(fastckpt_decode(context, raw.data(), kBytes, base.data(), kBytes, transform, number, 1, out.data(), digest), "decode of lanes", x);
+                refused(fastckpt_split(context, raw.data(), base.data(), kBytes, transform, number, 1, out.data(), kBytes, &size), "split of lanes", x);
+                refused(fastckpt_merge(context, raw.data(), kBytes, base.data(), kBytes, transform, number, 1, out.data()), "merge of lanes", x);
+            }
+            // Any pack bits: either known or refused.
+            fastckpt_encode(context, raw.data(), base.data(), kBytes, transform, 4, number, out.data(), kBytes, &result);
+            fastckpt_decode(context, raw.data(), kBytes, base.data(), kBytes, transform, 4, number, out.data(), digest);
+            fastckpt_split(context, raw.data(), base.data(), kBytes, transform, 4, number, out.data(), kBytes, &size);
+            fastckpt_merge(context, raw.data(), kBytes, base.data(), kBytes, transform, 4, number, out.data());
+            if (x > PTRDIFF_MAX) {
+                const size_t n = static_cast<size_t>(x);
+                refused(fastckpt_encode(context, raw.data(), base.data(), kBytes, transform, 2, 1, out.data(), n, &result), "encode into", x);
+                refused(fastckpt_decode(context, raw.data(), n, base.data(), kBytes, transform, 2, 1, out.data(), digest), "decode from", x);
+                refused(fastckpt_split(context, raw.data(), base.data(), kBytes, transform, 2, 1, out.data(), n, &size), "split into", x);
+                refused(fastckpt_merge(context, raw.data(), n, base.data(), kBytes, transform, 2, 1, out.data()), "merge from", x);
+                refused(fastckpt_encode(context, raw.data(), base.data(), n, transform, 2, 1, out.data(), kBytes, &result), "encode of bytes", x);
+                refused(fastckpt_decode(context, raw.data(), kBytes, base.data(), n, transform, 2, 1, out.data(), digest), "decode to bytes", x);
+            }
+        }
+        for (unsigned transform : {0u, 1u, 2u, 7u, number})
+            if (transform < FASTCKPT_ROT || transform > FASTCKPT_SUBPACK)
+                refused(fastckpt_split(context, raw.data(), base.data(), kBytes, transform, 2, 1, out.data(), kBytes, &size), "split by transform", x);
+        if (x > PTRDIFF_MAX) {
+            const size_t n = static_cast<size_t>(x);
+            const uint64_t at[] = {reinterpret_cast<uintptr_t>(raw.data())}, lengths[] = {x}, one[] = {1};
+            uint64_t row = 0;
+            refused(fastckpt_is_constant(raw.data(), n, 1, &found), "is_constant of bytes", x);
+            refused(fastckpt_sample(raw.data(), base.data(), n, 2, &estimate), "sample of bytes", x);
+            refused(fastckpt_xxh3_128(raw.data(), n, digest), "xxh3_128 of bytes", x);
+            refused(fastckpt_encode(nullptr, raw.data(), nullptr, n, FASTCKPT_RAW, 1, 0, out.data(), kBytes, &result), "RAW of bytes", x);
+            refused(fastckpt_encode(nullptr, raw.data(), nullptr, kBytes, FASTCKPT_RAW, 1, 0, out.data(), n, &result), "RAW into", x);
+            refused(fastckpt_gather(at, lengths, 1, out.data(), kBytes), "gather of bytes", x);
+            refused(fastckpt_gather(at, one, n, out.data(), kBytes), "gather of stretches", x);
+            refused(fastckpt_gather(at, one, 1, out.data(), n), "gather into", x);
+            refused(fastckpt_lines(at, lengths, 1, 0, out.data(), kBytes), "lines of bytes", x);
+            refused(fastckpt_lines(at, one, n, 0, out.data(), kBytes), "lines of stretches", x);
+            refused(fastckpt_lines(at, one, 1, 0, out.data(), n), "lines into", x);
+            refused(fastckpt_rows(raw.data(), n, at, &row, 1), "rows of bytes", x);
+            refused(fastckpt_rows(raw.data(), 0, at, &row, n), "as many rows", x);
+            refused(fastckpt_cast(raw.data(), n, out.data()), "cast of lanes", x);
+            refused(fastckpt_cast_equal(out.data(), raw.data(), n, &found), "cast_equal of lanes", x);
+            if (fastckpt_encode_bound(n)) fail("a bound for %zu bytes", n);
+            if (fastckpt_lines_bytes(lengths, 1) != SIZE_MAX || fastckpt_lines_bytes(one, n) != SIZE_MAX) fail("a sample of %zu bytes", n);
+        }
+    }
+    // Sums that wrap to what there is room for: of bytes, and of a sample's, a 64th of them.
+    for (const unsigned bits : {56u, 58u, 62u, 63u}) {
+        const size_t n = size_t{1} << (64 - bits) << (bits < 60 ? 6 : 0);
+        const std::vector<uint64_t> at(n, reinterpret_cast<uintptr_t>(raw.data())), lengths(n, uint64_t{1} << bits);
+        refused(fastckpt_gather(at.data(), lengths.data(), n, out.data(), 0), "gather of a sum that wraps", bits);
+        refused(fastckpt_lines(at.data(), lengths.data(), n, 0, out.data(), 0), "lines of a sum that wraps", bits);
+        if (bits < 60 && fastckpt_lines_bytes(lengths.data(), n) != SIZE_MAX) fail("lines_bytes of a sum that wraps");
+    }
+    for (const uint64_t address : {uint64_t{0}, ~uint64_t{0} - 15, ~uint64_t{0}}) {
+        const uint64_t length = 16;
+        refused(fastckpt_gather(&address, &length, 1, out.data(), 16), "gather from", address);
+        refused(fastckpt_lines(&address, &length, 1, 0, out.data(), 16), "lines from", address);
+    }
+    // Null where something is expected.
+    const uint64_t at = reinterpret_cast<uintptr_t>(raw.data()), length = 16;
+    std::vector<uint64_t> keys(FASTCKPT_ROW_WORDS);
+    uint64_t row = 0;
+    Exact long_one(4096, 0);
+    std::memset(long_one.data(), 1, 4096);
+    uint8_t *const none = nullptr, *const x = raw.data(), *const y = out.data();
+    const int statuses[] = {
+        fastckpt_is_constant(none, kBytes, 2, &found), fastckpt_is_constant(x, kBytes, 2, nullptr),
+        fastckpt_sample(none, x, kBytes, 2, &estimate), fastckpt_sample(x, x, kBytes, 2, nullptr),
+        fastckpt_xxh3_128(none, 4096, digest), fastckpt_xxh3_128(long_one.data(), 4096, nullptr),
+        fastckpt_gather(nullptr, &length, 1, y, 16), fastckpt_gather(&at, nullptr, 1, y, 16), fastckpt_gather(&at, &length, 1, none, 16),
+        fastckpt_lines(nullptr, &length, 1, 0, y, 16), fastckpt_lines(&at, nullptr, 1, 0, y, 16), fastckpt_lines(&at, &length, 1, 0, none, 16),
+        fastckpt_rows(none, 8, keys.data(), &row, 1), fastckpt_rows(x, 8, nullptr, &row, 1), fastckpt_rows(x, 8, keys.data(), nullptr, 1),
+        fastckpt_cast(none, 4, y), fastckpt_cast(x, 4, none), fastckpt_cast_equal(none, x, 4, &found),
+        fastckpt_cast_equal(y, none, 4, &found), fastckpt_cast_equal(y, x, 4, nullptr),
+        fastckpt_encode(context, none, x, kBytes, FASTCKPT_ROT, 2, 0, y, kBytes, &result),
+        fastckpt_encode(context, x, x, kBytes, FASTCKPT_ROT, 2, 0, none, kBytes, &result),
+        fastckpt_encode(context, x, x, kBytes, FASTCKPT_ROT, 2, 0, y, kBytes, nullptr),
+        fastckpt_encode(nullptr, none, x, kBytes, FASTCKPT_RAW, 2, 0, y, kBytes, &result),
+        fastckpt_encode(nullptr, x, x, kBytes, FASTCKPT_RAW, 2, 0, none, kBytes, &result),
+        fastckpt_decode(context, none, kBytes, x, kBytes, FASTCKPT_ROT, 2, 0, y, digest),
+        fastckpt_decode(context, x, kBytes, x, kBytes, FASTCKPT_ROT, 2, 0, none, digest),
+        fastckpt_decode(context, x, kBytes, x, kBytes, FASTCKPT_ROT, 2, 0, y, nullptr),
+        fastckpt_split(context, none, x, kBytes, FASTCKPT_ROT, 2, 0, y, kBytes, &size),
+        fastckpt_split(context, x, x, kBytes, FASTCKPT_ROT, 2, 0, none, kBytes, &size),
+        fastckpt_split(context, x, x, kBytes, FASTCKPT_ROT, 2, 0, y, kBytes, nullptr),
+        fastckpt_merge(context, none, kBytes, x, kBytes, FASTCKPT_ROT, 2, 0, y),
+        fastckpt_merge(context, x, kBytes, x, kBytes, FASTCKPT_ROT, 2, 0, none),
+    };
+    for (size_t i = 0; i < sizeof statuses / sizeof *statuses; ++i)
+        if (statuses[i] != FASTCKPT_BAD_ARGUMENT) fail("null, call %zu: status %d", i, statuses[i]);
+    if (fastckpt_context_init(nullptr) || fastckpt_context_init(long_one.data() + 1)) fail("a context where none can be");
+    // Nothing is anywhere.
+    if (fastckpt_gather(nullptr, nullptr, 0, nullptr, 0) || fastckpt_lines(nullptr, nullptr, 0, 0, nullptr, 0) ||
+        fastckpt_rows(nullptr, 0, keys.data(), nullptr, 0) || fastckpt_cast(nullptr, 0, nullptr) || fastckpt_crc64nvme(0, nullptr, 0))
+        fail("nothing is refused");
+}
+
 int arguments() {
     Context context(0);
     Bytes raw(64, 0x3f), base(64, 0x3e), stored(4096);
@@ -607,9 +732,10 @@ int arguments() {
         for (size_t lanes = 1; lanes < 40; ++lanes) {
             const Bytes equal = some_lanes(r, 2, lanes, w);
             Exact exact(equal, 1);
-            if (!fastckpt_is_constant(exact.data(), equal.size(), w)) fail("is_constant of equal lanes");
+            int found = -1;
+            if (fastckpt_is_constant(exact.data(), equal.size(), w, &found) || found != 1) fail("is_constant of equal lanes");
             exact.data()[r.below(equal.size())] ^= 1;
-            if (lanes > 1 && fastckpt_is_constant(exact.data(), equal.size(), w)) fail("is_constant of different lanes");
+            if (lanes > 1 && (fastckpt_is_constant(exact.data(), equal.size(), w, &found) || found != 0)) fail("is_constant of different lanes");
         }
     {
         const Bytes a = some_lanes(r, 0, 100, 1), b = some_lanes(r, 0, 1, 1), c = some_lanes(r, 0, 5000, 1);
@@ -657,10 +783,12 @@ int arguments() {
                 if (!(bits >= 0 && bits <= most)) fail("sample of %zu lanes: %g bits", lanes, bits);
         }
     Exact wide(some_lanes(r, 1, 5000, 4), 1), narrow(10000, 1);
-    fastckpt_cast(wide.data(), 5000, narrow.data());
-    if (!fastckpt_cast_equal(narrow.data(), wide.data(), 5000)) fail("cast_equal");
+    int equal = -1;
+    if (fastckpt_cast(wide.data(), 5000, narrow.data())) fail("cast");
+    if (fastckpt_cast_equal(narrow.data(), wide.data(), 5000, &equal) || equal != 1) fail("cast_equal");
     narrow.data()[9998] ^= 1;
-    if (fastckpt_cast_equal(narrow.data(), wide.data(), 5000)) fail("cast_equal of different lanes");
+    if (fastckpt_cast_equal(narrow.data(), wide.data(), 5000, &equal) || equal != 0) fail("cast_equal of different lanes");
+    wild_arguments(r);
     std::printf("arguments: as the interface says\n");
     return 0;
 }
