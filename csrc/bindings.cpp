@@ -416,8 +416,17 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastckpt._native", "fastckpt's native kernels", 0, methods,
-                      nullptr,               nullptr,            nullptr,                     nullptr};
+PyModuleDef module = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "fastckpt._native",
+    .m_doc = "fastckpt's native kernels",
+    .m_size = 0,
+    .m_methods = methods,
+    .m_slots = nullptr,
+    .m_traverse = nullptr,
+    .m_clear = nullptr,
+    .m_free = nullptr,
+};
 
 }  // namespace
 

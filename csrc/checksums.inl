@@ -141,5 +141,5 @@ Range range(const u8* bytes, size_t n) {
         most = x > most ? x : most;
         zero |= static_cast<u8>(x == 0);
     }
-    return {most ? least + 1u : 1u, most, zero != 0};
+    return {.first = most ? least + 1u : 1u, .last = most, .has_zero = zero != 0};
 }

@@ -215,7 +215,15 @@ int checked(const fastckpt_context* context, const Chunk& c, const void* raw, co
 
 Chunk chunk_of(const void* raw, const void* base, size_t n_bytes, unsigned transform, unsigned w, unsigned pack) {
     const bool delta = transform == FASTCKPT_SUB || transform == FASTCKPT_SUBPACK;
-    return {static_cast<const u8*>(raw), delta ? static_cast<const u8*>(base) : nullptr, n_bytes, w ? n_bytes / w : 0, transform, w, pack};
+    return {
+        .raw = static_cast<const u8*>(raw),
+        .base = delta ? static_cast<const u8*>(base) : nullptr,
+        .n_bytes = n_bytes,
+        .lanes = w ? n_bytes / w : 0,
+        .transform = transform,
+        .w = w,
+        .pack = pack,
+    };
 }
 
 template <class Sink>

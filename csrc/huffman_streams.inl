@@ -48,7 +48,7 @@ struct Streams {
         for (unsigned k = 0; k < 4; ++k) {
             from[k] = symbols + k * part;
             length[k] = k < 3 ? part : n - 3 * part;
-            to[k] = BitWriter{0, 0, scratch + k * kStreamRoom};
+            to[k] = BitWriter{.waiting = 0, .n = 0, .at = scratch + k * kStreamRoom};
         }
     }
     // The last symbols of a stream, one by one, until `left` are left. False if one has no code.
@@ -353,7 +353,10 @@ size_t huffman_encode(const Codes& codes, const u8* symbols, size_t n, u8* out, 
     const u64 words[4] = {w0, w1, w2, w3};
     const unsigned counts[4] = {n0, n1, n2, n3};
     u8* const at[4] = {t0, t1, t2, t3};
-    for (unsigned k = 0; k < 4; ++k) s.to[k] = BitWriter{counts[k] ? words[k] >> (64 - counts[k]) : 0, counts[k], at[k]};
+    for (unsigned k = 0; k < 4; ++k) {
+        const u64 waiting = counts[k] ? words[k] >> (64 - counts[k]) : 0;
+        s.to[k] = BitWriter{.waiting = waiting, .n = counts[k], .at = at[k]};
+    }
     return s.finish(scratch, out, room);
 }
 

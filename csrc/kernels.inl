@@ -26,8 +26,24 @@ namespace {
 
 #undef FC_INLINE
 
-constexpr Kernels kKernels = {FASTCKPT_ISA_NAME, split,          merge,       pack7,        unpack7, subpack,  subunpack,
-                              huffman_encode, huffman_decode,   xxh3_blocks,    xxh3_stripes, crc,          copy,    all_equal, range};
+// By name: xxh3_blocks and xxh3_stripes, for one, have the same type and could change places unseen.
+constexpr Kernels kKernels = {
+    .name = FASTCKPT_ISA_NAME,
+    .split = split,
+    .merge = merge,
+    .pack7 = pack7,
+    .unpack7 = unpack7,
+    .subpack = subpack,
+    .subunpack = subunpack,
+    .huffman_encode = huffman_encode,
+    .huffman_decode = huffman_decode,
+    .xxh3_blocks = xxh3_blocks,
+    .xxh3_stripes = xxh3_stripes,
+    .crc = crc,
+    .copy = copy,
+    .all_equal = all_equal,
+    .range = range,
+};
 
 }  // namespace
 }  // namespace FASTCKPT_ISA
