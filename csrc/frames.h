@@ -2,70 +2,14 @@
 #ifndef FASTCKPT_FRAMES_H
 #define FASTCKPT_FRAMES_H
 
-#include <cmath>
 #include <cstring>
 
 #include "context.h"
+#include "entropy.h"
 
 namespace fastckpt {
 
 constexpr size_t kFrameHeader = 9;
-
-// ---- entropy ----
-
-// c log2 c of counts that samples reach.
-struct CountLogs {
-    static constexpr u32 kSize = 16385;
-    float of[kSize];
-    CountLogs() {
-        of[0] = 0;
-        for (u32 c = 1; c < kSize; ++c) of[c] = static_cast<float>(c * std::log2(static_cast<double>(c)));
-    }
-};
-inline const CountLogs kCountLogs;
-
-inline double count_log(u32 c) { return c < CountLogs::kSize ? kCountLogs.of[c] : c * std::log2(static_cast<double>(c)); }
-
-struct Histogram {
-    u32 counts[256] = {};
-    u32 total = 0;
-    unsigned distinct = 0;
-
-    void finish() {
-        total = distinct = 0;
-        for (u32 c : counts) total += c, distinct += c != 0;
-    }
-    // Bits a symbol, order 0, with Miller's correction for symbols that a sample has missed.
-    double entropy() const {
-        if (distinct < 2) return 0;
-        double sum = 0;
-        for (u32 c : counts) sum += count_log(c);
-        return std::log2(static_cast<double>(total)) - sum / total + (distinct - 1) / (2 * 0.6931 * total);
-    }
-    u32 largest() const {
-        u32 most = 0;
-        for (u32 c : counts) most = c > most ? c : most;
-        return most;
-    }
-};
-
-// 16 bytes of every 16 x step.
-inline void sample(const u8* p, size_t n, size_t step, Histogram& h) {
-    // Four tables: equal neighbours would wait for each other's increments.
-    u32 t[4][256] = {};
-    size_t i = 0;
-    for (; i + 16 <= n; i += 16 * step) {
-        const u64 a = load64(p + i), b = load64(p + i + 8);
-        for (unsigned k = 0; k < 8; k += 4) {
-            ++t[0][a >> (8 * k) & 0xff], ++t[1][a >> (8 * k + 8) & 0xff], ++t[2][a >> (8 * k + 16) & 0xff], ++t[3][a >> (8 * k + 24) & 0xff];
-            ++t[0][b >> (8 * k) & 0xff], ++t[1][b >> (8 * k + 8) & 0xff], ++t[2][b >> (8 * k + 16) & 0xff], ++t[3][b >> (8 * k + 24) & 0xff];
-        }
-    }
-    if (step == 1)
-        for (; i < n; ++i) ++t[0][p[i]];
-    for (unsigned s = 0; s < 256; ++s) h.counts[s] = t[0][s] + t[1][s] + t[2][s] + t[3][s];
-    h.finish();
-}
 
 inline size_t clamped(size_t x, size_t low, size_t high) { return x < low ? low : x > high ? high : x; }
 
@@ -95,7 +39,7 @@ public:
     bool plane(unsigned slot_number, const u8* p, size_t n, bool top, bool last) {
         if (n <= part_bytes_) return part(slot_number, p, n, top, last);
         Histogram h;
-        sample(p, n, clamped(n / 2048, 1, 64), h);
+        h.sample(p, n, clamped(n / 2048, 1, 64));
         if (h.distinct <= 1 && k_.all_equal(p, n, p[0])) return block(last, 1, n, p, 1);
         if (h.entropy() > kRawBits) return block(last, 0, n, p, n);
         for (size_t done = 0; done < n;) {
@@ -116,7 +60,7 @@ private:
     // One block.
     bool part(unsigned slot_number, const u8* p, size_t n, bool top, bool last) {
         Histogram h;
-        sample(p, n, clamped(n / 2048, 1, top ? 16 : 32), h);
+        h.sample(p, n, clamped(n / 2048, 1, top ? 16 : 32));
         if (h.distinct <= 1 && k_.all_equal(p, n, p[0])) return block(last, 1, n, p, 1);
         const double bits = h.entropy();
         if (n < kMinHuffman || bits > kRawBits) return block(last, 0, n, p, n);
@@ -171,7 +115,7 @@ private:
         unsigned missed = range.has_zero && !h.counts[0];
         for (unsigned s = range.first; s <= range.last; ++s) missed += !h.counts[s];
         if (missed && (missed > kMostGuessed || h.distinct < 8)) {
-            sample(p, n, 1, h);
+            h.sample(p, n, 1);
             return;
         }
         if (range.has_zero && !h.counts[0]) h.counts[0] = 1;

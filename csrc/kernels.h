@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#define FC_INLINE inline __attribute__((always_inline))
+
 // Lanes, digests, streams and frames are read and written as the machine's own integers.
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "fastckpt runs on little-endian machines only");
 

@@ -4,6 +4,7 @@
 
 #include "crc64.h"
 #include "kernels.h"
+#include "lanes.h"
 #include "xxh3.h"
 
 #ifndef FASTCKPT_AVX2
@@ -17,14 +18,10 @@ namespace fastckpt {
 namespace FASTCKPT_ISA {
 namespace {
 
-#define FC_INLINE inline __attribute__((always_inline))
-
 #include "planes.inl"
 #include "packing.inl"
 #include "huffman_streams.inl"
 #include "checksums.inl"
-
-#undef FC_INLINE
 
 // By name: xxh3_blocks and xxh3_stripes, for one, have the same type and could change places unseen.
 constexpr Kernels kKernels = {

@@ -1,43 +1,18 @@
 // Lanes to byte planes and back. Part of kernels.inl.
 
-// ---- lanes ↔ integers ------------------------------------------------------------------------------------------------------------
-
-template <typename Lane>
-FC_INLINE Lane load_lane(const u8* p) {
-    Lane x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
-
-template <typename Lane>
-constexpr Lane kTop = static_cast<Lane>(Lane{1} << (8 * sizeof(Lane) - 1));
-
-template <typename Lane>
-FC_INLINE Lane ordered(Lane x) {  // floats in integer order
-    return static_cast<Lane>(x & kTop<Lane> ? ~x : x | kTop<Lane>);
-}
-template <typename Lane>
-FC_INLINE Lane unordered(Lane m) {
-    return static_cast<Lane>(m & kTop<Lane> ? m ^ kTop<Lane> : ~m);
-}
+// ---- lane by lane ----------------------------------------------------------------------------------------------------------------
 
 template <typename Lane, Map map>
 FC_INLINE Lane mapped(Lane x, const u8* base) {
-    if constexpr (map == Map::kRot) return static_cast<Lane>(static_cast<Lane>(x << 1) | static_cast<Lane>(x >> (8 * sizeof(Lane) - 1)));
-    if constexpr (map == Map::kSub) {
-        const Lane d = static_cast<Lane>(ordered(x) - ordered(load_lane<Lane>(base)));
-        return static_cast<Lane>(static_cast<Lane>(d << 1) ^ static_cast<Lane>(d & kTop<Lane> ? ~Lane{0} : Lane{0}));
-    }
+    if constexpr (map == Map::kRot) return rotated(x);
+    if constexpr (map == Map::kSub) return difference(x, load_lane<Lane>(base));
     return x;
 }
 
 template <typename Lane, Map map>
 FC_INLINE Lane unmapped(Lane y, const u8* base) {
-    if constexpr (map == Map::kRot) return static_cast<Lane>(static_cast<Lane>(y >> 1) | static_cast<Lane>(y << (8 * sizeof(Lane) - 1)));
-    if constexpr (map == Map::kSub) {
-        const Lane d = static_cast<Lane>(static_cast<Lane>(y >> 1) ^ static_cast<Lane>(y & 1 ? ~Lane{0} : Lane{0}));
-        return unordered(static_cast<Lane>(d + ordered(load_lane<Lane>(base))));
-    }
+    if constexpr (map == Map::kRot) return unrotated(y);
+    if constexpr (map == Map::kSub) return undifference(y, load_lane<Lane>(base));
     return y;
 }
 
@@ -47,7 +22,7 @@ void split_lanes(const u8* raw, const u8* base, size_t from, size_t lanes, u8* c
     for (unsigned k = 0; k < w; ++k) {
         u8* __restrict plane = planes[k];
         for (size_t i = from; i < lanes; ++i)
-            plane[i] = static_cast<u8>(mapped<Lane, map>(load_lane<Lane>(raw + i * w), base + i * w) >> (8 * (w - 1 - k)));
+            plane[i] = byte_of(mapped<Lane, map>(load_lane<Lane>(raw + i * w), base + i * w), k);
     }
 }
 
