@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 NATIVE := $(VENV)/.native
-CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl) csrc/compile_flags.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse lint types docs bench bench-codec bench-first-contact bench-host bench-objects bench-stall clean

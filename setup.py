@@ -59,7 +59,7 @@ class BuildNative(build_ext):
 def native_extension() -> Extension:
     # For GCC and Clang. Other compilers refuse the sources and get the fallback.
     # GCC 12 warns of its own AVX-512 headers: __Y may be used uninitialized.
-    compile_args = ["-std=c++17", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+    compile_args = [*Path("csrc/compile_flags.txt").read_text().split(), "-Wno-maybe-uninitialized"]
     link_args = []
     if sanitizers := os.environ.get("FASTCKPT_SANITIZE"):
         compile_args += ["-O1", "-g", "-fno-omit-frame-pointer"]
@@ -70,9 +70,7 @@ def native_extension() -> Extension:
     return Extension(
         "fastckpt._native",
         sources=sorted(glob("csrc/*.cpp")),
-        depends=sorted(
-            glob("csrc/**/*.h", recursive=True) + glob("csrc/*.inl") + glob("csrc/**/*.cuh", recursive=True)
-        ),
+        depends=sorted(glob("csrc/*.h") + glob("csrc/*.inl") + ["csrc/compile_flags.txt"]),
         language="c++",
         extra_compile_args=compile_args,
         extra_link_args=link_args,
