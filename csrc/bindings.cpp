@@ -120,8 +120,8 @@ PyObject* raise(int status, size_t n_bytes, unsigned lane_bytes) {
             return PyErr_Format(PyExc_ValueError, "%zu bytes are no whole number of %u-byte lanes, or not 1 to %u",
                                 n_bytes, lane_bytes, FASTCKPT_MAX_RAW_BYTES);
         case FASTCKPT_BAD_LANE:
-            return PyErr_Format(PyExc_ValueError,
-                                "lane_bytes is %u: 2, 4 or 8 are known (and 1, 2, 4 or 8 pack bits)", lane_bytes);
+            return PyErr_Format(PyExc_ValueError, "lane_bytes is %u: 2, 4 or 8 are known (and 1, 2, 4 or 8 pack bits)",
+                                lane_bytes);
         case FASTCKPT_BAD_ARGUMENT:
             return PyErr_Format(PyExc_ValueError, "an unknown transform, or one that needs a base");
         default: return PyErr_Format(PyExc_ValueError, "status %d", status);

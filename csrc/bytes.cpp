@@ -7,14 +7,16 @@
 
 using namespace fastckpt;
 
-extern "C" int fastckpt_gather(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, void* out, size_t out_bytes) {
+extern "C" int fastckpt_gather(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, void* out,
+                               size_t out_bytes) {
     if (const int status = check_stretches(addresses, n_bytes, n)) return status;
     if (const int status = check_memory(out, out_bytes)) return status;
     uint8_t* to = static_cast<uint8_t*>(out);
     size_t left = out_bytes;
     for (size_t i = 0; i < n; ++i) {
         if (n_bytes[i] > left) return FASTCKPT_BAD_LENGTH;
-        if (n_bytes[i]) std::memcpy(to, reinterpret_cast<const void*>(static_cast<uintptr_t>(addresses[i])), n_bytes[i]);
+        if (n_bytes[i])
+            std::memcpy(to, reinterpret_cast<const void*>(static_cast<uintptr_t>(addresses[i])), n_bytes[i]);
         to += n_bytes[i];
         left -= n_bytes[i];
     }
@@ -28,7 +30,8 @@ extern "C" int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned la
     if (const int status = check_memory(raw, n_bytes)) return status;
     // Equal lanes: each byte equals the one a lane before it. memcmp of overlapping stretches only reads.
     const auto* p = static_cast<const u8*>(raw);
-    const size_t pairs = n_bytes - lane_bytes, first = pairs < 64 ? pairs : 64;  // the usual answer, without a pass over the chunk
+    const size_t pairs = n_bytes - lane_bytes,
+                 first = pairs < 64 ? pairs : 64;  // the usual answer, without a pass over the chunk
     *constant = std::memcmp(p, p + lane_bytes, first) == 0 && std::memcmp(p, p + lane_bytes, pairs) == 0;
     return FASTCKPT_OK;
 }

@@ -11,7 +11,8 @@ FC_INLINE void accumulate(u64* acc, const u8* data, const u8* secret) {
         const __m256i a = load256(reinterpret_cast<const u8*>(acc + 4 * half)), d = load256(data + 32 * half);
         const __m256i keyed = _mm256_xor_si256(d, load256(secret + 32 * half));
         const __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
-        store256(reinterpret_cast<u8*>(acc + 4 * half), _mm256_add_epi64(_mm256_add_epi64(a, _mm256_shuffle_epi32(d, 0x4E)), product));
+        store256(reinterpret_cast<u8*>(acc + 4 * half),
+                 _mm256_add_epi64(_mm256_add_epi64(a, _mm256_shuffle_epi32(d, 0x4E)), product));
     }
 #else
     for (unsigned i = 0; i < 8; ++i) {
@@ -43,11 +44,13 @@ void xxh3_blocks(u64* acc, const u8* data, size_t n_blocks) {
 #if FASTCKPT_AVX2
 
 FC_INLINE __m128i fold(__m128i state, __m128i k, __m128i next) {
-    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(state, k, 0x00), _mm_clmulepi64_si128(state, k, 0x11)), next);
+    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(state, k, 0x00), _mm_clmulepi64_si128(state, k, 0x11)),
+                         next);
 }
 #if FASTCKPT_AVX512
 FC_INLINE __m512i fold512(__m512i state, __m512i by, __m512i next) {
-    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(state, by, 0x00), _mm512_clmulepi64_epi128(state, by, 0x11), next, 0x96);
+    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(state, by, 0x00),
+                                     _mm512_clmulepi64_epi128(state, by, 0x11), next, 0x96);
 }
 #endif
 FC_INLINE __m128i load128(const u8* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }

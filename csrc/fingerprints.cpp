@@ -1,4 +1,5 @@
-// What tells whether memory has changed: a sample of it, one cache line of each page; numbers that stand for all of it, one for 32 KiB.
+// What tells whether memory has changed: a sample of it, one cache line of each page; numbers that stand for all of it,
+// one for 32 KiB.
 #include <cstring>
 
 #include "arguments.h"
@@ -18,8 +19,8 @@ size_t line_of(size_t p, u64 k, u64 seed, size_t n_bytes) {
     return at < n_bytes - kLine ? at : n_bytes - kLine;
 }
 
-// Every word times its own upper half, made another number first by the key of its place. No change of a sign or an exponent in all words
-// gets lost in it, as it may in any sum of words times constants.
+// Every word times its own upper half, made another number first by the key of its place. No change of a sign or an
+// exponent in all words gets lost in it, as it may in any sum of words times constants.
 u64 mixed(u64 word, u64 key) {
     const u64 x = word ^ key;
     return x * static_cast<u64>(static_cast<int64_t>(x) >> 32);
@@ -60,7 +61,8 @@ extern "C" size_t fastckpt_lines_bytes(const uint64_t* lengths, size_t n) {
     return total;
 }
 
-extern "C" int fastckpt_lines(const uint64_t* addresses, const uint64_t* lengths, size_t n, uint64_t seed, void* out, size_t out_bytes) {
+extern "C" int fastckpt_lines(const uint64_t* addresses, const uint64_t* lengths, size_t n, uint64_t seed, void* out,
+                              size_t out_bytes) {
     if (const int status = check_stretches(addresses, lengths, n)) return status;
     if (fastckpt_lines_bytes(lengths, n) != out_bytes) return FASTCKPT_BAD_LENGTH;
     if (const int status = check_memory(out, out_bytes)) return status;

@@ -137,15 +137,15 @@ size_t FrameSink::literals(unsigned slot, const u8* bytes, size_t n, bool last) 
     const size_t before = 3 + header + (treeless ? 0 : table.description_bytes);
     const size_t most = capacity() < n + 3 ? capacity() : n + 3;
     if (most < before + 8) return kNoRoom;
-    const size_t streams = kernels_.huffman_encode(table.codes, bytes, n, at_ + before, most - before - 1,
-                                                   context_.streams, soon_);
+    const size_t streams =
+        kernels_.huffman_encode(table.codes, bytes, n, at_ + before, most - before - 1, context_.streams, soon_);
     soon_ = {.from = nullptr, .n_bytes = 0};
     if (streams == 0 || streams == kNoRoom) return streams;
     if (!treeless) std::memcpy(at_ + 3 + header, table.description, table.description_bytes);
     const u64 compressed = before - 3 - header + streams;
     // Literals section header (RFC 8878, 3.1.1.3.1.1): compressed or treeless, four streams, sizes of 14 or 18 bits.
-    const u64 bits = (treeless ? 3u : 2u) | (header == 5 ? 3u : 2u) << 2 | u64{n} << 4 |
-                     compressed << (header == 5 ? 22 : 18);
+    const u64 bits =
+        (treeless ? 3u : 2u) | (header == 5 ? 3u : 2u) << 2 | u64{n} << 4 | compressed << (header == 5 ? 22 : 18);
     for (size_t i = 0; i < header; ++i) at_[3 + i] = static_cast<u8>(bits >> (8 * i));
     at_[before + streams] = 0;  // no sequences
     put24(at_, (last ? 1 : 0) | 2u << 1 | (before - 3 + streams + 1) << 3);

@@ -14,7 +14,8 @@ unsigned highest_bit(u32 x) { return 31u - static_cast<unsigned>(__builtin_clz(x
 
 // ---- lengths ----
 
-// Optimal lengths by the two-queue method, then cut to kMaxCodeBits; returns the longest. `order`: the symbols in use, rarest first.
+// Optimal lengths by the two-queue method, then cut to kMaxCodeBits; returns the longest. `order`: the symbols in use,
+// rarest first.
 unsigned code_lengths(const u32 counts[256], const u8* order, unsigned n, u8 lengths[256]) {
     u32 weight[512];
     u16 parent[512];
@@ -50,7 +51,8 @@ unsigned code_lengths(const u32 counts[256], const u8* order, unsigned n, u8 len
     return deepest;
 }
 
-// Longest codes first, equal ones in the order of symbols: the code's value is its place among all codes of `bits` bits, cut.
+// Longest codes first, equal ones in the order of symbols: the code's value is its place among all codes of `bits`
+// bits, cut.
 void assign_codes(const u8 lengths[256], unsigned bits, u16 codes[256]) {
     std::memset(codes, 0, 256 * sizeof *codes);
     unsigned place = 0;
@@ -219,7 +221,8 @@ size_t write_fse(const u8* weights, unsigned n, u8* out) {
     for (unsigned u = 0; u < 1u << log; ++u) {
         const auto& state = table.states[u];
         if (state.bits > most[state.symbol]) most[state.symbol] = state.bits, last[state.symbol] = static_cast<u8>(u);
-        for (unsigned y = state.base; y < state.base + (1u << state.bits); ++y) before[state.symbol][y] = static_cast<u8>(u);
+        for (unsigned y = state.base; y < state.base + (1u << state.bits); ++y)
+            before[state.symbol][y] = static_cast<u8>(u);
     }
     ForwardBits to{out + header};
     unsigned state[2];
@@ -298,7 +301,8 @@ bool HuffmanTable::build(const u32 counts[256]) {
     }
     if (last > 128) return false;
     description[0] = static_cast<u8>(127 + last);
-    for (unsigned s = 0; s < last; s += 2) description[1 + s / 2] = static_cast<u8>(weights[s] << 4 | (s + 1 < last ? weights[s + 1] : 0));
+    for (unsigned s = 0; s < last; s += 2)
+        description[1 + s / 2] = static_cast<u8>(weights[s] << 4 | (s + 1 < last ? weights[s + 1] : 0));
     description_bytes = 1 + direct;
     return true;
 }
@@ -312,8 +316,9 @@ u64 HuffmanTable::cost(const u32 counts[256]) const {
     return bits;
 }
 
-// The look-up of r bits, for r = 1 … kMaxCodeBits: a first symbol, behind which stands the look-up of the bits that it leaves. Loops over
-// neighbours without branches: a loop that follows each look-up symbol by symbol took 8 us, most of it mispredicted.
+// The look-up of r bits, for r = 1 … kMaxCodeBits: a first symbol, behind which stands the look-up of the bits that it
+// leaves. Loops over neighbours without branches: a loop that follows each look-up symbol by symbol took 8 us, most of
+// it mispredicted.
 void HuffmanDecoder::fill(unsigned longest, unsigned n_symbols) {
     u8 order[256];
     unsigned n = 0;
@@ -333,7 +338,8 @@ void HuffmanDecoder::fill(unsigned longest, unsigned n_symbols) {
             const size_t width = size_t{1} << (r - d);
             const u64 first = u64{order[k]} << 16 | 0x100 | d;
             at -= width;
-            for (size_t i = 0; i < width; ++i) table[at + i] = ((rest[i] & ~u64{0xffff}) << 8) + (rest[i] & 0xffff) + first;
+            for (size_t i = 0; i < width; ++i)
+                table[at + i] = ((rest[i] & ~u64{0xffff}) << 8) + (rest[i] & 0xffff) + first;
         }
         std::memset(table, 0, at * sizeof *table);  // the beginnings of longer codes
         if (has_one_bit)                            // only then are there seven symbols, of which the last has no room
@@ -355,7 +361,8 @@ size_t HuffmanDecoder::read(const u8* data, size_t n) {
         count = data[0] - 127u;
         used = 1 + (count + 1) / 2;
         if (used > n) return 0;
-        for (unsigned i = 0; i < count; ++i) weights[i] = static_cast<u8>(i & 1 ? data[1 + i / 2] & 15 : data[1 + i / 2] >> 4);
+        for (unsigned i = 0; i < count; ++i)
+            weights[i] = static_cast<u8>(i & 1 ? data[1 + i / 2] & 15 : data[1 + i / 2] >> 4);
     } else {
         used = 1 + size_t{data[0]};
         if (used > n || used < 3) return 0;

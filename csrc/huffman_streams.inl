@@ -3,7 +3,10 @@
 // Cache lines of `soon`, a few in each round of a loop that has so many.
 class Prefetch {
 public:
-    FC_INLINE Prefetch(Soon soon, size_t rounds) : at_(soon.from), end_(soon.from + soon.n_bytes), step_(rounds ? (soon.n_bytes / rounds + 64) & ~size_t{63} : 0) {}
+    FC_INLINE Prefetch(Soon soon, size_t rounds)
+        : at_(soon.from),
+          end_(soon.from + soon.n_bytes),
+          step_(rounds ? (soon.n_bytes / rounds + 64) & ~size_t{63} : 0) {}
     template <int for_writing>
     FC_INLINE void some() {
         if (at_ >= end_) return;
@@ -16,7 +19,8 @@ private:
     size_t step_;
 };
 
-// Bits from the least significant end; codes are appended last symbol first, as the format has it. Nothing is cleared beforehand.
+// Bits from the least significant end; codes are appended last symbol first, as the format has it. Nothing is cleared
+// beforehand.
 struct BitWriter {
     u64 waiting;
     unsigned n;  // fewer than 8 between calls
@@ -63,7 +67,8 @@ struct Streams {
     }
     size_t finish(u8* scratch, u8* out, size_t room) {
         size_t size[4], total = 6;
-        for (unsigned k = 0; k < 4; ++k) total += size[k] = static_cast<size_t>(to[k].finish() - (scratch + k * kStreamRoom));
+        for (unsigned k = 0; k < 4; ++k)
+            total += size[k] = static_cast<size_t>(to[k].finish() - (scratch + k * kStreamRoom));
         if (total > room) return kNoRoom;
         u8* at = out + 6;
         for (unsigned k = 0; k < 4; ++k) {
@@ -106,26 +111,35 @@ struct VectorCodes {
                 h[i] = s < 256 && s >= i ? static_cast<u8>(codes.code[s] >> 8 | codes.length[s] << 4) : 0;
             }
         }
-        for (unsigned k = 0; k < 4; ++k) low[k] = _mm512_load_si512(l + 64 * k), high[k] = _mm512_load_si512(h + 64 * k);
+        for (unsigned k = 0; k < 4; ++k)
+            low[k] = _mm512_load_si512(l + 64 * k), high[k] = _mm512_load_si512(h + 64 * k);
     }
 };
 
-FC_INLINE __m512i join32(__m512i a, __m512i b, __m512i b_bits) { return _mm512_or_si512(b, _mm512_sllv_epi32(a, b_bits)); }
-FC_INLINE __m512i join64(__m512i a, __m512i b, __m512i b_bits) { return _mm512_or_si512(b, _mm512_sllv_epi64(a, b_bits)); }
+FC_INLINE __m512i join32(__m512i a, __m512i b, __m512i b_bits) {
+    return _mm512_or_si512(b, _mm512_sllv_epi32(a, b_bits));
+}
+FC_INLINE __m512i join64(__m512i a, __m512i b, __m512i b_bits) {
+    return _mm512_or_si512(b, _mm512_sllv_epi64(a, b_bits));
+}
 
-// 64 symbols to 16 groups of four: bits and lengths in 64-bit lanes; early[j] holds the first four of eight, late[j] the others.
+// 64 symbols to 16 groups of four: bits and lengths in 64-bit lanes; early[j] holds the first four of eight, late[j]
+// the others.
 template <bool small>
-FC_INLINE void encode64(const VectorCodes& t, __m512i s, __m512i& early, __m512i& early_n, __m512i& late, __m512i& late_n, __mmask64& bad) {
+FC_INLINE void encode64(const VectorCodes& t, __m512i s, __m512i& early, __m512i& early_n, __m512i& late,
+                        __m512i& late_n, __mmask64& bad) {
     __m512i low, high;
     if constexpr (small) {
         const __m512i i = _mm512_subs_epu8(s, t.before);
         // Past the window, or below it but not 0.
-        bad |= _mm512_cmpgt_epu8_mask(i, _mm512_set1_epi8(63)) | _mm512_mask_test_epi8_mask(_mm512_testn_epi8_mask(i, i), s, s);
+        bad |= _mm512_cmpgt_epu8_mask(i, _mm512_set1_epi8(63)) |
+               _mm512_mask_test_epi8_mask(_mm512_testn_epi8_mask(i, i), s, s);
         low = _mm512_permutexvar_epi8(i, t.low[0]);
         high = _mm512_permutexvar_epi8(i, t.high[0]);
     } else {
         const __mmask64 upper = _mm512_movepi8_mask(s);
-        low = _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(t.low[0], s, t.low[1]), upper, _mm512_permutex2var_epi8(t.low[2], s, t.low[3]));
+        low = _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(t.low[0], s, t.low[1]), upper,
+                                   _mm512_permutex2var_epi8(t.low[2], s, t.low[3]));
         high = _mm512_mask_mov_epi8(_mm512_permutex2var_epi8(t.high[0], s, t.high[1]), upper,
                                     _mm512_permutex2var_epi8(t.high[2], s, t.high[3]));
     }
@@ -161,7 +175,8 @@ bool encode_common(const VectorCodes& t, Streams& s, size_t common, Soon soon) {
             const __m512i n = _mm512_add_epi64(early_n, late_n);
             if (__builtin_expect(_mm512_cmpgt_epu64_mask(n, _mm512_set1_epi64(56)) != 0, 0)) {
                 alignas(64) u64 e[8], en[8], l[8], ln[8];
-                _mm512_store_si512(e, early), _mm512_store_si512(en, early_n), _mm512_store_si512(l, late), _mm512_store_si512(ln, late_n);
+                _mm512_store_si512(e, early), _mm512_store_si512(en, early_n), _mm512_store_si512(l, late),
+                    _mm512_store_si512(ln, late_n);
                 for (int j = 7; j >= 0; --j) {
                     s.to[k].put(l[j], static_cast<unsigned>(ln[j]));
                     s.to[k].put(e[j], static_cast<unsigned>(en[j]));
@@ -226,17 +241,24 @@ struct VectorCodes {
     }
 };
 
-FC_INLINE __m256i join32(__m256i a, __m256i b, __m256i b_bits) { return _mm256_or_si256(b, _mm256_sllv_epi32(a, b_bits)); }
-FC_INLINE __m256i join64(__m256i a, __m256i b, __m256i b_bits) { return _mm256_or_si256(b, _mm256_sllv_epi64(a, b_bits)); }
+FC_INLINE __m256i join32(__m256i a, __m256i b, __m256i b_bits) {
+    return _mm256_or_si256(b, _mm256_sllv_epi32(a, b_bits));
+}
+FC_INLINE __m256i join64(__m256i a, __m256i b, __m256i b_bits) {
+    return _mm256_or_si256(b, _mm256_sllv_epi64(a, b_bits));
+}
 
 // 32 symbols to four groups of eight, each as two of four. Non-zero bytes in `bad`: a symbol without a code.
-FC_INLINE void encode32(const VectorCodes& t, __m256i s, __m256i& early, __m256i& early_n, __m256i& late, __m256i& late_n, __m256i& bad) {
+FC_INLINE void encode32(const VectorCodes& t, __m256i s, __m256i& early, __m256i& early_n, __m256i& late,
+                        __m256i& late_n, __m256i& bad) {
     const __m256i zero = _mm256_setzero_si256();
     const __m256i i = _mm256_subs_epu8(s, t.before);
-    // A look-up of 64 is four of 16: a table's index saturates to 0x80 and more, which gives 0, where the symbol is another table's.
+    // A look-up of 64 is four of 16: a table's index saturates to 0x80 and more, which gives 0, where the symbol is
+    // another table's.
     __m256i low = zero, high = zero;
     for (unsigned k = 0; k < 4; ++k) {
-        const __m256i at = _mm256_adds_epu8(_mm256_sub_epi8(i, _mm256_set1_epi8(static_cast<char>(16 * k))), _mm256_set1_epi8(0x70));
+        const __m256i at =
+            _mm256_adds_epu8(_mm256_sub_epi8(i, _mm256_set1_epi8(static_cast<char>(16 * k))), _mm256_set1_epi8(0x70));
         low = _mm256_or_si256(low, _mm256_shuffle_epi8(t.low[k], at));
         high = _mm256_or_si256(high, _mm256_shuffle_epi8(t.high[k], at));
     }
@@ -246,7 +268,8 @@ FC_INLINE void encode32(const VectorCodes& t, __m256i s, __m256i& early, __m256i
     bad = _mm256_or_si256(bad, _mm256_andnot_si256(_mm256_cmpeq_epi8(s, zero), _mm256_cmpeq_epi8(i, zero)));
     high = _mm256_and_si256(high, _mm256_set1_epi8(15));
     // As encode64 of AVX-512: neighbours join, the later symbol's bits below the earlier one's.
-    const __m256i byte = _mm256_set1_epi16(255), half = _mm256_set1_epi32(0xffff), word = _mm256_set1_epi64x(0xffffffff);
+    const __m256i byte = _mm256_set1_epi16(255), half = _mm256_set1_epi32(0xffff),
+                  word = _mm256_set1_epi64x(0xffffffff);
     const __m256i c0 = _mm256_or_si256(_mm256_and_si256(low, byte), _mm256_slli_epi16(high, 8));
     const __m256i c1 = _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(byte, high));
     const __m256i n0 = _mm256_and_si256(n, byte), n1 = _mm256_srli_epi16(n, 8);
@@ -340,12 +363,19 @@ size_t huffman_encode(const Codes& codes, const u8* symbols, size_t n, u8* out, 
     u8 *t0 = s.to[0].at, *t1 = s.to[1].at, *t2 = s.to[2].at, *t3 = s.to[3].at;
     const u8 *f0 = s.from[0] + common, *f1 = s.from[1] + common, *f2 = s.from[2] + common, *f3 = s.from[3] + common;
     Prefetch to_read(soon, common / 5);
-    for (const u8* const end = s.from[0]; f0 != end; f0 -= 5, f1 -= 5, f2 -= 5, f3 -= 5) {  // 5 x 11 + 7 bits fit a word
-#define FC_STEP(j)                                                                                         \
-    append(table[f0[-j]], w0, n0), append(table[f1[-j]], w1, n1), append(table[f2[-j]], w2, n2), append(table[f3[-j]], w3, n3);
-        FC_STEP(1) FC_STEP(2) FC_STEP(3) FC_STEP(4) FC_STEP(5)
+    for (const u8* const end = s.from[0]; f0 != end;
+         f0 -= 5, f1 -= 5, f2 -= 5, f3 -= 5) {  // 5 x 11 + 7 bits fit a word
+#define FC_STEP(j)                                                                               \
+    append(table[f0[-j]], w0, n0), append(table[f1[-j]], w1, n1), append(table[f2[-j]], w2, n2), \
+        append(table[f3[-j]], w3, n3);
+        FC_STEP(1)
+        FC_STEP(2)
+        FC_STEP(3)
+        FC_STEP(4)
+        FC_STEP(5)
 #undef FC_STEP
-        if ((n0 | n1 | n2 | n3) >= 0x80) return 0;  // a symbol without a code; before anything is written past its room
+            if ((n0 | n1 | n2 | n3) >=
+                0x80) return 0;  // a symbol without a code; before anything is written past its room
         flush(w0, n0, t0), flush(w1, n1, t1), flush(w2, n2, t2), flush(w3, n3, t3);
         to_read.some<0>();
     }
@@ -364,7 +394,8 @@ size_t huffman_encode(const Codes& codes, const u8* symbols, size_t n, u8* out, 
 
 FC_INLINE size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
-// A stream read backwards: the next bits are the top ones of `bits`; its lowest set bit tells how many of the 64 are used up.
+// A stream read backwards: the next bits are the top ones of `bits`; its lowest set bit tells how many of the 64 are
+// used up.
 struct BackwardBits {
     u64 bits;
     const u8* at;     // the 8 bytes that were loaded
@@ -378,9 +409,12 @@ struct BackwardBits {
         bits = (load64(at) | 1) << (8 - (31 - __builtin_clz(data[n - 1])));
         return true;
     }
-    // Rounds of five look-ups that stay within the stream and within the output: each uses at most 55 bits after at most 7 of the last
-    // load, so `at` goes back by 7 bytes or fewer; each writes 8 bytes at a place that is at most 24 further, and advances by 30 or fewer.
-    FC_INLINE size_t safe_rounds() const { return smaller(static_cast<size_t>(at - first) / 7, static_cast<size_t>(end - out) / 34); }
+    // Rounds of five look-ups that stay within the stream and within the output: each uses at most 55 bits after at
+    // most 7 of the last load, so `at` goes back by 7 bytes or fewer; each writes 8 bytes at a place that is at most 24
+    // further, and advances by 30 or fewer.
+    FC_INLINE size_t safe_rounds() const {
+        return smaller(static_cast<size_t>(at - first) / 7, static_cast<size_t>(end - out) / 34);
+    }
     FC_INLINE void refill() {
         const unsigned used = static_cast<unsigned>(__builtin_ctzll(bits));
         at -= used >> 3;
@@ -395,9 +429,11 @@ FC_INLINE void look_up(const u64* entries, u64& bits, u8*& out) {
     bits <<= entry & 63;
 }
 
-bool huffman_decode(const u64* entries, const u8* length, const u8* data, size_t n_bytes, u8* out, size_t n, Soon read, Soon write) {
+bool huffman_decode(const u64* entries, const u8* length, const u8* data, size_t n_bytes, u8* out, size_t n, Soon read,
+                    Soon write) {
     if (n_bytes < 6 || n < 4) return false;
-    const size_t size[3] = {size_t(data[0] | data[1] << 8), size_t(data[2] | data[3] << 8), size_t(data[4] | data[5] << 8)};
+    const size_t size[3] = {size_t(data[0] | data[1] << 8), size_t(data[2] | data[3] << 8),
+                            size_t(data[4] | data[5] << 8)};
     const size_t used = 6 + size[0] + size[1] + size[2], part = (n + 3) / 4;
     if (used >= n_bytes || 3 * part >= n) return false;
     BackwardBits s[4];

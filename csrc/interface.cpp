@@ -12,9 +12,11 @@ namespace {
 // FASTCKPT_OK if such a chunk can be. raw: its bytes or the room for them; stored: the other side of the call.
 int checked(const fastckpt_context* context, const Chunk& c, const void* raw, const void* stored, size_t stored_bytes) {
     const bool delta = c.transform == FASTCKPT_SUB || c.transform == FASTCKPT_SUBPACK;
-    if (!context || (c.transform != FASTCKPT_ROT && c.transform != FASTCKPT_ROTU && !delta) || (delta && !c.base)) return FASTCKPT_BAD_ARGUMENT;
+    if (!context || (c.transform != FASTCKPT_ROT && c.transform != FASTCKPT_ROTU && !delta) || (delta && !c.base))
+        return FASTCKPT_BAD_ARGUMENT;
     if (c.w != 2 && c.w != 4 && c.w != 8) return FASTCKPT_BAD_LANE;
-    if (c.transform == FASTCKPT_SUBPACK && c.pack != 1 && c.pack != 2 && c.pack != 4 && c.pack != 8) return FASTCKPT_BAD_LANE;
+    if (c.transform == FASTCKPT_SUBPACK && c.pack != 1 && c.pack != 2 && c.pack != 4 && c.pack != 8)
+        return FASTCKPT_BAD_LANE;
     if (c.n_bytes == 0 || c.n_bytes > kMaxRaw || c.n_bytes % c.w) return FASTCKPT_BAD_LENGTH;
     if (const int status = check_memory(raw, c.n_bytes)) return status;
     return check_memory(stored, stored_bytes);
@@ -70,15 +72,16 @@ extern "C" fastckpt_context* fastckpt_context_init(void* memory) {
 
 extern "C" size_t fastckpt_encode_bound(size_t n_bytes) { return n_bytes > kMaxRaw ? 0 : 2 * n_bytes + 1024; }
 
-extern "C" int fastckpt_encode(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned transform,
-                               unsigned lane_bytes, unsigned pack_bits, void* stored, size_t capacity, fastckpt_encoded* result) {
+extern "C" int fastckpt_encode(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes,
+                               unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* stored,
+                               size_t capacity, fastckpt_encoded* result) {
     if (!result) return FASTCKPT_BAD_ARGUMENT;
     std::memset(result, 0, sizeof *result);
     if (transform == FASTCKPT_RAW) return encode_raw(raw, n_bytes, stored, capacity, result);
     const Chunk chunk = chunk_of(raw, base, n_bytes, transform, lane_bytes, pack_bits);
     if (const int status = checked(context, chunk, raw, stored, capacity)) return status;
-    // Second moments have another range in each row: blocks of 32 KiB make them 0.9 % smaller than blocks of 128 KiB. Weights gain nothing
-    // from that, and the decoder, which makes as many tables, loses a tenth.
+    // Second moments have another range in each row: blocks of 32 KiB make them 0.9 % smaller than blocks of 128 KiB.
+    // Weights gain nothing from that, and the decoder, which makes as many tables, loses a tenth.
     const size_t part_bytes = transform == FASTCKPT_ROT ? kBlock : transform == FASTCKPT_ROTU ? kBlock / 4 : kBlock / 2;
     Xxh3 digest(chunk.raw, n_bytes);
     const bool digested = n_bytes >= FASTCKPT_MIN_DIGEST_BYTES;
@@ -90,8 +93,9 @@ extern "C" int fastckpt_encode(fastckpt_context* context, const void* raw, const
     return FASTCKPT_OK;
 }
 
-extern "C" int fastckpt_decode(fastckpt_context* context, const void* stored, size_t stored_bytes, const void* base, size_t n_bytes,
-                               unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw, uint8_t digest_out[16]) {
+extern "C" int fastckpt_decode(fastckpt_context* context, const void* stored, size_t stored_bytes, const void* base,
+                               size_t n_bytes, unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw,
+                               uint8_t digest_out[16]) {
     const Chunk chunk = chunk_of(nullptr, base, n_bytes, transform, lane_bytes, pack_bits);
     if (!digest_out) return FASTCKPT_BAD_ARGUMENT;
     if (const int status = checked(context, chunk, raw, stored, stored_bytes)) return status;
@@ -105,8 +109,9 @@ extern "C" int fastckpt_decode(fastckpt_context* context, const void* stored, si
     return FASTCKPT_OK;
 }
 
-extern "C" int fastckpt_split(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned transform,
-                              unsigned lane_bytes, unsigned pack_bits, void* stream, size_t capacity, size_t* stream_bytes) {
+extern "C" int fastckpt_split(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes,
+                              unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* stream,
+                              size_t capacity, size_t* stream_bytes) {
     const Chunk chunk = chunk_of(raw, base, n_bytes, transform, lane_bytes, pack_bits);
     if (!stream_bytes) return FASTCKPT_BAD_ARGUMENT;
     if (const int status = checked(context, chunk, raw, stream, capacity)) return status;
@@ -116,8 +121,8 @@ extern "C" int fastckpt_split(fastckpt_context* context, const void* raw, const 
     return status;
 }
 
-extern "C" int fastckpt_merge(fastckpt_context* context, const void* stream, size_t stream_bytes, const void* base, size_t n_bytes,
-                              unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw) {
+extern "C" int fastckpt_merge(fastckpt_context* context, const void* stream, size_t stream_bytes, const void* base,
+                              size_t n_bytes, unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw) {
     const Chunk chunk = chunk_of(nullptr, base, n_bytes, transform, lane_bytes, pack_bits);
     if (const int status = checked(context, chunk, raw, stream, stream_bytes)) return status;
     PlainSource source(stream, stream_bytes);

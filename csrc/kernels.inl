@@ -1,5 +1,6 @@
-// The inner loops. Included once for each instruction set, with FASTCKPT_ISA (a namespace), FASTCKPT_ISA_NAME, and FASTCKPT_AVX2 and
-// FASTCKPT_AVX512 where they may be used. Only static functions and memcpy: nothing that the linker could take for another set.
+// The inner loops. Included once for each instruction set, with FASTCKPT_ISA (a namespace), FASTCKPT_ISA_NAME, and
+// FASTCKPT_AVX2 and FASTCKPT_AVX512 where they may be used. Only static functions and memcpy: nothing that the linker
+// could take for another set.
 #include <cstring>
 
 #include "crc64.h"

@@ -1,7 +1,7 @@
 // Lanes as integers: what ROT, SUB and SUBPACK do to one of them (docs/format.md, sections 4.3 and 4.4).
 //
-// Everything is inlined always and has internal linkage: kernels.inl includes it for several instruction sets, and no copy that was made
-// for one of them may serve the others.
+// Everything is inlined always and has internal linkage: kernels.inl includes it for several instruction sets, and no
+// copy that was made for one of them may serve the others.
 #ifndef FASTCKPT_LANES_H
 #define FASTCKPT_LANES_H
 

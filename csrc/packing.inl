@@ -157,7 +157,8 @@ size_t subunpack_lanes(const u8* packed, const u8* base, size_t lanes, const u8*
 #if FASTCKPT_AVX512
         if constexpr (w == 2)
             for (; i + 32 <= n; i += 32) {
-                const __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i)));
+                const __m512i v =
+                    _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i)));
                 const __mmask32 at = _mm512_cmpeq_epi16_mask(v, _mm512_set1_epi16(static_cast<short>(esc)));
                 const __m512i more = _mm512_maskz_expand_epi16(at, _mm512_loadu_si512(escapes + used * w));
                 _mm512_storeu_si512(z + i, _mm512_add_epi16(v, more));
@@ -208,7 +209,8 @@ size_t subpack(const u8* raw, const u8* base, size_t lanes, unsigned w, unsigned
     }
 }
 
-size_t subunpack(const u8* packed, const u8* base, size_t lanes, unsigned w, unsigned bits, const u8* escapes, size_t n, u8* raw) {
+size_t subunpack(const u8* packed, const u8* base, size_t lanes, unsigned w, unsigned bits, const u8* escapes, size_t n,
+                 u8* raw) {
     switch (w * 16 + bits) {
         case 2 * 16 + 1: return subunpack_lanes<u16, 1>(packed, base, lanes, escapes, n, raw);
         case 2 * 16 + 2: return subunpack_lanes<u16, 2>(packed, base, lanes, escapes, n, raw);

@@ -23,8 +23,8 @@ struct Counts {
         ++of[byte];
         ++total;
     }
-    // Bits a symbol as a block of literals has them: raw at most; a symbol in more than half of the places takes a bit all the same; nothing
-    // where there is one symbol only.
+    // Bits a symbol as a block of literals has them: raw at most; a symbol in more than half of the places takes a bit
+    // all the same; nothing where there is one symbol only.
     double bits() const {
         if (!total) return 0;
         double sum = 0;
@@ -72,7 +72,8 @@ void look(const u8* raw, const u8* base, size_t lanes, Tally& t) {
         const Lane esc = static_cast<Lane>((1u << bits) - 1);
         for (size_t i = 0; i + in_byte <= lanes; i += in_byte) {
             unsigned byte = 0;
-            for (unsigned j = 0; j < in_byte; ++j) byte |= static_cast<unsigned>(z[i + j] < esc ? z[i + j] : esc) << (bits * j);
+            for (unsigned j = 0; j < in_byte; ++j)
+                byte |= static_cast<unsigned>(z[i + j] < esc ? z[i + j] : esc) << (bits * j);
             t.packed[p].add(byte);
         }
         for (size_t i = 0; i < lanes; ++i)

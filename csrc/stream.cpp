@@ -1,4 +1,5 @@
-// Chunks to stored bytes and back, stripe by stripe: digest, transform, entropy coding and crc while a stripe is in the second-level cache.
+// Chunks to stored bytes and back, stripe by stripe: digest, transform, entropy coding and crc while a stripe is in the
+// second-level cache.
 //
 //     raw ─→ Xxh3, planes (kernels.inl) ─→ FrameSink: one zstd block or more for each plane of a stripe ─→ stored, crc
 #include "stream.h"
@@ -54,12 +55,14 @@ int write_planes(fastckpt_context& context, const Chunk& chunk, Sink& sink, Xxh3
         sink.read_soon(chunk.raw + from * w, stripe(chunk, from) * w);
         size_t low_bytes = lanes;
         if (unsigned_) {
-            if (loops.pack7(planes[w - 1], lanes, planes[w - 1])) return FASTCKPT_UNFIT;  // in place: it writes behind what it has read
+            if (loops.pack7(planes[w - 1], lanes, planes[w - 1]))
+                return FASTCKPT_UNFIT;  // in place: it writes behind what it has read
             low_bytes = rotu_low_bytes(lanes);
         }
         for (unsigned i = 0; i < w; ++i) {
             const bool lowest = i == w - 1;
-            if (!sink.plane(i, planes[i], lowest ? low_bytes : lanes, i == 0, lowest && from == chunk.lanes)) return FASTCKPT_NO_ROOM;
+            if (!sink.plane(i, planes[i], lowest ? low_bytes : lanes, i == 0, lowest && from == chunk.lanes))
+                return FASTCKPT_NO_ROOM;
         }
     }
     return FASTCKPT_OK;
@@ -127,7 +130,8 @@ int write_subpack(fastckpt_context& context, const Chunk& chunk, Sink& sink, Xxh
     for (size_t from = 0; from < chunk.lanes;) {
         const size_t lanes = stripe(chunk, from);
         if (digest) digest->advance((from + lanes) * w);
-        n_escapes += loops.subpack(chunk.raw + from * w, chunk.base + from * w, lanes, w, bits, context.packed + from * bits / 8, context.escapes + n_escapes * w);
+        n_escapes += loops.subpack(chunk.raw + from * w, chunk.base + from * w, lanes, w, bits,
+                                   context.packed + from * bits / 8, context.escapes + n_escapes * w);
         from += lanes;
     }
     const size_t packed_bytes = (chunk.lanes * bits + 7) / 8, total = 4 + packed_bytes + n_escapes * w;
@@ -135,7 +139,8 @@ int write_subpack(fastckpt_context& context, const Chunk& chunk, Sink& sink, Xxh
     u8* planes[kMaxPlanes];
     for (unsigned i = 0; i < w; ++i) planes[i] = context.escape_planes + i * n_escapes;
     loops.split(context.escapes, nullptr, n_escapes, w, Map::kPlain, planes);
-    const u8 head[4] = {static_cast<u8>(n_escapes), static_cast<u8>(n_escapes >> 8), static_cast<u8>(n_escapes >> 16), static_cast<u8>(n_escapes >> 24)};
+    const u8 head[4] = {static_cast<u8>(n_escapes), static_cast<u8>(n_escapes >> 8), static_cast<u8>(n_escapes >> 16),
+                        static_cast<u8>(n_escapes >> 24)};
     bool fits = sink.plane(kMaxPlanes, head, 4, false, false);
     fits = fits && write_pieces(sink, kMaxPlanes, context.packed, packed_bytes, true, !n_escapes);
     for (unsigned i = 0; i < w && fits; ++i) fits = write_pieces(sink, i, planes[i], n_escapes, true, i == w - 1);
@@ -151,8 +156,10 @@ int read_subpack(fastckpt_context& context, const Chunk& chunk, Source& source, 
     const u8* head = content ? source.plane(kMaxPlanes, 4, head_room, false) : nullptr;
     if (!head) return FASTCKPT_FOREIGN;
     const size_t n_escapes = load32(head);
-    if (n_escapes > chunk.lanes || content != 4 + packed_bytes + n_escapes * w || content > 2 * chunk.n_bytes + 64) return FASTCKPT_FOREIGN;
-    if (!read_pieces(source, kMaxPlanes, packed_bytes, context.packed, context.planes[0], !n_escapes)) return FASTCKPT_FOREIGN;
+    if (n_escapes > chunk.lanes || content != 4 + packed_bytes + n_escapes * w || content > 2 * chunk.n_bytes + 64)
+        return FASTCKPT_FOREIGN;
+    if (!read_pieces(source, kMaxPlanes, packed_bytes, context.packed, context.planes[0], !n_escapes))
+        return FASTCKPT_FOREIGN;
     const u8* planes[kMaxPlanes];
     for (unsigned i = 0; i < w; ++i) {
         u8* plane = context.escape_planes + i * n_escapes;
@@ -160,12 +167,14 @@ int read_subpack(fastckpt_context& context, const Chunk& chunk, Source& source, 
         if (!read_pieces(source, i, n_escapes, plane, context.planes[0], i == w - 1)) return FASTCKPT_FOREIGN;
     }
     if (!source.done()) return FASTCKPT_FOREIGN;
-    if (const unsigned odd = chunk.lanes * bits % 8; odd && context.packed[packed_bytes - 1] >> odd) return FASTCKPT_FOREIGN;  // unused bits are 0
+    if (const unsigned odd = chunk.lanes * bits % 8; odd && context.packed[packed_bytes - 1] >> odd)
+        return FASTCKPT_FOREIGN;  // unused bits are 0
     loops.merge(planes, nullptr, n_escapes, w, Map::kPlain, context.escapes);
     size_t used = 0;
     for (size_t from = 0; from < chunk.lanes;) {
         const size_t lanes = stripe(chunk, from);
-        used += loops.subunpack(context.packed + from * bits / 8, chunk.base + from * w, lanes, w, bits, context.escapes + used * w, n_escapes - used, raw + from * w);
+        used += loops.subunpack(context.packed + from * bits / 8, chunk.base + from * w, lanes, w, bits,
+                                context.escapes + used * w, n_escapes - used, raw + from * w);
         if (used > n_escapes) return FASTCKPT_FOREIGN;
         from += lanes;
         if (digest) digest->advance(from * w);

@@ -1,5 +1,5 @@
-// Chunks to streams and back, stripe by stripe (docs/format.md, sections 4.3 and 4.4), for a sink or a source that puts a frame around
-// the stream or none.
+// Chunks to streams and back, stripe by stripe (docs/format.md, sections 4.3 and 4.4), for a sink or a source that puts
+// a frame around the stream or none.
 #ifndef FASTCKPT_STREAM_H
 #define FASTCKPT_STREAM_H
 
@@ -12,8 +12,7 @@ namespace fastckpt {
 // A stream as it is, for coders of others. The same functions as FrameSink has.
 class PlainSink {
 public:
-    PlainSink(void* stream, size_t capacity)
-        : first_(static_cast<u8*>(stream)), at_(first_), end_(first_ + capacity) {}
+    PlainSink(void* stream, size_t capacity) : first_(static_cast<u8*>(stream)), at_(first_), end_(first_ + capacity) {}
     bool begin(size_t content_bytes) const { return content_bytes <= static_cast<size_t>(end_ - at_); }
     bool plane(unsigned slot, const u8* bytes, size_t n, bool top, bool last);
     void read_soon(const u8*, size_t) {}
@@ -43,7 +42,8 @@ struct Chunk {
     unsigned transform, w, pack;
 };
 
-// The statuses of fastckpt.h. digest: advanced as far as the stripes have got, so that they are in the cache; may be null.
+// The statuses of fastckpt.h. digest: advanced as far as the stripes have got, so that they are in the cache; may be
+// null.
 template <class Sink>
 int write_stream(fastckpt_context& context, const Chunk& chunk, Sink& sink, Xxh3* digest);
 template <class Source>
