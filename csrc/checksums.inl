@@ -68,24 +68,34 @@ u64 crc(u64 register_, const u8* p, size_t n) {
         const __m512i k2048 = _mm512_broadcast_i32x4(multipliers(kFold2048)), k = _mm512_broadcast_i32x4(k512);
         __m512i w = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_inserti32x4(_mm512_setzero_si512(), start, 0));
         __m512i x = _mm512_loadu_si512(p + 64), y = _mm512_loadu_si512(p + 128), z = _mm512_loadu_si512(p + 192);
-        for (p += 256, n -= 256; n >= 256; p += 256, n -= 256) {
+        p += 256;
+        n -= 256;
+        for (; n >= 256; p += 256, n -= 256) {
             w = fold512(w, k2048, _mm512_loadu_si512(p));
             x = fold512(x, k2048, _mm512_loadu_si512(p + 64));
             y = fold512(y, k2048, _mm512_loadu_si512(p + 128));
             z = fold512(z, k2048, _mm512_loadu_si512(p + 192));
         }
         z = fold512(fold512(fold512(w, k, x), k, y), k, z);
-        a = _mm512_extracti32x4_epi32(z, 0), b = _mm512_extracti32x4_epi32(z, 1);
-        c = _mm512_extracti32x4_epi32(z, 2), d = _mm512_extracti32x4_epi32(z, 3);
+        a = _mm512_extracti32x4_epi32(z, 0);
+        b = _mm512_extracti32x4_epi32(z, 1);
+        c = _mm512_extracti32x4_epi32(z, 2);
+        d = _mm512_extracti32x4_epi32(z, 3);
     } else
 #endif
     {
-        a = _mm_xor_si128(load128(p), start), b = load128(p + 16), c = load128(p + 32), d = load128(p + 48);
-        p += 64, n -= 64;
+        a = _mm_xor_si128(load128(p), start);
+        b = load128(p + 16);
+        c = load128(p + 32);
+        d = load128(p + 48);
+        p += 64;
+        n -= 64;
     }
     for (; n >= 64; p += 64, n -= 64) {
-        a = fold(a, k512, load128(p)), b = fold(b, k512, load128(p + 16));
-        c = fold(c, k512, load128(p + 32)), d = fold(d, k512, load128(p + 48));
+        a = fold(a, k512, load128(p));
+        b = fold(b, k512, load128(p + 16));
+        c = fold(c, k512, load128(p + 32));
+        d = fold(d, k512, load128(p + 48));
     }
     a = fold(fold(fold(a, k128, b), k128, c), k128, d);
     for (; n >= 16; p += 16, n -= 16) a = fold(a, k128, load128(p));

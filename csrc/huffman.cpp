@@ -33,15 +33,19 @@ unsigned code_lengths(const u32 counts[256], const u8* order, unsigned n, u8 len
     unsigned deepest = 0;
     for (unsigned i = 2 * n - 2; i-- > 0;) {
         depth[i] = static_cast<u8>(depth[parent[i]] + 1);
-        if (i < n) ++at_depth[depth[i]], deepest = std::max<unsigned>(deepest, depth[i]);
+        if (i >= n) continue;  // no leaf
+        ++at_depth[depth[i]];
+        deepest = std::max<unsigned>(deepest, depth[i]);
     }
     // Two leaves too deep: one takes their parent's place, the other goes below a leaf that is higher up.
     for (unsigned d = deepest; d > kMaxCodeBits; --d)
         while (at_depth[d]) {
             unsigned up = d - 2;
             while (!at_depth[up]) --up;
-            at_depth[d] -= 2, ++at_depth[d - 1];
-            --at_depth[up], at_depth[up + 1] += 2;
+            at_depth[d] -= 2;
+            at_depth[d - 1] += 1;
+            at_depth[up] -= 1;
+            at_depth[up + 1] += 2;
         }
     deepest = std::min<unsigned>(deepest, kMaxCodeBits);
     std::memset(lengths, 0, 256);
@@ -114,7 +118,8 @@ void normalise(const unsigned counts[kWeights], unsigned total, unsigned log, in
         unsigned from = 0;
         for (unsigned s = 0; s < kWeights; ++s)
             if (norm[s] > norm[from]) from = s;
-        --norm[from], ++norm[largest];
+        --norm[from];
+        ++norm[largest];
     }
 }
 
@@ -128,7 +133,8 @@ struct ForwardBits {
         for (n += count; n >= 8; n -= 8, bits >>= 8) out[bytes++] = static_cast<u8>(bits);
     }
     size_t finish() {
-        if (n) out[bytes++] = static_cast<u8>(bits), n = 0;
+        if (n) out[bytes++] = static_cast<u8>(bits);
+        n = 0;
         return bytes;
     }
 };
@@ -153,7 +159,7 @@ size_t write_probabilities(const int16_t norm[kWeights], unsigned log, u8* out) 
         ++s;
         if (value == 1) {  // a 0: how many more follow, in twos of bits
             unsigned zeros = 0;
-            while (s < last && !norm[s]) ++zeros, ++s;
+            for (; s < last && !norm[s]; ++s) ++zeros;
             for (; zeros >= 3; zeros -= 3) to.put(3, 2);
             to.put(zeros, 2);
         }
@@ -172,7 +178,8 @@ size_t read_probabilities(const u8* data, size_t n, int16_t norm[kWeights], unsi
         }
         return value;
     };
-    log = peek(4) + 5, at = 4;
+    log = peek(4) + 5;
+    at = 4;
     if (log > kMaxFseLog) return 0;
     int left = (1 << log) + 1;
     std::memset(norm, 0, kWeights * sizeof *norm);
@@ -194,7 +201,8 @@ size_t read_probabilities(const u8* data, size_t n, int16_t norm[kWeights], unsi
         left -= probability < 0 ? -probability : probability;
         if (probability == 0)
             for (unsigned more = 3; more == 3;) {
-                more = peek(2), at += 2;
+                more = peek(2);
+                at += 2;
                 n_symbols += more;
                 if (n_symbols > kWeights) return 0;
             }
@@ -220,7 +228,10 @@ size_t write_fse(const u8* weights, unsigned n, u8* out) {
     u8 most[kWeights] = {};
     for (unsigned u = 0; u < 1u << log; ++u) {
         const auto& state = table.states[u];
-        if (state.bits > most[state.symbol]) most[state.symbol] = state.bits, last[state.symbol] = static_cast<u8>(u);
+        if (state.bits > most[state.symbol]) {
+            most[state.symbol] = state.bits;
+            last[state.symbol] = static_cast<u8>(u);
+        }
         for (unsigned y = state.base; y < state.base + (1u << state.bits); ++y)
             before[state.symbol][y] = static_cast<u8>(u);
     }
@@ -264,7 +275,8 @@ unsigned read_fse(const u8* data, size_t n, u8 weights[256]) {
         return value;
     };
     unsigned state[2];
-    state[0] = take(log), state[1] = take(log);
+    state[0] = take(log);
+    state[1] = take(log);
     if (left < 0) return 0;
     for (unsigned i = 0; i < 254; ++i) {
         const auto& now = table.states[state[i & 1]];
@@ -325,7 +337,10 @@ void HuffmanDecoder::fill(unsigned longest, unsigned n_symbols) {
     bool has_one_bit = false;
     for (unsigned d = longest; d; --d)
         for (unsigned s = 0; s < n_symbols; ++s)
-            if (length[s] == d) order[n++] = static_cast<u8>(s), has_one_bit |= d == 1;
+            if (length[s] == d) {
+                order[n++] = static_cast<u8>(s);
+                has_one_bit |= d == 1;
+            }
     u64 shorter[kDecodeEntries];  // the look-up of r bits begins at 2^r - 1
     shorter[0] = 0;
     for (unsigned r = 1; r <= kMaxCodeBits; ++r) {

@@ -41,7 +41,9 @@ u8 pack7(const u8* bytes, size_t n, u8* packed) {
         const u64 y = squeeze<7, 1>(x);
         std::memcpy(packed, &y, (7 * (n - i) + 7) / 8);
     }
-    seen |= seen >> 32, seen |= seen >> 16, seen |= seen >> 8;
+    seen |= seen >> 32;
+    seen |= seen >> 16;
+    seen |= seen >> 8;
     return static_cast<u8>(seen & 1);
 }
 
@@ -57,7 +59,8 @@ void unpack7(const u8* packed, size_t n, u8* bytes) {
         std::memcpy(&x, packed, (7 * m + 7) / 8);
         const u64 y = spread<7, 1>(x);
         std::memcpy(bytes + i, &y, m);
-        i += m, packed += 7;
+        i += m;
+        packed += 7;
     }
 }
 
