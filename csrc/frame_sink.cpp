@@ -68,6 +68,7 @@ bool FrameSink::begin(size_t content_bytes) {
 }
 
 bool FrameSink::plane(unsigned slot, const u8* bytes, size_t n, bool top, bool last) {
+    assert(slot <= kMaxPlanes && n >= 1 && n <= kBlock);
     if (n <= part_bytes_) return part(slot, bytes, n, top, last);
     Histogram histogram;
     histogram.sample(bytes, n, clamped(n / 2048, 1, 64));
@@ -147,6 +148,7 @@ size_t FrameSink::literals(unsigned slot, const u8* bytes, size_t n, bool last) 
     const u64 bits =
         (treeless ? 3u : 2u) | (header == 5 ? 3u : 2u) << 2 | u64{n} << 4 | compressed << (header == 5 ? 22 : 18);
     for (size_t i = 0; i < header; ++i) at_[3 + i] = static_cast<u8>(bits >> (8 * i));
+    assert(before + streams + 1 <= most);
     at_[before + streams] = 0;  // no sequences
     put24(at_, (last ? 1 : 0) | 2u << 1 | (before - 3 + streams + 1) << 3);
     return before + streams + 1;

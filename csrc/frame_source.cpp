@@ -17,6 +17,7 @@ size_t FrameSource::begin() {
 }
 
 const u8* FrameSource::plane(unsigned slot, size_t n, u8* room, bool last) {
+    assert(slot <= kMaxPlanes && n <= kBlock);
     for (size_t done = 0; done < n;) {
         if (left() < 3) return nullptr;
         const u32 head = static_cast<u32>(at_[0] | at_[1] << 8 | at_[2] << 16);

@@ -254,6 +254,7 @@ size_t write_fse(const u8* weights, unsigned n, u8* out) {
     to.put(state[0], log);
     to.put(1, 1);
     const size_t bytes = header + to.finish();
+    assert(bytes <= 128 + kSlack);
     return bytes < 128 ? bytes : 0;
 }
 

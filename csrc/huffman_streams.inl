@@ -49,8 +49,9 @@ struct Streams {
     const u8* from[4];
     size_t length[4];
     BitWriter to[4];
+    u8* const scratch;
 
-    Streams(const u8* symbols, size_t n, u8* scratch) {
+    Streams(const u8* symbols, size_t n, u8* its_scratch) : scratch(its_scratch) {
         const size_t part = (n + 3) / 4;
         for (unsigned k = 0; k < 4; ++k) {
             from[k] = symbols + k * part;
@@ -64,13 +65,18 @@ struct Streams {
         while (length[k] > left) {
             const u8 s = from[k][--length[k]];
             good &= codes.length[s] != 0;
+            assert(holds(k, to[k].at));
             to[k].put(codes.code[s], codes.length[s]);
         }
         return good;
     }
-    size_t finish(u8* scratch, u8* out, size_t room) {
+    // Whether stream k has room for the 8 bytes that a put or a flush stores, of which fewer stay.
+    bool holds(unsigned k, const u8* at) const { return at + 8 <= scratch + (k + 1) * kStreamRoom; }
+
+    size_t finish(u8* out, size_t room) {
         size_t size[4], total = 6;
         for (unsigned k = 0; k < 4; ++k) {
+            assert(holds(k, to[k].at));
             size[k] = static_cast<size_t>(to[k].finish() - (scratch + k * kStreamRoom));
             total += size[k];
         }
@@ -209,6 +215,7 @@ bool encode_common(const VectorCodes& table, Streams& streams, size_t common, So
         streams.to[1] = w1;
         streams.to[2] = w2;
         streams.to[3] = w3;
+        for (unsigned k = 0; k < 4; ++k) assert(streams.holds(k, streams.to[k].at));
     }
     return bad == 0;
 }
@@ -221,7 +228,7 @@ size_t huffman_encode(const Codes& codes, const u8* symbols, size_t n, u8* out, 
     const VectorCodes table(codes);
     good &= table.small ? encode_common<true>(table, streams, common, soon)
                         : encode_common<false>(table, streams, common, soon);
-    return good ? streams.finish(scratch, out, room) : 0;
+    return good ? streams.finish(out, room) : 0;
 }
 
 #else
@@ -337,6 +344,7 @@ bool encode_common(const VectorCodes& table, Streams& streams, size_t common, So
         streams.to[1] = w1;
         streams.to[2] = w2;
         streams.to[3] = w3;
+        for (unsigned k = 0; k < 4; ++k) assert(streams.holds(k, streams.to[k].at));
     }
     return _mm256_testz_si256(bad, bad) != 0;
 }
@@ -375,7 +383,7 @@ size_t huffman_encode(const Codes& codes, const u8* symbols, size_t n, u8* out, 
         bool good = true;
         for (unsigned k = 0; k < 4; ++k) good &= streams.reduce(codes, k, common);
         good &= encode_common(table, streams, common, soon);
-        return good ? streams.finish(scratch, out, room) : 0;
+        return good ? streams.finish(out, room) : 0;
     }
 #endif
     // A code at the top of a word, its length below: one look-up, one shift and one or a symbol. Bit 7: no code.
@@ -401,6 +409,8 @@ size_t huffman_encode(const Codes& codes, const u8* symbols, size_t n, u8* out, 
         }
         // A symbol without a code: seen before anything is written past its room.
         if ((w0.n | w1.n | w2.n | w3.n) >= 0x80) return 0;
+        assert(streams.holds(0, w0.at) && streams.holds(1, w1.at));
+        assert(streams.holds(2, w2.at) && streams.holds(3, w3.at));
         w0.flush();
         w1.flush();
         w2.flush();
@@ -412,7 +422,7 @@ size_t huffman_encode(const Codes& codes, const u8* symbols, size_t n, u8* out, 
     streams.to[1] = w1.bottom();
     streams.to[2] = w2.bottom();
     streams.to[3] = w3.bottom();
-    return streams.finish(scratch, out, room);
+    return streams.finish(out, room);
 }
 
 #endif
@@ -443,19 +453,20 @@ struct BackwardBits {
     FC_INLINE size_t safe_rounds() const {
         return smaller(static_cast<size_t>(at - first) / 7, static_cast<size_t>(end - out) / 34);
     }
+    FC_INLINE void look_up(const u64* entries) {
+        const u64 entry = entries[bits >> (64 - kMaxCodeBits)], symbols = entry >> 16;
+        assert(end - out >= 8);
+        std::memcpy(out, &symbols, 8);
+        out += entry >> 8 & 0xff;
+        bits <<= entry & 63;
+    }
     FC_INLINE void refill() {
         const unsigned used = static_cast<unsigned>(__builtin_ctzll(bits));
+        assert(static_cast<size_t>(at - first) >= used >> 3);
         at -= used >> 3;
         bits = (load64(at) | 1) << (used & 7);
     }
 };
-
-FC_INLINE void look_up(const u64* entries, u64& bits, u8*& out) {
-    const u64 entry = entries[bits >> (64 - kMaxCodeBits)], symbols = entry >> 16;
-    std::memcpy(out, &symbols, 8);
-    out += entry >> 8 & 0xff;
-    bits <<= entry & 63;
-}
 
 bool huffman_decode(const u64* entries, const u8* length, const u8* data, size_t n_bytes, u8* out, size_t n, Soon read,
                     Soon write) {
@@ -480,10 +491,10 @@ bool huffman_decode(const u64* entries, const u8* length, const u8* data, size_t
         BackwardBits s0 = streams[0], s1 = streams[1], s2 = streams[2], s3 = streams[3];
         do {
             for (int j = 0; j < 5; ++j) {
-                look_up(entries, s0.bits, s0.out);
-                look_up(entries, s1.bits, s1.out);
-                look_up(entries, s2.bits, s2.out);
-                look_up(entries, s3.bits, s3.out);
+                s0.look_up(entries);
+                s1.look_up(entries);
+                s2.look_up(entries);
+                s3.look_up(entries);
             }
             s0.refill();
             s1.refill();
@@ -499,7 +510,7 @@ bool huffman_decode(const u64* entries, const u8* length, const u8* data, size_t
     }
     for (BackwardBits& one : streams) {
         while (one.safe_rounds()) {
-            for (int j = 0; j < 5; ++j) look_up(entries, one.bits, one.out);
+            for (int j = 0; j < 5; ++j) one.look_up(entries);
             one.refill();
         }
         // The rest symbol by symbol, counting bits.

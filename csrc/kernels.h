@@ -2,6 +2,7 @@
 #ifndef FASTCKPT_KERNELS_H
 #define FASTCKPT_KERNELS_H
 
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
 
@@ -20,10 +21,13 @@ using u64 = uint64_t;
 constexpr size_t kStripeLanes = 131072;
 constexpr unsigned kMaxPlanes = 8;
 constexpr unsigned kMaxCodeBits = 11;
-// Room behind a plane or a Huffman stream that wide stores may touch.
+// Room behind a plane or a Huffman stream that wide loads and stores may touch. What relies on it says so in an assert,
+// which is compiled into the driver of csrc/tests, the fuzzers and builds with sanitizers, not into others.
 constexpr size_t kSlack = 64;
+static_assert(kSlack >= 64, "the widest store, of AVX-512");
 // One of four streams of a block: 32,768 symbols of at most 11 bits, and the end mark.
 constexpr size_t kStreamRoom = kStripeLanes / 4 * kMaxCodeBits / 8 + 8 + kSlack;
+static_assert(kStreamRoom >= (kStripeLanes / 4 * kMaxCodeBits + 1) / 8 + 8, "each put stores 8 bytes at its cursor");
 
 constexpr size_t kMinHuffman = 1024;
 constexpr size_t kNoRoom = ~size_t{0};

@@ -11,6 +11,7 @@
 namespace fastckpt {
 
 bool PlainSink::plane(unsigned, const u8* bytes, size_t n, bool, bool) {
+    assert(n <= static_cast<size_t>(end_ - at_));  // begin() has seen how long the stream gets
     std::memcpy(at_, bytes, n);
     at_ += n;
     return true;
@@ -130,12 +131,14 @@ int write_subpack(fastckpt_context& context, const Chunk& chunk, Sink& sink, Xxh
     for (size_t from = 0; from < chunk.lanes;) {
         const size_t lanes = stripe(chunk, from);
         if (digest) digest->advance((from + lanes) * w);
+        assert(n_escapes <= from && (from + lanes) * bits / 8 <= sizeof context.packed - kSlack);
         n_escapes += loops.subpack(chunk.raw + from * w, chunk.base + from * w, lanes, w, bits,
                                    context.packed + from * bits / 8, context.escapes + n_escapes * w);
         from += lanes;
     }
     const size_t packed_bytes = (chunk.lanes * bits + 7) / 8, total = 4 + packed_bytes + n_escapes * w;
     if (total > 2 * chunk.n_bytes + 64 || !sink.begin(total)) return FASTCKPT_NO_ROOM;
+    assert(n_escapes <= chunk.lanes);
     u8* planes[kMaxPlanes];
     for (unsigned i = 0; i < w; ++i) planes[i] = context.escape_planes + i * n_escapes;
     loops.split(context.escapes, nullptr, n_escapes, w, Map::kPlain, planes);
@@ -160,6 +163,7 @@ int read_subpack(fastckpt_context& context, const Chunk& chunk, Source& source, 
         return FASTCKPT_FOREIGN;
     if (!read_pieces(source, kMaxPlanes, packed_bytes, context.packed, context.planes[0], !n_escapes))
         return FASTCKPT_FOREIGN;
+    assert(packed_bytes <= sizeof context.packed - kSlack);
     const u8* planes[kMaxPlanes];
     for (unsigned i = 0; i < w; ++i) {
         u8* plane = context.escape_planes + i * n_escapes;

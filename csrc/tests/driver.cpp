@@ -23,6 +23,10 @@
 
 #include "../fastckpt.h"
 
+#ifdef NDEBUG
+#error "the asserts about slack are to be tried here"
+#endif
+
 namespace {
 
 using Bytes = std::vector<uint8_t>;
