@@ -416,13 +416,26 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
+// Multi-phase (PEP 489), without state: the functions share nothing but which instruction set is in use, which is
+// atomic, and tables that are made when the library is loaded; what they write to is the caller's, or a thread's own
+// context. So neither subinterpreters nor threads without a GIL can be in each other's way.
+PyModuleDef_Slot slots[] = {
+#if PY_VERSION_HEX >= 0x030C0000
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#endif
+#ifdef Py_mod_gil  // from Python 3.13; without it a free-threaded Python would take up its GIL again
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, nullptr},
+};
+
 PyModuleDef module = {
     .m_base = PyModuleDef_HEAD_INIT,
     .m_name = "fastckpt._native",
     .m_doc = "fastckpt's native kernels",
     .m_size = 0,
     .m_methods = methods,
-    .m_slots = nullptr,
+    .m_slots = slots,
     .m_traverse = nullptr,
     .m_clear = nullptr,
     .m_free = nullptr,
@@ -430,4 +443,4 @@ PyModuleDef module = {
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native() { return PyModuleDef_Init(&module); }
