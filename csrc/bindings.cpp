@@ -420,7 +420,7 @@ PyMethodDef methods[] = {
 // atomic, and tables that are made when the library is loaded; what they write to is the caller's, or a thread's own
 // context. So neither subinterpreters nor threads without a GIL can be in each other's way.
 PyModuleDef_Slot slots[] = {
-#if PY_VERSION_HEX >= 0x030C0000
+#ifdef Py_mod_multiple_interpreters  // from Python 3.12
     {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
 #endif
 #ifdef Py_mod_gil  // from Python 3.13; without it a free-threaded Python would take up its GIL again
