@@ -66,7 +66,8 @@ def native_extension() -> Extension:
         compile_args += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
         link_args += [f"-fsanitize={sanitizers}"]
     else:
-        compile_args += ["-O3", "-DNDEBUG"]
+        # Aligned, because the same loop (AVX2, SUBPACK's decoder) lost 18 % when a change elsewhere moved it by 16 bytes.
+        compile_args += ["-O3", "-DNDEBUG", "-falign-functions=64"]
     return Extension(
         "fastckpt._native",
         sources=sorted(glob("csrc/*.cpp")),
