@@ -12,10 +12,11 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 NATIVE := $(VENV)/.native
-CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl) csrc/compile_flags.txt
+CSRC_FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse lint types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-objects bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse lint fmt types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-objects bench-stall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +75,10 @@ wheelhouse: ## wheels for such a node: PYTHON_VERSION=3.12
 lint: venv ## check style
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC_FORMATTED)
+
+fmt: venv ## format the code
+	$(VENV)/bin/clang-format -i $(CSRC_FORMATTED)
 
 types: venv ## check types
 	$(PY) -m mypy

@@ -25,6 +25,12 @@ docs/architecture.md has the whole map, docs/format.md the bytes, docs/guarantee
 from __future__ import annotations
 
 import importlib.metadata as _metadata
+import sys as _sys
+
+if (
+    _sys.byteorder != "little"
+):  # the format's numbers are read where they lie; checked before numpy and torch are imported
+    raise ImportError(f"fastckpt runs on little-endian machines only, and this one is {_sys.byteorder}-endian")
 
 from fastckpt.host.cycle_collector import held_off as _held_off
 
