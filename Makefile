@@ -15,10 +15,11 @@ PYTEST := $(PY) -m pytest -n $(JOBS)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 NATIVE := $(VENV)/.native
-CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cuh)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl) csrc/compile_flags.txt
+CSRC_FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-objects bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-objects bench-stall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +88,10 @@ fmt: venv ## put the code into its form
 lint: venv ## check style
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC_FORMATTED)
+
+fmt: venv ## format the code
+	$(VENV)/bin/clang-format -i $(CSRC_FORMATTED)
 
 types: venv ## check types, those of a user's program too
 	$(PY) -m mypy
@@ -108,6 +113,9 @@ bench-first-contact: venv ## measure what somebody meets who tries it: import, f
 
 bench-host: venv ## measure what the call of save costs for each of 10,000 storages
 	$(PY) benchmarks/host_time.py $(ARGS)
+
+bench-long-run: venv ## measure whether a run's age costs anything: 2,000 saves, retention and fresh readers
+	$(PY) benchmarks/long_run.py $(ARGS)
 
 bench-objects: venv ## measure what grows with the number of tensors, views and numbers
 	$(PY) benchmarks/objects.py $(ARGS)

@@ -21,6 +21,11 @@ def is_set(name: str) -> bool:
     return os.environ.get(name, "") not in ("", "0")
 
 
+if sys.byteorder != "little":  # neither the format nor the kernels swap bytes; `import fastckpt` would refuse, too
+    raise SystemExit(
+        f"fastckpt runs on little-endian machines only, and this one is {sys.byteorder}-endian: nothing is built."
+    )
+
 REQUIRED = is_set("FASTCKPT_REQUIRE_NATIVE")
 
 
@@ -54,20 +59,19 @@ class BuildNative(build_ext):
 def native_extension() -> Extension:
     # For GCC and Clang. Other compilers refuse the sources and get the fallback.
     # GCC 12 warns of its own AVX-512 headers: __Y may be used uninitialized.
-    compile_args = ["-std=c++17", "-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+    compile_args = [*Path("csrc/compile_flags.txt").read_text().split(), "-Wno-maybe-uninitialized"]
     link_args = []
     if sanitizers := os.environ.get("FASTCKPT_SANITIZE"):
-        compile_args += ["-O1", "-g", "-fno-omit-frame-pointer"]
+        compile_args += ["-O1", "-g", "-fno-omit-frame-pointer", "-UNDEBUG"]  # asserts about slack, too
         compile_args += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
         link_args += [f"-fsanitize={sanitizers}"]
     else:
-        compile_args += ["-O3"]
+        # Aligned, because the same loop (AVX2, SUBPACK's decoder) lost 18 % when a change elsewhere moved it by 16 bytes.
+        compile_args += ["-O3", "-DNDEBUG", "-falign-functions=64"]
     return Extension(
         "fastckpt._native",
         sources=sorted(glob("csrc/*.cpp")),
-        depends=sorted(
-            glob("csrc/**/*.h", recursive=True) + glob("csrc/*.inl") + glob("csrc/**/*.cuh", recursive=True)
-        ),
+        depends=sorted(glob("csrc/*.h") + glob("csrc/*.inl") + ["csrc/compile_flags.txt"]),
         language="c++",
         extra_compile_args=compile_args,
         extra_link_args=link_args,

@@ -3,10 +3,13 @@
 #include <Python.h>
 
 #include <cstdlib>
+#include <cstring>
 
 #include "fastckpt.h"
 
 namespace {
+
+// ---- arguments ----
 
 struct Buffer {  // releases on scope exit
     Py_buffer view{};
@@ -17,13 +20,75 @@ struct Buffer {  // releases on scope exit
     ~Buffer() {
         if (held) PyBuffer_Release(&view);
     }
-    bool get(PyObject* object, int flags = PyBUF_SIMPLE) { return held = PyObject_GetBuffer(object, &view, flags) == 0; }
+    bool get(PyObject* object, int flags = PyBUF_SIMPLE) {
+        return held = PyObject_GetBuffer(object, &view, flags) == 0;
+    }
     bool get_optional(PyObject* object) { return object == Py_None || get(object); }
     size_t size() const { return static_cast<size_t>(view.len); }
     void* data() const { return view.buf; }  // null where there is none
 };
 
-// One context for each thread that encodes or decodes, as long as the thread lives: 15 MiB of address space, of which ROT touches 1.5.
+// Numbers of 8 bytes, where the C interface wants an array of them.
+struct Words {
+    Buffer buffer;
+    bool get(PyObject* object, const char* name, int flags = PyBUF_SIMPLE) {
+        if (!buffer.get(object, flags)) return false;
+        if (buffer.size() % 8 == 0 && reinterpret_cast<uintptr_t>(buffer.data()) % alignof(uint64_t) == 0) return true;
+        PyErr_Format(PyExc_ValueError, "%s: %zu bytes at %p are not uint64 in their places", name, buffer.size(),
+                     buffer.data());
+        return false;
+    }
+    size_t size() const { return buffer.size() / 8; }
+    uint64_t* data() const { return static_cast<uint64_t*>(buffer.data()); }
+};
+
+// An integer of 0 to `most`. Python's own formats, "I" and "K", take any integer and keep its low bits.
+struct Number {
+    const char* name;
+    unsigned long long most;
+    unsigned long long value = 0;
+
+    explicit Number(const char* its_name, unsigned long long its_most = 0xffffffff) : name(its_name), most(its_most) {}
+    unsigned narrow() const { return static_cast<unsigned>(value); }
+};
+
+int to_number(PyObject* object, void* out) {
+    auto* const number = static_cast<Number*>(out);
+    PyObject* const integer = PyNumber_Index(object);
+    if (!integer) return 0;
+    number->value = PyLong_AsUnsignedLongLong(integer);
+    Py_DECREF(integer);
+    const bool failed = PyErr_Occurred() != nullptr;
+    if (failed && !PyErr_ExceptionMatches(PyExc_OverflowError)) return 0;
+    if (!failed && number->value <= number->most) return 1;
+    PyErr_Format(PyExc_ValueError, "%s is %R: expected 0 to %llu", number->name, object, number->most);
+    return 0;
+}
+
+// (source, base, transform, lane_bytes, pack_bits, destination): what the four functions of the codec take.
+struct Call {
+    Buffer source, base, destination;
+    Number transform{"transform"}, lane_bytes{"lane_bytes"}, pack_bits{"pack_bits"};
+
+    // raw: the side of the call that has as many bytes as the base.
+    bool get(PyObject* args, const char* format, const Buffer& raw) {
+        PyObject *from, *under, *to;
+        return PyArg_ParseTuple(args, format, &from, &under, to_number, &transform, to_number, &lane_bytes, to_number,
+                                &pack_bits, &to) &&
+               source.get(from) && base.get_optional(under) && destination.get(to, PyBUF_WRITABLE) &&
+               same_length(raw, base);
+    }
+    static bool same_length(const Buffer& raw, const Buffer& base) {
+        if (!base.held || base.size() == raw.size()) return true;
+        PyErr_Format(PyExc_ValueError, "raw has %zu bytes, base %zu: they must be equal", raw.size(), base.size());
+        return false;
+    }
+};
+
+// ---- what a thread has of its own ----
+
+// One context for each thread that encodes or decodes, as long as the thread lives: 15 MiB of address space, of which
+// ROT touches 1.5.
 class ThreadContext {
 public:
     ~ThreadContext() { std::free(memory_); }
@@ -47,41 +112,52 @@ fastckpt_context* context() {
     return found;
 }
 
+// ---- errors ----
+
 PyObject* raise(int status, size_t n_bytes, unsigned lane_bytes) {
-    if (status == FASTCKPT_BAD_LENGTH)
-        return PyErr_Format(PyExc_ValueError, "%zu bytes are no whole number of %u-byte lanes, or not 1 to %u", n_bytes, lane_bytes,
-                            FASTCKPT_MAX_RAW_BYTES);
-    if (status == FASTCKPT_BAD_LANE) return PyErr_Format(PyExc_ValueError, "lane_bytes is %u: 2, 4 or 8 are known (and 1, 2, 4 or 8 pack bits)", lane_bytes);
-    if (status == FASTCKPT_BAD_ARGUMENT) return PyErr_Format(PyExc_ValueError, "an unknown transform, or one that needs a base");
-    return PyErr_Format(PyExc_ValueError, "status %d", status);
+    switch (status) {
+        case FASTCKPT_BAD_LENGTH:
+            return PyErr_Format(PyExc_ValueError, "%zu bytes are no whole number of %u-byte lanes, or not 1 to %u",
+                                n_bytes, lane_bytes, FASTCKPT_MAX_RAW_BYTES);
+        case FASTCKPT_BAD_LANE:
+            return PyErr_Format(PyExc_ValueError, "lane_bytes is %u: 2, 4 or 8 are known (and 1, 2, 4 or 8 pack bits)",
+                                lane_bytes);
+        case FASTCKPT_BAD_ARGUMENT:
+            return PyErr_Format(PyExc_ValueError, "an unknown transform, or one that needs a base");
+        default: return PyErr_Format(PyExc_ValueError, "status %d", status);
+    }
 }
 
-bool same_length(const Buffer& raw, const Buffer& base) {
-    if (!base.held || base.size() == raw.size()) return true;
-    PyErr_Format(PyExc_ValueError, "raw has %zu bytes, base %zu: they must be equal", raw.size(), base.size());
-    return false;
+// Of functions over stretches of memory: `other` says what their lengths are not.
+PyObject* raise_of_stretches(int status, const char* other, size_t out_bytes) {
+    if (status == FASTCKPT_BAD_ARGUMENT)
+        return PyErr_Format(PyExc_ValueError, "a stretch of memory begins at address 0 or ends past the last address");
+    return PyErr_Format(PyExc_ValueError, other, out_bytes);
 }
+
+// ---- checksums ----
 
 PyObject* crc64nvme(PyObject*, PyObject* args) {
     PyObject* object;
-    unsigned long long crc = 0;
-    if (!PyArg_ParseTuple(args, "O|K:crc64nvme", &object, &crc)) return nullptr;
+    Number crc("crc", ~0ull);
+    if (!PyArg_ParseTuple(args, "O|O&:crc64nvme", &object, to_number, &crc)) return nullptr;
     Buffer data;
     if (!data.get(object)) return nullptr;
+    uint64_t found;
     Py_BEGIN_ALLOW_THREADS
-    crc = fastckpt_crc64nvme(crc, data.data(), data.size());
+    found = fastckpt_crc64nvme(crc.value, data.data(), data.size());
     Py_END_ALLOW_THREADS
-    return PyLong_FromUnsignedLongLong(crc);
+    return PyLong_FromUnsignedLongLong(found);
 }
 
 PyObject* crc64nvme_portable(PyObject*, PyObject* object) {
     Buffer data;
     if (!data.get(object)) return nullptr;
-    uint64_t crc;
+    uint64_t found;
     Py_BEGIN_ALLOW_THREADS
-    crc = fastckpt_crc64nvme_portable(0, data.data(), data.size());
+    found = fastckpt_crc64nvme_portable(0, data.data(), data.size());
     Py_END_ALLOW_THREADS
-    return PyLong_FromUnsignedLongLong(crc);
+    return PyLong_FromUnsignedLongLong(found);
 }
 
 PyObject* xxh3_128(PyObject*, PyObject* object) {
@@ -92,163 +168,193 @@ PyObject* xxh3_128(PyObject*, PyObject* object) {
     Py_BEGIN_ALLOW_THREADS
     status = fastckpt_xxh3_128(data.data(), data.size(), digest);
     Py_END_ALLOW_THREADS
-    if (status) return PyErr_Format(PyExc_ValueError, "%zu bytes: expected %u or more", data.size(), FASTCKPT_MIN_DIGEST_BYTES);
+    if (status)
+        return PyErr_Format(PyExc_ValueError, "%zu bytes: expected %u or more", data.size(), FASTCKPT_MIN_DIGEST_BYTES);
     return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(digest), 16);
 }
 
+// ---- memory ----
+
 PyObject* is_constant(PyObject*, PyObject* args) {
     PyObject* object;
-    unsigned lane_bytes;
-    if (!PyArg_ParseTuple(args, "OI:is_constant", &object, &lane_bytes)) return nullptr;
+    Number lane_bytes("lane_bytes");
+    if (!PyArg_ParseTuple(args, "OO&:is_constant", &object, to_number, &lane_bytes)) return nullptr;
     Buffer raw;
     if (!raw.get(object)) return nullptr;
-    int found;
+    int found, status;
     Py_BEGIN_ALLOW_THREADS
-    found = fastckpt_is_constant(raw.data(), raw.size(), lane_bytes);
+    status = fastckpt_is_constant(raw.data(), raw.size(), lane_bytes.narrow(), &found);
     Py_END_ALLOW_THREADS
+    if (status == FASTCKPT_BAD_LANE)
+        return PyErr_Format(PyExc_ValueError, "lane_bytes is %u: 1, 2, 4 or 8 are known", lane_bytes.narrow());
+    if (status)
+        return PyErr_Format(PyExc_ValueError, "%zu bytes are no whole number of %u-byte lanes, one or more", raw.size(),
+                            lane_bytes.narrow());
     return PyBool_FromLong(found);
+}
+
+bool as_many(const Words& addresses, const Words& lengths) {
+    if (addresses.size() == lengths.size()) return true;
+    PyErr_Format(PyExc_ValueError, "%zu addresses, %zu lengths: expected as many", addresses.size(), lengths.size());
+    return false;
 }
 
 PyObject* gather(PyObject*, PyObject* args) {
     PyObject *addresses_object, *lengths_object, *out_object;
     if (!PyArg_ParseTuple(args, "OOO:gather", &addresses_object, &lengths_object, &out_object)) return nullptr;
-    Buffer addresses, lengths, out;
-    if (!addresses.get(addresses_object) || !lengths.get(lengths_object) || !out.get(out_object, PyBUF_WRITABLE)) return nullptr;
-    if (addresses.size() != lengths.size() || addresses.size() % 8) return PyErr_Format(PyExc_ValueError, "%zu bytes of addresses, %zu of lengths: expected as many uint64", addresses.size(), lengths.size());
+    Words addresses, lengths;
+    Buffer out;
+    if (!addresses.get(addresses_object, "addresses") || !lengths.get(lengths_object, "lengths") ||
+        !out.get(out_object, PyBUF_WRITABLE) || !as_many(addresses, lengths))
+        return nullptr;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fastckpt_gather(static_cast<const uint64_t*>(addresses.data()), static_cast<const uint64_t*>(lengths.data()), addresses.size() / 8, out.data(), out.size());
+    status = fastckpt_gather(addresses.data(), lengths.data(), addresses.size(), out.data(), out.size());
     Py_END_ALLOW_THREADS
-    if (status) return PyErr_Format(PyExc_ValueError, "the stretches are not %zu bytes together", out.size());
+    if (status) return raise_of_stretches(status, "the stretches are not %zu bytes together", out.size());
     Py_RETURN_NONE;
 }
 
 PyObject* lines(PyObject*, PyObject* args) {
     PyObject *addresses_object, *lengths_object, *out_object;
-    unsigned long long seed;
-    if (!PyArg_ParseTuple(args, "OOKO:lines", &addresses_object, &lengths_object, &seed, &out_object)) return nullptr;
-    Buffer addresses, lengths, out;
-    if (!addresses.get(addresses_object) || !lengths.get(lengths_object) || !out.get(out_object, PyBUF_WRITABLE)) return nullptr;
-    if (addresses.size() != lengths.size() || addresses.size() % 8) return PyErr_Format(PyExc_ValueError, "%zu bytes of addresses, %zu of lengths: expected as many uint64", addresses.size(), lengths.size());
+    Number seed("seed", ~0ull);
+    if (!PyArg_ParseTuple(args, "OOO&O:lines", &addresses_object, &lengths_object, to_number, &seed, &out_object))
+        return nullptr;
+    Words addresses, lengths;
+    Buffer out;
+    if (!addresses.get(addresses_object, "addresses") || !lengths.get(lengths_object, "lengths") ||
+        !out.get(out_object, PyBUF_WRITABLE) || !as_many(addresses, lengths))
+        return nullptr;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fastckpt_lines(static_cast<const uint64_t*>(addresses.data()), static_cast<const uint64_t*>(lengths.data()), addresses.size() / 8, seed, out.data(), out.size());
+    status = fastckpt_lines(addresses.data(), lengths.data(), addresses.size(), seed.value, out.data(), out.size());
     Py_END_ALLOW_THREADS
-    if (status) return PyErr_Format(PyExc_ValueError, "the sample does not take %zu bytes", out.size());
+    if (status) return raise_of_stretches(status, "the sample does not take %zu bytes", out.size());
     Py_RETURN_NONE;
 }
 
 PyObject* rows(PyObject*, PyObject* args) {
     PyObject *data_object, *keys_object, *out_object;
     if (!PyArg_ParseTuple(args, "OOO:rows", &data_object, &keys_object, &out_object)) return nullptr;
-    Buffer data, keys, out;
-    if (!data.get(data_object) || !keys.get(keys_object) || !out.get(out_object, PyBUF_WRITABLE)) return nullptr;
-    if (keys.size() != FASTCKPT_ROW_WORDS * 8) return PyErr_Format(PyExc_ValueError, "%zu bytes of keys: expected %u", keys.size(), FASTCKPT_ROW_WORDS * 8);
+    Buffer data;
+    Words keys, out;
+    if (!data.get(data_object) || !keys.get(keys_object, "keys") || !out.get(out_object, "rows", PyBUF_WRITABLE))
+        return nullptr;
+    if (keys.size() != FASTCKPT_ROW_WORDS)
+        return PyErr_Format(PyExc_ValueError, "%zu keys: expected %u", keys.size(), FASTCKPT_ROW_WORDS);
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fastckpt_rows(data.data(), data.size(), static_cast<const uint64_t*>(keys.data()), static_cast<uint64_t*>(out.data()), out.size() / 8);
+    status = fastckpt_rows(data.data(), data.size(), keys.data(), out.data(), out.size());
     Py_END_ALLOW_THREADS
-    if (status) return PyErr_Format(PyExc_ValueError, "%zu bytes are not %zu rows", data.size(), out.size() / 8);
+    if (status) return PyErr_Format(PyExc_ValueError, "%zu bytes are not %zu rows", data.size(), out.size());
     Py_RETURN_NONE;
 }
 
+// ---- the codec ----
+
 PyObject* encode(PyObject*, PyObject* args) {
-    PyObject *raw_object, *base_object, *stored_object;
-    unsigned transform, lane_bytes, pack_bits;
-    if (!PyArg_ParseTuple(args, "OOIIIO:encode", &raw_object, &base_object, &transform, &lane_bytes, &pack_bits, &stored_object)) return nullptr;
-    Buffer raw, base, stored;
-    if (!raw.get(raw_object) || !base.get_optional(base_object) || !stored.get(stored_object, PyBUF_WRITABLE) || !same_length(raw, base)) return nullptr;
+    Call call;
+    if (!call.get(args, "OOO&O&O&O:encode", call.source)) return nullptr;
     fastckpt_context* const mine = context();
     if (!mine) return nullptr;
     fastckpt_encoded result;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fastckpt_encode(mine, raw.data(), base.data(), raw.size(), transform, lane_bytes, pack_bits, stored.data(), stored.size(), &result);
+    status = fastckpt_encode(mine, call.source.data(), call.base.data(), call.source.size(), call.transform.narrow(),
+                             call.lane_bytes.narrow(), call.pack_bits.narrow(), call.destination.data(),
+                             call.destination.size(), &result);
     Py_END_ALLOW_THREADS
     if (status == FASTCKPT_NO_ROOM || status == FASTCKPT_UNFIT) Py_RETURN_NONE;
-    if (status) return raise(status, raw.size(), lane_bytes);
-    return Py_BuildValue("nKy#", static_cast<Py_ssize_t>(result.stored_bytes), static_cast<unsigned long long>(result.crc64nvme),
+    if (status) return raise(status, call.source.size(), call.lane_bytes.narrow());
+    return Py_BuildValue("nKy#", static_cast<Py_ssize_t>(result.stored_bytes),
+                         static_cast<unsigned long long>(result.crc64nvme),
                          reinterpret_cast<const char*>(result.digest), Py_ssize_t{16});
 }
 
 PyObject* decode(PyObject*, PyObject* args) {
-    PyObject *stored_object, *base_object, *raw_object;
-    unsigned transform, lane_bytes, pack_bits;
-    if (!PyArg_ParseTuple(args, "OOIIIO:decode", &stored_object, &base_object, &transform, &lane_bytes, &pack_bits, &raw_object)) return nullptr;
-    Buffer stored, base, raw;
-    if (!stored.get(stored_object) || !base.get_optional(base_object) || !raw.get(raw_object, PyBUF_WRITABLE) || !same_length(raw, base)) return nullptr;
+    Call call;
+    if (!call.get(args, "OOO&O&O&O:decode", call.destination)) return nullptr;
     fastckpt_context* const mine = context();
     if (!mine) return nullptr;
     uint8_t digest[16];
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fastckpt_decode(mine, stored.data(), stored.size(), base.data(), raw.size(), transform, lane_bytes, pack_bits, raw.data(), digest);
+    status = fastckpt_decode(mine, call.source.data(), call.source.size(), call.base.data(), call.destination.size(),
+                             call.transform.narrow(), call.lane_bytes.narrow(), call.pack_bits.narrow(),
+                             call.destination.data(), digest);
     Py_END_ALLOW_THREADS
     if (status == FASTCKPT_FOREIGN) Py_RETURN_NONE;
-    if (status) return raise(status, raw.size(), lane_bytes);
+    if (status) return raise(status, call.destination.size(), call.lane_bytes.narrow());
     return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(digest), 16);
 }
 
 PyObject* split(PyObject*, PyObject* args) {
-    PyObject *raw_object, *base_object, *stream_object;
-    unsigned transform, lane_bytes, pack_bits;
-    if (!PyArg_ParseTuple(args, "OOIIIO:split", &raw_object, &base_object, &transform, &lane_bytes, &pack_bits, &stream_object)) return nullptr;
-    Buffer raw, base, stream;
-    if (!raw.get(raw_object) || !base.get_optional(base_object) || !stream.get(stream_object, PyBUF_WRITABLE) || !same_length(raw, base)) return nullptr;
+    Call call;
+    if (!call.get(args, "OOO&O&O&O:split", call.source)) return nullptr;
     fastckpt_context* const mine = context();
     if (!mine) return nullptr;
     size_t stream_bytes = 0;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fastckpt_split(mine, raw.data(), base.data(), raw.size(), transform, lane_bytes, pack_bits, stream.data(), stream.size(), &stream_bytes);
+    status = fastckpt_split(mine, call.source.data(), call.base.data(), call.source.size(), call.transform.narrow(),
+                            call.lane_bytes.narrow(), call.pack_bits.narrow(), call.destination.data(),
+                            call.destination.size(), &stream_bytes);
     Py_END_ALLOW_THREADS
     if (status == FASTCKPT_NO_ROOM || status == FASTCKPT_UNFIT) Py_RETURN_NONE;
-    if (status) return raise(status, raw.size(), lane_bytes);
+    if (status) return raise(status, call.source.size(), call.lane_bytes.narrow());
     return PyLong_FromSize_t(stream_bytes);
 }
 
 PyObject* merge(PyObject*, PyObject* args) {
-    PyObject *stream_object, *base_object, *raw_object;
-    unsigned transform, lane_bytes, pack_bits;
-    if (!PyArg_ParseTuple(args, "OOIIIO:merge", &stream_object, &base_object, &transform, &lane_bytes, &pack_bits, &raw_object)) return nullptr;
-    Buffer stream, base, raw;
-    if (!stream.get(stream_object) || !base.get_optional(base_object) || !raw.get(raw_object, PyBUF_WRITABLE) || !same_length(raw, base)) return nullptr;
+    Call call;
+    if (!call.get(args, "OOO&O&O&O:merge", call.destination)) return nullptr;
     fastckpt_context* const mine = context();
     if (!mine) return nullptr;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fastckpt_merge(mine, stream.data(), stream.size(), base.data(), raw.size(), transform, lane_bytes, pack_bits, raw.data());
+    status = fastckpt_merge(mine, call.source.data(), call.source.size(), call.base.data(), call.destination.size(),
+                            call.transform.narrow(), call.lane_bytes.narrow(), call.pack_bits.narrow(),
+                            call.destination.data());
     Py_END_ALLOW_THREADS
     if (status == FASTCKPT_FOREIGN) Py_RETURN_FALSE;
-    if (status) return raise(status, raw.size(), lane_bytes);
+    if (status) return raise(status, call.destination.size(), call.lane_bytes.narrow());
     Py_RETURN_TRUE;
 }
 
 PyObject* sample(PyObject*, PyObject* args) {
     PyObject *raw_object, *base_object;
-    unsigned lane_bytes;
-    if (!PyArg_ParseTuple(args, "OOI:sample", &raw_object, &base_object, &lane_bytes)) return nullptr;
+    Number lane_bytes("lane_bytes");
+    if (!PyArg_ParseTuple(args, "OOO&:sample", &raw_object, &base_object, to_number, &lane_bytes)) return nullptr;
     Buffer raw, base;
-    if (!raw.get(raw_object) || !base.get_optional(base_object) || !same_length(raw, base)) return nullptr;
+    if (!raw.get(raw_object) || !base.get_optional(base_object) || !Call::same_length(raw, base)) return nullptr;
     fastckpt_estimate e;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fastckpt_sample(raw.data(), base.data(), raw.size(), lane_bytes, &e);
+    status = fastckpt_sample(raw.data(), base.data(), raw.size(), lane_bytes.narrow(), &e);
     Py_END_ALLOW_THREADS
-    if (status) return raise(status, raw.size(), lane_bytes);
-    return Py_BuildValue("ddd(dddd)ddK", e.rot_bits, e.rotu_bits, e.sub_bits, e.subpack_bits[0], e.subpack_bits[1], e.subpack_bits[2],
-                         e.subpack_bits[3], e.rot_dominant, e.sub_dominant, static_cast<unsigned long long>(e.lanes));
+    if (status) return raise(status, raw.size(), lane_bytes.narrow());
+    return Py_BuildValue("ddd(dddd)ddK", e.rot_bits, e.rotu_bits, e.sub_bits, e.subpack_bits[0], e.subpack_bits[1],
+                         e.subpack_bits[2], e.subpack_bits[3], e.rot_dominant, e.sub_dominant,
+                         static_cast<unsigned long long>(e.lanes));
+}
+
+bool twice_as_long(const Buffer& wide, const Buffer& narrow) {
+    if (wide.size() % 4 == 0 && wide.size() / 2 == narrow.size()) return true;
+    PyErr_Format(PyExc_ValueError, "%zu bytes of float32 are not twice %zu of bfloat16", wide.size(), narrow.size());
+    return false;
 }
 
 PyObject* cast(PyObject*, PyObject* args) {
     PyObject *wide_object, *narrow_object;
     if (!PyArg_ParseTuple(args, "OO:cast", &wide_object, &narrow_object)) return nullptr;
     Buffer wide, narrow;
-    if (!wide.get(wide_object) || !narrow.get(narrow_object, PyBUF_WRITABLE)) return nullptr;
-    if (wide.size() % 4 || wide.size() != 2 * narrow.size()) return PyErr_Format(PyExc_ValueError, "%zu bytes of float32 are not twice %zu of bfloat16", wide.size(), narrow.size());
+    if (!wide.get(wide_object) || !narrow.get(narrow_object, PyBUF_WRITABLE) || !twice_as_long(wide, narrow))
+        return nullptr;
+    int status;
     Py_BEGIN_ALLOW_THREADS
-    fastckpt_cast(wide.data(), narrow.size() / 2, narrow.data());
+    status = fastckpt_cast(wide.data(), narrow.size() / 2, narrow.data());
     Py_END_ALLOW_THREADS
+    if (status) return PyErr_Format(PyExc_ValueError, "status %d", status);
     Py_RETURN_NONE;
 }
 
@@ -256,37 +362,52 @@ PyObject* cast_equal(PyObject*, PyObject* args) {
     PyObject *wide_object, *narrow_object;
     if (!PyArg_ParseTuple(args, "OO:cast_equal", &narrow_object, &wide_object)) return nullptr;
     Buffer wide, narrow;
-    if (!wide.get(wide_object) || !narrow.get(narrow_object)) return nullptr;
-    if (wide.size() % 4 || wide.size() != 2 * narrow.size()) return PyErr_Format(PyExc_ValueError, "%zu bytes of float32 are not twice %zu of bfloat16", wide.size(), narrow.size());
-    int equal;
+    if (!wide.get(wide_object) || !narrow.get(narrow_object) || !twice_as_long(wide, narrow)) return nullptr;
+    int equal, status;
     Py_BEGIN_ALLOW_THREADS
-    equal = fastckpt_cast_equal(narrow.data(), wide.data(), narrow.size() / 2);
+    status = fastckpt_cast_equal(narrow.data(), wide.data(), narrow.size() / 2, &equal);
     Py_END_ALLOW_THREADS
+    if (status) return PyErr_Format(PyExc_ValueError, "status %d", status);
     return PyBool_FromLong(equal);
 }
+
+// ---- instruction sets ----
 
 PyObject* isas(PyObject*, PyObject*) { return PyUnicode_FromString(fastckpt_isas()); }
 PyObject* isa(PyObject*, PyObject*) { return PyUnicode_FromString(fastckpt_isa()); }
 PyObject* use_isa(PyObject*, PyObject* name) {
-    const char* text = name == Py_None ? nullptr : PyUnicode_AsUTF8(name);
+    Py_ssize_t n = 0;
+    const char* text = name == Py_None ? nullptr : PyUnicode_AsUTF8AndSize(name, &n);
     if (!text && PyErr_Occurred()) return nullptr;
-    if (fastckpt_use_isa(text)) return PyErr_Format(PyExc_ValueError, "instruction set %R: this machine has %s", name, fastckpt_isas());
+    const bool whole = !text || std::strlen(text) == static_cast<size_t>(n);  // no null character within
+    if (!whole || fastckpt_use_isa(text))
+        return PyErr_Format(PyExc_ValueError, "instruction set %R: this machine has %s", name, fastckpt_isas());
     Py_RETURN_NONE;
 }
+
+// ---- the module ----
 
 PyMethodDef methods[] = {
     {"crc64nvme", crc64nvme, METH_VARARGS, "crc64nvme(data, crc=0) -> int"},
     {"crc64nvme_portable", crc64nvme_portable, METH_O, "crc64nvme_portable(data) -> int; tables only, for tests"},
     {"xxh3_128", xxh3_128, METH_O, "xxh3_128(data) -> bytes; 241 bytes or more"},
     {"is_constant", is_constant, METH_VARARGS, "is_constant(raw, lane_bytes) -> bool"},
-    {"gather", gather, METH_VARARGS, "gather(addresses, lengths, out): joins stretches of memory that the caller keeps alive"},
-    {"lines", lines, METH_VARARGS, "lines(addresses, lengths, seed, out): a sample of memory that the caller keeps alive"},
+    {"gather", gather, METH_VARARGS,
+     "gather(addresses, lengths, out): joins stretches of memory that the caller keeps alive"},
+    {"lines", lines, METH_VARARGS,
+     "lines(addresses, lengths, seed, out): a sample of memory that the caller keeps alive"},
     {"rows", rows, METH_VARARGS, "rows(data, keys, out): a number for each 32 KiB"},
-    {"encode", encode, METH_VARARGS, "encode(raw, base, transform, lane_bytes, pack_bits, stored) -> (stored bytes, crc, digest), None if it does not fit"},
-    {"decode", decode, METH_VARARGS, "decode(stored, base, transform, lane_bytes, pack_bits, raw) -> digest, None for a frame of another writer"},
-    {"split", split, METH_VARARGS, "split(raw, base, transform, lane_bytes, pack_bits, stream) -> stream bytes, None if it does not fit"},
-    {"merge", merge, METH_VARARGS, "merge(stream, base, transform, lane_bytes, pack_bits, raw) -> whether it was such a stream"},
-    {"sample", sample, METH_VARARGS, "sample(raw, base, lane_bytes) -> (rot, rotu, sub, (subpack 1, 2, 4, 8), rot dominant, sub dominant, lanes)"},
+    {"encode", encode, METH_VARARGS,
+     "encode(raw, base, transform, lane_bytes, pack_bits, stored) -> (stored bytes, crc, digest), None if it does not "
+     "fit"},
+    {"decode", decode, METH_VARARGS,
+     "decode(stored, base, transform, lane_bytes, pack_bits, raw) -> digest, None for a frame of another writer"},
+    {"split", split, METH_VARARGS,
+     "split(raw, base, transform, lane_bytes, pack_bits, stream) -> stream bytes, None if it does not fit"},
+    {"merge", merge, METH_VARARGS,
+     "merge(stream, base, transform, lane_bytes, pack_bits, raw) -> whether it was such a stream"},
+    {"sample", sample, METH_VARARGS,
+     "sample(raw, base, lane_bytes) -> (rot, rotu, sub, (subpack 1, 2, 4, 8), rot dominant, sub dominant, lanes)"},
     {"cast", cast, METH_VARARGS, "cast(wide, narrow): float32 to bfloat16, to nearest, ties to even"},
     {"cast_equal", cast_equal, METH_VARARGS, "cast_equal(narrow, wide) -> bool"},
     {"isas", isas, METH_NOARGS, "isas() -> instruction sets of this machine, best first"},
@@ -295,9 +416,31 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "fastckpt._native", "fastckpt's native kernels", 0, methods,
-                      nullptr,               nullptr,            nullptr,                     nullptr};
+// Multi-phase (PEP 489), without state: the functions share nothing but which instruction set is in use, which is
+// atomic, and tables that are made when the library is loaded; what they write to is the caller's, or a thread's own
+// context. So neither subinterpreters nor threads without a GIL can be in each other's way.
+PyModuleDef_Slot slots[] = {
+#ifdef Py_mod_multiple_interpreters  // from Python 3.12
+    {Py_mod_multiple_interpreters, Py_MOD_PER_INTERPRETER_GIL_SUPPORTED},
+#endif
+#ifdef Py_mod_gil  // from Python 3.13; without it a free-threaded Python would take up its GIL again
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, nullptr},
+};
+
+PyModuleDef module = {
+    .m_base = PyModuleDef_HEAD_INIT,
+    .m_name = "fastckpt._native",
+    .m_doc = "fastckpt's native kernels",
+    .m_size = 0,
+    .m_methods = methods,
+    .m_slots = slots,
+    .m_traverse = nullptr,
+    .m_clear = nullptr,
+    .m_free = nullptr,
+};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__native() { return PyModuleDef_Init(&module); }

@@ -11,7 +11,8 @@ FC_INLINE void accumulate(u64* acc, const u8* data, const u8* secret) {
         const __m256i a = load256(reinterpret_cast<const u8*>(acc + 4 * half)), d = load256(data + 32 * half);
         const __m256i keyed = _mm256_xor_si256(d, load256(secret + 32 * half));
         const __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
-        store256(reinterpret_cast<u8*>(acc + 4 * half), _mm256_add_epi64(_mm256_add_epi64(a, _mm256_shuffle_epi32(d, 0x4E)), product));
+        store256(reinterpret_cast<u8*>(acc + 4 * half),
+                 _mm256_add_epi64(_mm256_add_epi64(a, _mm256_shuffle_epi32(d, 0x4E)), product));
     }
 #else
     for (unsigned i = 0; i < 8; ++i) {
@@ -43,11 +44,13 @@ void xxh3_blocks(u64* acc, const u8* data, size_t n_blocks) {
 #if FASTCKPT_AVX2
 
 FC_INLINE __m128i fold(__m128i state, __m128i k, __m128i next) {
-    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(state, k, 0x00), _mm_clmulepi64_si128(state, k, 0x11)), next);
+    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(state, k, 0x00), _mm_clmulepi64_si128(state, k, 0x11)),
+                         next);
 }
 #if FASTCKPT_AVX512
 FC_INLINE __m512i fold512(__m512i state, __m512i by, __m512i next) {
-    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(state, by, 0x00), _mm512_clmulepi64_epi128(state, by, 0x11), next, 0x96);
+    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(state, by, 0x00),
+                                     _mm512_clmulepi64_epi128(state, by, 0x11), next, 0x96);
 }
 #endif
 FC_INLINE __m128i load128(const u8* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
@@ -65,24 +68,34 @@ u64 crc(u64 register_, const u8* p, size_t n) {
         const __m512i k2048 = _mm512_broadcast_i32x4(multipliers(kFold2048)), k = _mm512_broadcast_i32x4(k512);
         __m512i w = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_inserti32x4(_mm512_setzero_si512(), start, 0));
         __m512i x = _mm512_loadu_si512(p + 64), y = _mm512_loadu_si512(p + 128), z = _mm512_loadu_si512(p + 192);
-        for (p += 256, n -= 256; n >= 256; p += 256, n -= 256) {
+        p += 256;
+        n -= 256;
+        for (; n >= 256; p += 256, n -= 256) {
             w = fold512(w, k2048, _mm512_loadu_si512(p));
             x = fold512(x, k2048, _mm512_loadu_si512(p + 64));
             y = fold512(y, k2048, _mm512_loadu_si512(p + 128));
             z = fold512(z, k2048, _mm512_loadu_si512(p + 192));
         }
         z = fold512(fold512(fold512(w, k, x), k, y), k, z);
-        a = _mm512_extracti32x4_epi32(z, 0), b = _mm512_extracti32x4_epi32(z, 1);
-        c = _mm512_extracti32x4_epi32(z, 2), d = _mm512_extracti32x4_epi32(z, 3);
+        a = _mm512_extracti32x4_epi32(z, 0);
+        b = _mm512_extracti32x4_epi32(z, 1);
+        c = _mm512_extracti32x4_epi32(z, 2);
+        d = _mm512_extracti32x4_epi32(z, 3);
     } else
 #endif
     {
-        a = _mm_xor_si128(load128(p), start), b = load128(p + 16), c = load128(p + 32), d = load128(p + 48);
-        p += 64, n -= 64;
+        a = _mm_xor_si128(load128(p), start);
+        b = load128(p + 16);
+        c = load128(p + 32);
+        d = load128(p + 48);
+        p += 64;
+        n -= 64;
     }
     for (; n >= 64; p += 64, n -= 64) {
-        a = fold(a, k512, load128(p)), b = fold(b, k512, load128(p + 16));
-        c = fold(c, k512, load128(p + 32)), d = fold(d, k512, load128(p + 48));
+        a = fold(a, k512, load128(p));
+        b = fold(b, k512, load128(p + 16));
+        c = fold(c, k512, load128(p + 32));
+        d = fold(d, k512, load128(p + 48));
     }
     a = fold(fold(fold(a, k128, b), k128, c), k128, d);
     for (; n >= 16; p += 16, n -= 16) a = fold(a, k128, load128(p));
@@ -141,5 +154,5 @@ Range range(const u8* bytes, size_t n) {
         most = x > most ? x : most;
         zero |= static_cast<u8>(x == 0);
     }
-    return {most ? least + 1u : 1u, most, zero != 0};
+    return {.first = most ? least + 1u : 1u, .last = most, .has_zero = zero != 0};
 }

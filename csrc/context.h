@@ -9,6 +9,7 @@ namespace fastckpt {
 
 constexpr size_t kMaxRaw = FASTCKPT_MAX_RAW_BYTES;
 constexpr size_t kBlock = kStripeLanes;  // bytes of the largest zstd block
+constexpr size_t kFrameHeader = 9;       // magic, descriptor, content size in 4 bytes (RFC 8878, 3.1.1.1)
 
 struct Slot {  // what is known about one plane of the stripes before
     HuffmanTable table;

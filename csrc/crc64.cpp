@@ -19,7 +19,8 @@ struct Tables {
             slice[0][byte] = crc;
         }
         for (unsigned byte = 0; byte < 256; ++byte)
-            for (int k = 1; k < 8; ++k) slice[k][byte] = (slice[k - 1][byte] >> 8) ^ slice[0][slice[k - 1][byte] & 0xff];
+            for (int k = 1; k < 8; ++k)
+                slice[k][byte] = (slice[k - 1][byte] >> 8) ^ slice[0][slice[k - 1][byte] & 0xff];
     }
 };
 
@@ -34,15 +35,15 @@ u64 power_of_x(unsigned n) {
 
 }  // namespace
 
-// The register's low half stands `bits` + 64 before the target, its high half `bits`; a reflected carry-less product comes out one
-// bit too low, hence the - 1.
+// The register's low half stands `bits` + 64 before the target, its high half `bits`; a reflected carry-less product
+// comes out one bit too low, hence the - 1.
 FoldConstants::FoldConstants(unsigned bits) : low(power_of_x(bits + 64 - 1)), high(power_of_x(bits - 1)) {}
 
 const FoldConstants kFold128(128), kFold512(512), kFold2048(2048);
 
 u64 crc_by_table(u64 crc, const u8* p, size_t n) {
     for (; n >= 8; n -= 8, p += 8) {
-        const u64 x = crc ^ load64(p);  // fastckpt is little-endian only; setup.py refuses others
+        const u64 x = crc ^ load64(p);  // the first byte lowest: kernels.h asserts the byte order
         crc = 0;
         for (int k = 0; k < 8; ++k) crc ^= kTables.slice[7 - k][(x >> (8 * k)) & 0xff];
     }

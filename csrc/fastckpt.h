@@ -1,9 +1,16 @@
 /* The C interface of fastckpt's native kernels and codec.
  *
- * Rules for every function: the caller owns all buffers and keeps them unchanged during the call; sources and destinations do not
- * overlap; no alignment is needed; nothing is allocated. Functions without a context may be called by any number of threads at once;
- * a context belongs to one thread at a time. Every status but FASTCKPT_OK leaves the destination undefined.
- * The meaning of each function is the NumPy code in fastckpt/kernels/reference.py; the bytes are specified in docs/format.md, section 4.
+ * Rules for every function: the caller owns all buffers and keeps them unchanged during the call; sources and
+ * destinations do not overlap; bytes need no alignment, arrays of uint64_t have theirs; nothing is allocated. Functions
+ * without a context may be called by any number of threads at once; a context belongs to one thread at a time. Every
+ * status but FASTCKPT_OK leaves the destination undefined.
+ *
+ * Every number and pointer is checked before memory is touched, except that a buffer is trusted to be as long as the
+ * caller says: null where bytes are expected is FASTCKPT_BAD_ARGUMENT, a length beyond PTRDIFF_MAX is
+ * FASTCKPT_BAD_LENGTH. The exceptions, which have no status to give, are the two functions that return a crc.
+ *
+ * The meaning of each function is the NumPy code in fastckpt/kernels/reference.py; the bytes are specified in
+ * docs/format.md, section 4.
  */
 #ifndef FASTCKPT_H
 #define FASTCKPT_H
@@ -19,10 +26,10 @@ enum fastckpt_status {
     FASTCKPT_OK = 0,
     FASTCKPT_BAD_LANE = 1,     /* lane_bytes or pack_bits is not one that the transform knows */
     FASTCKPT_BAD_LENGTH = 2,   /* a length is 0, too large, or not a multiple of lane_bytes */
-    FASTCKPT_BAD_ARGUMENT = 3, /* an unknown transform, a missing base or context */
-    FASTCKPT_NO_ROOM = 4,      /* the destination is too small: stored bytes would not be fewer than the caller allows */
-    FASTCKPT_UNFIT = 5,        /* the chunk is not what the transform needs (ROTU: a sign bit is set) */
-    FASTCKPT_FOREIGN = 6,      /* not a frame as fastckpt_encode makes it: another zstd decoder may read it, or it is damaged */
+    FASTCKPT_BAD_ARGUMENT = 3, /* an unknown transform; a missing base, context or buffer */
+    FASTCKPT_NO_ROOM = 4, /* the destination is too small: stored bytes would not be fewer than the caller allows */
+    FASTCKPT_UNFIT = 5,   /* the chunk is not what the transform needs (ROTU: a sign bit is set) */
+    FASTCKPT_FOREIGN = 6, /* not a frame as fastckpt_encode makes it: of another zstd encoder, or damaged */
 };
 
 /* docs/format.md, section 4.1 */
@@ -42,7 +49,8 @@ enum fastckpt_transform {
 
 /* The instruction sets that this library can use on this machine, best first, as "avx512 avx2 scalar". */
 const char* fastckpt_isas(void);
-/* Use one of them (for tests; not while other threads are in a call). NULL: the best. FASTCKPT_BAD_ARGUMENT if it is not there. */
+/* Use one of them (for tests; not while other threads are in a call). NULL: the best. FASTCKPT_BAD_ARGUMENT if it is
+ * not there. */
 int fastckpt_use_isa(const char* name);
 /* The one in use. */
 const char* fastckpt_isa(void);
@@ -55,52 +63,60 @@ uint64_t fastckpt_crc64nvme_portable(uint64_t crc, const void* data, size_t n_by
 /* XXH3-128 of data in canonical (big-endian) form. n_bytes >= FASTCKPT_MIN_DIGEST_BYTES, else FASTCKPT_BAD_LENGTH. */
 int fastckpt_xxh3_128(const void* data, size_t n_bytes, uint8_t digest[16]);
 
-/* 1 if all lanes of the chunk are equal. lane_bytes: 1, 2, 4 or 8. */
-int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned lane_bytes);
+/* *constant is 1 if all lanes of the chunk are equal, else 0. lane_bytes: 1, 2, 4 or 8; n_bytes: a multiple of it, not
+ * 0. */
+int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned lane_bytes, int* constant);
 
-/* Joins n stretches of memory: n_bytes[i] bytes from addresses[i]. FASTCKPT_BAD_LENGTH, and nothing written past out_bytes, if they are not
- * out_bytes together. */
+/* Joins n stretches of memory: n_bytes[i] bytes from addresses[i]. FASTCKPT_BAD_LENGTH, and nothing written past
+ * out_bytes, if they are not out_bytes together. FASTCKPT_BAD_ARGUMENT for a stretch at address 0 or past the last
+ * address. */
 int fastckpt_gather(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, void* out, size_t out_bytes);
 
-/* A sample of n stretches of memory, n_bytes[i] bytes from addresses[i]: those shorter than FASTCKPT_WHOLE_BELOW whole, of the others 64
- * bytes of each 4 KiB; the seed decides which. FASTCKPT_BAD_LENGTH, and nothing written, if out_bytes is not fastckpt_lines_bytes. */
+/* A sample of n stretches of memory, n_bytes[i] bytes from addresses[i]: those shorter than FASTCKPT_WHOLE_BELOW whole,
+ * of the others 64 bytes of each 4 KiB; the seed decides which. FASTCKPT_BAD_LENGTH, and nothing written, if out_bytes
+ * is not fastckpt_lines_bytes, which is SIZE_MAX if no memory can have so many bytes. Addresses: as for
+ * fastckpt_gather. */
 #define FASTCKPT_WHOLE_BELOW 65536u
 size_t fastckpt_lines_bytes(const uint64_t* n_bytes, size_t n);
-int fastckpt_lines(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, uint64_t seed, void* out, size_t out_bytes);
+int fastckpt_lines(const uint64_t* addresses, const uint64_t* n_bytes, size_t n, uint64_t seed, void* out,
+                   size_t out_bytes);
 
-/* A number for each FASTCKPT_ROW_WORDS words of data, the last ones made up by zeros; keys: as many words. FASTCKPT_BAD_LENGTH if n_out is
- * not the number of such rows. */
+/* A number for each FASTCKPT_ROW_WORDS words of data, the last ones made up by zeros; keys: as many words.
+ * FASTCKPT_BAD_LENGTH if n_out is not the number of such rows. */
 #define FASTCKPT_ROW_WORDS 4096u
 int fastckpt_rows(const void* data, size_t n_bytes, const uint64_t* keys, uint64_t* out, size_t n_out);
 
-/* Memory of a context: caller-owned, fastckpt_context_bytes() long, 64-byte aligned, initialised once. */
+/* Memory of a context: caller-owned, fastckpt_context_bytes() long, 64-byte aligned, initialised once.
+ * fastckpt_context_init returns null for memory that is null or aligned otherwise. */
 typedef struct fastckpt_context fastckpt_context;
 size_t fastckpt_context_bytes(void);
 fastckpt_context* fastckpt_context_init(void* memory);
 
-/* Streams, without a frame around them. raw: n_bytes, a multiple of lane_bytes in {2, 4, 8}; base: as many bytes, SUB and SUBPACK only.
- * pack_bits: SUBPACK, one of 1, 2, 4, 8.
+/* Streams, without a frame around them. raw: n_bytes, a multiple of lane_bytes in {2, 4, 8}; base: as many bytes, SUB
+ * and SUBPACK only. pack_bits: SUBPACK, one of 1, 2, 4, 8.
  *
- * fastckpt_split: raw -> stream; *stream_bytes is set. FASTCKPT_NO_ROOM if capacity does not suffice: n_bytes does for all but SUBPACK,
- * which needs at most 4 + n_bytes / lane_bytes + n_bytes.
+ * fastckpt_split: raw -> stream; *stream_bytes is set. FASTCKPT_NO_ROOM if capacity does not suffice: n_bytes does for
+ * all but SUBPACK, which needs at most 4 + n_bytes / lane_bytes + n_bytes.
+ *
  * fastckpt_merge: stream -> raw. FASTCKPT_FOREIGN if it cannot be a stream of such a chunk. */
-int fastckpt_split(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned transform, unsigned lane_bytes,
-                   unsigned pack_bits, void* stream, size_t capacity, size_t* stream_bytes);
+int fastckpt_split(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned transform,
+                   unsigned lane_bytes, unsigned pack_bits, void* stream, size_t capacity, size_t* stream_bytes);
 int fastckpt_merge(fastckpt_context* context, const void* stream, size_t stream_bytes, const void* base, size_t n_bytes,
                    unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw);
 
-/* 1 if each of n lanes of 2 bytes (bfloat16) is the float32 lane of `wide` rounded to nearest, ties to even (CAST). */
-int fastckpt_cast_equal(const void* narrow, const void* wide, size_t n_lanes);
+/* *equal is 1 if each of n lanes of 2 bytes (bfloat16) is the float32 lane of `wide` rounded to nearest, ties to even
+ * (CAST); else 0. */
+int fastckpt_cast_equal(const void* narrow, const void* wide, size_t n_lanes, int* equal);
 /* That rounding. */
-void fastckpt_cast(const void* wide, size_t n_lanes, void* narrow);
+int fastckpt_cast(const void* wide, size_t n_lanes, void* narrow);
 
-/* Room that fastckpt_encode never exceeds when it is given that much. */
+/* Room that fastckpt_encode never exceeds when it is given that much. 0 for more bytes than a chunk has. */
 size_t fastckpt_encode_bound(size_t n_bytes);
 
 typedef struct {
     size_t stored_bytes;
-    uint64_t crc64nvme;  /* of the stored bytes */
-    uint8_t digest[16];  /* of the raw bytes; zeros if n_bytes < FASTCKPT_MIN_DIGEST_BYTES */
+    uint64_t crc64nvme; /* of the stored bytes */
+    uint8_t digest[16]; /* of the raw bytes; zeros if n_bytes < FASTCKPT_MIN_DIGEST_BYTES */
 } fastckpt_encoded;
 
 /* One chunk -> stored bytes (RAW: a copy; otherwise one zstd frame), its digest and crc in the same pass.
@@ -108,22 +124,24 @@ typedef struct {
 int fastckpt_encode(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned transform,
                     unsigned lane_bytes, unsigned pack_bits, void* stored, size_t capacity, fastckpt_encoded* result);
 
-/* A frame made by fastckpt_encode -> raw bytes, and their digest (zeros if short). Reads and writes within bounds whatever the bytes are.
- * FASTCKPT_FOREIGN: not such a frame. */
-int fastckpt_decode(fastckpt_context* context, const void* stored, size_t stored_bytes, const void* base, size_t n_bytes,
-                    unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw, uint8_t digest[16]);
+/* A frame made by fastckpt_encode -> raw bytes, and their digest (zeros if short). Reads and writes within bounds
+ * whatever the bytes are. FASTCKPT_FOREIGN: not such a frame. */
+int fastckpt_decode(fastckpt_context* context, const void* stored, size_t stored_bytes, const void* base,
+                    size_t n_bytes, unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw,
+                    uint8_t digest[16]);
 
 /* What each way of storing a chunk would cost, from samples: 64 bytes of every 4 KiB. */
 typedef struct {
-    double rot_bits;           /* bits per lane of the ROT planes, each at the least of 8 and its order-0 entropy */
-    double rotu_bits;          /* ROTU; negative if a sampled sign bit is set */
-    double sub_bits;           /* SUB; negative without a base */
-    double subpack_bits[4];    /* SUBPACK of 1, 2, 4, 8 bits; negative without a base */
-    double rot_dominant;       /* share of the commonest byte in the highest ROT plane */
-    double sub_dominant;       /* share of the commonest byte in the highest SUB plane */
-    uint64_t lanes;            /* sampled */
+    double rot_bits;        /* bits per lane of the ROT planes, each at the least of 8 and its order-0 entropy */
+    double rotu_bits;       /* ROTU; negative if a sampled sign bit is set */
+    double sub_bits;        /* SUB; negative without a base */
+    double subpack_bits[4]; /* SUBPACK of 1, 2, 4, 8 bits; negative without a base */
+    double rot_dominant;    /* share of the commonest byte in the highest ROT plane */
+    double sub_dominant;    /* share of the commonest byte in the highest SUB plane */
+    uint64_t lanes;         /* sampled */
 } fastckpt_estimate;
-int fastckpt_sample(const void* raw, const void* base, size_t n_bytes, unsigned lane_bytes, fastckpt_estimate* estimate);
+int fastckpt_sample(const void* raw, const void* base, size_t n_bytes, unsigned lane_bytes,
+                    fastckpt_estimate* estimate);
 
 #ifdef __cplusplus
 }

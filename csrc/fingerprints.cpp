@@ -1,6 +1,8 @@
-// What tells whether memory has changed: a sample of it, one cache line of each page; numbers that stand for all of it, one for 32 KiB.
+// What tells whether memory has changed: a sample of it, one cache line of each page; numbers that stand for all of it,
+// one for 32 KiB.
 #include <cstring>
 
+#include "arguments.h"
 #include "fastckpt.h"
 #include "kernels.h"
 
@@ -17,8 +19,8 @@ size_t line_of(size_t p, u64 k, u64 seed, size_t n_bytes) {
     return at < n_bytes - kLine ? at : n_bytes - kLine;
 }
 
-// Every word times its own upper half, made another number first by the key of its place. No change of a sign or an exponent in all words
-// gets lost in it, as it may in any sum of words times constants.
+// Every word times its own upper half, made another number first by the key of its place. No change of a sign or an
+// exponent in all words gets lost in it, as it may in any sum of words times constants.
 u64 mixed(u64 word, u64 key) {
     const u64 x = word ^ key;
     return x * static_cast<u64>(static_cast<int64_t>(x) >> 32);
@@ -28,7 +30,10 @@ u64 mixed(u64 word, u64 key) {
 
 extern "C" int fastckpt_rows(const void* data, size_t n_bytes, const uint64_t* keys, uint64_t* out, size_t n_out) {
     constexpr size_t row = FASTCKPT_ROW_WORDS * 8;
-    if ((n_bytes + row - 1) / row != n_out) return FASTCKPT_BAD_LENGTH;
+    if (n_bytes / row + (n_bytes % row != 0) != n_out) return FASTCKPT_BAD_LENGTH;
+    if (const int status = check_memory(data, n_bytes)) return status;
+    if (const int status = check_words(keys, FASTCKPT_ROW_WORDS)) return status;
+    if (const int status = check_words(out, n_out)) return status;
     const auto* from = static_cast<const u8*>(data);
     for (size_t i = 0; i < n_out; ++i, from += row) {
         const size_t left = n_bytes - i * row, n = left < row ? left / 8 : FASTCKPT_ROW_WORDS;
@@ -46,13 +51,21 @@ extern "C" int fastckpt_rows(const void* data, size_t n_bytes, const uint64_t* k
 }
 
 extern "C" size_t fastckpt_lines_bytes(const uint64_t* lengths, size_t n) {
+    if (check_words(lengths, n)) return SIZE_MAX;
     size_t total = 0;
-    for (size_t i = 0; i < n; ++i) total += lengths[i] < FASTCKPT_WHOLE_BELOW ? lengths[i] : (lengths[i] + kPage - 1) / kPage * kLine;
+    for (size_t i = 0; i < n; ++i) {
+        if (lengths[i] > kMostBytes) return SIZE_MAX;
+        total += lengths[i] < FASTCKPT_WHOLE_BELOW ? lengths[i] : (lengths[i] + kPage - 1) / kPage * kLine;
+        if (total > kMostBytes) return SIZE_MAX;  // so that no sum wraps: each step adds less than that
+    }
     return total;
 }
 
-extern "C" int fastckpt_lines(const uint64_t* addresses, const uint64_t* lengths, size_t n, uint64_t seed, void* out, size_t out_bytes) {
+extern "C" int fastckpt_lines(const uint64_t* addresses, const uint64_t* lengths, size_t n, uint64_t seed, void* out,
+                              size_t out_bytes) {
+    if (const int status = check_stretches(addresses, lengths, n)) return status;
     if (fastckpt_lines_bytes(lengths, n) != out_bytes) return FASTCKPT_BAD_LENGTH;
+    if (const int status = check_memory(out, out_bytes)) return status;
     auto* to = static_cast<u8*>(out);
     u64 k = 0;
     for (size_t i = 0; i < n; ++i) {

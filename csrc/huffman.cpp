@@ -14,7 +14,8 @@ unsigned highest_bit(u32 x) { return 31u - static_cast<unsigned>(__builtin_clz(x
 
 // ---- lengths ----
 
-// Optimal lengths by the two-queue method, then cut to kMaxCodeBits; returns the longest. `order`: the symbols in use, rarest first.
+// Optimal lengths by the two-queue method, then cut to kMaxCodeBits; returns the longest. `order`: the symbols in use,
+// rarest first.
 unsigned code_lengths(const u32 counts[256], const u8* order, unsigned n, u8 lengths[256]) {
     u32 weight[512];
     u16 parent[512];
@@ -32,15 +33,19 @@ unsigned code_lengths(const u32 counts[256], const u8* order, unsigned n, u8 len
     unsigned deepest = 0;
     for (unsigned i = 2 * n - 2; i-- > 0;) {
         depth[i] = static_cast<u8>(depth[parent[i]] + 1);
-        if (i < n) ++at_depth[depth[i]], deepest = std::max<unsigned>(deepest, depth[i]);
+        if (i >= n) continue;  // no leaf
+        ++at_depth[depth[i]];
+        deepest = std::max<unsigned>(deepest, depth[i]);
     }
     // Two leaves too deep: one takes their parent's place, the other goes below a leaf that is higher up.
     for (unsigned d = deepest; d > kMaxCodeBits; --d)
         while (at_depth[d]) {
             unsigned up = d - 2;
             while (!at_depth[up]) --up;
-            at_depth[d] -= 2, ++at_depth[d - 1];
-            --at_depth[up], at_depth[up + 1] += 2;
+            at_depth[d] -= 2;
+            at_depth[d - 1] += 1;
+            at_depth[up] -= 1;
+            at_depth[up + 1] += 2;
         }
     deepest = std::min<unsigned>(deepest, kMaxCodeBits);
     std::memset(lengths, 0, 256);
@@ -50,7 +55,8 @@ unsigned code_lengths(const u32 counts[256], const u8* order, unsigned n, u8 len
     return deepest;
 }
 
-// Longest codes first, equal ones in the order of symbols: the code's value is its place among all codes of `bits` bits, cut.
+// Longest codes first, equal ones in the order of symbols: the code's value is its place among all codes of `bits`
+// bits, cut.
 void assign_codes(const u8 lengths[256], unsigned bits, u16 codes[256]) {
     std::memset(codes, 0, 256 * sizeof *codes);
     unsigned place = 0;
@@ -112,7 +118,8 @@ void normalise(const unsigned counts[kWeights], unsigned total, unsigned log, in
         unsigned from = 0;
         for (unsigned s = 0; s < kWeights; ++s)
             if (norm[s] > norm[from]) from = s;
-        --norm[from], ++norm[largest];
+        --norm[from];
+        ++norm[largest];
     }
 }
 
@@ -126,7 +133,8 @@ struct ForwardBits {
         for (n += count; n >= 8; n -= 8, bits >>= 8) out[bytes++] = static_cast<u8>(bits);
     }
     size_t finish() {
-        if (n) out[bytes++] = static_cast<u8>(bits), n = 0;
+        if (n) out[bytes++] = static_cast<u8>(bits);
+        n = 0;
         return bytes;
     }
 };
@@ -151,7 +159,7 @@ size_t write_probabilities(const int16_t norm[kWeights], unsigned log, u8* out) 
         ++s;
         if (value == 1) {  // a 0: how many more follow, in twos of bits
             unsigned zeros = 0;
-            while (s < last && !norm[s]) ++zeros, ++s;
+            for (; s < last && !norm[s]; ++s) ++zeros;
             for (; zeros >= 3; zeros -= 3) to.put(3, 2);
             to.put(zeros, 2);
         }
@@ -170,7 +178,8 @@ size_t read_probabilities(const u8* data, size_t n, int16_t norm[kWeights], unsi
         }
         return value;
     };
-    log = peek(4) + 5, at = 4;
+    log = peek(4) + 5;
+    at = 4;
     if (log > kMaxFseLog) return 0;
     int left = (1 << log) + 1;
     std::memset(norm, 0, kWeights * sizeof *norm);
@@ -192,7 +201,8 @@ size_t read_probabilities(const u8* data, size_t n, int16_t norm[kWeights], unsi
         left -= probability < 0 ? -probability : probability;
         if (probability == 0)
             for (unsigned more = 3; more == 3;) {
-                more = peek(2), at += 2;
+                more = peek(2);
+                at += 2;
                 n_symbols += more;
                 if (n_symbols > kWeights) return 0;
             }
@@ -218,8 +228,12 @@ size_t write_fse(const u8* weights, unsigned n, u8* out) {
     u8 most[kWeights] = {};
     for (unsigned u = 0; u < 1u << log; ++u) {
         const auto& state = table.states[u];
-        if (state.bits > most[state.symbol]) most[state.symbol] = state.bits, last[state.symbol] = static_cast<u8>(u);
-        for (unsigned y = state.base; y < state.base + (1u << state.bits); ++y) before[state.symbol][y] = static_cast<u8>(u);
+        if (state.bits > most[state.symbol]) {
+            most[state.symbol] = state.bits;
+            last[state.symbol] = static_cast<u8>(u);
+        }
+        for (unsigned y = state.base; y < state.base + (1u << state.bits); ++y)
+            before[state.symbol][y] = static_cast<u8>(u);
     }
     ForwardBits to{out + header};
     unsigned state[2];
@@ -240,6 +254,7 @@ size_t write_fse(const u8* weights, unsigned n, u8* out) {
     to.put(state[0], log);
     to.put(1, 1);
     const size_t bytes = header + to.finish();
+    assert(bytes <= 128 + kSlack);
     return bytes < 128 ? bytes : 0;
 }
 
@@ -261,7 +276,8 @@ unsigned read_fse(const u8* data, size_t n, u8 weights[256]) {
         return value;
     };
     unsigned state[2];
-    state[0] = take(log), state[1] = take(log);
+    state[0] = take(log);
+    state[1] = take(log);
     if (left < 0) return 0;
     for (unsigned i = 0; i < 254; ++i) {
         const auto& now = table.states[state[i & 1]];
@@ -298,7 +314,8 @@ bool HuffmanTable::build(const u32 counts[256]) {
     }
     if (last > 128) return false;
     description[0] = static_cast<u8>(127 + last);
-    for (unsigned s = 0; s < last; s += 2) description[1 + s / 2] = static_cast<u8>(weights[s] << 4 | (s + 1 < last ? weights[s + 1] : 0));
+    for (unsigned s = 0; s < last; s += 2)
+        description[1 + s / 2] = static_cast<u8>(weights[s] << 4 | (s + 1 < last ? weights[s + 1] : 0));
     description_bytes = 1 + direct;
     return true;
 }
@@ -312,15 +329,19 @@ u64 HuffmanTable::cost(const u32 counts[256]) const {
     return bits;
 }
 
-// The look-up of r bits, for r = 1 … kMaxCodeBits: a first symbol, behind which stands the look-up of the bits that it leaves. Loops over
-// neighbours without branches: a loop that follows each look-up symbol by symbol took 8 us, most of it mispredicted.
+// The look-up of r bits, for r = 1 … kMaxCodeBits: a first symbol, behind which stands the look-up of the bits that it
+// leaves. Loops over neighbours without branches: a loop that follows each look-up symbol by symbol took 8 us, most of
+// it mispredicted.
 void HuffmanDecoder::fill(unsigned longest, unsigned n_symbols) {
     u8 order[256];
     unsigned n = 0;
     bool has_one_bit = false;
     for (unsigned d = longest; d; --d)
         for (unsigned s = 0; s < n_symbols; ++s)
-            if (length[s] == d) order[n++] = static_cast<u8>(s), has_one_bit |= d == 1;
+            if (length[s] == d) {
+                order[n++] = static_cast<u8>(s);
+                has_one_bit |= d == 1;
+            }
     u64 shorter[kDecodeEntries];  // the look-up of r bits begins at 2^r - 1
     shorter[0] = 0;
     for (unsigned r = 1; r <= kMaxCodeBits; ++r) {
@@ -333,7 +354,8 @@ void HuffmanDecoder::fill(unsigned longest, unsigned n_symbols) {
             const size_t width = size_t{1} << (r - d);
             const u64 first = u64{order[k]} << 16 | 0x100 | d;
             at -= width;
-            for (size_t i = 0; i < width; ++i) table[at + i] = ((rest[i] & ~u64{0xffff}) << 8) + (rest[i] & 0xffff) + first;
+            for (size_t i = 0; i < width; ++i)
+                table[at + i] = ((rest[i] & ~u64{0xffff}) << 8) + (rest[i] & 0xffff) + first;
         }
         std::memset(table, 0, at * sizeof *table);  // the beginnings of longer codes
         if (has_one_bit)                            // only then are there seven symbols, of which the last has no room
@@ -355,7 +377,8 @@ size_t HuffmanDecoder::read(const u8* data, size_t n) {
         count = data[0] - 127u;
         used = 1 + (count + 1) / 2;
         if (used > n) return 0;
-        for (unsigned i = 0; i < count; ++i) weights[i] = static_cast<u8>(i & 1 ? data[1 + i / 2] & 15 : data[1 + i / 2] >> 4);
+        for (unsigned i = 0; i < count; ++i)
+            weights[i] = static_cast<u8>(i & 1 ? data[1 + i / 2] & 15 : data[1 + i / 2] >> 4);
     } else {
         used = 1 + size_t{data[0]};
         if (used > n || used < 3) return 0;

@@ -14,8 +14,8 @@ struct HuffmanTable {
     u8 description[kMaxDescription];
     size_t description_bytes;
 
-    // From counts, of which at least two are not 0. False: no description is possible (never for exponents: it takes more than 128
-    // symbols of one weight).
+    // From counts, of which at least two are not 0. False: no description is possible (never for exponents: it takes
+    // more than 128 symbols of one weight).
     bool build(const u32 counts[256]);
     // Bits that symbols of these counts take; a large number if one of them has no code.
     u64 cost(const u32 counts[256]) const;
@@ -28,7 +28,8 @@ struct HuffmanDecoder {
 
     // Reads a description. Returns its bytes, 0 if it is none.
     size_t read(const u8* data, size_t n);
-    // Four streams behind a jump table into exactly n symbols. `out` has room for n and kSlack. False: not such streams.
+    // Four streams behind a jump table into exactly n symbols. `out` has room for n and kSlack. False: not such
+    // streams.
     bool decode(const u8* data, size_t n_bytes, u8* out, size_t n, Soon read, Soon write) const {
         return kernels().huffman_decode(entries, length, data, n_bytes, out, n, read, write);
     }

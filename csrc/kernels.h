@@ -2,8 +2,14 @@
 #ifndef FASTCKPT_KERNELS_H
 #define FASTCKPT_KERNELS_H
 
+#include <cassert>
 #include <cstddef>
 #include <cstdint>
+
+#define FC_INLINE inline __attribute__((always_inline))
+
+// Lanes, digests, streams and frames are read and written as the machine's own integers.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "fastckpt runs on little-endian machines only");
 
 namespace fastckpt {
 
@@ -15,10 +21,13 @@ using u64 = uint64_t;
 constexpr size_t kStripeLanes = 131072;
 constexpr unsigned kMaxPlanes = 8;
 constexpr unsigned kMaxCodeBits = 11;
-// Room behind a plane or a Huffman stream that wide stores may touch.
+// Room behind a plane or a Huffman stream that wide loads and stores may touch. What relies on it says so in an assert,
+// which is compiled into the driver of csrc/tests, the fuzzers and builds with sanitizers, not into others.
 constexpr size_t kSlack = 64;
+static_assert(kSlack >= 64, "the widest store, of AVX-512");
 // One of four streams of a block: 32,768 symbols of at most 11 bits, and the end mark.
 constexpr size_t kStreamRoom = kStripeLanes / 4 * kMaxCodeBits / 8 + 8 + kSlack;
+static_assert(kStreamRoom >= (kStripeLanes / 4 * kMaxCodeBits + 1) / 8 + 8, "each put stores 8 bytes at its cursor");
 
 constexpr size_t kMinHuffman = 1024;
 constexpr size_t kNoRoom = ~size_t{0};
@@ -32,8 +41,8 @@ struct Codes {
     u16 code[256];
 };
 
-// A decoder's look-up of kMaxCodeBits bits: their number in byte 0 (a shift takes it from there as it is), how many symbols in byte 1, the
-// symbols in bytes 2-7.
+// A decoder's look-up of kMaxCodeBits bits: their number in byte 0 (a shift takes it from there as it is), how many
+// symbols in byte 1, the symbols in bytes 2-7.
 constexpr size_t kDecodeEntries = size_t{1} << kMaxCodeBits;
 
 struct Range {
@@ -57,23 +66,26 @@ struct Kernels {
     u8 (*pack7)(const u8* bytes, size_t n, u8* packed);
     void (*unpack7)(const u8* packed, size_t n, u8* bytes);
 
-    // SUBPACK of lanes: min(z, 2^bits - 1) into `packed`, z - esc of the others into `escapes` (as lanes of w bytes); returns how many.
-    // escapes has room for all lanes and kSlack; packed for its bytes and kSlack. lanes: at most kStripeLanes; a multiple of 8 but at the end.
+    // SUBPACK of lanes: min(z, 2^bits - 1) into `packed`, z - esc of the others into `escapes` (as lanes of w bytes);
+    // returns how many. escapes has room for all lanes and kSlack; packed for its bytes and kSlack. lanes: at most
+    // kStripeLanes; a multiple of 8 but at the end.
     size_t (*subpack)(const u8* raw, const u8* base, size_t lanes, unsigned w, unsigned bits, u8* packed, u8* escapes);
-    // The inverse. n_escapes: how many there are at `escapes`, with kSlack readable behind them; returns how many were needed, more than n_escapes if they do not suffice.
-    size_t (*subunpack)(const u8* packed, const u8* base, size_t lanes, unsigned w, unsigned bits, const u8* escapes, size_t n_escapes,
-                        u8* raw);
+    // The inverse. n_escapes: how many there are at `escapes`, with kSlack readable behind them; returns how many were
+    // needed, more than n_escapes if they do not suffice.
+    size_t (*subunpack)(const u8* packed, const u8* base, size_t lanes, unsigned w, unsigned bits, const u8* escapes,
+                        size_t n_escapes, u8* raw);
 
-    // Four Huffman streams and their jump table (RFC 8878, 4.2.2). Returns the bytes written, 0 if a symbol has no code, kNoRoom.
-    // kMinHuffman <= n <= kStripeLanes.
-    // soon: what the caller reads next, fetched into the cache meanwhile.
-    size_t (*huffman_encode)(const Codes& codes, const u8* symbols, size_t n, u8* out, size_t room, u8* scratch /* 4 x kStreamRoom */,
-                             Soon soon);
+    // Four Huffman streams and their jump table (RFC 8878, 4.2.2). Returns the bytes written, 0 if a symbol has no
+    // code, kNoRoom. kMinHuffman <= n <= kStripeLanes. soon: what the caller reads next, fetched into the cache
+    // meanwhile.
+    size_t (*huffman_encode)(const Codes& codes, const u8* symbols, size_t n, u8* out, size_t room,
+                             u8* scratch /* 4 x kStreamRoom */, Soon soon);
 
-    // The inverse, into exactly n symbols; `out` has room for n and kSlack. entries: kDecodeEntries; lengths: each symbol's. False: not
-    // such streams. Reads and writes within bounds whatever the bytes are.
-    // soon: what the caller reads and writes next, fetched into the cache meanwhile.
-    bool (*huffman_decode)(const u64* entries, const u8* lengths, const u8* data, size_t n_bytes, u8* out, size_t n, Soon read, Soon write);
+    // The inverse, into exactly n symbols; `out` has room for n and kSlack. entries: kDecodeEntries; lengths: each
+    // symbol's. False: not such streams. Reads and writes within bounds whatever the bytes are. soon: what the caller
+    // reads and writes next, fetched into the cache meanwhile.
+    bool (*huffman_decode)(const u64* entries, const u8* lengths, const u8* data, size_t n_bytes, u8* out, size_t n,
+                           Soon read, Soon write);
 
     // acc += whole blocks of 1024 bytes.
     void (*xxh3_blocks)(u64* acc, const u8* data, size_t n_blocks);

@@ -1,9 +1,11 @@
-// The inner loops. Included once for each instruction set, with FASTCKPT_ISA (a namespace), FASTCKPT_ISA_NAME, and FASTCKPT_AVX2 and
-// FASTCKPT_AVX512 where they may be used. Only static functions and memcpy: nothing that the linker could take for another set.
+// The inner loops. Included once for each instruction set, with FASTCKPT_ISA (a namespace), FASTCKPT_ISA_NAME, and
+// FASTCKPT_AVX2 and FASTCKPT_AVX512 where they may be used. Only static functions and memcpy: nothing that the linker
+// could take for another set.
 #include <cstring>
 
 #include "crc64.h"
 #include "kernels.h"
+#include "lanes.h"
 #include "xxh3.h"
 
 #ifndef FASTCKPT_AVX2
@@ -17,17 +19,29 @@ namespace fastckpt {
 namespace FASTCKPT_ISA {
 namespace {
 
-#define FC_INLINE inline __attribute__((always_inline))
-
 #include "planes.inl"
 #include "packing.inl"
 #include "huffman_streams.inl"
 #include "checksums.inl"
 
-#undef FC_INLINE
-
-constexpr Kernels kKernels = {FASTCKPT_ISA_NAME, split,          merge,       pack7,        unpack7, subpack,  subunpack,
-                              huffman_encode, huffman_decode,   xxh3_blocks,    xxh3_stripes, crc,          copy,    all_equal, range};
+// By name: xxh3_blocks and xxh3_stripes, for one, have the same type and could change places unseen.
+constexpr Kernels kKernels = {
+    .name = FASTCKPT_ISA_NAME,
+    .split = split,
+    .merge = merge,
+    .pack7 = pack7,
+    .unpack7 = unpack7,
+    .subpack = subpack,
+    .subunpack = subunpack,
+    .huffman_encode = huffman_encode,
+    .huffman_decode = huffman_decode,
+    .xxh3_blocks = xxh3_blocks,
+    .xxh3_stripes = xxh3_stripes,
+    .crc = crc,
+    .copy = copy,
+    .all_equal = all_equal,
+    .range = range,
+};
 
 }  // namespace
 }  // namespace FASTCKPT_ISA

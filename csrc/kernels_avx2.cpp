@@ -24,8 +24,9 @@
 
 const fastckpt::Kernels* fastckpt::avx2_kernels() {
     __builtin_cpu_init();
-    const bool there = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                       __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("pclmul");
+    const bool there = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                       __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
+                       __builtin_cpu_supports("pclmul");
     return there ? &fastckpt::avx2::kKernels : nullptr;
 }
 #else

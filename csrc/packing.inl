@@ -30,6 +30,7 @@ u8 pack7(const u8* bytes, size_t n, u8* packed) {
     size_t i = 0;
     for (; i + 8 <= n; i += 8, packed += 7) {  // the eighth byte of each store is overwritten by the next, or is slack
         const u64 x = load64(bytes + i);
+        assert(packed <= bytes + i || packed >= bytes + n);  // in place: nothing is overwritten that was not read
         seen |= x;
         const u64 y = squeeze<7, 1>(x);
         std::memcpy(packed, &y, 8);
@@ -41,7 +42,9 @@ u8 pack7(const u8* bytes, size_t n, u8* packed) {
         const u64 y = squeeze<7, 1>(x);
         std::memcpy(packed, &y, (7 * (n - i) + 7) / 8);
     }
-    seen |= seen >> 32, seen |= seen >> 16, seen |= seen >> 8;
+    seen |= seen >> 32;
+    seen |= seen >> 16;
+    seen |= seen >> 8;
     return static_cast<u8>(seen & 1);
 }
 
@@ -57,7 +60,8 @@ void unpack7(const u8* packed, size_t n, u8* bytes) {
         std::memcpy(&x, packed, (7 * m + 7) / 8);
         const u64 y = spread<7, 1>(x);
         std::memcpy(bytes + i, &y, m);
-        i += m, packed += 7;
+        i += m;
+        packed += 7;
     }
 }
 
@@ -102,6 +106,7 @@ size_t subpack_lanes(const u8* raw, const u8* base, size_t lanes, u8* packed, u8
     Lane z[kBlockLanes];
     u8 values[kBlockLanes];
     u8* const first = escapes;
+    [[maybe_unused]] const u8* const end = first + lanes * w + kSlack;
     for (size_t from = 0; from < lanes; from += kBlockLanes) {
         const size_t n = lanes - from < kBlockLanes ? lanes - from : kBlockLanes;
         for (size_t i = 0; i < n; ++i)
@@ -117,6 +122,7 @@ size_t subpack_lanes(const u8* raw, const u8* base, size_t lanes, u8* packed, u8
             for (; i + 32 <= n; i += 32) {
                 const __m512i v = _mm512_loadu_si512(z + i), e = _mm512_set1_epi16(static_cast<short>(esc));
                 const __mmask32 far = _mm512_cmpge_epu16_mask(v, e);
+                assert(end - escapes >= 64);
                 _mm512_storeu_si512(escapes, _mm512_maskz_compress_epi16(far, _mm512_sub_epi16(v, e)));
                 escapes += 2 * static_cast<unsigned>(__builtin_popcount(far));
             }
@@ -124,12 +130,14 @@ size_t subpack_lanes(const u8* raw, const u8* base, size_t lanes, u8* packed, u8
             for (; i + 16 <= n; i += 16) {
                 const __m512i v = _mm512_loadu_si512(z + i), e = _mm512_set1_epi32(static_cast<int>(esc));
                 const __mmask16 far = _mm512_cmpge_epu32_mask(v, e);
+                assert(end - escapes >= 64);
                 _mm512_storeu_si512(escapes, _mm512_maskz_compress_epi32(far, _mm512_sub_epi32(v, e)));
                 escapes += 4 * static_cast<unsigned>(__builtin_popcount(far));
             }
 #endif
         for (; i < n; ++i) {  // no branch: whether a value escapes cannot be foreseen
             const Lane rest = static_cast<Lane>(z[i] - esc);
+            assert(end - escapes >= static_cast<ptrdiff_t>(w));
             std::memcpy(escapes, &rest, w);
             escapes += z[i] >= esc ? w : 0;
         }
@@ -157,8 +165,10 @@ size_t subunpack_lanes(const u8* packed, const u8* base, size_t lanes, const u8*
 #if FASTCKPT_AVX512
         if constexpr (w == 2)
             for (; i + 32 <= n; i += 32) {
-                const __m512i v = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i)));
+                const __m512i v =
+                    _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i)));
                 const __mmask32 at = _mm512_cmpeq_epi16_mask(v, _mm512_set1_epi16(static_cast<short>(esc)));
+                assert(used <= n_escapes);  // 64 bytes from there are escapes or their slack
                 const __m512i more = _mm512_maskz_expand_epi16(at, _mm512_loadu_si512(escapes + used * w));
                 _mm512_storeu_si512(z + i, _mm512_add_epi16(v, more));
                 used += static_cast<unsigned>(__builtin_popcount(at));
@@ -167,6 +177,7 @@ size_t subunpack_lanes(const u8* packed, const u8* base, size_t lanes, const u8*
             for (; i + 16 <= n; i += 16) {
                 const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i)));
                 const __mmask16 at = _mm512_cmpeq_epi32_mask(v, _mm512_set1_epi32(static_cast<int>(esc)));
+                assert(used <= n_escapes);  // 64 bytes from there are escapes or their slack
                 const __m512i more = _mm512_maskz_expand_epi32(at, _mm512_loadu_si512(escapes + used * w));
                 _mm512_storeu_si512(z + i, _mm512_add_epi32(v, more));
                 used += static_cast<unsigned>(__builtin_popcount(at));
@@ -178,6 +189,7 @@ size_t subunpack_lanes(const u8* packed, const u8* base, size_t lanes, const u8*
                 if (values[i] == esc) z[i] = static_cast<Lane>(z[i] + load_lane<Lane>(escapes + w * used++));
         }
         for (; i < n; ++i) {  // no branch: the next escape is read in any case, and lies in the buffer or its slack
+            assert(used <= n_escapes);
             const Lane more = load_lane<Lane>(escapes + used * w);
             const bool at = values[i] == esc;
             z[i] = static_cast<Lane>(values[i] + (at ? more : Lane{0}));
@@ -208,7 +220,8 @@ size_t subpack(const u8* raw, const u8* base, size_t lanes, unsigned w, unsigned
     }
 }
 
-size_t subunpack(const u8* packed, const u8* base, size_t lanes, unsigned w, unsigned bits, const u8* escapes, size_t n, u8* raw) {
+size_t subunpack(const u8* packed, const u8* base, size_t lanes, unsigned w, unsigned bits, const u8* escapes, size_t n,
+                 u8* raw) {
     switch (w * 16 + bits) {
         case 2 * 16 + 1: return subunpack_lanes<u16, 1>(packed, base, lanes, escapes, n, raw);
         case 2 * 16 + 2: return subunpack_lanes<u16, 2>(packed, base, lanes, escapes, n, raw);

@@ -1,43 +1,18 @@
 // Lanes to byte planes and back. Part of kernels.inl.
 
-// ---- lanes ↔ integers ------------------------------------------------------------------------------------------------------------
-
-template <typename Lane>
-FC_INLINE Lane load_lane(const u8* p) {
-    Lane x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
-
-template <typename Lane>
-constexpr Lane kTop = static_cast<Lane>(Lane{1} << (8 * sizeof(Lane) - 1));
-
-template <typename Lane>
-FC_INLINE Lane ordered(Lane x) {  // floats in integer order
-    return static_cast<Lane>(x & kTop<Lane> ? ~x : x | kTop<Lane>);
-}
-template <typename Lane>
-FC_INLINE Lane unordered(Lane m) {
-    return static_cast<Lane>(m & kTop<Lane> ? m ^ kTop<Lane> : ~m);
-}
+// ---- lane by lane ----
 
 template <typename Lane, Map map>
 FC_INLINE Lane mapped(Lane x, const u8* base) {
-    if constexpr (map == Map::kRot) return static_cast<Lane>(static_cast<Lane>(x << 1) | static_cast<Lane>(x >> (8 * sizeof(Lane) - 1)));
-    if constexpr (map == Map::kSub) {
-        const Lane d = static_cast<Lane>(ordered(x) - ordered(load_lane<Lane>(base)));
-        return static_cast<Lane>(static_cast<Lane>(d << 1) ^ static_cast<Lane>(d & kTop<Lane> ? ~Lane{0} : Lane{0}));
-    }
+    if constexpr (map == Map::kRot) return rotated(x);
+    if constexpr (map == Map::kSub) return difference(x, load_lane<Lane>(base));
     return x;
 }
 
 template <typename Lane, Map map>
 FC_INLINE Lane unmapped(Lane y, const u8* base) {
-    if constexpr (map == Map::kRot) return static_cast<Lane>(static_cast<Lane>(y >> 1) | static_cast<Lane>(y << (8 * sizeof(Lane) - 1)));
-    if constexpr (map == Map::kSub) {
-        const Lane d = static_cast<Lane>(static_cast<Lane>(y >> 1) ^ static_cast<Lane>(y & 1 ? ~Lane{0} : Lane{0}));
-        return unordered(static_cast<Lane>(d + ordered(load_lane<Lane>(base))));
-    }
+    if constexpr (map == Map::kRot) return unrotated(y);
+    if constexpr (map == Map::kSub) return undifference(y, load_lane<Lane>(base));
     return y;
 }
 
@@ -47,7 +22,7 @@ void split_lanes(const u8* raw, const u8* base, size_t from, size_t lanes, u8* c
     for (unsigned k = 0; k < w; ++k) {
         u8* __restrict plane = planes[k];
         for (size_t i = from; i < lanes; ++i)
-            plane[i] = static_cast<u8>(mapped<Lane, map>(load_lane<Lane>(raw + i * w), base + i * w) >> (8 * (w - 1 - k)));
+            plane[i] = byte_of(mapped<Lane, map>(load_lane<Lane>(raw + i * w), base + i * w), k);
     }
 }
 
@@ -56,13 +31,14 @@ void merge_lanes(const u8* const* planes, const u8* base, size_t from, size_t la
     constexpr unsigned w = sizeof(Lane);
     for (size_t i = from; i < lanes; ++i) {
         Lane y = 0;
-        for (unsigned k = 0; k < w; ++k) y = static_cast<Lane>(y | static_cast<Lane>(static_cast<Lane>(planes[k][i]) << (8 * (w - 1 - k))));
+        for (unsigned k = 0; k < w; ++k)
+            y = static_cast<Lane>(y | static_cast<Lane>(static_cast<Lane>(planes[k][i]) << (8 * (w - 1 - k))));
         const Lane x = unmapped<Lane, map>(y, base + i * w);
         std::memcpy(raw + i * w, &x, w);
     }
 }
 
-// ---- vectors ---------------------------------------------------------------------------------------------------------------------
+// ---- vectors ----
 
 #if FASTCKPT_AVX512
 
@@ -82,7 +58,8 @@ template <Map map>
 FC_INLINE __m512i unmap16(__m512i y, const u8* base) {
     if constexpr (map == Map::kRot) return _mm512_shldi_epi16(y, y, 15);
     if constexpr (map == Map::kSub) {
-        const __m512i top = _mm512_set1_epi16(static_cast<short>(0x8000)), b = _mm512_loadu_si512(base), zero = _mm512_setzero_si512();
+        const __m512i top = _mm512_set1_epi16(static_cast<short>(0x8000)), b = _mm512_loadu_si512(base),
+                      zero = _mm512_setzero_si512();
         const __m512i odd = _mm512_sub_epi16(zero, _mm512_and_si512(y, _mm512_set1_epi16(1)));
         const __m512i d = _mm512_xor_si512(_mm512_srli_epi16(y, 1), odd);
         const __m512i mb = _mm512_xor_si512(b, _mm512_or_si512(_mm512_srai_epi16(b, 15), top));
@@ -108,7 +85,8 @@ template <Map map>
 FC_INLINE __m512i unmap32(__m512i y, const u8* base) {
     if constexpr (map == Map::kRot) return _mm512_ror_epi32(y, 1);
     if constexpr (map == Map::kSub) {
-        const __m512i top = _mm512_set1_epi32(static_cast<int>(0x80000000u)), b = _mm512_loadu_si512(base), zero = _mm512_setzero_si512();
+        const __m512i top = _mm512_set1_epi32(static_cast<int>(0x80000000u)), b = _mm512_loadu_si512(base),
+                      zero = _mm512_setzero_si512();
         const __m512i odd = _mm512_sub_epi32(zero, _mm512_and_si512(y, _mm512_set1_epi32(1)));
         const __m512i d = _mm512_xor_si512(_mm512_srli_epi32(y, 1), odd);
         const __m512i mb = _mm512_xor_si512(b, _mm512_or_si512(_mm512_srai_epi32(b, 31), top));
@@ -278,7 +256,8 @@ template <Map map>
 void merge2(const u8* const* planes, const u8* base, size_t lanes, u8* raw) {
     size_t i = 0;
     for (; i + 32 <= lanes; i += 32) {
-        const __m256i h = _mm256_permute4x64_epi64(load256(planes[0] + i), 0xD8), l = _mm256_permute4x64_epi64(load256(planes[1] + i), 0xD8);
+        const __m256i h = _mm256_permute4x64_epi64(load256(planes[0] + i), 0xD8),
+                      l = _mm256_permute4x64_epi64(load256(planes[1] + i), 0xD8);
         store256(raw + 2 * i, unmap16<map>(_mm256_unpacklo_epi8(l, h), base + 2 * i));
         store256(raw + 2 * i + 32, unmap16<map>(_mm256_unpackhi_epi8(l, h), base + 2 * i + 32));
     }
@@ -287,14 +266,16 @@ void merge2(const u8* const* planes, const u8* base, size_t lanes, u8* raw) {
 
 template <Map map>
 void split4(const u8* raw, const u8* base, size_t lanes, u8* const* planes) {
-    const __m256i in_lane = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m256i in_lane = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15, 0, 4, 8, 12, 1, 5, 9,
+                                             13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m256i across = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     size_t i = 0;
     for (; i + 32 <= lanes; i += 32) {
         __m256i v[4];
         for (unsigned k = 0; k < 4; ++k) {  // 8 bytes of each plane
             const size_t at = 4 * i + 32 * k;
-            v[k] = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(map32<map>(load256(raw + at), base + at), in_lane), across);
+            v[k] = _mm256_permutevar8x32_epi32(_mm256_shuffle_epi8(map32<map>(load256(raw + at), base + at), in_lane),
+                                               across);
         }
         const __m256i a = _mm256_unpacklo_epi64(v[0], v[1]), b = _mm256_unpackhi_epi64(v[0], v[1]);
         const __m256i c = _mm256_unpacklo_epi64(v[2], v[3]), d = _mm256_unpackhi_epi64(v[2], v[3]);
@@ -310,7 +291,8 @@ template <Map map>
 void merge4(const u8* const* planes, const u8* base, size_t lanes, u8* raw) {
     size_t i = 0;
     for (; i + 32 <= lanes; i += 32) {
-        const __m256i a = load256(planes[3] + i), b = load256(planes[2] + i), c = load256(planes[1] + i), d = load256(planes[0] + i);
+        const __m256i a = load256(planes[3] + i), b = load256(planes[2] + i), c = load256(planes[1] + i),
+                      d = load256(planes[0] + i);
         const __m256i abl = _mm256_unpacklo_epi8(a, b), abh = _mm256_unpackhi_epi8(a, b);
         const __m256i cdl = _mm256_unpacklo_epi8(c, d), cdh = _mm256_unpackhi_epi8(c, d);
         const __m256i r0 = _mm256_unpacklo_epi16(abl, cdl), r1 = _mm256_unpackhi_epi16(abl, cdl);

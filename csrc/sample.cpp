@@ -2,8 +2,11 @@
 #include <cmath>
 #include <cstring>
 
+#include "arguments.h"
+#include "entropy.h"
 #include "fastckpt.h"
 #include "kernels.h"
+#include "lanes.h"
 
 using namespace fastckpt;
 
@@ -16,18 +19,23 @@ struct Counts {
     u32 of[256];
     u64 total;
 
-    void add(unsigned byte) { ++of[byte], ++total; }
-    // Bits a symbol as a block of literals has them: raw at most; a symbol in more than half of the places takes a bit all the same; nothing
-    // where there is one symbol only.
+    void add(unsigned byte) {
+        ++of[byte];
+        ++total;
+    }
+    // Bits a symbol as a block of literals has them: raw at most; a symbol in more than half of the places takes a bit
+    // all the same; nothing where there is one symbol only.
     double bits() const {
         if (!total) return 0;
         double sum = 0;
         unsigned distinct = 0;
         for (u32 c : of)
-            if (c) sum += c * std::log2(static_cast<double>(c)), ++distinct;
+            if (c) {
+                sum += c * std::log2(static_cast<double>(c));
+                ++distinct;
+            }
         if (distinct == 1) return 0;
-        double h = std::log2(static_cast<double>(total)) - sum / static_cast<double>(total) +
-                   (distinct - 1) / (2 * 0.6931 * static_cast<double>(total));
+        double h = entropy_of(sum, static_cast<double>(total), distinct);
         const double p = dominant();
         if (p > 0.5) h += 1 + p * std::log2(p) + (1 - p) * std::log2(1 - p);
         return h > 8 ? 8 : h;
@@ -48,21 +56,14 @@ struct Tally {
 template <typename Lane>
 void look(const u8* raw, const u8* base, size_t lanes, Tally& t) {
     constexpr unsigned w = sizeof(Lane);
-    constexpr Lane top = static_cast<Lane>(Lane{1} << (8 * w - 1));
     Lane z[kPiece / w];
     for (size_t i = 0; i < lanes; ++i) {
-        Lane x;
-        std::memcpy(&x, raw + i * w, w);
-        const Lane y = static_cast<Lane>(static_cast<Lane>(x << 1) | static_cast<Lane>(x >> (8 * w - 1)));
-        for (unsigned k = 0; k < w; ++k) t.rot[k].add(static_cast<u8>(y >> (8 * (w - 1 - k))));
-        t.negative |= (x & top) != 0;
+        const Lane x = load_lane<Lane>(raw + i * w), y = rotated(x);
+        for (unsigned k = 0; k < w; ++k) t.rot[k].add(byte_of(y, k));
+        t.negative |= (x & kTop<Lane>) != 0;
         if (!base) continue;
-        Lane b;
-        std::memcpy(&b, base + i * w, w);
-        const Lane mx = static_cast<Lane>(x & top ? ~x : x | top), mb = static_cast<Lane>(b & top ? ~b : b | top);
-        const Lane d = static_cast<Lane>(mx - mb);
-        z[i] = static_cast<Lane>(static_cast<Lane>(d << 1) ^ static_cast<Lane>(d & top ? ~Lane{0} : Lane{0}));
-        for (unsigned k = 0; k < w; ++k) t.sub[k].add(static_cast<u8>(z[i] >> (8 * (w - 1 - k))));
+        z[i] = difference(x, load_lane<Lane>(base + i * w));
+        for (unsigned k = 0; k < w; ++k) t.sub[k].add(byte_of(z[i], k));
     }
     t.lanes += lanes;
     if (!base) return;
@@ -71,14 +72,15 @@ void look(const u8* raw, const u8* base, size_t lanes, Tally& t) {
         const Lane esc = static_cast<Lane>((1u << bits) - 1);
         for (size_t i = 0; i + in_byte <= lanes; i += in_byte) {
             unsigned byte = 0;
-            for (unsigned j = 0; j < in_byte; ++j) byte |= static_cast<unsigned>(z[i + j] < esc ? z[i + j] : esc) << (bits * j);
+            for (unsigned j = 0; j < in_byte; ++j)
+                byte |= static_cast<unsigned>(z[i + j] < esc ? z[i + j] : esc) << (bits * j);
             t.packed[p].add(byte);
         }
         for (size_t i = 0; i < lanes; ++i)
             if (z[i] >= esc) {
                 ++t.n_escapes[p];
                 const Lane rest = static_cast<Lane>(z[i] - esc);
-                for (unsigned k = 0; k < w; ++k) t.escapes[p][k].add(static_cast<u8>(rest >> (8 * (w - 1 - k))));
+                for (unsigned k = 0; k < w; ++k) t.escapes[p][k].add(byte_of(rest, k));
             }
     }
 }
@@ -88,6 +90,8 @@ void look(const u8* raw, const u8* base, size_t lanes, Tally& t) {
 extern "C" int fastckpt_sample(const void* raw, const void* base, size_t n_bytes, unsigned w, fastckpt_estimate* out) {
     if (w != 2 && w != 4 && w != 8) return FASTCKPT_BAD_LANE;
     if (!n_bytes || n_bytes % w) return FASTCKPT_BAD_LENGTH;
+    if (!out) return FASTCKPT_BAD_ARGUMENT;
+    if (const int status = check_memory(raw, n_bytes)) return status;
     Tally t;  // 54 KiB
     std::memset(&t, 0, sizeof t);
     const auto* x = static_cast<const u8*>(raw);

@@ -10,7 +10,8 @@ constexpr size_t kXxh3BlockBytes = 1024;
 constexpr u64 kXxh3Prime32_1 = 0x9E3779B1u;
 extern const u8 kXxh3Secret[192];
 
-// Digests one buffer, as far as the caller has got. The last bytes of a buffer are treated apart, so its length is known from the start.
+// Digests one buffer, as far as the caller has got. The last bytes of a buffer are treated apart, so its length is
+// known from the start.
 class Xxh3 {
 public:
     Xxh3(const u8* data, size_t n_bytes);

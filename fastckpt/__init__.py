@@ -7,7 +7,8 @@
     cut                           and vote   S3                                       in threads
              └────── writing/ moves it ──────┘
                               └─→ repository/commit.py: one conditional put
-    `training/` decides when, `spot/` hears notices, `upkeep/` is for a person with a repository, `host/` is this machine, `kernels/` are the loops.
+    `training/` decides when, `spot/` hears notices, `upkeep/` is for a person with a repository, `host/` is this machine, `kernels/` are
+    the loops over every byte.
 
 `save`, `load` and `save_async` take torch.save's and torch.load's arguments; `open` fetches single tensors by name. A training loop uses
 
@@ -24,6 +25,12 @@ docs/architecture.md has the whole map, docs/format.md the bytes, docs/guarantee
 from __future__ import annotations
 
 import importlib.metadata as _metadata
+import sys as _sys
+
+if (
+    _sys.byteorder != "little"
+):  # the format's numbers are read where they lie; checked before numpy and torch are imported
+    raise ImportError(f"fastckpt runs on little-endian machines only, and this one is {_sys.byteorder}-endian")
 
 from fastckpt.host.cycle_collector import held_off as _held_off
 

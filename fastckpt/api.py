@@ -28,7 +28,9 @@ from fastckpt.errors import (
     StoreError,
     TooLargeError,
 )
+from fastckpt.host.deadline import bounded
 from fastckpt.host.files import FileObject, Sink, make_directories, open_sink
+from fastckpt.host.interrupts import deferred_interrupt
 from fastckpt.host.threads import start_thread
 from fastckpt.host.torch_names import check_can_seek, check_can_write, check_dill
 from fastckpt.options import Options
@@ -49,7 +51,7 @@ from fastckpt.store.open import open_object, open_store
 from fastckpt.writing import turns
 from fastckpt.writing.container import start_workers, write
 from fastckpt.writing.object_sink import ObjectSink
-from fastckpt.writing.ordered_sink import OrderedSink, key_of_path
+from fastckpt.writing.ordered_sink import OrderedSink, keys_of_object, keys_of_path
 
 
 def _describe(f: Any) -> str:
@@ -93,13 +95,13 @@ def save(
     captured = capture(obj, pickle_module, pickle_protocol)
     skeleton_s = time.perf_counter() - started
     sink, _ = _sink(f, "save", options)
-    sink.expect(captured.n_bytes)
     try:
+        sink.expect(captured.n_bytes)
         pool = start_workers(captured, options)
+        write(captured, sink, _describe(f), options, pool, skeleton_s)
     except BaseException:
         sink.abandon()
         raise
-    write(captured, sink, _describe(f), options, pool, skeleton_s)
 
 
 def _save_legacy(obj: object, f: Any, pickle_module: Any, pickle_protocol: int, options: Options) -> None:
@@ -147,7 +149,7 @@ class SaveHandle:
     def wait(self, timeout_s: float | None = None) -> int:
         """Block until durable; returns the bytes of the file. Raises the save's error, or TimeoutError (the save goes on)."""
         try:
-            return self.durable.result(timeout_s)
+            return self.durable.result(None if timeout_s is None else bounded(timeout_s))
         except futures.TimeoutError:
             if self.durable.done():  # the save's own error
                 raise
@@ -179,20 +181,9 @@ def save_async(
     handle = SaveHandle(_describe(f))
     source = _snapshot(captured, handle.target, options)
     skeleton_s = time.perf_counter() - started
-    try:
-        sink, turn = _sink(f, "save_async", options)
-    except BaseException:
-        source.close()
-        raise
-    sink.expect(captured.n_bytes)
-    try:
-        pool = start_workers(captured, options)
-    except BaseException:
-        source.close()
-        sink.abandon()
-        raise
 
     def run() -> None:
+        assert sink is not None
         try:
             handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s, source))
         except BaseException as error:
@@ -201,21 +192,27 @@ def save_async(
             )
             handle.durable.set_exception(error)
 
-    thread = None
-    if not isinstance(source, LiveChunks):
-        try:
-            thread = start_thread(run, "fastckpt-save")
-            if thread is not None:
-                turn.hand_over()
-        except BaseException:
+    thread = sink = pool = None
+    try:
+        sink, turn = _sink(f, "save_async", options)
+        sink.expect(captured.n_bytes)
+        pool = start_workers(captured, options)
+        if not isinstance(source, LiveChunks):
+            with deferred_interrupt():  # all of it changes hands
+                thread = start_thread(run, "fastckpt-save")
+                if thread is not None:
+                    turn.hand_over()
+        if thread is None:
+            handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s, source))
+        handle.staged.set_result(None)
+    except BaseException:
+        if thread is None:  # else it goes on, though nobody gets its handle
             if pool is not None:
                 pool.close()
-            sink.abandon()
+            if sink is not None:
+                sink.abandon()
             source.close()
-            raise
-    if thread is None:
-        handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s, source))
-    handle.staged.set_result(None)
+        raise
     return handle
 
 
@@ -399,17 +396,18 @@ def _sink(f: Any, verb: str, options: Options) -> tuple[OrderedSink, turns.Turn]
     """Where a save goes, and its place among the saves that go there. verb: "save" or "save_async", for messages."""
     name = f"{verb} to {_describe(f)}"
     if not isinstance(f, (str, os.PathLike)):
-        turn = turns.take(("object", id(f)), name)
+        keys = keys_of_object(f)
         opened: Callable[[], Sink] = functools.partial(FileObject, f)
     elif is_url(where := location(f)):
         store, key = _object(where)
-        turn = turns.take(("url", store.url, key), name)
+        keys = (("url", store.url, key),)
         opened = functools.partial(ObjectSink, store, key)
     else:
         if _describe(f).startswith("file:"):
             make_directories(os.path.dirname(where))  # as a store does
-        turn = turns.take(key_of_path(where), name)
+        keys = keys_of_path(where)
         opened = functools.partial(open_sink, where)
+    turn = turns.take(keys, name)
     try:
         return OrderedSink(opened(), turn, options.max_order_wait_s), turn
     except BaseException:

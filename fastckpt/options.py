@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fastckpt.host.deadline import bounded
 from fastckpt.kernels import kernels
 from fastckpt.kernels.transform import MAX_RAW_BYTES
 
@@ -111,6 +112,8 @@ class Options:
         problems = [f"{name} is {value!r}: it must be {expected}" for name, value, expected in wrong if expected]
         if problems:
             raise ValueError("; ".join(problems))
+        for name in ("max_stall_s", "max_order_wait_s"):
+            object.__setattr__(self, name, bounded(getattr(self, name)))
         if not self.threads:
             object.__setattr__(self, "threads", min(_cpus(), 16))
         if not self.host_budget_bytes:

@@ -1,7 +1,9 @@
-// libFuzzer: fastckpt_decode of any bytes stays within its buffers, and what it accepts can be encoded and decoded again.
+// libFuzzer: fastckpt_decode of any bytes stays within its buffers, and what it accepts can be encoded and decoded
+// again.
 //
-// An input: bytes 0-2 choose transform, lane bytes and pack bits, bytes 3-5 the lanes less 1; then the frame. Unless bit 7 of byte 0 is
-// set, the frame's head is made right for that length (SUBPACK: but for the content size, which depends on the escapes).
+// An input: bytes 0-2 choose transform, lane bytes and pack bits, bytes 3-5 the lanes less 1; then the frame. Unless
+// bit 7 of byte 0 is set, the frame's head is made right for that length (SUBPACK: but for the content size, which
+// depends on the escapes).
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -41,7 +43,8 @@ fastckpt_context* context_memory() {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (size < kHead) return 0;
     const unsigned transform = FASTCKPT_ROT + (data[0] & 0x7f) % 4, w = 2u << data[1] % 3, pack = 1u << data[2] % 4;
-    const size_t lanes = 1 + (data[3] | data[4] << 8 | size_t{data[5]} << 16) % kMaxLanes, n = lanes * w, n_frame = size - kHead;
+    const size_t lanes = 1 + (data[3] | data[4] << 8 | size_t{data[5]} << 16) % kMaxLanes, n = lanes * w,
+                 n_frame = size - kHead;
     const auto frame = exactly(n_frame), base = exactly(n), raw = exactly(n);
     std::memcpy(frame.get(), data + kHead, n_frame);
     if (!(data[0] & 0x80) && n_frame >= 9) {
@@ -49,14 +52,17 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         std::memcpy(frame.get(), "\x28\xB5\x2F\xFD\xA0", 5);
         if (transform != FASTCKPT_SUBPACK) std::memcpy(frame.get() + 5, &content, 4);
     }
-    for (size_t done = 0; done < n; done += std::min(size, n - done)) std::memcpy(base.get() + done, data, std::min(size, n - done));
+    for (size_t done = 0; done < n; done += std::min(size, n - done))
+        std::memcpy(base.get() + done, data, std::min(size, n - done));
 
     fastckpt_context* context = context_memory();
     uint8_t digest[16], again[16];
-    const int status = fastckpt_decode(context, frame.get(), n_frame, base.get(), n, transform, w, pack, raw.get(), digest);
+    const int status =
+        fastckpt_decode(context, frame.get(), n_frame, base.get(), n, transform, w, pack, raw.get(), digest);
     require(status == FASTCKPT_OK || status == FASTCKPT_FOREIGN, "a status that decode does not give");
     const auto second = exactly(n);
-    require(fastckpt_decode(context, frame.get(), n_frame, base.get(), n, transform, w, pack, second.get(), again) == status,
+    require(fastckpt_decode(context, frame.get(), n_frame, base.get(), n, transform, w, pack, second.get(), again) ==
+                status,
             "another status the second time");
     if (status != FASTCKPT_OK) return 0;
     require(!std::memcmp(raw.get(), second.get(), n) && !std::memcmp(digest, again, 16), "other bytes the second time");
@@ -67,14 +73,18 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const size_t room = fastckpt_encode_bound(n);
     const auto stored = exactly(room);
     fastckpt_encoded result;
-    require(fastckpt_encode(context, raw.get(), base.get(), n, transform, w, pack, stored.get(), room, &result) == FASTCKPT_OK, "cannot encode it");
+    require(fastckpt_encode(context, raw.get(), base.get(), n, transform, w, pack, stored.get(), room, &result) ==
+                FASTCKPT_OK,
+            "cannot encode it");
     require(result.stored_bytes <= room && !std::memcmp(digest, result.digest, 16), "encode's digest");
     require(result.crc64nvme == fastckpt_crc64nvme_portable(0, stored.get(), result.stored_bytes), "encode's crc");
     const auto copy = exactly(result.stored_bytes);
     std::memcpy(copy.get(), stored.get(), result.stored_bytes);
     std::memset(second.get(), 0xAA, n);
-    require(fastckpt_decode(context, copy.get(), result.stored_bytes, base.get(), n, transform, w, pack, second.get(), again) == FASTCKPT_OK,
+    require(fastckpt_decode(context, copy.get(), result.stored_bytes, base.get(), n, transform, w, pack, second.get(),
+                            again) == FASTCKPT_OK,
             "cannot decode its encoding");
-    require(!std::memcmp(raw.get(), second.get(), n) && !std::memcmp(digest, again, 16), "its encoding has other bytes");
+    require(!std::memcmp(raw.get(), second.get(), n) && !std::memcmp(digest, again, 16),
+            "its encoding has other bytes");
     return 0;
 }

@@ -1,8 +1,9 @@
 // libFuzzer: fastckpt_merge of any bytes stays within its buffers, and what it accepts can be split and merged again.
 //
-// An input begins with the six bytes of decode_fuzzer.cpp; then comes the stream. Unless bit 7 of byte 0 is set, it is cut or continued
-// with zeros to the length that such a stream has (SUBPACK: by as many escapes as its packed lanes ask for). There are at most 4,096 lanes
-// unless bits 4-6 of byte 0 are all set: zeros for more take most of the time and show little.
+// An input begins with the six bytes of decode_fuzzer.cpp; then comes the stream. Unless bit 7 of byte 0 is set, it is
+// cut or continued with zeros to the length that such a stream has (SUBPACK: by as many escapes as its packed lanes ask
+// for). There are at most 4,096 lanes unless bits 4-6 of byte 0 are all set: zeros for more take most of the time and
+// show little.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -55,26 +56,32 @@ fastckpt_context* context_memory() {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (size < kHead) return 0;
     const unsigned transform = FASTCKPT_ROT + (data[0] & 0x7f) % 4, w = 2u << data[1] % 3, pack = 1u << data[2] % 4;
-    const size_t lanes = 1 + (data[3] | data[4] << 8 | size_t{data[5]} << 16) % ((data[0] & 0x70) == 0x70 ? kMaxLanes : 4096);
+    const size_t lanes =
+        1 + (data[3] | data[4] << 8 | size_t{data[5]} << 16) % ((data[0] & 0x70) == 0x70 ? kMaxLanes : 4096);
     const size_t n = lanes * w;
     std::vector<uint8_t> wanted(data + kHead, data + size);
     if (!(data[0] & 0x80)) fit(wanted, transform, w, pack, lanes);
     const auto stream = exactly(wanted.size()), base = exactly(n), raw = exactly(n), second = exactly(n);
     std::copy(wanted.begin(), wanted.end(), stream.get());
-    for (size_t done = 0; done < n; done += std::min(size, n - done)) std::memcpy(base.get() + done, data, std::min(size, n - done));
+    for (size_t done = 0; done < n; done += std::min(size, n - done))
+        std::memcpy(base.get() + done, data, std::min(size, n - done));
 
     fastckpt_context* context = context_memory();
-    const int status = fastckpt_merge(context, stream.get(), wanted.size(), base.get(), n, transform, w, pack, raw.get());
+    const int status =
+        fastckpt_merge(context, stream.get(), wanted.size(), base.get(), n, transform, w, pack, raw.get());
     require(status == FASTCKPT_OK || status == FASTCKPT_FOREIGN, "a status that merge does not give");
     if (status != FASTCKPT_OK) return 0;
 
     const size_t room = transform == FASTCKPT_SUBPACK ? 4 + lanes + n : n;
     const auto made = exactly(room);
     size_t n_made = 0;
-    require(fastckpt_split(context, raw.get(), base.get(), n, transform, w, pack, made.get(), room, &n_made) == FASTCKPT_OK, "cannot split it");
+    require(
+        fastckpt_split(context, raw.get(), base.get(), n, transform, w, pack, made.get(), room, &n_made) == FASTCKPT_OK,
+        "cannot split it");
     const auto copy = exactly(n_made);
     std::memcpy(copy.get(), made.get(), n_made);
-    require(fastckpt_merge(context, copy.get(), n_made, base.get(), n, transform, w, pack, second.get()) == FASTCKPT_OK, "cannot merge its stream");
+    require(fastckpt_merge(context, copy.get(), n_made, base.get(), n, transform, w, pack, second.get()) == FASTCKPT_OK,
+            "cannot merge its stream");
     require(!std::memcmp(raw.get(), second.get(), n), "its stream has other bytes");
     // Planes and lanes of these two correspond one to one.
     if (transform == FASTCKPT_ROT || transform == FASTCKPT_SUB)

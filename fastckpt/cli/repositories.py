@@ -18,6 +18,7 @@ from fastckpt.format.vote import save_info
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.catalog import Catalog, describe, pending_saves
 from fastckpt.repository.commit import list_votes, open_vote
+from fastckpt.repository.known_records import KnownRecords
 from fastckpt.repository.repository import Repository
 from fastckpt.upkeep import repair as repairing
 from fastckpt.upkeep.check import repository as checking
@@ -29,7 +30,8 @@ _MANY_METRICS = 4
 
 
 def list_repository(repository: Repository) -> dict[str, Any]:
-    """Everything `ls` says about a repository, newest first. Reads records and names, no index."""
+    """Everything `ls` says about a repository, newest first. Reads records, each with one request, and names, no index."""
+    repository = KnownRecords(repository.store)
     catalog = Catalog(repository)
     found = repository.read_all(catalog.listing)
     inside = safe_history(catalog)

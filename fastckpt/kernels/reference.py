@@ -268,8 +268,20 @@ def cast(wide: Any, narrow: Any) -> None:
     out[:] = np.where(nan, high | np.uint32(0x0040), nearest).astype("<u2")
 
 
+def _check_stretches(addresses: U64, lengths: U64) -> None:
+    """ValueError if these cannot be stretches of memory: sums of such lengths would wrap."""
+    if addresses.size != lengths.size:
+        raise ValueError(f"{addresses.size} addresses, {lengths.size} lengths: expected as many")
+    if lengths.size * int(lengths.max(initial=0)) >= 1 << 63:
+        raise ValueError(f"{lengths.size} stretches of up to {lengths.max()} bytes together are no memory")
+    some = lengths > 0
+    if (addresses[some] == 0).any() or (addresses[some] > np.uint64(_ALL_ONES) - lengths[some]).any():
+        raise ValueError("a stretch of memory begins at address 0 or ends past the last address")
+
+
 def gather(addresses: U64, lengths: U64, out: U8) -> None:
     """Join stretches of memory, which the caller keeps alive. ValueError if they are not as long as `out` together."""
+    _check_stretches(addresses, lengths)
     if int(lengths.sum()) != out.size:
         raise ValueError(f"the stretches are not {out.size} bytes together")
     to = out.ctypes.data
@@ -284,15 +296,18 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def lines_bytes(lengths: U64) -> int:
-    """How long the sample of `lines` is."""
+    """How long the sample of `lines` is. Of stretches that memory has: together less than 2^63 bytes."""
     n = lengths.astype(np.int64)
     return int(np.where(n < WHOLE_BELOW, n, -(-n // _EVERY) * _PIECE).sum())
 
 
 def lines(addresses: U64, lengths: U64, seed: int, out: U8) -> None:
     """A sample of stretches of memory, which the caller keeps alive: of each 4 KiB one line of 64 bytes, which the seed chooses; what is
-    shorter than 64 KiB whole. ValueError if it is not as long as `out`.
+    shorter than 64 KiB whole. seed: 0 … 2^64 - 1. ValueError if it is not as long as `out`.
     """
+    _check_stretches(addresses, lengths)
+    if not 0 <= seed <= _ALL_ONES:
+        raise ValueError(f"seed is {seed}: expected 0 to {_ALL_ONES}")
     if lines_bytes(lengths) != out.size:
         raise ValueError(f"the sample does not take {out.size} bytes")
     to = pages = 0
@@ -302,7 +317,7 @@ def lines(addresses: U64, lengths: U64, seed: int, out: U8) -> None:
             to += n_bytes
             continue
         n = -(-n_bytes // _EVERY)
-        k = np.arange(pages, pages + n, dtype=np.uint64) + np.uint64(seed & _ALL_ONES)
+        k = np.arange(pages, pages + n, dtype=np.uint64) + np.uint64(seed)
         line = (k * np.uint64(_GOLDEN)) >> np.uint64(58)
         at = np.minimum(np.arange(n) * _EVERY + line.astype(np.int64) * _PIECE, n_bytes - _PIECE)
         memory = np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(address), np.uint8)
@@ -341,8 +356,13 @@ def _row_sums(words: U64, keys: U64) -> U64:
 
 
 def is_constant(raw: Any, lane_bytes: int) -> bool:
-    """Whether all lanes are equal."""
-    lanes = np.frombuffer(raw, np.uint8).view(f"<u{lane_bytes}")
+    """Whether all lanes are equal. ValueError for another width than 1, 2, 4 or 8, or a length that is 0 or no multiple of it."""
+    if lane_bytes not in (1, 2, 4, 8):
+        raise ValueError(f"lane_bytes is {lane_bytes}: 1, 2, 4 or 8 are known")
+    view = np.frombuffer(raw, np.uint8)
+    if view.size == 0 or view.size % lane_bytes:
+        raise ValueError(f"{view.size} bytes are no whole number of {lane_bytes}-byte lanes, one or more")
+    lanes = view.view(f"<u{lane_bytes}")
     if lanes[0] != lanes[-1] or (lanes[: 1 << 10] != lanes[0]).any():  # the usual answer, without a pass over the chunk
         return False
     return bool((lanes == lanes[0]).all())
@@ -390,6 +410,9 @@ def _dominant(values: U8) -> float:
 def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
     """Estimate from 64 bytes of every 4 KiB (of small chunks: of every 512 bytes, or all)."""
     x = lanes_of(raw, lane_bytes)
+    under = x if base is None else lanes_of(base, lane_bytes)
+    if under.size != x.size:
+        raise ValueError(f"raw has {x.nbytes} bytes, base {under.nbytes}: they must be equal")
     every = _EVERY if x.nbytes >= 64 * _EVERY else _EVERY // 8 if x.nbytes >= 64 * _PIECE else _PIECE
     lanes, step = _PIECE // lane_bytes, every // lane_bytes
     pick = (np.arange(0, x.size, step)[:, None] + np.arange(lanes)).reshape(-1)
@@ -402,7 +425,7 @@ def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
     rotu = -1.0 if negative else rot - plane_bits[-1] + min(plane_bits[-1], 7.0)
     if base is None:
         return Estimate(rot, rotu, -1.0, (-1.0,) * 4, _dominant(planes[0]), 0.0, x.size)
-    z = difference(x, lanes_of(base, lane_bytes)[pick])
+    z = difference(x, under[pick])
     sub_planes = _planes(z)
     packs = []
     for bits in PACK_BITS:

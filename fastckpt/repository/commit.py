@@ -21,7 +21,7 @@ from fastckpt.format.sealed import MAX_SEALED_BYTES
 from fastckpt.format.vote import SaveInfo, commit_of, save_info
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_source import BytesSource, ObjectSource
-from fastckpt.store.base import Store
+from fastckpt.store.base import ObjectInfo, Store
 
 MAX_VOTE_BYTES = 2 << 30
 
@@ -96,15 +96,15 @@ def list_votes(store: Store, save: SaveId) -> list[VoteName]:
     return [name for name in found if name is not None]
 
 
-def read_commit(store: Store, checkpoint: CheckpointId) -> Commit | Tombstone:
-    """What stands at a commit key. ObjectNotFoundError, CorruptCheckpointError, UnsupportedFormatError."""
+def read_commit(store: Store, checkpoint: CheckpointId, listed: ObjectInfo | None = None) -> Commit | Tombstone:
+    """What stands at a commit key. listed: see `read_sealed`. ObjectNotFoundError, CorruptCheckpointError, UnsupportedFormatError."""
     key = commit_key(checkpoint)
-    return parse_commit_record(read_sealed(store, key), checkpoint, f"{store.url}/{key}")
+    return parse_commit_record(read_sealed(store, key, listed), checkpoint, f"{store.url}/{key}")
 
 
-def read_sealed(store: Store, key: str) -> bytes:
-    """The bytes of a small object, whose length is looked at first."""
-    n_bytes = store.head(key).n_bytes
+def read_sealed(store: Store, key: str, listed: ObjectInfo | None = None) -> bytes:
+    """The bytes of a small object, whose length is looked at first. listed: what a LIST has just told of it, which saves a request."""
+    n_bytes = (listed or store.head(key)).n_bytes
     if n_bytes > MAX_SEALED_BYTES:
         damage = Damage(key.partition("/")[0], "length", f"at most {MAX_SEALED_BYTES}", str(n_bytes))
         raise CorruptCheckpointError(f"{store.url}/{key}", [damage])
@@ -145,7 +145,15 @@ def try_commit(store: Store, save: SaveId, own: Mapping[int, bytes] | None = Non
         votes.append((read.name, read.info, read.directory, read.parts))
     record = commit_bytes(commit_of(votes, f"{store.url}/{votes_prefix(save)}"))
     key = commit_key(save.checkpoint)
-    stands = create(store, key, record)
+    try:
+        stands = create(store, key, record)
+    except (
+        ObjectNotFoundError
+    ) as error:  # no second try: what kept the commit out may have been followed by the deletion of its packs
+        raise RepositoryError(
+            f"{store.url}/{key}: another record stood there and is gone again: step {save.step} of epoch {save.epoch} was retired while it "
+            "was being saved. It is not committed"
+        ) from error
     found = parse_commit_record(stands, save.checkpoint, f"{store.url}/{key}")
     if isinstance(found, Tombstone):
         raise _retired(store, save, found)

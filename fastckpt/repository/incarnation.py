@@ -198,6 +198,9 @@ class Incarnation:
             if self._world == 1 and commit.save == request.save:
                 self._collector.know(commit, placed.packs)
             self.acknowledge(commit)
+            self._attempts = {
+                later: n for later, n in self._attempts.items() if later > step
+            }  # the others are not tried again
             return commit
         finally:
             self.in_flight.discard(request.save)

@@ -17,7 +17,7 @@ T = TypeVar("T")
 class KnownRecords(Repository):
     """Remembers what records say by key, time and size as the last LIST told them; what a LIST shows no more is forgotten.
 
-    Names are never remembered, and no failure is. One thread at a time.
+    Names are never remembered, and no failure is. A record is one request: the LIST has told its length. One thread at a time.
     """
 
     def __init__(self, store: Store) -> None:
@@ -36,9 +36,15 @@ class KnownRecords(Repository):
         return found
 
     def _see(self, infos: dict[str, ObjectInfo], listed: tuple[str, ...]) -> None:
-        others = {key: info for key, info in self._infos.items() if not key.startswith(listed)}
-        self._infos = {**others, **infos}
-        self._known = {key: known for key, known in self._known.items() if self._infos.get(key) == known[0]}
+        """What is known of the keys under `listed` is true of these objects afterwards, and only of these."""
+        for key in [key for key in self._infos if key.startswith(listed) and key not in infos]:
+            del self._infos[key]
+        for key in [key for key, (info, _) in self._known.items() if key.startswith(listed) and infos.get(key) != info]:
+            del self._known[key]
+        self._infos.update(infos)
+
+    def _listed(self, key: str) -> ObjectInfo | None:
+        return self._infos.get(key)
 
     def commit(self, checkpoint: CheckpointId) -> Commit | Tombstone:
         return self._once(keys.commit_key(checkpoint), lambda: super(KnownRecords, self).commit(checkpoint))
@@ -50,10 +56,10 @@ class KnownRecords(Repository):
         return self._once(keys.pin_key(name), lambda: super(KnownRecords, self).pin(name))
 
     def _once(self, key: str, read: Callable[[], T]) -> T:
-        info, known = self._infos.get(key), self._known.get(key)
-        if known is not None and known[0] == info:
+        known = self._known.get(key)
+        if known is not None:
             return known[1]  # type: ignore[return-value]
-        found = read()
+        found, info = read(), self._infos.get(key)
         if info is not None:
             self._known[key] = info, found
         return found

@@ -195,11 +195,15 @@ class Repository:
     def epoch(self, number: int) -> Epoch:
         """An epoch record."""
         key = epoch_key(number)
-        return parse_epoch_record(read_sealed(self.store, key), number, f"{self.url}/{key}")
+        return parse_epoch_record(read_sealed(self.store, key, self._listed(key)), number, f"{self.url}/{key}")
 
     def commit(self, checkpoint: CheckpointId) -> Commit | Tombstone:
         """What stands at a commit key."""
-        return read_commit(self.store, checkpoint)
+        return read_commit(self.store, checkpoint, self._listed(commit_key(checkpoint)))
+
+    def _listed(self, key: str) -> ObjectInfo | None:
+        """What is known of an object without asking. Nothing, here: a plain repository remembers no names."""
+        return None
 
     def pins(self) -> dict[str, ObjectInfo]:
         """Names of pins, by a LIST."""
@@ -209,7 +213,7 @@ class Repository:
     def pin(self, name: str) -> Pin:
         """A pin. ObjectNotFoundError."""
         key = keys.pin_key(name)
-        return parse_pin(read_sealed(self.store, key), f"{self.url}/{key}")
+        return parse_pin(read_sealed(self.store, key, self._listed(key)), f"{self.url}/{key}")
 
     def read_all(self, listing: Listing) -> AllCommits:
         """All commit records, all tombstones, and what could not be read, with its error."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from fastckpt.host.deadline import Deadline
 
 FINAL = ("terminate", "stop", "hibernate", "lifecycle", "signal", "file")
 EARLY = ("rebalance",)
@@ -31,3 +34,8 @@ class Notice:
     def seconds_left(self, now_s: float) -> float | None:
         """From now_s (time.monotonic()) on, at least 0; None: not known."""
         return None if self.deadline_s is None else max(0.0, self.deadline_s - now_s)
+
+    @property
+    def deadline(self) -> Deadline:
+        """When the machine is expected to be gone."""
+        return Deadline(math.inf if self.deadline_s is None else self.deadline_s, "the time that the notice gave")

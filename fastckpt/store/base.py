@@ -119,6 +119,13 @@ class Store(abc.ABC):
     def delete(self, key: str) -> None:
         """Remove an object; none there is no error."""
 
+    def harmful_rules(self) -> tuple[str, ...]:
+        """Sentences for a person about rules of the place itself that delete what is written here, or put it out of reach.
+
+        Advice: at most one request and some seconds, and where it cannot be found out, nothing. Raises nothing.
+        """
+        return ()
+
     def close(self) -> None:  # noqa: B027 - most stores have nothing to let go of
         """Let go of connections. Nothing may be called afterwards. May be called twice."""
 

@@ -22,6 +22,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,6 +43,7 @@ from fastckpt.store.cloud_errors import (
     wants_checksum,
 )
 from fastckpt.store.cloud_http import HttpClient, HttpError, HttpResponse, host_header
+from fastckpt.store.cloud_lifecycle import NotRulesError, harms, read_rules
 from fastckpt.store.cloud_listing import NotAListingError, read_page
 from fastckpt.store.cloud_signature import NO_PAYLOAD, UNSIGNED_PAYLOAD, quoted_path, quoted_query, signed
 
@@ -52,8 +54,12 @@ MAX_PUT_BYTES = 5 << 30
 _PAGE = 1000  # S3's own limit
 _MOST_PAGE_BYTES = 16 << 20
 _MOST_ERROR_BYTES = 64 << 10
+_MOST_RULES_BYTES = 2 << 20  # S3 takes 1,000 rules, some 500 bytes each
+_ADVICE_S = 2.0  # without progress: nobody waits longer for what is only said
 _NOT_SIGNED = {"accept-encoding": "identity", "user-agent": f"fastckpt/{__version__}"}  # proxies change these
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
+_MOST_EMPTY_PAGES = 10_000
+"""In a row. S3 sends some where it has passed over what was deleted."""
 
 
 class S3Store(Store):
@@ -94,8 +100,12 @@ class S3Store(Store):
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         body: memoryview | None = None,
+        http: HttpClient | None = None,
     ) -> Iterator[HttpResponse]:
-        """The answer to one request, if it is a success; else StoreError's subclass. `query` for the bucket, else the object `key`."""
+        """The answer to one request, if it is a success; else StoreError's subclass. `query` for the bucket, else the object `key`.
+
+        http: another client than the store's, with less patience.
+        """
         if self._closed:
             raise StoreError(f"{self.url} is closed")
         connection = self.connection
@@ -117,7 +127,7 @@ class S3Store(Store):
             datetime.datetime.now(datetime.timezone.utc),
         )
         try:
-            with self._http.request(
+            with (http or self._http).request(
                 method, f"{path}?{asked}" if asked else path, {**sent, **_NOT_SIGNED}, body
             ) as response:
                 if 200 <= response.status < 300:
@@ -258,7 +268,7 @@ class S3Store(Store):
                 if response.n_bytes is None:
                     raise ValueError("it has no length")
                 return ObjectInfo(key, response.n_bytes, float(int(at.timestamp())))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise StoreUnavailableError(f"head {self.url}/{key}: the answer is not one of S3 ({error})") from error
         except (StoreUnavailableError, ObjectExistsError):
             raise
@@ -283,6 +293,8 @@ class S3Store(Store):
         if base + prefix:
             query["prefix"] = base + prefix
         last = ""
+        tokens: set[str] = set()
+        empty = 0
         while True:
             with self._asked("list", prefix, "GET", query=query) as response:
                 try:
@@ -303,6 +315,17 @@ class S3Store(Store):
                 yield ObjectInfo(key, n_bytes, modified_s)
             if page.next_token is None:
                 return
+            empty = 0 if page.objects else empty + 1
+            if page.next_token in tokens or empty > _MOST_EMPTY_PAGES:
+                raise StoreUnavailableError(
+                    f"list {self.url}/{prefix}: the server's pages do not end: "
+                    + (
+                        f"{empty} in a row were empty"
+                        if page.next_token not in tokens
+                        else "one leads back to an earlier one"
+                    )
+                )
+            tokens.add(page.next_token)
             query["continuation-token"] = page.next_token
 
     def _is_key(self, text: str) -> bool:
@@ -326,6 +349,28 @@ class S3Store(Store):
                 raise StoreUnavailableError(
                     f"delete {self.url}/{key}: the answer is not one of S3 (it has a body): a proxy or a login page may have spoken"
                 )
+
+    def harmful_rules(self) -> tuple[str, ...]:
+        """As the contract says: lifecycle rules that delete by age under the prefix, or archive (s3:GetLifecycleConfiguration)."""
+        server = self.connection.server()
+        patience_s = min(_ADVICE_S, server.stall_timeout_s)
+        client = HttpClient(
+            replace(server, connect_timeout_s=min(_ADVICE_S, server.connect_timeout_s), stall_timeout_s=patience_s)
+        )
+        try:
+            with self._asked(
+                "look at the lifecycle rules of", "", "GET", query={"lifecycle": ""}, http=client
+            ) as response:
+                rules = read_rules(response.read(_MOST_RULES_BYTES))
+        except (
+            StoreError,
+            NotRulesError,
+        ) as error:  # not allowed, not known there, none set, too slow: nobody asked for it
+            logger.debug("%s: lifecycle rules are not known: %s", self.url, error)
+            return ()
+        finally:
+            client.close()
+        return tuple(harms(rules, self.connection.prefix))
 
     def close(self) -> None:
         self._closed = True

@@ -9,15 +9,15 @@ Each question is one request by boto3. A question that fails lands in `unknown`;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fastckpt.store.cloud import S3Store
 from fastckpt.store.cloud_credentials import no_debug_logs
 from fastckpt.store.cloud_errors import cut_secrets
+from fastckpt.store.cloud_lifecycle import concerns, harms
 
-_ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")  # reading back takes hours and a request of its own
 _EVERYBODY = (
     "http://acs.amazonaws.com/groups/global/AllUsers",
     "http://acs.amazonaws.com/groups/global/AuthenticatedUsers",
@@ -70,8 +70,7 @@ def check_bucket(store: S3Store) -> BucketReport:
         status = ask("bucket policy", lambda: client.get_bucket_policy_status(Bucket=bucket, **owner))
         acl = ask("access list", lambda: client.get_bucket_acl(Bucket=bucket, **owner))
         client.close()
-    for rule in (lifecycle or {}).get("Rules", ()):
-        warnings.extend(_harm_of(rule, connection.prefix))
+    warnings.extend(harms((lifecycle or {}).get("Rules", ()), connection.prefix))
     if (status or {}).get("PolicyStatus", {}).get("IsPublic"):
         warnings.append("the bucket policy lets everybody in; a checkpoint holds the model")
     if any(grant.get("Grantee", {}).get("URI") in _EVERYBODY for grant in (acl or {}).get("Grants", ())):
@@ -90,31 +89,5 @@ def check_bucket(store: S3Store) -> BucketReport:
     return BucketReport(state, tuple(warnings), tuple(unknown))
 
 
-def _concerns(rule: Any, prefix: str) -> bool:
-    """Can the rule hit an object under `prefix`? Our objects have no tags."""
-    if rule.get("Status") != "Enabled":
-        return False
-    selection = rule.get("Filter") or {}
-    both = selection.get("And") or {}
-    if "Tag" in selection or both.get("Tags"):
-        return False
-    start = rule.get("Prefix") or selection.get("Prefix") or both.get("Prefix") or ""
-    ours = f"{prefix}/" if prefix else ""
-    return bool(start.startswith(ours) or ours.startswith(start))
-
-
-def _harm_of(rule: Any, prefix: str) -> Iterator[str]:
-    if not _concerns(rule, prefix):
-        return
-    name = f"lifecycle rule {rule.get('ID', '(without a name)')!r}"
-    end = rule.get("Expiration") or {}
-    if "Days" in end or "Date" in end:
-        when = f"after {end['Days']} days" if "Days" in end else f"on {end['Date']}"
-        yield f"{name} deletes objects {when}, whether a checkpoint still needs them or not: take the prefix out of it"
-    for move in rule.get("Transitions", ()):
-        if move.get("StorageClass") in _ARCHIVES:
-            yield f"{name} moves objects to {move['StorageClass']}, from where they cannot be restored at once"
-
-
 def _cleans_versions(lifecycle: Any, prefix: str) -> bool:
-    return any("NoncurrentVersionExpiration" in r and _concerns(r, prefix) for r in lifecycle.get("Rules", ()))
+    return any("NoncurrentVersionExpiration" in r and concerns(r, prefix) for r in lifecycle.get("Rules", ()))

@@ -161,6 +161,13 @@ def wants_checksum(answer: Answer) -> bool:
     return answer.status == 400 and "content-md5" in answer.message.lower()
 
 
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).netloc.rpartition("@")[2]
+    except ValueError:  # half an IPv6 address
+        return ""
+
+
 def _classify(answer: Answer, region: str) -> tuple[type[StoreError], str]:
     status, code = answer.status, answer.code
     if answer.elsewhere:
@@ -171,7 +178,7 @@ def _classify(answer: Answer, region: str) -> tuple[type[StoreError], str]:
         )
     if 300 <= status < 400:
         return StoreError, (
-            f"the server redirects to {urlsplit(answer.location).netloc or 'another place'} ({answer}), which is not followed: a PUT would "
+            f"the server redirects to {_host_of(answer.location) or 'another place'} ({answer}), which is not followed: a PUT would "
             "become a GET, and a signature is for one host. Name the server itself as the endpoint (https://, if it redirects from http://)"
         )
     if status == 412:

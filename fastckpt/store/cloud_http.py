@@ -43,6 +43,9 @@ _MOST_HEAD_BYTES = 64 << 10
 _MOST_UNREAD_BYTES = 64 << 10  # of an answer: more is not read for the sake of a connection
 _MOST_INTERIM, _MOST_TRAILERS = 20, 100
 _CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
+_STATUS = re.compile(rb"[1-9][0-9]{2}")
+_INTERIM = re.compile(rb"HTTP/1\.[0-9] +1[0-9][0-9]\b")
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _IDLE_S = 15.0  # shorter than what servers grant an idle connection, so that a request rarely meets one that is just being closed
 _SLICE_S = 1.0  # how often a wait looks for progress
 _HIDDEN_BYTES = 8 << 20  # what a proxy may have acknowledged and not yet passed on: Linux lets 6 MiB wait to be read
@@ -234,7 +237,9 @@ class HttpResponse:
         self.status, self.headers = connection.read_head(watch)
         self._chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
         length = self.headers.get("content-length")
-        self.n_bytes = int(length) if length is not None and length.isdecimal() else None
+        if length is not None and not _LENGTH.fullmatch(length.strip()):
+            raise HttpError(f"the answer of {client.place} is no HTTP: {length[:40]!r} is no length")
+        self.n_bytes = None if length is None else int(length)
         """Of the object, as the head has it. None: not said."""
         self._left: int | None = None if self._chunked else self.n_bytes
         if method == "HEAD" or self.status in (204, 304):
@@ -399,10 +404,33 @@ class _Connection:
             try:
                 n = self._socket.send(view[at : at + _PIECE_BYTES])
             except TimeoutError:
+                if self._has_answered():  # and reads no more, as a refusal's sender may: the rest has nowhere to go
+                    self.send_failed = True
+                    return
                 watch.waited()  # the next try has the same piece, as TLS wants it
             else:
                 at += n
                 watch.sent(n)
+
+    def _has_answered(self) -> bool:
+        """Whether the head of an answer, other than an interim one, or the end has come already. Does not wait."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if poll.poll(0):
+            waiting_s = self._socket.gettimeout()
+            self._socket.settimeout(0)
+            try:
+                piece = self._socket.recv(8192)
+            except (BlockingIOError, ssl.SSLWantReadError):  # TLS has messages of its own
+                return False
+            finally:
+                self._socket.settimeout(waiting_s)
+            if not piece:
+                return True
+            self._early += piece
+        while _INTERIM.match(self._early) and b"\r\n\r\n" in self._early:
+            self._early = self._early.partition(b"\r\n\r\n")[2]
+        return b"\r\n\r\n" in self._early
 
     def recv_into(self, view: memoryview, watch: _Watch) -> int:
         """0: the end."""
@@ -448,7 +476,7 @@ class _Connection:
             head, _, self._early = self._early.partition(b"\r\n\r\n")
             line, _, rest = head.partition(b"\r\n")
             parts = line.split(None, 2)
-            if len(parts) < 2 or not parts[0].startswith(b"HTTP/1.") or not parts[1].isdigit():
+            if len(parts) < 2 or not parts[0].startswith(b"HTTP/1.") or not _STATUS.fullmatch(parts[1]):
                 raise HttpError("the answer is no HTTP")
             status = int(parts[1])
             if status >= 200:
@@ -500,16 +528,20 @@ def proxy_of(endpoint: str) -> tuple[str, int, dict[str, str]] | None:
     host = parts.hostname or ""
     if not url or urllib.request.proxy_bypass(parts.netloc) or _in_network(host, proxies.get("no", "")):
         return None
-    found = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    unusable = (
+        f"the environment's proxy for {parts.scheme}:// is none that can be used{{}}: expected http://host:port. Name the store's host in "
+        "NO_PROXY if it is reached without one"
+    )
+    try:
+        found = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+    except ValueError as error:  # whose text may hold the password
+        raise StoreError(unusable.format("")) from (None if "@" in url else error)
     try:
         port = found.port or 80
     except ValueError:
         port = 0
     if found.scheme != "http" or not found.hostname or not port:
-        raise StoreError(
-            f"the environment's proxy for {parts.scheme}:// is none that can be used ({found.scheme}://{found.hostname}): expected "
-            "http://host:port. Name the store's host in NO_PROXY if it is reached without one"
-        )
+        raise StoreError(unusable.format(f" ({found.scheme}://{found.hostname})"))
     headers = {}
     if found.username is not None:
         words = f"{urllib.parse.unquote(found.username)}:{urllib.parse.unquote(found.password or '')}"

@@ -24,7 +24,11 @@ def read_page(data: bytes) -> Page:
     """NotAListingError."""
     try:
         root = Xml.fromstring(data)
-    except Xml.ParseError as error:
+    except (
+        Xml.ParseError,
+        LookupError,
+        ValueError,
+    ) as error:  # the latter two: an encoding that it names and nobody knows
         raise NotAListingError(f"it is no XML ({error})") from None
     # Servers differ in the namespace: its version, or whether there is one.
     for element in root.iter():
@@ -41,13 +45,18 @@ def read_page(data: bytes) -> Page:
     token = root.findtext("NextContinuationToken")
     if more and not token:
         raise NotAListingError("it says that there is more, and not where")
+    if any(n_bytes < 0 for _, n_bytes, _ in objects):
+        raise NotAListingError("an entry of it has less than no bytes")
     return Page(objects, token if more else None)
 
 
 def _object(entry: Xml.Element, quoted: bool) -> tuple[str, int, float]:
     name = entry.findtext("Key", "")
     # Whole seconds, as in the answer to a HEAD: one object has one time.
-    at = datetime.datetime.strptime(entry.findtext("LastModified", "")[:19], "%Y-%m-%dT%H:%M:%S")
+    text = entry.findtext("LastModified", "")
+    if text[10:11] != "T":
+        raise ValueError(f"LastModified is {text!r}")
+    at = datetime.datetime.fromisoformat(text[:19])  # strptime takes longer than all else of an entry
     return (
         urllib.parse.unquote_plus(name) if quoted else name,
         int(entry.findtext("Size", "")),

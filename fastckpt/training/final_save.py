@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from fastckpt import events
 from fastckpt.errors import SaveError
@@ -11,22 +10,28 @@ from fastckpt.events import logger
 from fastckpt.host.threads import hurried
 from fastckpt.spot import Notice
 from fastckpt.spot.deadline import Choice, choose
-from fastckpt.training.save_queue import CommitHandle, SaveQueue
+from fastckpt.training.save_queue import CommitHandle, SaveAsked, SaveQueue
+from fastckpt.training.saver import OutOfTime, Saver
 
 
-def final_save(
-    queue: SaveQueue, notice: Notice, step: int, target: str, *, saved: bool, start: Callable[[], CommitHandle]
-) -> None:
+def final_save(saver: Saver, queue: SaveQueue, notice: Notice, asked: SaveAsked, target: str) -> None:
     """Have the newest step durable that the time allows; blocks until it is.
 
-    saved: whether `step` is being saved, or is what was saved last. start: begins its save, or finds the one under way.
-    SaveError, or the save's own error, if no step could be made durable in time.
+    Args:
+        asked: the newest step; its save begins here, unless it is under way or was the last.
+
+    Raises:
+        SaveError: no step could be made durable in time; or the save's own error.
     """
     left_s = notice.seconds_left(time.monotonic())
-    events.emit(events.FinalSave(target=target, step=step, source=notice.source, seconds_left=left_s))
+    events.emit(events.FinalSave(target=target, step=asked.step, source=notice.source, seconds_left=left_s))
     logger.warning(
-        "%s: final save at step %d, %s seconds left", notice.source, step, "?" if left_s is None else f"{left_s:.0f}"
+        "%s: final save at step %d, %s seconds left",
+        notice.source,
+        asked.step,
+        "?" if left_s is None else f"{left_s:.0f}",
     )
+    saved = saver.is_saved(asked.step)
     if saved:
         decision = Choice.FRESH
     else:
@@ -35,14 +40,18 @@ def final_save(
     if decision in (Choice.FRESH, Choice.FINISH_THEN_FRESH):
         if decision is Choice.FRESH and not saved:
             queue.cancel()  # an older step's upload would only take bandwidth from this one
-        _wait_for(start(), queue, notice)
+        try:
+            handle = saver.begin(asked, notice.deadline)
+        except OutOfTime as error:
+            raise _too_late(queue, notice, asked.step) from error
+        _wait_for(handle, queue, notice)
     elif decision is Choice.FINISH and queue.jobs:
         _wait_for(queue.jobs[0].handle, queue, notice)
     for failure in queue.take_failures():
         logger.warning("an earlier save had failed: %s", failure)
 
 
-def too_late(queue: SaveQueue, notice: Notice, step: int) -> SaveError:
+def _too_late(queue: SaveQueue, notice: Notice, step: int) -> SaveError:
     """Gives up what is under way. The error that says so, and what stands."""
     queue.cancel()
     last = queue.last_commit
@@ -51,15 +60,14 @@ def too_late(queue: SaveQueue, notice: Notice, step: int) -> SaveError:
 
 
 def _wait_for(handle: CommitHandle, queue: SaveQueue, notice: Notice) -> None:
-    left_s = notice.seconds_left(time.monotonic())
     try:
         with hurried():
-            handle.wait(left_s)
+            handle.wait(notice.deadline.left_s())
     except TimeoutError as error:
         if handle.done():  # the save's own
             queue.forget_failure(error)
             raise
-        raise too_late(queue, notice, handle.step) from error
+        raise _too_late(queue, notice, handle.step) from error
     except BaseException as error:
         queue.forget_failure(error)
         raise

@@ -22,6 +22,7 @@ from fastckpt import events
 from fastckpt.errors import TornSnapshotError, of_save
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
+from fastckpt.host.deadline import bounded
 from fastckpt.host.threads import start_thread
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.retaining import Retaining
@@ -75,7 +76,7 @@ class CommitHandle:
     def wait(self, timeout_s: float | None = None) -> Commit:
         """Block until durable; the commit record. Raises the save's error, or TimeoutError (the save goes on)."""
         try:
-            return self.durable.result(timeout_s)
+            return self.durable.result(None if timeout_s is None else bounded(timeout_s))
         except futures.TimeoutError:
             if self.durable.done():  # the save's own error
                 raise
@@ -83,14 +84,21 @@ class CommitHandle:
             raise TimeoutError(f"step {self.step} is not durable after {timeout_s} s; the save goes on") from None
 
 
+@dataclass(frozen=True)
+class SaveAsked:
+    """What a call has asked for: the step that is saved, why, and what is said about it."""
+
+    step: int
+    trigger: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(eq=False)
 class Job:
     """One save. `source` a Snapshot, or the state itself: then whoever queued this waits."""
 
-    step: int
-    trigger: str
-    metrics: Mapping[str, float]
-    meta: Mapping[str, Any]
+    asked: SaveAsked
     captured: Captured
     source: Snapshot | LiveChunks
     called_s: float
@@ -103,6 +111,14 @@ class Job:
     """Its handle has got its outcome, or is about to. Under the queue's lock."""
     logged: bool = False
     """Its error. Under the queue's lock."""
+
+    @property
+    def step(self) -> int:
+        return self.asked.step
+
+    def has_failed(self) -> bool:
+        """Whether its handle carries an error, though its thread may still wait for the store."""
+        return self.handle.done() and self.handle.durable.exception() is not None
 
 
 @dataclass
@@ -257,9 +273,9 @@ class SaveQueue:
         commit = self._incarnation.save(
             job.captured,
             job.step,
-            trigger=job.trigger,
-            metrics=job.metrics,
-            meta=job.meta,
+            trigger=job.asked.trigger,
+            metrics=job.asked.metrics,
+            meta=job.asked.meta,
             called_s=job.called_s,
             source=job.source,
             cancelled=job.cancelled.is_set,
@@ -271,7 +287,7 @@ class SaveQueue:
             events.CheckpointDurable(
                 target=self._incarnation.repository.url,
                 step=job.step,
-                trigger=job.trigger,
+                trigger=job.asked.trigger,
                 raw_bytes=commit.raw_bytes,
                 stored_bytes=commit.stored_bytes,
                 seconds=time.monotonic() - job.called_s,
@@ -299,7 +315,7 @@ class SaveQueue:
             return False
         job.told = True
         if isinstance(error, TornSnapshotError):
-            self._torn.append(Torn(job.step, job.trigger, error))
+            self._torn.append(Torn(job.step, job.asked.trigger, error))
         elif error is not None:
             self._failures.append(error)
         return True

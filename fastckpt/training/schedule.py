@@ -44,3 +44,35 @@ class Every:
         # The function is asked every time, due or not: it may count.
         by_function = self.when is not None and bool(self.when(step, metrics))
         return by_steps or by_time or by_function
+
+
+class Due:
+    """Which trigger a call of `step` saves for. Pure, but for `Every.when`."""
+
+    def __init__(self, every: Every | None) -> None:
+        self._every = every
+        self._early_seen = False
+        self.trigger: str | None = None
+        """Of a save that is due and has not begun: it may have to wait for an earlier one."""
+
+    def look(
+        self, before: int | None, step: int, seconds_since_save: float, metrics: Mapping[str, float], *, early: bool
+    ) -> None:
+        """Set `trigger` if this step is to be saved.
+
+        Args:
+            before: the step of the call before this one; None: this is the first.
+            early: whether the machine may have to go sooner than others (a rebalance recommendation). It makes one save.
+        """
+        if self._every is not None and self._every.due(before, step, seconds_since_save, metrics):
+            self.trigger = self.trigger or "interval"
+        if early and not self._early_seen:
+            self._early_seen, self.trigger = True, "rebalance"
+
+    def repeat(self, trigger: str | None) -> None:
+        """The save that was made for this trigger was torn, and is to be made again. None: there is no such save."""
+        self.trigger = self.trigger or trigger
+
+    def done(self) -> None:
+        """The save that was due has begun."""
+        self.trigger = None

@@ -43,6 +43,22 @@ def _stateful(target: Any) -> bool:
     return callable(getattr(target, "state_dict", None)) and callable(getattr(target, "load_state_dict", None))
 
 
+_WITHOUT_CONSEQUENCES = (
+    torch.nn.Module,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.amp.GradScaler,
+    torch.Tensor,
+    dict,
+    list,
+)
+
+
+def may_be_looked_at(target: Any) -> bool:
+    """Whether an object says what its state is and does nothing else: a loader of data may start workers, or draw, when it is asked."""
+    return isinstance(target, _WITHOUT_CONSEQUENCES)
+
+
 def state_of(targets: Mapping[str, Any]) -> dict[str, Any]:
     """What is saved: for each name the state dict, or the tensor, dict or list itself."""
     return {name: target.state_dict() if _stateful(target) else target for name, target in targets.items()}
@@ -159,7 +175,7 @@ def _put(name: str, target: Any, value: Any, plan: Plan) -> list[str]:
             found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise TypeError(f"expected {target.dtype} {list(target.shape)}, found {found}")
         with torch.no_grad():
-            target.copy_(value)
+            _fill(target, value)
     elif isinstance(target, dict) and isinstance(value, dict):
         filling = Filling(plan)
         filling.enter(target, value)
@@ -173,6 +189,17 @@ def _put(name: str, target: Any, value: Any, plan: Plan) -> list[str]:
     else:
         raise TypeError(f"expected a {type(target).__name__}, found a {type(value).__name__}")
     return []
+
+
+def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
+    """As `copy_`. Of an expanded tensor's elements, which torch does not write, one stands for all; TypeError if they are not alike."""
+    if target.layout is not torch.strided or 0 not in target.stride():
+        target.copy_(value)
+        return
+    once = tuple(slice(1 if stride == 0 else None) for stride in target.stride())
+    target[once].copy_(value[once])
+    if list(changes(value, target)):
+        raise TypeError("it is expanded here, and was not when it was saved")
 
 
 def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: Plan) -> list[str]:

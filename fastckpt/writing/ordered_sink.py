@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import tempfile
 from collections.abc import Hashable
 from typing import Any
 
@@ -51,14 +54,31 @@ class OrderedSink:
         self._turn.end()
 
 
-def key_of_path(path: str) -> Hashable:
-    """The same for all names of one target: symbolic links, relative paths, bind mounts of its directory."""
+def keys_of_path(path: str) -> tuple[Hashable, ...]:
+    """What the target of a path is known by: all names of one have a key in common (symbolic links, relative paths, bind mounts of its
+    directory), and so has the same name in a directory that was moved away or removed and made again meanwhile.
+    """
     if descriptor_of(path) is not None:
-        found = os.stat(path)
-        return "descriptor", found.st_dev, found.st_ino
+        return (_key_of_open_file(os.stat(path)),)
     directory, name = os.path.split(os.path.realpath(path))
+    by_name = "path", directory, name
     try:
         found = os.stat(directory)
     except OSError:  # not there: the save says so
-        return "path", directory, name
-    return "path", found.st_dev, found.st_ino, name
+        return (by_name,)
+    return by_name, ("path", found.st_dev, found.st_ino, name)
+
+
+def keys_of_object(f: Any) -> tuple[Hashable, ...]:
+    """What a file object is known by: itself, and the file that it writes to, which other objects and names of descriptors may share."""
+    key = "object", id(f)
+    with contextlib.suppress(Exception):  # whatever somebody's object answers: it is its own target then
+        file = f if isinstance(f, io.IOBase) else f.file  # the wrapper of NamedTemporaryFile
+        # Asked for its descriptor, this one would leave memory for a file.
+        if isinstance(file, io.IOBase) and not isinstance(file, tempfile.SpooledTemporaryFile):
+            return key, _key_of_open_file(os.fstat(file.fileno()))
+    return (key,)
+
+
+def _key_of_open_file(found: os.stat_result) -> Hashable:
+    return "open file", found.st_dev, found.st_ino

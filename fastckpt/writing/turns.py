@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Iterator
 
 from fastckpt.errors import OvertakenError, TargetBusyError
 
@@ -21,9 +21,9 @@ _POLL_S = 1.0  # a turn whose save was cut off (Ctrl-C between two lines) ends w
 class Turn:
     """The place of one save in the order of its target."""
 
-    def __init__(self, key: Hashable, name: str) -> None:
-        """name: of the save, for messages."""
-        self._key = key
+    def __init__(self, keys: Collection[Hashable], name: str) -> None:
+        """See `take`."""
+        self._keys = keys
         self.name = name
         self._begun_s = time.monotonic()
         self._thread: int | None = threading.get_ident()
@@ -58,7 +58,9 @@ class Turn:
                 waited = True
                 left_s = end - time.monotonic()
                 if left_s <= 0:
-                    raise self._busy(earlier[0], f"has not ended after {timeout_s:g} s of waiting (max_order_wait_s)")
+                    error = self._busy(earlier[0], f"has not ended after {timeout_s:g} s of waiting (max_order_wait_s)")
+                    del earlier  # the traceback would keep a turn that nobody ends
+                    raise error
                 _changed.wait(min(left_s, _POLL_S))
 
     def _earlier(self) -> list[Turn]:
@@ -68,9 +70,7 @@ class Turn:
         just putting its bytes in place.
         """
         found = []
-        for turn in _of(self._key):
-            if turn is self:
-                break
+        for turn in self._before():
             if turn._thread == self._thread and not turn._overtaken_by:
                 if turn._has_come:
                     raise self._busy(turn, "is being put in place, and was interrupted by this one")
@@ -78,6 +78,14 @@ class Turn:
             if turn._thread != self._thread:
                 found.append(turn)
         return found
+
+    def _before(self) -> Iterator[Turn]:
+        """Those that were taken earlier and have a key in common with this one."""
+        for key in self._keys:
+            for turn in _of(key):
+                if turn is self:
+                    break
+                yield turn
 
     def _busy(self, earlier: Turn, what: str) -> TargetBusyError:
         age_s = time.monotonic() - earlier._begun_s
@@ -89,10 +97,11 @@ class Turn:
     def end(self) -> None:
         """The save has ended, well or not. May be called twice."""
         with _changed:
-            turns = _turns.get(self._key, [])
-            turns[:] = [other for other in turns if other() not in (self, None)]
-            if not turns:
-                _turns.pop(self._key, None)
+            for key in self._keys:
+                turns = _turns.get(key, [])
+                turns[:] = [other for other in turns if other() not in (self, None)]
+                if not turns:
+                    _turns.pop(key, None)
             _changed.notify_all()
 
 
@@ -100,12 +109,20 @@ _turns: dict[Hashable, list[weakref.ref[Turn]]] = {}
 _changed = threading.Condition()
 
 
-def take(key: Hashable, name: str) -> Turn:
-    """The last place in the order of the target that `key` stands for."""
-    turn = Turn(key, name)
-    with _changed:
-        _turns.setdefault(key, []).append(weakref.ref(turn))
-    return turn
+def take(keys: Collection[Hashable], name: str) -> Turn:
+    """The last place in the order of a target.
+
+    keys: what it is known by; saves that have one in common have one target. name: of the save, for messages.
+    """
+    turn = Turn(keys, name)
+    try:
+        with _changed:
+            for key in keys:
+                _turns.setdefault(key, []).append(weakref.ref(turn))
+        return turn
+    except BaseException:  # Ctrl-C, whose traceback may keep the turn for as long as it is kept
+        turn.end()
+        raise
 
 
 def _of(key: Hashable) -> list[Turn]:

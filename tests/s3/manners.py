@@ -92,6 +92,8 @@ class Request(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.objects.pop(self.key, None)
             self.answer(204)
+        elif "lifecycle" in self.query:
+            self.refuse(404, "NoSuchLifecycleConfiguration", "The lifecycle configuration does not exist")
         elif not self.key:
             self._list()
         else:
@@ -253,6 +255,21 @@ def object_lock(request: Request) -> bool:
         "InvalidRequest",
         "Content-MD5 OR x-amz-checksum- HTTP header is required for Put Object requests with Object Lock parameters",
     )
+
+
+def lifecycle(rules: str) -> Manner:
+    """A bucket with rules: S3's API reference, "GetBucketLifecycleConfiguration"."""
+
+    def manner(request: Request) -> bool:
+        text = f"<LifecycleConfiguration xmlns='{NAMESPACE}'>{rules}</LifecycleConfiguration>"
+        return "lifecycle" in request.query and request.answer(200, text)
+
+    return manner
+
+
+def about_rules(manner: Manner) -> Manner:
+    """The same manner, to the question for lifecycle rules alone."""
+    return lambda request: "lifecycle" in request.query and manner(request)
 
 
 def requester_pays(request: Request) -> bool:

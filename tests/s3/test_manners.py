@@ -190,6 +190,10 @@ def test_a_login_page_for_listings_does_not_start_a_run_anew(server: MannersServ
         "<ListBucketResult><Contents><Key>run/a</Key></Contents></ListBucketResult>",
         "<ListBucketResult><Contents>",
         "<Error><Code>InternalError</Code></Error>",
+        '<?xml version="1.0" encoding="none of these"?><ListBucketResult/>',
+        '<?xml version="1.0" encoding="gbk"?><ListBucketResult/>',
+        "<ListBucketResult><Contents><Key>run/a</Key><LastModified>2024-01-01T00:00:00Z</LastModified><Size>-1</Size></Contents>"
+        "</ListBucketResult>",
     ],
 )
 def test_half_a_listing_is_none(listing: str, server: MannersServer) -> None:

@@ -9,11 +9,15 @@ import random
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from fastckpt.store import cloud
+from tests.s3.manners import Request
 
 pytest.importorskip("boto3", reason="s3:// needs boto3")
 import fastckpt
@@ -146,6 +150,47 @@ def test_a_store_that_takes_all_and_answers_nothing_is_found(
     assert not caught.value.refused
     assert any("nothing has moved for 3 s" in record.getMessage() for record in caplog.records)
     release.set()
+
+
+@pytest.mark.parametrize("tokens", ["one", "two", "new ones"])
+def test_pages_that_do_not_end_are_an_error(
+    tokens: str, server: MannersServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cloud, "_MOST_EMPTY_PAGES", 20)
+    pages = iter(range(1000))
+    different = {"one": 1, "two": 2, "new ones": 1000}[tokens]
+
+    def manner(request: Request) -> bool:
+        more = (
+            f"<IsTruncated>true</IsTruncated><NextContinuationToken>t{next(pages) % different}</NextContinuationToken>"
+        )
+        return request.answer(200, f"<ListBucketResult>{more}</ListBucketResult>")
+
+    server.manners.append(manner)
+    with pytest.raises(StoreUnavailableError, match="pages do not end"):
+        list(open_s3("s3://lab/run").list(""))
+
+
+@pytest.mark.parametrize("location", ["http://[::1", "http://user:word@[::1"])
+def test_a_redirect_to_nowhere(location: str, server: MannersServer) -> None:
+    server.manners.append(lambda request: request.answer(307, "", {"Location": location}))
+    with pytest.raises(StoreError, match="redirects to another place"):
+        open_s3("s3://lab/run").get("a")
+
+
+@pytest.mark.parametrize("proxy", ["http://[::1", "http://user:word@[::1", "user:word@[::1"])
+def test_a_proxy_that_is_no_url(proxy: str, server: MannersServer, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("HTTP_PROXY", proxy)
+    with pytest.raises(StoreError, match="none that can be used") as caught:
+        open_s3("s3://lab/run")
+    assert "word" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_time_that_is_none(server: MannersServer) -> None:
+    headers = {"ETag": '"x"', "Last-Modified": f"Mon, 01 Jan {10**19} 00:00:00 GMT"}
+    server.manners.append(lambda request: request.answer(200, "", headers))
+    with pytest.raises(StoreUnavailableError, match="not one of S3"):
+        open_s3("s3://lab/run").head("a")
 
 
 def test_a_proxy_whose_name_cannot_be(server: MannersServer, environment: pytest.MonkeyPatch) -> None:

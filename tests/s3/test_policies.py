@@ -192,6 +192,33 @@ def test_check_bucket_warns_of_what_deletes_our_data(s3_server: S3Server, bucket
     assert "'ours' deletes objects after 3 days" in " ".join(warnings)
 
 
+def test_a_writing_opening_tells_of_rules_that_delete_by_age(
+    users: dict[str, tuple[str, str]],
+    s3_server: S3Server,
+    bucket: str,
+    store: S3Store,
+    open_store: Callable[..., S3Store],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The owner, who may ask, is told; a writer with the rights of writer.json, who may not, is not disturbed."""
+    rule = {"ID": "all", "Status": "Enabled", "Filter": {"Prefix": ""}, "Expiration": {"Days": 30}}
+    client = s3_server.owner_client()
+    client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration={"Rules": [rule]})
+    with Checkpointer(store, {"w": torch.zeros(3)}, spot=None) as job:
+        job.save_now(1).wait(60)
+    assert ["'all' deletes objects after 30 days" in record.getMessage() for record in caplog.records] == [True]
+    caplog.clear()
+    text = (POLICIES / "writer.json").read_text()
+    for placeholder, value in (("BUCKET", bucket), ("PREFIX", "p"), ("PRINCIPAL", "arn:aws:iam:::user/writer")):
+        text = text.replace(placeholder, value)
+    client.put_bucket_policy(Bucket=bucket, Policy=text)
+    theirs = open_store(session=s3_server.session(*users["writer"]))
+    with Checkpointer(theirs, {"w": torch.zeros(3)}, spot=None, keep=None) as job:
+        assert job.restore() == 1
+        job.save_now(2).wait(60)
+    assert not caplog.records
+
+
 def test_check_bucket_and_versions(s3_server: S3Server, open_store: Callable[..., S3Store]) -> None:
     bucket = s3_server.new_bucket(versioned=True)
     report = check_bucket(open_store(f"s3://{bucket}/p"))

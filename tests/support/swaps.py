@@ -44,7 +44,7 @@ class Job:
 def open_on(store: MemoryStore, state: dict[str, Any], *, proven: bool = True, **settings: Any) -> Checkpointer:
     """proven: as after a save whose interval was quiet. Copies are left to the optimizer's step from the first save on."""
     ckpt = Checkpointer(store, state, **{"every": None, "keep": None, "spot": None, "options": OPTIONS, **settings})
-    ckpt._proven = proven
+    ckpt._engine.fence._proven = proven
     return ckpt
 
 

@@ -20,6 +20,7 @@ from fastckpt.format import keys
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
+from fastckpt.store.memory import MemoryStore
 from tests.support.stores import GivenNotices, HeldStore
 from tests.support.training import SHORT_S, Training, checkpointer, living, losses
 
@@ -212,11 +213,11 @@ def test_staged_buffers_are_used_again(store: HeldStore) -> None:
         ckpt.save_now(1).wait(SHORT_S)
         ckpt.wait()
         assert ckpt.stats.snapshot_bytes == 0
-        kept = ckpt._stager.pool.held_bytes
+        kept = ckpt._engine.stager.pool.held_bytes
         assert kept > 0
         ckpt.save_now(2).wait(SHORT_S)
         ckpt.wait()
-        assert ckpt._stager.pool.held_bytes == kept
+        assert ckpt._engine.stager.pool.held_bytes == kept
 
 
 @pytest.mark.parametrize(
@@ -371,3 +372,37 @@ def test_what_no_record_can_hold_is_refused_at_once(tmp_path: Path, bad: dict[st
         with pytest.raises(TypeError, match=next(iter(bad))):
             ckpt.save_now(1, **bad)
         assert ckpt.save_now(1).wait().save.step == 1
+
+
+@pytest.mark.parametrize("setting", ["fresh", "read_only"])
+@pytest.mark.parametrize("value", ["false", "no", "", None, 1])
+def test_a_switch_that_is_none_is_refused(setting: str, value: Any) -> None:
+    """A text out of a configuration is true, and would begin a new history."""
+    with pytest.raises(TypeError, match=f"{setting} is {value!r}: expected True or False"):
+        Checkpointer(MemoryStore(), {"t": torch.ones(3)}, **{setting: value})
+
+
+@pytest.mark.parametrize("setting", ["grace_s", "close_timeout_s"])
+@pytest.mark.parametrize("value", [-1, float("nan"), "1", None])
+def test_a_time_that_is_none_is_refused(setting: str, value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"{setting} is {value!r}: expected a number of seconds"):
+        Checkpointer(MemoryStore(), {"t": torch.ones(3)}, **{setting: value})
+
+
+def test_times_without_end_can_be_waited_for(tmp_path: Path) -> None:
+    """A state larger than the budget: the fence waits for as long as it is told."""
+    forever = float("inf")
+    options = Options(max_stall_s=forever, max_order_wait_s=forever, host_budget_bytes=64 << 20, threads=1)
+    model = torch.nn.Linear(3000, 3000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    state = {"model": model, "optimizer": optimizer}
+    with Checkpointer(
+        MemoryStore(), state, every=Every(steps=1), spot=None, close_timeout_s=forever, options=options
+    ) as ckpt:
+        for step in (1, 2, 3):
+            model(torch.ones(1, 3000)).sum().backward()
+            optimizer.step()
+            ckpt.step(step)
+        ckpt.wait(forever)
+        ckpt.save_now(4).wait(forever)
+    assert fastckpt.save_async(model.state_dict(), tmp_path / "x", options=options).wait(forever) > 0

@@ -126,7 +126,7 @@ def test_after_that_time_it_is_given_up(store: HeldStore) -> None:
         ckpt.step(1)
         raise ValueError("mine")
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert living(store) == []
     assert any("given up" in note for note in getattr(caught.value, "__notes__", ["given up"]))
 

@@ -177,6 +177,20 @@ def test_a_tombstone_keeps_a_late_commit_out(store: MemoryStore) -> None:
     assert record_of(store) == stone
 
 
+def test_a_tombstone_that_goes_while_it_is_met_keeps_the_commit_out_all_the_same(store: MemoryStore) -> None:
+    class Going(Wrapper):
+        def get(self, key: str) -> bytes:
+            if key == KEY:
+                self.inner.delete(key)
+            return super().get(key)
+
+    vote(store, 1, 7, 0, 1, small(0))
+    store.put_if_absent(KEY, tombstone_bytes(Tombstone(SAVE.checkpoint, None, "unfinished save", utc_now())))
+    with pytest.raises(RepositoryError, match=r"is gone again: step 7 of epoch 1 was retired.*not committed"):
+        try_commit(Going(store), SAVE)
+    assert record_of(store) is None
+
+
 def test_a_vote_that_retention_took_is_not_waited_for(store: MemoryStore) -> None:
     """A saver that slept for longer than the grace finds its step retired and its vote deleted: nobody will place it again."""
     vote(store, 1, 7, 0, 1, small(0))

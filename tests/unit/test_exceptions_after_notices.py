@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -18,11 +19,12 @@ import torch
 
 from fastckpt import Checkpointer, Options, RNGState
 from fastckpt.errors import SaveError, StoreUnavailableError
+from fastckpt.host.deadline import NEVER, Deadline
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.repository import Repository
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
-from fastckpt.training.checkpointer import _is_changing
+from fastckpt.training.ending import is_changing
 from tests.support.stores import GivenNotices, HeldStore
 
 SHORT_S = 20.0  # no wait of these tests comes near it
@@ -67,8 +69,8 @@ class Run:
 
     def notify(self, kind: str = "terminate", in_s: float = 100.0) -> None:
         self.source.notices = [Notice(kind, "test", time.monotonic() + in_s)]
-        assert self.ckpt._watcher is not None
-        self.ckpt._watcher.poll()  # as its thread does now and then
+        assert self.ckpt._ending._watcher is not None
+        self.ckpt._ending._watcher.poll()  # as its thread does now and then
 
 
 @pytest.fixture
@@ -173,7 +175,7 @@ def test_a_save_of_the_last_step_under_way_is_the_final_one(store: HeldStore) ->
         threading.Timer(0.05, store.open.set).start()
         raise Failure
     assert living(store) == [2]
-    assert run.ckpt._left
+    assert run.ckpt._ending.left
 
 
 class Counting:
@@ -217,9 +219,9 @@ def test_what_else_has_moved_is_not_saved(store: HeldStore, what: str, caplog: p
             optimizer.step()
             ckpt.step(step)
         run.notify()
-        assert ckpt._settled.moved is None
+        assert ckpt._ending._settled.moved is None
         norm.eval()(torch.rand(3, 4))
-        assert ckpt._settled.moved is None
+        assert ckpt._ending._settled.moved is None
         changes: dict[str, Callable[[], Any]] = {
             "buffers of 'norm'": lambda: norm.train()(torch.rand(3, 4)),
             "'place'": lambda: place["more"][2].update(x=1),
@@ -236,8 +238,8 @@ def test_what_else_has_moved_is_not_saved(store: HeldStore, what: str, caplog: p
 def test_large_containers_cost_no_step_its_time(store: HeldStore) -> None:
     run = Run(store, {"many": list(range(100_000)), "itself": (loop := list[Any]())})
     loop.append(loop)
-    run.ckpt._settled.mark()
-    assert run.ckpt._settled._values == [None, None]
+    run.ckpt._ending._settled.mark()
+    assert run.ckpt._ending._settled._values == [None, None]
     run.ckpt.close()
 
 
@@ -297,7 +299,7 @@ def test_a_final_save_interrupted_before_it_was_copied_is_made_again(
     run = Run(store)
     waits = []
 
-    def fence(why: str, end_s: float | None = None) -> None:
+    def fence(why: str, deadline: Deadline = NEVER) -> None:
         waits.append(why)
         if waits.count("save") == 2:  # behind the queueing: nothing is left to hooks that have not fired
             raise KeyboardInterrupt
@@ -305,7 +307,7 @@ def test_a_final_save_interrupted_before_it_was_copied_is_made_again(
     with pytest.raises(SystemExit) as caught, run.ckpt as ckpt:
         run.steps(2)
         run.notify()
-        monkeypatch.setattr(ckpt, "_fence", fence)
+        monkeypatch.setattr(ckpt._engine.fence, "wait", fence)
         ckpt.step(3)
     assert status(caught, KeyboardInterrupt) == NOTICE
     assert living(store) == [3]
@@ -340,7 +342,7 @@ def test_a_save_under_way_is_let_finish_where_no_further_one_can_begin(
         run.train()
         ckpt.step(2)
         run.notify()
-        monkeypatch.setattr(ckpt, "_try_start", lost)
+        monkeypatch.setattr(ckpt._saver, "try_begin", lost)
         threading.Timer(0.05, store.open.set).start()
         raise Failure
     assert status(caught, Failure) == NOTICE
@@ -373,7 +375,7 @@ def test_after_the_deadline_it_is_said_and_nothing_waits(store: HeldStore) -> No
         raise Failure
     assert status(caught, Failure) == NOTICE
     store.open.set()
-    assert run.ckpt._queue.wait_idle(SHORT_S)
+    assert run.ckpt._engine.queue.wait_idle(SHORT_S)
     assert living(store) == []
 
 
@@ -420,7 +422,7 @@ def test_a_missed_deadline_is_the_saves_error(store: HeldStore) -> None:
         ckpt.step(2)
     assert status(caught, SaveError) == NOTICE
     store.open.set()
-    assert run.ckpt._queue.wait_idle(SHORT_S)
+    assert run.ckpt._engine.queue.wait_idle(SHORT_S)
     assert living(store) == []
 
 
@@ -431,14 +433,14 @@ def test_what_closing_raises_keeps_the_status(store: HeldStore, monkeypatch: pyt
         run.notify()
         run.train()
         assert ckpt.step(2) is True
-        monkeypatch.setattr(ckpt._queue, "take_failures", lambda: [SaveError("of another save")])
+        monkeypatch.setattr(ckpt._engine.queue, "take_failures", lambda: [SaveError("of another save")])
     assert status(caught, SaveError) == NOTICE
     assert living(store) == [2]
 
 
 def test_a_thread_that_trains_is_not_left_alone_by_the_main_one(store: HeldStore) -> None:
     run = Run(store)
-    changing = _is_changing.__get__(weakref.ref(run.ckpt))
+    changing = functools.partial(is_changing, weakref.ref(run.ckpt._ending))
     run.steps(1)
     assert changing() is False
     run.train()
@@ -475,7 +477,7 @@ def test_a_forked_child_leaves_its_parents_block_with_its_own_error(store: HeldS
     run = Run(store)
     run.steps(1)
     run.notify()
-    run.ckpt._final = run.ckpt.notice
+    run.ckpt._ending._final = run.ckpt.notice
     pid = os.fork()
     if pid == 0:
         code = 9

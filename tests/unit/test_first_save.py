@@ -40,7 +40,7 @@ def opened(state: dict[str, Any], options: Options = OPTIONS) -> fastckpt.Checkp
 
 def made(ckpt: fastckpt.Checkpointer) -> None:
     """All that is made ahead is there."""
-    maker = ckpt._stager._maker
+    maker = ckpt._engine.stager._maker
     assert maker is not None
     assert maker._thread is not None
     maker._thread.join(60)
@@ -107,7 +107,7 @@ def test_a_save_at_the_first_step_makes_its_own() -> None:
         run.step()
         ckpt.save_now(1).wait(60)
         ckpt.step(1)
-        assert ckpt._stager._maker is None
+        assert ckpt._engine.stager._maker is None
 
 
 def test_memory_that_cannot_be_had_is_the_saves_to_tell(
@@ -124,7 +124,7 @@ def test_memory_that_cannot_be_had_is_the_saves_to_tell(
             ckpt.step(1)
             made(ckpt)
         assert "could not be made ahead: MemoryError" in caplog.text
-        assert ckpt._stager.pool.held_bytes == 0
+        assert ckpt._engine.stager.pool.held_bytes == 0
         run.step()
         ckpt.save_now(2).wait(60)
 
@@ -135,4 +135,4 @@ def test_closing_gives_it_back() -> None:
     run.step()
     ckpt.step(1)
     ckpt.close()
-    assert ckpt._stager.pool.held_bytes == 0
+    assert ckpt._engine.stager.pool.held_bytes == 0

@@ -155,7 +155,7 @@ def test_a_checkpointer_that_was_never_closed_takes_no_signals(spot: str) -> Non
     ckpt.restore()
     ckpt.step(1)
     ckpt.wait()
-    thread = ckpt._watcher._thread  # type: ignore[union-attr]
+    thread = ckpt._ending._watcher._thread  # type: ignore[union-attr]
     seen, ckpt = weakref.ref(ckpt), None  # type: ignore[assignment]
     deadline = time.monotonic() + SHORT_S
     while seen() is not None:  # the watcher's thread may just be asking

@@ -50,7 +50,7 @@ def test_training_goes_on_when_the_store_hangs(store: HeldStore, monkeypatch: py
     assert time.monotonic() - began < 10
     assert same(training.now(), after(6, 64))
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert ckpt.stats.snapshot_bytes == 0
     check(store, [1], 64)
 
@@ -70,7 +70,7 @@ def test_a_first_save_without_hooks_stalls_no_longer(store: HeldStore, monkeypat
     with pytest.raises(SaveError, match="not durable"):
         ckpt.close()
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert committed(store) == []
 
 
@@ -89,7 +89,7 @@ def test_a_state_that_is_written_through_stalls_no_longer(store: HeldStore, monk
     with pytest.raises(SaveError, match="not durable"):
         ckpt.close()
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert committed(store) == []
     assert same(training.now(), after(1, 64))
 
@@ -105,7 +105,7 @@ def test_leaving_by_an_exception_takes_no_longer_than_was_asked_for(store: HeldS
         raise ZeroDivisionError
     took_s = time.monotonic() - began
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert took_s < 5
     assert ckpt.stats.snapshot_bytes == 0
     check(store, [1], 64)
@@ -127,7 +127,7 @@ def test_leaving_by_an_exception_with_a_last_save_takes_no_longer_either(store: 
 
     assert isinstance(in_time(leave, store), ZeroDivisionError)
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert committed(store)[0] == 1
 
 

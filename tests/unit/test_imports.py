@@ -13,7 +13,7 @@ import fastckpt
 PACKAGE = Path(fastckpt.__file__).parent
 sys.path.insert(0, str(PACKAGE.parent / "scripts"))
 
-import house  # noqa: E402  (a script, not a package)
+import house  # type: ignore[import-not-found]  # noqa: E402  (a script, not a package)
 
 KNOW_BYTES_ONLY = {"codec", "format", "store"}
 

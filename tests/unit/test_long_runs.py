@@ -104,7 +104,7 @@ def test_a_save_costs_as_much_after_thousands_of_others(seconds_a_save: float, s
     check_all(inner)
 
 
-def test_memory_of_the_collector_is_that_of_what_is_there() -> None:
+def test_memory_of_a_run_is_that_of_what_is_there() -> None:
     now_s = [1e9]
     store = MemoryStore(clock=lambda: now_s[0])
     run = Incarnation(Repository(store), OPTIONS)
@@ -115,7 +115,8 @@ def test_memory_of_the_collector_is_that_of_what_is_there() -> None:
         run.retain(Keep(last=2))
         now_s[0] += 600.0
         collector = run._collector
-        parts = (collector._needed_by, collector._living, collector._bare, collector._repository._known)
+        known = collector._repository
+        parts = (collector._needed_by, collector._living, collector._bare, known._known, known._infos, run._attempts)
         sizes.append(sum(len(part) for part in parts))
     assert max(sizes[100:]) <= max(sizes[50:100]) + 2
 
@@ -188,7 +189,7 @@ def test_leaving_by_an_exception_ends_retention_before_its_next_request() -> Non
     with pytest.raises(ZeroDivisionError), ckpt:
         raise ZeroDivisionError
     store.open.set()
-    assert ckpt._queue.retaining.wait_idle(60)
+    assert ckpt._engine.queue.retaining.wait_idle(60)
     assert store.after_hold == 1
 
 

@@ -284,7 +284,7 @@ def test_an_interrupt_between_queue_and_work_loses_no_save(end: End, monkeypatch
         job.train(2)  # from here on the hook is trusted
         ckpt.step(2)
         end()
-        put = ckpt._queue.put
+        put = ckpt._engine.queue.put
 
         def interrupted(one: Any) -> bool:
             import signal
@@ -294,7 +294,7 @@ def test_an_interrupt_between_queue_and_work_loses_no_save(end: End, monkeypatch
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(ckpt._queue, "put", interrupted)
+            patch.setattr(ckpt._engine.queue, "put", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 ckpt.save_now(job.train(3))
         ckpt.wait(0)

@@ -130,8 +130,8 @@ def test_wrappers_of_optimizers_are_saved(kind: type[Wrapper], trusted: bool) ->
     with open_on(store, {"m": model, "o": optimizer}) as ckpt:
         for step in (1, 2, 3):
             train(model, optimizer)
-            assert ckpt._hooks is not None
-            assert ckpt._hooks.can_be_trusted is trusted
+            assert ckpt._engine.fence.hooks is not None
+            assert ckpt._engine.fence.hooks.can_be_trusted is trusted
             store.open.clear()
             ckpt.step(step)
             if not trusted:

@@ -23,11 +23,6 @@ def test_all_lists_exactly_the_public_names() -> None:
     assert all(hasattr(fastckpt, name) for name in fastckpt.__all__)
 
 
-def test_no_module_takes_the_place_of_a_public_name() -> None:
-    # With a module fastckpt/save.py, importing it must not hide the function fastckpt.save.
-    namesakes = [
-        name for name in set(fastckpt.__all__) - PUBLIC_MODULES if importlib.util.find_spec(f"fastckpt.{name}")
-    ]
-    for name in namesakes:
-        importlib.import_module(f"fastckpt.{name}")
-        assert not isinstance(getattr(fastckpt, name), ModuleType), name
+def test_no_module_has_a_public_name() -> None:
+    # `import fastckpt.save` would hide the function fastckpt.save.
+    assert not [name for name in set(fastckpt.__all__) - PUBLIC_MODULES if importlib.util.find_spec(f"fastckpt.{name}")]

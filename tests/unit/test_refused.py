@@ -157,6 +157,18 @@ def test_it_is_told_at_the_first_save_that_holds_it(caplog: pytest.LogCaptureFix
     assert "an integer of more than 255 bytes at best.number" in third
 
 
+@pytest.mark.parametrize("value", [1 << 4000, [1 << 4000], {"a": (1.0, 1 << 4000)}, deque([1])])
+def test_it_is_told_at_the_first_save_though_it_was_pickled_before(
+    value: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the first step, ahead of the first save."""
+    with checkpointer(MemoryStore(), {"d": {"v": value}}) as ckpt:
+        ckpt.step(1)
+        assert not caplog.records
+        ckpt.save_now(2)
+        assert "restore() will refuse it" in caplog.text
+
+
 def test_a_class_that_the_program_allows_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     into: dict[str, Any] = {"d": {}}
     with torch.serialization.safe_globals([Foreign]):

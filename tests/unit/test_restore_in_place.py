@@ -17,7 +17,9 @@ from fastckpt import Checkpointer
 from fastckpt.errors import PartialRestoreError, RestoreError
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.sources import FileObjectSource
+from fastckpt.repository.catalog import Choice
 from fastckpt.repository.commit import open_vote
+from fastckpt.store.memory import MemoryStore
 from fastckpt.training import stateful
 from fastckpt.training.changes import changes
 from fastckpt.training.placement import look
@@ -159,7 +161,7 @@ def test_an_optimizer_that_wraps_another_without_being_one(caplog: pytest.LogCap
     with Checkpointer(store, first, every=None, spot=None) as ckpt:
         ckpt.restore()
         assert ckpt.restored is not None
-        loaded, _ = ckpt._load(ckpt.restored, True)
+        loaded = ckpt._restorer._load(Choice(ckpt.restored), True).state
         wrapped = {"m": second["m"], "o": Wrapper(second["o"])}
         stateful.apply(wrapped, loaded, "x", look(wrapped, open_vote(store, ckpt.restored.vote(0)).directory, "x"))
     assert equal(first["o"].state_dict(), second["o"].state_dict())
@@ -394,3 +396,24 @@ def test_deep_ones_are_replaced_below() -> None:
     live = [nested(200, 0)]
     restore(saved({"l": [nested(200, 7)]}), {"l": live})
     assert live == [nested(200, 7)]
+
+
+def test_an_expanded_tensor_takes_its_state() -> None:
+    store = MemoryStore()
+    with Checkpointer(store, {"t": torch.full((1, 3), 2.0).expand(4, 3)}, spot=None) as ckpt:
+        ckpt.save_now(1).wait()
+    base = torch.zeros(1, 3)
+    with Checkpointer(store, {"t": base.expand(4, 3)}, spot=None) as ckpt:
+        assert ckpt.restore() == 1
+    assert base.tolist() == [[2.0, 2.0, 2.0]]
+
+
+def test_an_expanded_tensor_does_not_take_what_it_cannot_hold() -> None:
+    store = MemoryStore()
+    with Checkpointer(store, {"t": torch.arange(4.0)}, spot=None) as ckpt:
+        ckpt.save_now(1).wait()
+    with (
+        Checkpointer(store, {"t": torch.zeros(1).expand(4)}, spot=None) as ckpt,
+        pytest.raises(PartialRestoreError, match="is expanded here"),
+    ):
+        ckpt.restore()

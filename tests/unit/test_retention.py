@@ -15,7 +15,6 @@ from fastckpt.format.keys import CheckpointId, SaveId, commit_key, pack_key, pin
 from fastckpt.format.repository_records import Commit, Pin, Tombstone, pin_bytes, utc_now
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Candidate, Collector, Keep, Plan, View, plan, retire
-from fastckpt.store.base import ObjectInfo
 from fastckpt.store.memory import MemoryStore
 from tests.support.repositories import begin, check_all, flip, keys_of, living, reuse, save_steps, vote
 from tests.support.states import captured, rich_state
@@ -428,10 +427,10 @@ def test_a_record_that_only_the_list_shows_keeps_packs() -> None:
     class Contradicting(MemoryStore):
         hidden = ""
 
-        def head(self, key: str) -> ObjectInfo:
+        def _find(self, key: str) -> tuple[bytes, float]:
             if key == self.hidden:
                 raise ObjectNotFoundError(key)
-            return super().head(key)
+            return super()._find(key)
 
     store = Contradicting()
     save_steps(store, [1, 2, 3])

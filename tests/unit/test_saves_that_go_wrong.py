@@ -27,6 +27,7 @@ from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training import save_queue
 from fastckpt.training.checkpointer import Checkpointer
+from fastckpt.training.save_queue import SaveAsked
 from fastckpt.writing import container
 from tests.support.repositories import history
 from tests.support.stores import HeldStore
@@ -120,7 +121,7 @@ def test_a_save_that_gets_no_copying_thread_fails_and_is_over(monkeypatch: pytes
 
 def test_room_that_comes_while_one_looks_for_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_on(MemoryStore(), {"x": noise(8)}) as ckpt:
-        begin, refused = ckpt._stager.begin, list[Any]()
+        begin, refused = ckpt._engine.stager.begin, list[Any]()
 
         def busy_once(*arguments: Any, **settings: Any) -> Any:
             if not refused:
@@ -128,7 +129,7 @@ def test_room_that_comes_while_one_looks_for_it_is_taken(monkeypatch: pytest.Mon
                 return None
             return begin(*arguments, **settings)
 
-        monkeypatch.setattr(ckpt._stager, "begin", busy_once)
+        monkeypatch.setattr(ckpt._engine.stager, "begin", busy_once)
         ckpt.save_now(1).wait(SHORT_S)  # no job is left to wait for
 
 
@@ -192,7 +193,7 @@ def test_the_copy_keeps_to_the_time_that_is_left(how: str) -> None:
     began = time.monotonic()
     if how == "notice":
         notice = Notice("file", "test", began + 0.5)
-        handle = ckpt._start(1, "notice", {}, {}, notice)
+        handle = ckpt._saver.begin(SaveAsked(1, "notice"), notice.deadline)
         with pytest.raises(SnapshotStalledError, match="that were left"):
             handle.wait(SHORT_S)
     else:
@@ -201,7 +202,7 @@ def test_the_copy_keeps_to_the_time_that_is_left(how: str) -> None:
             raise KeyError("mine")
     assert 0.4 < time.monotonic() - began < SHORT_S
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
     assert not history(store)
     if how == "notice":
         with pytest.raises(SnapshotStalledError):
@@ -214,9 +215,9 @@ def test_a_snapshot_that_was_dropped_keeps_no_state() -> None:
     with open_on(store, {"x": noise(4 * MIB)}) as ckpt:
         with pytest.raises(StoreError):
             ckpt.save_now(1).wait(SHORT_S)
-        assert ckpt._queue.wait_idle(SHORT_S)
-        assert ckpt._snapshot is not None
-        assert not ckpt._snapshot._captured.owners
+        assert ckpt._engine.queue.wait_idle(SHORT_S)
+        assert ckpt._engine.fence._snapshot is not None
+        assert not ckpt._engine.fence._snapshot._captured.owners
         with pytest.raises(StoreError):
             ckpt.step(1)
 
@@ -238,7 +239,7 @@ def test_failed_saves_leave_no_buffers_to_the_collector() -> None:
                         ckpt.save_now(step).wait(SHORT_S)
                     with pytest.raises(StoreError):
                         ckpt.step(step)
-                assert ckpt._queue.wait_idle(SHORT_S)
+                assert ckpt._engine.queue.wait_idle(SHORT_S)
             alive = sum(one.alive() for one in made)
         finally:
             gc.enable()
@@ -278,7 +279,7 @@ def test_leaving_by_ctrl_c_is_not_swallowed_by_the_exception_before() -> None:
         raise KeyError("mine")
     thread.join()
     store.open.set()
-    assert ckpt._queue.wait_idle(SHORT_S)
+    assert ckpt._engine.queue.wait_idle(SHORT_S)
 
 
 def test_every_signal_with_a_handler_waits_for_the_end_of_the_block() -> None:

@@ -44,8 +44,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pool_of(ckpt: Checkpointer) -> Watched:
-    assert isinstance(ckpt._stager.pool, Watched)
-    return ckpt._stager.pool
+    assert isinstance(ckpt._engine.stager.pool, Watched)
+    return ckpt._engine.stager.pool
 
 
 @pytest.mark.parametrize(("budget_mib", "of_state"), [(192, 2.0), (108, 1.0), (32, 0.25)])
@@ -113,7 +113,7 @@ def test_without_host_memory_the_save_fails_at_its_caller(store: HeldStore, monk
     with checkpointer(store, training) as ckpt:
         ckpt.step(training.step())
         ckpt.wait(SHORT_S)
-        ckpt._stager.pool._drop_free()
+        ckpt._engine.stager.pool._drop_free()
 
         def none_left(n_bytes: int) -> torch.Tensor:
             raise MemoryError(f"{n_bytes} bytes, as the test wants it")
@@ -178,7 +178,7 @@ def test_a_save_that_gets_no_thread_fails_and_is_over(store: HeldStore, monkeypa
             training.step()
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 ckpt.save_now(2)
-        left = ckpt._queue.jobs
+        left = ckpt._engine.queue.jobs
         for job in left:
             job.source.close()  # or its threads keep this process
         assert not left, "nobody would ever run it"
@@ -220,7 +220,7 @@ def test_memory_that_another_snapshot_holds_is_back_pressure_too(store: HeldStor
         for _ in range(3):
             ckpt.step(training.step())
         assert (ckpt.stats.saves, ckpt.stats.deferred) == (1, 2)
-        assert len(ckpt._queue) == 1
+        assert len(ckpt._engine.queue) == 1
         threading.Timer(0.0, store.open.set).start()
         ckpt.save_now(3).wait(SHORT_S)  # waits for the memory
         assert ckpt.stats.saves == 2

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -14,15 +17,18 @@ from typing import Any
 import pytest
 
 import fastckpt
+from fastckpt import api
 from fastckpt.errors import OvertakenError, StoreUnavailableError, TargetBusyError
-from fastckpt.host import files
+from fastckpt.host import files, threads
+from fastckpt.host.threads import start_thread
 from fastckpt.options import Options
 from fastckpt.store import late_writes
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.faulty_store import FaultyStore
 from fastckpt.writing import object_sink, turns
-from tests.support.targets import Gate, state, step_in
+from fastckpt.writing.ordered_sink import OrderedSink
+from tests.support.targets import Gate, linux, state, step_in
 
 IMPATIENT = Options(max_order_wait_s=0.05, threads=1)
 
@@ -114,6 +120,68 @@ def test_saves_to_one_file_object_come_one_after_another(gate: Gate, monkeypatch
     assert gate.open.is_set(), "nobody waited"
     target.seek(0)
     assert [step_in(target) for _ in range(3)] == [1, 2, 3]
+
+
+def _later_than(
+    gate: Gate, monkeypatch: pytest.MonkeyPatch, first: Any, between: Callable[[], object], second: Any
+) -> None:
+    older = fastckpt.save_async(state(1), first)
+    assert gate.reached.wait(60)
+    between()
+    monkeypatch.setattr(turns, "_changed", OpensTheGate(gate))
+    fastckpt.save_async(state(2), second).wait(60)
+    assert gate.open.is_set(), "the later save did not wait"
+    older.wait(60)
+
+
+def _removed(folder: Path) -> None:
+    shutil.rmtree(folder)
+    (folder.parent / "takes its inode number").mkdir()
+    folder.mkdir()
+
+
+def _moved_away(folder: Path) -> None:
+    folder.rename(folder.parent / "old")
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("becomes", [_removed, _moved_away])
+def test_a_directory_that_is_made_anew_keeps_the_order_of_its_targets(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, becomes: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    _later_than(gate, monkeypatch, folder / "x", lambda: becomes(folder), folder / "x")
+    assert step_in(folder / "x") == 2
+
+
+@linux
+@pytest.mark.parametrize("names", ["raw", "descriptor", "another object", "temporary"])
+def test_all_that_writes_to_one_open_file_is_one_target(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch, names: str
+) -> None:
+    with contextlib.ExitStack() as opened:
+        first: Any = opened.enter_context(
+            tempfile.NamedTemporaryFile("wb", dir=tmp_path) if names == "temporary" else open(tmp_path / "x", "ab")  # noqa: SIM115
+        )
+        others: dict[str, Callable[[], Any]] = {
+            "raw": lambda: first.raw,
+            "descriptor": lambda: f"/dev/fd/{first.fileno()}",
+            "another object": lambda: opened.enter_context(open(tmp_path / "x", "ab")),
+            "temporary": lambda: first.file,
+        }
+        second = others[names]()
+        _later_than(gate, monkeypatch, first, lambda: None, second)
+        with open(first.name, "rb") as written:
+            assert [step_in(written) for _ in range(2)] == [1, 2]
+
+
+def test_a_file_object_is_not_asked_for_a_descriptor_that_it_would_have_to_make() -> None:
+    with tempfile.SpooledTemporaryFile() as spool:
+        fastckpt.save(state(1), spool)
+        assert not spool._rolled  # type: ignore[attr-defined]
+        spool.seek(0)
+        assert step_in(spool) == 1
 
 
 def test_a_failed_save_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
@@ -234,8 +302,8 @@ def test_a_save_in_a_signal_handler_does_not_wait_for_one_that_is_just_put_in_pl
 
 def test_a_turn_whose_save_was_cut_off_ends_with_it() -> None:
     key = "cut off"
-    turns.take(key, "one")
-    last = turns.take(key, "two")
+    turns.take([key], "one")
+    last = turns.take([key], "two")
     assert not last.wait(0.0)
     last.end()
 
@@ -299,3 +367,43 @@ def test_late_writes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert late_writes.age_s("memory://forget", "x") is None
     late_writes.note("memory://forget", "y")
     assert ("memory://forget", "x") not in late_writes._ended_s
+
+
+@pytest.mark.parametrize("call", [fastckpt.save, fastckpt.save_async])
+def test_an_interrupt_that_is_kept_holds_nobody_up(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notebooks and trainers keep the exception, and with it all that its frames hold."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OrderedSink, "expect", interrupt)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            call(state(1), tmp_path / "x")
+    fastckpt.save_async(state(2), tmp_path / "x", options=IMPATIENT).wait(60)
+    assert step_in(tmp_path / "x") == 2
+    assert kept.value is not None
+
+
+def test_an_interrupt_while_the_thread_starts_does_not_break_its_save(
+    tmp_path: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[threading.Thread] = []
+
+    def start_and_interrupt(run: Callable[[], None], name: str) -> threading.Thread | None:
+        thread = start_thread(run, name)
+        assert thread is not None
+        started.append(thread)
+        assert gate.reached.wait(60)
+        signal.raise_signal(signal.SIGINT)
+        return thread
+
+    monkeypatch.setattr(api, "start_thread", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fastckpt.save_async(state(1), tmp_path / "x")
+    assert started[0] in threads._unfinished, "the interpreter's end would not wait for it"
+    gate.open.set()
+    started[0].join(60)
+    assert step_in(tmp_path / "x") == 1

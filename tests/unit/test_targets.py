@@ -17,7 +17,7 @@ import pytest
 import fastckpt
 from fastckpt.host import held
 from fastckpt.writing import turns
-from fastckpt.writing.ordered_sink import key_of_path
+from fastckpt.writing.ordered_sink import keys_of_path
 from tests.support.targets import Gate, linux, root, state, step_in
 
 # -- what cannot be replaced ---------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_a_file_with_bytes_that_is_open_is_replaced_and_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with tempfile.NamedTemporaryFile(dir=tmp_path) as f:
-        nobody = turns.take(key_of_path(f.name), "a save that has not begun")
+        nobody = turns.take(keys_of_path(f.name), "a save that has not begun")
         first, second = fastckpt.save_async(state(1), f.name), fastckpt.save_async(state(2), f.name)
         assert not caplog.records  # both are about to write into an empty file
         nobody.end()

@@ -48,7 +48,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 def seen_torn(ckpt: Checkpointer) -> None:
     """Wait until the newest snapshot has found a copy that is not what it should be."""
-    snapshot = ckpt._snapshot
+    snapshot = ckpt._engine.fence._snapshot
     assert snapshot is not None
     with snapshot._changed:
         assert snapshot._changed.wait_for(lambda: snapshot.torn_name is not None, SHORT_S)
@@ -98,7 +98,7 @@ def test_a_swap_that_stays_loses_that_step_and_the_next_one_is_saved_at_once(
         with pytest.raises(TornSnapshotError, match=r"not those of the call of save.*ckpt\.fence\(\)"):
             handle.wait(SHORT_S)
         assert ckpt.step(1) is False, "what is there now is not the state of step 1"
-        assert ckpt._queue.wait_idle(SHORT_S)
+        assert ckpt._engine.queue.wait_idle(SHORT_S)
         assert committed(store) == []
         ckpt.step(2)  # not due, and not raised
         job.swap()
@@ -184,7 +184,7 @@ def test_a_training_that_goes_back_saves_the_steps_after_it() -> None:
         ckpt.fence()
         assert ckpt.restore(step=1) == 1
         job.step()
-        ckpt._due = "interval"
+        ckpt._due.trigger = "interval"
         ckpt.step(2)
         ckpt.wait()
     assert committed(store) == [1, 2]
@@ -216,7 +216,7 @@ def test_a_swap_after_every_save_from_the_first_on_loses_no_step(
     with open_on(store, job.state, proven=False, every=Every(steps=1)) as ckpt:
         for step in range(1, 6):
             states[step] = job.step()
-            ckpt._queue.wait_idle(SHORT_S)
+            ckpt._engine.queue.wait_idle(SHORT_S)
             ckpt.step(step)
             job.swap()
             if undone:
@@ -233,14 +233,14 @@ def test_the_first_save_is_copied_at_once_and_a_quiet_interval_proves_the_loop(s
         slow.set()
         states = {1: job.step()}
         handle = ckpt.save_now(1)
-        assert ckpt._snapshot is not None
-        assert ckpt._snapshot._fenced
+        assert ckpt._engine.fence._snapshot is not None
+        assert ckpt._engine.fence._snapshot._fenced
         job.model(torch.ones(1, 600)).sum().backward()
         states[2] = job.step()
         handle.wait(SHORT_S)
         slow.clear()
         handle = ckpt.save_now(2)  # its copies do not even begin before it returns
-        assert not ckpt._snapshot._fenced
+        assert not ckpt._engine.fence._snapshot._fenced
         slow.set()
         job.step()
         handle.wait(SHORT_S)
@@ -266,7 +266,7 @@ def test_a_write_in_the_first_interval_harms_nothing_and_ends_all_trust(
         ckpt.save_now(1)
         WRITES[write](job)
         states[2] = job.step()
-        trusted = ckpt._hooks is not None and ckpt._hooks.can_be_trusted
+        trusted = ckpt._engine.fence.hooks.can_be_trusted
         ckpt.save_now(2)
         job.swap()
     assert committed(store) == [1, 2]
@@ -288,7 +288,7 @@ def test_a_fence_before_the_write_is_all_that_is_asked_for(caplog: pytest.LogCap
             ckpt.save_now(step)
             ckpt.fence()
             job.swap()
-        assert ckpt._proven
+        assert ckpt._engine.fence._proven
     assert not caplog.records
     check(store, states)
 

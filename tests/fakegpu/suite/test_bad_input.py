@@ -34,7 +34,7 @@ def test_memory_that_cannot_be_pinned_is_made_up_for(gpu: torch.device, caplog: 
     told = [record.message for record in caplog.records if "cannot be pinned" in record.message]
     assert len(told) == 1
     assert "ulimit -l" in told[0]
-    assert run.ckpt._stager.pool.unpinned_bytes > 0
+    assert run.ckpt._engine.stager.pool.unpinned_bytes > 0
     run.check(1, 2, 3)
 
 
@@ -42,7 +42,7 @@ def test_pinned_memory_that_runs_out_midway_is_made_up_for(late: torch.device) -
     run = Run(late)
     run.train_and_save().wait(SHORT_S)
     device.limit_pinned_bytes(0)
-    run.ckpt._stager.pool._drop_free()
+    run.ckpt._engine.stager.pool._drop_free()
     run.train_and_save()
     run.check(1, 2)
 
@@ -73,7 +73,7 @@ def test_a_device_without_room_for_anything_is_saved(
         device.limit_device_bytes(1 << 62)
     run.ckpt.wait(SHORT_S)
     assert cloned == [False] * 3
-    assert all(side._joint is None for side in run.ckpt._stager._sides.values())
+    assert all(side._joint is None for side in run.ckpt._engine.stager._sides.values())
     unverified = [record for record in caplog.records if "no room for fingerprints" in record.message]
     assert len(unverified) == (3 if options is VERIFIED else 0)
     run.check(1, 2, 3)
@@ -105,7 +105,7 @@ def test_slabs_of_a_device_that_stays_broken_are_not_used_again(
     run.train_and_save().wait(SHORT_S)
     run.step()
     run.ckpt.wait(SHORT_S)
-    pool = run.ckpt._stager.pool
+    pool = run.ckpt._engine.stager.pool
     held = pool.held_bytes
 
     def broken(event: torch.Event) -> None:

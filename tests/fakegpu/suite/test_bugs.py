@@ -125,7 +125,7 @@ def test_what_forward_changes_is_not_copied_first(
         found.addresses |= {t.untyped_storage().data_ptr() for m in modules for t in m.state_dict().values()}
         return found
 
-    monkeypatch.setattr("fastckpt.training.checkpointer.Fenced", all_fenced)
+    monkeypatch.setattr("fastckpt.training.fence.Fenced", all_fenced)
     assert any("RACE: write" in text for text in run(job))
 
 

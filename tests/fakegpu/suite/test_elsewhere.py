@@ -60,9 +60,9 @@ def test_a_step_from_another_thread_on_another_stream_is_held_back_there(gpu: to
     with own:
         run.train_and_save().wait(SHORT_S)
         run.train_and_save()
-        assert run.ckpt._hooks is not None
+        assert run.ckpt._engine.fence.hooks is not None
         run.step()
-        assert run.ckpt._hooks.can_be_trusted
+        assert run.ckpt._engine.fence.hooks.can_be_trusted
         run.check(1, 2)
 
 

@@ -99,7 +99,7 @@ def test_an_interrupt_while_the_fence_keeps_the_host(late: torch.device) -> None
     presser.join(SHORT_S)
     compare(before, host(model.state_dict()))
     run.store.open.set()
-    assert run.ckpt._queue.wait_idle(SHORT_S)
+    assert run.ckpt._engine.queue.wait_idle(SHORT_S)
     assert run.committed() == [1]
     assert run.ckpt.stats.snapshot_bytes == 0
     other = wide(late)
@@ -179,7 +179,7 @@ def test_an_interrupt_anywhere_in_save_now(late: torch.device) -> None:
 
 def test_an_interrupt_anywhere_in_step(late: torch.device) -> None:
     def call(run: Run) -> None:
-        run.ckpt._due = "interval"
+        run.ckpt._due.trigger = "interval"
         run.ckpt.step(run.done)
 
     interrupted_everywhere(late, random.randrange(1 << 30), 40, call)

@@ -1,0 +1,54 @@
+// zstd frames, written: blocks are raw, RLE, or four Huffman streams of literals without sequences (RFC 8878, 3.1.1).
+#ifndef FASTCKPT_FRAME_SINK_H
+#define FASTCKPT_FRAME_SINK_H
+
+#include "context.h"
+#include "entropy.h"
+
+namespace fastckpt {
+
+class FrameSink {
+public:
+    // part_bytes: a plane that compresses is cut into blocks of so many bytes, each with a table of its own where that
+    // pays.
+    FrameSink(fastckpt_context& context, void* stored, size_t capacity, size_t part_bytes);
+
+    // All of these: false if the frame would be longer than `capacity`.
+    bool begin(size_t content_bytes);
+    // A plane of a stripe, n: 1 to kBlock. slot: which plane, as the tables of equal ones resemble each other. top: the
+    // one that is expected to compress. last: of the frame.
+    bool plane(unsigned slot, const u8* bytes, size_t n, bool top, bool last);
+
+    // What the caller reads after this stripe: fetched while the next part is coded.
+    void read_soon(const u8* from, size_t n_bytes) { soon_ = {.from = from, .n_bytes = n_bytes}; }
+
+    size_t stored_bytes() const { return static_cast<size_t>(at_ - first_); }
+    u64 crc() const { return ~crc_; }
+
+private:
+    // One block.
+    bool part(unsigned slot, const u8* bytes, size_t n, bool top, bool last);
+    // kind 0: raw, n bytes; 1: RLE, one byte that stands for n.
+    bool block(bool last, unsigned kind, size_t n, const u8* data, size_t data_bytes);
+    // A table for these counts. False: none is possible.
+    bool build(unsigned slot, const Histogram& histogram);
+    // A compressed block behind `at_`. Returns its bytes, 0 if a symbol has no code, kNoRoom if it is not shorter than
+    // a raw one.
+    size_t literals(unsigned slot, const u8* bytes, size_t n, bool last);
+
+    size_t capacity() const { return static_cast<size_t>(end_ - at_); }
+    // Takes n bytes that were written at the cursor into the crc.
+    void advance(size_t n);
+
+    fastckpt_context& context_;
+    size_t part_bytes_;
+    const Kernels& kernels_;
+    u8 *first_, *at_, *end_;
+    u64 crc_ = ~u64{0};
+    int current_ = -1;  // the slot whose table the decoder has
+    Soon soon_ = {.from = nullptr, .n_bytes = 0};
+};
+
+}  // namespace fastckpt
+
+#endif

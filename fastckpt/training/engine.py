@@ -1,0 +1,74 @@
+"""What saves of a run move through: made together, closed together."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fastckpt.options import Options
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Keep
+from fastckpt.snapshot import Stager
+from fastckpt.store.base import Store
+from fastckpt.training.fence import Fence
+from fastckpt.training.live_state import LiveState
+from fastckpt.training.save_queue import SaveQueue
+from fastckpt.training.torn import TornSaves
+
+
+class Engine(NamedTuple):
+    """See the module. Knows nothing of when a save is due, and of notices only that there is no time for retention then."""
+
+    live: LiveState
+    fence: Fence
+    stager: Stager
+    queue: SaveQueue
+    torn: TornSaves
+    incarnation: Incarnation
+
+    @classmethod
+    def start(
+        cls,
+        repository: Repository,
+        live: LiveState,
+        options: Options,
+        keep: Keep | None,
+        grace_s: float,
+        in_a_hurry: Callable[[], bool],
+        *,
+        hooked: bool,
+    ) -> Engine:
+        """hooked: whether optimizers call the fence: where nothing is saved they need not. SaveError if nothing can be written to
+        `spill_dir`.
+        """
+        stager = Stager(
+            options.snapshot_bytes,
+            options.threads,
+            repository.url,
+            options.max_stall_s,
+            options.verify_snapshot,
+            options.spill_dir,
+        )
+        incarnation = Incarnation(repository, options)
+        queue = SaveQueue(incarnation, keep, grace_s, in_a_hurry)
+        # "first" and "off" leave the decision to the user: there is no sample to compare with.
+        proven = options.verify_snapshot in ("first", "off")
+        fence = Fence(live.optimizers if hooked else [], queue, options.max_stall_s, proven=proven)
+        return cls(live, fence, stager, queue, TornSaves(queue, incarnation, fence.distrust), incarnation)
+
+    @property
+    def repository(self) -> Repository:
+        return self.incarnation.repository
+
+    def close(self, owned: Store | None) -> None:
+        """Let go of all, whatever fails on the way. owned: the store, if it is to be closed too."""
+        with contextlib.ExitStack() as last_first:
+            idle = self.queue.retaining.halt(0)
+            if owned is not None and idle and not len(self.queue):  # what was given up may still be in its last request
+                last_first.callback(owned.close)
+            last_first.callback(self.incarnation.close)
+            last_first.callback(self.stager.pool.drop_free)
+            last_first.callback(self.stager.stop_preparing)
+            last_first.callback(self.fence.hooks.remove)

@@ -1,0 +1,178 @@
+"""Keeps the steps of optimizers and the copies of snapshots apart: what may be left to an optimizer's hook, and what no longer.
+
+A snapshot may be copied while forward and backward run, until an optimizer's step. That holds only where each optimizer calls its hook,
+and where nothing else changes the state: both are watched, and trust, once lost, does not come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from fastckpt.events import logger
+from fastckpt.host.deadline import NEVER, Deadline
+from fastckpt.snapshot import Fenced, FenceHooks, Probation, Snapshot
+from fastckpt.training.live_state import Taken
+from fastckpt.training.save_queue import SaveQueue
+
+
+class Permit:
+    """What the next snapshot may leave to the fence."""
+
+    def __init__(self, fenced: Fenced | None, probation: Probation | None) -> None:
+        self.fenced, self.probation = fenced, probation
+        self.eager = fenced is None
+        """The fence comes before the save returns."""
+
+
+class Fence:
+    """See the module. Used by the thread that trains, and by the hooks of its optimizers; several threads may come to the fence."""
+
+    def __init__(
+        self, optimizers: Sequence[torch.optim.Optimizer], queue: SaveQueue, max_stall_s: float, *, proven: bool
+    ) -> None:
+        """proven: whether trust needs no quiet interval, from a save to its fence, that was seen before."""
+        self._optimizers = optimizers
+        self._queue = queue
+        self._max_stall_s = max_stall_s
+        self._proven = proven
+        self._pid = os.getpid()
+        self._snapshot: Snapshot | None = None
+        """The newest one."""
+        self._thread: int | None = None
+        """The thread that asked for it."""
+        self._probation: Probation | None = None
+        self._told = False
+        self.stall_s = 0.0
+        """Seconds for which hooks have kept the training thread."""
+        self.updated = False
+        """Whether an optimizer has updated the state since `forget_updates`."""
+        # An optimizer must not keep what was forgotten without being closed.
+        self.hooks = FenceHooks(optimizers, _weakly(self._before_update))
+
+    # -- what a save does with it --------------------------------------------------------------------------------------
+
+    def permit(self, taken: Taken) -> Permit:
+        """What may be left to the fence of a snapshot that begins now."""
+        if not self.hooks.can_be_trusted:
+            return Permit(None, None)
+        fenced = Fenced(self._optimizers)
+        if taken.samples is not None and not self._proven:
+            if all(storage.device is None for storage in taken.captured.storages):
+                return Permit(None, Probation(taken.captured, taken.cuts, fenced, taken.samples))
+            self._proven = True
+        return Permit(fenced, None)
+
+    def begun(self, snapshot: Snapshot, permit: Permit) -> None:
+        """This snapshot has begun: hooks wait for it from now on."""
+        self._snapshot, self._thread = snapshot, threading.get_ident()
+        permit.eager = permit.eager or snapshot.must_fence
+
+    def watch(self, permit: Permit) -> None:
+        """The save has returned to training: what is on probation is compared at the next fence."""
+        self._probation = permit.probation
+
+    def fenced(self) -> Fenced:
+        """What optimizers alone change, as it is now."""
+        return Fenced(self._optimizers)
+
+    # -- waiting -------------------------------------------------------------------------------------------------------
+
+    def wait(self, why: str, deadline: Deadline = NEVER) -> None:
+        """Wait until the state has been copied, `max_stall_s` at most. May be called again after an interrupt: the snapshot stays until
+        the next one.
+        """
+        probation, self._probation = self._probation, None
+        if probation is not None:
+            self._proven = probation.passed()
+            if not self._proven:
+                self._distrust_and_tell("after the last save", "The save is whole")
+        snapshot = self._snapshot
+        if snapshot is None:
+            return
+        snapshot.fence(why, Deadline.after(self._max_stall_s, "max_stall_s").sooner(deadline).left_s())
+        self._look_at(snapshot)
+
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[None]:
+        """Around what waits for a save. If it is the training thread that waits, the state stays as it is meanwhile, and nobody comes to
+        the fence: what is torn must be settled now.
+        """
+        snapshot = self._snapshot
+        if snapshot is None or threading.get_ident() != self._thread or os.getpid() != self._pid:
+            yield
+            return
+        with snapshot.attended():
+            self._look_at(snapshot)
+            yield
+        self._look_at(snapshot)
+
+    def attending(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
+        """`attended` for handles of saves, which do not keep this. While their save is under way its job does."""
+        reference = weakref.ref(self)
+
+        def attended() -> contextlib.AbstractContextManager[None]:
+            living = reference()
+            return contextlib.nullcontext() if living is None else living.attended()
+
+        return attended
+
+    # -- trust ---------------------------------------------------------------------------------------------------------
+
+    def distrust(self) -> None:
+        """Nothing is left to a hook any more."""
+        self.hooks.distrust()
+
+    def forget_updates(self) -> None:
+        """Another state has come into the objects."""
+        self.updated = False
+
+    def _look_at(self, snapshot: Snapshot) -> None:
+        """Tell of what is wrong with it. Nothing is left to a hook any more once something was torn."""
+        error = snapshot.error
+        if error is not None:
+            self._queue.give_up(snapshot, error)
+        if snapshot.torn_name is None:
+            return
+        if error is None:
+            self._distrust_and_tell(f"while {snapshot.torn_name} was copied", "It was put back, and copied again")
+        else:
+            self.distrust()
+
+    def _distrust_and_tell(self, when: str, outcome: str) -> None:
+        """Told once."""
+        self.distrust()
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "parameters or optimizer state were overwritten %s, before the optimizer's step and without it (.data, a NumPy view, a "
+                "kernel of its own). %s. From now on the state is copied before a save returns. Call ckpt.fence() before such writes",
+                when,
+                outcome,
+            )
+
+    def _before_update(self) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child trains a copy; the snapshot is the parent's, and so are the threads that would end this wait
+        started = time.monotonic()
+        self.updated = True
+        self.wait("optimizer step")
+        self.stall_s += time.monotonic() - started
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Calls it while its object is there, and does not keep the object."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        living = reference()
+        if living is not None:
+            living()
+
+    return call

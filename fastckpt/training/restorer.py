@@ -1,0 +1,150 @@
+"""Chooses a checkpoint, loads it, and claims an epoch that continues from it. The objects are not changed here."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, NamedTuple
+
+from fastckpt.errors import (
+    CorruptCheckpointError,
+    NoCheckpointError,
+    ObjectNotFoundError,
+    RefusedStateError,
+    RestoreError,
+    RetiredError,
+)
+from fastckpt.events import logger
+from fastckpt.format.repository_records import Commit, Skipped
+from fastckpt.options import Options
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.object_loader import load_object
+from fastckpt.repository.catalog import Catalog, Choice, Step
+from fastckpt.repository.commit import open_vote
+from fastckpt.repository.incarnation import Incarnation
+from fastckpt.state.refused import ARRAYS, described, find
+from fastckpt.training import stateful
+from fastckpt.training.live_state import LiveState
+from fastckpt.training.placement import Plan, look
+
+_MOST_ROUNDS = 2
+"""Times that a restore loads before it claims."""
+
+
+class Loaded(NamedTuple):
+    """A checkpoint that was read whole, and fits the objects."""
+
+    commit: Commit
+    state: Any
+    plan: Plan
+
+
+class _Damaged(Exception):
+    """What a load has found, of which checkpoint."""
+
+    def __init__(self, commit: Commit, error: CorruptCheckpointError) -> None:
+        super().__init__(str(error))
+        self.commit, self.error = commit, error
+
+
+class Restorer:
+    """See the module. Used by the thread that trains."""
+
+    def __init__(self, incarnation: Incarnation, live: LiveState, options: Options, *, read_only: bool) -> None:
+        """read_only: nothing is claimed, completed or written."""
+        self._incarnation, self._repository = incarnation, incarnation.repository
+        self._live, self._options, self._read_only = live, options, read_only
+
+    def restore(self, step: Step, weights_only: bool) -> Loaded | None:
+        """What is to be put into the objects; unless this only reads, an epoch that continues from it is claimed.
+
+        None: nothing was ever committed. Errors as those of `Checkpointer.restore`.
+        """
+        known_bad: list[Skipped] = []
+        own: set[int] = set()
+        rounds = retired = 0
+        while True:
+            # A head that moves each time while its checkpoint loads is first made to stand still.
+            claims_first = rounds == _MOST_ROUNDS
+            choice: Choice | None = None
+            found: Loaded | None = None  # the state of the round before is let go of before the next is read
+            try:
+                choice = self._choose(step, known_bad, own, claims_first=claims_first)
+                found = None if choice is None else self._load(choice, weights_only)
+            except RetiredError:
+                retired += 1
+                if not isinstance(step, str) or retired > 1:
+                    raise
+                continue
+            except _Damaged as damaged:
+                known_bad = self._pass_over(damaged, step, choice)
+                continue
+            if self._read_only and found is None:
+                raise NoCheckpointError(f"{self._repository.url} has no checkpoint yet: there is nothing to read")
+            if self._read_only or claims_first or self._incarnation.claim(choice, step, own):
+                return found
+            rounds += 1
+
+    def _choose(self, step: Step, known_bad: list[Skipped], own: set[int], *, claims_first: bool) -> Choice | None:
+        if self._read_only:
+            return Catalog(self._repository).choose(step, known_bad)
+        return (self._incarnation.restore if claims_first else self._incarnation.choose)(step, known_bad, own)
+
+    def _pass_over(self, damaged: _Damaged, step: Step, choice: Choice | None) -> list[Skipped]:
+        """What the next round leaves out; the error, unless "latest-valid" was asked for."""
+        error, checkpoint = damaged.error, damaged.commit.checkpoint
+        if step != "latest-valid":
+            raise Catalog(self._repository).with_advice(checkpoint, error) from error
+        logger.warning("step %d is passed over: %s", checkpoint.step, error)
+        return [*(() if choice is None else choice.skipped), Skipped(checkpoint, str(error)[:500])]
+
+    def _load(self, choice: Choice, weights_only: bool) -> Loaded:
+        commit = choice.commit
+        location = self._repository.location(commit.checkpoint)
+        if commit.world != 1:
+            raise RestoreError(
+                f"{location} was saved by {commit.world} ranks; this version restores those of one. "
+                "`fastckpt restore --rank` exports each rank's state"
+            )
+        try:
+            loaded, plan = self._load_whole(commit, location, weights_only)
+        except (CorruptCheckpointError, ObjectNotFoundError) as error:
+            found = Catalog(self._repository).blame(commit.checkpoint, error)
+            if isinstance(found, CorruptCheckpointError):
+                raise _Damaged(commit, found) from error
+            raise found from error
+        stateful.check(self._live.targets, loaded, location, plan)
+        return Loaded(commit, loaded, plan)
+
+    def _load_whole(self, commit: Commit, location: str, weights_only: bool) -> tuple[Any, Plan]:
+        reader = open_vote(self._repository.store, commit.vote(0))
+        plan = look(self._live.targets, reader.directory, location)
+        # Where objects travel over a network, threads wait rather than work: as many as there may be connections.
+        threads = max(self._options.threads, self._options.connections)
+        try:
+            loaded = load_object(
+                reader,
+                self._options,
+                threads,
+                map_location=plan.map_location,
+                pickle_module=pickle,
+                weights_only=weights_only,
+                load_args={"encoding": "utf-8"},
+                places=plan.places,
+                beyond_torch=True,
+            )
+        except pickle.UnpicklingError as error:
+            if not weights_only:
+                raise
+            raise _refused(reader, location, error) from error
+        return loaded, plan
+
+
+def _refused(reader: Reader, location: str, error: pickle.UnpicklingError) -> RefusedStateError:
+    found = find(reader.skeleton, trusted=False)
+    if reader.holds_arrays:
+        found.setdefault(ARRAYS[0], []).extend(e.name for e in reader.directory.tensors if e.kind == "array")
+    words = described(found) or f"  {str(error).strip().splitlines()[-1]}"
+    return RefusedStateError(
+        f"{location} holds what restore() refuses, as it could run code:\n{words}\nNothing was changed. If you trust whoever "
+        "wrote it, call restore(weights_only=False), or allow single classes with torch.serialization.add_safe_globals before restore()"
+    )

@@ -1,0 +1,298 @@
+"""Begins saves: looks at the state, has it copied, and queues its upload."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from concurrent import futures
+from dataclasses import dataclass, field
+
+from fastckpt import events
+from fastckpt.errors import SaveError, SnapshotStalledError, of_save
+from fastckpt.events import logger
+from fastckpt.format.repository_records import Commit
+from fastckpt.host.deadline import NEVER, Deadline
+from fastckpt.host.interrupts import deferred_interrupt
+from fastckpt.options import Options
+from fastckpt.snapshot import DoesNotFit, Snapshot
+from fastckpt.state.chunks import LiveChunks
+from fastckpt.training.engine import Engine
+from fastckpt.training.fence import Permit
+from fastckpt.training.live_state import Taken
+from fastckpt.training.save_queue import MAX_JOBS, CommitHandle, Job, SaveAsked
+from fastckpt.writing.rank import UploadThreads
+
+
+class OutOfTime(SaveError):
+    """No room for a save before its deadline."""
+
+
+@dataclass
+class Counts:
+    """Of one Checkpointer."""
+
+    saves: int = 0
+    """Saves that have begun."""
+    deferred: int = 0
+    """Calls at which a save was due and had to wait."""
+    begun_s: float = field(default_factory=time.monotonic)
+    """time.monotonic() when the last save was asked for, or the state was restored."""
+
+
+class Saver:
+    """See the module. Used by the thread that trains."""
+
+    def __init__(self, engine: Engine, options: Options, owner: weakref.ref[object], *, fresh: bool) -> None:
+        """owner: kept alive while a save is under way, as its hooks have to wait for the snapshot. fresh: the first save begins a new
+        history.
+        """
+        self._live, self._fence, self._stager, self._queue, self._torn, self._incarnation = engine
+        self._options, self._owner, self.fresh = options, owner, fresh
+        self._began = self._prepared = False
+        self.counts = Counts()
+        self.restored: Commit | None = None
+        """What the objects were restored from last."""
+
+    # -- what is saved already -----------------------------------------------------------------------------------------
+
+    def is_saved(self, step: int) -> bool:
+        """Whether a step is being saved, or was saved or restored last."""
+        last = self._incarnation.last
+        return self._job_of(step) is not None or (last is not None and last.checkpoint.step == step)
+
+    def _job_of(self, step: int) -> Job | None:
+        """The save of a step that is under way, and has not failed."""
+        return next((job for job in self._queue.jobs if job.step == step and not job.has_failed()), None)
+
+    def _last_commit(self) -> Commit | None:
+        """The checkpoint that the next one follows, if this object has saved or restored it."""
+        last = self._incarnation.last
+        known = (self._queue.last_commit, self.restored)
+        return next((c for c in known if c is not None and last is not None and c.checkpoint == last.checkpoint), None)
+
+    def _handle_of(self, step: int) -> CommitHandle | None:
+        """Of a step that `is_saved`."""
+        job = self._job_of(step)
+        if job is not None:
+            return job.handle
+        last = self._last_commit()
+        if last is None or last.save.step != step:
+            return None
+        handle = CommitHandle(step)
+        handle.durable.set_result(last)
+        return handle
+
+    def refuse_other_state(self, asked: SaveAsked) -> None:
+        """SaveError if the step is saved and the state is not that save's: a checkpoint of it is not made again, nor replaced."""
+        job, last = self._job_of(asked.step), self._last_commit()
+        if job is None and (last is None or last.save.step != asked.step):
+            return
+        changed = self._live.has_changed_since(asked.step)
+        if changed is None:  # it was restored
+            changed = self.restored is not None and (self._fence.updated or self._live.has_changed_since_restore())
+        if changed:
+            raise SaveError(
+                f"step {asked.step} has been saved or restored, and the state has changed since: a step is saved once. Nothing was "
+                "committed; the checkpoint of that step is as it was. Save under the next number; to go back, call restore(step=…)"
+            )
+        first = job.asked if job is not None else last
+        assert first is not None
+        if (asked.metrics and asked.metrics != first.metrics) or (asked.meta and asked.meta != first.meta):
+            logger.warning(
+                "step %d is saved already, without these metrics and meta (%s): they are not recorded. Pass them to the call that saves",
+                asked.step,
+                ", ".join(sorted({*asked.metrics, *asked.meta})),
+            )
+
+    # -- beginning -----------------------------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Begin a history: there is none that a restore has given. RepositoryError if there are checkpoints."""
+        self._incarnation.begin(fresh=self.fresh)
+        self._began = True
+
+    def begins_after(self, *, claimed: bool) -> None:
+        """A restore has chosen what the next save follows. claimed: and an epoch for it."""
+        self._began = claimed
+
+    def has_restored(self, commit: Commit, *, looked_at: bool) -> None:
+        """Another state has come into the objects. looked_at: it is to be known later whether they have changed since."""
+        self.restored = commit
+        self.counts.begun_s = time.monotonic()
+        if looked_at:
+            self._live.remember_restored()
+        self._fence.forget_updates()
+        self._torn.forget()
+
+    def prepare(self) -> None:
+        """At the first step, whose optimizers have their state now: the memory of the first save is made while training goes on, and its
+        pickling is done. Whatever goes wrong is the save's to tell.
+        """
+        if self._prepared:
+            return
+        self._prepared = True
+        if self.counts.saves:
+            return
+        try:
+            self._stager.prepare(*self._live.look(), self._fence.fenced())
+        except Exception as error:
+            logger.info("nothing could be prepared for the first save: %s: %s", type(error).__name__, error)
+
+    def begin(self, asked: SaveAsked, deadline: Deadline = NEVER) -> CommitHandle:
+        """Begin a save, or find it if the step is saved already. Waits for room.
+
+        Raises:
+            OutOfTime: there was no room before the deadline.
+            SaveError: a save that was given up still holds the memory; or what the state or the step is refused for.
+        """
+        handle = self._handle_of(asked.step)
+        while handle is None:
+            handle = self.try_begin(asked, deadline)
+            if handle is None:
+                self._wait_for_room(asked.step, deadline)
+        return handle
+
+    def begin_due(self, asked: SaveAsked) -> CommitHandle | None:
+        """Begin a save if there is room for it now; None, counted, if it has to wait for earlier ones."""
+        handle = self.try_begin(asked)
+        if handle is None:
+            self.counts.deferred += 1
+            url = self._incarnation.repository.url
+            events.emit(events.SaveDeferred(target=url, step=asked.step, waiting=len(self._queue)))
+        return handle
+
+    def _wait_for_room(self, step: int, deadline: Deadline) -> None:
+        jobs = self._queue.jobs
+        if not jobs:  # the one that held the memory has just ended
+            return
+        limit = deadline
+        if jobs[0].handle.done():  # a save that was given up ends when its store does: that may be never
+            limit = Deadline.after(self._options.max_stall_s, "max_stall_s").sooner(deadline)
+        with self._fence.attended():
+            if self._queue.wait_fewer(len(jobs), limit.left_s()):
+                return
+        if limit is deadline:
+            raise OutOfTime(f"step {step} was not saved: earlier saves left no room for it within {deadline.why}")
+        raise SaveError(
+            f"step {step} was not saved: the save of step {jobs[0].step}, which was given up, still waits for the store and holds its "
+            f"memory. Earlier checkpoints are as they were. Look at {self._incarnation.repository.url}"
+        )
+
+    def try_begin(self, asked: SaveAsked, deadline: Deadline = NEVER) -> CommitHandle | None:
+        """Have the state copied and queue its upload. None if earlier saves leave no room for it now."""
+        if len(self._queue) >= MAX_JOBS:
+            return None
+        called_s = time.monotonic()
+        if not self._began:
+            self.claim()
+        if not len(self._queue):
+            self._incarnation.check_step(asked.step)
+        self._fence.wait("save", deadline)
+        self._torn.look()
+        taken = self._live.take()
+        self._live.tell_what_is_refused(asked.step, self._incarnation.repository.url)
+        beginning = _Beginning(
+            asked, taken, self._fence.permit(taken), CommitHandle(asked.step, self._fence.attending())
+        )
+        try:
+            with deferred_interrupt():  # slabs, copies under way and the queue's job change hands
+                if not self._queue_up(beginning, called_s):
+                    return None
+            self._let_training_go_on(beginning, deadline)
+        except BaseException as error:
+            self._break_off(beginning, error)
+            raised = of_save(error, asked.step)
+            if raised is error:
+                raise
+            raise raised from error
+        self.counts.begun_s = called_s
+        return beginning.handle
+
+    def _queue_up(self, beginning: _Beginning, called_s: float) -> bool:
+        """Begin the copy and queue the job. False: there is no room now."""
+        asked, taken, alone = beginning.asked, beginning.taken, not len(self._queue)
+        try:
+            beginning.source = self._stager.begin(
+                taken.captured, taken.cuts, beginning.permit.fenced, asked.step, ring=alone, samples=taken.samples
+            )
+        except DoesNotFit:
+            beginning.source = LiveChunks(taken.captured, taken.cuts) if alone else None
+        source = beginning.source
+        if source is None:
+            return False
+        if isinstance(source, Snapshot):
+            self._fence.begun(source, beginning.permit)
+        threads: UploadThreads | None = None
+        try:
+            # Now, although an earlier save may be under way: if it ends with the interpreter, none can be started any more.
+            threads = UploadThreads.start(taken.captured, self._options)
+            job = Job(asked, taken.captured, source, called_s, beginning.handle, threads, owner=self._owner())
+            beginning.runs_here = not self._queue.put(job)
+        except BaseException:
+            if threads is not None:
+                threads.close()
+            source.close()
+            raise
+        self.counts.saves += 1
+        self._live.remember(asked.step, taken)
+        return True
+
+    def _let_training_go_on(self, beginning: _Beginning, deadline: Deadline) -> None:
+        """Wait for what cannot be left to the fence before an optimizer's step."""
+        if beginning.runs_here:
+            self._queue.run_here()
+        if isinstance(beginning.source, LiveChunks):
+            self._write_through(beginning, beginning.source, deadline)
+        elif beginning.permit.eager:  # not before it is queued: a ring turns only when somebody takes chunks out of it
+            self._fence.wait("save", deadline)
+        self._fence.watch(beginning.permit)
+
+    def _break_off(self, beginning: _Beginning, error: BaseException) -> None:
+        """After an error or an interrupt: whoever catches it may train on, and no hook would wait for this save."""
+        source = beginning.source
+        with deferred_interrupt():  # launchers and terminals both pass Ctrl-C on: it comes twice
+            if isinstance(source, LiveChunks) or (source is not None and beginning.permit.eager):
+                ended = SaveError(f"the save of step {beginning.asked.step} was interrupted. Nothing was committed")
+                ended.__cause__ = error
+                source.stop(ended)
+                self._queue.give_up(source, ended)
+        if beginning.runs_here:  # as a thread would, whatever has come between
+            self._queue.run_here()
+
+    def _write_through(self, beginning: _Beginning, source: LiveChunks, deadline: Deadline) -> None:
+        """Not even parts of the state fit the budget: it is uploaded from where it is, and training waits."""
+        limit_s = Deadline.after(self._options.max_stall_s, "max_stall_s").sooner(deadline).left_s()
+        assert limit_s is not None
+        step = beginning.asked.step
+        logger.warning(
+            "a copy of %d bytes does not fit the budget of %d, not even in parts: training waits until step %d is uploaded. "
+            "Raise host_budget_bytes",
+            beginning.taken.captured.n_bytes,
+            self._options.host_budget_bytes,
+            step,
+        )
+        try:
+            beginning.handle.durable.exception(
+                limit_s
+            )  # its error is raised by the next call, as that of any other save
+        except futures.TimeoutError:
+            error = SnapshotStalledError(
+                f"the save of step {step} was given up: it was not uploaded after {limit_s:.3g} s (max_stall_s, or what "
+                "was left before a deadline), and training goes on. Nothing was committed. Look at the store, or "
+                "raise host_budget_bytes so that the state can be copied"
+            )
+            source.stop(error)
+            self._queue.give_up(source, error)
+
+
+@dataclass
+class _Beginning:
+    """A save between its call and the moment at which training goes on."""
+
+    asked: SaveAsked
+    taken: Taken
+    permit: Permit
+    handle: CommitHandle
+    source: Snapshot | LiveChunks | None = None
+    runs_here: bool = False
+    """The interpreter's end allows no thread: the caller's runs the job."""
