@@ -1,0 +1,44 @@
+"""A moment by which something has to be done, together with what set it."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A moment by `time.monotonic()`, and what set it: an error that tells of an expired deadline says whose limit that was.
+
+    Carried whole from the caller to whoever waits: seconds that are left shrink on the way, a moment does not.
+    """
+
+    at_s: float
+    """By `time.monotonic()`; `math.inf`: never."""
+    why: str
+    """What set it, to be put into a sentence: "max_stall_s", "the notice", "close_timeout_s"."""
+
+    NEVER: ClassVar[Deadline]
+    """Never expires, and is later than any other."""
+
+    @classmethod
+    def after(cls, seconds: float | None, why: str) -> Deadline:
+        """So many seconds from now. None: never."""
+        return cls(math.inf if seconds is None else time.monotonic() + seconds, why)
+
+    def left_s(self) -> float | None:
+        """Seconds until then, not less than 0. None: never, which is what the waits of `threading` take for it."""
+        return None if self.at_s == math.inf else max(0.0, self.at_s - time.monotonic())
+
+    def expired(self) -> bool:
+        """Whether the moment has come."""
+        return time.monotonic() >= self.at_s
+
+    def sooner(self, other: Deadline) -> Deadline:
+        """The earlier one of the two; this one if they are equal."""
+        return other if other.at_s < self.at_s else self
+
+
+Deadline.NEVER = Deadline(math.inf, "never")
