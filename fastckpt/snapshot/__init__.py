@@ -1,19 +1,19 @@
 """State → private copy in host memory, without stopping what trains it.
 
 stager.py    begins snapshots, keeps what they use again: slabs (pool.py), one side stream per device (side_stream.py)
-places.py    which chunks are copied first, where each one goes (slots.py); pure but for taking the memory
+copy_plan.py which chunks are copied first, where each one goes (slots.py); pure
 kept.py      what save_async keeps of it from call to call
 snapshot.py  one snapshot: gives out copies, fences, hands chunks to the encoder
 fenced.py    what only an optimizer's step changes; hooks.py calls the fence before it does
 probation.py whether anything else changes the state between a save and that step
-verify.py    whether copies are what the state was at the call: by samples of host memory (sampled.py), by all bytes of a device
-             (device_prints.py)
+fingerprints.py whether copies are what the state was at the call: by samples of host memory (sampled.py), by all bytes of a device
+                (device_prints.py)
 """
 
+from fastckpt.snapshot.copy_plan import DoesNotFit
 from fastckpt.snapshot.fenced import Fenced
 from fastckpt.snapshot.hooks import FenceHooks
 from fastckpt.snapshot.kept import kept
-from fastckpt.snapshot.places import DoesNotFit
 from fastckpt.snapshot.probation import Probation
 from fastckpt.snapshot.sampled import Sampled, Sampler
 from fastckpt.snapshot.snapshot import Snapshot

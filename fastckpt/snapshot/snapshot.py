@@ -34,12 +34,12 @@ from fastckpt.events import logger
 from fastckpt.format.tensor_names import dotted
 from fastckpt.host.threads import WorkerPool, start_thread
 from fastckpt.snapshot import cuda
+from fastckpt.snapshot.copy_plan import CopyPlan
 from fastckpt.snapshot.fenced import Fenced
-from fastckpt.snapshot.places import Places
+from fastckpt.snapshot.fingerprints import SaveFingerprints
 from fastckpt.snapshot.pool import U8, Slab, SlabPool
 from fastckpt.snapshot.side_stream import SideStream, joined, wait_for
 from fastckpt.snapshot.spill import SpillFile
-from fastckpt.snapshot.verify import AtSave
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Chunk, Cuts
 
@@ -81,7 +81,8 @@ class Snapshot:
         captured: Captured,
         cuts: Cuts,
         pool: SlabPool,
-        places: Places,
+        plan: CopyPlan,
+        slabs: Sequence[Slab],
         fenced: Fenced | None,
         side_of: Callable[[torch.device], SideStream],
         threads: int,
@@ -89,10 +90,11 @@ class Snapshot:
         target: str,
         step: int | None,
         max_stall_s: float,
-        at_save: AtSave | None = None,
+        at_save: SaveFingerprints | None = None,
         spill: SpillFile | None = None,
     ) -> None:
-        """places: from `take_places`, of the same arguments. On return all that is not fenced may change, and nothing may if `must_fence`.
+        """plan, slabs: of the same state; the slabs that must be there at the beginning. On return all that is not fenced may change, and
+        nothing may if `must_fence`.
         at_save: looks at what is copied later now, and compares; None: nothing does.
 
         spill: where slabs go that hold up the ring; closed with this.
@@ -102,11 +104,11 @@ class Snapshot:
         self.cuts = cuts
         self._captured, self._pool, self._threads = captured, pool, threads
         self._target, self._step, self._max_stall_s = target, step, max_stall_s
-        self._order, self._layout, self._for_device = places.order, places.layout, places.for_device
-        self._slot_of = dict(zip(places.order, places.layout.slots, strict=True))
-        self._slabs: dict[int, Slab] = dict(enumerate(places.slabs))
-        self._chunks_left = [0] * len(places.layout.slab_bytes)
-        for slot in places.layout.slots:
+        self._order, self._layout, self._for_device = plan.order, plan.layout, plan.for_device
+        self._slot_of = dict(zip(plan.order, plan.layout.slots, strict=True))
+        self._slabs: dict[int, Slab] = dict(enumerate(slabs))
+        self._chunks_left = [0] * len(plan.layout.slab_bytes)
+        for slot in plan.layout.slots:
             self._chunks_left[slot.slab] += 1
         self._copies = [
             _Copy(chunk, captured.storages[chunk.pieces[0].storage].device, chunk.n_bytes) for chunk in cuts.chunks
@@ -125,7 +127,7 @@ class Snapshot:
         self._started = self._fenced = self._confirmed = self._closed = False
         self._held_back: set[tuple[torch.device, int]] = set()
         self._copiers: WorkerPool | None = None
-        self._at_save = at_save or AtSave()
+        self._at_save = at_save or SaveFingerprints()
         self.must_fence = False
         """What is copied later could not be looked at: the caller fences at once."""
         self._torn: list[int] = []
@@ -146,7 +148,7 @@ class Snapshot:
             )
         )
         try:
-            self._start(places.n_first)
+            self._start(plan.n_first)
         except BaseException as error:
             self._fail(error)
             self.close()

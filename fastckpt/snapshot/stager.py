@@ -6,15 +6,15 @@ import torch
 
 from fastckpt.errors import SaveError
 from fastckpt.events import logger
+from fastckpt.snapshot.copy_plan import DoesNotFit, plan_copies
 from fastckpt.snapshot.fenced import Fenced
-from fastckpt.snapshot.places import DoesNotFit, plan_places, take_places
+from fastckpt.snapshot.fingerprints import AllBytes, SaveFingerprints
 from fastckpt.snapshot.pool import SlabPool
 from fastckpt.snapshot.sampled import Sampled
 from fastckpt.snapshot.side_stream import SideStream, is_capturing
 from fastckpt.snapshot.slab_maker import SlabMaker
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.spill import SpillFile
-from fastckpt.snapshot.verify import AllBytes, AtSave
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Cuts
 
@@ -49,10 +49,10 @@ class Stager:
     def prepare(self, captured: Captured, cuts: Cuts, fenced: Fenced | None) -> None:
         """Begin to make the memory that a snapshot of this state will need, in the background, until one begins or `stop_preparing`."""
         try:
-            plan = plan_places(captured, cuts, self.pool.budget_bytes, fenced, ring=True)
+            plan = plan_copies(captured, cuts, self.pool.budget_bytes, fenced, ring=True)
         except DoesNotFit:  # such a save needs none
             return
-        self._maker = SlabMaker(self.pool, plan.slab_bytes, plan.for_device)
+        self._maker = SlabMaker(self.pool, plan.first_slabs, plan.for_device)
 
     def stop_preparing(self) -> None:
         """What is made by then stays. Waits for one slab at most."""
@@ -80,12 +80,13 @@ class Stager:
         self._refuse_capture(captured)
         self.stop_preparing()
         with self.pool.all_or_nothing():
-            places = take_places(captured, cuts, self.pool, fenced, ring=ring)
-            if places is None:
+            plan = plan_copies(captured, cuts, self.pool.budget_bytes, fenced, ring=ring)
+            slabs = self.pool.take_all(plan.first_slabs, plan.for_device)
+            if slabs is None:
                 return None
             at_save = None if fenced is None else self._looks_at(captured, cuts, samples)
             spill = None
-            if places.is_ring and self._spill_dir:
+            if plan.is_ring and self._spill_dir:
                 try:
                     spill = SpillFile(self._spill_dir)
                 except SaveError as error:  # it could be used when this was made
@@ -94,7 +95,8 @@ class Stager:
                 captured,
                 cuts,
                 self.pool,
-                places,
+                plan,
+                slabs,
                 fenced,
                 self._side,
                 self._threads,
@@ -105,15 +107,15 @@ class Stager:
                 spill=spill,
             )
 
-    def _looks_at(self, captured: Captured, cuts: Cuts, samples: Sampled | None) -> AtSave | None:
+    def _looks_at(self, captured: Captured, cuts: Cuts, samples: Sampled | None) -> SaveFingerprints | None:
         """What a snapshot of it is compared with."""
         if self._verify == "sampled":
-            return None if samples is None else AtSave(samples)
+            return None if samples is None else SaveFingerprints(samples)
         if self._verify == "off":
             return None
         if self._verify == "first":
             self._verify = "off"
-        return AtSave(AllBytes(captured, cuts))
+        return SaveFingerprints(AllBytes(captured, cuts))
 
     def _side(self, device: torch.device) -> SideStream:
         side = self._sides.get(device)

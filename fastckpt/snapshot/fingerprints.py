@@ -61,7 +61,7 @@ class AllBytes:
         return number not in self._digests or digest(content) == self._digests[number]
 
 
-class AtSave:
+class SaveFingerprints:
     """What chunks held at the call of save. Made by the thread that trains; `is_copy` is for any."""
 
     def __init__(self, host: HostPrints | None = None) -> None:
