@@ -22,6 +22,7 @@ from fastckpt.errors import OutOfHostMemoryError, SaveError, SnapshotStalledErro
 from fastckpt.host import pages
 from fastckpt.host.interrupts import deferred_interrupt
 from fastckpt.repository.retention import Keep
+from fastckpt.snapshot import host_copies
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
@@ -110,7 +111,7 @@ def test_a_save_that_gets_no_copying_thread_fails_and_is_over(monkeypatch: pytes
 
     with open_on(MemoryStore(), {"x": noise(4 * MIB)}) as ckpt:
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "WorkerPool", none_left)
+            patch.setattr(host_copies, "WorkerPool", none_left)
             with pytest.raises(SaveError, match="can't start new thread"):
                 ckpt.save_now(1)
         assert ckpt.stats.snapshot_bytes == 0
@@ -173,7 +174,7 @@ def test_what_fails_behind_the_commit_fails_no_save(
 
     def broken(self: engine.Snapshot) -> None:
         close(self)
-        if self._confirmed:
+        if self._progress.confirmed:
             raise RuntimeError("unspecified launch failure")
 
     monkeypatch.setattr(engine.Snapshot, "close", broken)

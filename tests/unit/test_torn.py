@@ -11,8 +11,7 @@ import torch
 
 from fastckpt import Checkpointer, Every, Options, RNGState
 from fastckpt.errors import SaveError, StoreUnavailableError, TornSnapshotError
-from fastckpt.snapshot import Sampler
-from fastckpt.snapshot import snapshot as engine
+from fastckpt.snapshot import Sampler, host_copies
 from fastckpt.state import Captured, Recapturer, chunking
 from fastckpt.state.chunks import cuts_of
 from fastckpt.store.memory import MemoryStore
@@ -90,8 +89,9 @@ def seen_torn(ckpt: Checkpointer) -> None:
     """Wait until the newest snapshot has found a copy that is not what it should be."""
     snapshot = ckpt._snapshot
     assert snapshot is not None
-    with snapshot._changed:
-        assert snapshot._changed.wait_for(lambda: snapshot.torn_name is not None, SHORT_S)
+    changed = snapshot._progress.changed
+    with changed:
+        assert changed.wait_for(lambda: snapshot.torn_name is not None, SHORT_S)
 
 
 @pytest.mark.parametrize("options", [OPTIONS, RING], ids=["whole", "ring"])
@@ -274,13 +274,13 @@ def test_the_first_save_is_copied_at_once_and_a_quiet_interval_proves_the_loop(s
         states = {1: job.step()}
         handle = ckpt.save_now(1)
         assert ckpt._snapshot is not None
-        assert ckpt._snapshot._fenced
+        assert ckpt._snapshot._progress.fenced
         job.model(torch.ones(1, 600)).sum().backward()
         states[2] = job.step()
         handle.wait(SHORT_S)
         slow.clear()
         handle = ckpt.save_now(2)  # its copies do not even begin before it returns
-        assert not ckpt._snapshot._fenced
+        assert not ckpt._snapshot._progress.fenced
         slow.set()
         job.step()
         handle.wait(SHORT_S)
@@ -500,4 +500,4 @@ def test_a_restored_step_is_saved_again_only_if_nothing_was_trained() -> None:
 
 def test_large_chunks_are_copied_by_threads() -> None:
     """What the tests above rely on."""
-    assert engine._INLINE_BYTES < 600 * 600 * 4
+    assert host_copies._INLINE_BYTES < 600 * 600 * 4

@@ -28,7 +28,9 @@ from fastckpt.errors import SaveError, TornSnapshotError
 from fastckpt.options import Options
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.repository import Repository
+from fastckpt.snapshot import device_copies
 from fastckpt.snapshot import snapshot as engine
+from fastckpt.snapshot.device_copies import DeviceCopies
 from fastckpt.snapshot.side_stream import SideStream
 from fastckpt.training.checkpointer import Checkpointer, Every
 from tests.fakegpu import device
@@ -324,13 +326,13 @@ def test_a_device_without_room_for_anything_is_saved(
 ) -> None:
     """No clones, no joint transfers, no fingerprints: slower, as whole."""
     cloned: list[bool] = []
-    clone = engine.Snapshot._clone
+    clone = DeviceCopies.clone
 
-    def noted(self: engine.Snapshot, first: Any) -> bool:
-        cloned.append(clone(self, first))
+    def noted(self: DeviceCopies, chunks: Any) -> bool:
+        cloned.append(clone(self, chunks))
         return cloned[-1]
 
-    monkeypatch.setattr(engine.Snapshot, "_clone", noted)
+    monkeypatch.setattr(DeviceCopies, "clone", noted)
     run = Run(gpu, make, options=options)
     for _ in range(3):
         run.step()
@@ -379,7 +381,7 @@ def test_slabs_of_a_device_that_stays_broken_are_not_used_again(
         raise torch.AcceleratorError("unspecified launch failure")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "wait_for", broken)
+        patch.setattr(device_copies, "wait_for", broken)
         with pytest.raises(RuntimeError, match="unspecified launch failure"):
             run.ckpt.save_now(run.done).wait(SHORT_S)
         with pytest.raises(RuntimeError, match="unspecified launch failure"):
