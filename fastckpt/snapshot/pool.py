@@ -29,9 +29,9 @@ class Slab:
     tensor: torch.Tensor
     array: U8
     for_device: bool
-    """What it was asked for: copies from a device."""
+    """It was asked for to hold copies from a device."""
     pinned: bool
-    """What it became: copies into it do not block."""
+    """It could be pinned: copies into it do not block."""
 
 
 def _nothing() -> None:
@@ -87,7 +87,7 @@ class SlabPool:
             return self._free_bytes
 
     def set_budget(self, budget_bytes: int) -> None:
-        """From now on. What waits beyond it is given back; what is in use stays until its snapshots end."""
+        """Set the budget from now on. What waits beyond it is given back; what is in use stays until its snapshots end."""
         with self._lock:
             self.budget_bytes = budget_bytes
             if self._used() + self._free_bytes > budget_bytes:
@@ -142,7 +142,7 @@ class SlabPool:
         return taken
 
     def forget(self, slabs: Iterable[Slab]) -> None:
-        """The slabs are lost: a device that has failed may still write to them. Whoever holds them keeps them alive."""
+        """Count slabs as lost: a device that has failed may still write to them. Whoever holds them keeps them alive."""
         with self._lock:
             self._in_use.difference_update(slabs)
             # Summed anew: what calls this may be an interrupt between a slab and its bytes.
@@ -164,7 +164,7 @@ class SlabPool:
             self._drop_free()
 
     def _drop_free(self) -> None:
-        """Slabs of another state's sizes, or of an earlier shape of this one."""
+        """Give up the slabs that wait: they have the sizes of another state, or of an earlier shape of this one."""
         pinned = any(slab.pinned for slabs in self._free.values() for slab in slabs)
         self._free, self._free_bytes = {}, 0
         if pinned:  # torch keeps what it has pinned: without this the budget would be exceeded
@@ -192,7 +192,7 @@ class SlabPool:
         return Slab(n_bytes, tensor, tensor.numpy(), for_device, False)
 
     def give_back(self, slabs: Iterable[Slab]) -> None:
-        """The slabs are free again: nothing reads or writes them any more. Those that are not in use are passed over."""
+        """Take slabs back: nothing reads or writes them any more. Those that are not in use are passed over."""
         with self._lock:
             for slab in slabs:
                 if slab in self._in_use:

@@ -1,4 +1,4 @@
-"""Begins snapshots: one object per Checkpointer, which keeps what they use again and again."""
+"""Begins the snapshots of one owner, and keeps what they use again and again: memory and side streams."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastckpt.state.chunking import Cuts
 
 
 class Stager:
-    """Used by the thread that trains."""
+    """See the module. Used by the thread that trains."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Stager:
         self._maker = SlabMaker(self.pool, plan.first_slabs, plan.for_device)
 
     def stop_preparing(self) -> None:
-        """What is made by then stays. Waits for one slab at most."""
+        """Make no more memory ahead. What is made by then stays. Waits for one slab at most."""
         maker, self._maker = self._maker, None
         if maker is not None:
             maker.stop()

@@ -51,12 +51,12 @@ class PackBuffers:
         self._free: list[Buffer] = []
 
     def take(self, n_bytes: int) -> Buffer:
-        """Of this size at least, and not twice as much."""
+        """A buffer of this size at least, and at most twice as large."""
         self._free = [one for one in self._free if n_bytes <= one.size <= 2 * n_bytes]
         return self._free.pop() if self._free else fresh_pages(n_bytes)
 
     def give_back(self, buffers: list[Buffer]) -> None:
-        """Nobody reads them any more."""
+        """Take buffers back, which nobody reads any more."""
         self._free += buffers
 
     def drop(self) -> None:
