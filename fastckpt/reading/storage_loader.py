@@ -141,7 +141,7 @@ class _Prefetcher:
             if end - first < _AHEAD_CHUNKS // 2:
                 return
             self._asked_for = end
-        self._thread.submit(functools.partial(self._reader.will_read, first, end - 1))
+        self._thread.submit(functools.partial(self._reader.prefetch, first, end - 1))
 
     def close(self) -> None:
         """Ask for nothing more."""
@@ -194,7 +194,7 @@ class StorageLoader:
         self._changed = threading.Condition()
         self._decoders = threading.BoundedSemaphore(threads)
         inline = self._plan.n_bytes <= _INLINE_BYTES or threads == 1
-        waits = not inline and reader.source.waits_for_a_disk()
+        waits = not inline and reader.source.is_cold()
         self._pool = None if inline else _pool(threads + waits * _WAITING_THREADS, "fastckpt-load")
         ahead = _pool(1, "fastckpt-read") if waits and self._pool is not None else None
         self._prefetcher = None if ahead is None else _Prefetcher(reader, ahead)
