@@ -113,7 +113,7 @@ class Progress:
             self._there_bytes += copy.n_bytes
             if self._there_bytes < self._captured.n_bytes:
                 return
-            self._captured.let_go()
+            self._captured.release()
         events.emit(
             events.SnapshotStaged(
                 target=self.target,

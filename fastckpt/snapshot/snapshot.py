@@ -266,7 +266,7 @@ class Snapshot:
             raise
         finally:
             with progress.changed:  # a Checkpointer keeps its last snapshot, which must not keep a state
-                self._captured.let_go()
+                self._captured.release()
                 self._watch.forget_tensors()
                 self._copier.devices.forget_sources()
         self._pool.give_back(slabs)
