@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -19,9 +18,6 @@ class Deadline:
     """By `time.monotonic()`; `math.inf`: never."""
     why: str
     """What set it, to be put into a sentence: "max_stall_s", "the notice", "close_timeout_s"."""
-
-    NEVER: ClassVar[Deadline]
-    """Never expires, and is later than any other."""
 
     @classmethod
     def after(cls, seconds: float | None, why: str) -> Deadline:
@@ -41,4 +37,5 @@ class Deadline:
         return other if other.at_s < self.at_s else self
 
 
-Deadline.NEVER = Deadline(math.inf, "never")
+NEVER = Deadline(math.inf, "never")
+"""Never expires, and no other is later."""

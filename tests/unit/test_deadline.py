@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from fastckpt.host.deadline import Deadline
+from fastckpt.host.deadline import NEVER, Deadline
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_no_time_at_all_has_expired_at_once(clock: list[float], seconds: float) 
     assert Deadline.after(seconds, "close_timeout_s").left_s() == 0.0
 
 
-@pytest.mark.parametrize("never", [Deadline.NEVER, Deadline.after(None, "close_timeout_s"), Deadline(math.inf, "x")])
+@pytest.mark.parametrize("never", [NEVER, Deadline.after(None, "close_timeout_s"), Deadline(math.inf, "x")])
 def test_never_is_what_threading_waits_without_a_limit_for(clock: list[float], never: Deadline) -> None:
     clock[0] = 1e12
     assert not never.expired()
@@ -57,9 +57,9 @@ def test_the_sooner_one_keeps_its_own_reason(clock: list[float]) -> None:
     stall, notice = Deadline.after(60.0, "max_stall_s"), Deadline.after(2.0, "the notice")
     assert stall.sooner(notice) is notice
     assert notice.sooner(stall) is notice
-    assert stall.sooner(Deadline.NEVER) is stall
-    assert Deadline.NEVER.sooner(stall) is stall
-    assert Deadline.NEVER.sooner(Deadline.after(None, "x")) is Deadline.NEVER
+    assert stall.sooner(NEVER) is stall
+    assert NEVER.sooner(stall) is stall
+    assert NEVER.sooner(Deadline.after(None, "x")) is NEVER
 
 
 def test_of_equal_moments_the_first_one_is_named(clock: list[float]) -> None:
@@ -70,4 +70,4 @@ def test_of_equal_moments_the_first_one_is_named(clock: list[float]) -> None:
 
 def test_a_deadline_does_not_move() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Deadline.NEVER.at_s = 0.0  # type: ignore[misc] # what is tested
+        NEVER.at_s = 0.0  # type: ignore[misc] # what is tested

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastckpt.errors import SnapshotStalledError
-from fastckpt.host.deadline import Deadline
+from fastckpt.host.deadline import NEVER, Deadline
 from fastckpt.snapshot import Snapshot, Stager
 from fastckpt.state.chunks import cuts_of
 from tests.unit.repository_tools import captured
@@ -54,7 +54,7 @@ def test_the_deadline_that_ends_it_is_named(stuck: Snapshot) -> None:
     assert time.monotonic() - began_s >= 0.25
 
 
-@pytest.mark.parametrize("by", [None, Deadline.NEVER, Deadline.after(LONG_S, "the notice"), LONG_S])
+@pytest.mark.parametrize("by", [None, NEVER, Deadline.after(LONG_S, "the notice"), LONG_S])
 def test_max_stall_s_is_named_where_it_is_the_sooner_one(by: Deadline | float | None) -> None:
     with stuck_ring(0.05) as snapshot:
         said = _ended_by(snapshot, by)
