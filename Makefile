@@ -84,14 +84,12 @@ wheels: venv ## build the wheel for each Python that is here, and try one in a f
 fmt: venv ## put the code into its form
 	$(PY) -m ruff format
 	$(PY) -m ruff check --fix
+	$(VENV)/bin/clang-format -i $(CSRC_FORMATTED)
 
 lint: venv ## check style
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC_FORMATTED)
-
-fmt: venv ## format the code
-	$(VENV)/bin/clang-format -i $(CSRC_FORMATTED)
 
 types: venv ## check types, those of a user's program too
 	$(PY) -m mypy

@@ -1,4 +1,4 @@
-"""A moment that somebody waits for at most, and what set it."""
+"""A moment by which something has to be done, together with what set it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ def bounded(seconds: float) -> float:
 
 @dataclass(frozen=True)
 class Deadline:
-    """A moment by time.monotonic(), and what set it: for the words of an error."""
+    """A moment by `time.monotonic()`, and what set it: an error that tells of an expired deadline says whose limit that was.
+
+    Carried whole from the caller to whoever waits: seconds that are left shrink on the way, a moment does not.
+    """
 
     at_s: float
-    """math.inf: never."""
+    """By `time.monotonic()`; `math.inf`: never."""
     why: str
+    """What set it, to be put into a sentence: "max_stall_s", "the notice", "close_timeout_s"."""
 
     @classmethod
     def after(cls, seconds: float | None, why: str) -> Deadline:
-        """So many seconds from now; None: never."""
+        """So many seconds from now. None: never."""
         return cls(math.inf if seconds is None else time.monotonic() + seconds, why)
 
     def left_s(self) -> float | None:
-        """Seconds from now on, at least 0; None: there is no limit. What the waiting functions of `threading` take."""
+        """Seconds until then, not less than 0. None: never, which is what the waits of `threading` take for it."""
         return None if self.at_s == math.inf else bounded(max(0.0, self.at_s - time.monotonic()))
 
     def expired(self) -> bool:
@@ -37,8 +41,9 @@ class Deadline:
         return time.monotonic() >= self.at_s
 
     def sooner(self, other: Deadline) -> Deadline:
-        """The earlier of both, with its own reason."""
+        """The earlier one of the two; this one if they are equal."""
         return other if other.at_s < self.at_s else self
 
 
-NEVER = Deadline(math.inf, "nothing")
+NEVER = Deadline(math.inf, "never")
+"""Never expires, and no other is later."""

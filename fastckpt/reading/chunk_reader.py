@@ -238,7 +238,7 @@ class Reader:
         file, offset = int(record["file"]), int(record["offset"])
         self._sources[file].read_into(offset if file else self.start + offset, out)
 
-    def will_read(self, first: int, last: int) -> None:
+    def prefetch(self, first: int, last: int) -> None:
         """A hint: the stored bytes of these records are wanted soon. Any thread."""
         rows = self.records[first : last + 1]
         rows = rows[
@@ -246,7 +246,7 @@ class Reader:
         ]  # those of packs are read by many threads, from a store
         if len(rows):
             start, stop = int(rows["offset"].min()), int((rows["offset"] + rows["stored_bytes"]).max())
-            self.source.will_read(self.start + start, stop - start)
+            self.source.prefetch(self.start + start, stop - start)
 
     def _damage(self, number: int, place: str, expected: str, found: str) -> Damage:
         return Damage("payload", place, expected, found, self.tensors_of(number))

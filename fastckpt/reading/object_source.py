@@ -21,10 +21,10 @@ class ObjectSource:
     def read_into(self, offset: int, out: Any) -> None:
         self._store.get_into(self._key, offset, out)
 
-    def waits_for_a_disk(self) -> bool:
+    def is_cold(self) -> bool:
         return False
 
-    def will_read(self, offset: int, n_bytes: int) -> None:
+    def prefetch(self, offset: int, n_bytes: int) -> None:
         """Reads of many threads at once are what makes a store fast."""
 
     def close(self) -> None:
@@ -47,10 +47,10 @@ class BytesSource:
         if len(part) < view.nbytes:
             raise EOFError(f"{self.name} ends at byte {self.n_bytes}: {offset + view.nbytes} or more were expected")
 
-    def waits_for_a_disk(self) -> bool:
+    def is_cold(self) -> bool:
         return False
 
-    def will_read(self, offset: int, n_bytes: int) -> None:
+    def prefetch(self, offset: int, n_bytes: int) -> None:
         """They are here."""
 
     def close(self) -> None:

@@ -26,10 +26,10 @@ class Source(Protocol):
     def read_into(self, offset: int, out: Any) -> None:
         """Fill the writable buffer `out` from `offset` on; EOFError if the source ends before."""
 
-    def waits_for_a_disk(self) -> bool:
-        """Whether hints of `will_read`, and more readers than cores, are likely to pay."""
+    def is_cold(self) -> bool:
+        """Whether reads are likely to wait for a disk: hints of `prefetch`, and more readers than cores, pay then."""
 
-    def will_read(self, offset: int, n_bytes: int) -> None:
+    def prefetch(self, offset: int, n_bytes: int) -> None:
         """A hint: these bytes are wanted soon. Any thread."""
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class PathSource:
                 raise EOFError(f"{self.name} ends at byte {offset}: {view.nbytes} more were expected")
             view, offset = view[n:], offset + n
 
-    def waits_for_a_disk(self) -> bool:
+    def is_cold(self) -> bool:
         """Whether a few bytes here and there are missing from the page cache."""
         if not hasattr(os, "RWF_NOWAIT"):
             return True
@@ -75,7 +75,7 @@ class PathSource:
             return True
         return False
 
-    def will_read(self, offset: int, n_bytes: int) -> None:
+    def prefetch(self, offset: int, n_bytes: int) -> None:
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):  # a file system without a page cache: then without the hint
                 os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
@@ -124,11 +124,11 @@ class FileObjectSource:
                     raise EOFError(f"{self.name} ends: {view.nbytes} more bytes were expected")
                 view = view[n:]
 
-    def waits_for_a_disk(self) -> bool:
+    def is_cold(self) -> bool:
         """Nobody knows, and the lock lets one read at a time."""
         return False
 
-    def will_read(self, offset: int, n_bytes: int) -> None:
+    def prefetch(self, offset: int, n_bytes: int) -> None:
         """Nobody knows what is behind the caller's object."""
 
     def seek_to(self, offset: int) -> None:

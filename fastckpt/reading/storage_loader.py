@@ -12,9 +12,9 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Sequence
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from fastckpt.format.records import transform_of
 from fastckpt.host.pages import fresh_pages
 from fastckpt.host.threads import WorkerPool
 from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.load_plan import LoadPlan
 from fastckpt.state.capture import U8
 
 # Enough chunks ahead to keep 16 threads busy while a storage travels to a device.
@@ -67,12 +68,84 @@ def _pool(threads: int, name: str) -> WorkerPool | None:
 class _Loading:
     """One storage on its way: its memory, and how many chunks are still missing."""
 
-    def __init__(self, n_bytes: int) -> None:
+    def __init__(self, n_bytes: int, missing: int) -> None:
         # NumPy's memory: a storage over it cannot be resized, as torch.load's cannot. One that can would let a hostile skeleton
         # ask for a tensor past its end and get whatever lies in fresh memory.
         self.view = _new_memory(n_bytes)
         self.storage: UntypedStorage = torch.from_numpy(self.view).untyped_storage()
-        self.missing = 0
+        self.missing = missing
+
+
+class _Window:
+    """The storages that are in memory and that nobody has taken yet. Under the loader's lock, but for `view`."""
+
+    def __init__(self, limit_bytes: int | None) -> None:
+        """limit_bytes: from when on the window is full; None: never."""
+        self._limit_bytes = limit_bytes
+        self._held_bytes = 0
+        self._loading: dict[int, _Loading] = {}
+        self._entered: set[int] = set()
+        """Storages that have got their memory, once."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no storage should enter that nobody waits for."""
+        return self._limit_bytes is not None and self._held_bytes >= self._limit_bytes
+
+    def enter(self, number: int, n_bytes: int, n_chunks: int) -> None:
+        """Give a storage its memory, unless it had it. n_chunks: how many have to arrive in it."""
+        if number not in self._entered:
+            self._entered.add(number)
+            self._loading[number] = _Loading(n_bytes, n_chunks)
+            self._held_bytes += n_bytes
+
+    def view(self, number: int) -> U8:
+        """The memory of a storage that has entered and was not taken. Any thread."""
+        return self._loading[number].view
+
+    def arrive(self, number: int) -> None:
+        """One chunk of a storage is in place, or is known to be damaged."""
+        self._loading[number].missing -= 1
+
+    def __contains__(self, number: int) -> bool:
+        """Whether a storage is in the window."""
+        return number in self._loading
+
+    def is_whole(self, number: int) -> bool:
+        """Whether no chunk of a storage is missing. KeyError unless it is in the window."""
+        return not self._loading[number].missing
+
+    def take(self, number: int) -> UntypedStorage:
+        """Hand a storage over: it is not in the window any more."""
+        storage = self._loading.pop(number).storage
+        self._held_bytes -= storage.nbytes()
+        return storage
+
+
+class _Prefetcher:
+    """Lets the disk read ahead of the threads that decode, in a thread of its own: the system call itself takes as long as the disk, once
+    that has enough to do. Any thread.
+    """
+
+    def __init__(self, reader: Reader, thread: WorkerPool) -> None:
+        """thread: closed with this."""
+        self._reader, self._thread = reader, thread
+        self._lock = threading.Lock()
+        self._asked_for = 0
+        """Records below this one."""
+
+    def reach(self, record: int) -> None:
+        """A chunk is read now: ask for those behind it. Chunks are read nearly in the order of their records."""
+        with self._lock:
+            first, end = max(self._asked_for, record), record + _AHEAD_CHUNKS
+            if end - first < _AHEAD_CHUNKS // 2:
+                return
+            self._asked_for = end
+        self._thread.submit(functools.partial(self._reader.prefetch, first, end - 1))
+
+    def close(self) -> None:
+        """Ask for nothing more."""
+        self._thread.close()
 
 
 class LastChunk:
@@ -90,7 +163,7 @@ class LastChunk:
         """Keep the bytes of a chunk, verified, instead of the one before. Any thread."""
         self._held = (record, raw)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Keep none."""
         self._held = None
 
@@ -106,35 +179,25 @@ class StorageLoader:
         wanted: Sequence[int] | None = None,
         last_chunk: LastChunk | None = None,
     ) -> None:
-        """window_bytes: see the module; None: no limit. wanted: the only storages that will be taken, in this order; None: any."""
+        """window_bytes: see the module; None: no limit. wanted: see `LoadPlan`. last_chunk: kept by the caller, for small tensors."""
         self._reader = reader
-        self._window_bytes = window_bytes
         self._storages = reader.directory.storages
-        self._order = range(len(self._storages)) if wanted is None else wanted
+        self._plan = LoadPlan(reader, wanted)
+        self._window = _Window(window_bytes)
         self._last_chunk = last_chunk
-        self._by_record: dict[int, list[tuple[int, int, int, int]]] = defaultdict(list)
-        self._records_of: dict[int, list[int]] = {}
-        for number in self._order:
-            records = self._records_of[number] = []
-            for record, offset, position, n_bytes in reader.pieces(number):
-                self._by_record[record].append((number, offset, position, n_bytes))
-                records.append(record)
-        self._loading: dict[int, _Loading] = {}
-        self._entered: set[int] = set()  # storages that have got their memory, once
         self._scheduled: set[int] = set()
+        """Records of the chunks that have been given to threads, or loaded."""
         self._next = 0
-        self._hinted = 0
-        self._held_bytes = 0
+        """How many storages of the plan's order have been scheduled ahead of the taker."""
         self._damage: list[Damage] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        n_bytes = sum(self._storages[number].n_bytes for number in self._order if self.has_data(number))
-        inline = n_bytes <= _INLINE_BYTES or threads == 1
-        waits = not inline and reader.source.waits_for_a_disk()
         self._decoders = threading.BoundedSemaphore(threads)
+        inline = self._plan.n_bytes <= _INLINE_BYTES or threads == 1
+        waits = not inline and reader.source.is_cold()
         self._pool = None if inline else _pool(threads + waits * _WAITING_THREADS, "fastckpt-load")
-        # Of its own: the system call itself takes as long as the disk, once that has enough to do.
-        self._ahead = _pool(1, "fastckpt-read") if waits and self._pool is not None else None
+        ahead = _pool(1, "fastckpt-read") if waits and self._pool is not None else None
+        self._prefetcher = None if ahead is None else _Prefetcher(reader, ahead)
 
     def __enter__(self) -> StorageLoader:
         return self
@@ -142,9 +205,9 @@ class StorageLoader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pool in (self._pool, self._ahead):
-            if pool is not None:
-                pool.close()
+        for one in (self._pool, self._prefetcher):
+            if one is not None:
+                one.close()
 
     def n_bytes(self, number: int) -> int | None:
         return self._storages[number].n_bytes if number < len(self._storages) else None
@@ -154,44 +217,37 @@ class StorageLoader:
 
     def take(self, number: int) -> UntypedStorage:
         """The storage, whole and verified. CorruptCheckpointError lists all damage of the whole container."""
-        ready = self._loading.get(number) if self._pool is None else None
-        if ready is not None and not ready.missing and not self._damage and self._error is None:
+        alone = self._pool is None and not self._damage and self._error is None
+        if alone and number in self._window and self._window.is_whole(number):
             # Read already, on this thread, for the sake of another one in its bundle: no other thread to agree with.
-            self._held_bytes -= self._storages[number].n_bytes
-            del self._loading[number]
-            return ready.storage
+            return self._window.take(number)
         self._schedule_storage(number)
         self._schedule_ahead()
         with self._changed:
-            loading = self._loading[number]
-            self._changed.wait_for(lambda: not loading.missing or self._damage or self._error)
+            self._changed.wait_for(lambda: self._window.is_whole(number) or self._damage or self._error)
             if self._error is not None:
                 raise self._error
-            damaged = bool(self._damage)
-            if not damaged:
-                del self._loading[number]
-                self._held_bytes -= self._storages[number].n_bytes
-        if damaged:
+            storage = None if self._damage else self._window.take(number)
+        if storage is None:
             self._raise_all_damage()
         self._schedule_ahead()
-        return loading.storage
+        return storage
 
     def _schedule_ahead(self) -> None:
         if self._pool is None:
             return
-        while self._next < len(self._order):
-            if self._window_bytes is not None and self._held_bytes >= self._window_bytes:
-                return
-            self._schedule_storage(self._order[self._next])
+        order = self._plan.order
+        while self._next < len(order) and not self._window.is_full:
+            self._schedule_storage(order[self._next])
             self._next += 1
 
     def _schedule_storage(self, number: int) -> None:
         self._allocate(number)
-        for record in self._records_of[number]:
+        for record in self._plan.records[number]:
             if record in self._scheduled:
                 continue
             self._scheduled.add(record)
-            for other, *_ in self._by_record[record]:
+            for other, *_ in self._plan.pieces[record]:
                 self._allocate(other)
             if self._pool is None:
                 self._load_chunk(record)
@@ -199,28 +255,14 @@ class StorageLoader:
                 self._pool.submit(functools.partial(self._load_chunk, record))
 
     def _allocate(self, number: int) -> None:
-        with self._changed:
-            if number in self._entered or not self.has_data(number):
-                return
-            self._entered.add(number)
-            loading = self._loading[number] = _Loading(self._storages[number].n_bytes)
-            loading.missing = len(self._records_of[number])
-            self._held_bytes += self._storages[number].n_bytes
-
-    def _hint(self, record: int) -> None:
-        """Let the disk read while the threads decode. Chunks are asked for nearly in the order of their records."""
-        if self._ahead is None:
-            return
-        with self._changed:
-            first, last = max(self._hinted, record), record + _AHEAD_CHUNKS
-            if last - first < _AHEAD_CHUNKS // 2:
-                return
-            self._hinted = last
-        self._ahead.submit(functools.partial(self._reader.will_read, first, last - 1))
+        if self.has_data(number):
+            with self._changed:
+                self._window.enter(number, self._storages[number].n_bytes, len(self._plan.records[number]))
 
     def _load_chunk(self, record: int) -> None:
         try:
-            self._hint(record)
+            if self._prefetcher is not None:
+                self._prefetcher.reach(record)
             damage = self._load_chunk_into_place(record)
         except BaseException as error:  # reaches the taker, whatever it is
             with self._changed:
@@ -230,23 +272,23 @@ class StorageLoader:
         with self._changed:
             if damage is not None:
                 self._damage.append(damage)
-            for number, *_ in self._by_record[record]:
-                self._loading[number].missing -= 1
+            for number, *_ in self._plan.pieces[record]:
+                self._window.arrive(number)
             self._changed.notify_all()
 
     def _load_chunk_into_place(self, record: int) -> Damage | None:
         started = time.perf_counter()
         reader, row = self._reader, self._reader.records[record]
         n_bytes = int(row["raw_bytes"])
-        pieces = self._by_record[record]
+        pieces = self._plan.pieces[record]
         number, offset, position, length = pieces[0]
         if len(pieces) == 1 and length == n_bytes:
-            out: U8 = self._loading[number].view[position : position + n_bytes]
+            out: U8 = self._window.view(number)[position : position + n_bytes]
             damage = reader.read_chunk(record, out, self._decoders)
         else:
             out, damage = self._whole_chunk(record, n_bytes)
             for number, offset, position, length in pieces:
-                self._loading[number].view[position : position + length] = out[offset : offset + length]
+                self._window.view(number)[position : position + length] = out[offset : offset + length]
         if damage is None:
             name = transform_of(row)
             stored = int(row["stored_bytes"])
@@ -272,8 +314,8 @@ class StorageLoader:
             self._last_chunk.put(record, out)
         return out, damage
 
-    def _raise_all_damage(self) -> None:
-        """What one chunk has shown calls for a look at all of them: the error lists everything that is lost."""
+    def _raise_all_damage(self) -> NoReturn:
+        """Read all chunks, as one of them is damaged: the error lists everything that is lost."""
         if self._pool is not None:
             self._pool.close()
         found = set(self._damage)

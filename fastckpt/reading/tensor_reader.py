@@ -86,7 +86,7 @@ class TensorReader(Mapping[str, Any]):
 
     def close(self) -> None:
         """Let go of the file."""
-        self._last_chunk.let_go()
+        self._last_chunk.release()
         self._reader.source.close()
         self._closed()
 

@@ -68,7 +68,7 @@ def row_prints(chunks: Sequence[Sequence[torch.Tensor]], device: torch.device | 
 
 
 class DevicePrints:
-    """Of chunks on one device, on their way to the host. `fetch` first, then `is_copy` on any thread."""
+    """Fingerprints of chunks on one device, on their way to the host. `fetch` first, then `is_copy` on any thread."""
 
     def __init__(self, device: torch.device, chunks: Mapping[int, Sequence[torch.Tensor]], seed: int) -> None:
         """chunks: each one's pieces, by its number. Enqueued on the caller's current stream. torch.OutOfMemoryError."""
@@ -87,7 +87,7 @@ class DevicePrints:
         return number in self._rows
 
     def fetch(self, side: SideStream) -> None:
-        """Enqueue their copy. The side stream has begun after they were computed."""
+        """Enqueue the copy of the fingerprints. The side stream has begun after they were computed."""
         assert self._prints is not None
         try:
             target = torch.empty(self._prints.numel(), dtype=torch.int64, device="cpu", pin_memory=True)

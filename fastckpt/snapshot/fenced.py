@@ -43,7 +43,7 @@ class Fenced:
             self.keep_only([*self.addresses - self._shared(in_part)])
 
     def _shared(self, in_part: set[int]) -> set[int]:
-        """Storages of which optimizers own only a part: a buffer may lie beside a parameter, and its version is its own."""
+        """The addresses of storages that optimizers own only in part: a buffer may lie beside a parameter, and its version is its own."""
         owned: dict[int, list[torch.Tensor]] = {address: [] for address in in_part}
         for tensor, address in zip(self._tensors, self._addresses, strict=True):
             if address in in_part:
@@ -51,7 +51,7 @@ class Fenced:
         return {address for address, tensors in owned.items() if not _cover(tensors)}
 
     def keep_only(self, addresses: Sequence[int]) -> None:
-        """Watch only those that are saved."""
+        """Watch only storages at these addresses, those that are saved."""
         saved = set(addresses)
         if self.addresses <= saved:
             return
@@ -62,7 +62,7 @@ class Fenced:
         self.addresses &= saved
 
     def changed(self) -> int | None:
-        """The address of one that has another version now."""
+        """The address of a storage whose tensor has another version now; None: there is none."""
         versions = [version_of(tensor) for tensor in self._tensors]
         if versions == self._versions:
             return None

@@ -58,15 +58,15 @@ class FenceHooks:
         return bool(self._devices) and not self._distrusted and len(self._ever_fired) == len(self._devices)
 
     def next_step(self) -> None:
-        """A training step has ended."""
+        """Look at the hooks anew: a training step has ended."""
         self._fired.clear()
 
     def distrust(self) -> None:
-        """For good: the state was seen to change behind the hooks' back."""
+        """Trust no hook any more, for good: the state was seen to change behind the hooks' back."""
         self._distrusted = True
 
     def remove(self) -> None:
-        """No optimizer calls us any more."""
+        """Unregister all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -10,6 +10,7 @@ import os
 import threading
 import time
 
+from fastckpt.host.deadline import Deadline
 from fastckpt.snapshot.pool import SlabPool
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.stager import Stager
@@ -29,12 +30,12 @@ class KeptMemory:
     def begin(
         self, captured: Captured, cuts: Cuts, target: str, *, budget_bytes: int, threads: int, max_stall_s: float
     ) -> Snapshot | None:
-        """A copy of a state, which may change on return.
+        """Copy a state, which may change on return.
 
         budget_bytes: for the copies of all saves under way. None: they still hold the memory for this one after `max_stall_s` seconds.
         Raises DoesNotFit for a state that the budget will never hold, and what Stager.begin raises.
         """
-        end_s = time.monotonic() + max_stall_s
+        deadline = Deadline.after(max_stall_s, "max_stall_s")
         while True:
             with self._lock:  # a pool whose device fails forgets all that was taken since
                 if self._pool is None:
@@ -45,18 +46,18 @@ class KeptMemory:
             if snapshot is not None:
                 snapshot.fence("save")
                 return snapshot
-            if time.monotonic() >= end_s:
+            if deadline.expired():
                 return None
             time.sleep(_POLL_S)
 
     @property
     def free_bytes(self) -> int:
-        """What waits for the next save."""
+        """Bytes that wait for the next save."""
         pool = self._pool
         return 0 if pool is None else pool.free_bytes
 
     def release(self) -> int:
-        """Give back what no save holds now; how many bytes that were."""
+        """Give back what no save holds now. Returns its bytes."""
         with self._lock:
             n_bytes = self.free_bytes
             if self._pool is not None:

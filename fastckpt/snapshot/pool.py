@@ -29,9 +29,9 @@ class Slab:
     tensor: torch.Tensor
     array: U8
     for_device: bool
-    """What it was asked for: copies from a device."""
+    """It was asked for to hold copies from a device."""
     pinned: bool
-    """What it became: copies into it do not block."""
+    """It could be pinned: copies into it do not block."""
 
 
 def _nothing() -> None:
@@ -57,7 +57,10 @@ class SlabPool:
         self._allocate_pinned = allocate_pinned
         self._lock = threading.Lock()
         self._in_use: set[Slab] = set()
+        self._in_use_bytes = 0
+        """Counted, not summed: a snapshot of 80 GB takes 1,300 slabs, and each one asks."""
         self._reserved_bytes = 0
+        """Of slabs that are being made."""
         self._free: dict[tuple[int, bool], list[Slab]] = {}
         self._free_bytes = 0
         self.unpinned_bytes = 0
@@ -70,7 +73,7 @@ class SlabPool:
             return self._used()
 
     def _used(self) -> int:
-        return self._reserved_bytes + sum(slab.n_bytes for slab in self._in_use)
+        return self._reserved_bytes + self._in_use_bytes
 
     @property
     def held_bytes(self) -> int:
@@ -84,7 +87,7 @@ class SlabPool:
             return self._free_bytes
 
     def set_budget(self, budget_bytes: int) -> None:
-        """From now on. What waits beyond it is given back; what is in use stays until its snapshots end."""
+        """Set the budget from now on. What waits beyond it is given back; what is in use stays until its snapshots end."""
         with self._lock:
             self.budget_bytes = budget_bytes
             if self._used() + self._free_bytes > budget_bytes:
@@ -97,7 +100,7 @@ class SlabPool:
             if kept:
                 slab = kept.pop()
                 self._free_bytes -= n_bytes
-                self._in_use.add(slab)
+                self._use(slab)
                 return slab
             if self._used() + n_bytes > self.budget_bytes:
                 return None
@@ -112,8 +115,16 @@ class SlabPool:
             raise
         with self._lock:
             self._reserved_bytes -= n_bytes
-            self._in_use.add(slab)
+            self._use(slab)
         return slab
+
+    def _use(self, slab: Slab) -> None:
+        self._in_use.add(slab)
+        self._in_use_bytes += slab.n_bytes
+
+    def _leave(self, slab: Slab) -> None:
+        self._in_use.remove(slab)
+        self._in_use_bytes -= slab.n_bytes
 
     def take_all(self, sizes: Sequence[int], for_device: bool) -> list[Slab] | None:
         """A slab of each size, or None if the budget has no room for all of them now."""
@@ -131,9 +142,11 @@ class SlabPool:
         return taken
 
     def forget(self, slabs: Iterable[Slab]) -> None:
-        """The slabs are lost: a device that has failed may still write to them. Whoever holds them keeps them alive."""
+        """Count slabs as lost: a device that has failed may still write to them. Whoever holds them keeps them alive."""
         with self._lock:
             self._in_use.difference_update(slabs)
+            # Summed anew: what calls this may be an interrupt between a slab and its bytes.
+            self._in_use_bytes = sum(slab.n_bytes for slab in self._in_use)
 
     @contextlib.contextmanager
     def all_or_nothing(self) -> Iterator[None]:
@@ -151,7 +164,7 @@ class SlabPool:
             self._drop_free()
 
     def _drop_free(self) -> None:
-        """Slabs of another state's sizes, or of an earlier shape of this one."""
+        """Give up the slabs that wait: they have the sizes of another state, or of an earlier shape of this one."""
         pinned = any(slab.pinned for slabs in self._free.values() for slab in slabs)
         self._free, self._free_bytes = {}, 0
         if pinned:  # torch keeps what it has pinned: without this the budget would be exceeded
@@ -179,11 +192,11 @@ class SlabPool:
         return Slab(n_bytes, tensor, tensor.numpy(), for_device, False)
 
     def give_back(self, slabs: Iterable[Slab]) -> None:
-        """The slabs are free again: nothing reads or writes them any more. Those that are not in use are passed over."""
+        """Take slabs back: nothing reads or writes them any more. Those that are not in use are passed over."""
         with self._lock:
             for slab in slabs:
                 if slab in self._in_use:
-                    self._in_use.remove(slab)
+                    self._leave(slab)
                     self._free.setdefault((slab.n_bytes, slab.for_device), []).append(slab)
                     self._free_bytes += slab.n_bytes
             if self._used() + self._free_bytes > self.budget_bytes:

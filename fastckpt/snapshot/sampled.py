@@ -30,7 +30,7 @@ _OWN_PAGES_BYTES = 64 << 10  # larger buffers of threads stay in the C library's
 
 
 class _Stretches(NamedTuple):
-    """What is looked at of a chunk."""
+    """The stretches of a chunk that are looked at: lists of the same length."""
 
     storages: npt.NDArray[np.intp]
     in_storage: U64
@@ -52,7 +52,7 @@ class SamplePlan:
         self._known: dict[int, _Stretches | None] = {}
 
     def of(self, number: int) -> _Stretches | None:
-        """Of one chunk; None where nothing is looked at: it lies on a device, or is left out."""
+        """The stretches of one chunk; None where nothing is looked at: it lies on a device, or is left out."""
         if number not in self._known:
             self._known[number] = self._stretches(self._chunks[number])
         return self._known[number]
@@ -124,7 +124,7 @@ def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _parts(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """The same bytes in spans so short that they are sampled whole."""
+    """Cut spans so short that they are sampled whole."""
     step = WHOLE_BELOW // 2
     for start, stop in spans:
         for first in range(start, stop, step):
@@ -141,7 +141,7 @@ class Sampler:
         self._plan = SamplePlan(Captured(b""), Cuts([], {}))
 
     def take(self, captured: Captured, cuts: Cuts, seed: int | None = None) -> Sampled:
-        """All of a state that lies in host memory, as it is now. seed: see `Sampled`."""
+        """Sample all of a state that lies in host memory, as it is now. seed: see `Sampled`."""
         if captured.form is not self._form:
             self._plan, self._form = SamplePlan(captured, cuts, self._leave_out), captured.form
         sampled = Sampled(captured, self._plan, seed)
@@ -151,7 +151,7 @@ class Sampler:
 
 
 class Sampled:
-    """What the chunks of one state in host memory held at a moment. `take` by one thread, `is_copy` by any."""
+    """HostPrints of samples: of the chunks of one state, as they were at a moment. `take` by one thread, `is_copy` by any."""
 
     def __init__(self, captured: Captured, plan: SamplePlan, seed: int | None = None) -> None:
         """seed: decides which lines are looked at; None: drawn anew."""
@@ -159,10 +159,10 @@ class Sampled:
         self._plan = plan
         self._addresses = np.array(captured.addresses, np.uint64)
         self.digests: dict[int, bytes] = {}
-        """Of the samples of chunks that were taken."""
+        """Of the samples that were taken, by the numbers of their chunks."""
 
     def take(self, number: int) -> None:
-        """One chunk, where the state is; nothing if that was done."""
+        """Sample one chunk where the state is, unless that was done."""
         stretches = self._plan.of(number)
         if stretches is not None and number not in self.digests:
             at = self._addresses[stretches.storages] + stretches.in_storage

@@ -23,7 +23,7 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _flat(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """A view takes a microsecond; what is small has one dimension, most of it."""
+    """The pieces with one dimension each. Most small tensors have one already; a view takes a microsecond."""
     return [piece if piece.dim() == 1 else piece.view(-1) for piece in pieces]
 
 
@@ -34,7 +34,9 @@ def joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether what the current stream is given becomes part of a graph, to be replayed without any Python, and so without hooks."""
+    """Whether a graph is being captured on the current stream. Work that is given to it now is replayed later without running Python, so
+    optimizers' hooks will not fire.
+    """
     capturing = getattr(
         torch.accelerator.current_stream(device), "is_capturing", None
     )  # of every device since torch 2.13
@@ -55,7 +57,7 @@ class SideStream:
         self._joint: torch.Tensor | None = None
 
     def begin(self) -> None:
-        """What the caller's current stream has been given so far comes before what this one is given from now on."""
+        """Make what this stream is given from now on wait for what the caller's current stream was given so far."""
         self.stream.wait_stream(torch.accelerator.current_stream(self.device))
 
     def copy(self, target: torch.Tensor, pieces: Sequence[torch.Tensor], *, pinned: bool) -> None:
@@ -78,7 +80,9 @@ class SideStream:
                 at += content.numel()
 
     def _join(self, pieces: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """Always in the same place: what this stream does next with it comes after what it did before. None: no room on the device."""
+        """Join the pieces in memory that is used again and again: what this stream does next with it comes after what it did before. None:
+        the device has no room.
+        """
         n_bytes = sum(piece.nbytes for piece in pieces)
         if self._joint is None or self._joint.numel() < n_bytes:
             try:
@@ -96,8 +100,8 @@ class SideStream:
         return event
 
     def hold_back(self, event: torch.Event) -> None:
-        """The caller's current stream goes on only after the event; the host does not wait, except where a graph is being captured: that
-        cannot wait for anything outside of it.
+        """Make the caller's current stream wait for the event. The host waits only where a graph is being captured, which cannot wait for
+        anything outside of it.
         """
         if is_capturing(self.device):
             wait_for(event)

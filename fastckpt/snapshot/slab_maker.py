@@ -19,7 +19,7 @@ class SlabMaker:
         self._thread = start_thread(self._make, "fastckpt-slabs")
 
     def stop(self) -> None:
-        """No more; on return all that was made is the pool's. Waits for one slab at most, some 40 ms."""
+        """Make no more. On return all that was made is the pool's. Waits for one slab at most, some 40 ms."""
         self._stopped = True
         if self._thread is not None:
             self._thread.join()

@@ -13,7 +13,8 @@ from fastckpt.snapshot.pool import U8
 
 
 class SpillFile:
-    """What goes in comes out, or is an error: a disk that flips a bit must not reach a checkpoint. One thread writes, any may read.
+    """Chunks in a file: what is read is what was written, or an error, as a disk that flips a bit must not reach a checkpoint. One thread
+    writes, any may read.
 
     The pages that the kernel keeps of it are given back at once: they would be host memory beyond the budget.
     """
@@ -32,7 +33,7 @@ class SpillFile:
         self._end = 0
 
     def write(self, chunks: dict[int, U8]) -> None:
-        """Append chunks, by their numbers. OSError: none of them is here."""
+        """Append chunks, by their numbers. After an OSError none of them can be read."""
         start = at = self._end
         places = {}
         for number, content in chunks.items():
@@ -72,5 +73,5 @@ class SpillFile:
                 os.posix_fadvise(self._file.fileno(), start, n_bytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """The bytes are gone. May be called twice."""
+        """Delete the bytes. May be called twice."""
         self._file.close()

@@ -86,7 +86,7 @@ class Captured:
     addresses: list[int] = field(default_factory=list)
     """Where the bytes lie, on the host or on a device; 0 where there are none."""
     owners: list[Any] = field(default_factory=list)
-    """Storages and arrays, kept alive until `let_go`."""
+    """Storages and arrays, kept alive until `release`."""
     wholes: dict[int, torch.Tensor] = field(default_factory=dict)
     """See `whole`: cheaper than making one."""
     elsewhere: dict[int, StoredElsewhere] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Captured:
     _bytes: dict[int, torch.Tensor] = field(default_factory=dict)
     """All bytes of storages on devices, as far as they were asked for."""
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """The bytes are not needed any more."""
         self.owners, self.wholes, self._bytes = [], {}, {}
 

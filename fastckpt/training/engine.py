@@ -55,7 +55,7 @@ class Engine(NamedTuple):
         queue = SaveQueue(incarnation, keep, grace_s, in_a_hurry)
         # "first" and "off" leave the decision to the user: there is no sample to compare with.
         proven = options.verify_snapshot in ("first", "off")
-        fence = Fence(live.optimizers if hooked else [], queue, options.max_stall_s, proven=proven)
+        fence = Fence(live.optimizers if hooked else [], queue, proven=proven)
         return cls(live, fence, stager, queue, TornSaves(queue, incarnation, fence.distrust), incarnation)
 
     @property

@@ -34,13 +34,10 @@ class Permit:
 class Fence:
     """See the module. Used by the thread that trains, and by the hooks of its optimizers; several threads may come to the fence."""
 
-    def __init__(
-        self, optimizers: Sequence[torch.optim.Optimizer], queue: SaveQueue, max_stall_s: float, *, proven: bool
-    ) -> None:
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], queue: SaveQueue, *, proven: bool) -> None:
         """proven: whether trust needs no quiet interval, from a save to its fence, that was seen before."""
         self._optimizers = optimizers
         self._queue = queue
-        self._max_stall_s = max_stall_s
         self._proven = proven
         self._pid = os.getpid()
         self._snapshot: Snapshot | None = None
@@ -85,8 +82,8 @@ class Fence:
     # -- waiting -------------------------------------------------------------------------------------------------------
 
     def wait(self, why: str, deadline: Deadline = NEVER) -> None:
-        """Wait until the state has been copied, `max_stall_s` at most. May be called again after an interrupt: the snapshot stays until
-        the next one.
+        """Wait until the state has been copied, `max_stall_s` at most, or until the deadline. May be called again after an interrupt: the
+        snapshot stays until the next one.
         """
         probation, self._probation = self._probation, None
         if probation is not None:
@@ -96,7 +93,7 @@ class Fence:
         snapshot = self._snapshot
         if snapshot is None:
             return
-        snapshot.fence(why, Deadline.after(self._max_stall_s, "max_stall_s").sooner(deadline).left_s())
+        snapshot.fence(why, deadline)
         self._look_at(snapshot)
 
     @contextlib.contextmanager

@@ -110,26 +110,16 @@ def write(
         try:
             payload = _ContainerPayload(sink)
             writer = ChunkWriter(captured, payload, target, options, pool, source)
-            chunks = len(writer.cuts.chunks)
             events.emit(
                 events.SaveStarted(
                     target=target,
                     raw_bytes=captured.n_bytes,
-                    chunks=chunks,
+                    chunks=len(writer.cuts.chunks),
                     storages=len(captured.storages),
                     skeleton_s=skeleton_s,
                 )
             )
-            header = container.build_header()
-            sink.write(header)
-            writer.run()
-            with cycle_collector.held_off():
-                listed = directory.build(writer.directory())
-            parts = [listed, b"[]", writer.records.tobytes(), captured.skeleton]
-            rest = index_and_footer(header, payload.n_bytes, parts)
-            for part in rest:
-                sink.write(part)
-            n_bytes = HEADER_BYTES + payload.n_bytes + sum(map(len, rest))
+            n_bytes = _write_parts(writer, payload, sink, captured.skeleton)
             commit_from = time.perf_counter()
             sink.commit()
         finally:
@@ -151,6 +141,20 @@ def write(
         )
     )
     return n_bytes
+
+
+def _write_parts(writer: ChunkWriter, payload: _ContainerPayload, sink: Sink, skeleton: bytes) -> int:
+    """Write header, payload, index and footer to the sink, which is not committed. Returns their bytes."""
+    header = container.build_header()
+    sink.write(header)
+    writer.run()
+    with cycle_collector.held_off():
+        listed = directory.build(writer.directory())
+    parts = [listed, b"[]", writer.records.tobytes(), skeleton]
+    rest = index_and_footer(header, payload.n_bytes, parts)
+    for part in rest:
+        sink.write(part)
+    return HEADER_BYTES + payload.n_bytes + sum(map(len, rest))
 
 
 class ChunkWriter:

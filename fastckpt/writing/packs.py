@@ -51,17 +51,61 @@ class PackBuffers:
         self._free: list[Buffer] = []
 
     def take(self, n_bytes: int) -> Buffer:
-        """Of this size at least, and not twice as much."""
+        """A buffer of this size at least, and at most twice as large."""
         self._free = [one for one in self._free if n_bytes <= one.size <= 2 * n_bytes]
         return self._free.pop() if self._free else fresh_pages(n_bytes)
 
     def give_back(self, buffers: list[Buffer]) -> None:
-        """Nobody reads them any more."""
+        """Take buffers back, which nobody reads any more."""
         self._free += buffers
 
     def drop(self) -> None:
         """Give the memory back; there will be no other save."""
         self._free = []
+
+
+class _Rotation:
+    """The buffers of one save: filled, sent, and filled again. Used by the thread that adds."""
+
+    def __init__(self, source: PackBuffers, n_bytes: int, most: int) -> None:
+        """source: where they come from and go back to. n_bytes: of each one. most: how many there may be."""
+        self._source, self._n_bytes, self._most = source, n_bytes, most
+        self._taken: list[Buffer] = []
+        self._free: list[Buffer] = []
+
+    def take(self) -> Buffer | None:
+        """A buffer to be filled; None while all are on their way."""
+        if self._free:
+            return self._free.pop()
+        if len(self._taken) == self._most:
+            return None
+        self._taken.append(self._source.take(self._n_bytes))
+        return self._taken[-1]
+
+    def put_back(self, buffer: Buffer) -> None:
+        """What was in it has been sent."""
+        self._free.append(buffer)
+
+    def close(self) -> None:
+        """Give all of them back: nobody reads them any more."""
+        self._source.give_back(self._taken)
+        self._taken, self._free = [], []
+
+
+class _Pack:
+    """One pack that is being filled or sent."""
+
+    def __init__(self, number: int, buffer: Buffer) -> None:
+        self.number, self.buffer = number, buffer
+        self.n_bytes = 0
+        """How much of the buffer is filled."""
+
+    def add(self, view: memoryview) -> int:
+        """Append bytes; returns their offset."""
+        offset = self.n_bytes
+        np.copyto(self.buffer[offset : offset + view.nbytes], np.frombuffer(view, np.uint8))  # lets go of the GIL
+        self.n_bytes += view.nbytes
+        return offset
 
 
 class PackWriter:
@@ -87,12 +131,8 @@ class PackWriter:
         self._rank = rank
         self._pack_bytes = pack_bytes
         self._pool = pool
-        self._buffers = buffers or PackBuffers()
-        self._buffers_left = connections + 1
-        self._all: list[Buffer] = []
-        self._free: list[Buffer] = []
-        self._current: Buffer | None = None
-        self._filled = 0
+        self._buffers = _Rotation(buffers or PackBuffers(), pack_bytes, connections + 1)
+        self._current: _Pack | None = None
         self._sealed = 0
         self._pending: deque[Future[tuple[Buffer, FileEntry]]] = deque()
         self._files: list[FileEntry] = []
@@ -103,8 +143,7 @@ class PackWriter:
 
     def __exit__(self, *error: object) -> None:
         self._pool.close()
-        self._buffers.give_back(self._all)
-        self._all = []
+        self._buffers.close()
 
     def remove(self) -> None:
         """After a failure, before there is a vote: delete what was uploaded. What the store keeps is debris, as after a kill."""
@@ -119,13 +158,11 @@ class PackWriter:
     def add(self, stored: Any) -> tuple[int, int]:
         self._refuse_cancelled()
         view = memoryview(stored).cast("B")
-        if self._current is not None and self._filled + view.nbytes > self._pack_bytes:
-            self._seal()
+        if self._current is not None and self._current.n_bytes + view.nbytes > self._pack_bytes:
+            self._seal(self._current)
         if self._current is None:
-            self._current, self._filled = self._buffer(), 0
-        offset = self._filled
-        np.copyto(self._current[offset : offset + view.nbytes], np.frombuffer(view, np.uint8))  # lets go of the GIL
-        self._filled += view.nbytes
+            self._current = _Pack(self._sealed, self._buffer())
+        offset = self._current.add(view)
         self.stored_bytes += view.nbytes
         return self._sealed + 1, offset  # file 0 is the vote itself
 
@@ -134,46 +171,41 @@ class PackWriter:
             raise SaveError(f"the save of step {self._save.step} was cancelled. Nothing was committed")
 
     def _buffer(self) -> Buffer:
-        if not self._free and self._buffers_left:
-            self._buffers_left -= 1
-            self._all.append(self._buffers.take(self._pack_bytes))
-            return self._all[-1]
-        while not self._free:
+        while (buffer := self._buffers.take()) is None:
             self._collect()
-        return self._free.pop()
+        return buffer
 
     def _collect(self) -> None:
         """Take back the oldest pack under way; raises what its upload raised."""
         buffer, entry = self._pending.popleft().result()
         self._files.append(entry)
-        self._free.append(buffer)
+        self._buffers.put_back(buffer)
 
-    def _seal(self) -> None:
-        assert self._current is not None
-        upload = functools.partial(self._upload, self._sealed, self._current, self._filled)
-        self._pending.append(self._pool.submit(upload))
+    def _seal(self, pack: _Pack) -> None:
+        """Let a pack be uploaded; nothing is added to it any more."""
+        self._pending.append(self._pool.submit(functools.partial(self._upload, pack)))
         self._sealed += 1
         self._current = None
 
-    def _upload(self, number: int, buffer: Buffer, n_bytes: int) -> tuple[Buffer, FileEntry]:
+    def _upload(self, pack: _Pack) -> tuple[Buffer, FileEntry]:
         started = time.perf_counter()
-        key = pack_key(self._save, self._rank, number)
-        pack = buffer.data[:n_bytes]
-        entry = FileEntry(key, n_bytes, crc64nvme(pack))
-        self._store.put(key, pack)
-        pack.release()
+        key = pack_key(self._save, self._rank, pack.number)
+        stored = pack.buffer.data[: pack.n_bytes]
+        entry = FileEntry(key, pack.n_bytes, crc64nvme(stored))
+        self._store.put(key, stored)
+        stored.release()
         seconds = time.perf_counter() - started
         events.emit(
             events.PackStored(
-                target=self._store.url, key=key, stored_bytes=n_bytes, seconds=seconds, step=self._save.step
+                target=self._store.url, key=key, stored_bytes=pack.n_bytes, seconds=seconds, step=self._save.step
             )
         )
-        return buffer, entry
+        return pack.buffer, entry
 
     def finish(self) -> list[FileEntry]:
         """Upload the rest and wait for all. Returns the packs in the order of their file numbers, which start at 1."""
         if self._current is not None:
-            self._seal()
+            self._seal(self._current)
         while self._pending:
             self._refuse_cancelled()
             self._collect()

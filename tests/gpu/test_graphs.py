@@ -14,6 +14,7 @@ from fastckpt.errors import SaveError
 from fastckpt.options import Options
 from fastckpt.snapshot import FenceHooks
 from fastckpt.snapshot import snapshot as engine
+from fastckpt.snapshot.copier import Copier
 from fastckpt.snapshot.side_stream import SideStream, wait_for
 from fastckpt.training.checkpointer import Checkpointer
 from tests.fakegpu.suite.models import inputs
@@ -151,23 +152,24 @@ def test_a_save_that_is_encoded_while_a_graph_is_captured(
     event in the usual way, or takes memory from the device.
     """
     capturing, rings = threading.Event(), []
-    raw, start = engine.Snapshot.raw, engine.Snapshot._start
+    raw, start = engine.Snapshot.raw, Copier.start
 
     def held_back(snapshot: engine.Snapshot, number: int, scratch: Any) -> Any:
-        if snapshot._step == WARM_UP:
+        if snapshot._progress.step == WARM_UP:
             assert capturing.wait(60)
         return raw(snapshot, number, scratch)
 
-    def started(snapshot: engine.Snapshot, *arguments: Any) -> None:
-        start(snapshot, *arguments)
-        if snapshot._step == WARM_UP:
-            rings.append(snapshot._next < len(snapshot._order))
+    def started(copier: Copier, *arguments: Any) -> bool:
+        looked = start(copier, *arguments)
+        if copier._progress.step == WARM_UP:
+            rings.append(copier.n_waiting > 0)
+        return looked
 
     def until_durable() -> None:
         Seen.last._queue.wait_idle(60)
 
     monkeypatch.setattr(engine.Snapshot, "raw", held_back)
-    monkeypatch.setattr(engine.Snapshot, "_start", started)
+    monkeypatch.setattr(Copier, "start", started)
     captured = Captured(machine, before=capturing.set, after=until_durable)
     options = Options(threads=1, connections=1, host_budget_bytes=(24 if ring else 256) << 20, max_stall_s=60)
     if ring:

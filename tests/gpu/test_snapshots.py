@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastckpt.options import Options
-from fastckpt.snapshot import snapshot as engine
 from fastckpt.snapshot import stager
+from fastckpt.snapshot.copier import Copier
 from fastckpt.snapshot.pool import Slab, SlabPool, empty_host_cache
 from fastckpt.snapshot.side_stream import SideStream
 from tests.fakegpu.suite.models import JOBS, Job, mlp
@@ -199,13 +199,13 @@ def test_a_state_goes_through_any_budget(
 
     monkeypatch.setattr(SlabPool, "take", taking)
     ways: list[str] = []
-    start = engine.Snapshot._start
+    start = Copier.start
 
-    def started(snapshot: engine.Snapshot, *arguments: Any) -> None:
-        ways.append("ring" if len(snapshot._slabs) < len(snapshot._layout.slab_bytes) else "whole")
-        start(snapshot, *arguments)
+    def started(copier: Copier, *arguments: Any) -> bool:
+        ways.append("ring" if len(copier._ring._slabs) < len(copier._ring._slab_bytes) else "whole")
+        return start(copier, *arguments)
 
-    monkeypatch.setattr(engine.Snapshot, "_start", started)
+    monkeypatch.setattr(Copier, "start", started)
     options = Options(threads=2, connections=1, host_budget_bytes=budget_mib << 20, max_stall_s=120)
     assert not wrong_steps(train_kept(job.state, job.step, steps=3, options=options))
     assert set(ways) == ({way} if way != "none" else set())

@@ -21,7 +21,7 @@ def test_state_that_goes_away_before_it_has_been_copied(tmp_path: Path, change: 
     """Whole, or refused; never torn, and never the end of the process. In one of its own, for that reason."""
     script = """
         import sys, threading, torch, fastckpt
-        from fastckpt.snapshot import Snapshot
+        from fastckpt.snapshot.host_copies import HostCopies
         torch.manual_seed(0)
         model = torch.nn.Linear(2000, 2000)
         optim = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -30,7 +30,7 @@ def test_state_that_goes_away_before_it_has_been_copied(tmp_path: Path, change: 
             model(torch.ones(2, 2000)).square().mean().backward()
             optim.step()
             optim.zero_grad()
-        copying, go, copy = threading.Event(), threading.Event(), Snapshot._copy_in_thread
+        copying, go, copy = threading.Event(), threading.Event(), HostCopies._copy_in_thread
         def held(self, *arguments):
             copying.set()
             assert go.wait(20)
@@ -42,7 +42,7 @@ def test_state_that_goes_away_before_it_has_been_copied(tmp_path: Path, change: 
         ckpt.step(1)
         step()
         expected = model.weight.detach().clone()
-        Snapshot._copy_in_thread = held
+        HostCopies._copy_in_thread = held
         handle = ckpt.save_now(2)
         assert copying.wait(20)
         CHANGE

@@ -141,7 +141,7 @@ def test_the_optimizers_step_waits_for_copies_that_were_left_to_it(
             assert go.wait(SHORT_S)
         original(self, pieces, out)
 
-    monkeypatch.setattr("fastckpt.snapshot.snapshot._INLINE_BYTES", 1)  # these tensors would not be worth a thread
+    monkeypatch.setattr("fastckpt.snapshot.host_copies._INLINE_BYTES", 1)  # these tensors would not be worth a thread
     monkeypatch.setattr(
         "fastckpt.state.chunking.BUNDLE_BYTES", 1
     )  # and would be bundled with others that may change at any time

@@ -51,7 +51,7 @@ def test_a_parameter_changed_while_it_is_copied_is_an_error(store: HeldStore, mo
         ckpt.step(1)
         ckpt.wait()
         monkeypatch.setattr(Captured, "read", meddle)
-        monkeypatch.setattr("fastckpt.snapshot.snapshot._INLINE_BYTES", 1)
+        monkeypatch.setattr("fastckpt.snapshot.host_copies._INLINE_BYTES", 1)
         training.step()
         ckpt.step(2)
         with pytest.raises(TornSnapshotError, match="changed while it was copied"):

@@ -102,7 +102,7 @@ def test_a_file_is_waited_for_if_some_of_it_is_not_in_the_page_cache(
 
     with monkeypatch.context() as patched:
         patched.setattr("os.preadv", preadv)
-        assert source.waits_for_a_disk() is missing
+        assert source.is_cold() is missing
     assert probed[0] == 0
     assert max(probed) < source.n_bytes
     source.close()
@@ -135,8 +135,8 @@ def test_more_threads_wait_for_a_disk_but_no_more_decode(
     hints: list[int] = []
     monkeypatch.setattr(codec, "decode", counting_decode)
     monkeypatch.setattr(PathSource, "read_into", counting_read)
-    monkeypatch.setattr(PathSource, "will_read", lambda self, offset, n: hints.append(offset))
-    monkeypatch.setattr(PathSource, "waits_for_a_disk", lambda self: waits)
+    monkeypatch.setattr(PathSource, "prefetch", lambda self, offset, n: hints.append(offset))
+    monkeypatch.setattr(PathSource, "is_cold", lambda self: waits)
     monkeypatch.setenv("FASTCKPT_THREADS", "2")
     loaded = fastckpt.load(path)
     assert all(torch.equal(loaded[name], state[name]) for name in state)

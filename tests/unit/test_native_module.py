@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.machinery
 import importlib.util
 import threading
@@ -15,20 +14,6 @@ import pytest
 from fastckpt.kernels.transform import Transform
 
 _native: Any = pytest.importorskip("fastckpt._native", reason="no native kernels: there was no compiler")
-
-LOAD = """
-import importlib.machinery, importlib.util
-loader = importlib.machinery.ExtensionFileLoader("fastckpt._native", {path!r})
-spec = importlib.util.spec_from_loader("fastckpt._native", loader)
-module = importlib.util.module_from_spec(spec)
-loader.exec_module(module)
-assert module.crc64nvme(b"123456789") == 0xAE8B14860A799888
-stored, raw = bytearray(9000), bytes(range(240)) * 10
-n, crc, digest = module.encode(raw, None, 3, 2, 0, stored)
-back = bytearray(len(raw))
-assert module.decode(bytes(stored[:n]), None, 3, 2, 0, back) == digest
-assert back == raw
-"""
 
 
 def loaded_again() -> ModuleType:
@@ -46,25 +31,6 @@ def test_each_load_makes_a_module_of_its_own() -> None:
     assert first is not second
     first.crc64nvme = None  # type: ignore[attr-defined]
     assert second.crc64nvme(b"123456789") == 0xAE8B14860A799888
-
-
-def test_an_interpreter_with_a_gil_of_its_own_can_load_it() -> None:
-    """From Python 3.12 on such an interpreter refuses modules that do not say that they are made for it."""
-    interpreters: Any = None
-    for name in ("_interpreters", "_xxsubinterpreters"):  # private: public ones come with Python 3.14
-        try:
-            interpreters = importlib.import_module(name)
-            break
-        except ImportError:
-            continue
-    if interpreters is None:
-        pytest.skip("this Python has no interpreters to make")
-    identity = interpreters.create()
-    try:
-        failed = interpreters.run_string(identity, LOAD.format(path=_native.__file__))
-        assert failed is None, failed
-    finally:
-        interpreters.destroy(identity)
 
 
 def test_threads_encode_and_decode_at_once() -> None:

@@ -217,7 +217,7 @@ def test_what_a_state_dict_made_for_a_save_is_not_kept_for_the_next() -> None:
     captured = again.capture(state)
     gone = weakref.ref(state["a"]["x"])
     state["a"]["x"] = torch.zeros(10)
-    captured.let_go()
+    captured.release()
     del captured
     gc.collect()
     assert gone() is None

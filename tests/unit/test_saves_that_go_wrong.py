@@ -22,6 +22,7 @@ from fastckpt.errors import OutOfHostMemoryError, SaveError, SnapshotStalledErro
 from fastckpt.host import pages
 from fastckpt.host.interrupts import deferred_interrupt
 from fastckpt.repository.retention import Keep
+from fastckpt.snapshot import Fenced, host_copies
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
@@ -85,10 +86,10 @@ def test_statistics_that_share_a_parameters_storage_are_copied_first() -> None:
 def test_parameters_that_share_a_storage_are_left_to_the_fence() -> None:
     flat = torch.zeros(24, 8)
     parts = [torch.nn.Parameter(flat[:8]), torch.nn.Parameter(flat[8:].t())]
-    fenced = engine.Fenced([torch.optim.SGD(parts, lr=0.1)])  # type: ignore[attr-defined]
+    fenced = Fenced([torch.optim.SGD(parts, lr=0.1)])
     assert fenced.addresses == {flat.untyped_storage().data_ptr()}
     strided = torch.nn.Parameter(torch.zeros(16)[::2])
-    assert not engine.Fenced([torch.optim.SGD([strided], lr=0.1)]).addresses  # type: ignore[attr-defined]
+    assert not Fenced([torch.optim.SGD([strided], lr=0.1)]).addresses
 
 
 def test_retention_that_fails_in_any_way_stops_no_later_save() -> None:
@@ -112,7 +113,7 @@ def test_a_save_that_gets_no_copying_thread_fails_and_is_over(monkeypatch: pytes
 
     with open_on(MemoryStore(), {"x": noise(4 * MIB)}) as ckpt:
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "WorkerPool", none_left)
+            patch.setattr(host_copies, "WorkerPool", none_left)
             with pytest.raises(SaveError, match="can't start new thread"):
                 ckpt.save_now(1)
         assert ckpt.stats.snapshot_bytes == 0
@@ -175,7 +176,7 @@ def test_what_fails_behind_the_commit_fails_no_save(
 
     def broken(self: engine.Snapshot) -> None:
         close(self)
-        if self._confirmed:
+        if self._progress.confirmed:
             raise RuntimeError("unspecified launch failure")
 
     monkeypatch.setattr(engine.Snapshot, "close", broken)

@@ -11,8 +11,7 @@ import torch
 
 from fastckpt import Checkpointer, Every, Options
 from fastckpt.errors import TornSnapshotError
-from fastckpt.snapshot import Sampler
-from fastckpt.snapshot import snapshot as engine
+from fastckpt.snapshot import Sampler, host_copies
 from fastckpt.state import Captured, Recapturer, chunking
 from fastckpt.state.chunks import cuts_of
 from fastckpt.store.memory import MemoryStore
@@ -50,8 +49,9 @@ def seen_torn(ckpt: Checkpointer) -> None:
     """Wait until the newest snapshot has found a copy that is not what it should be."""
     snapshot = ckpt._engine.fence._snapshot
     assert snapshot is not None
-    with snapshot._changed:
-        assert snapshot._changed.wait_for(lambda: snapshot.torn_name is not None, SHORT_S)
+    changed = snapshot._progress.changed
+    with changed:
+        assert changed.wait_for(lambda: snapshot.torn_name is not None, SHORT_S)
 
 
 @pytest.mark.parametrize("options", [OPTIONS, RING], ids=["whole", "ring"])
@@ -234,13 +234,13 @@ def test_the_first_save_is_copied_at_once_and_a_quiet_interval_proves_the_loop(s
         states = {1: job.step()}
         handle = ckpt.save_now(1)
         assert ckpt._engine.fence._snapshot is not None
-        assert ckpt._engine.fence._snapshot._fenced
+        assert ckpt._engine.fence._snapshot._progress.fenced
         job.model(torch.ones(1, 600)).sum().backward()
         states[2] = job.step()
         handle.wait(SHORT_S)
         slow.clear()
         handle = ckpt.save_now(2)  # its copies do not even begin before it returns
-        assert not ckpt._engine.fence._snapshot._fenced
+        assert not ckpt._engine.fence._snapshot._progress.fenced
         slow.set()
         job.step()
         handle.wait(SHORT_S)
@@ -343,4 +343,4 @@ def test_views_without_number_are_looked_at_once() -> None:
 
 def test_large_chunks_are_copied_by_threads() -> None:
     """What the tests above rely on."""
-    assert engine._INLINE_BYTES < 600 * 600 * 4
+    assert host_copies._INLINE_BYTES < 600 * 600 * 4

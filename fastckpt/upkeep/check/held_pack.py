@@ -56,10 +56,10 @@ class HeldSource:
             raise EOFError(f"{self.name} has {data.size} bytes: expected {offset + view.size} or more")
         view[:] = data[offset : offset + view.size]
 
-    def waits_for_a_disk(self) -> bool:
+    def is_cold(self) -> bool:
         return False
 
-    def will_read(self, offset: int, n_bytes: int) -> None:
+    def prefetch(self, offset: int, n_bytes: int) -> None:
         """Packs are read whole."""
 
     def close(self) -> None:

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from fastckpt.options import Options
-from fastckpt.snapshot import snapshot as engine
+from fastckpt.snapshot import device_copies
+from fastckpt.snapshot.device_copies import DeviceCopies
 from fastckpt.training.checkpointer import Every
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import Job, batch_norm_cnn, moving_average
@@ -57,13 +58,13 @@ def test_a_device_without_room_for_anything_is_saved(
 ) -> None:
     """No clones, no joint transfers, no fingerprints: slower, as whole."""
     cloned: list[bool] = []
-    clone = engine.Snapshot._clone
+    clone = DeviceCopies.clone
 
-    def noted(self: engine.Snapshot, first: Any) -> bool:
-        cloned.append(clone(self, first))
+    def noted(self: DeviceCopies, chunks: Any) -> bool:
+        cloned.append(clone(self, chunks))
         return cloned[-1]
 
-    monkeypatch.setattr(engine.Snapshot, "_clone", noted)
+    monkeypatch.setattr(DeviceCopies, "clone", noted)
     run = Run(gpu, make, options=options)
     for _ in range(3):
         run.step()
@@ -112,7 +113,7 @@ def test_slabs_of_a_device_that_stays_broken_are_not_used_again(
         raise torch.AcceleratorError("unspecified launch failure")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "wait_for", broken)
+        patch.setattr(device_copies, "wait_for", broken)
         with pytest.raises(RuntimeError, match="unspecified launch failure"):
             run.ckpt.save_now(run.done).wait(SHORT_S)
         with pytest.raises(RuntimeError, match="unspecified launch failure"):

@@ -14,9 +14,12 @@ from fastckpt.errors import TornSnapshotError
 from fastckpt.options import Options
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.repository import Repository
-from fastckpt.snapshot import Fenced, FenceHooks
+from fastckpt.snapshot import Fenced, FenceHooks, device_copies
 from fastckpt.snapshot import snapshot as engine
+from fastckpt.snapshot.copier import Copier
+from fastckpt.snapshot.host_copies import HostCopies
 from fastckpt.snapshot.pool import Slab, SlabPool
+from fastckpt.snapshot.progress import Copy
 from fastckpt.snapshot.side_stream import SideStream, bytes_of
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import Job, batch_norm_cnn, closure, inputs, mlp, moving_average
@@ -48,7 +51,7 @@ def test_no_wait_for_the_compute_stream(gpu: torch.device, monkeypatch: pytest.M
 
 
 def test_the_host_reads_too_early(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "wait_for", lambda event: None)
+    monkeypatch.setattr(device_copies, "wait_for", lambda event: None)
     assert any("HOST ACCESS" in text for text in run(mlp(gpu)))
 
 
@@ -77,20 +80,21 @@ def store_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     two = threading.Semaphore(0)
     begun: list[int] = []
-    first_raw, start = engine.Snapshot.raw, engine.Snapshot._start
+    first_raw, start = engine.Snapshot.raw, Copier.start
 
-    def counted(self: engine.Snapshot, n_first: int) -> None:
-        start(self, n_first)
+    def counted(self: Copier, *arguments: Any) -> bool:
+        looked = start(self, *arguments)
         begun.append(1)
         if len(begun) > 1:
             two.release()
+        return looked
 
     def raw(self: engine.Snapshot, number: int, scratch: Any) -> Any:
         if number == 0:
             two.acquire(timeout=1)
         return first_raw(self, number, scratch)
 
-    monkeypatch.setattr(engine.Snapshot, "_start", counted)
+    monkeypatch.setattr(Copier, "start", counted)
     monkeypatch.setattr(engine.Snapshot, "raw", raw)
 
 
@@ -130,7 +134,7 @@ def test_what_forward_changes_is_not_copied_first(
 
 
 def test_the_hook_returns_before_the_last_copy_is_given_out(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.Snapshot, "_is_settled", lambda self: True)
+    monkeypatch.setattr(Copier, "is_settled", True)
     torch.manual_seed(0)
     model = torch.nn.Sequential(*[torch.nn.Linear(1100, 1100) for _ in range(5)]).to(gpu)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -277,15 +281,15 @@ def test_an_optimizer_that_writes_host_memory_by_pointers_is_refused(caplog: pyt
     view = weight.detach().numpy()
     raw = np.frombuffer(view.data, np.float32)
     verified = Options(threads=1, connections=1, host_budget_bytes=256 << 20, verify_snapshot="always")
-    original = engine.Snapshot._copy_host
+    original = HostCopies._copy
 
-    def after_the_write(self: engine.Snapshot, number: int) -> None:
+    def after_the_write(self: HostCopies, copy: Copy) -> None:
         raw.flags.writeable = True
         raw[0] += 1
-        original(self, number)
+        original(self, copy)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.Snapshot, "_copy_host", after_the_write)
+        patch.setattr(HostCopies, "_copy", after_the_write)
         saved = train(job.state, job.step, steps=4, options=verified)
     committed = sorted(found.step for found in Catalog(Repository(saved.store)).history())
     assert committed == [1, 3, 4], "nothing of the first was left to a hook"

@@ -15,7 +15,7 @@ import torch
 
 from fastckpt.options import Options
 from fastckpt.snapshot import FenceHooks
-from fastckpt.snapshot.snapshot import Snapshot
+from fastckpt.snapshot.device_copies import DeviceCopies
 from fastckpt.training.checkpointer import Checkpointer
 from tests.fakegpu import device
 from tests.fakegpu.suite.models import inputs
@@ -172,7 +172,7 @@ def test_without_hooks_to_trust_the_whole_copy_is_waited_for(
 
 def test_what_is_too_much_to_clone_is_waited_for(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a device that has no room for clones: the stream waits for the copies of what is copied first, and for no others."""
-    monkeypatch.setattr(Snapshot, "_clone", lambda self, first: False)
+    monkeypatch.setattr(DeviceCopies, "clone", lambda self, chunks: False)
     figures = measured(gpu, 0.9)
     assert 0 < figures.stall_us < 0.05 * figures.copy_us
     assert figures.own_work_us == pytest.approx(0, abs=0.1)

@@ -1,8 +1,7 @@
-"""Whether the bytes that were copied are those of the call of save.
+"""Takes fingerprints of what chunks hold at the call of save, and compares copies with them.
 
-torch counts in-place changes, but not those through `.data`, NumPy views or kernels of others. What chunks held at `save` against their
-copies finds these too, where anything has really been overwritten: host memory by a sample of it (sampled.py) or by all of it, a device's
-by fingerprints of all of it (device_prints.py).
+torch counts in-place changes, but not those through `.data`, NumPy views or kernels of others. Fingerprints find these too, where anything
+has really been overwritten. Of host memory a sample is taken (sampled.py), or all of it; of a device's memory all of it (device_prints.py).
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ _random = random.Random()  # of our own: drawing from the global one would chang
 
 
 class HostPrints(Protocol):
-    """What chunks in host memory held."""
+    """Fingerprints of chunks in host memory."""
 
     def take(self, number: int) -> None:
-        """Look at a chunk where it is. The thread that trains."""
+        """Take the fingerprint of a chunk, where it is. The thread that trains."""
 
     def is_copy(self, number: int, content: U8) -> bool:
-        """Whether a copy is what was looked at. True, too, where nothing was. Any thread."""
+        """Whether a copy has the same fingerprint. True, too, where none was taken. Any thread."""
 
 
 class AllBytes:
@@ -61,27 +60,27 @@ class AllBytes:
         return number not in self._digests or digest(content) == self._digests[number]
 
 
-class AtSave:
-    """What chunks held at the call of save. Made by the thread that trains; `is_copy` is for any."""
+class SaveFingerprints:
+    """The fingerprints of one snapshot. Taken by the thread that trains; the comparisons are for any thread."""
 
     def __init__(self, host: HostPrints | None = None) -> None:
-        """None: nothing is looked at."""
+        """host: of what lies in host memory; None: no fingerprints are taken, of devices neither."""
         self._host = host
         self._prints: list[tuple[SideStream, DevicePrints]] = []
 
     @property
     def looks(self) -> bool:
-        """Whether anything is to be looked at."""
+        """Whether fingerprints are to be taken."""
         return self._host is not None
 
     def take_host(self, number: int) -> None:
-        """A chunk in host memory."""
+        """Take the fingerprint of a chunk in host memory."""
         if self._host is not None:
             self._host.take(number)
 
     def take_device(self, side: SideStream, chunks: Mapping[int, Sequence[torch.Tensor]]) -> bool:
-        """Chunks on a device, by their numbers: each one's pieces. Computed on the caller's current stream. False: the device has no
-        room for that, and nothing is known of them.
+        """Take the fingerprints of chunks on a device: by their numbers, each one's pieces. Computed on the caller's current stream. False:
+        the device has no room for that, and nothing is known of them.
         """
         if not chunks:
             return True
@@ -96,14 +95,14 @@ class AtSave:
         return True
 
     def fetch(self) -> None:
-        """Enqueue the copies of what was computed on devices, once their side streams have begun."""
+        """Enqueue the copies of the fingerprints that were computed on devices, once their side streams have begun."""
         for side, prints in self._prints:
             prints.fetch(side)
 
     def is_host_copy(self, number: int, content: U8) -> bool:
-        """Whether these are the bytes that a chunk in host memory held. True, too, where nothing is known of it."""
+        """Whether a copy of a chunk in host memory has its fingerprint. True, too, where none was taken."""
         return self._host is None or self._host.is_copy(number, content)
 
     def is_device_copy(self, number: int, content: U8) -> bool:
-        """The same, of a chunk on a device."""
+        """Whether a copy of a chunk on a device has its fingerprint. True, too, where none was taken. Waits for the device."""
         return all(prints.is_copy(number, content) for _, prints in self._prints if number in prints)

@@ -1,0 +1,105 @@
+"""Gives out the copies of a snapshot, in their order, as far as there is memory for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fastckpt.snapshot.device_copies import DeviceCopies
+from fastckpt.snapshot.fingerprints import SaveFingerprints
+from fastckpt.snapshot.host_copies import HostCopies
+from fastckpt.snapshot.progress import Copy, Progress
+from fastckpt.snapshot.ring import Ring
+from fastckpt.snapshot.side_stream import SideStream
+from fastckpt.snapshot.tearing import TearWatch
+from fastckpt.state import Captured
+
+
+class Copier:
+    """See the module. `start` is for the thread that trains, all else for any. devices, host: those who make the copies."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        order: Sequence[Copy],
+        ring: Ring,
+        watch: TearWatch,
+        progress: Progress,
+        side_of: Callable[[torch.device], SideStream],
+        threads: int,
+    ) -> None:
+        """order: all copies. side_of: see `DeviceCopies`. threads: that copy host memory."""
+        self._order, self._ring, self._progress = order, ring, progress
+        self._next = 0
+        """How many copies of `order` have been given out."""
+        self.devices = DeviceCopies(captured, sorted(order, key=lambda copy: copy.number), side_of)
+        self.host = HostCopies(captured, ring, watch, progress, threads)
+
+    def start(self, n_first: int, fingerprints: SaveFingerprints) -> bool:
+        """Give out what there is memory for. On return the first copies do not depend on the state any more: of host memory they are made,
+        and a device's compute stream waits for them or they are made from clones.
+
+        Takes the fingerprints of what is copied later before. False: that was not possible, so nothing may be left for later. Raises what
+        keeps the first copies from being made.
+        """
+        first, later = self._order[:n_first], self._order[n_first:]
+        looked = True
+        with self._progress.changed:
+            self.devices.find_sources()
+            cloned = self.devices.clone(first)
+            if fingerprints.looks:
+                for copy in later:
+                    if copy.device is None:
+                        fingerprints.take_host(copy.number)
+                looked = self.devices.take_fingerprints(later, fingerprints, may_clone=cloned)
+            self.devices.begin()
+            fingerprints.fetch()
+            self._give_out(n_first)
+            if n_first and not cloned:
+                self.devices.hold_back()
+            self.host.await_those_under_way()
+            self.give_out()
+            self.host.wait_for_awaited()
+            if self._progress.error is not None:
+                raise self._progress.error
+            self.devices.may_be_resized = True
+        return looked
+
+    def give_out(self) -> None:
+        """Give copies to streams and threads, in order, as far as there are slabs. Raises what refuses one. The caller holds the lock."""
+        self._give_out(len(self._order))
+
+    def _give_out(self, end: int) -> None:
+        while self._next < end and not self._progress.is_over:
+            copy = self._order[self._next]
+            if not self._ring.take_slab(copy):
+                break
+            if copy.device is None:
+                self.host.copy(copy)
+            else:
+                target, pinned = self._ring.target(copy)
+                self.devices.copy(copy, target, pinned=pinned)
+            self._next += 1
+        self.devices.mark()
+        self._progress.changed.notify_all()
+
+    @property
+    def upcoming(self) -> Copy | None:
+        """The next copy that is to be given out; None: all are. The caller holds the lock."""
+        return self._order[self._next] if self._next < len(self._order) else None
+
+    @property
+    def n_waiting(self) -> int:
+        """How many copies are still to be given out."""
+        return len(self._order) - self._next
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all copies have been given out, or no more are going to be."""
+        return not self.n_waiting or self._progress.is_over
+
+    @property
+    def n_copies(self) -> int:
+        """How many copies there are."""
+        return len(self._order)

@@ -1,0 +1,93 @@
+"""The slabs of one snapshot: which chunk lies where, and which slab may be used again.
+
+Where the state fits the budget, each slab is there from the beginning and is used once. Where it does not, the slabs are a *ring*: one
+that is released goes back to the pool, and the next chunks take one of its size from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fastckpt.snapshot.copy_plan import CopyPlan
+from fastckpt.snapshot.pool import U8, Slab, SlabPool
+from fastckpt.snapshot.progress import Copy
+
+
+class Ring:
+    """See the module. All but `content` and `target` under the snapshot's lock."""
+
+    def __init__(self, pool: SlabPool, plan: CopyPlan, slabs: Sequence[Slab]) -> None:
+        """slabs: the first ones of the plan, taken from the pool."""
+        self._pool = pool
+        self._slab_bytes, self._for_device = plan.layout.slab_bytes, plan.for_device
+        self._slot_of = dict(zip(plan.order, plan.layout.slots, strict=True))
+        self._slabs: dict[int, Slab] = dict(enumerate(slabs))
+        """Those that are there now, by their numbers in the layout."""
+        self._chunks: list[list[int]] = [[] for _ in self._slab_bytes]
+        for number in plan.order:
+            self._chunks[self._slot_of[number].slab].append(number)
+        self._unread = [len(chunks) for chunks in self._chunks]
+        """How many chunks of each slab have not been released."""
+        self._read_from: set[int] = set()
+        """Slabs that the encoder has begun with: they stay until it is done with them."""
+        self.leaving: int | None = None
+        """The slab that is on its way to the disk."""
+
+    def slab_of(self, copy: Copy) -> int:
+        """The number of the slab that a chunk lies in."""
+        return self._slot_of[copy.number].slab
+
+    def take_slab(self, copy: Copy) -> bool:
+        """See to it that there is a slab for a chunk. False: the budget has no room for it now."""
+        slab = self.slab_of(copy)
+        if slab not in self._slabs:
+            taken = self._pool.take(self._slab_bytes[slab], self._for_device)
+            if taken is None:
+                return False
+            self._slabs[slab] = taken
+        return True
+
+    def content(self, copy: Copy) -> U8:
+        """A chunk's bytes. Its slab must be there, and stay."""
+        slab, offset = self._slot_of[copy.number]
+        return self._slabs[slab].array[offset : offset + copy.n_bytes]
+
+    def target(self, copy: Copy) -> tuple[torch.Tensor, bool]:
+        """The same bytes as a tensor, and whether they are pinned."""
+        number, offset = self._slot_of[copy.number]
+        slab = self._slabs[number]
+        return slab.tensor[offset : offset + copy.n_bytes], slab.pinned
+
+    def begin_reading(self, copy: Copy) -> None:
+        """The encoder needs a chunk now: its slab does not go to the disk any more."""
+        self._read_from.add(self.slab_of(copy))
+
+    def release(self, copy: Copy) -> bool:
+        """The encoder is done with a chunk. True: with all of its slab, which others may take now."""
+        slab = self.slab_of(copy)
+        self._unread[slab] -= 1
+        if self._unread[slab] or slab not in self._slabs:
+            return False
+        self.give_back(slab)
+        return True
+
+    def give_back(self, slab: int) -> None:
+        """Give one slab back to the pool, by its number."""
+        self._pool.give_back([self._slabs.pop(slab)])
+
+    def farthest(self, upcoming: Copy | None) -> tuple[int, Sequence[int]] | None:
+        """The slab that the encoder will need last, with the numbers of its chunks, of those that are full and not begun with.
+
+        upcoming: the chunk that is to be copied next; None: there is none.
+        """
+        filling = 0 if upcoming is None else self.slab_of(upcoming)
+        full = (slab for slab in self._slabs if slab < filling and slab not in self._read_from)
+        slab = max(full, default=None)
+        return None if slab is None else (slab, self._chunks[slab])
+
+    def take_out(self) -> list[Slab]:
+        """All slabs that are there, which the caller gives back."""
+        slabs, self._slabs = list(self._slabs.values()), {}
+        return slabs

@@ -1,0 +1,68 @@
+"""Finds out whether a state, and each copy of it, still is what the state was at the call of save.
+
+torch counts what changes tensors in place: the *versions* of what is fenced are compared at the fence and before the commit. Other writes
+show in *fingerprints* of the bytes, with which each copy is compared. What either of the two finds is torn.
+"""
+
+from __future__ import annotations
+
+from fastckpt.errors import TornSnapshotError
+from fastckpt.format.tensor_names import dotted
+from fastckpt.snapshot.fenced import Fenced
+from fastckpt.snapshot.fingerprints import SaveFingerprints
+from fastckpt.snapshot.pool import U8
+from fastckpt.snapshot.progress import Copy
+from fastckpt.state import Captured
+
+
+class TearWatch:
+    """See the module. Any thread."""
+
+    def __init__(
+        self, captured: Captured, fenced: Fenced | None, fingerprints: SaveFingerprints, step: int | None
+    ) -> None:
+        """fenced: with the versions of the call of save. fingerprints: taken before anything is left to be copied later."""
+        self._captured, self._fingerprints, self._step = captured, fingerprints, step
+        self._fenced = fenced or Fenced()
+        self._fenced.keep_only(captured.addresses)
+        self.torn_name: str | None = None
+        """The first tensor that was seen to be torn, whether or not that could be mended."""
+
+    def changed_state(self) -> TornSnapshotError | None:
+        """What torch's versions tell of the state, as an error; None: nothing has changed."""
+        address = self._fenced.changed()
+        if address is None:
+            return None
+        name = self._name(self._captured.addresses.index(address))
+        self.torn_name = self.torn_name or name
+        return TornSnapshotError(
+            f"{name} changed while it was copied, outside of an optimizer's step(). Nothing was committed. "
+            "Call ckpt.fence() before changing parameters or optimizer state by other means"
+        )
+
+    def is_torn(self, copy: Copy, content: U8) -> bool:
+        """Whether the bytes of a copy are not those of the call of save. False, too, where nothing is known of these."""
+        is_copy = self._fingerprints.is_host_copy if copy.device is None else self._fingerprints.is_device_copy
+        if is_copy(copy.number, content):
+            return False
+        self.torn_name = self.torn_name or self._names(copy)
+        return True
+
+    def torn_copy(self, copy: Copy) -> TornSnapshotError:
+        """The error of a copy that is torn and cannot be mended."""
+        return TornSnapshotError(
+            f"{self._names(copy)}: the bytes that were copied are not those of the call of save. Something has written to them without "
+            f"torch's knowledge (.data, a NumPy view, a kernel of its own) before the optimizer's step. Nothing of step {self._step} was "
+            "committed. Call ckpt.fence() before such writes"
+        )
+
+    def _names(self, copy: Copy) -> str:
+        """What a chunk holds, in a few words."""
+        return ", ".join(sorted({self._name(piece.storage) for piece in copy.chunk.pieces})[:3])
+
+    def _name(self, storage: int) -> str:
+        return next((dotted(t.name) for t in self._captured.tensors if t.storage == storage), f"storage {storage}")
+
+    def forget_tensors(self) -> None:
+        """Keep no tensor alive any more. Versions are not compared after this."""
+        self._fenced = Fenced()
