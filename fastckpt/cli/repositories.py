@@ -21,6 +21,7 @@ from fastckpt.repository.commit import list_votes, open_vote
 from fastckpt.repository.repository import Repository
 from fastckpt.upkeep import repair as repairing
 from fastckpt.upkeep.check import repository as checking
+from fastckpt.upkeep.check.report import CheckpointState, Finding, RepositoryReport
 
 _MANY_METRICS = 4
 
@@ -206,7 +207,7 @@ def _print_ranks(ranks: list[dict[str, Any]]) -> None:
 class Checked:
     """A report, and what was or was not repaired."""
 
-    report: checking.RepositoryReport
+    report: RepositoryReport
     plan: repairing.RepairPlan | None = None
     repaired: list[repairing.Repaired] = dataclasses.field(default_factory=list)
 
@@ -252,7 +253,7 @@ def check(repository: Repository, arguments: argparse.Namespace) -> Checked:
     return checked
 
 
-def plan_of(repository: Repository, report: checking.RepositoryReport) -> repairing.RepairPlan:
+def plan_of(repository: Repository, report: RepositoryReport) -> repairing.RepairPlan:
     """The plan for a report, with the epoch records that it needs."""
     catalog = Catalog(repository)
 
@@ -262,12 +263,12 @@ def plan_of(repository: Repository, report: checking.RepositoryReport) -> repair
     return repairing.plan_repair(report, epoch_of, max(catalog.listing.epochs, default=0))
 
 
-def _looked_into(report: checking.RepositoryReport) -> bool:
+def _looked_into(report: RepositoryReport) -> bool:
     """Whether there was any checkpoint to check. A wrong prefix must not pass for a sound repository."""
     return any(one.state != "not checked" for one in report.checkpoints)
 
 
-def _print_report(report: checking.RepositoryReport, step: int | None) -> None:
+def _print_report(report: RepositoryReport, step: int | None) -> None:
     for one in report.checkpoints:
         if one.state == "not checked":
             continue
@@ -357,11 +358,11 @@ def _without(value: Any, member: str) -> dict[str, Any]:
     return found
 
 
-def _rest(state: checking.CheckpointState) -> dict[str, Any]:
+def _rest(state: CheckpointState) -> dict[str, Any]:
     return _without(state, "checkpoint")
 
 
-def _finding_to_json(finding: checking.Finding) -> dict[str, Any]:
+def _finding_to_json(finding: Finding) -> dict[str, Any]:
     where = None if finding.checkpoint is None else _where(finding.checkpoint)
     value = {"key": finding.key, **dataclasses.asdict(finding.damage), "checkpoint": where}
     return {**value, "rank": finding.rank, "rank_lost": finding.rank_lost}

@@ -14,7 +14,7 @@ from fastckpt.format.repository_records import Commit, Epoch, epoch_bytes
 from fastckpt.repository.catalog import Catalog, history
 from fastckpt.repository.commit import create, try_commit
 from fastckpt.repository.repository import Repository
-from fastckpt.upkeep.check.repository import RepositoryReport
+from fastckpt.upkeep.check.report import RepositoryReport
 
 
 @dataclass(frozen=True)
