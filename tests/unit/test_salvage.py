@@ -18,14 +18,17 @@ from fastckpt.host.files import AtomicFile
 from fastckpt.options import Options
 from fastckpt.reading.sources import PathSource
 from fastckpt.reading.tensor_reader import TensorReader
+from fastckpt.repository.commit import try_commit
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.store.local import LocalStore
 from fastckpt.upkeep.check import container as checking
 from fastckpt.upkeep.salvage import FoundIn, SalvageReport, choose_try, salvage
+from fastckpt.writing.rank import SaveRequest, upload
 from tests.unit.repository_tools import (
     OPTIONS,
     begin,
+    captured,
     flip,
     keys_of,
     same,
@@ -133,7 +136,6 @@ def test_where_else_is_verified_too(store: LocalStore, out: Path) -> None:
 def test_history_goes_before_abandoned_branches(store: LocalStore, out: Path) -> None:
     save_steps(store, [1, 5])
     from fastckpt.repository.incarnation import Incarnation
-    from tests.unit.repository_tools import captured
 
     job = Incarnation(Repository(store), OPTIONS)
     job.restore(1)
@@ -275,6 +277,21 @@ def test_odd_tensors(store: LocalStore, out: Path) -> None:
             assert same(found[str(name)], value), name
     assert same(found["parameter"], obj["parameter"].data)  # type: ignore[union-attr]
     assert found["big-array"].flags.f_contiguous
+
+
+def test_arrays_of_the_other_byte_order_are_salvaged_with_their_bytes(store: LocalStore, out: Path) -> None:
+    """Our writer pickles them, but the format allows them as storages. When they are written anew they are pickled."""
+    expected = np.arange(200_000, dtype=">f8")
+    epoch = begin(store, 1).number
+    obj = captured({"array": expected.view("<f8")})
+    obj.storages[0].dtype = "numpy:>f8"
+    obj.tensors[0] = obj.tensors[0]._replace(dtype="numpy:>f8")
+    save = SaveId(epoch, 1, 0)
+    upload(obj, store, SaveRequest(save=save, parent=None, rank=0, world=1), OPTIONS)
+    assert try_commit(store, save)
+    report = run(store, 1, out)
+    assert report.nothing_lost
+    assert np.array_equal(loaded(out)["array"], expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation.*:UserWarning")
