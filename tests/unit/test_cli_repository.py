@@ -19,7 +19,7 @@ import fastckpt
 from fastckpt import cli
 from fastckpt.cli import output, target
 from fastckpt.cli.output import clean
-from fastckpt.cli.pruning import forecast, keep_of, needs_of
+from fastckpt.cli.prune import forecast, keep_of, needs_of
 from fastckpt.errors import CheckpointError, NoCheckpointError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, commit_key, epoch_key

@@ -1,4 +1,4 @@
-"""analyze: what the codec makes of a user's own state."""
+"""analyze: what compression and deltas would gain on a user's own state."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 from fastckpt import api
 from fastckpt.cli.output import OK, bar, human, note, print_json, say, table
-from fastckpt.cli.target import local_path, maybe_repository, open_source, options
+from fastckpt.cli.target import add_endpoint, local_path, maybe_repository, open_source, options
 from fastckpt.errors import NoCheckpointError
+from fastckpt.format.element_types import element_type
 from fastckpt.kernels import kernels
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
@@ -18,9 +19,23 @@ from fastckpt.repository.commit import open_vote
 from fastckpt.state import Captured, capture
 from fastckpt.upkeep.analyze import Group, Side, analyze
 
+HELP = "what compression and deltas would gain on this state; writes nothing"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastckpt analyze`."""
+    add_endpoint(parser)
+    parser.add_argument(
+        "path", metavar="FILE|URL", help="of fastckpt, torch.save or safetensors; of a repository the newest checkpoint"
+    )
+    parser.add_argument("--against", metavar="OLDER", help="an older state, to see what a delta would gain")
+    parser.add_argument(
+        "--trust-pickle", action="store_true", help="load files that weights_only refuses: runs their code"
+    )
+
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints a row for each group of tensors."""
+    """Print a row for each group of tensors. CheckpointError, StoreError, OSError."""
     captured = _state(arguments.path, arguments)
     older = _state(arguments.against, arguments) if arguments.against is not None else None
     groups = analyze(captured, older, bar(arguments.path))
@@ -98,8 +113,6 @@ def _print(groups: list[Group], with_delta: bool) -> None:
 
 
 def _width(group: Group) -> int:
-    from fastckpt.format.element_types import element_type
-
     element = element_type(group.dtype)
     return 0 if element is None else element.n_bytes
 
