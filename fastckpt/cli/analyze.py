@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 from fastckpt import api
-from fastckpt.cli.output import OK, bar, human, note, print_json, say, table
+from fastckpt.cli.output import OK, WrongUsageError, bar, human, note, print_json, say, table
 from fastckpt.cli.target import add_endpoint, local_path, maybe_repository, open_source, options
-from fastckpt.errors import NoCheckpointError
+from fastckpt.errors import CheckpointError, NoCheckpointError, NotACheckpointError
 from fastckpt.format.element_types import element_type
 from fastckpt.kernels import kernels
 from fastckpt.reading.chunk_reader import Reader
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a row for each group of tensors. CheckpointError, StoreError, OSError."""
+    """Print a row for each group of tensors. WrongUsageError, CheckpointError, StoreError, OSError."""
     captured = _state(arguments.path, arguments)
     older = _state(arguments.against, arguments) if arguments.against is not None else None
     groups = analyze(captured, older, bar(arguments.path))
@@ -54,21 +55,42 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _state(text: str, arguments: argparse.Namespace) -> Captured:
-    """The tensors of a file of ours, torch's or safetensors', or of a repository's newest checkpoint (rank 0)."""
+    """Load and capture the tensors of a file of fastckpt, torch.save or safetensors, or of a repository's newest checkpoint (rank 0)."""
     with maybe_repository(text, arguments.endpoint_url) as repository:
         if repository is not None:
             choice = Catalog(repository).choose()
             if choice is None:
                 raise NoCheckpointError(f"{repository.url} has no checkpoint yet")
-            return capture(_load(open_vote(repository.store, choice.commit.vote(0)), arguments), pickle, 2)
+            reader = open_vote(repository.store, choice.commit.vote(0))
+            return _capture(text, lambda: _load(reader, arguments), arguments)
     path = local_path(text)
     if path is not None:
-        return capture(api.load(path, map_location="cpu", weights_only=not arguments.trust_pickle), pickle, 2)
+        trusted = arguments.trust_pickle
+        return _capture(text, lambda: api.load(path, map_location="cpu", weights_only=not trusted), arguments)
     source = open_source(text, arguments.endpoint_url)
     try:
-        return capture(_load(Reader.open(source, alone=True), arguments), pickle, 2)
+        return _capture(text, lambda: _load(Reader.open(source, alone=True), arguments), arguments)
     finally:
         source.close()
+
+
+def _capture(text: str, load: Callable[[], Any], arguments: argparse.Namespace) -> Captured:
+    """Capture what is loaded. WrongUsageError: --trust-pickle would load it; NotACheckpointError: nothing would."""
+    try:
+        return capture(load(), pickle, 2)
+    except (CheckpointError, OSError, MemoryError):
+        raise
+    except Exception as error:  # damage, or code that the file brings, makes torch's unpickler raise anything
+        lines = str(error).splitlines() or [""]
+        # Of a page of torch's advice, the line that names the global.
+        reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
+        reason = f"{type(error).__name__}: {reason}"
+        if isinstance(error, pickle.UnpicklingError) and not arguments.trust_pickle:
+            raise WrongUsageError(
+                f"{text} is not read by a restricted load, which runs no code of the file. If you trust whoever made it, "
+                f"--trust-pickle loads it and runs its code. {reason}"
+            ) from error
+        raise NotACheckpointError(f"{text} cannot be analyzed: {reason}") from error
 
 
 def _load(reader: Reader, arguments: argparse.Namespace) -> Any:
