@@ -18,7 +18,7 @@ from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.commit import open_vote
 from fastckpt.state import Captured, capture
-from fastckpt.upkeep.analyze import Group, Side, analyze
+from fastckpt.upkeep.analyze import CodingResult, TensorGroup, analyze
 
 HELP = "what compression and deltas would gain on this state; writes nothing"
 
@@ -106,7 +106,7 @@ def _load(reader: Reader, arguments: argparse.Namespace) -> Any:
     )
 
 
-def _print(groups: list[Group], with_delta: bool) -> None:
+def _print(groups: list[TensorGroup], with_delta: bool) -> None:
     rows = [["group", "tensors", "size", "bits", "entropy", "stored", "ratio", "GB/s", "as"]]
     if with_delta:
         rows[0] += ["known", "unchanged", "delta", "ratio", "GB/s", "as"]
@@ -134,24 +134,24 @@ def _print(groups: list[Group], with_delta: bool) -> None:
         note(f"the speeds are of the {kernels().name} kernels: the native ones are not installed")
 
 
-def _width(group: Group) -> int:
+def _width(group: TensorGroup) -> int:
     element = element_type(group.dtype)
     return 0 if element is None else element.n_bytes
 
 
-def _share(n_bytes: int, group: Group) -> str:
+def _share(n_bytes: int, group: TensorGroup) -> str:
     return f"{100 * n_bytes / group.raw_bytes:.0f} %"
 
 
-def _side(side: Side, raw_bytes: int) -> list[str]:
-    names = sorted(side.transforms.items(), key=lambda item: -item[1])
+def _side(result: CodingResult, raw_bytes: int) -> list[str]:
+    names = sorted(result.transforms.items(), key=lambda item: -item[1])
     shares = [f"{name} {100 * n / raw_bytes:.0f} %" if len(names) > 1 else name for name, n in names]
-    speed = f"{raw_bytes / side.seconds / 1e9:.1f}" if side.seconds else ""
-    return [human(side.stored_bytes), f"{side.stored_bytes / raw_bytes:.4f}", speed, ", ".join(shares)]
+    speed = f"{raw_bytes / result.seconds / 1e9:.1f}" if result.seconds else ""
+    return [human(result.stored_bytes), f"{result.stored_bytes / raw_bytes:.4f}", speed, ", ".join(shares)]
 
 
-def _to_json(group: Group) -> dict[str, Any]:
-    def side(one: Side) -> dict[str, Any]:
+def _to_json(group: TensorGroup) -> dict[str, Any]:
+    def side(one: CodingResult) -> dict[str, Any]:
         return {"stored_bytes": one.stored_bytes, "seconds": one.seconds, "transforms": dict(one.transforms)}
 
     return {

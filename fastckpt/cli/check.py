@@ -25,8 +25,8 @@ from fastckpt.format.repository_records import Epoch
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.repository import Repository
 from fastckpt.upkeep import repair as repairing
-from fastckpt.upkeep.check import container as checking_containers
 from fastckpt.upkeep.check import repository as checking
+from fastckpt.upkeep.check.container import ContainerReport, check_container
 from fastckpt.upkeep.check.report import CheckpointState, Finding, RepositoryReport
 
 HELP = "read and verify every byte; names everything that is damaged"
@@ -249,13 +249,13 @@ def _finding_to_json(finding: Finding) -> dict[str, Any]:
 # Files.
 
 
-def _check_container(path: str, endpoint_url: str | None) -> checking_containers.Report:
+def _check_container(path: str, endpoint_url: str | None) -> ContainerReport:
     """Read every byte of one container. NotACheckpointError."""
     with open_container(path, endpoint_url) as source:
-        return checking_containers.check(source, bar(path))
+        return check_container(source, bar(path))
 
 
-def _container_to_json(report: checking_containers.Report) -> dict[str, Any]:
+def _container_to_json(report: ContainerReport) -> dict[str, Any]:
     return {
         "path": report.source,
         "ok": report.ok,
@@ -267,7 +267,7 @@ def _container_to_json(report: checking_containers.Report) -> dict[str, Any]:
     }
 
 
-def _print_container(report: checking_containers.Report) -> None:
+def _print_container(report: ContainerReport) -> None:
     if report.ok:
         say(f"{report.source}: ok, {report.chunks} chunks, {human(report.raw_bytes)} verified")
     for item in report.damage:

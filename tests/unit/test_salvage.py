@@ -22,7 +22,7 @@ from fastckpt.repository.commit import try_commit
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.store.local import LocalStore
-from fastckpt.upkeep.check import container as checking
+from fastckpt.upkeep.check.container import check_container
 from fastckpt.upkeep.salvage import FoundIn, SalvageReport, choose_try, salvage
 from fastckpt.writing.rank import SaveRequest, upload
 from tests.unit.repository_tools import (
@@ -79,7 +79,7 @@ def flat(obj: Any, name: tuple[str, ...] = ()) -> dict[str, Any]:
 def loaded(out: Path, rank: int = 0) -> dict[str, Any]:
     path = out / f"rank-{rank:05}.fckpt"
     source = PathSource(str(path))
-    assert checking.check(source).ok
+    assert check_container(source).ok
     source.close()
     found: dict[str, Any] = fastckpt.load(path, weights_only=False)
     return found
