@@ -1,4 +1,4 @@
-"""What the commands say and how: statuses, tables, JSON, bars, questions. Nothing a checkpoint says reaches the terminal unescaped."""
+"""Output of the commands: statuses, tables, JSON, bars, questions. No text out of a checkpoint reaches the terminal unescaped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class WrongUsageError(Exception):
 
 
 def clean(text: object, *, keep_lines: bool = False) -> str:
-    """The text with what a terminal would obey shown as escapes. keep_lines: line ends are ours (messages of several lines)."""
+    """Escape whatever a terminal would obey. keep_lines: leave line ends, which belong to our own messages of several lines."""
 
     def escape(found: re.Match[str]) -> str:
         code = ord(found[0])
@@ -33,17 +33,17 @@ def clean(text: object, *, keep_lines: bool = False) -> str:
 
 
 def say(text: object = "") -> None:
-    """One line of data, to stdout."""
+    """Print one line of data to stdout."""
     print(clean(text))
 
 
 def note(text: object) -> None:
-    """Talk, to stderr."""
+    """Print a message for people to stderr."""
     print(clean(text, keep_lines=True), file=sys.stderr)
 
 
 def print_json(name: str, value: dict[str, Any]) -> None:
-    """One object on stdout; what JSON leaves as it is and terminals obey is escaped the JSON way."""
+    """Print one object to stdout. Characters that JSON allows and terminals obey are escaped as JSON escapes."""
 
     def escape(found: re.Match[str]) -> str:
         return json.dumps(found[0])[1:-1].replace("\x7f", "\\u007f")
@@ -52,7 +52,7 @@ def print_json(name: str, value: dict[str, Any]) -> None:
 
 
 def human(n_bytes: float) -> str:
-    """1536 → 1.5 KiB."""
+    """A size for people: 1536 → 1.5 KiB."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if n_bytes < 1024 or unit == "TiB":
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
@@ -61,7 +61,7 @@ def human(n_bytes: float) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
-    """Columns on stdout; `right`: those with numbers."""
+    """Print columns to stdout. right: numbers of the columns that are aligned to the right."""
     cells = [[clean(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for row in cells:
@@ -70,7 +70,7 @@ def table(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
 
 
 def bar(label: str) -> Callable[[int, int], None]:
-    """A bar on stderr where that is a terminal. Called with what is done and what there is in all; redrawn when a cell changes."""
+    """Make a progress callback that draws a bar on stderr, if that is a terminal. It takes what is done and what there is in all."""
     if not sys.stderr.isatty():
         return lambda done, total: None
     shown = -1
@@ -92,7 +92,7 @@ def bar(label: str) -> Callable[[int, int], None]:
 
 
 def confirm(question: str, *, yes: bool, json_only: bool) -> bool | None:
-    """Whether to go on: --yes, or "y" typed at a terminal. None where nobody can be asked: the status is USAGE then."""
+    """Ask whether to go on: True for --yes, or for "y" typed at a terminal. None: nobody can be asked; the status is USAGE then."""
     if yes:
         return True
     if json_only or not sys.stdin.isatty():

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fastckpt.cli.output import WrongUsageError, note
-from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, RepositoryError, StoreError
+from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, NotACheckpointError, RepositoryError, StoreError
 from fastckpt.format import keys
+from fastckpt.format.container import MAGIC
 from fastckpt.format.keys import CheckpointId
 from fastckpt.kernels import kernels
 from fastckpt.options import Options
+from fastckpt.reading.chunk_reader import is_container
 from fastckpt.reading.object_source import ObjectSource
 from fastckpt.reading.sources import PathSource, Source
 from fastckpt.repository.catalog import Catalog
@@ -27,7 +30,7 @@ from fastckpt.store.open import open_store
 
 
 def options() -> Options:
-    """Those of the environment. WrongUsageError lists every bad variable."""
+    """The options that environment variables set. WrongUsageError lists every bad variable."""
     try:
         return Options.from_env()
     except ValueError as error:
@@ -35,7 +38,7 @@ def options() -> Options:
 
 
 def require_environment() -> None:
-    """WrongUsageError for a bad variable, before the work: what it is about may be used deep inside, or not at all today."""
+    """Refuse bad variables before the work begins: the command may use them late, or not at all. WrongUsageError."""
     options()
     try:
         kernels(0)  # of no bytes: numba is not imported for a mere look
@@ -44,7 +47,7 @@ def require_environment() -> None:
 
 
 def require_endpoint(url: str | None) -> None:
-    """WrongUsageError for an --endpoint-url that can be none."""
+    """Refuse an --endpoint-url that is not an HTTP address. WrongUsageError."""
     if url is None:
         return
     try:
@@ -68,7 +71,7 @@ def local_path(text: str) -> Path | None:
 
 
 def _store(url: str, endpoint_url: str | None, *, single_object: bool = False) -> Store:
-    """WrongUsageError for a URL that can be none, StoreError for what is wrong with the place."""
+    """Open a store. WrongUsageError: the URL names no place; StoreError: the place cannot be used."""
     settings: dict[str, Any] = {}
     try:
         if location(url).startswith("s3://"):
@@ -105,7 +108,10 @@ def maybe_repository(text: str, endpoint_url: str | None) -> Iterator[Repository
 
 @contextmanager
 def open_repository(text: str, endpoint_url: str | None) -> Iterator[Repository]:
-    """The repository that must be there. FileNotFoundError, RepositoryError, StoreError. A damaged marker is only talked about."""
+    """The repository at a path or URL, which must be there. A missing or damaged marker is noted only.
+
+    FileNotFoundError, RepositoryError, StoreError.
+    """
     path = local_path(text)
     if path is not None:
         os.stat(path)  # "no such file" rather than "no repository"
@@ -139,6 +145,40 @@ def open_source(text: str, endpoint_url: str | None) -> Source:
         raise
 
 
+@contextmanager
+def open_container(text: str, endpoint_url: str | None) -> Iterator[Source]:
+    """A file, or an object of a store, that is a container or was one. NotACheckpointError: it never was one, so nothing is damaged."""
+    source = open_source(text, endpoint_url)
+    try:
+        if source.n_bytes == 0:
+            raise NotACheckpointError(f"{source.name} is no fastckpt container: it is empty")
+        if not is_container(source):
+            head = bytearray(min(len(MAGIC), source.n_bytes))
+            source.read_into(0, head)
+            raise NotACheckpointError(
+                f"{source.name} is no fastckpt container: it starts with {bytes(head)!r}, not {MAGIC!r} "
+                "(of files of torch.save and safetensors this command knows nothing; fastckpt.load reads them)"
+            )
+        yield source
+    finally:
+        source.close()
+
+
+def local_output(text: str) -> str:
+    """The path that --out names. WrongUsageError for a URL."""
+    path = local_path(text)
+    if path is None:
+        raise WrongUsageError(f"--out is {text!r}: expected a path of this machine; upload what is written there")
+    return str(path)
+
+
+def refuse_existing(paths: Iterable[str | Path], force: bool) -> None:
+    """WrongUsageError if one of the files exists, unless --force was given."""
+    for path in paths:
+        if os.path.lexists(path) and not force:
+            raise WrongUsageError(f"{path} exists already: --force replaces it")
+
+
 def safe_history(catalog: Catalog) -> list[CheckpointId] | None:
     """The history, newest first; None where a damaged epoch record hides it."""
     try:
@@ -151,9 +191,10 @@ def safe_history(catalog: Catalog) -> list[CheckpointId] | None:
 def find(
     url: str, history: Sequence[CheckpointId] | None, known: Sequence[CheckpointId], step: int | None, epoch: int | None
 ) -> CheckpointId:
-    """The checkpoint that --step and --epoch mean. Pure. history: newest first; known: all that are there. NoCheckpointError.
+    """The checkpoint that --step and --epoch mean. Pure. NoCheckpointError.
 
-    Of several with one step that of the history, else that of the latest epoch.
+    If several checkpoints have this step, the one in the history is taken, then the one of the highest epoch.
+    history: newest first; None if it cannot be known. known: all checkpoints that are there.
     """
     inside = list(history or ())
     rest = sorted(set(known) - set(inside), reverse=True)
@@ -169,21 +210,21 @@ def find(
     )
 
 
-def add_endpoint(parser: Any) -> None:
-    """--endpoint-url, for every command that takes a URL."""
+def add_endpoint(parser: argparse.ArgumentParser) -> None:
+    """Add --endpoint-url, for every command that takes a URL."""
     parser.add_argument(
         "--endpoint-url", metavar="URL", help="where s3:// is, if not at AWS (before AWS_ENDPOINT_URL_S3)"
     )
 
 
-def add_checkpoint(parser: Any) -> None:
-    """--step and --epoch."""
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add --step and --epoch."""
     parser.add_argument(
         "--step", type=int, metavar="N", help="the checkpoint of this step; otherwise the newest of the history"
     )
     add_epoch(parser)
 
 
-def add_epoch(parser: Any) -> None:
-    """--epoch."""
+def add_epoch(parser: argparse.ArgumentParser) -> None:
+    """Add --epoch."""
     parser.add_argument("--epoch", type=int, metavar="E", help="the one of this epoch, where several have the step")

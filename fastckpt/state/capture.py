@@ -10,7 +10,7 @@ import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -66,13 +66,6 @@ class CapturedStorage:
     """The accelerator that has the bytes; None: they lie in host memory."""
 
 
-class StoredElsewhere(Protocol):
-    """The bytes of a storage that are fetched when they are needed."""
-
-    def read_into(self, offset: int, out: U8) -> None:
-        """Fill `out` with the bytes from `offset` on. Any thread."""
-
-
 @dataclass
 class Captured:
     """A state, ready to be cut and written. `tensors` refer to `storages` by position, and so do the other lists.
@@ -89,7 +82,6 @@ class Captured:
     """Storages and arrays, kept alive until `release`."""
     wholes: dict[int, torch.Tensor] = field(default_factory=dict)
     """See `whole`: cheaper than making one."""
-    elsewhere: dict[int, StoredElsewhere] = field(default_factory=dict)
     form: object = field(default_factory=object)
     """The same object for two states that differ in nothing but bytes, addresses and what stands in the skeleton."""
     _bytes: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -138,7 +130,7 @@ class Captured:
 
     def read(self, pieces: Sequence[tuple[int, int, int]], out: U8) -> None:
         """Join stretches of storages, given as number, offset and bytes, in host memory. Any thread; blocks until they are there."""
-        if self.elsewhere or any(self.storages[number].device is not None for number, _, _ in pieces):
+        if any(self.storages[number].device is not None for number, _, _ in pieces):
             at = 0
             for number, offset, n_bytes in pieces:
                 self._read_one(number, offset, out[at : at + n_bytes])
@@ -157,9 +149,7 @@ class Captured:
         )
 
     def _read_one(self, number: int, offset: int, out: U8) -> None:
-        if number in self.elsewhere:
-            self.elsewhere[number].read_into(offset, out)
-        elif self.storages[number].device is not None:
+        if self.storages[number].device is not None:
             torch.from_numpy(out).copy_(self.device_bytes(number, offset, out.size))
         else:
             self._gather([(number, offset, out.size)], out)
@@ -170,8 +160,11 @@ class Captured:
         return sum(storage.n_bytes for storage in self.storages if storage.has_data)
 
 
-def _plain_array(value: object) -> bool:
-    """A NumPy array that `dtype.str`, shape and order describe in full."""
+def is_plain_array(value: object) -> bool:
+    """Whether a value is a NumPy array that is stored as tensors are. All others are pickled with their bytes.
+
+    `dtype.str`, shape and order must describe the array in full.
+    """
     if type(value) is not np.ndarray or value.nbytes <= _ARRAY_BYTES:
         return False
     dtype = value.dtype
@@ -215,7 +208,7 @@ class StorageNumbers:
     def persistent_id(self, obj: object) -> tuple[Any, ...] | None:
         if isinstance(obj, (TypedStorage, UntypedStorage)):
             return self._storage_id(obj)
-        if _plain_array(obj):
+        if is_plain_array(obj):
             return self._array_id(obj)  # type: ignore[arg-type]
         return None
 

@@ -28,8 +28,8 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass
-class Side:
-    """What one way of storing a group takes."""
+class CodingResult:
+    """The cost of storing a group in one way: alone, or as a delta."""
 
     stored_bytes: int = 0
     seconds: float = 0.0
@@ -38,8 +38,8 @@ class Side:
 
 
 @dataclass
-class Group:
-    """Tensors of one element type and role."""
+class TensorGroup:
+    """All tensors of one element type and role, with what was measured on them."""
 
     dtype: str
     role: str
@@ -47,32 +47,36 @@ class Group:
     raw_bytes: int = 0
     entropy_bytes: float = 0.0
     """Order-0 entropy of the byte planes, summed over chunks: what an ideal coder of single bytes would take."""
-    alone: Side = field(default_factory=Side)
-    delta: Side | None = None
-    """None: there is no older state."""
+    alone: CodingResult = field(default_factory=CodingResult)
+    delta: CodingResult | None = None
+    """The cost as a delta against the older state. None: there is no older state."""
     based_bytes: int = 0
     """Raw bytes whose older version is known: the same name, type and size."""
     same_bytes: int = 0
-    """Of these, in chunks that have not changed at all."""
+    """Those of `based_bytes` that lie in chunks which have not changed at all."""
 
 
 def analyze(
     captured: Captured, older: Captured | None = None, progress: Progress = lambda done, total: None
-) -> list[Group]:
-    """Encode everything once, and with an older state once more against it. Groups, largest first.
+) -> list[TensorGroup]:
+    """Encode everything once, and once more against an older state if there is one. Returns the groups, the largest first.
 
-    One thread, as the speeds are of one. Takes some 20 MiB besides the states.
+    Runs on one thread, because the speeds are those of one. Takes some 20 MiB besides the states.
+
+    Args:
+        older: None measures no delta.
+        progress: called with raw bytes done and raw bytes in all.
     """
     shapes = storage_shapes(captured)
     cuts = chunking.cut(shapes)
     bases = _storages_by_name(older) if older is not None else {}
-    groups: dict[tuple[str, str], Group] = {}
+    groups: dict[tuple[str, str], TensorGroup] = {}
     counted: set[int] = set()
     room, raw_scratch, base_scratch = (np.empty(MAX_RAW_BYTES, np.uint8) for _ in range(3))
     total, done = sum(chunk.n_bytes for chunk in cuts.chunks), 0
     for chunk in cuts.chunks:
         first = shapes[chunk.pieces[0].storage]
-        group = groups.setdefault((first.element.name, first.role), Group(first.element.name, first.role))
+        group = groups.setdefault((first.element.name, first.role), TensorGroup(first.element.name, first.role))
         for piece in chunk.pieces:
             if piece.storage not in counted:
                 counted.add(piece.storage)
@@ -82,7 +86,7 @@ def analyze(
         group.entropy_bytes += _entropy_bytes(raw, chunk.element.rot_lane_bytes)
         alone = _encode(raw, chunk, None, room, group.alone)
         if older is not None:
-            group.delta = group.delta or Side()
+            group.delta = group.delta or CodingResult()
             found = [bases.get(shapes[p.storage].name) for p in chunk.pieces]
             base = _base(chunk, captured, older, found, base_scratch)
             if base is None:
@@ -112,7 +116,7 @@ def _gather(chunk: Chunk, sources: Iterator[tuple[Captured, int]], scratch: U8) 
 
 
 def _base(chunk: Chunk, state: Captured, older: Captured, found: list[int | None], scratch: U8) -> U8 | None:
-    """The same stretches of the older state's storages; None unless all are there, of the same type and size."""
+    """Gather the same stretches from the older state's storages. None: some are missing, or of another type or size."""
     storages: list[int] = []
     for piece, number in zip(chunk.pieces, found, strict=True):
         if number is None:
@@ -124,18 +128,18 @@ def _base(chunk: Chunk, state: Captured, older: Captured, found: list[int | None
     return _gather(chunk, ((older, number) for number in storages), scratch)
 
 
-def _encode(raw: U8, chunk: Chunk, base: U8 | None, room: U8, side: Side) -> codec.Encoded:
+def _encode(raw: U8, chunk: Chunk, base: U8 | None, room: U8, result: CodingResult) -> codec.Encoded:
     started = time.perf_counter()
     element = chunk.element
     encoded = codec.encode(raw, element.const_lane_bytes, element.rot_lane_bytes, base=base, room=room[: raw.size])
-    side.seconds += time.perf_counter() - started
-    _add(side, encoded, raw.size)
+    result.seconds += time.perf_counter() - started
+    _add(result, encoded, raw.size)
     return encoded
 
 
-def _add(side: Side, encoded: codec.Encoded, raw_bytes: int) -> None:
-    side.stored_bytes += len(encoded.stored)
-    side.transforms[_words(encoded)] += raw_bytes
+def _add(result: CodingResult, encoded: codec.Encoded, raw_bytes: int) -> None:
+    result.stored_bytes += len(encoded.stored)
+    result.transforms[_words(encoded)] += raw_bytes
 
 
 def _words(encoded: codec.Encoded) -> str:
@@ -157,4 +161,4 @@ def _entropy_bytes(raw: U8, lane_bytes: int) -> float:
     return total / 8
 
 
-__all__ = ["Group", "Side", "analyze"]
+__all__ = ["CodingResult", "TensorGroup", "analyze"]

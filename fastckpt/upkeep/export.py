@@ -35,55 +35,56 @@ from fastckpt.writing.container import index_and_footer
 
 U8 = npt.NDArray[np.uint8]
 
-_READ_BYTES = (
-    16 << 20
-)  # a quarter of a second of one S3 connection: longer reads gain nothing, shorter ones cost requests
+# A quarter of a second of one S3 connection: longer reads gain nothing, shorter ones cost requests.
+_READ_BYTES = 16 << 20
 
 
-class Run(NamedTuple):
+class RangeRead(NamedTuple):
     """One ranged read: chunks that lie back to back in a pack and will in the container."""
 
     file: int
     offset: int
     n_bytes: int
-    records: tuple[int, ...]
+    chunks: tuple[int, ...]
+    """Numbers of the chunks, in their order in the pack."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything goes. `runs` in the order of the payload, which they tile."""
+    """Where every stored chunk goes in the container."""
 
     records: Records
-    runs: tuple[Run, ...]
+    runs: tuple[RangeRead, ...]
+    """In the order of the payload, without gaps: together they are all of it."""
     payload_bytes: int
 
 
 def lay_out(old: Records) -> Layout:
-    """Records of a vote → those of a self-contained container. Chunks that are equal in all but their place are stored once."""
+    """Lay out a self-contained container from the records of a vote. Chunks that are equal in all but their place are stored once. Pure."""
     new, bare = old.copy(), old.copy()
     new["file"] = bare["file"] = bare["offset"] = 0
     placed: dict[bytes, int] = {}
-    runs: list[Run] = []
+    runs: list[RangeRead] = []
     position = HEADER_BYTES
-    for row in np.flatnonzero(old["stored_bytes"]).tolist():
-        content = bare[row].tobytes()
+    for chunk in np.flatnonzero(old["stored_bytes"]).tolist():
+        content = bare[chunk].tobytes()
         offset = placed.get(content)
         if offset is None:
             offset = placed[content] = position
-            n_bytes = int(old["stored_bytes"][row])
+            n_bytes = int(old["stored_bytes"][chunk])
             position += n_bytes
-            _append(runs, Run(int(old["file"][row]), int(old["offset"][row]), n_bytes, (row,)))
-        new["offset"][row] = offset
+            _append(runs, RangeRead(int(old["file"][chunk]), int(old["offset"][chunk]), n_bytes, (chunk,)))
+        new["offset"][chunk] = offset
     return Layout(new, tuple(runs), position - HEADER_BYTES)
 
 
-def _append(runs: list[Run], run: Run) -> None:
+def _append(runs: list[RangeRead], run: RangeRead) -> None:
     """Add a read, as part of the last one where it continues that."""
     if runs:
         last = runs[-1]
         n_bytes = last.n_bytes + run.n_bytes
         if (last.file, last.offset + last.n_bytes) == (run.file, run.offset) and n_bytes <= _READ_BYTES:
-            runs[-1] = Run(last.file, last.offset, n_bytes, last.records + run.records)
+            runs[-1] = RangeRead(last.file, last.offset, n_bytes, last.chunks + run.chunks)
             return
     runs.append(run)
 
@@ -96,13 +97,21 @@ def export(
     options: Options | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Write a rank's state as a self-contained container to the sink and commit it. Returns its bytes.
+    """Write a rank's state as a self-contained container to the sink and commit it. Returns the container's length in bytes.
 
-    progress: called with bytes done and bytes in all. Takes 16 MiB for each of `options.connections`, within half of
-    `options.host_budget_bytes`, and the index; reads on that many threads, writes on this one.
+    Takes 16 MiB for each of `options.connections`, within half of `options.host_budget_bytes`, and the index. Reads on that many threads,
+    writes on this one. On any error, and on KeyboardInterrupt, the sink is abandoned.
 
-    NoCheckpointError for a rank that is not there; CorruptCheckpointError lists all damage of the rank; UnsupportedFormatError,
-    StoreError, OSError of the sink. On any of them, and on KeyboardInterrupt, the sink is abandoned.
+    Args:
+        sink: where the container goes; this function commits it.
+        options: None for the defaults.
+        progress: called on this thread with bytes done and bytes in all.
+
+    Raises:
+        NoCheckpointError: the checkpoint has no such rank.
+        CorruptCheckpointError: lists all damage of the rank.
+        UnsupportedFormatError: only a newer version reads it.
+        StoreError, OSError: the store or the sink failed.
     """
     options = options or Options()
     try:
@@ -139,7 +148,7 @@ def _write(reader: Reader, store: Store, sink: Sink, options: Options, progress:
     damage: list[Damage] = []
     done = 0
     for run, data in _read_ahead(reader, store, layout.runs, options):
-        found = _check(reader, layout, store, run, data)
+        found = _verify(reader, layout, store, run, data)
         damage += found
         if not damage:  # after the first finding only to list the others
             sink.write(data)
@@ -156,13 +165,13 @@ def _write(reader: Reader, store: Store, sink: Sink, options: Options, progress:
 
 
 def _read_ahead(
-    reader: Reader, store: Store, runs: tuple[Run, ...], options: Options
-) -> Iterator[tuple[Run, U8 | None]]:
-    """The bytes of each run, in order; None where the pack is missing or too short."""
+    reader: Reader, store: Store, runs: tuple[RangeRead, ...], options: Options
+) -> Iterator[tuple[RangeRead, U8 | None]]:
+    """Read ahead. Yields the bytes of each run, in order; None if the pack is missing or too short."""
     buffers = max(1, min(options.connections, options.host_budget_bytes // (2 * _READ_BYTES), len(runs)))
     pool = WorkerPool(buffers, "fastckpt-export")
     try:
-        pending: deque[tuple[Run, Future[U8 | None]]] = deque()
+        pending: deque[tuple[RangeRead, Future[U8 | None]]] = deque()
         for run in runs:
             if len(pending) == buffers:
                 first, future = pending.popleft()
@@ -186,30 +195,30 @@ def _read(store: Store, key: str, offset: int, n_bytes: int) -> U8 | None:
     return out
 
 
-def _check(reader: Reader, layout: Layout, store: Store, run: Run, data: U8 | None) -> list[Damage]:
-    """What is wrong with the chunks of a run. Where it could not be read as a whole, each of them is tried."""
+def _verify(reader: Reader, layout: Layout, store: Store, run: RangeRead, data: U8 | None) -> list[Damage]:
+    """Verify the chunks of a run. If it could not be read as a whole, each chunk is read by itself. Returns all damage."""
     key = reader.files[run.file - 1].key
     found, position = [], 0
-    for row in run.records:
-        n_bytes, offset = int(reader.records["stored_bytes"][row]), run.offset + position
+    for chunk in run.chunks:
+        n_bytes, offset = int(reader.records["stored_bytes"][chunk]), run.offset + position
         stored = _read(store, key, offset, n_bytes) if data is None else data[position : position + n_bytes]
         position += n_bytes
-        place = f"chunk {row}, bytes {offset}–{offset + n_bytes} of {key}"
+        place = f"chunk {chunk}, bytes {offset}–{offset + n_bytes} of {key}"
         if stored is None:
-            found.append(Damage("payload", place, f"{n_bytes} stored bytes", "none", _users(reader, layout, row)))
+            found.append(Damage("payload", place, f"{n_bytes} stored bytes", "none", _users(reader, layout, chunk)))
             continue
-        expected, actual = int(reader.records["crc64nvme"][row]), crc64nvme(stored)
+        expected, actual = int(reader.records["crc64nvme"][chunk]), crc64nvme(stored)
         if actual != expected:
-            names = _users(reader, layout, row)
+            names = _users(reader, layout, chunk)
             found.append(Damage("payload", f"{place}, crc64nvme", f"{expected:016x}", f"{actual:016x}", names))
     return found
 
 
-def _users(reader: Reader, layout: Layout, row: int) -> tuple[str, ...]:
-    """Tensors that need a chunk, or one that would share its bytes."""
-    same = layout.records["offset"] == layout.records["offset"][row]
-    rows = np.flatnonzero(same & (layout.records["stored_bytes"] > 0)).tolist()
-    return tuple(dict.fromkeys(name for other in rows for name in reader.tensors_of(other)))
+def _users(reader: Reader, layout: Layout, chunk: int) -> tuple[str, ...]:
+    """Names of the tensors that need a chunk, or another chunk that would share its bytes."""
+    same = layout.records["offset"] == layout.records["offset"][chunk]
+    chunks = np.flatnonzero(same & (layout.records["stored_bytes"] > 0)).tolist()
+    return tuple(dict.fromkeys(name for other in chunks for name in reader.tensors_of(other)))
 
 
-__all__ = ["Layout", "Run", "export", "lay_out"]
+__all__ = ["Layout", "RangeRead", "export", "lay_out"]

@@ -1,4 +1,4 @@
-"""Repair of a repository: commits saves whose votes are all there, as the next start would. Nothing else can be repaired.
+"""Repair of a repository: commits saves whose votes are all there, as the next start of the job would, and makes missing records again.
 
 report of a check ─→ plan_repair ─→ repair
 """
@@ -14,12 +14,12 @@ from fastckpt.format.repository_records import Commit, Epoch, epoch_bytes
 from fastckpt.repository.catalog import Catalog, history
 from fastckpt.repository.commit import create, try_commit
 from fastckpt.repository.repository import Repository
-from fastckpt.upkeep.check.repository import RepositoryReport
+from fastckpt.upkeep.check.report import RepositoryReport
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A save that can be committed, and what it would be."""
+    """A save that can be committed, and what it becomes then."""
 
     save: SaveId
     becomes: str
@@ -28,16 +28,16 @@ class Completion:
 
 @dataclass(frozen=True)
 class RepairPlan:
-    """What `repair` does, and what nothing can."""
+    """What `repair` will do, and what cannot be repaired."""
 
     complete: tuple[Completion, ...]
     left: tuple[str, ...]
     records: tuple[int, ...] = ()
-    """Epochs whose records are missing, and 0 for the marker, where there are commits that need them."""
+    """Numbers of epochs whose records are to be made again; 0 stands for the marker. Only those that commits need."""
 
 
 def plan_repair(report: RepositoryReport, epoch_of: Callable[[int], Epoch | None], newest_epoch: int) -> RepairPlan:
-    """Which saves to commit, oldest first; one try of each step. Pure on what was read."""
+    """Decide which saves to commit: the oldest first, one try of each step. Pure, but for `epoch_of`, which may read."""
     complete: dict[CheckpointId, SaveId] = {}
     for unfinished in sorted(report.unfinished, key=lambda one: one.save):
         if unfinished.state == "completable":
@@ -69,7 +69,7 @@ class Repaired:
 
 
 def repair(repository: Repository, plan: RepairPlan) -> list[Repaired]:
-    """Carry out a plan; what fails is listed, the others are still done. Safe to stop anywhere and to begin again.
+    """Carry out a plan. What fails is listed, and the others are still done. It may be stopped anywhere and begun again.
 
     StoreAccessError and other errors of the store are raised: they would meet the others too.
     """

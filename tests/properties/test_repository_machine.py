@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt.cli.pruning import prune
+from fastckpt.cli.prune import prune
 from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,

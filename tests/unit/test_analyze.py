@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt.cli import main
+from fastckpt.cli import BAD_CHECKPOINT, USAGE, main
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.sources import PathSource
 
@@ -103,3 +104,29 @@ def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["analyze", str(tmp_path / "empty.fckpt")]) == 0
     assert "no tensors" in capsys.readouterr().err
     assert main(["analyze", str(tmp_path / "missing")]) == 4
+
+
+@pytest.mark.parametrize("writer", [torch.save, fastckpt.save])
+def test_what_a_restricted_load_refuses_is_told_with_the_way_on(
+    writer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "state"
+    writer({"weight": torch.zeros(5000), "took": datetime.timedelta(1)}, path)
+    assert main(["analyze", str(path)]) == USAGE
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"fastckpt: {path} is not read by a restricted load")
+    assert "--trust-pickle loads it" in said.err
+    assert "datetime.timedelta" in said.err
+    assert main(["analyze", str(path), "--trust-pickle"]) == 0
+
+
+@pytest.mark.parametrize("trust", [[], ["--trust-pickle"]])
+def test_a_damaged_file_of_torch_is_an_error_in_words(
+    trust: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "state"
+    torch.save({"weight": torch.zeros(5000)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:60])
+    assert main(["analyze", str(path), *trust]) == BAD_CHECKPOINT
+    assert f"fastckpt: {path} cannot be analyzed: " in capsys.readouterr().err

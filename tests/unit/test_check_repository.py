@@ -20,12 +20,9 @@ from fastckpt.repository.retention import Keep
 from fastckpt.store.base import ObjectInfo
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
-from fastckpt.upkeep.check.repository import (
-    RepositoryReport,
-    UnfinishedSave,
-    check_repository,
-    classify,
-)
+from fastckpt.upkeep.check.inventory import classify
+from fastckpt.upkeep.check.report import RepositoryReport, UnfinishedSave
+from fastckpt.upkeep.check.repository import check_repository
 from fastckpt.upkeep.repair import plan_repair, repair
 from tests.support.repositories import IN_PARALLEL, begin, commit_of, flip, keys_of, reuse, save_ranks, save_steps, vote
 from tests.support.states import rich_state, same

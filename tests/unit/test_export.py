@@ -19,7 +19,7 @@ from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.sources import PathSource
 from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
-from fastckpt.upkeep.check import container as checking
+from fastckpt.upkeep.check.container import ContainerReport, check_container
 from fastckpt.upkeep.export import export, lay_out
 from tests.support.repositories import IN_PARALLEL, begin, commit_of, flip, keys_of, save_ranks, save_steps
 from tests.support.states import rich_state, same
@@ -34,10 +34,10 @@ def exported(store: LocalStore, step: int, out: Path, rank: int = 0, options: Op
     return export(Repository(store), commit_of(store, step), rank, AtomicFile(str(out)), options)
 
 
-def checked(path: Path) -> checking.Report:
+def checked(path: Path) -> ContainerReport:
     source = PathSource(str(path))
     try:
-        return checking.check(source)
+        return check_container(source)
     finally:
         source.close()
 

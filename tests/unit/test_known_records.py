@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastckpt.cli.repositories import list_repository
+from fastckpt.cli.ls import list_repository
 from fastckpt.errors import CorruptCheckpointError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId

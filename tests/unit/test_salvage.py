@@ -18,12 +18,14 @@ from fastckpt.host.files import AtomicFile
 from fastckpt.options import Options
 from fastckpt.reading.sources import PathSource
 from fastckpt.reading.tensor_reader import TensorReader
+from fastckpt.repository.commit import try_commit
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.store.local import LocalStore
-from fastckpt.upkeep.check import container as checking
+from fastckpt.upkeep.check.container import check_container
 from fastckpt.upkeep.salvage import FoundIn, SalvageReport, choose_try, salvage
-from tests.support.repositories import IN_PARALLEL, begin, flip, keys_of, save_ranks, save_steps, vote
+from fastckpt.writing.rank import SaveRequest, upload
+from tests.support.repositories import IN_PARALLEL, OPTIONS, begin, flip, keys_of, save_ranks, save_steps, vote
 from tests.support.states import captured, rich_state, same
 
 NAMES = [
@@ -67,7 +69,7 @@ def flat(obj: Any, name: tuple[str, ...] = ()) -> dict[str, Any]:
 def loaded(out: Path, rank: int = 0) -> dict[str, Any]:
     path = out / f"rank-{rank:05}.fckpt"
     source = PathSource(str(path))
-    assert checking.check(source).ok
+    assert check_container(source).ok
     source.close()
     found: dict[str, Any] = fastckpt.load(path, weights_only=False)
     return found
@@ -265,6 +267,21 @@ def test_odd_tensors(store: LocalStore, out: Path) -> None:
             assert same(found[str(name)], value), name
     assert same(found["parameter"], obj["parameter"].data)  # type: ignore[attr-defined]
     assert found["big-array"].flags.f_contiguous
+
+
+def test_arrays_of_the_other_byte_order_are_salvaged_with_their_bytes(store: LocalStore, out: Path) -> None:
+    """Our writer pickles them, but the format allows them as storages. When they are written anew they are pickled."""
+    expected = np.arange(200_000, dtype=">f8")
+    epoch = begin(store, 1).number
+    obj = captured({"array": expected.view("<f8")})
+    obj.storages[0].dtype = "numpy:>f8"
+    obj.tensors[0] = obj.tensors[0]._replace(dtype="numpy:>f8")
+    save = SaveId(epoch, 1, 0)
+    upload(obj, store, SaveRequest(save=save, parent=None, rank=0, world=1), OPTIONS)
+    assert try_commit(store, save)
+    report = run(store, 1, out)
+    assert report.nothing_lost
+    assert np.array_equal(loaded(out)["array"], expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation.*:UserWarning")

@@ -15,15 +15,15 @@ from fastckpt.reading.sources import Source
 
 
 @dataclass
-class Report:
-    """What `check` found. `ok` means: all of it is right and nothing was left out."""
+class ContainerReport:
+    """All findings of a check. `ok` is True if everything was checked and is right."""
 
     source: str
     chunks: int = 0
     raw_bytes: int = 0
     damage: list[Damage] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
-    """What this version cannot vouch for, in words."""
+    """Sentences about what this version cannot read, so cannot vouch for."""
 
     @property
     def ok(self) -> bool:
@@ -31,16 +31,21 @@ class Report:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Names of all tensors that are lost."""
+        """Names of all lost tensors."""
         return affected(self.damage)
 
 
-def check(source: Source, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
-    """Read every byte of a container. Damage is reported, not raised; UnsupportedFormatError and OSError are raised.
+def check_container(source: Source, progress: Callable[[int, int], None] = lambda done, total: None) -> ContainerReport:
+    """Read and verify every byte of a container. Damage is reported, never raised. Takes 8 MiB besides the index, whatever the size.
 
-    progress: called with chunks done and chunks in all. Takes 8 MiB besides the index, whatever the size.
+    Args:
+        progress: called on this thread with chunks done and chunks in all.
+
+    Raises:
+        UnsupportedFormatError: only a newer version reads this container.
+        OSError: it cannot be read.
     """
-    report = Report(source.name)
+    report = ContainerReport(source.name)
     try:
         reader = Reader.open(source, alone=True)
     except CorruptCheckpointError as error:

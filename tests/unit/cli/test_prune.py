@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastckpt import cli
-from fastckpt.cli.pruning import forecast, keep_of, needs_of
+from fastckpt.cli.prune import forecast, keep_of, needs_of
 from fastckpt.errors import CheckpointError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, commit_key

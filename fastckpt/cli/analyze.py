@@ -1,26 +1,42 @@
-"""analyze: what the codec makes of a user's own state."""
+"""analyze: what compression and deltas would gain on a user's own state."""
 
 from __future__ import annotations
 
 import argparse
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 from fastckpt import api
-from fastckpt.cli.output import OK, bar, human, note, print_json, say, table
-from fastckpt.cli.target import local_path, maybe_repository, open_source, options
-from fastckpt.errors import NoCheckpointError
+from fastckpt.cli.output import OK, WrongUsageError, bar, human, note, print_json, say, table
+from fastckpt.cli.target import add_endpoint, local_path, maybe_repository, open_source, options
+from fastckpt.errors import CheckpointError, NoCheckpointError, NotACheckpointError
+from fastckpt.format.element_types import element_type
 from fastckpt.kernels import kernels
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.commit import open_vote
 from fastckpt.state import Captured, capture
-from fastckpt.upkeep.analyze import Group, Side, analyze
+from fastckpt.upkeep.analyze import CodingResult, TensorGroup, analyze
+
+HELP = "what compression and deltas would gain on this state; writes nothing"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastckpt analyze`."""
+    add_endpoint(parser)
+    parser.add_argument(
+        "path", metavar="FILE|URL", help="of fastckpt, torch.save or safetensors; of a repository the newest checkpoint"
+    )
+    parser.add_argument("--against", metavar="OLDER", help="an older state, to see what a delta would gain")
+    parser.add_argument(
+        "--trust-pickle", action="store_true", help="load files that weights_only refuses: runs their code"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints a row for each group of tensors."""
+    """Print a row for each group of tensors. WrongUsageError, CheckpointError, StoreError, OSError."""
     captured = _state(arguments.path, arguments)
     older = _state(arguments.against, arguments) if arguments.against is not None else None
     groups = analyze(captured, older, bar(arguments.path))
@@ -39,21 +55,42 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _state(text: str, arguments: argparse.Namespace) -> Captured:
-    """The tensors of a file of ours, torch's or safetensors', or of a repository's newest checkpoint (rank 0)."""
+    """Load and capture the tensors of a file of fastckpt, torch.save or safetensors, or of a repository's newest checkpoint (rank 0)."""
     with maybe_repository(text, arguments.endpoint_url) as repository:
         if repository is not None:
             choice = Catalog(repository).choose()
             if choice is None:
                 raise NoCheckpointError(f"{repository.url} has no checkpoint yet")
-            return capture(_load(open_vote(repository.store, choice.commit.vote(0)), arguments), pickle, 2)
+            reader = open_vote(repository.store, choice.commit.vote(0))
+            return _capture(text, lambda: _load(reader, arguments), arguments)
     path = local_path(text)
     if path is not None:
-        return capture(api.load(path, map_location="cpu", weights_only=not arguments.trust_pickle), pickle, 2)
+        trusted = arguments.trust_pickle
+        return _capture(text, lambda: api.load(path, map_location="cpu", weights_only=not trusted), arguments)
     source = open_source(text, arguments.endpoint_url)
     try:
-        return capture(_load(Reader.open(source, alone=True), arguments), pickle, 2)
+        return _capture(text, lambda: _load(Reader.open(source, alone=True), arguments), arguments)
     finally:
         source.close()
+
+
+def _capture(text: str, load: Callable[[], Any], arguments: argparse.Namespace) -> Captured:
+    """Capture what is loaded. WrongUsageError: --trust-pickle would load it; NotACheckpointError: nothing would."""
+    try:
+        return capture(load(), pickle, 2)
+    except (CheckpointError, OSError, MemoryError):
+        raise
+    except Exception as error:  # damage, or code that the file brings, makes torch's unpickler raise anything
+        lines = str(error).splitlines() or [""]
+        # Of a page of torch's advice, the line that names the global.
+        reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
+        reason = f"{type(error).__name__}: {reason}"
+        if isinstance(error, pickle.UnpicklingError) and not arguments.trust_pickle:
+            raise WrongUsageError(
+                f"{text} is not read by a restricted load, which runs no code of the file. If you trust whoever made it, "
+                f"--trust-pickle loads it and runs its code. {reason}"
+            ) from error
+        raise NotACheckpointError(f"{text} cannot be analyzed: {reason}") from error
 
 
 def _load(reader: Reader, arguments: argparse.Namespace) -> Any:
@@ -69,7 +106,7 @@ def _load(reader: Reader, arguments: argparse.Namespace) -> Any:
     )
 
 
-def _print(groups: list[Group], with_delta: bool) -> None:
+def _print(groups: list[TensorGroup], with_delta: bool) -> None:
     rows = [["group", "tensors", "size", "bits", "entropy", "stored", "ratio", "GB/s", "as"]]
     if with_delta:
         rows[0] += ["known", "unchanged", "delta", "ratio", "GB/s", "as"]
@@ -97,26 +134,24 @@ def _print(groups: list[Group], with_delta: bool) -> None:
         note(f"the speeds are of the {kernels().name} kernels: the native ones are not installed")
 
 
-def _width(group: Group) -> int:
-    from fastckpt.format.element_types import element_type
-
+def _width(group: TensorGroup) -> int:
     element = element_type(group.dtype)
     return 0 if element is None else element.n_bytes
 
 
-def _share(n_bytes: int, group: Group) -> str:
+def _share(n_bytes: int, group: TensorGroup) -> str:
     return f"{100 * n_bytes / group.raw_bytes:.0f} %"
 
 
-def _side(side: Side, raw_bytes: int) -> list[str]:
-    names = sorted(side.transforms.items(), key=lambda item: -item[1])
+def _side(result: CodingResult, raw_bytes: int) -> list[str]:
+    names = sorted(result.transforms.items(), key=lambda item: -item[1])
     shares = [f"{name} {100 * n / raw_bytes:.0f} %" if len(names) > 1 else name for name, n in names]
-    speed = f"{raw_bytes / side.seconds / 1e9:.1f}" if side.seconds else ""
-    return [human(side.stored_bytes), f"{side.stored_bytes / raw_bytes:.4f}", speed, ", ".join(shares)]
+    speed = f"{raw_bytes / result.seconds / 1e9:.1f}" if result.seconds else ""
+    return [human(result.stored_bytes), f"{result.stored_bytes / raw_bytes:.4f}", speed, ", ".join(shares)]
 
 
-def _to_json(group: Group) -> dict[str, Any]:
-    def side(one: Side) -> dict[str, Any]:
+def _to_json(group: TensorGroup) -> dict[str, Any]:
+    def side(one: CodingResult) -> dict[str, Any]:
         return {"stored_bytes": one.stored_bytes, "seconds": one.seconds, "transforms": dict(one.transforms)}
 
     return {

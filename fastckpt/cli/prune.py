@@ -1,4 +1,4 @@
-"""prune: retention by a person's word that the run is stopped. Shows what it will do, to the byte, then does it."""
+"""prune: retention for a run that a person says is stopped. The plan, exact to the byte, is shown first, then carried out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastckpt.cli.output import OK, USAGE, WrongUsageError, bar, confirm, human, note, print_json, say
+from fastckpt.cli.target import add_endpoint, open_repository
 from fastckpt.errors import CheckpointError, ObjectNotFoundError, RepositoryError, StoreError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
@@ -16,16 +17,51 @@ from fastckpt.repository.commit import open_vote
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Collector, Keep, Plan, View, plan
 
+HELP = "remove checkpoints that no rule keeps, and debris; shows its plan first"
+
+_PREFIXES = (keys.COMMITS, keys.DATA, keys.VOTES, keys.PINS)  # whatever is deleted lies here
 _MOST_PASSES = 100  # three are enough; a bound so that a bug cannot turn into deleting forever
 
-
 Needs = Mapping[CheckpointId, frozenset[str] | None]
-"""Packs that each living checkpoint names; None where its index cannot be read."""
+"""The packs that each living checkpoint names. None: its index cannot be read."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastckpt prune`."""
+    add_endpoint(parser)
+    parser.add_argument("url", metavar="URL")
+    parser.add_argument("--keep-last", type=int, required=True, metavar="N", help="keep the newest N of the history")
+    parser.add_argument("--keep-every", type=int, metavar="K", help="keep steps that are multiples of K")
+    parser.add_argument("--keep-best", metavar="METRIC:min|max", help="keep the one with the best value of a metric")
+    parser.add_argument("--branches", action="store_true", help="remove abandoned branches too")
+    parser.add_argument(
+        "--run-is-stopped", action="store_true", help="no job writes here, by your word; required unless --dry-run"
+    )
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="leave packs this long after their tombstone (default 0)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the plan only")
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    # argparse knows no "one of them, or both".
+    parser.usage = (
+        "%(prog)s [-h] [--json] [--endpoint-url URL] --keep-last N [--keep-every K] [--keep-best METRIC:min|max]\n"
+        "                      [--branches] [--grace SECONDS] (--run-is-stopped | --dry-run) [--yes] URL"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show the plan, ask, and carry it out. RepositoryError, StoreError, WrongUsageError, OSError."""
+    with open_repository(arguments.url, arguments.endpoint_url) as repository:
+        return _prune(repository, arguments)
 
 
 @dataclass
 class Forecast:
-    """All passes of a prune, before the first. Pure result of `forecast`."""
+    """What all passes of a prune will do, known before the first."""
 
     retire: list[tuple[CheckpointId, str]] = field(default_factory=list)
     delete: list[str] = field(default_factory=list)
@@ -36,7 +72,7 @@ class Forecast:
 
 
 def forecast(view: View, needs: Needs, keep: Keep, grace_s: float, branches: bool) -> Forecast:
-    """What repeated passes will do. Pure."""
+    """Predict what repeated passes will do. Pure."""
     result = Forecast()
     for _ in range(_MOST_PASSES):
         todo = plan(view, keep, (), grace_s, abandoned=branches, stopped=True)
@@ -58,7 +94,7 @@ def forecast(view: View, needs: Needs, keep: Keep, grace_s: float, branches: boo
 
 
 def after(view: View, todo: Plan, needs: Needs) -> View:
-    """The repository as it will be when a pass is done. Pure."""
+    """Predict the repository after one pass. Pure."""
     gone = {checkpoint for checkpoint, _ in todo.retire}
     deleted = set(todo.delete)
     living = {c: commit for c, commit in view.living.items() if c not in gone}
@@ -80,8 +116,7 @@ def after(view: View, todo: Plan, needs: Needs) -> View:
     )
 
 
-def prune(repository: Repository, arguments: argparse.Namespace) -> int:
-    """The command. RepositoryError, StoreError, WrongUsageError."""
+def _prune(repository: Repository, arguments: argparse.Namespace) -> int:
     if not arguments.run_is_stopped and not arguments.dry_run:
         raise WrongUsageError(
             "while a job runs, retention belongs to it: Checkpointer(keep=Keep(last=…)). If it is stopped and will not come back while "
@@ -111,11 +146,8 @@ def prune(repository: Repository, arguments: argparse.Namespace) -> int:
     return status
 
 
-_PREFIXES = (keys.COMMITS, keys.DATA, keys.VOTES, keys.PINS)
-
-
 def keep_of(arguments: argparse.Namespace) -> Keep:
-    """The rules of the arguments. WrongUsageError."""
+    """The rules that the arguments give. WrongUsageError."""
     best, mode = None, "min"
     if arguments.keep_best is not None:
         best, _, mode = arguments.keep_best.rpartition(":")
@@ -130,7 +162,7 @@ def keep_of(arguments: argparse.Namespace) -> Keep:
 
 
 def needs_of(repository: Repository, view: View) -> Needs:
-    """What each living checkpoint names. StoreError."""
+    """Read which packs each living checkpoint names. StoreError."""
     return {checkpoint: _packs(repository, commit) for checkpoint, commit in view.living.items()}
 
 

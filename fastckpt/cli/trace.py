@@ -5,23 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fastckpt._version import __version__
 from fastckpt.cli.output import OK, WrongUsageError, human, note, print_json, say, table
-from fastckpt.cli.target import local_path
+from fastckpt.cli.target import local_path, refuse_existing
 from fastckpt.host.files import AtomicFile
 from fastckpt.trace import Recording, Summary, draw, read, summarize, to_chrome
 from fastckpt.trace.stages import ENCODE, STAGE, STALL, UPLOAD
 from fastckpt.trace.summary import to_json
 
+HELP = "show where the time of recorded saves went: a timeline, a picture, a table"
+
 _BATCH = 5000
 
 
-def add_arguments(parser: Any) -> None:
-    """Those of `fastckpt trace`."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `fastckpt trace`. It reads no store, so it takes no --endpoint-url."""
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="what FASTCKPT_TRACE or events.record wrote; several are merged"
     )
@@ -35,10 +36,13 @@ def add_arguments(parser: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the trace and the picture, prints a row for each save. RecordingError, OSError."""
+    """Write the trace and the picture, print a row for each save. RecordingError, OSError."""
     paths = [_path(text) for text in arguments.runs]
     trace_path, png_path = _outputs(paths[0], arguments.out)
-    _refuse_existing([trace_path, *([png_path] if arguments.png else [])], arguments.force)
+    refuse_existing([trace_path, *([png_path] if arguments.png else [])], arguments.force)
+    folder = trace_path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the folder {folder} does not exist: make it first")
     recordings = [read(path) for path in paths]
     summary = summarize(recordings)
     _write_trace(trace_path, recordings)
@@ -65,7 +69,7 @@ def _path(text: str) -> Path:
 
 
 def _outputs(first: Path, out: str | None) -> tuple[Path, Path]:
-    """Of the trace and of the picture."""
+    """Path of the trace, and path of the picture."""
     stem = first.stem if first.suffix in (".jsonl", ".json") else first.name
     if out is not None and not os.path.isdir(out) and not out.endswith(os.sep):
         chosen = Path(out)
@@ -75,14 +79,6 @@ def _outputs(first: Path, out: str | None) -> tuple[Path, Path]:
         return chosen, chosen.with_name(f"{name}.png")
     folder = first.parent if out is None else Path(out)
     return folder / f"{stem}.trace.json", folder / f"{stem}.png"
-
-
-def _refuse_existing(paths: Iterable[Path], force: bool) -> None:
-    for path in paths:
-        if os.path.lexists(path) and not force:
-            raise WrongUsageError(f"{path} exists already: --force replaces it")
-        if not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"the folder {path.absolute().parent} does not exist: make it first")
 
 
 def _write_trace(path: Path, recordings: Sequence[Recording]) -> None:
@@ -106,7 +102,7 @@ def _write_trace(path: Path, recordings: Sequence[Recording]) -> None:
 
 
 def _write_png(path: Path, summary: Summary, recordings: Sequence[Recording]) -> bool:
-    """False, and a sentence, where matplotlib is missing."""
+    """Draw the picture. Returns False, and says why, if matplotlib is missing."""
     try:
         picture = draw(summary, ", ".join(recording.name for recording in recordings)[:120])
     except ImportError:

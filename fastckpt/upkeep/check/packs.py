@@ -1,0 +1,300 @@
+"""Every pack that checkpoints use, read once: crc64nvme of the whole, and every chunk decoded out of memory.
+
+    votes of a checkpoint ─→ uses: which rank has which chunks in which pack ─→ what is not known yet ─→ read on workers ─→ findings
+
+Checkpoints share packs. What the first one has shown to be right is not read again for the next; what it has shown to be damaged is
+listed again, for that checkpoint.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
+from fastckpt.format import keys, records
+from fastckpt.format.digest import crc64nvme, digest
+from fastckpt.format.directory import FileEntry
+from fastckpt.format.repository_records import Commit
+from fastckpt.host.threads import WorkerPool
+from fastckpt.kernels.transform import MAX_RAW_BYTES
+from fastckpt.options import Options
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.object_source import BytesSource
+from fastckpt.repository.commit import read_vote_bytes
+from fastckpt.store.base import Store
+from fastckpt.upkeep.check.report import ReportBuilder
+
+_LARGE_PACK_BYTES = 64 << 20  # twice what our writer makes; a larger one is kept in memory only if the budget has room
+
+
+def check_packs(
+    store: Store,
+    commits: Sequence[Commit],
+    sizes: Mapping[str, int],
+    needed_bytes: int,
+    options: Options,
+    found: ReportBuilder,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Read all packs of these checkpoints and enter what is damaged. Their votes have been checked.
+
+    commits: the oldest first; the save that wrote a pack uses all of it, so what later ones share is known by then. sizes: length in
+    bytes of every object that is there, by key. needed_bytes: of the packs that will be read, for `progress`, which is called on this
+    thread.
+    """
+    pool = WorkerPool(options.threads, "fastckpt-check")
+    check = _PackCheck(store, sizes, options, pool, found, lambda done: progress(min(done, needed_bytes), needed_bytes))
+    try:
+        for commit in commits:
+            check.check(commit)
+    finally:
+        pool.close()
+    progress(needed_bytes, needed_bytes)
+
+
+class _Use(NamedTuple):
+    """A pack as one rank's file table describes it, and the rank's chunks in it."""
+
+    rank: int
+    reader: Reader
+    entry: FileEntry
+    numbers: list[int]
+
+
+class _BadChunk(NamedTuple):
+    identity: bytes
+    rank: int
+    reader: Reader
+    number: int
+    damage: Damage
+
+
+class _Result(NamedTuple):
+    """What a worker found in a pack."""
+
+    n_bytes: int
+    crc: int | None
+    """Checksum of the whole pack. None: it was not read as a whole."""
+    too_large: bool
+    good: list[bytes]
+    """Identities of the chunks that are right."""
+    bad: list[_BadChunk]
+
+
+class _Verdicts:
+    """What is known of packs, by key, and of chunks, by an identity of 16 bytes: some 100 bytes for each chunk."""
+
+    def __init__(self) -> None:
+        self.crcs: dict[str, int | None] = {}
+        self._good: set[bytes] = set()
+        self._bad: dict[bytes, Damage] = {}
+
+    def enter(self, result: _Result) -> None:
+        """Remember what reading a pack has shown of its chunks."""
+        self._good.update(result.good)
+        self._bad.update((chunk.identity, chunk.damage) for chunk in result.bad)
+
+    def is_good(self, use: _Use, number: int) -> bool | None:
+        """Whether a chunk is right. None: not known yet."""
+        identity = _identity(use.entry.key, use.reader.records[number])
+        return True if identity in self._good else False if identity in self._bad else None
+
+    def damage(self, use: _Use, number: int) -> Damage:
+        """The damage of a chunk that is known to be bad; it names the tensors of the index that it was found by."""
+        return self._bad[_identity(use.entry.key, use.reader.records[number])]
+
+
+class _PackCheck:
+    """Checks the packs of one checkpoint after another."""
+
+    def __init__(
+        self,
+        store: Store,
+        sizes: Mapping[str, int],
+        options: Options,
+        pool: WorkerPool,
+        found: ReportBuilder,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._store = store
+        self._sizes = sizes
+        self._large_bytes = max(_LARGE_PACK_BYTES, options.host_budget_bytes // (2 * options.threads))
+        self._pool = pool
+        self._found = found
+        self._progress = progress
+        self._held = HeldPack(store)
+        self._verdicts = _Verdicts()
+
+    def check(self, commit: Commit) -> None:
+        """Enter all damage of one checkpoint's packs. StoreError, except for objects that are missing."""
+        pending = []
+        for key, uses in self._uses(commit).items():
+            if key and key not in self._sizes:
+                continue  # missing: listed with all that it takes along
+            known = [[self._verdicts.is_good(use, number) for number in use.numbers] for use in uses]
+            self._repeat(commit, uses, known)
+            if key in self._verdicts.crcs and not any(None in one for one in known):
+                self._compare_crcs(commit, key, uses, set())
+                continue
+            todo = [
+                use._replace(numbers=[n for n, verdict in zip(use.numbers, one, strict=True) if verdict is None])
+                for use, one in zip(uses, known, strict=True)
+            ]
+            pending.append((key, uses, self._pool.submit(functools.partial(self._read_pack, key, todo))))
+        for key, uses, future in pending:
+            self._enter(commit, key, uses, future.result())
+
+    def _uses(self, commit: Commit) -> dict[str, list[_Use]]:
+        """Packs by key. Key "": chunks that store nothing, as they are constant."""
+        uses: dict[str, list[_Use]] = defaultdict(list)
+        for rank in range(commit.world):
+            try:
+                reader = self._open(commit, rank)
+            except (CorruptCheckpointError, UnsupportedFormatError, ObjectNotFoundError):
+                continue  # listed by the check of the votes
+            unread = set(records.unsupported(reader.records))
+            by_file: dict[int, list[int]] = defaultdict(list)
+            for number, file in enumerate(reader.records["file"].tolist()):
+                if number not in unread:
+                    by_file[file].append(number)
+            for file, numbers in by_file.items():
+                entry = reader.files[file - 1] if file else FileEntry("", 0, 0)
+                uses[entry.key].append(_Use(rank, reader, entry, numbers))
+        return uses
+
+    def _open(self, commit: Commit, rank: int) -> Reader:
+        """A vote whose packs are read from this thread's memory where they are held there."""
+        name = commit.vote(rank)
+        source = BytesSource(read_vote_bytes(self._store, name), f"{self._store.url}/{keys.vote_key(name)}")
+        return Reader.open_vote(source, self._held.source)
+
+    def _repeat(self, commit: Commit, uses: Sequence[_Use], known: Sequence[Sequence[bool | None]]) -> None:
+        """List the damage that an earlier checkpoint has shown, with the tensors of this one."""
+        for use, verdicts in zip(uses, known, strict=True):
+            for number, verdict in zip(use.numbers, verdicts, strict=True):
+                if verdict is False:
+                    again = replace(self._verdicts.damage(use, number), tensors=use.reader.tensors_of(number))
+                    self._found.add(use.entry.key, [again], commit.checkpoint, rank=use.rank)
+
+    def _read_pack(self, key: str, uses: Sequence[_Use]) -> _Result:
+        """On a worker: read a pack whole, then decode its chunks out of memory."""
+        n_bytes = self._sizes[key] if key else 0
+        too_large = n_bytes > self._large_bytes
+        crc = self._held.hold(key, n_bytes) if key and not too_large else None
+        good, bad = [], []
+        out = np.empty(MAX_RAW_BYTES, np.uint8)
+        try:
+            for use in uses:
+                for number in use.numbers:
+                    identity = _identity(key, use.reader.records[number])
+                    damage = use.reader.read_chunk(number, out[: int(use.reader.records["raw_bytes"][number])])
+                    if damage is None:
+                        good.append(identity)
+                    else:
+                        bad.append(_BadChunk(identity, use.rank, use.reader, number, damage))
+        finally:
+            self._held.release()
+        return _Result(n_bytes, crc, too_large, good, bad)
+
+    def _enter(self, commit: Commit, key: str, uses: Sequence[_Use], result: _Result) -> None:
+        """Remember what a worker found, and list it."""
+        report = self._found.report
+        self._verdicts.enter(result)
+        for chunk in result.bad:
+            owner = key or keys.vote_key(commit.vote(chunk.rank))
+            damage = replace(chunk.damage, tensors=chunk.reader.tensors_of(chunk.number))
+            self._found.add(owner, [damage], commit.checkpoint, rank=chunk.rank)
+        report.chunks += len(result.good) + len(result.bad)
+        if not key:
+            return
+        if key not in self._verdicts.crcs:
+            self._verdicts.crcs[key] = result.crc
+            report.packs += 1
+            report.pack_bytes += result.n_bytes
+            self._progress(report.pack_bytes)
+            if result.too_large:
+                words = f"{key}: {result.n_bytes} bytes do not fit the memory of a check; its chunks were read, its crc64nvme was not"
+                self._found.add_unsupported(words)
+        self._compare_crcs(commit, key, uses, {chunk.rank for chunk in result.bad})
+
+    def _compare_crcs(self, commit: Commit, key: str, uses: Sequence[_Use], bad_ranks: Collection[int]) -> None:
+        """Compare the checksum of a whole pack. If no chunk is hurt, the damage lies in bytes that this checkpoint does not use."""
+        crc = self._verdicts.crcs[key]
+        for use in uses:
+            if crc is not None and crc != use.entry.crc64nvme and self._sizes[key] == use.entry.n_bytes:
+                hurt = use.rank in bad_ranks or any(self._verdicts.is_good(use, n) is False for n in use.numbers)
+                found = f"{crc:016x}" + ("" if hurt else ", in bytes that no tensor of this checkpoint needs")
+                damage = Damage("pack", "crc64nvme of the whole", f"{use.entry.crc64nvme:016x}", found)
+                self._found.add(key, [damage], commit.checkpoint if hurt else None, rank=use.rank)
+
+
+def _identity(key: str, record: Any) -> bytes:
+    """Identity of a chunk in a pack: a digest of key, place and everything that the chunk is checked against."""
+    bare = record.copy()
+    bare["file"] = 0
+    return digest(key.encode() + bare.tobytes())
+
+
+class HeldPack:
+    """The pack whose chunks a thread is checking, in its memory: a pack is one request, however many chunks it has."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._local = threading.local()
+
+    def source(self, file: FileEntry) -> HeldSource:
+        """A source for one pack. Threads that hold the pack read it from memory."""
+        return HeldSource(self._store, file, self._local)
+
+    def hold(self, key: str, n_bytes: int) -> int | None:
+        """Read a pack whole into this thread's memory. Returns its crc64nvme; None if it went or shrank meanwhile."""
+        data = np.empty(n_bytes, np.uint8)
+        try:
+            self._store.get_into(key, 0, data)
+        except (EOFError, ObjectNotFoundError):
+            return None
+        self._local.key, self._local.data = key, data
+        return crc64nvme(data)
+
+    def release(self) -> None:
+        """Free this thread's memory."""
+        self._local.key, self._local.data = None, None
+
+
+class HeldSource:
+    """A Source: a pack, from this thread's memory if the thread holds it, else from the store."""
+
+    def __init__(self, store: Store, file: FileEntry, local: threading.local) -> None:
+        self.name = f"{store.url}/{file.key}"
+        self.n_bytes = file.n_bytes
+        self._store, self._key, self._local = store, file.key, local
+
+    def read_into(self, offset: int, out: Any) -> None:
+        if getattr(self._local, "key", None) != self._key:
+            self._store.get_into(self._key, offset, out)
+            return
+        data: npt.NDArray[np.uint8] = self._local.data
+        view = np.frombuffer(out, np.uint8)
+        if offset + view.size > data.size:
+            raise EOFError(f"{self.name} has {data.size} bytes: expected {offset + view.size} or more")
+        view[:] = data[offset : offset + view.size]
+
+    def is_cold(self) -> bool:
+        return False
+
+    def prefetch(self, offset: int, n_bytes: int) -> None:
+        """Does nothing: packs are read whole."""
+
+    def close(self) -> None:
+        """Does nothing: the store belongs to the caller."""
+
+
+__all__ = ["check_packs"]

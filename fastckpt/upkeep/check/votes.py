@@ -1,0 +1,87 @@
+"""The votes of a checkpoint: each index checked whole, the packs that it names by length, and the commit record that follows from them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastckpt.errors import Damage
+from fastckpt.format import keys, records
+from fastckpt.format.directory import Directory
+from fastckpt.format.keys import VoteName
+from fastckpt.format.repository_records import Commit, commit_bytes
+from fastckpt.format.vote import SaveInfo, commit_of, save_info
+from fastckpt.kernels.transform import transform_name
+from fastckpt.reading.chunk_reader import Reader
+from fastckpt.repository.commit import open_vote
+from fastckpt.store.base import Store
+from fastckpt.upkeep.check.report import ReportBuilder
+
+_Vote = tuple[VoteName, SaveInfo, Directory, Mapping[str, tuple[int, int]]]
+
+
+def check_votes(store: Store, commit: Commit, sizes: Mapping[str, int], found: ReportBuilder) -> set[str]:
+    """Check all votes of a checkpoint. Returns the keys of the packs that they name, missing ones too.
+
+    sizes: length in bytes of every object that is there, by key.
+    """
+    checkpoint = commit.checkpoint
+    named: set[str] = set()
+    votes: list[_Vote] = []
+    for rank in range(commit.world):
+        name = commit.vote(rank)
+        key = keys.vote_key(name)
+        reader = found.read(key, functools.partial(open_vote, store, name), checkpoint, rank=rank, rank_lost=True)
+        if reader is None:
+            continue
+        info = found.read(key, functools.partial(save_info, reader.directory, name, key), checkpoint, rank=rank)
+        if info is not None:
+            parts = {part: (e.offset, e.n_bytes) for part, e in reader.footer.parts.items()}
+            votes.append((name, info, reader.directory, parts))
+        named.update(file.key for file in reader.files)
+        _check_lengths(commit, rank, reader, sizes, found)
+        unread = records.unsupported(reader.records)
+        if unread:
+            used = ", ".join(sorted({transform_name(int(reader.records["transform"][n])) for n in unread}))
+            words = f"{key}: {len(unread)} chunks use transforms of a newer fastckpt ({used})"
+            found.add_unsupported(words, checkpoint)
+    if len(votes) == commit.world:
+        _compare(commit, votes, found)
+    return named
+
+
+def _check_lengths(commit: Commit, rank: int, reader: Reader, sizes: Mapping[str, int], found: ReportBuilder) -> None:
+    """Compare the length of each pack with the file table of one rank."""
+    for number, file in enumerate(reader.files, 1):
+        n_bytes = sizes.get(file.key)
+        if n_bytes != file.n_bytes:
+            what = "no such object" if n_bytes is None else f"{n_bytes} bytes"
+            # Which tensors are lost of a pack that is there is found chunk by chunk, unless the check is quick.
+            lost = reader.tensors_of_file(number) if n_bytes is None or found.report.quick else ()
+            damage = Damage("pack", "length", f"{file.n_bytes} bytes", what, lost)
+            found.add(file.key, [damage], commit.checkpoint, rank=rank)
+
+
+def _compare(commit: Commit, votes: Sequence[_Vote], found: ReportBuilder) -> None:
+    """Compare the commit record with the one that follows from the votes: it follows from them alone, so any difference is damage."""
+    key = keys.commit_key(commit.checkpoint)
+    expected = found.read(key, lambda: commit_of(votes, key), commit.checkpoint)
+    if expected is None or _without_digest(expected) == _without_digest(commit):
+        return
+    differ = [name for name in vars(commit) if name != "digest" and _differ(vars(commit)[name], vars(expected)[name])]
+    found.add(key, [Damage("commit", ", ".join(differ) or "as a whole", "what the votes say", "something else")])
+
+
+def _without_digest(commit: Commit) -> bytes:
+    return commit_bytes(replace(commit, digest=""))
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Whether two values of a record differ. NaN is equal to itself here."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() != b.keys() or any(_differ(a[key], b[key]) for key in a)
+    both_nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
+    return bool(a != b) and not both_nan
