@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastckpt._types import U8
 from fastckpt.kernels.transform import PACK_BITS, Transform
 
 STRIPE_LANES = 131072
@@ -15,7 +16,6 @@ _POLYNOMIAL_REFLECTED = 0x9A6C9329AC4BC9B5  # 0xAD93D23594C93659 with its bits r
 _PARALLEL = 1024  # stretches of the input whose CRC registers advance side by side
 _ALL_ONES = (1 << 64) - 1
 
-U8 = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]
 
 

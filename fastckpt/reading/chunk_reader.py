@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt import codec
+from fastckpt._types import U8
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
 from fastckpt.format import container, directory, records
 from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, INDEX_PARTS, MAGIC, MIN_BYTES, READ_SELF_CONTAINED
@@ -26,8 +27,6 @@ from fastckpt.format.tensor_names import dotted
 from fastckpt.host import cycle_collector
 from fastckpt.kernels.transform import HAS_BASE, Transform, transform_name
 from fastckpt.reading.sources import Source
-
-U8 = npt.NDArray[np.uint8]
 
 _NO_LIMIT = contextlib.nullcontext()
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.storage import TypedStorage, UntypedStorage
 
+from fastckpt._types import U8
 from fastckpt.errors import SaveError
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
@@ -29,7 +29,6 @@ from fastckpt.state.naming import Named, Reduction, named_tensors
 # Smaller arrays stay in the pickle: a record, a storage entry and a range read cost more than they save.
 _ARRAY_BYTES = 64 * 1024
 
-U8 = npt.NDArray[np.uint8]
 
 _NEVER_PERSISTENT = frozenset(
     (

@@ -18,7 +18,6 @@ import contextlib
 import datetime
 import email.utils
 import hashlib
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from urllib.parse import urlsplit
 
 from fastckpt._version import __version__
 from fastckpt.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError, StoreUnavailableError
+from fastckpt.events import logger
 from fastckpt.kernels.checksums import crc64nvme
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_name, check_prefix
 from fastckpt.store.cloud_connection import Connection, connect
@@ -44,8 +44,6 @@ from fastckpt.store.cloud_errors import (
 from fastckpt.store.cloud_http import HttpClient, HttpError, HttpResponse, host_header
 from fastckpt.store.cloud_listing import NotAListingError, read_page
 from fastckpt.store.cloud_signature import NO_PAYLOAD, UNSIGNED_PAYLOAD, quoted_path, quoted_query, signed
-
-logger = logging.getLogger("fastckpt")
 
 MAX_PUT_BYTES = 5 << 30
 """S3's limit for one PUT."""

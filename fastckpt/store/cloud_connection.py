@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
 import re
 import ssl
@@ -12,13 +11,12 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from fastckpt.errors import StoreError
+from fastckpt.events import logger
 from fastckpt.store.base import check_name
 from fastckpt.store.cloud_account import DEFAULT_REGION, Account, account, botocore_client
 from fastckpt.store.cloud_credentials import SessionCredentials
 from fastckpt.store.cloud_http import Server, check_bundle, proxy_of
 from fastckpt.store.cloud_signature import Keys
-
-logger = logging.getLogger("fastckpt")
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _IN_A_HOST = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")

@@ -18,7 +18,6 @@ import email.parser
 import fcntl
 import functools
 import ipaddress
-import logging
 import os
 import re
 import select
@@ -35,8 +34,7 @@ from types import TracebackType
 from typing import Any
 
 from fastckpt.errors import StoreError
-
-logger = logging.getLogger("fastckpt")
+from fastckpt.events import logger
 
 _PIECE_BYTES = 1 << 20
 _MOST_HEAD_BYTES = 64 << 10

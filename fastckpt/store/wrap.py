@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -12,12 +11,12 @@ from typing import Any, TypeVar
 
 from fastckpt import events
 from fastckpt.errors import ObjectExistsError, StoreUnavailableError
+from fastckpt.events import logger
 from fastckpt.store import late_writes
 from fastckpt.store.base import ObjectInfo, Store
 
 T = TypeVar("T")
 
-logger = logging.getLogger("fastckpt")
 
 _TELL_S = 4.0
 """Of trying, until it is told: within 5 s, as a person would wonder then."""
