@@ -2,60 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-import io
-import os
 import pickle
 import struct
 import time
-from collections.abc import Callable, Iterator
-from concurrent import futures
-from concurrent.futures import Future
-from contextlib import closing, contextmanager
-from typing import IO, Any, cast
+from contextlib import closing
+from typing import Any
 
 import torch
 
-from fastckpt import events
-from fastckpt.errors import (
-    CorruptCheckpointError,
-    Damage,
-    EmptyCheckpointError,
-    NotACheckpointError,
-    ObjectNotFoundError,
-    SaveError,
-    StoreAccessError,
-    StoreError,
-    TooLargeError,
-)
-from fastckpt.host.files import FileObject, Sink, make_directories, open_sink
-from fastckpt.host.threads import start_thread
-from fastckpt.host.torch_names import check_can_seek, check_can_write, check_dill
+from fastckpt.errors import CorruptCheckpointError, Damage, NotACheckpointError
+from fastckpt.host.torch_names import check_can_write, check_dill
 from fastckpt.options import Options
 from fastckpt.reading import foreign
-from fastckpt.reading.chunk_reader import Reader, is_container
 from fastckpt.reading.object_loader import load_object
-from fastckpt.reading.object_source import ObjectSource
-from fastckpt.reading.sources import FileObjectSource, PathSource, Source
+from fastckpt.reading.opening import for_torch, is_ours, leave_behind, open_reader, open_source
+from fastckpt.reading.sources import PathSource
 from fastckpt.reading.tensor_reader import TensorReader
-from fastckpt.repository.newest import is_repository, read_checkpoint
-from fastckpt.snapshot import DoesNotFit, Snapshot, kept
-from fastckpt.state import Captured, capture, unsafe_globals
-from fastckpt.state.chunks import LiveChunks, cuts_of
+from fastckpt.repository.locate import locate
+from fastckpt.repository.newest import read_checkpoint
+from fastckpt.snapshot.kept import kept, stage
+from fastckpt.state import capture, unsafe_globals
 from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
-from fastckpt.store.location import is_url, location
-from fastckpt.store.open import open_object, open_store
-from fastckpt.writing import turns
-from fastckpt.writing.container import start_workers, write
-from fastckpt.writing.object_sink import ObjectSink
-from fastckpt.writing.ordered_sink import OrderedSink, key_of_path
-
-
-def _describe(f: Any) -> str:
-    if isinstance(f, (str, os.PathLike)):
-        return os.fsdecode(os.fspath(f))
-    return str(getattr(f, "name", None) or f"<{type(f).__name__}>")
+from fastckpt.store.location import describe
+from fastckpt.writing.background import write_behind, write_now
+from fastckpt.writing.handles import SaveHandle
+from fastckpt.writing.legacy import save_legacy
+from fastckpt.writing.target import open_target
 
 
 def save(
@@ -87,72 +60,14 @@ def save(
     check_can_write(f)
     options = Options.from_env()
     if not _use_new_zipfile_serialization:
-        _save_legacy(obj, f, pickle_module, pickle_protocol, options)
+        save_legacy(obj, f, pickle_module, pickle_protocol, options)
         return
     started = time.perf_counter()
     captured = capture(obj, pickle_module, pickle_protocol)
     skeleton_s = time.perf_counter() - started
-    sink, _ = _sink(f, "save", options)
+    sink = open_target(f, "save", options)
     sink.expect(captured.n_bytes)
-    try:
-        pool = start_workers(captured, options)
-    except BaseException:
-        sink.abandon()
-        raise
-    write(captured, sink, _describe(f), options, pool, skeleton_s)
-
-
-def _save_legacy(obj: object, f: Any, pickle_module: Any, pickle_protocol: int, options: Options) -> None:
-    """torch's pre-1.6 format, but as atomic as ours."""
-    sink, turn = _sink(f, "save", options)
-    try:
-        if isinstance(f, (str, os.PathLike)):
-            foreign.torch_save(obj, cast(IO[bytes], _SinkFile(sink)), pickle_module, pickle_protocol, False)
-            sink.commit()
-        else:
-            sink.wait()
-            foreign.torch_save(obj, f, pickle_module, pickle_protocol, False)
-            turn.end()
-    except BaseException:
-        sink.abandon()
-        raise
-
-
-class _SinkFile:
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-
-    def write(self, data: Any) -> int:
-        self._sink.write(data)
-        return memoryview(data).nbytes
-
-    def flush(self) -> None:
-        pass
-
-
-class SaveHandle:
-    """A save under way. Not waiting for it is allowed: the interpreter does at exit, and a failure is logged in any case."""
-
-    def __init__(self, target: str) -> None:
-        self.target = target
-        self.staged: Future[None] = Future()
-        """Done when the state may change again. What can go wrong before that is raised by save_async itself."""
-        self.durable: Future[int] = Future()
-        """Done when the file is whole and on stable storage; the result is its bytes. Carries the error if anything failed."""
-
-    def done(self) -> bool:
-        """Whether the save has ended, well or not."""
-        return self.durable.done()
-
-    def wait(self, timeout_s: float | None = None) -> int:
-        """Block until durable; returns the bytes of the file. Raises the save's error, or TimeoutError (the save goes on)."""
-        try:
-            return self.durable.result(timeout_s)
-        except futures.TimeoutError:
-            if self.durable.done():  # the save's own error
-                raise
-            # Before Python 3.11 it is not the built-in one that callers catch.
-            raise TimeoutError(f"{self.target} is not durable after {timeout_s} s; the save goes on") from None
+    write_now(captured, sink, describe(f), options, skeleton_s)
 
 
 def save_async(
@@ -176,71 +91,18 @@ def save_async(
     options = options or Options.from_env()
     started = time.perf_counter()
     captured = capture(obj, pickle_module, pickle_protocol)
-    handle = SaveHandle(_describe(f))
-    source = _snapshot(captured, handle.target, options)
+    handle = SaveHandle(describe(f))
+    source = stage(captured, handle.target, options)
     skeleton_s = time.perf_counter() - started
     try:
-        sink, turn = _sink(f, "save_async", options)
+        sink = open_target(f, "save_async", options)
     except BaseException:
         source.close()
         raise
     sink.expect(captured.n_bytes)
-    try:
-        pool = start_workers(captured, options)
-    except BaseException:
-        source.close()
-        sink.abandon()
-        raise
-
-    def run() -> None:
-        try:
-            handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s, source))
-        except BaseException as error:
-            events.logger.error(
-                "saving %s in the background failed: %s: %s", handle.target, type(error).__name__, error
-            )
-            handle.durable.set_exception(error)
-
-    thread = None
-    if not isinstance(source, LiveChunks):
-        try:
-            thread = start_thread(run, "fastckpt-save")
-            if thread is not None:
-                turn.hand_over()
-        except BaseException:
-            if pool is not None:
-                pool.close()
-            sink.abandon()
-            source.close()
-            raise
-    if thread is None:
-        handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s, source))
+    write_behind(captured, sink, handle, options, skeleton_s, source)
     handle.staged.set_result(None)
     return handle
-
-
-def _snapshot(captured: Captured, target: str, options: Options) -> Snapshot | LiveChunks:
-    """A copy of the state, if it fits the budget: it may change on return. Else the state itself."""
-    try:
-        snapshot = kept.begin(
-            captured,
-            cuts_of(captured),
-            target,
-            budget_bytes=options.host_budget_bytes - options.encoder_bytes,
-            threads=options.threads,
-            max_stall_s=options.max_stall_s,
-        )
-    except DoesNotFit:
-        snapshot = None
-    if snapshot is not None:
-        return snapshot
-    events.logger.warning(
-        "the copy of %d bytes does not fit the budget of %d, or what earlier saves leave of it: %s is written before save_async returns",
-        captured.n_bytes,
-        options.host_budget_bytes,
-        target,
-    )
-    return LiveChunks(captured)
 
 
 def release_memory() -> int:
@@ -272,14 +134,14 @@ def load(
     Raises CorruptCheckpointError (lists all damage), UnsupportedFormatError, NotACheckpointError, TooLargeError; pickle.UnpicklingError
     for what `weights_only` refuses, in torch's words; OSError for the path.
     """
-    found = _found(f)
+    found = locate(f)
     if isinstance(found, Store):
         with found:
             return _load_newest(found, map_location, pickle_module, weights_only, mmap, pickle_load_args)
     with closing(found) as source:
-        if not _is_ours(source):
+        if not is_ours(source):
             return foreign.load(
-                _for_torch(f, source),
+                for_torch(f, source, Options.from_env().max_load_bytes),
                 source,
                 map_location,
                 pickle_module,
@@ -294,7 +156,7 @@ def load(
         if pickle_load_args and weights_only:
             foreign.warn_unused_arguments()
         pickle_load_args.setdefault("encoding", "utf-8")
-        reader = Reader.open(source, alone=not isinstance(source, FileObjectSource))
+        reader = open_reader(source)
         options = Options.from_env()
         result = load_object(
             reader,
@@ -305,8 +167,7 @@ def load(
             weights_only=weights_only,
             load_args=pickle_load_args,
         )
-        if isinstance(source, FileObjectSource):
-            source.seek_to(reader.start + reader.footer.container_bytes)
+        leave_behind(source, reader)
         return result
 
 
@@ -342,10 +203,14 @@ def _load_newest(
 
 def get_unsafe_globals(f: Any) -> list[str]:
     """Names of the functions and classes in a checkpoint that `weights_only` refuses. Reads no tensor data, runs nothing."""
-    with _open_source(f) as source:
-        if not _is_ours(source):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(_for_torch(f, source)))
-        reader = Reader.open(source, alone=not isinstance(source, FileObjectSource))
+    with closing(open_source(f)) as source:
+        if not is_ours(source):
+            return sorted(
+                torch.serialization.get_unsafe_globals_in_checkpoint(
+                    for_torch(f, source, Options.from_env().max_load_bytes)
+                )
+            )
+        reader = open_reader(source)
         try:
             return unsafe_globals(reader.skeleton, reader.holds_arrays)
         except (EOFError, LookupError, ValueError, AssertionError, struct.error) as error:
@@ -359,7 +224,7 @@ def open(f: Any, *, step: int | None = None) -> TensorReader:
     f: as for load. step: that of a repository's checkpoint; None: the newest.
     Use as a context manager, or call close(). Raises as load does; files of torch.save and safetensors are refused.
     """
-    source = _found(f, repository=step is not None)
+    source = locate(f, repository=step is not None)
     if isinstance(source, Store):
         store, options = source, Options.from_env()
         try:
@@ -372,136 +237,17 @@ def open(f: Any, *, step: int | None = None) -> TensorReader:
     if step is not None:
         source.close()
         raise NotACheckpointError(
-            f"{_describe(f)} is no repository, so it has no checkpoint of step {step}. Leave step out for a file"
+            f"{describe(f)} is no repository, so it has no checkpoint of step {step}. Leave step out for a file"
         )
     try:
-        if not _is_ours(source):
+        if not is_ours(source):
             raise NotACheckpointError(
                 f"{source.name} is no fastckpt container: fastckpt.load reads files of torch.save and safetensors"
             )
-        return TensorReader(Reader.open(source, alone=not isinstance(source, FileObjectSource)), Options.from_env())
+        return TensorReader(open_reader(source), Options.from_env())
     except BaseException:
         source.close()
         raise
-
-
-def _object(url: str) -> tuple[Store, str]:
-    """The store and the key of one object. SaveError for a URL that names none."""
-    try:
-        return open_object(url)
-    except StoreError as error:
-        if not url.rpartition("/")[2]:
-            raise SaveError(str(error)) from None
-        raise
-
-
-def _sink(f: Any, verb: str, options: Options) -> tuple[OrderedSink, turns.Turn]:
-    """Where a save goes, and its place among the saves that go there. verb: "save" or "save_async", for messages."""
-    name = f"{verb} to {_describe(f)}"
-    if not isinstance(f, (str, os.PathLike)):
-        turn = turns.take(("object", id(f)), name)
-        opened: Callable[[], Sink] = functools.partial(FileObject, f)
-    elif is_url(where := location(f)):
-        store, key = _object(where)
-        turn = turns.take(("url", store.url, key), name)
-        opened = functools.partial(ObjectSink, store, key)
-    else:
-        if _describe(f).startswith("file:"):
-            make_directories(os.path.dirname(where))  # as a store does
-        turn = turns.take(key_of_path(where), name)
-        opened = functools.partial(open_sink, where)
-    try:
-        return OrderedSink(opened(), turn, options.max_order_wait_s), turn
-    except BaseException:
-        turn.end()
-        raise
-
-
-def _found(f: Any, repository: bool = False) -> Source | Store:
-    """A container, or the store of a repository, whichever `f` names. An object of that name comes first, unless `repository`."""
-    where = location(f) if isinstance(f, (str, os.PathLike)) else None
-    if where is None:
-        return _source(f)
-    if not is_url(where):
-        return (_repository(where) if os.path.isdir(where) else None) or _source(f)
-    if repository:
-        return _repository(where) or _source(f)
-    try:
-        return _source(f)
-    except (ObjectNotFoundError, StoreAccessError, SaveError, FileNotFoundError):
-        # Rights to read a prefix do not include the object of its own name, and a whole bucket has no name of an object.
-        store = _repository(where)
-        if store is None:
-            raise
-        return store
-
-
-def _repository(where: str) -> Store | None:
-    """The store of a repository; None if there is none, as far as can be seen."""
-    store = None
-    try:
-        store = open_store(where)
-        if is_repository(store):
-            return store
-    except StoreError as error:  # what the caller meets otherwise says more
-        events.logger.debug("looking for a repository at %s: %s", where, error)
-    except BaseException:
-        if store is not None:
-            store.close()
-        raise
-    if store is not None:
-        store.close()
-    return None
-
-
-def _source(f: Any) -> Source:
-    if not isinstance(f, (str, os.PathLike)):
-        check_can_seek(f)
-        return FileObjectSource(f)
-    where = location(f)
-    if not is_url(where):
-        return PathSource(where)
-    store, key = _object(where)
-    try:
-        return ObjectSource(store, key, owns_store=True)
-    except BaseException:
-        store.close()
-        raise
-
-
-@contextmanager
-def _open_source(f: Any) -> Iterator[Source]:
-    source = _source(f)
-    try:
-        yield source
-    finally:
-        source.close()
-
-
-def _for_torch(f: Any, source: Source) -> Any:
-    """What torch can read: a path, or a file object. TooLargeError for an object of a store that memory is too small for."""
-    if isinstance(source, PathSource):
-        return source.name
-    if isinstance(source, FileObjectSource):
-        return f
-    limit = Options.from_env().max_load_bytes
-    if source.n_bytes > limit:
-        raise TooLargeError(
-            f"{source.name} has {source.n_bytes} bytes: more than max_load_bytes = {limit}. Download it first"
-        )
-    data = bytearray(source.n_bytes)
-    source.read_into(0, data)
-    return io.BytesIO(data)
-
-
-def _is_ours(source: Source) -> bool:
-    """Whether this is (or was) a fastckpt container. Leaves a file object where it stood."""
-    if source.n_bytes == 0:
-        raise EmptyCheckpointError(f"{source.name} is empty: not a checkpoint")
-    found = is_container(source)
-    if isinstance(source, FileObjectSource):
-        source.seek_to(0)
-    return found
 
 
 __all__ = ["SaveHandle", "get_unsafe_globals", "load", "open", "release_memory", "save", "save_async"]

@@ -13,11 +13,11 @@ from fastckpt.errors import NoCheckpointError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.tensor_names import dotted
-from fastckpt.host.files import open_sink
 from fastckpt.repository.catalog import Catalog, Step
 from fastckpt.repository.repository import Repository
 from fastckpt.upkeep.export import export
 from fastckpt.upkeep.salvage import SalvagedRank, SalvageReport, report_to_json, salvage
+from fastckpt.writing.sinks import open_sink
 
 
 def restore(repository: Repository, arguments: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from fastckpt._version import __version__
 from fastckpt.cli.output import OK, WrongUsageError, human, note, print_json, say, table
 from fastckpt.cli.target import local_path
 from fastckpt.host.files import AtomicFile
+from fastckpt.host.sink import committing
 from fastckpt.trace import Recording, Summary, draw, read, summarize, to_chrome
 from fastckpt.trace.stages import ENCODE, STAGE, STALL, UPLOAD
 from fastckpt.trace.summary import to_json
@@ -86,8 +87,7 @@ def _refuse_existing(paths: Iterable[Path], force: bool) -> None:
 
 
 def _write_trace(path: Path, recordings: Sequence[Recording]) -> None:
-    sink = AtomicFile(str(path))
-    try:
+    with committing(AtomicFile(str(path))) as sink:
         other = {"fastckpt": __version__, "recordings": [recording.label for recording in recordings]}
         sink.write(f'{{"displayTimeUnit":"ms","otherData":{json.dumps(other)},"traceEvents":[\n'.encode())
         batch: list[str] = []
@@ -99,10 +99,6 @@ def _write_trace(path: Path, recordings: Sequence[Recording]) -> None:
                 sink.write("".join(batch).encode())
                 batch = []
         sink.write(("".join(batch) + "\n]}\n").encode())
-        sink.commit()
-    except BaseException:
-        sink.abandon()
-        raise
 
 
 def _write_png(path: Path, summary: Summary, recordings: Sequence[Recording]) -> bool:
@@ -112,13 +108,8 @@ def _write_png(path: Path, summary: Summary, recordings: Sequence[Recording]) ->
     except ImportError:
         note("fastckpt: no picture: matplotlib is not installed (pip install matplotlib); --no-png leaves it out")
         return False
-    sink = AtomicFile(str(path))
-    try:
+    with committing(AtomicFile(str(path))) as sink:
         sink.write(picture)
-        sink.commit()
-    except BaseException:
-        sink.abandon()
-        raise
     return True
 
 

@@ -27,6 +27,10 @@ def _missing(name: str, what_for: str) -> ImportError:
     )
 
 
+# As they are now: a program may put fastckpt.load in the place of torch.load, and its own functions must not call themselves.
+torch_load, torch_save = torch.serialization.load, torch.serialization.save
+
+
 # -- loading -------------------------------------------------------------------------------------------------------------
 
 try:

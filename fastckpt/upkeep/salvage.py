@@ -43,6 +43,7 @@ from fastckpt.format.keys import CheckpointId, SaveId, VoteName
 from fastckpt.format.repository_records import Commit, Tombstone
 from fastckpt.format.tensor_names import Name, dotted, to_json
 from fastckpt.host.files import AtomicFile
+from fastckpt.host.sink import committing
 from fastckpt.host.threads import WorkerPool
 from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
 from fastckpt.options import Options
@@ -54,7 +55,8 @@ from fastckpt.repository.commit import MAX_VOTE_BYTES, complete_set, open_vote
 from fastckpt.repository.repository import Repository
 from fastckpt.state import capture
 from fastckpt.store.base import Store
-from fastckpt.writing.container import index_and_footer, start_workers, write
+from fastckpt.writing.background import write_now
+from fastckpt.writing.container import index_and_footer
 
 U8 = npt.NDArray[np.uint8]
 Progress = Callable[[int, int], None]
@@ -456,13 +458,7 @@ def _write_tensors(
         number = shells.number_at.get(address)
         if number is not None:
             captured.elsewhere[i] = _Stored(chunks, reader, number)
-    sink = AtomicFile(path)
-    try:
-        pool = start_workers(captured, options)
-    except BaseException:
-        sink.abandon()
-        raise
-    write(captured, sink, path, options, pool, 0.0)
+    write_now(captured, AtomicFile(path), path, options, 0.0)
     result.file, result.saved, result.saved_bytes = path, list(state), captured.n_bytes
 
 
@@ -650,14 +646,9 @@ def _lost_to_json(tensor: LostTensor) -> dict[str, Any]:
 
 
 def _write_json(path: str, value: dict[str, Any]) -> None:
-    sink = AtomicFile(path)
-    try:
+    with committing(AtomicFile(path)) as sink:
         text = json.dumps({"schema": "fastckpt.salvage/1", **value}, indent=1, ensure_ascii=True)
         sink.write(f"{text}\n".encode())
-        sink.commit()
-    except BaseException:
-        sink.abandon()
-        raise
 
 
 __all__ = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import mmap
 import tempfile
 import traceback
@@ -12,10 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastckpt.errors import StoreError, StoreFullError
+from fastckpt.events import logger
 from fastckpt.store import late_writes
 from fastckpt.store.base import Store
-
-logger = logging.getLogger("fastckpt")
 
 _IN_MEMORY_BYTES = 64 << 20
 

@@ -29,7 +29,7 @@ from fastckpt.store.memory import MemoryStore
 from fastckpt.store.open import open_store
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.faulty_store import FaultyStore
-from fastckpt.writing import object_sink, turns
+from fastckpt.writing import object_sink, sinks, turns
 from fastckpt.writing.ordered_sink import key_of_path
 
 IMPATIENT = Options(max_order_wait_s=0.05, threads=1)
@@ -63,7 +63,7 @@ class Gate:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """The first save to a path, object or file object stops just before its last step."""
     gate = Gate()
-    for owner in (files.AtomicFile, files.DirectFile, files.FileObject, object_sink.ObjectSink):
+    for owner in (files.AtomicFile, sinks.DirectFile, sinks.FileObject, object_sink.ObjectSink):
 
         def commit(self: Any, real: Callable[[Any], None] = owner.commit) -> None:  # type: ignore[attr-defined]
             gate.wait()
