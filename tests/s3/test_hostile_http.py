@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fastckpt.store.cloud_http import HttpClient, HttpError, Server
+from fastckpt.store.cloud_http import HttpClient
+from fastckpt.store.cloud_socket import HttpError, Server
 
 HEAD = b"HTTP/1.1 200 OK\r\netag: x\r\n"
 CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
