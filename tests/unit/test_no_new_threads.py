@@ -21,7 +21,7 @@ from fastckpt.host.threads import WorkerPool, hurried
 from fastckpt.kernels import select
 from fastckpt.repository.repository import Repository
 from fastckpt.spot import FileSource, Watcher
-from fastckpt.spot.imds import ImdsClient
+from fastckpt.spot.sources.imds import ImdsClient
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.testing.metadata_server import MetadataServer
