@@ -7,7 +7,8 @@
     cut                           and vote   S3                                       in threads
              └────── writing/ moves it ──────┘
                               └─→ repository/commit.py: one conditional put
-    `training/` decides when, `spot/` hears notices, `upkeep/` is for a person with a repository, `host/` is this machine, `kernels/` are the loops.
+    `training/` decides when, `spot/` hears notices, `upkeep/` is for a person with a repository, `host/` is this machine,
+    `kernels/` are the loops.
 
 `save`, `load` and `save_async` take torch.save's and torch.load's arguments; `open` fetches single tensors by name. A training loop uses
 
@@ -37,12 +38,18 @@ with _held_off():  # a collection that falls into this would walk all of torch: 
         EmptyCheckpointError,
         NoCheckpointError,
         NotACheckpointError,
+        ObjectNotFoundError,
+        OutOfHostMemoryError,
         PartialRestoreError,
         RefusedStateError,
         RepositoryError,
         RestoreError,
         SaveError,
+        SnapshotStalledError,
+        StoreAccessError,
         StoreError,
+        StoreFullError,
+        StoreUnavailableError,
         SupersededError,
         TooLargeError,
         TornSnapshotError,
@@ -52,7 +59,9 @@ with _held_off():  # a collection that falls into this would walk all of torch: 
     from fastckpt.options import Options
     from fastckpt.reading.tensor_reader import TensorReader
     from fastckpt.repository.retention import Keep
-    from fastckpt.training.checkpointer import EXIT_CODE_NOTICE, Checkpointer
+    from fastckpt.spot.notice import Notice
+    from fastckpt.store.base import Store
+    from fastckpt.training.checkpointer import EXIT_CODE_NOTICE, Checkpointer, Stats
     from fastckpt.training.rng import RNGState
     from fastckpt.training.save_queue import CommitHandle
     from fastckpt.training.schedule import Every
@@ -68,7 +77,10 @@ __all__ = [
     "Keep",
     "NoCheckpointError",
     "NotACheckpointError",
+    "Notice",
+    "ObjectNotFoundError",
     "Options",
+    "OutOfHostMemoryError",
     "PartialRestoreError",
     "RNGState",
     "RefusedStateError",
@@ -76,7 +88,13 @@ __all__ = [
     "RestoreError",
     "SaveError",
     "SaveHandle",
+    "SnapshotStalledError",
+    "Stats",
+    "Store",
+    "StoreAccessError",
     "StoreError",
+    "StoreFullError",
+    "StoreUnavailableError",
     "SupersededError",
     "TensorReader",
     "TooLargeError",
