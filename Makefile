@@ -49,7 +49,7 @@ demo: venv ## train until a spot notice, finish in a new process, compare every 
 demo-s3: venv ## the same against a real S3 server on loopback (radosgw)
 	@$(PY) -m tests.s3server $(abspath $(PY)) examples/demo.py $(ARGS)
 
-# Some 12 minutes on two quiet cores; no test starts after 25.
+# At most 15 minutes on two quiet cores; no test starts after 25.
 test: venv ## run the tests
 	$(PY) -m pytest --session-timeout=1500 $(ARGS)
 

@@ -39,22 +39,33 @@ def save(
     _use_new_zipfile_serialization: bool = True,
     _disable_byteorder_record: bool = False,
 ) -> None:
-    """Save an object to a path, a URL or a writable file object: torch.save's arguments, one self-describing container.
-
-    A path: when this returns, the file is whole and on stable storage. If it raises or the process dies, the old file or
-    the new one is at the path, whole: the old one, unless the error came from the very last step, the fsync of the directory. What
-    cannot be replaced (a device, a pipe, the name of a descriptor, an empty file that somebody holds open) is written like a file object.
-    A URL ("s3://bucket/key"): when this returns, the object is there, whole and durable; if it raises, see docs/guarantees.md, S4.
-    A file object needs `write` and `flush`; it stays open, and making it durable is its owner's task.
+    """Save an object as one self-describing container. The arguments are those of torch.save.
 
     Saves to one target take effect in the order of their calls (docs/guarantees.md, §6): an earlier `save_async` to it, in this process, is
     waited for, `Options.max_order_wait_s` at most.
 
-    Blocks until done; the state must not change meanwhile. Any thread. Uses `Options.from_env()`: threads, compression, memory.
-    `_use_new_zipfile_serialization=False` writes torch's legacy format instead, `_disable_byteorder_record` has no effect.
+    Threads: blocks until done, and the state must not change meanwhile. May be called from any thread.
 
-    Raises what torch.save raises for the object; OSError for the target; SaveError (docs: fastckpt.errors), among them TargetBusyError for
-    an earlier save that does not end, and OvertakenError if a signal handler interrupted this save with one of its own to the same target.
+    Args:
+        obj: what torch.save takes: tensors, modules' state dicts, containers of them, whatever `pickle_module` can pickle.
+        f: where to. A path: when this returns, the file is whole and on stable storage; if it raises or the process dies, the old file
+            or the new one is there, whole (the new one only if the very last step failed, the fsync of the directory). What cannot be
+            replaced (a device, a pipe, the name of a descriptor, an empty file that somebody holds open) is written like a file object.
+            A URL, "s3://bucket/key": when this returns, the object is whole and durable; if it raises, see docs/guarantees.md, S4.
+            A file object with `write` and `flush`: it stays open, and to make it durable is its owner's task.
+        pickle_module: as for torch.save.
+        pickle_protocol: as for torch.save.
+        _use_new_zipfile_serialization: False writes torch's legacy format instead of a container.
+        _disable_byteorder_record: has no effect.
+
+    Threads, compression and memory are those of `Options.from_env()`.
+
+    Raises:
+        OSError: of the target, where it is a path or a file object.
+        SaveError: the target cannot be written. TargetBusyError: an earlier save to it does not end. OvertakenError: a signal's handler
+            interrupted this save with one of its own to the same target.
+        StoreError: of the store, where the target is a URL.
+        Exception: what torch.save raises for the object.
     """
     check_dill(pickle_module)
     check_can_write(f)
@@ -75,17 +86,27 @@ def save_async(
 ) -> SaveHandle:
     """Copy the state to host memory, return, and write it in the background.
 
-    When this returns, `handle.staged` is done: the state may change again. If the copy does not fit `host_budget_bytes`, or the
-    interpreter's end allows no threads, the file is written before this returns. A file object must be left alone
-    until `handle.durable` is done.
-
     Saves to one target (a file by whatever name, a URL, a file object) take effect in the order of their calls, in a process. An older
     save is not dropped for a newer one: its bytes are at the target, whole, before the newer ones replace them. A failed one holds nobody
     up; one that does not end makes the newer fail with TargetBusyError after `options.max_order_wait_s`. `load` reads what is at the
     target and waits for nobody, and what others do there (os.remove, torch.save) has no place in the order: wait for the handle first.
 
-    Raises at once what can be known at once (an object that cannot be pickled, a directory that does not exist); the rest reaches
-    `handle.durable` and the log.
+    Threads: may be called from any thread; one of its own writes.
+
+    Args:
+        obj: as for `save`. It may change again once this has returned.
+        f: as for `save`. A file object must be left alone until `handle.durable` is done.
+        pickle_module: as for torch.save.
+        pickle_protocol: as for torch.save.
+        options: None: `Options.from_env()`.
+
+    Returns:
+        The handle of the save; its `staged` is done. Where the copy does not fit `options.host_budget_bytes`, or the interpreter's end
+        allows no threads, the file is written before this returns, and `durable` is done too.
+
+    Raises:
+        Exception: what can be known at once, as `save` raises it (an object that cannot be pickled, a directory that does not exist).
+            Everything later reaches `handle.durable` and the log.
     """
     check_can_write(f)
     options = options or Options.from_env()
@@ -106,11 +127,16 @@ def save_async(
 
 
 def release_memory() -> int:
-    """Give back the memory that `save_async` keeps for its next call; returns how many bytes that were.
+    """Give back the memory that `save_async` keeps for its next call.
 
     `save_async` copies a state into memory that it takes once: as much as the saves under way at once need, within `host_budget_bytes`. It
-    stays with the process so that the next call need not wait for fresh pages. Saves under way keep theirs. Any thread. A `Checkpointer`
-    has memory of its own and lets go of it when it is closed.
+    stays with the process, so that the next call need not wait for fresh pages. Saves under way keep theirs. A `Checkpointer` has memory
+    of its own, which it gives back when it is closed.
+
+    Threads: may be called from any thread.
+
+    Returns:
+        How many bytes were given back.
     """
     return kept.release()
 
@@ -124,15 +150,33 @@ def load(
     mmap: bool | None = None,
     **pickle_load_args: Any,
 ) -> Any:
-    """Load what fastckpt.save, torch.save or safetensors wrote: torch.load's arguments, every byte verified (fastckpt's own files).
+    """Load what fastckpt.save, torch.save or safetensors wrote. The arguments are those of torch.load.
 
-    f: a path, a URL, or a file object that can seek; it is left behind the object. A repository's path or URL means its newest
-    checkpoint, read beside whatever job writes there (`Checkpointer(read_only=True)` restores into objects); an object of the same name
-    comes first. `mmap=True` is accepted for paths and gives ordinary
-    private memory. `map_location="meta"` reads no tensor data.
+    Every byte of fastckpt's own files is verified.
 
-    Raises CorruptCheckpointError (lists all damage), UnsupportedFormatError, NotACheckpointError, TooLargeError; pickle.UnpicklingError
-    for what `weights_only` refuses, in torch's words; OSError for the path.
+    Threads: may be called from any thread; several of its own read and decode.
+
+    Args:
+        f: a path, a URL, or a file object that can seek, which is left behind the object. The path or URL of a repository means its newest
+            checkpoint, read beside whatever job writes there (`Checkpointer(read_only=True)` restores into objects); an object of the
+            same name comes first.
+        map_location: as for torch.load. "meta" reads no tensor data.
+        pickle_module: as for torch.load.
+        weights_only: as for torch.load. None and True run no foreign code.
+        mmap: True is accepted for paths, and gives ordinary private memory.
+        **pickle_load_args: as for torch.load.
+
+    Returns:
+        The object: what was saved, its tensors of the same dtypes, shapes and strides, where `map_location` has them.
+
+    Raises:
+        CorruptCheckpointError: with the list of all damage.
+        UnsupportedFormatError: written by a newer fastckpt.
+        NotACheckpointError: of no known format.
+        TooLargeError: larger than `Options.max_load_bytes`.
+        NoCheckpointError: a repository without any.
+        pickle.UnpicklingError: what `weights_only` refuses, in torch's words.
+        OSError: of the path. StoreError: of the URL.
     """
     found = locate(f)
     if isinstance(found, Store):
@@ -202,7 +246,21 @@ def _load_newest(
 
 
 def get_unsafe_globals(f: Any) -> list[str]:
-    """Names of the functions and classes in a checkpoint that `weights_only` refuses. Reads no tensor data, runs nothing."""
+    """List the functions and classes in a checkpoint that `weights_only` refuses. Reads no tensor data, runs nothing.
+
+    Threads: may be called from any thread.
+
+    Args:
+        f: a path, a URL of a container, or a file object that can seek.
+
+    Returns:
+        Their names, "module.name", sorted; empty: `load` takes the checkpoint as it is.
+
+    Raises:
+        CorruptCheckpointError: the pickle stream cannot be read.
+        NotACheckpointError: of no known format.
+        OSError: of the path. StoreError: of the URL.
+    """
     with closing(open_source(f)) as source:
         if not is_ours(source):
             return sorted(
@@ -219,10 +277,21 @@ def get_unsafe_globals(f: Any) -> list[str]:
 
 
 def open(f: Any, *, step: int | None = None) -> TensorReader:
-    """Open a checkpoint to look at names, shapes and dtypes and to fetch single tensors: no pickle is read.
+    """Open a checkpoint to look at names, shapes and dtypes and to fetch single tensors. No pickle is read.
 
-    f: as for load. step: that of a repository's checkpoint; None: the newest.
-    Use as a context manager, or call close(). Raises as load does; files of torch.save and safetensors are refused.
+    Threads: may be called from any thread; a reader is used by one.
+
+    Args:
+        f: as for `load`; files of torch.save and safetensors are refused.
+        step: of a repository: which checkpoint; None: the newest.
+
+    Returns:
+        A reader: use it as a context manager, or call its `close`.
+
+    Raises:
+        NotACheckpointError: no container; or a `step` is given, and `f` is no repository.
+        NoCheckpointError: the repository has no such checkpoint.
+        Exception: as `load` raises it.
     """
     source = locate(f, repository=step is not None)
     if isinstance(source, Store):

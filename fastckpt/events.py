@@ -221,6 +221,8 @@ class Retired(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadStarted(Event):
+    """The index is read and checked; `chunks` of the object's chunks are about to be read."""
+
     source: str
     raw_bytes: int
     chunks: int

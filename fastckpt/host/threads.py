@@ -179,7 +179,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def hurried() -> Iterator[None]:
-    """Somebody waits for what is in the background: until the context ends, it does not give way to anybody.
+    """While this context is open, background work runs at ordinary priority: the caller is blocked on it.
 
     A thread that has lowered its priority cannot raise it again, unless it is root's: so pools get more threads, of ordinary priority.
     """

@@ -120,7 +120,10 @@ class Captured:
         return empty.set_(self.owners[number], 0, (self.storages[number].n_bytes,), (1,))
 
     def whole(self, number: int) -> torch.Tensor | None:
-        """A contiguous tensor over all bytes of a storage, if one is known. It is the owner's, who may have put other data into it."""
+        """A contiguous tensor that spans the whole storage; None if none is known.
+
+        It belongs to the training code, which may since have pointed it at other memory: so `data_ptr` is compared.
+        """
         tensor = self.wholes.get(number)
         return tensor if tensor is not None and tensor.data_ptr() == self.addresses[number] else None
 

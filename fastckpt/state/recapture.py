@@ -1,9 +1,11 @@
 """Captures the state of a training run again and again.
 
-Pickling and naming take 30 µs a tensor, looking at one takes 2. Between two saves hardly anything changes but bytes and a few numbers, so a
-state is taken in *parts* (`model`, `optim.state`, `optim.param_groups`, …), and a part whose *form* is that of the time before keeps its
-pickle stream, names and storage numbers. The streams are joined to the skeleton that pickling the whole would give, except that an
-object which two parts share (not a storage: those are told by number) comes back as two.
+Pickling and naming take 30 µs a tensor, looking at one takes 2. Between two saves hardly anything changes but bytes and a few numbers. So a
+state is taken in *parts* (`model`, `optim.state`, `optim.param_groups`, …). If the *form* of a part (`form.py`) is unchanged since the
+previous save, its pickle stream, tensor names and storage numbers are used again. The streams of all parts are joined to one skeleton.
+
+One limit: a Python object that is referenced from two parts is pickled twice, so after loading it is two objects. Tensors still share
+their storage, for storages are known by number.
 """
 
 from __future__ import annotations

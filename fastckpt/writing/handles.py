@@ -13,7 +13,7 @@ T = TypeVar("T")
 Waiting = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-class Durable(Future[T]):
+class _Durable(Future[T]):
     """A future that tells when somebody begins to wait for it. It cannot be cancelled: a save that was begun ends by itself."""
 
     def __init__(self, waiting: Waiting = contextlib.nullcontext) -> None:
@@ -44,7 +44,7 @@ class Handle(Generic[T]):
             waiting: makes a context that is open while somebody waits for the save.
         """
         self._what = what
-        self.durable: Future[T] = Durable(waiting)
+        self.durable: Future[T] = _Durable(waiting)
         """Done when what was saved is whole and on stable storage. Carries the error if anything failed. Cannot be cancelled."""
 
     def __repr__(self) -> str:
