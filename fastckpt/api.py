@@ -178,71 +178,44 @@ def load(
         pickle.UnpicklingError: what `weights_only` refuses, in torch's words.
         OSError: of the path. StoreError: of the URL.
     """
-    found = locate(f)
-    if isinstance(found, Store):
-        with found:
-            return _load_newest(found, map_location, pickle_module, weights_only, mmap, pickle_load_args)
-    with closing(found) as source:
-        if not is_ours(source):
+    with closing(locate(f)) as found:
+        if not isinstance(found, Store) and not is_ours(found):
             return foreign.load(
-                for_torch(f, source, Options.from_env().max_load_bytes),
-                source,
+                for_torch(f, found, Options.from_env().max_load_bytes),
+                found,
                 map_location,
                 pickle_module,
                 weights_only=weights_only,
                 mmap=mmap,
                 **pickle_load_args,
             )
-        weights_only = resolve_weights_only(weights_only, pickle_module)
-        check_dill(pickle_module)
-        if mmap and not isinstance(source, PathSource):
+        how = _how_to_load(map_location, pickle_module, weights_only, pickle_load_args)
+        if mmap and not isinstance(found, PathSource):
             raise ValueError("f must be a file path in order to use the mmap argument")
-        if pickle_load_args and weights_only:
-            foreign.warn_unused_arguments()
-        pickle_load_args.setdefault("encoding", "utf-8")
-        reader = open_reader(source)
         options = Options.from_env()
-        result = load_object(
-            reader,
-            options,
-            options.threads,
-            map_location=map_location,
-            pickle_module=pickle_module or pickle,
-            weights_only=weights_only,
-            load_args=pickle_load_args,
-        )
-        leave_behind(source, reader)
+        if isinstance(found, Store):
+            threads = max(options.threads, options.connections)
+            return read_checkpoint(found, "latest", lambda reader: load_object(reader, options, threads, **how))
+        reader = open_reader(found)
+        result = load_object(reader, options, options.threads, **how)
+        leave_behind(found, reader)
         return result
 
 
-def _load_newest(
-    store: Store,
-    map_location: Any,
-    pickle_module: Any,
-    weights_only: bool | None,
-    mmap: bool | None,
-    load_args: dict[str, Any],
-) -> Any:
-    weights_only = resolve_weights_only(weights_only, pickle_module)
+def _how_to_load(
+    map_location: Any, pickle_module: Any, weights_only: bool | None, load_args: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of `load_object` for those of `load`, checked as torch.load does."""
+    restricted = resolve_weights_only(weights_only, pickle_module)
     check_dill(pickle_module)
-    if mmap:
-        raise ValueError("f must be a file path in order to use the mmap argument")
-    if load_args and weights_only:
+    if load_args and restricted:
         foreign.warn_unused_arguments()
-    options = Options.from_env()
-    return read_checkpoint(
-        store,
-        "latest",
-        lambda reader: load_object(
-            reader,
-            options,
-            max(options.threads, options.connections),
-            map_location=map_location,
-            pickle_module=pickle_module or pickle,
-            weights_only=weights_only,
-            load_args={"encoding": "utf-8", **load_args},
-        ),
-    )
+    return {
+        "map_location": map_location,
+        "pickle_module": pickle_module or pickle,
+        "weights_only": restricted,
+        "load_args": {"encoding": "utf-8", **load_args},
+    }
 
 
 def get_unsafe_globals(f: Any) -> list[str]:

@@ -18,8 +18,8 @@ _TAR_MAGIC_OFFSET = 257
 
 
 def warn_unused_arguments() -> None:
-    """torch.load's warning."""
-    warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=3)
+    """torch.load's warning, at the line that called `fastckpt.load`, two calls above."""
+    warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=4)
 
 
 def load(f: Any, source: Source, map_location: Any, pickle_module: Any, **arguments: Any) -> Any:

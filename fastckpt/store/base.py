@@ -1,4 +1,4 @@
-"""The contract that every store keeps. `fastckpt.testing.StoreContract` is the same contract as tests.
+"""The contract that every store keeps. `fastckpt.testing.store_contract` is the same contract as tests.
 
 A store has the verbs of object storage and no more. What it must guarantee (docs/guarantees.md builds on nothing else):
 
