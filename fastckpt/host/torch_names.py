@@ -123,7 +123,7 @@ def fake_storage(n_bytes: int, location: str) -> UntypedStorage:
 
 
 def forget_sparse_tensors() -> None:
-    """Those that were rebuilt and wait for torch's own check. Since 1.13; without the list there is nothing to forget."""
+    """Empty torch's list of rebuilt sparse tensors that wait for its own check. Since 1.13; without the list there is nothing to forget."""
     waiting = getattr(torch._utils, "_sparse_tensors_to_validate", None)
     if waiting is not None:
         waiting.clear()

@@ -66,7 +66,7 @@ class _Part:
     numbers: list[int]
     """Of its storages, in the order in which `Look` meets them; if it has no form, in that of pickling."""
     own: list[int]
-    """Those that no earlier part has."""
+    """Numbers of the storages that no earlier part has."""
     wholes: dict[int, int]
     """Number of a storage → position of a tensor, in the order of `Look`, that is all of its bytes on an accelerator."""
 

@@ -112,7 +112,7 @@ class ObjectSink:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """What the frames of a failed put hold: their views of the file would keep its room on the disk for as long as the error is kept."""
+    """Clear the frames of a failed put: their views of the file would occupy the disk for as long as somebody keeps the error."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
