@@ -289,7 +289,7 @@ def test_an_idle_process_waits_for_nobody(tmp_path: Path) -> None:
         ckpt.save_now(1)
         ckpt.wait()
         from fastckpt.host import threads
-        for thread in list(workers._unfinished):  # has told its outcome, and is about to end
+        for thread in list(threads._unfinished):  # has told its outcome, and is about to end
             thread.join()
         """,
         FASTCKPT_EXIT_TIMEOUT_S="0",
