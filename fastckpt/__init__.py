@@ -44,12 +44,18 @@ with _held_off():  # a collection that falls into this would walk all of torch: 
         EmptyCheckpointError,
         NoCheckpointError,
         NotACheckpointError,
+        ObjectNotFoundError,
+        OutOfHostMemoryError,
         PartialRestoreError,
         RefusedStateError,
         RepositoryError,
         RestoreError,
         SaveError,
+        SnapshotStalledError,
+        StoreAccessError,
         StoreError,
+        StoreFullError,
+        StoreUnavailableError,
         SupersededError,
         TooLargeError,
         TornSnapshotError,
@@ -59,7 +65,9 @@ with _held_off():  # a collection that falls into this would walk all of torch: 
     from fastckpt.options import Options
     from fastckpt.reading.tensor_reader import TensorReader
     from fastckpt.repository.retention import Keep
-    from fastckpt.training.checkpointer import EXIT_CODE_NOTICE, Checkpointer
+    from fastckpt.spot.notice import Notice
+    from fastckpt.store.base import Store
+    from fastckpt.training.checkpointer import EXIT_CODE_NOTICE, Checkpointer, Stats
     from fastckpt.training.rng import RNGState
     from fastckpt.training.save_queue import CommitHandle
     from fastckpt.training.schedule import Every
@@ -75,7 +83,10 @@ __all__ = [
     "Keep",
     "NoCheckpointError",
     "NotACheckpointError",
+    "Notice",
+    "ObjectNotFoundError",
     "Options",
+    "OutOfHostMemoryError",
     "PartialRestoreError",
     "RNGState",
     "RefusedStateError",
@@ -83,7 +94,13 @@ __all__ = [
     "RestoreError",
     "SaveError",
     "SaveHandle",
+    "SnapshotStalledError",
+    "Stats",
+    "Store",
+    "StoreAccessError",
     "StoreError",
+    "StoreFullError",
+    "StoreUnavailableError",
     "SupersededError",
     "TensorReader",
     "TooLargeError",

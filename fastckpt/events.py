@@ -221,6 +221,8 @@ class Retired(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadStarted(Event):
+    """The index is read and checked; `chunks` of the object's chunks are about to be read."""
+
     source: str
     raw_bytes: int
     chunks: int
@@ -240,9 +242,45 @@ class ChunkLoaded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadFinished(Event):
+    """The object is there, verified. `seconds`: since LoadStarted."""
+
     source: str
     raw_bytes: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreRetry(Event):
+    """An operation of a store failed for now and is tried again after a pause of `pause_s` seconds."""
+
+    target: str
+    verb: str
+    """The method of the store: "put", "get_into", …"""
+    key: str
+    attempt: int
+    """How many tries have failed, this one included."""
+    pause_s: float
+    error: BaseException
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeReceived(Event):
+    """A source of notices says that this machine is going to go, or may."""
+
+    kind: str
+    """As in `fastckpt.Notice`."""
+    source: str
+    seconds_left: float | None
+    """None: not known."""
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoticeSourceBlind(Event):
+    """A source of notices cannot be asked: a notice from it would not be seen."""
+
+    source: str
+    error: BaseException
 
 
 Subscriber = Callable[[Event], None]

@@ -24,7 +24,7 @@ TESTS = ROOT / "tests"
 # From the bottom up. A room imports from the layers below its own and from itself, never from another room of its own layer.
 # A new room is entered here, as low as it can be; tests/unit/test_imports.py reads this table.
 LAYERS = (
-    ("_native", "_version", "errors"),
+    ("_native", "_types", "_version", "errors"),
     ("host",),
     ("kernels", "trace"),
     ("events", "options"),

@@ -17,10 +17,10 @@ from fastckpt.cli.target import (
     safe_history,
 )
 from fastckpt.errors import NoCheckpointError
-from fastckpt.host.files import open_sink
 from fastckpt.repository.catalog import Catalog, Step
 from fastckpt.repository.repository import Repository
 from fastckpt.upkeep.export import export
+from fastckpt.writing.sinks import open_sink
 
 HELP = "write one rank of a checkpoint as a file that fastckpt.load reads"
 

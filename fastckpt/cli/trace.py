@@ -12,6 +12,7 @@ from fastckpt._version import __version__
 from fastckpt.cli.output import OK, WrongUsageError, human, note, print_json, say, table
 from fastckpt.cli.target import local_path, refuse_existing
 from fastckpt.host.files import AtomicFile
+from fastckpt.host.sink import committing
 from fastckpt.trace import Recording, Summary, draw, read, summarize, to_chrome
 from fastckpt.trace.stages import ENCODE, STAGE, STALL, UPLOAD
 from fastckpt.trace.summary import to_json
@@ -82,8 +83,7 @@ def _outputs(first: Path, out: str | None) -> tuple[Path, Path]:
 
 
 def _write_trace(path: Path, recordings: Sequence[Recording]) -> None:
-    sink = AtomicFile(str(path))
-    try:
+    with committing(AtomicFile(str(path))) as sink:
         other = {"fastckpt": __version__, "recordings": [recording.label for recording in recordings]}
         sink.write(f'{{"displayTimeUnit":"ms","otherData":{json.dumps(other)},"traceEvents":[\n'.encode())
         batch: list[str] = []
@@ -95,10 +95,6 @@ def _write_trace(path: Path, recordings: Sequence[Recording]) -> None:
                 sink.write("".join(batch).encode())
                 batch = []
         sink.write(("".join(batch) + "\n]}\n").encode())
-        sink.commit()
-    except BaseException:
-        sink.abandon()
-        raise
 
 
 def _write_png(path: Path, summary: Summary, recordings: Sequence[Recording]) -> bool:
@@ -108,13 +104,8 @@ def _write_png(path: Path, summary: Summary, recordings: Sequence[Recording]) ->
     except ImportError:
         note("fastckpt: no picture: matplotlib is not installed (pip install matplotlib); --no-png leaves it out")
         return False
-    sink = AtomicFile(str(path))
-    try:
+    with committing(AtomicFile(str(path))) as sink:
         sink.write(picture)
-        sink.commit()
-    except BaseException:
-        sink.abandon()
-        raise
     return True
 
 

@@ -10,8 +10,8 @@ import threading
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from fastckpt._types import U8
 from fastckpt.codec import frames
 from fastckpt.codec.base import NO_PARAMETER, CodecError, Encoded
 from fastckpt.codec.choose import MIN_SAVING, Coding, Effort, choose
@@ -19,8 +19,6 @@ from fastckpt.kernels import kernels, reference
 from fastckpt.kernels.checksums import crc64nvme, digest
 from fastckpt.kernels.reference import STRIPE_LANES
 from fastckpt.kernels.transform import HAS_FRAME, Transform
-
-U8 = npt.NDArray[np.uint8]
 
 # XXH3 has other rules for shorter inputs, which the native kernels leave to the package.
 _MIN_FUSED_BYTES = 241

@@ -1,4 +1,4 @@
-"""Files: the only module that creates, syncs, renames and removes them.
+"""Files that are replaced whole: how one is created, synced, renamed and removed so that a crash leaves the old one or the new one.
 
 A new file becomes visible in one step and only when it is whole and on stable storage:
 
@@ -7,8 +7,7 @@ A new file becomes visible in one step and only when it is whole and on stable s
 An unnamed file vanishes with the process, so a killed save leaves nothing behind. Where the file system has no O_TMPFILE, a temporary
 name next to the target is used from the start, and a kill leaves that file.
 
-What cannot be replaced is written where it lies (docs/guarantees.md, §6): devices and pipes, descriptors under their names, and a file
-without bytes that somebody holds open or whose directory is closed to us. A file that holds bytes never is.
+What cannot be replaced is written where it lies: `writing/sinks.py`.
 """
 
 from __future__ import annotations
@@ -16,149 +15,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
-import functools
 import logging
 import os
 import secrets
 import stat
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from fastckpt.errors import SaveError
 from fastckpt.host.attributes import take_over
-from fastckpt.host.held import descriptor_of, held_for_writing, held_open, is_own, why_not_replaced
-from fastckpt.host.pages import fresh_pages
-from fastckpt.host.threads import WorkerPool
+from fastckpt.host.direct_writer import DirectWriter, write_all
 
 logger = logging.getLogger("fastckpt")
 
-_OBJECT_WRITE_BYTES = 4 << 20  # what is copied for one call of a caller's `write`
-_DIRECT_BYTES = 4 << 20
-_BLOCK_BYTES = 4096
-_WRITE_BYTES = 16 << 20  # Linux writes at most 2 GiB - 4 KiB in one call; a smaller step also lets signals through
-
-
-class Sink(Protocol):
-    """Where a container goes: written front to back, then finished or abandoned. Used by one thread."""
-
-    def write(self, data: Any) -> None:
-        """Append a buffer. On return the caller may reuse it."""
-
-    def commit(self) -> None:
-        """Make what was written durable and visible (paths) or flush it (file objects)."""
-
-    def abandon(self) -> None:
-        """Forget what was written: the target stays as it was. Never raises."""
-
-
-def _write_all(fd: int, data: Any) -> None:
-    view = memoryview(data).cast("B")
-    while view.nbytes:
-        view = view[os.write(fd, view[:_WRITE_BYTES]) :]
-
-
-class _DirectWriter:
-    """Writes a file front to back past the page cache, where the file system can.
-
-    What is synced at once anyway gains nothing there: through the cache, 420 MB cost 110 ms of a processor that training wants, past it 15,
-    and the disk works from the first megabytes on, not from the fsync on (ext4 on a virtual disk, 2 cores). Direct writes want whole blocks
-    from aligned memory; what comes in other pieces is joined in one of two buffers while a thread writes the other. Files that do not fill
-    one go the ordinary way.
-    """
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._direct: bool | None = None
-        """None: not tried yet."""
-        self._rooms: list[npt.NDArray[np.uint8]] = []
-        self._filled = 0
-        self._writer: WorkerPool | None = None
-        self._pending: Future[None] | None = None
-
-    def write(self, data: Any) -> None:
-        view = memoryview(data).cast("B")
-        while view.nbytes:
-            if self._direct is False and not self._filled:
-                self._settle()
-                _write_all(self._fd, view)
-                return
-            if not self._filled and view.nbytes >= _DIRECT_BYTES and _address(view) % _BLOCK_BYTES == 0:
-                whole = view.nbytes // _BLOCK_BYTES * _BLOCK_BYTES
-                self._settle()
-                self._write_blocks(view[:whole])
-                view = view[whole:]
-                continue
-            if not self._rooms:
-                self._rooms = [fresh_pages(_DIRECT_BYTES) for _ in range(2)]
-            n = min(_DIRECT_BYTES - self._filled, view.nbytes)
-            # np.copyto lets go of the GIL, without which the other thread would not even begin.
-            np.copyto(self._rooms[0][self._filled : self._filled + n], np.frombuffer(view[:n], np.uint8))
-            self._filled, view = self._filled + n, view[n:]
-            if self._filled == _DIRECT_BYTES:
-                self._hand_over()
-
-    def _hand_over(self) -> None:
-        self._settle()
-        if self._writer is None:
-            self._writer = WorkerPool(1, "fastckpt-write")
-        self._pending = self._writer.submit(functools.partial(self._write_blocks, self._rooms[0].data))
-        self._rooms.reverse()
-        self._filled = 0
-
-    def _settle(self) -> None:
-        """Wait for the buffer under way; raises what went wrong with it."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def flush(self) -> None:
-        """Write what is left; nothing is written after this."""
-        self._settle()
-        if self._filled:
-            if self._direct:
-                self._set_direct(False)
-            _write_all(self._fd, self._rooms[0][: self._filled])
-        self.close()
-
-    def close(self) -> None:
-        """Nobody writes any more. May be called twice."""
-        if self._writer is not None:
-            self._writer.close()
-        self._rooms, self._filled, self._pending = [], 0, None
-
-    def _write_blocks(self, view: memoryview) -> None:
-        if self._direct is None:
-            self._set_direct(True)
-        while view.nbytes:
-            try:
-                n = os.write(self._fd, view[:_WRITE_BYTES])
-            except OSError as error:
-                # Larger blocks than ours, or a short write has left the file in the middle of one.
-                if not self._direct or error.errno != errno.EINVAL:
-                    raise
-                self._set_direct(False)
-                continue
-            view = view[n:]
-
-    def _set_direct(self, wanted: bool) -> None:
-        flag = getattr(os, "O_DIRECT", 0)  # macOS has none
-        if flag:
-            flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
-            try:
-                fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | flag if wanted else flags & ~flag)
-            except OSError:  # a file system in memory, FUSE
-                wanted = False
-        self._direct = wanted and bool(flag)
-
-
-def _address(view: memoryview) -> int:
-    return np.frombuffer(view, np.uint8).ctypes.data
+_COPY_BYTES = 16 << 20
 
 
 def sync_directory(path: str) -> None:
@@ -210,7 +81,7 @@ class NoAtomicCreateError(OSError):
 
 
 @contextlib.contextmanager
-def _naming(path: str) -> Iterator[None]:
+def naming(path: str) -> Iterator[None]:
     """Puts the path into errors of calls that know a descriptor only: "No space left on device" alone does not say which one."""
     try:
         yield
@@ -243,12 +114,12 @@ class AtomicFile:
         self._name: str | None = None
         """The temporary name, from just before the file may have it until the rename."""
         self._fd = -1
-        self._writer: _DirectWriter | None = None
+        self._writer: DirectWriter | None = None
         try:
             self._fd = self._create()
             if not exclusive:
                 take_over(self._fd, self._target)  # before there are bytes that others must not read
-            self._writer = _DirectWriter(self._fd)
+            self._writer = DirectWriter(self._fd)
         except BaseException:
             self.abandon()
             raise
@@ -273,11 +144,11 @@ class AtomicFile:
 
     def write(self, data: Any) -> None:
         assert self._writer is not None
-        with _naming(self._path):
+        with naming(self._path):
             self._writer.write(data)
 
     def commit(self) -> None:
-        with _naming(self._path):
+        with naming(self._path):
             self._commit()
 
     def _commit(self) -> None:
@@ -325,8 +196,8 @@ class AtomicFile:
             os.fchmod(named, stat.S_IMODE(os.fstat(self._fd).st_mode))
             source = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
             try:
-                while data := os.read(source, _WRITE_BYTES):
-                    _write_all(named, data)
+                while data := os.read(source, _COPY_BYTES):
+                    write_all(named, data)
             finally:
                 os.close(source)
             if not self._exclusive:
@@ -389,136 +260,6 @@ class AtomicFile:
                 Path(name).unlink(missing_ok=True)
             except OSError as error:
                 logger.warning("the temporary file %s could not be removed: %s", name, error)
-
-
-class DirectFile:
-    """A Sink for what lies at a path and cannot be replaced: a device, a pipe, a descriptor, a file without bytes.
-
-    Not atomic: who looks meanwhile sees a part. A file that was empty is emptied again if the save fails.
-    """
-
-    def __init__(self, path: str, fd: int | None = None, *, empty: bool = False) -> None:
-        """fd: closed in the end; None: the path is opened at the first write, as opening a pipe waits for its reader. empty: it is a file
-        without bytes."""
-        self._path, self._fd, self.empty = path, fd, empty
-        self.absolute_path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
-        self._written = False
-
-    def write(self, data: Any) -> None:
-        with _naming(self._path):
-            if self._fd is None:
-                self._fd = _open_to_write(self.absolute_path)
-            if self.empty and not self._written and os.fstat(self._fd).st_size:
-                raise SaveError(
-                    f"{self._path} was empty when the save began and holds bytes now: a file that holds bytes is not written in place. "
-                    "Save again"
-                )
-            self._written = True
-            _write_all(self._fd, data)
-
-    def commit(self) -> None:
-        assert self._fd is not None
-        with _naming(self._path):
-            if stat.S_ISREG(os.fstat(self._fd).st_mode):
-                os.fsync(self._fd)
-            self._close()
-
-    def _close(self) -> None:
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
-
-    def abandon(self) -> None:
-        try:
-            if self.empty and self._written and self._fd is not None:
-                os.ftruncate(self._fd, 0)
-            self._close()
-        except OSError as error:
-            logger.warning("closing the unfinished output %s failed: %s", self._path, error)
-
-
-class FileObject:
-    """A Sink for a caller's writable object: needs `write` and `flush`, no seek. It stays open; durability is its owner's."""
-
-    def __init__(self, target: Any) -> None:
-        self._target = target
-
-    def write(self, data: Any) -> None:
-        view = memoryview(data).cast("B")
-        while view.nbytes:
-            # bytes, not a view: writers may keep what they are given, and our buffers are used again.
-            piece = bytes(view[:_OBJECT_WRITE_BYTES])
-            written = self._target.write(piece)
-            if written is None:  # torch accepts writers that return nothing; they have taken it all
-                written = len(piece)
-            if type(written) is not int or not 0 < written <= len(piece):
-                raise SaveError(
-                    f"{type(self._target).__name__}.write returned {written!r} for {len(piece)} bytes: expected None or "
-                    "the number of bytes that it took"
-                )
-            view = view[written:]
-
-    def commit(self) -> None:
-        self._target.flush()
-
-    def abandon(self) -> None:
-        """What was written stays in the object: it cannot be taken back."""
-
-
-def open_sink(path: str) -> Sink:
-    """The sink for a path of this machine. OSError, SaveError."""
-    descriptor = descriptor_of(path)
-    if descriptor is not None and is_own(descriptor[0]):
-        return _of_descriptor(path, descriptor[1])
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return AtomicFile(path)
-    if stat.S_ISDIR(found.st_mode):
-        return AtomicFile(path)  # says so
-    if not stat.S_ISREG(found.st_mode):
-        return DirectFile(path, None if stat.S_ISFIFO(found.st_mode) else _open_to_write(path))
-    if descriptor is not None:
-        why: tuple[int, str] | None = (errno.EBUSY, f"it is open in process {descriptor[0]} and is named as that")
-    else:
-        why = why_not_replaced(os.path.realpath(path), found)
-    if not found.st_size and (why or held_open(path)):
-        return DirectFile(path, _open_to_write(path), empty=True)
-    if why:
-        number, words = why
-        raise OSError(
-            number,
-            f"{os.strerror(number)}: {words}. It holds {found.st_size} bytes, and these are not overwritten in place, where a save that "
-            "fails would destroy them. Save to another directory; or give the file itself, which is not atomic then: open(path, 'wb')",
-            path,
-        )
-    writing = held_for_writing(found)
-    if writing is not None:
-        logger.warning(
-            "%s is open for writing in this process (descriptor %d), and the save puts a new file in its place: what is open there stays "
-            "the old one. Open it again, or save to the file object",
-            path,
-            writing,
-        )
-    return AtomicFile(path)
-
-
-def _of_descriptor(path: str, number: int) -> Sink:
-    """Through a copy of the descriptor: at its position, whatever becomes of the original meanwhile."""
-    try:
-        flags = fcntl.fcntl(number, fcntl.F_GETFL)
-        if flags & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EBADF, f"descriptor {number} is open for reading only", path)
-        fd = os.dup(number)
-    except OSError as error:
-        if error.filename is None:
-            raise FileNotFoundError(errno.ENOENT, f"there is no descriptor {number}", path) from error
-        raise
-    return DirectFile(path, fd)
-
-
-def _open_to_write(path: str) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def make_directories(path: str) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-# Those that programs give handlers that raise; torch's of SIGCHLD does when a DataLoader's worker dies. A profiler's SIGPROF, or a
-# debugger's, must come when it comes.
+# Signals for which programs set handlers that raise; torch's handler of SIGCHLD does, when a worker of a DataLoader dies. The signals of a
+# profiler (SIGPROF) or a debugger are not held back.
 _SIGNALS = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGCHLD")

@@ -1,8 +1,8 @@
 """Threads of our own: a pool for one save or load, and the interpreter's end, which waits for them.
 
-Not ThreadPoolExecutor: that one refuses work once the interpreter begins to shut down, and a `save_async` at the end of a script
-still has most of its work before it. Nor threads that are no daemons: those keep a process for ever whose store hangs. Ours are
-daemons that the interpreter's end waits for, EXIT_TIMEOUT_S at most.
+Our threads are daemons that the interpreter's end waits for, EXIT_TIMEOUT_S at most. ThreadPoolExecutor will not do: it refuses work once
+the interpreter begins to shut down, and a `save_async` at the end of a script still has most of its work before it. Threads that are no
+daemons will not do either: if a store hangs, they keep the process alive for ever.
 
 How an interpreter ends, and from when on no thread can be started:
 
@@ -63,8 +63,8 @@ def start_thread(run: Callable[[], None], name: str) -> threading.Thread | None:
     """Start a thread that the interpreter's end waits for. None where that allows none: the caller does the work itself."""
     thread = threading.Thread(target=run, name=name, daemon=True)
     with _lock:  # from `_over` to the thread's beginning
-        # Those that have ended leave here, and not by themselves: between that and their very end they would let go of tensors, which the
-        # interpreter's end answers by killing the process.
+        # Threads that have ended are removed here. If a thread removed itself, it could still release tensors between that moment and its
+        # very end, and the interpreter's end kills a process that does so.
         for threads in (_unfinished, _given_up):
             threads.difference_update([one for one in threads.copy() if one.ident is not None and not one.is_alive()])
         _unfinished.add(thread)
@@ -179,7 +179,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def hurried() -> Iterator[None]:
-    """Somebody waits for what is in the background: until the context ends, it does not give way to anybody.
+    """While this context is open, background work runs at ordinary priority: the caller is blocked on it.
 
     A thread that has lowered its priority cannot raise it again, unless it is root's: so pools get more threads, of ordinary priority.
     """

@@ -27,6 +27,10 @@ def _missing(name: str, what_for: str) -> ImportError:
     )
 
 
+# As they are now: a program may put fastckpt.load in the place of torch.load, and its own functions must not call themselves.
+torch_load, torch_save = torch.serialization.load, torch.serialization.save
+
+
 # -- loading -------------------------------------------------------------------------------------------------------------
 
 try:
@@ -119,7 +123,7 @@ def fake_storage(n_bytes: int, location: str) -> UntypedStorage:
 
 
 def forget_sparse_tensors() -> None:
-    """Those that were rebuilt and wait for torch's own check. Since 1.13; without the list there is nothing to forget."""
+    """Empty torch's list of rebuilt sparse tensors that wait for its own check. Since 1.13; without the list there is nothing to forget."""
     waiting = getattr(torch._utils, "_sparse_tensors_to_validate", None)
     if waiting is not None:
         waiting.clear()

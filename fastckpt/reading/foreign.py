@@ -7,23 +7,19 @@ import warnings
 from typing import Any
 
 import torch
-from torch import serialization
 
 from fastckpt.errors import NotACheckpointError
-from fastckpt.host.torch_names import fake_mode
+from fastckpt.host.torch_names import fake_mode, torch_load
 from fastckpt.reading.sources import FileObjectSource, Source
 from fastckpt.state import invariants
-
-# As they are now: a program may put fastckpt.load in the place of torch.load, and its own functions must not call themselves.
-torch_load, torch_save = serialization.load, serialization.save
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _TAR_MAGIC_OFFSET = 257
 
 
 def warn_unused_arguments() -> None:
-    """torch.load's warning."""
-    warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=3)
+    """torch.load's warning, at the line that called `fastckpt.load`, two calls above."""
+    warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=4)
 
 
 def load(f: Any, source: Source, map_location: Any, pickle_module: Any, **arguments: Any) -> Any:

@@ -21,13 +21,13 @@ import torch
 from torch.storage import UntypedStorage
 
 from fastckpt import events
+from fastckpt._types import U8
 from fastckpt.errors import CorruptCheckpointError, Damage, TooLargeError
 from fastckpt.format.records import transform_of
 from fastckpt.host.pages import fresh_pages
 from fastckpt.host.threads import WorkerPool
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.load_plan import LoadPlan
-from fastckpt.state.capture import U8
 
 # Enough chunks ahead to keep 16 threads busy while a storage travels to a device.
 DEVICE_WINDOW_BYTES = 256 << 20

@@ -100,7 +100,14 @@ class TensorReader(Mapping[str, Any]):
         return name in self._entries
 
     def entry(self, name: str | tuple[Key, ...]) -> TensorEntry:
-        """dtype, shape and stride of a tensor, without its data. UnknownTensorError for no such name, or several."""
+        """Look up the dtype, shape and stride of a tensor, without its data.
+
+        Args:
+            name: dotted, or the tuple of keys.
+
+        Raises:
+            UnknownTensorError: no tensor has this name, or several have.
+        """
         found = self._entries.get(name, []) if isinstance(name, str) else self._by_keys.get(name, [])
         if len(found) == 1:
             return found[0]
@@ -165,14 +172,23 @@ class TensorReader(Mapping[str, Any]):
             raise CorruptCheckpointError(self._reader.source.name, [damage]) from error
 
     def load_into(self, state: Any, *, strict: bool = True) -> list[str]:
-        """Copy the tensors of this checkpoint into those of the same name in `state`, in place; returns the names copied.
+        """Copy the tensors of this checkpoint into those of the same name in `state`, in place.
 
         The names of a module are those of its state dict: either may have been saved. A name counts as people write it where only one
         tensor here has it.
 
-        strict: every tensor of `state` must be here in the same shape and dtype; UnknownTensorError lists all that are not, and nothing is
-        copied. Damage found on the way raises CorruptCheckpointError; tensors copied before it keep their new values. Indices and offsets
-        that do not fit the sparse or jagged tensor of the state raise it, too, before anything is copied.
+        Args:
+            state: a module, or an object with tensors in it, such as a state dict.
+            strict: every tensor of `state` must be here in the same shape and dtype. False: those that are not keep their values.
+
+        Returns:
+            The dotted names that were copied.
+
+        Raises:
+            UnknownTensorError: with `strict`: lists all that are not here, and nothing is copied.
+            CorruptCheckpointError: damage was found on the way; tensors copied before it keep their new values. Also where indices and
+                offsets do not fit the sparse or jagged tensor of the state, before anything is copied.
+            UnsupportedFormatError, TooLargeError: before anything is copied.
         """
         wanted = [named for named in named_tensors(state) if isinstance(named.value, torch.Tensor)]
         problems, plan = [], []

@@ -10,12 +10,16 @@ import os
 import threading
 import time
 
+from fastckpt.events import logger
 from fastckpt.host.deadline import Deadline
+from fastckpt.options import Options
+from fastckpt.snapshot.copy_plan import DoesNotFit
 from fastckpt.snapshot.pool import SlabPool
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.stager import Stager
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Cuts
+from fastckpt.state.chunks import LiveChunks, cuts_of
 
 _POLL_S = 0.01  # another save's end wakes nobody here: it may be any thread's, and there may be many
 
@@ -66,6 +70,30 @@ class KeptMemory:
 
 
 kept = KeptMemory()
+
+
+def stage(captured: Captured, target: str, options: Options) -> Snapshot | LiveChunks:
+    """A copy of the state, if it fits the budget: the state may change on return. Else the state itself, and a warning."""
+    try:
+        snapshot = kept.begin(
+            captured,
+            cuts_of(captured),
+            target,
+            budget_bytes=options.host_budget_bytes - options.encoder_bytes,
+            threads=options.threads,
+            max_stall_s=options.max_stall_s,
+        )
+    except DoesNotFit:
+        snapshot = None
+    if snapshot is not None:
+        return snapshot
+    logger.warning(
+        "the copy of %d bytes does not fit the budget of %d, or what earlier saves leave of it: %s is written before save_async returns",
+        captured.n_bytes,
+        options.host_budget_bytes,
+        target,
+    )
+    return LiveChunks(captured)
 
 
 def _in_forked_child() -> None:

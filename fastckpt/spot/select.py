@@ -7,9 +7,9 @@ import signal
 from typing import Any
 
 from fastckpt.events import logger
-from fastckpt.spot.imds import ImdsClient
 from fastckpt.spot.machine import EC2, cloud
 from fastckpt.spot.sources import Ec2Source, FileSource, NoticeSource, SignalSource, SlurmSource
+from fastckpt.spot.sources.imds import ImdsClient
 
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
 """Those with which launchers announce an end. SIGINT is a person's, who does not want to wait."""

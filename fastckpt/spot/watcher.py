@@ -8,35 +8,17 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from fastckpt import events
-from fastckpt.events import logger
+from fastckpt.events import NoticeReceived, NoticeSourceBlind, logger
 from fastckpt.host.threads import start
 from fastckpt.spot.notice import Notice
-from fastckpt.spot.sources import NoticeSource, SignalSource
+from fastckpt.spot.sources.base import NoticeSource
+from fastckpt.spot.sources.signals import SignalSource
 
 # A generator of our own: drawing from the global one would change what training draws.
 _random = random.Random()
 POLL_S = 2.0  # AWS advises 5; two cost nothing and leave three more seconds of 120
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoticeReceived(events.Event):
-    """A source has spoken."""
-
-    kind: str
-    source: str
-    seconds_left: float | None
-    detail: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoticeSourceBlind(events.Event):
-    """A source cannot be asked: a notice from it would not be seen."""
-
-    source: str
-    error: BaseException
 
 
 class Watcher:

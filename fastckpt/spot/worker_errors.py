@@ -22,7 +22,7 @@ _WAITING = ("queue", "threading", "multiprocessing", "concurrent", "selectors")
 
 
 class WorkerErrors:
-    """Those that were kept for one who trains. Dropped, or closed without a notice, it keeps none."""
+    """Errors of workers that were kept for a training loop. Once it is dropped, or closed without a notice, it keeps none."""
 
     def __init__(self, busy: Callable[[], bool]) -> None:
         """busy: whether the state is being changed. Called in a signal's handler."""
@@ -47,7 +47,7 @@ class WorkerErrors:
         self._held.append(error)
 
     def take(self) -> list[Exception]:
-        """Those that were kept since the last call."""
+        """The errors that were kept since the last call."""
         held, self._held = self._held, []
         return held
 

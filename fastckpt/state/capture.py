@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.storage import TypedStorage, UntypedStorage
 
+from fastckpt._types import U8
 from fastckpt.errors import SaveError
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
@@ -29,7 +29,6 @@ from fastckpt.state.naming import Named, Reduction, named_tensors
 # Smaller arrays stay in the pickle: a record, a storage entry and a range read cost more than they save.
 _ARRAY_BYTES = 64 * 1024
 
-U8 = npt.NDArray[np.uint8]
 
 _NEVER_PERSISTENT = frozenset(
     (
@@ -113,7 +112,10 @@ class Captured:
         return empty.set_(self.owners[number], 0, (self.storages[number].n_bytes,), (1,))
 
     def whole(self, number: int) -> torch.Tensor | None:
-        """A contiguous tensor over all bytes of a storage, if one is known. It is the owner's, who may have put other data into it."""
+        """A contiguous tensor that spans the whole storage; None if none is known.
+
+        It belongs to the training code, which may since have pointed it at other memory: so `data_ptr` is compared.
+        """
         tensor = self.wholes.get(number)
         return tensor if tensor is not None and tensor.data_ptr() == self.addresses[number] else None
 

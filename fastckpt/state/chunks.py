@@ -5,17 +5,13 @@ from __future__ import annotations
 import threading
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from fastckpt._types import U8
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import element_type
 from fastckpt.format.tensor_names import Name, canonical
 from fastckpt.host import cycle_collector
 from fastckpt.state import Captured, chunking
 from fastckpt.state.chunking import Cuts, StorageShape
-
-U8 = npt.NDArray[np.uint8]
 
 
 class ChunkSource(Protocol):

@@ -1,24 +1,22 @@
 """Captures the state of a training run again and again.
 
-Pickling and naming take 30 µs a tensor, looking at one takes 2. Between two saves hardly anything changes but bytes and a few numbers, so a
-state is taken in *parts* (`model`, `optim.state`, `optim.param_groups`, …), and a part whose *form* is that of the time before keeps its
-pickle stream, names and storage numbers. The streams are joined to the skeleton that pickling the whole would give, except that an
-object which two parts share (not a storage: those are told by number) comes back as two.
+Pickling and naming take 30 µs a tensor, looking at one takes 2. Between two saves hardly anything changes but bytes and a few numbers. So a
+state is taken in *parts* (`model`, `optim.state`, `optim.param_groups`, …). If the *form* of a part (`form.py`) is unchanged since the
+previous save, its pickle stream, tensor names and storage numbers are used again. The streams of all parts are joined to one skeleton.
+
+One limit: a Python object that is referenced from two parts is pickled twice, so after loading it is two objects. Tensors still share
+their storage, for storages are known by number.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
 import struct
-import types
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.storage import UntypedStorage
 
 from fastckpt.errors import SaveError
 from fastckpt.format.digest import digest
@@ -35,125 +33,12 @@ from fastckpt.state.capture import (
     pickled,
     refuse_skipping_data,
 )
+from fastckpt.state.form import PROTOCOL, Look, Plain, look_at
 
-_PROTOCOL = 2
 _MAX_SPLIT = 64  # a part more costs as much as ten tensors
 _DEPTH = 2  # parts are values of dictionaries so deep: an optimizer's moments and its learning rates are two
 _MAX_NAMED_DEPTH = 8  # of what cannot be pickled: keys enough to find it
-_GLOBAL_OR_NUMBER = frozenset({type, types.BuiltinFunctionType, complex})
-_NUMBERS = frozenset({type(None), bool, int, float})
 _Path = tuple[str, ...]
-
-
-class _NoForm(Exception):
-    """The object holds something whose pickle stream may change unseen."""
-
-
-class _PlainPickler(pickle.Pickler):
-    """Pickles numbers, texts and containers of them, 20 ns each, and nothing else: those it does not ask about."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if type(obj) in _GLOBAL_OR_NUMBER:
-            return NotImplemented
-        raise _NoForm
-
-
-class _Plain:
-    """The form of a part without tensors: its pickle stream."""
-
-    def __init__(self, stream: bytes) -> None:
-        self.form = stream
-        self.tensors: list[torch.Tensor] = []
-        self.storage_of: list[int] = []
-        self.storages: list[UntypedStorage] = []
-
-    @property
-    def opcodes(self) -> memoryview:
-        """The stream without its frame."""
-        return memoryview(self.form)[2:-1]
-
-    @classmethod
-    def of(cls, value: Any) -> _Plain | None:
-        """None if anything else is in it."""
-        buffer = io.BytesIO()
-        try:
-            _PlainPickler(buffer, protocol=_PROTOCOL).dump(value)
-        except (_NoForm, RecursionError):
-            return None
-        return cls(buffer.getvalue())
-
-
-class _Look:
-    """The form of an object: equal for two objects that are pickled alike, storage numbers aside."""
-
-    def __init__(self, obj: object) -> None:
-        self.form: list[Any] = []
-        """Flat: the collector walks every tuple that lives on, and a state has 100,000 tensors."""
-        self.tensors: list[torch.Tensor] = []
-        self.storage_of: list[int] = []
-        """Of each tensor, a position in `storages`."""
-        self.storages: list[UntypedStorage] = []
-        self._position: dict[int, int] = {}
-        self._met: dict[int, int] = {}
-        """Objects that pickling would name, the second time."""
-        self._look(obj)
-
-    def _look(self, value: Any) -> None:
-        kind = type(value)
-        if kind is int or kind is str or kind is bool or value is None:
-            self.form += (kind, value)
-            return
-        if kind is float:
-            self.form += (kind, value.hex())  # 0.0 == -0.0
-            return
-        met, n_met = self._met, len(self._met)
-        if met.setdefault(id(value), n_met) != n_met:
-            self.form += (None, met[id(value)])
-        elif kind is torch.Tensor or kind is torch.nn.Parameter:
-            self._look_at_tensor(value, kind)
-        elif kind is dict or kind is OrderedDict:
-            self.form += (kind, len(value))
-            for key, child in value.items():
-                if type(key) is not str and type(key) is not int:
-                    raise _NoForm
-                self.form.append(key)
-                self._look(child)
-            if kind is OrderedDict:  # a module's state dict has `_metadata`
-                self._look(value.__dict__)
-        elif kind is list or kind is tuple:
-            self.form += (kind, len(value))
-            if _NUMBERS.issuperset(map(type, value)):
-                self.form.append(pickle.dumps(value, _PROTOCOL))
-                return
-            for child in value:
-                self._look(child)
-        else:
-            raise _NoForm
-
-    def _look_at_tensor(self, tensor: torch.Tensor, kind: type) -> None:
-        dtype = tensor.dtype
-        if (
-            tensor.layout is not torch.strided
-            or tensor.is_nested
-            or tensor.is_meta  # pickled without its storage
-            or tensor.is_quantized
-            or dtype.is_complex
-            or tensor.is_neg()
-            or tensor.__dict__
-        ):
-            raise _NoForm
-        storage = tensor.untyped_storage()
-        key = identity(storage)
-        position = self._position.get(key)
-        if position is None:
-            position = self._position[key] = len(self.storages)
-            self.storages.append(storage)
-            self.form += (storage.nbytes(), tensor.device)
-        self.tensors.append(tensor)
-        self.storage_of.append(position)
-        self.form += (kind, dtype, tensor.storage_offset(), tensor.requires_grad, position, tensor.dim())
-        self.form += tensor.shape
-        self.form += tensor.stride()
 
 
 class Identity(NamedTuple):
@@ -179,11 +64,11 @@ class _Part:
     """Of the opcodes."""
     entries: list[TensorEntry]
     numbers: list[int]
-    """Of its storages, in the order in which `_Look` meets them; if it has no form, in that of pickling."""
+    """Of its storages, in the order in which `Look` meets them; if it has no form, in that of pickling."""
     own: list[int]
-    """Those that no earlier part has."""
+    """Numbers of the storages that no earlier part has."""
     wholes: dict[int, int]
-    """Number of a storage → position of a tensor, in the order of `_Look`, that is all of its bytes on an accelerator."""
+    """Number of a storage → position of a tensor, in the order of `Look`, that is all of its bytes on an accelerator."""
 
 
 class _Changed(Exception):
@@ -211,7 +96,7 @@ class Recapturer:
         refuse_skipping_data()
         self.pickled = []
         parts = dict(_parts(state, (), _DEPTH))
-        looks = {path: _look(value) for path, value in parts.items()}
+        looks = {path: look_at(value) for path, value in parts.items()}
         captured = None
         if self._form is not None and list(self._parts) == list(parts):
             try:
@@ -225,7 +110,7 @@ class Recapturer:
         self.identity = self._identity(looks)
         return captured
 
-    def _identity(self, looks: dict[_Path, _Look | _Plain | None]) -> Identity:
+    def _identity(self, looks: dict[_Path, Look | Plain | None]) -> Identity:
         counted = [path for path in self._parts if path[:1] == () or path[0] not in self._no_identity]
         versions: list[int] = []
         for path in counted:
@@ -234,13 +119,13 @@ class Recapturer:
                 versions += _versions(look.tensors)
         return Identity(self._tensors, [self._parts[path].digest for path in counted], versions)
 
-    def _anew(self, parts: dict[_Path, Any], looks: dict[_Path, _Look | _Plain | None]) -> Captured:
+    def _anew(self, parts: dict[_Path, Any], looks: dict[_Path, Look | Plain | None]) -> Captured:
         numbers = StorageNumbers()
         self._parts, self._form = {}, None
         for path, value in parts.items():
             first = len(numbers.storages)
             look = looks[path]
-            if isinstance(look, _Plain):
+            if isinstance(look, Plain):
                 self._parts[path] = _Part(look.form, look.opcodes, digest(look.form), [], [], [], {})
                 self.pickled.append((path, look.form))
                 continue
@@ -257,7 +142,7 @@ class Recapturer:
         self._tensors = [entry for part in self._parts.values() for entry in part.entries]
         return self._captured(numbers)
 
-    def _again(self, parts: dict[_Path, Any], looks: dict[_Path, _Look | _Plain | None]) -> Captured:
+    def _again(self, parts: dict[_Path, Any], looks: dict[_Path, Look | Plain | None]) -> Captured:
         """_Changed if more has changed than bytes and what stands in streams."""
         numbers = _Renumbered(self._storages)
         number_of = numbers.number_of_storage
@@ -280,9 +165,9 @@ class Recapturer:
             raise _Changed
         return self._captured(numbers)
 
-    def _pickle_again(self, path: _Path, value: Any, look: _Look | _Plain | None, numbers: _Renumbered) -> None:
+    def _pickle_again(self, path: _Path, value: Any, look: Look | Plain | None, numbers: _Renumbered) -> None:
         part = self._parts[path]
-        if isinstance(look, _Plain):
+        if isinstance(look, Plain):
             if part.own or part.entries:
                 raise _Changed
             part.opcodes, part.digest, part.form = look.opcodes, digest(look.form), look.form
@@ -355,7 +240,7 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 def _pickled(path: _Path, value: Any, numbers: StorageNumbers) -> bytes:
     try:
-        return pickled(value, numbers, pickle, _PROTOCOL)
+        return pickled(value, numbers, pickle, PROTOCOL)
     except (_Changed, MemoryError):
         raise
     except Exception as error:
@@ -389,7 +274,7 @@ def _inside(value: Any) -> Iterator[tuple[Any, Any]]:
 
 def _can_be_pickled(value: Any) -> bool:
     try:
-        pickled(value, StorageNumbers(), pickle, _PROTOCOL)
+        pickled(value, StorageNumbers(), pickle, PROTOCOL)
     except Exception:
         return False
     return True
@@ -411,7 +296,7 @@ def _entries(path: _Path, value: Any, numbers: StorageNumbers) -> list[TensorEnt
     return entries(value, numbers, tuple(key_of(key) for key in path))
 
 
-def _wholes(look: _Look | _Plain, numbers: Sequence[int], storages: Sequence[CapturedStorage]) -> dict[int, int]:
+def _wholes(look: Look | Plain, numbers: Sequence[int], storages: Sequence[CapturedStorage]) -> dict[int, int]:
     found = {}
     for position, (tensor, at) in enumerate(zip(look.tensors, look.storage_of, strict=True)):
         storage = storages[numbers[at]]
@@ -420,17 +305,7 @@ def _wholes(look: _Look | _Plain, numbers: Sequence[int], storages: Sequence[Cap
     return found
 
 
-def _seen_by(numbers: StorageNumbers, look: _Look | None) -> _Look | None:
+def _seen_by(numbers: StorageNumbers, look: Look | None) -> Look | None:
     """The look, unless pickling went round a storage in it (some devices' tensors are pickled as arrays): then nothing is known."""
     known = look is None or all(identity(storage) in numbers.number_of_storage for storage in look.storages)
     return look if known else None
-
-
-def _look(value: Any) -> _Look | _Plain | None:
-    plain = _Plain.of(value)
-    if plain is not None:
-        return plain
-    try:
-        return _Look(value)
-    except (_NoForm, RecursionError):
-        return None

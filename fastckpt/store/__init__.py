@@ -1,1 +1,51 @@
-"""Bytes by key: memory, a directory, S3. Knows nothing of checkpoints (docs/stores.md)."""
+"""Bytes by key: memory, a directory, S3. Knows nothing of checkpoints (docs/stores.md).
+
+    from fastckpt.store import open_store
+    store = open_store("s3://bucket/prefix", endpoint_url="https://minio.example")
+
+What people may use lies here; modules below are where it is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastckpt.store.base import ObjectInfo, Store
+from fastckpt.store.local import LocalStore
+from fastckpt.store.memory import MemoryStore
+from fastckpt.store.open import open_store
+from fastckpt.store.wrap import Retrying, Wrapper
+
+if TYPE_CHECKING:
+    from fastckpt.store.cloud import S3Store, open_s3
+    from fastckpt.store.cloud_bucket import BucketReport, check_bucket
+
+# Who saves to a directory need not import what S3 takes.
+_S3 = {
+    "BucketReport": "fastckpt.store.cloud_bucket",
+    "S3Store": "fastckpt.store.cloud",
+    "check_bucket": "fastckpt.store.cloud_bucket",
+    "open_s3": "fastckpt.store.cloud",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _S3:
+        return getattr(importlib.import_module(_S3[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "BucketReport",
+    "LocalStore",
+    "MemoryStore",
+    "ObjectInfo",
+    "Retrying",
+    "S3Store",
+    "Store",
+    "Wrapper",
+    "check_bucket",
+    "open_s3",
+    "open_store",
+]

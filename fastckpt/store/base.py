@@ -1,4 +1,4 @@
-"""The contract that every store keeps. `fastckpt.testing.StoreContract` is the same contract as tests.
+"""The contract that every store keeps. `fastckpt.testing.store_contract` is the same contract as tests.
 
 A store has the verbs of object storage and no more. What it must guarantee (docs/guarantees.md builds on nothing else):
 
@@ -76,14 +76,22 @@ def check_prefix(prefix: str) -> str:
 
 
 class Store(abc.ABC):
-    """Objects under one root. All methods block, may be called from several threads at once, and raise StoreError's subclasses only:
+    """Objects under one root, by key. Subclass it to save to a place of your own; `fastckpt.testing.store_contract` tests the result.
 
-    ObjectNotFoundError, ObjectExistsError (`put_if_absent`), StoreAccessError (who you are), StoreUnavailableError (worth another try),
-    StoreError (anything else; another try will not help).
+    Threads: every method blocks, and may be called from several threads at once.
+
+    Raises: every method raises StoreError, or one of its subclasses, and nothing else, but for the EOFError of `get_into`:
+
+    * StoreUnavailableError: no answer, or "later"; another try may help. Of a write: it may have been done.
+    * StoreAccessError: the credentials, or the permissions, do not allow it.
+    * StoreFullError: there is no room for the object, on the disk or by a quota. Nothing of it was written.
+    * ObjectNotFoundError: of `get`, `get_into` and `head`.
+    * ObjectExistsError: of `put_if_absent`.
+    * StoreError itself: anything else (a key that is none, a closed store); another try will not help.
     """
 
     url: str
-    """For messages and logs: says where it is, never a secret."""
+    """For messages and logs: where it is, never a secret."""
     useful_connections: int | None = None
     """More requests at once than this gain nothing. None: the more the better."""
 
@@ -92,32 +100,83 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def put(self, key: str, data: Any) -> None:
-        """Write an object whole, over whatever is there. `data`: one contiguous buffer, left alone until this returns."""
+        """Write an object whole, over whatever is there.
+
+        Args:
+            key: what `check_key` accepts.
+            data: one contiguous buffer (bytes, memoryview, NumPy array). The caller leaves it alone until this returns.
+
+        Raises:
+            StoreError: as the class says. The object may be there all the same, now or a moment later (S4).
+        """
 
     @abc.abstractmethod
     def put_if_absent(self, key: str, data: Any) -> None:
-        """Write an object if there is none; ObjectExistsError otherwise. Atomic against everybody else's (S3)."""
+        """Write an object if there is none. Of several callers at once, exactly one succeeds (S3).
+
+        Args:
+            key: what `check_key` accepts.
+            data: as for `put`.
+
+        Raises:
+            ObjectExistsError: there is an object; it stays as it is.
+            StoreError: as for `put`.
+        """
 
     @abc.abstractmethod
     def get(self, key: str) -> bytes:
-        """The whole object. For small ones: the caller has looked at the size."""
+        """Return the whole object. For small ones: the caller has looked at the size.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+            StoreError: as the class says.
+        """
 
     @abc.abstractmethod
     def get_into(self, key: str, offset: int, out: Any) -> None:
-        """Fill the writable buffer from byte `offset` of the object on; EOFError if the object ends before. `out` may be written in part
-        when this raises."""
+        """Fill a buffer from the object.
+
+        Args:
+            key: what `check_key` accepts.
+            offset: first byte of the object to read.
+            out: writable, contiguous buffer; as many bytes are read as it has. Written in part where this raises.
+
+        Raises:
+            EOFError: the object ends before `out` is full.
+            ObjectNotFoundError: there is no object, even if `out` is empty.
+            StoreError: as the class says.
+        """
 
     @abc.abstractmethod
     def head(self, key: str) -> ObjectInfo:
-        """Size and time of an object."""
+        """Return the size and the time of an object.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+            StoreError: as the class says.
+        """
 
     @abc.abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """All objects whose key starts with `prefix` ("" or something with a / at its end), in ascending order of the key."""
+        """List objects in ascending order of their keys.
+
+        Args:
+            prefix: "" for all; else the start of their keys, with a / at its end.
+
+        Returns:
+            An iterator; what it has not come to yet may be asked for later, and raise then.
+
+        Raises:
+            StoreError: as the class says. Nothing that starts with `prefix` is no error.
+        """
 
     @abc.abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object; none there is no error."""
+        """Remove an object. None there is no error.
+
+        Raises:
+            StoreError: as the class says.
+        """
 
     def harmful_rules(self) -> tuple[str, ...]:
         """Sentences for a person about rules of the place itself that delete what is written here, or put it out of reach.

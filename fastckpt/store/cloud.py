@@ -15,48 +15,30 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import datetime
 import email.utils
 import hashlib
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
-from fastckpt._version import __version__
-from fastckpt.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError, StoreUnavailableError
+from fastckpt.errors import ObjectExistsError, ObjectNotFoundError, StoreError, StoreUnavailableError
+from fastckpt.events import logger
 from fastckpt.kernels.checksums import crc64nvme
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_name, check_prefix
 from fastckpt.store.cloud_connection import Connection, connect
-from fastckpt.store.cloud_errors import (
-    CREDENTIAL_CODES,
-    Answer,
-    BeyondEndError,
-    cut_secrets,
-    harmless,
-    read_answer,
-    refuses_checksum,
-    translate,
-    wants_checksum,
-)
-from fastckpt.store.cloud_http import HttpClient, HttpError, HttpResponse, host_header
+from fastckpt.store.cloud_errors import BeyondEndError
+from fastckpt.store.cloud_http import HttpClient, HttpResponse
 from fastckpt.store.cloud_lifecycle import NotRulesError, harms, read_rules
 from fastckpt.store.cloud_listing import NotAListingError, read_page
-from fastckpt.store.cloud_signature import NO_PAYLOAD, UNSIGNED_PAYLOAD, quoted_path, quoted_query, signed
-
-logger = logging.getLogger("fastckpt")
+from fastckpt.store.cloud_requests import MOST_ERROR_BYTES, ChecksumError, Requests, fill
 
 MAX_PUT_BYTES = 5 << 30
 """S3's limit for one PUT."""
 _PAGE = 1000  # S3's own limit
 _MOST_PAGE_BYTES = 16 << 20
-_MOST_ERROR_BYTES = 64 << 10
 _MOST_RULES_BYTES = 2 << 20  # S3 takes 1,000 rules, some 500 bytes each
 _ADVICE_S = 2.0  # without progress: nobody waits longer for what is only said
-_NOT_SIGNED = {"accept-encoding": "identity", "user-agent": f"fastckpt/{__version__}"}  # proxies change these
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
 _MOST_EMPTY_PAGES = 10_000
 """In a row. S3 sends some where it has passed over what was deleted."""
@@ -69,118 +51,14 @@ class S3Store(Store):
 
     def __init__(self, connection: Connection, *, any_names: bool = False) -> None:
         self.connection = connection
-        self.url = f"s3://{connection.bucket}" + (f"/{connection.prefix}" if connection.prefix else "")
-        self._http = HttpClient(connection.server())
+        self._requests = Requests(connection)
+        self.url = self._requests.url
         self._check: Callable[[str], str] = check_name if any_names else check_key
         self._checksum = connection.checksum
-        self._closed = False
-        self._bucket_seen = False
         self._strangers_told = False
 
     def __repr__(self) -> str:
         return f"S3Store({self.url!r})"
-
-    def _path(self, name: str) -> str:
-        """Quoted; `name`: within the bucket."""
-        connection = self.connection
-        base = urlsplit(connection.endpoint).path.rstrip("/")
-        bucket = "" if connection.virtual_host else f"/{connection.bucket}"
-        return quoted_path(f"{base}{bucket}/{name}" if name or not bucket else f"{base}{bucket}")
-
-    def _name(self, key: str) -> str:
-        return f"{self.connection.prefix}/{key}" if self.connection.prefix else key
-
-    @contextmanager
-    def _asked(
-        self,
-        doing: str,
-        key: str,
-        method: str,
-        *,
-        query: Mapping[str, str] | None = None,
-        headers: Mapping[str, str] | None = None,
-        body: memoryview | None = None,
-        http: HttpClient | None = None,
-    ) -> Iterator[HttpResponse]:
-        """The answer to one request, if it is a success; else StoreError's subclass. `query` for the bucket, else the object `key`.
-
-        http: another client than the store's, with less patience.
-        """
-        if self._closed:
-            raise StoreError(f"{self.url} is closed")
-        connection = self.connection
-        where = f"{self.url}/{key}" if key else self.url
-        generation = connection.credentials.generation
-        try:
-            keys = connection.keys()
-        except StoreError as error:
-            raise type(error)(f"{doing} {where}: {error}") from error.__cause__
-        path, asked = self._path("" if query else self._name(key)), quoted_query(query or {})
-        sent = signed(
-            method,
-            path,
-            asked,
-            {"host": host_header(connection.endpoint), **self._common_headers(), **(headers or {})},
-            self._payload(body),
-            keys,
-            connection.region,
-            datetime.datetime.now(datetime.timezone.utc),
-        )
-        try:
-            with (http or self._http).request(
-                method, f"{path}?{asked}" if asked else path, {**sent, **_NOT_SIGNED}, body
-            ) as response:
-                if 200 <= response.status < 300:
-                    yield response
-                    self._bucket_seen = True
-                    return
-                text = response.read(_MOST_ERROR_BYTES)
-        except HttpError as error:
-            raise self._no_answer(error, doing, where) from harmless(error, connection.credentials.secrets)
-        raise self._refused(read_answer(response.status, response.headers, text), doing, where, generation)
-
-    def _common_headers(self) -> dict[str, str]:
-        found = {}
-        if self.connection.expected_bucket_owner:
-            found["x-amz-expected-bucket-owner"] = self.connection.expected_bucket_owner
-        if self.connection.request_payer:
-            found["x-amz-request-payer"] = "requester"
-        return found
-
-    def _payload(self, body: memoryview | None) -> str:
-        if body is None:
-            return NO_PAYLOAD
-        return (
-            UNSIGNED_PAYLOAD
-            if self.connection.encrypted or self.connection.anonymous
-            else hashlib.sha256(body).hexdigest()
-        )
-
-    def _no_answer(self, error: HttpError, doing: str, where: str) -> StoreError:
-        text = cut_secrets(f"{doing} {where}: {error}", self.connection.credentials.secrets)
-        if error.untrusted:
-            return StoreError(text)
-        found = StoreUnavailableError(text)
-        found.refused = error.never_sent
-        return found
-
-    def _refused(self, answer: Answer, doing: str, where: str, generation: int) -> StoreError:
-        credentials = self.connection.credentials
-        found = translate(answer, doing, where, credentials.secrets, self.connection.region)
-        if isinstance(found, (ObjectExistsError, ObjectNotFoundError)) and answer.code:
-            self._bucket_seen = True
-        if refuses_checksum(answer) or wants_checksum(answer):
-            return _ChecksumError(str(found))
-        if answer.code in CREDENTIAL_CODES and not self.connection.anonymous and credentials.renewed_since(generation):
-            again = StoreUnavailableError(
-                f"{found} The credentials have been replaced meanwhile: another try uses the new ones"
-            )
-            again.refused = True
-            return again
-        owner = self.connection.expected_bucket_owner
-        if isinstance(found, StoreAccessError) and owner and answer.status == 403:
-            return StoreAccessError(f"{found}, and whether the bucket belongs to account {owner} as you expect")
-        return found
 
     def put(self, key: str, data: Any) -> None:
         self._put("put", key, data, {})
@@ -203,7 +81,7 @@ class S3Store(Store):
             headers["x-amz-server-side-encryption-aws-kms-key-id"] = self.connection.sse_kms_key_id
         try:
             self._put_once(doing, key, body, headers)
-        except _ChecksumError as error:
+        except ChecksumError as error:
             if self._checksum == "md5":
                 raise StoreError(
                     f"{error}. The body went with Content-MD5; another checksum may be what it wants: open_store(…, checksum=)"
@@ -213,20 +91,20 @@ class S3Store(Store):
             self._put_once(doing, key, body, headers)
 
     def _put_once(self, doing: str, key: str, body: memoryview, headers: Mapping[str, str]) -> None:
-        with self._asked(
+        with self._requests.ask(
             doing, key, "PUT", headers={**headers, **_checksum_headers(self._checksum, body)}, body=body
         ) as response:
-            response.read(_MOST_ERROR_BYTES)
+            response.read(MOST_ERROR_BYTES)
             self._check_etag(doing, key, response)
 
     def get(self, key: str) -> bytes:
         self._check(key)
-        with self._asked("get", key, "GET") as response:
+        with self._requests.ask("get", key, "GET") as response:
             self._check_etag("get", key, response)
             if response.n_bytes is None:
                 raise StoreUnavailableError(f"get {self.url}/{key}: the answer does not say how long it is")
             out = bytearray(response.n_bytes)
-            _fill(response, memoryview(out))
+            fill(response, memoryview(out))
             return bytes(out)
 
     def _check_etag(self, doing: str, key: str, response: HttpResponse) -> None:
@@ -245,7 +123,7 @@ class S3Store(Store):
         view = view.cast("B")
         end = offset + view.nbytes
         try:
-            with self._asked("get", key, "GET", headers={"range": f"bytes={offset}-{end - 1}"}) as response:
+            with self._requests.ask("get", key, "GET", headers={"range": f"bytes={offset}-{end - 1}"}) as response:
                 self._check_etag("get", key, response)
                 found = _RANGE.fullmatch(response.headers.get("content-range", ""))
                 start, stop, size = (int(found[1]), int(found[2]) + 1, int(found[3])) if found else (0, 0, 0)
@@ -253,7 +131,7 @@ class S3Store(Store):
                     raise StoreUnavailableError(
                         f"get {self.url}/{key}: bytes {start} to {stop} of {size} came (HTTP {response.status}): expected {offset} to {end}"
                     )
-                _fill(response, view[: stop - start])
+                fill(response, view[: stop - start])
         except BeyondEndError as error:
             raise EOFError(f"{self.url}/{key} ends at or before byte {offset}: expected {end} or more") from error
         if size < end:
@@ -262,7 +140,7 @@ class S3Store(Store):
     def head(self, key: str) -> ObjectInfo:
         self._check(key)
         try:
-            with self._asked("head", key, "HEAD") as response:
+            with self._requests.ask("head", key, "HEAD") as response:
                 self._check_etag("head", key, response)
                 at = email.utils.parsedate_to_datetime(response.headers.get("last-modified", ""))
                 if response.n_bytes is None:
@@ -273,12 +151,15 @@ class S3Store(Store):
         except (StoreUnavailableError, ObjectExistsError):
             raise
         except StoreError as error:
-            if isinstance(error, ObjectNotFoundError) and self._bucket_seen:
+            if isinstance(error, ObjectNotFoundError) and self._requests.bucket_seen:
                 raise
             problem = error
         # The answer to a HEAD has no body: a missing bucket looks like a missing object, and a wrong key like an expired token or a
         # wrong clock. A GET tells, and the refusal of a HEAD is no everyday matter.
-        with contextlib.suppress(BeyondEndError), self._asked("head", key, "GET", headers={"range": "bytes=0-0"}):
+        with (
+            contextlib.suppress(BeyondEndError),
+            self._requests.ask("head", key, "GET", headers={"range": "bytes=0-0"}),
+        ):
             pass
         raise problem
 
@@ -296,7 +177,7 @@ class S3Store(Store):
         tokens: set[str] = set()
         empty = 0
         while True:
-            with self._asked("list", prefix, "GET", query=query) as response:
+            with self._requests.ask("list", prefix, "GET", query=query) as response:
                 try:
                     page = read_page(response.read(_MOST_PAGE_BYTES))
                 except NotAListingError as error:
@@ -317,14 +198,10 @@ class S3Store(Store):
                 return
             empty = 0 if page.objects else empty + 1
             if page.next_token in tokens or empty > _MOST_EMPTY_PAGES:
-                raise StoreUnavailableError(
-                    f"list {self.url}/{prefix}: the server's pages do not end: "
-                    + (
-                        f"{empty} in a row were empty"
-                        if page.next_token not in tokens
-                        else "one leads back to an earlier one"
-                    )
+                how = (
+                    "one leads back to an earlier one" if page.next_token in tokens else f"{empty} in a row were empty"
                 )
+                raise StoreUnavailableError(f"list {self.url}/{prefix}: the server's pages do not end: {how}")
             tokens.add(page.next_token)
             query["continuation-token"] = page.next_token
 
@@ -344,7 +221,7 @@ class S3Store(Store):
         """As the contract says. In a versioned bucket this adds a delete marker; older versions stay, and cost."""
         self._check(key)
         # Some servers answer 404 where S3 answers 204. A missing bucket is another error.
-        with contextlib.suppress(ObjectNotFoundError), self._asked("delete", key, "DELETE") as response:
+        with contextlib.suppress(ObjectNotFoundError), self._requests.ask("delete", key, "DELETE") as response:
             if response.status != 204 and response.read(1):
                 raise StoreUnavailableError(
                     f"delete {self.url}/{key}: the answer is not one of S3 (it has a body): a proxy or a login page may have spoken"
@@ -352,15 +229,12 @@ class S3Store(Store):
 
     def harmful_rules(self) -> tuple[str, ...]:
         """As the contract says: lifecycle rules that delete by age under the prefix, or archive (s3:GetLifecycleConfiguration)."""
-        server = self.connection.server()
-        patience_s = min(_ADVICE_S, server.stall_timeout_s)
-        client = HttpClient(
-            replace(server, connect_timeout_s=min(_ADVICE_S, server.connect_timeout_s), stall_timeout_s=patience_s)
-        )
+        server = self.connection.server
+        patience_s, connect_s = (min(_ADVICE_S, s) for s in (server.stall_timeout_s, server.connect_timeout_s))
+        client = HttpClient(replace(server, connect_timeout_s=connect_s, stall_timeout_s=patience_s))
+        doing = "look at the lifecycle rules of"
         try:
-            with self._asked(
-                "look at the lifecycle rules of", "", "GET", query={"lifecycle": ""}, http=client
-            ) as response:
+            with self._requests.ask(doing, "", "GET", query={"lifecycle": ""}, http=client) as response:
                 rules = read_rules(response.read(_MOST_RULES_BYTES))
         except (
             StoreError,
@@ -373,12 +247,7 @@ class S3Store(Store):
         return tuple(harms(rules, self.connection.prefix))
 
     def close(self) -> None:
-        self._closed = True
-        self._http.close()
-
-
-class _ChecksumError(StoreError):
-    """The server does not take the header of the body's checksum, or misses one. Stays inside the store."""
+        self._requests.close()
 
 
 def _checksum_headers(kind: str | None, body: memoryview) -> dict[str, str]:
@@ -389,18 +258,6 @@ def _checksum_headers(kind: str | None, body: memoryview) -> dict[str, str]:
         value = hashlib.md5(body, usedforsecurity=False).digest()
         return {"content-md5": base64.b64encode(value).decode()}
     return {}
-
-
-def _fill(response: HttpResponse, view: memoryview) -> None:
-    """HttpError if another number of bytes comes."""
-    at = 0
-    while at < view.nbytes:
-        n = response.read_into(view[at:])
-        if not n:
-            raise HttpError(f"{at} bytes came: expected {view.nbytes}")
-        at += n
-    if response.read(1):
-        raise HttpError(f"more bytes came than the {view.nbytes} announced")
 
 
 def open_s3(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
 import re
 import ssl
@@ -12,13 +11,13 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from fastckpt.errors import StoreError
+from fastckpt.events import logger
 from fastckpt.store.base import check_name
 from fastckpt.store.cloud_account import DEFAULT_REGION, Account, account, botocore_client
 from fastckpt.store.cloud_credentials import SessionCredentials
-from fastckpt.store.cloud_http import Server, check_bundle, proxy_of
+from fastckpt.store.cloud_proxy import proxy_of
 from fastckpt.store.cloud_signature import Keys
-
-logger = logging.getLogger("fastckpt")
+from fastckpt.store.cloud_socket import Server, check_bundle
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _IN_A_HOST = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
@@ -36,8 +35,8 @@ class Connection:
     bucket: str
     prefix: str
     """"" or segments without a / at either end."""
-    endpoint: str
-    """With the bucket's name in it if `virtual_host`."""
+    server: Server
+    """Its endpoint has the bucket's name in it if `virtual_host`."""
     region: str
     virtual_host: bool
     credentials: SessionCredentials
@@ -52,11 +51,11 @@ class Connection:
     request_payer: bool = False
     checksum: str | None = None
     """Of a body, in a header: "crc64nvme", "md5" or None."""
-    connect_timeout_s: float = 4.0
-    stall_timeout_s: float = 20.0
-    slowest_bytes_per_s: int = 256 << 10
-    connections: int = 16
-    ca_bundle: bytes | None = field(default=None, repr=False)
+
+    @property
+    def endpoint(self) -> str:
+        """Where requests go: http:// or https://, host, perhaps a port and a path."""
+        return self.server.endpoint
 
     @property
     def encrypted(self) -> bool:
@@ -73,24 +72,13 @@ class Connection:
         frozen = self.credentials.frozen()
         return botocore_client(
             self.session,
-            timeout_s=self.connect_timeout_s,
+            timeout_s=self.server.connect_timeout_s,
             style="virtual" if self.virtual_host else "path",
             region_name=self.region,
             endpoint_url=self.service_url,
             aws_access_key_id=frozen.access_key,
             aws_secret_access_key=frozen.secret_key,
             aws_session_token=frozen.token,
-        )
-
-    def server(self) -> Server:
-        """For HttpClient."""
-        return Server(
-            endpoint=self.endpoint,
-            ca_bundle=self.ca_bundle,
-            connect_timeout_s=self.connect_timeout_s,
-            stall_timeout_s=self.stall_timeout_s,
-            slowest_bytes_per_s=self.slowest_bytes_per_s,
-            connections=int(self.connections),
         )
 
     def keys(self) -> Keys | None:
@@ -141,16 +129,26 @@ def connect(
     anonymous: bool | None = None,
     request_payer: bool | None = None,
     checksum: str | None = None,
+    connect_timeout_s: float = 4.0,
+    stall_timeout_s: float = 20.0,
+    slowest_bytes_per_s: int = 256 << 10,
+    connections: int = 16,
     **options: Any,
 ) -> Connection:
     """The Connection for the arguments of `open_s3`. Nothing is sent to S3; missing credentials are a StoreAccessError here."""
     bucket, prefix = parse_s3_url(url)
     _check_options(checksum=checksum, **options)
+    _check_numbers(
+        connect_timeout_s=connect_timeout_s,
+        stall_timeout_s=stall_timeout_s,
+        slowest_bytes_per_s=slowest_bytes_per_s,
+        connections=connections,
+    )
     if anonymous is None:
         anonymous = os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("1", "true", "yes")
     if request_payer is None:
         request_payer = os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester"
-    who = account(session, endpoint_url, options["connect_timeout_s"], anonymous=anonymous)
+    who = account(session, endpoint_url, connect_timeout_s, anonymous=anonymous)
     _check_account(who)
     endpoint, virtual_host = _address(who, bucket)
     encrypted = endpoint.startswith("https://")
@@ -165,13 +163,14 @@ def connect(
     return Connection(
         bucket=bucket,
         prefix=prefix,
-        endpoint=endpoint,
+        server=Server(
+            endpoint, who.ca_bundle, connect_timeout_s, stall_timeout_s, slowest_bytes_per_s, int(connections)
+        ),
         region=who.region,
         virtual_host=virtual_host,
         credentials=who.credentials,
         session=who.session,
         service_url=who.endpoint,
-        ca_bundle=who.ca_bundle,
         anonymous=anonymous,
         request_payer=request_payer,
         checksum=checksum,
@@ -204,7 +203,7 @@ def _check_account(who: Account) -> None:
 
 
 def _check_options(
-    *, sse: Any, sse_kms_key_id: Any, expected_bucket_owner: Any, checksum: Any, **numbers: float
+    *, checksum: Any, sse: Any = None, sse_kms_key_id: Any = None, expected_bucket_owner: Any = None
 ) -> None:
     if checksum not in (None, "crc64nvme", "md5"):
         raise StoreError(f'checksum is {checksum!r}: expected None, "crc64nvme" or "md5"')
@@ -218,6 +217,9 @@ def _check_options(
         raise StoreError(
             f"expected_bucket_owner is {expected_bucket_owner!r}: expected the 12 digits of an AWS account"
         )
+
+
+def _check_numbers(**numbers: float) -> None:
     for name, value in numbers.items():
         if not value > 0:
             raise StoreError(f"{name} is {value!r}: expected more than 0")

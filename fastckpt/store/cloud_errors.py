@@ -18,6 +18,7 @@ from fastckpt.errors import (
     ObjectNotFoundError,
     StoreAccessError,
     StoreError,
+    StoreFullError,
     StoreUnavailableError,
 )
 
@@ -51,6 +52,12 @@ _AGAIN_CODES = frozenset(
     }
 )
 _DAMAGED_CODES = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"})
+_FULL_CODES = frozenset({"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"})
+"""Ceph's for a quota of a user or a bucket, MinIO's for its disks and its quotas."""
+_FULL_STEP = (
+    "Free some space or raise the quota, or keep fewer checkpoints (keep=) and retired ones for a shorter time (grace_s=): these stay "
+    "until their grace is over"
+)
 _AGAIN_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _OWN_STATUSES = 520
 """From here on what stands before servers has numbers of its own: Cloudflare's for a server that does not answer it."""
@@ -66,7 +73,6 @@ _NEXT_STEPS = {
     "InvalidObjectState": "The object lies in an archive: restore it there first, and take the prefix out of the rule that moves it",
     "NotImplemented": "This server lacks something that the request asked for. fastckpt needs PUT with If-None-Match: *; checksums in "
     "headers it can do without (AWS_REQUEST_CHECKSUM_CALCULATION=when_required)",
-    "QuotaExceeded": "Free space or raise the quota",
     "RequestTimeTooSkewed": "Set this machine's clock",
 }
 
@@ -189,6 +195,8 @@ def _classify(answer: Answer, region: str) -> tuple[type[StoreError], str]:
         return ObjectNotFoundError, f"no such object ({answer})"
     if status == 416:
         return BeyondEndError, f"the object ends before the range ({answer})"
+    if code in _FULL_CODES or status == 507:
+        return StoreFullError, f"there is no room for the object ({answer}). {_FULL_STEP}"
     if code in _DAMAGED_CODES:
         return StoreUnavailableError, f"the data was damaged on its way; the server did not take it ({answer})"
     if status in _AGAIN_STATUSES or status >= _OWN_STATUSES or code in _AGAIN_CODES:

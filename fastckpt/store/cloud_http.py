@@ -3,80 +3,31 @@
 Plain sockets, for what the libraries do not give together: seeing how far the body of a PUT is, no redirect that makes a GET of a PUT, the
 headers of a refusal, and connections that a forked process may open anew. Bytes move in pieces of a MiB, outside the GIL: 0.2 s of CPU per
 GiB, over TLS 0.9, which is less than the Rust client took that was here before.
-
-**Progress.** A piece counts as sent when the other side has acknowledged it, where the system tells (Linux), and not when it lies in a
-buffer of this machine. So a line may be as slow as it likes, while a server that hangs is found: a request ends when nothing has moved
-for `stall_timeout_s`, though a body gets at least `stall_timeout_s` plus its size / `slowest_bytes_per_s`, the time that a server may
-take to store what it has.
 """
 
 from __future__ import annotations
 
-import base64
 import collections
-import email.parser
-import fcntl
-import functools
-import ipaddress
-import logging
 import os
 import re
-import select
 import socket
 import ssl
-import struct
-import termios
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 from fastckpt.errors import StoreError
+from fastckpt.events import logger
+from fastckpt.store.cloud_proxy import proxy_of
+from fastckpt.store.cloud_socket import Connection, HttpError, PlainSocket, Server, Watch, tls_context, words_of
 
-logger = logging.getLogger("fastckpt")
-
-_PIECE_BYTES = 1 << 20
-_MOST_HEAD_BYTES = 64 << 10
 _MOST_UNREAD_BYTES = 64 << 10  # of an answer: more is not read for the sake of a connection
-_MOST_INTERIM, _MOST_TRAILERS = 20, 100
+_MOST_TRAILERS = 100
 _CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
-_STATUS = re.compile(rb"[1-9][0-9]{2}")
-_INTERIM = re.compile(rb"HTTP/1\.[0-9] +1[0-9][0-9]\b")
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _IDLE_S = 15.0  # shorter than what servers grant an idle connection, so that a request rarely meets one that is just being closed
-_SLICE_S = 1.0  # how often a wait looks for progress
-_HIDDEN_BYTES = 8 << 20  # what a proxy may have acknowledged and not yet passed on: Linux lets 6 MiB wait to be read
-_TELL_S = 3.0  # of silence
 _TELL_AGAIN_S = 30.0
-
-
-class HttpError(Exception):
-    """No whole answer came."""
-
-    def __init__(self, text: str, *, never_sent: bool = False, untrusted: bool = False) -> None:
-        super().__init__(text)
-        self.never_sent = never_sent
-        """No byte of the request has left."""
-        self.untrusted = untrusted
-        """The server's certificate was refused: another try will not help."""
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """Where to, and with which patience."""
-
-    endpoint: str
-    """http:// or https://, host, port. A path is not looked at."""
-    ca_bundle: bytes | None = None
-    """Certificates to trust besides the system's."""
-    connect_timeout_s: float = 4.0
-    stall_timeout_s: float = 20.0
-    slowest_bytes_per_s: int = 256 << 10
-    connections: int = 16
-    """Kept open between requests."""
 
 
 class HttpClient:
@@ -90,7 +41,7 @@ class HttpClient:
         self._port = parts.port or (443 if self._tls else 80)
         self._proxy = proxy_of(server.endpoint)
         # A deque needs no lock, which a fork could find taken.
-        self._idle: collections.deque[tuple[int, float, _Connection]] = collections.deque()
+        self._idle: collections.deque[tuple[int, float, Connection]] = collections.deque()
         self._closed = False
         self._told_s = -_TELL_AGAIN_S
 
@@ -113,17 +64,17 @@ class HttpClient:
             if body is not None or method == "PUT":
                 lines.append(f"content-length: {0 if body is None else body.nbytes}")
             head = "\r\n".join([*lines, "", ""]).encode("ascii")
-            watch = _Watch(self, f"{method} to {self.place}", connection, 0 if body is None else body.nbytes)
+            watch = self._watch(method, connection, 0 if body is None else body.nbytes)
             return self._exchange(connection, watch, method, head, body)
         except OSError as error:  # ssl.SSLError is one
             connection.close()
-            raise HttpError(f"the connection to {self.place} broke: {_words(error)}") from error
+            raise HttpError(f"the connection to {self.place} broke: {words_of(error)}") from error
         except BaseException:
             connection.close()
             raise
 
     def _exchange(
-        self, connection: _Connection, watch: _Watch, method: str, head: bytes, body: memoryview | None
+        self, connection: Connection, watch: Watch, method: str, head: bytes, body: memoryview | None
     ) -> HttpResponse:
         try:
             connection.send(memoryview(head), watch)
@@ -139,14 +90,17 @@ class HttpClient:
             raise
         return HttpResponse(self, connection, watch, method)
 
-    def tell(self, text: str) -> None:
+    def _watch(self, method: str, connection: Connection, body_bytes: int) -> Watch:
+        return Watch(self.server, self.place, method, connection, body_bytes, self._tell)
+
+    def _tell(self, text: str) -> None:
         """A warning that something takes long, not more than one in 30 s."""
         now = time.monotonic()
         if now - self._told_s >= _TELL_AGAIN_S:
             self._told_s = now
             logger.warning("%s", text)
 
-    def _connection(self) -> _Connection:
+    def _connection(self) -> Connection:
         if self._closed:
             raise StoreError(f"the connections to {self.place} are closed")
         while True:
@@ -158,7 +112,7 @@ class HttpClient:
                 return connection
             connection.close()
 
-    def keep(self, connection: _Connection) -> None:
+    def keep(self, connection: Connection) -> None:
         """Take back a connection whose answer was read to its end."""
         if self._closed or len(self._idle) >= self.server.connections:
             connection.close()
@@ -171,21 +125,21 @@ class HttpClient:
         while self._idle:
             self._idle.pop()[2].close()
 
-    def _connect(self) -> _Connection:
+    def _connect(self) -> Connection:
         host, port = self._proxy[:2] if self._proxy else (self._host, self._port)
         plain: socket.socket | None = None
         try:
             found = socket.create_connection((host, port), self.server.connect_timeout_s)
-            plain = _Socket(fileno=found.detach())
+            plain = PlainSocket(fileno=found.detach())
             plain.settimeout(self.server.connect_timeout_s)
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if not self._tls:
-                return _Connection(plain, self.server.stall_timeout_s)
+                return Connection(plain, self.server.stall_timeout_s)
             if self._proxy:
-                self._tunnel(_Connection(plain, self.server.stall_timeout_s))
+                self._tunnel(Connection(plain, self.server.stall_timeout_s))
                 plain.settimeout(self.server.connect_timeout_s)
-            encrypted = _tls_context(self.server.ca_bundle).wrap_socket(plain, server_hostname=self._host)
-            return _Connection(encrypted, self.server.stall_timeout_s)
+            encrypted = tls_context(self.server.ca_bundle).wrap_socket(plain, server_hostname=self._host)
+            return Connection(encrypted, self.server.stall_timeout_s)
         except BaseException as error:
             if plain is not None:
                 plain.close()
@@ -193,7 +147,7 @@ class HttpClient:
                 raise self._no_connection(error) from error
             raise
 
-    def _tunnel(self, connection: _Connection) -> None:
+    def _tunnel(self, connection: Connection) -> None:
         assert self._proxy is not None
         name = f"{self._host}:{self._port}"
         lines = [
@@ -201,7 +155,7 @@ class HttpClient:
             f"host: {name}",
             *(f"{name}: {value}" for name, value in self._proxy[2].items()),
         ]
-        watch = _Watch(self, f"CONNECT to {self.place}", connection, 0)
+        watch = self._watch("CONNECT", connection, 0)
         connection.send(memoryview("\r\n".join([*lines, "", ""]).encode("ascii")), watch)
         status, _ = connection.read_head(watch)
         if not 200 <= status < 300:
@@ -225,14 +179,14 @@ class HttpClient:
         elif isinstance(error, TimeoutError):
             what = f"no connection to {place} in {timeout_s:g} s"
         else:
-            what = f"no connection to {place}: {_words(error)}"
+            what = f"no connection to {place}: {words_of(error)}"
         return HttpError(f"{what}. Check the endpoint", never_sent=True)
 
 
 class HttpResponse:
     """An answer: its head has come. To be used with `with`: a connection whose answer was not read to its end is closed."""
 
-    def __init__(self, client: HttpClient, connection: _Connection, watch: _Watch, method: str) -> None:
+    def __init__(self, client: HttpClient, connection: Connection, watch: Watch, method: str) -> None:
         self._client, self._connection, self._watch = client, connection, watch
         self.status, self.headers = connection.read_head(watch)
         self._chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
@@ -251,7 +205,7 @@ class HttpResponse:
         try:
             return self._read_into(view)
         except OSError as error:
-            raise HttpError(f"the connection to {self._client.place} broke: {_words(error)}") from error
+            raise HttpError(f"the connection to {self._client.place} broke: {words_of(error)}") from error
         except ValueError as error:
             raise HttpError(f"the answer of {self._client.place} is no HTTP: {error}") from error
 
@@ -309,262 +263,3 @@ class HttpResponse:
             self._client.keep(self._connection)
         else:
             self._connection.close()
-
-
-class _Watch:
-    """Of one request: when did something move last, and is it too long ago?"""
-
-    def __init__(self, client: HttpClient, what: str, connection: _Connection, body_bytes: int) -> None:
-        self._client, self._what, self._connection = client, what, connection
-        self._body_bytes = body_bytes
-        self._started_s = self._moved_s = time.monotonic()
-        self._taken_bytes = 0  # by the system
-        self._acknowledged_bytes = 0
-
-    def sent(self, n_bytes: int) -> None:
-        self._taken_bytes += n_bytes
-        self._look()
-
-    def received(self) -> None:
-        self._moved_s = time.monotonic()
-
-    def _look(self) -> None:
-        waiting = self._connection.unacknowledged_bytes()
-        there = self._taken_bytes - (waiting or 0)
-        if there > self._acknowledged_bytes:
-            self._acknowledged_bytes = there
-            self._moved_s = time.monotonic()
-
-    def waited(self) -> None:
-        """Nothing came for a slice of time. HttpError if it was the last one."""
-        server, now = self._client.server, time.monotonic()
-        self._look()
-        silent_s = now - self._moved_s
-        if silent_s > _TELL_S:
-            self._client.tell(f"{self._what}: nothing has moved for {silent_s:.0f} s; still waiting")
-        # At the speed seen so far, as long as a proxy needs for what it holds. That speed is too high by what it has swallowed: behind one
-        # that held 2.6 of 4 MiB, sending seemed to take 95 s, and the answer came 170 s later.
-        moving_s = self._moved_s - self._started_s
-        hidden_s = (
-            3 * moving_s * min(1.0, _HIDDEN_BYTES / max(1, self._acknowledged_bytes)) if self._body_bytes else 0.0
-        )
-        least_s = server.stall_timeout_s + self._body_bytes / server.slowest_bytes_per_s
-        if now < max(self._started_s + least_s, self._moved_s + server.stall_timeout_s + hidden_s):
-            return
-        if self._body_bytes:
-            gone = min(self._acknowledged_bytes, self._body_bytes)
-            raise HttpError(
-                f"no answer in time from {self._client.place}: of {self._body_bytes} bytes {gone} "
-                f"went out, in {moving_s:.0f} s, and then nothing for {silent_s:.0f} s. If it is only slow, lower slowest_bytes_per_s "
-                f"({server.slowest_bytes_per_s}) or raise stall_timeout_s ({server.stall_timeout_s:g}), settings of open_store"
-            )
-        raise HttpError(f"no answer in time from {self._client.place}: nothing for {silent_s:.1f} s (stall_timeout_s)")
-
-
-class _Socket(socket.socket):
-    """Python warns of a socket that nobody has closed; here that is the connection kept by a store that nobody has closed."""
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class _TlsSocket(ssl.SSLSocket):
-    def __del__(self) -> None:
-        self.close()
-
-
-class _Connection:
-    """A socket, and what has been read from it too early. Used by one thread at a time."""
-
-    def __init__(self, found: socket.socket, stall_timeout_s: float) -> None:
-        self._socket = found
-        found.settimeout(min(_SLICE_S, stall_timeout_s / 4))
-        self._early = b""
-        self.send_failed = False
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def is_quiet(self) -> bool:
-        """Nothing has come since: neither the end nor bytes that nobody asked for."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return not self._early and not poll.poll(0)
-
-    def unacknowledged_bytes(self) -> int | None:
-        """Bytes that have left this process and have not arrived. None: the system does not tell."""
-        try:
-            return int(struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, struct.pack("i", 0)))[0])
-        except OSError:
-            return None
-
-    def send(self, view: memoryview, watch: _Watch) -> None:
-        at = 0
-        while at < view.nbytes:
-            try:
-                n = self._socket.send(view[at : at + _PIECE_BYTES])
-            except TimeoutError:
-                if self._has_answered():  # and reads no more, as a refusal's sender may: the rest has nowhere to go
-                    self.send_failed = True
-                    return
-                watch.waited()  # the next try has the same piece, as TLS wants it
-            else:
-                at += n
-                watch.sent(n)
-
-    def _has_answered(self) -> bool:
-        """Whether the head of an answer, other than an interim one, or the end has come already. Does not wait."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        if poll.poll(0):
-            waiting_s = self._socket.gettimeout()
-            self._socket.settimeout(0)
-            try:
-                piece = self._socket.recv(8192)
-            except (BlockingIOError, ssl.SSLWantReadError):  # TLS has messages of its own
-                return False
-            finally:
-                self._socket.settimeout(waiting_s)
-            if not piece:
-                return True
-            self._early += piece
-        while _INTERIM.match(self._early) and b"\r\n\r\n" in self._early:
-            self._early = self._early.partition(b"\r\n\r\n")[2]
-        return b"\r\n\r\n" in self._early
-
-    def recv_into(self, view: memoryview, watch: _Watch) -> int:
-        """0: the end."""
-        if self._early:
-            n = min(view.nbytes, len(self._early))
-            view[:n] = self._early[:n]
-            self._early = self._early[n:]
-            return n
-        while True:
-            try:
-                n = self._socket.recv_into(view[:_PIECE_BYTES])
-            except TimeoutError:
-                watch.waited()
-            except ssl.SSLEOFError:
-                return 0
-            else:
-                watch.received()
-                return n
-
-    def _more(self, watch: _Watch) -> None:
-        piece = memoryview(bytearray(8192))
-        early, self._early = self._early, b""
-        n = self.recv_into(piece, watch)
-        self._early = early + bytes(piece[:n])
-        if not n:
-            raise HttpError("the connection was closed before the answer")
-        if len(self._early) > _MOST_HEAD_BYTES:
-            raise HttpError("the answer is no HTTP: its head does not end")
-
-    def read_line(self, watch: _Watch) -> bytes:
-        while b"\r\n" not in self._early:
-            self._more(watch)
-        line, _, self._early = self._early.partition(b"\r\n")
-        return line
-
-    def read_head(self, watch: _Watch) -> tuple[int, dict[str, str]]:
-        """Status and headers of the next answer; names in lower case."""
-        for _ in range(_MOST_INTERIM):
-            while b"\r\n\r\n" not in self._early:
-                if len(self._early) > 4 and not self._early.startswith(b"HTTP/"):
-                    raise HttpError("the answer is no HTTP: does the server want https?")
-                self._more(watch)
-            head, _, self._early = self._early.partition(b"\r\n\r\n")
-            line, _, rest = head.partition(b"\r\n")
-            parts = line.split(None, 2)
-            if len(parts) < 2 or not parts[0].startswith(b"HTTP/1.") or not _STATUS.fullmatch(parts[1]):
-                raise HttpError("the answer is no HTTP")
-            status = int(parts[1])
-            if status >= 200:
-                found = email.parser.Parser().parsestr(rest.decode("latin-1"), headersonly=True)
-                headers = {name.lower(): str(value) for name, value in found.items()}
-                if parts[0] == b"HTTP/1.0" and "connection" not in headers:
-                    headers["connection"] = "close"
-                return status, headers
-        raise HttpError("the answer does not come: only interim ones do")
-
-
-def _words(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
-
-
-@functools.lru_cache(maxsize=16)
-def _tls_context(ca_bundle: bytes | None) -> ssl.SSLContext:
-    """Trusts what the system and botocore trust, and the bundle. Takes 20 ms: made once."""
-    import botocore.httpsession
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.sslsocket_class = _TlsSocket
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_default_certs()
-    context.load_verify_locations(cafile=botocore.httpsession.where())
-    if ca_bundle:
-        context.load_verify_locations(cadata=ca_bundle.decode("ascii", "ignore"))
-    return context
-
-
-if hasattr(os, "register_at_fork"):
-    # A context has locks, which another thread of the parent may have held.
-    os.register_at_fork(after_in_child=_tls_context.cache_clear)
-
-
-def check_bundle(ca_bundle: bytes) -> None:
-    """ssl.SSLError, ValueError: what is wrong with it."""
-    _tls_context(ca_bundle)
-
-
-def proxy_of(endpoint: str) -> tuple[str, int, dict[str, str]] | None:
-    """Host, port and headers of the proxy that the environment names for an endpoint; None: straight on. StoreError.
-
-    What boto3 obeys, and besides it networks in NO_PROXY ("10.0.0.0/8"), which many other programs know.
-    """
-    parts = urllib.parse.urlsplit(endpoint)
-    proxies = urllib.request.getproxies()
-    url = proxies.get(parts.scheme) or proxies.get("all")
-    host = parts.hostname or ""
-    if not url or urllib.request.proxy_bypass(parts.netloc) or _in_network(host, proxies.get("no", "")):
-        return None
-    unusable = (
-        f"the environment's proxy for {parts.scheme}:// is none that can be used{{}}: expected http://host:port. Name the store's host in "
-        "NO_PROXY if it is reached without one"
-    )
-    try:
-        found = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-    except ValueError as error:  # whose text may hold the password
-        raise StoreError(unusable.format("")) from (None if "@" in url else error)
-    try:
-        port = found.port or 80
-    except ValueError:
-        port = 0
-    if found.scheme != "http" or not found.hostname or not port:
-        raise StoreError(unusable.format(f" ({found.scheme}://{found.hostname})"))
-    headers = {}
-    if found.username is not None:
-        words = f"{urllib.parse.unquote(found.username)}:{urllib.parse.unquote(found.password or '')}"
-        headers["proxy-authorization"] = "Basic " + base64.b64encode(words.encode()).decode()
-    return found.hostname, port, headers
-
-
-def _in_network(host: str, no_proxy: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    for word in no_proxy.split(","):
-        try:
-            if "/" in word and address in ipaddress.ip_network(word.strip(), strict=False):
-                return True
-        except (ValueError, TypeError):
-            continue
-    return False
-
-
-def host_header(endpoint: str) -> str:
-    """Of requests to the endpoint."""
-    parts = urllib.parse.urlsplit(endpoint)
-    host: Any = parts.netloc.rpartition("@")[2]
-    return str(host.removesuffix(":443" if parts.scheme == "https" else ":80"))

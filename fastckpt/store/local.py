@@ -19,6 +19,7 @@ from fastckpt.errors import (
     StoreFullError,
 )
 from fastckpt.host.files import AtomicFile, NoAtomicCreateError, make_directories, remove_empty_directories, remove_file
+from fastckpt.host.sink import committing
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
 from fastckpt.store.location import is_url, location
 
@@ -26,6 +27,7 @@ _PUT_TRIES = (
     100  # a put into a directory that a concurrent delete keeps removing; each round needs another delete to lose
 )
 _MAX_READ_BYTES = 1 << 30
+_STALE_S = 24 * 3600.0  # a writer that lives writes more often, whatever the clock of a file server says
 
 
 _Infos = list[ObjectInfo]  # inside of the class, `list` is the method
@@ -101,13 +103,8 @@ class LocalStore(Store):
             for left in reversed(range(_PUT_TRIES)):
                 try:
                     make_directories(os.path.dirname(path))
-                    file = AtomicFile(path, exclusive=exclusive)
-                    try:
+                    with committing(AtomicFile(path, exclusive=exclusive)) as file:
                         file.write(view)
-                        file.commit()
-                    except BaseException:
-                        file.abandon()
-                        raise
                 except (FileNotFoundError, SaveError):  # a delete has just removed the empty directory
                     if not left:
                         raise
@@ -183,19 +180,26 @@ class LocalStore(Store):
         with self._mapped(key, "deleting"):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 remove_file(path)
-            remove_empty_directories(os.path.dirname(path), self._root)
+            directory = os.path.dirname(path)
+            with contextlib.suppress(OSError):  # gone, or not ours to change
+                self._remove_debris(directory)
+            remove_empty_directories(directory, self._root)
 
-    def remove_stale_temporaries(self, older_than_s: float) -> int:
-        """Remove unfinished files that killed writers left where the file system has no unnamed files. Returns how many."""
-        removed = 0
-        for directory, _, names in os.walk(self._root):
-            for name in filter(_is_temporary, names):
-                path = os.path.join(directory, name)
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - os.lstat(path).st_mtime > older_than_s:
-                        os.unlink(path)
-                        removed += 1
-        return removed
+    def _remove_debris(self, directory: str) -> None:
+        """Remove unfinished files of killed writers, if nothing else is left in the directory.
+
+        They lie only where the file system has no unnamed files, and would keep the directory of a save for ever. The look ends at the
+        first other entry, so deleting all objects of a directory stays cheap.
+        """
+        stale = []
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if not _is_temporary(entry.name):
+                    return
+                stale.append(entry.path)
+        if all(time.time() - os.lstat(path).st_mtime > _STALE_S for path in stale):
+            for path in stale:
+                os.unlink(path)
 
 
 def _is_temporary(name: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import urllib.parse
+from typing import Any
 
 from fastckpt.errors import StoreError
 
@@ -38,6 +39,13 @@ def location(target: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str
         _refuse_inside(text)
         return text
     return _path_of_file_url(text, rest) if scheme == "file" else text
+
+
+def describe(target: Any) -> str:
+    """How messages call what a caller gave: a path or a URL by its own text, a file object by its name or type."""
+    if isinstance(target, (str, os.PathLike)):
+        return os.fsdecode(os.fspath(target))
+    return str(getattr(target, "name", None) or f"<{type(target).__name__}>")
 
 
 def is_url(text: str) -> bool:

@@ -12,9 +12,15 @@ from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
 
 
 class MemoryStore(Store):
-    """Objects in a dict. `clock` gives the store's time; several MemoryStore views may share one `objects`."""
+    """Objects in a dict of this process. For tests; `open_store("memory://name")` gives the same one for the same name."""
 
     def __init__(self, clock: Callable[[], float] = time.time, name: str = "memory") -> None:
+        """Make an empty store.
+
+        Args:
+            clock: gives the store's own time, in seconds since 1970.
+            name: of the store, for its URL in messages.
+        """
         self.url = f"memory://{name}"
         self._clock = clock
         self._lock = threading.Lock()

@@ -6,7 +6,7 @@ import os
 import threading
 from typing import Any
 
-from fastckpt.errors import StoreError
+from fastckpt.errors import SaveError, StoreError
 from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
 from fastckpt.store.location import is_url, location
@@ -20,11 +20,12 @@ _memory_lock = threading.Lock()
 def open_object(url: str, **settings: Any) -> tuple[Store, str]:
     """The store and the key of the one object that a URL names, whose name others may have given it. The caller closes the store.
 
-    url: as `location` returned it. settings, errors: those of `open_store`. StoreError for a URL that names no object.
+    url: as `location` returned it. settings, errors: those of `open_store`. SaveError or StoreError for a URL that names no object.
     """
     root, _, key = url.rpartition("/")
     if not key or root.endswith(("/", ":")):
-        raise StoreError(f"{url!r} names no object: expected scheme://place/…/name")
+        kind = StoreError if key else SaveError
+        raise kind(f"{url!r} names no object: expected scheme://place/…/name")
     if root.startswith("s3://"):
         settings["any_names"] = True
     return open_store(root, **settings), key

@@ -1,23 +1,20 @@
-"""Stores around stores: retries, a limit on what is under way, counts. The only retries there are: those of the clients below are off."""
+"""Stores around stores, and the only retries that there are: those of the clients below are off."""
 
 from __future__ import annotations
 
-import logging
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastckpt import events
 from fastckpt.errors import ObjectExistsError, StoreUnavailableError
+from fastckpt.events import logger
 from fastckpt.store import late_writes
 from fastckpt.store.base import ObjectInfo, Store
 
 T = TypeVar("T")
 
-logger = logging.getLogger("fastckpt")
 
 _TELL_S = 4.0
 """Of trying, until it is told: within 5 s, as a person would wonder then."""
@@ -27,20 +24,8 @@ _TELL_AGAIN_S = 30.0
 _random = random.Random()
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreRetry(events.Event):
-    """An operation failed for now and is tried again after a pause."""
-
-    target: str
-    verb: str
-    key: str
-    attempt: int
-    pause_s: float
-    error: BaseException
-
-
 class Wrapper(Store):
-    """Passes everything on. Base of the others."""
+    """Passes every operation on to `inner`. Base of stores around stores: override `_call` to do something around each operation."""
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
@@ -145,7 +130,9 @@ class Retrying(Wrapper):
                         f"{error} (given up after {attempt} tries in {self._clock() - started:.0f} s)"
                     ) from error
                 events.emit(
-                    StoreRetry(target=self.url, verb=verb, key=key, attempt=attempt, pause_s=pause_s, error=error)
+                    events.StoreRetry(
+                        target=self.url, verb=verb, key=key, attempt=attempt, pause_s=pause_s, error=error
+                    )
                 )
                 # Before a pause that would end later than that.
                 if self._clock() - started + pause_s >= _TELL_S:
@@ -163,46 +150,3 @@ class Retrying(Wrapper):
                 seconds,
                 self._give_up_s,
             )
-
-
-class Limited(Wrapper):
-    """At most `concurrency` operations under way at once."""
-
-    def __init__(self, inner: Store, concurrency: int) -> None:
-        super().__init__(inner)
-        self._slots = threading.BoundedSemaphore(concurrency)
-
-    def _call(self, verb: str, key: str, operation: Callable[[], T]) -> T:
-        with self._slots:
-            return operation()
-
-
-@dataclass
-class Count:
-    """Operations of one verb."""
-
-    calls: int = 0
-    failed: int = 0
-    seconds: float = 0.0
-
-
-class Traced(Wrapper):
-    """Counts operations and their seconds by verb."""
-
-    def __init__(self, inner: Store) -> None:
-        super().__init__(inner)
-        self.counts: dict[str, Count] = {}
-        self._lock = threading.Lock()
-
-    def _call(self, verb: str, key: str, operation: Callable[[], T]) -> T:
-        started, failed = time.perf_counter(), True
-        try:
-            result = operation()
-            failed = False
-            return result
-        finally:
-            with self._lock:
-                count = self.counts.setdefault(verb, Count())
-                count.calls += 1
-                count.failed += failed
-                count.seconds += time.perf_counter() - started

@@ -15,7 +15,6 @@ thread.
 from __future__ import annotations
 
 import contextlib
-import enum
 import re
 import socket
 import ssl
@@ -23,65 +22,14 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from types import TracebackType
 
+from fastckpt.testing.fault_script import Exchange, Fault, Rule, Script
 from fastckpt.testing.http_stream import PIECE_BYTES, HttpStream
 
 _BURST_S = 0.02  # unused bandwidth that is kept
 _FAULT_ID = "x-amz-request-id: FAULT\r\n"
 _NO_BODY = frozenset({204, 304})
-
-
-class Fault(enum.Enum):
-    """What a rule does to a request."""
-
-    SLOW_DOWN = "503 SlowDown; the server sees nothing"
-    INTERNAL_ERROR = (
-        "500 after half of the request's body, then the connection is closed; the server sees half of it, or nothing"
-    )
-    RESET = "the connection is reset after half of the request's body; the server sees half of it, or nothing"
-    LOST_ACK = "the server carries it out; the client's connection is reset instead of an answer"
-    TRUNCATE = "half of the answer's body, then the connection is closed"
-    FLIP_RESPONSE = "one bit of the answer's body is flipped"
-    FLIP_REQUEST = "one bit of the request's body is flipped"
-    STALL = "nothing until `Rule.release` is set, then as if nothing had been"
-    STALL_RESPONSE = "half of the answer's body, then nothing until `Rule.release` is set, then the rest"
-    ERROR_IN_200 = "status 200 with an <Error> in the body; the server sees nothing"
-    ANSWER = "the answer given in the rule; the server sees nothing"
-
-
-@dataclass
-class Rule:
-    """Made by `FaultProxy.add`."""
-
-    fault: Fault
-    method: str
-    match: str
-    count: int
-    skip: int
-    status: int = 0
-    code: str = ""
-    detail: str = ""
-    headers: dict[str, str] = field(default_factory=dict)
-    reached: threading.Event = field(default_factory=threading.Event)
-    """Set when the rule met its first request: waiting for it replaces a sleep."""
-    release: threading.Event = field(default_factory=threading.Event)
-    """Set it to end a stall. Closing the proxy sets it too."""
-
-
-@dataclass
-class Exchange:
-    """One request as it went through, in the order of arrival."""
-
-    method: str
-    target: str
-    """Path and query."""
-    headers: dict[str, str]
-    """Of the request; names in lower case."""
-    fault: Fault | None
-    status: int = 0
-    """Of the server's answer, or the fault's; 0: none was sent."""
 
 
 class FaultProxy:
@@ -105,8 +53,7 @@ class FaultProxy:
         self._upstream = (host, port)
         self._tls = tls
         self._lock = threading.Lock()
-        self._rules: list[Rule] = []
-        self._log: list[Exchange] = []
+        self._script = Script()
         self._paid_until = 0.0
         self._sockets: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -114,10 +61,14 @@ class FaultProxy:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
         if bytes_per_s or bytes_per_s_each:  # or what waits here to be read would hide the limit from the client
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 128 << 10)
-        self.port: int = self._listener.getsockname()[1]
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self.port}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
         self._acceptor = threading.Thread(target=self._accept, name="fault-proxy", daemon=True)
         self._acceptor.start()
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.url.rpartition(":")[2])
 
     def add(
         self,
@@ -136,29 +87,23 @@ class FaultProxy:
         `skip` such requests went by. For Fault.ANSWER: `status`, `code` (of the XML body; "": no body), `detail` (XML beside the code) and
         `headers`."""
         rule = Rule(fault, method, match, count, skip, status, code, detail, headers or {})
-        with self._lock:
-            self._rules.append(rule)
+        self._script.add(rule)
         return rule
 
     def clear(self) -> None:
         """Forget rules and log; stalled requests go on."""
-        with self._lock:
-            rules, self._rules, self._log = self._rules, [], []
-        for rule in rules:
-            rule.release.set()
+        self._script.clear()
 
     def requests(self, method: str = "") -> list[Exchange]:
         """What has come so far."""
-        with self._lock:
-            return [exchange for exchange in self._log if method in ("", exchange.method)]
+        return self._script.exchanges(method)
 
     def close(self) -> None:
         """Ends every connection and waits for the threads."""
         self._closing.set()
         with self._lock:
-            rules, open_sockets, threads = list(self._rules), list(self._sockets), list(self._threads)
-        for rule in rules:
-            rule.release.set()
+            open_sockets, threads = list(self._sockets), list(self._threads)
+        self._script.release()
         for one in [self._listener, *open_sockets]:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)  # wakes the thread that is in accept or recv; close would not
@@ -212,20 +157,6 @@ class FaultProxy:
         upstream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return upstream
 
-    def _pick(self, exchange: Exchange) -> Rule | None:
-        """Logs the request and uses up a rule for it."""
-        with self._lock:
-            self._log.append(exchange)
-            for rule in self._rules:
-                if rule.count > 0 and rule.method in ("", exchange.method) and re.search(rule.match, exchange.target):
-                    if rule.skip > 0:
-                        rule.skip -= 1
-                        continue
-                    rule.count -= 1
-                    exchange.fault = rule.fault
-                    return rule
-        return None
-
     def _pace(self, n_bytes: int, connection: _Connection) -> None:
         """Sleeps as long as the limits want for `n_bytes`."""
         now = time.monotonic()
@@ -278,7 +209,7 @@ class _Connection:
             return False
         method, target, _ = head.split(b"\r\n", 1)[0].decode("latin-1").split(" ", 2)
         exchange = Exchange(method, target, headers, None)
-        rule = self._proxy._pick(exchange)
+        rule = self._proxy._script.pick(exchange)
         if self._proxy.delay_s > 0:
             self._proxy._closing.wait(self._proxy.delay_s)
         if headers.get("expect", "").lower() == "100-continue":
@@ -397,3 +328,6 @@ class _Connection:
     def _send(self, piece: bytearray, sink: Callable[[bytearray], object]) -> None:
         self._proxy._pace(len(piece), self)
         sink(piece)
+
+
+__all__ = ["Exchange", "Fault", "FaultProxy", "Rule"]

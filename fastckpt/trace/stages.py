@@ -30,7 +30,8 @@ class Moment(NamedTuple):
     name: str
     span: Span
     across: str
-    """"" if the emitting thread spent it; else it may overlap with that thread's others, and this is the name of a row for such spans."""
+    """Name of a row for spans that may overlap others of the thread that emitted them, such as a copy that a device makes. "": the span
+    belongs to the row of the emitting thread."""
 
 
 _NAMES = {

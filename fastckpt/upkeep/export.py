@@ -24,7 +24,7 @@ from fastckpt.format.digest import crc64nvme
 from fastckpt.format.keys import vote_key
 from fastckpt.format.records import Records
 from fastckpt.format.repository_records import Commit
-from fastckpt.host.files import Sink
+from fastckpt.host.sink import Sink, committing
 from fastckpt.host.threads import WorkerPool
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
@@ -114,17 +114,12 @@ def export(
         StoreError, OSError: the store or the sink failed.
     """
     options = options or Options()
-    try:
+    with committing(sink):
         if not 0 <= rank < commit.world:
             raise NoCheckpointError(
                 f"{repository.location(commit.checkpoint)} has ranks 0 to {commit.world - 1}: there is no rank {rank}"
             )
-        n_bytes = _write(_open(repository.store, commit, rank), repository.store, sink, options, progress)
-        sink.commit()
-    except BaseException:
-        sink.abandon()
-        raise
-    return n_bytes
+        return _write(_open(repository.store, commit, rank), repository.store, sink, options, progress)
 
 
 def _open(store: Store, commit: Commit, rank: int) -> Reader:

@@ -14,28 +14,27 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fastckpt import codec, events
+from fastckpt._types import U8
 from fastckpt._version import __version__
 from fastckpt.format import container, directory, records
 from fastckpt.format.container import HEADER_BYTES, PartEntry
 from fastckpt.format.digest import digest
 from fastckpt.host import cycle_collector
-from fastckpt.host.files import Sink
 from fastckpt.host.pages import fresh_pages
+from fastckpt.host.sink import Sink, committing
 from fastckpt.host.threads import WorkerPool
 from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
 from fastckpt.options import Options
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Chunk
 from fastckpt.state.chunks import ChunkSource, LiveChunks
-
-U8 = npt.NDArray[np.uint8]
 
 _INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
 
@@ -107,7 +106,7 @@ def write(
     source = source or LiveChunks(captured)
     started = time.perf_counter()
     try:
-        try:
+        with committing(sink), closing(source), closing(pool) if pool is not None else nullcontext():
             payload = _ContainerPayload(sink)
             writer = ChunkWriter(captured, payload, target, options, pool, source)
             events.emit(
@@ -121,13 +120,7 @@ def write(
             )
             n_bytes = _write_parts(writer, payload, sink, captured.skeleton)
             commit_from = time.perf_counter()
-            sink.commit()
-        finally:
-            if pool is not None:
-                pool.close()
-            source.close()
     except BaseException as error:
-        sink.abandon()
         events.emit(events.SaveFailed(target=target, error=error))
         raise
     now = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import mmap
 import tempfile
 import traceback
@@ -12,10 +11,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastckpt.errors import StoreError, StoreFullError
+from fastckpt.events import logger
 from fastckpt.store import late_writes
 from fastckpt.store.base import Store
-
-logger = logging.getLogger("fastckpt")
 
 _IN_MEMORY_BYTES = 64 << 20
 
@@ -114,7 +112,7 @@ class ObjectSink:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """What the frames of a failed put hold: their views of the file would keep its room on the disk for as long as the error is kept."""
+    """Clear the frames of a failed put: their views of the file would occupy the disk for as long as somebody keeps the error."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

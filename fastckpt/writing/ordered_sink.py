@@ -9,9 +9,11 @@ import tempfile
 from collections.abc import Hashable
 from typing import Any
 
-from fastckpt.host.files import AtomicFile, DirectFile, Sink, open_sink
+from fastckpt.host.files import AtomicFile
 from fastckpt.host.held import descriptor_of
+from fastckpt.host.sink import Sink
 from fastckpt.writing.object_sink import ObjectSink
+from fastckpt.writing.sinks import DirectFile, open_sink
 from fastckpt.writing.turns import Turn
 
 
@@ -33,6 +35,10 @@ class OrderedSink:
             # It may hold an earlier save's bytes now, and is replaced then.
             self._sink.abandon()
             self._sink = open_sink(self._sink.absolute_path)
+
+    def hand_over(self) -> None:
+        """Another thread goes on with the save."""
+        self._turn.hand_over()
 
     def expect(self, raw_bytes: int) -> None:
         """How large the state is, before the first byte."""

@@ -64,7 +64,7 @@ class Turn:
                 _changed.wait(min(left_s, _POLL_S))
 
     def _earlier(self) -> list[Turn]:
-        """Those that must end first. Called under the lock.
+        """The turns that must end first. Called under the lock.
 
         One of this very thread can end only after us: we are in a signal handler that has interrupted it. It lets us pass, unless it is
         just putting its bytes in place.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.open import open_store
-from fastckpt.store.wrap import Limited, Retrying, Traced
+from fastckpt.store.wrap import Retrying, Wrapper
 from fastckpt.testing.faulty_store import FaultyStore
 from fastckpt.testing.store_contract import StoreContract
 
@@ -51,19 +52,28 @@ class TestRetryingOverFaults(StoreContract):
         return Retrying(faulty, sleep=lambda pause_s: None)
 
 
-class TestLimitedAndTraced(StoreContract):
+class TestWrapper(StoreContract):
     @pytest.fixture
     def store(self) -> Store:
-        return Traced(Limited(MemoryStore(), 2))
+        return Wrapper(MemoryStore())
 
 
-def test_temporaries_are_not_listed_and_can_be_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hours", [23, 25])
+def test_temporaries_are_not_listed_and_go_with_the_last_object_of_their_directory(tmp_path: Path, hours: int) -> None:
     store = LocalStore(tmp_path)
-    store.put("a/b", b"x")
-    (tmp_path / "a" / ".b.123-00ff.tmp").write_bytes(b"half")
-    assert [info.key for info in store.list("")] == ["a/b"]
-    assert store.remove_stale_temporaries(older_than_s=3600) == 0
-    assert store.remove_stale_temporaries(older_than_s=-1) == 1
+    for key in ("data/save/b", "data/save/c", "data/other/d"):
+        store.put(key, b"x")
+    debris = tmp_path / "data" / "save" / ".b.123-00ff.tmp"
+    debris.write_bytes(b"half")
+    at_s = time.time() - hours * 3600
+    os.utime(debris, (at_s, at_s))
+    assert [info.key for info in store.list("data/save/")] == ["data/save/b", "data/save/c"]
+    store.delete("data/save/b")
+    assert debris.exists()
+    store.delete("data/save/c")
+    assert debris.exists() == (hours < 24), "younger ones may be somebody's who is just writing"
+    assert debris.parent.exists() == (hours < 24)
+    assert store.get("data/other/d") == b"x"
 
 
 def test_links_out_of_the_root_are_not_followed(tmp_path: Path) -> None:

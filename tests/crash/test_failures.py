@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt.host import files
+from fastckpt.host import direct_writer
 from tests.crash import tools
 
 OLD, NEW = 1, 2
@@ -195,8 +195,8 @@ def test_short_writes(path: Path, monkeypatch: pytest.MonkeyPatch, direct_bytes:
         calls.append(len(data))
         return real(fd, data[: max(1, len(data) // 3)])
 
-    monkeypatch.setattr(files.os, "write", one_third)
-    monkeypatch.setattr(files, "_DIRECT_BYTES", direct_bytes)
+    monkeypatch.setattr(os, "write", one_third)
+    monkeypatch.setattr(direct_writer, "_DIRECT_BYTES", direct_bytes)
     fastckpt.save(tools.state(NEW), path)
     assert len(calls) > 20
     assert tools.loaded(path) == NEW

@@ -40,7 +40,8 @@ def history(path: Path) -> list[int]:
 # What is registered last is called first: nothing is written before the end has begun, whatever the machine's pace.
 HOLD = """
     from fastckpt.store.local import LocalStore
-    ended, put, write = threading.Event(), LocalStore.put, fastckpt.api.write
+    from fastckpt.writing import background
+    ended, put, write = threading.Event(), LocalStore.put, background.write
     def late_put(self, key, data):
         if key.startswith("data/"):
             ended.wait()
@@ -48,7 +49,7 @@ HOLD = """
     def late_write(*arguments):
         ended.wait()
         return write(*arguments)
-    LocalStore.put, fastckpt.api.write = late_put, late_write
+    LocalStore.put, background.write = late_put, late_write
     threading._register_atexit(ended.set)
 """
 

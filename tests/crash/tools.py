@@ -1,4 +1,4 @@
-"""What the crash tests share: states, a stand-in for `os` inside fastckpt.files, forked children."""
+"""What the crash tests share: states, a stand-in for `os` inside what writes files, forked children."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 import fastckpt
-from fastckpt.host import files
+from fastckpt.host import direct_writer, files
+from fastckpt.writing import sinks
 
 torch.set_num_threads(1)  # a fork keeps only the calling thread: torch must not wait for others
 
-# Whatever fastckpt.files may call that the kernel sees. Anything else goes to the real os untouched.
+# Whatever these modules may call that the kernel sees. Anything else goes to the real os untouched.
 OPERATIONS = [
     "open",
     "stat",
@@ -92,7 +93,7 @@ def open_fds() -> dict[int, str]:
 
 
 class WatchedOs:
-    """Stands in for the module `os` in fastckpt.files: calls `before` and `after` around each operation."""
+    """Stands in for the module `os` in fastckpt.host.files and its neighbours: calls `before` and `after` around each operation."""
 
     def __init__(self, before: Hook | None, after: AfterHook | None, *, tmpfile: bool) -> None:
         self._before, self._after, self._tmpfile = before, after, tmpfile
@@ -119,7 +120,7 @@ class WatchedOs:
 def watched(
     before: Hook | None = None, after: AfterHook | None = None, *, tmpfile: bool = True, write_bytes: int = 8 << 10
 ) -> Iterator[None]:
-    """Watch every operation of fastckpt.files. `write_bytes` makes small states take several writes, direct ones on a thread first."""
+    """Watch every operation on files. `write_bytes` makes small states take several writes, direct ones on a thread first."""
     watcher = WatchedOs(before, after, tmpfile=tmpfile)
 
     class WatchedPath:
@@ -133,13 +134,16 @@ def watched(
                 if not missing_ok:
                     raise
 
-    saved = files.os, files.Path, files._WRITE_BYTES, files._DIRECT_BYTES
-    files.os, files.Path, files._WRITE_BYTES = watcher, WatchedPath, write_bytes  # type: ignore[misc,assignment]
-    files._DIRECT_BYTES = min(write_bytes, files._DIRECT_BYTES)
-    try:
+    with contextlib.ExitStack() as put_back:
+        for module, name, value in [
+            *((module, "os", watcher) for module in (files, direct_writer, sinks)),
+            (files, "Path", WatchedPath),
+            (direct_writer, "_WRITE_BYTES", write_bytes),
+            (direct_writer, "_DIRECT_BYTES", min(write_bytes, direct_writer._DIRECT_BYTES)),
+        ]:
+            put_back.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
         yield
-    finally:
-        files.os, files.Path, files._WRITE_BYTES, files._DIRECT_BYTES = saved  # type: ignore[misc]
 
 
 class Counter:

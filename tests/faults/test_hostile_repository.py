@@ -24,7 +24,6 @@ from fastckpt.format.digest import digest
 from fastckpt.format.keys import CheckpointId, commit_key, epoch_key, pin_key, vote_key
 from fastckpt.format.repository_records import Commit, Pin, pin_bytes, utc_now
 from fastckpt.format.vote import vote_name
-from fastckpt.host.files import FileObject
 from fastckpt.options import Options
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog
@@ -37,6 +36,7 @@ from fastckpt.upkeep.check.repository import check_repository
 from fastckpt.upkeep.export import export
 from fastckpt.upkeep.salvage import salvage
 from fastckpt.writing.container import index_and_footer
+from fastckpt.writing.sinks import FileObject
 from tests.faults.test_hostile import junk, mutate_json
 from tests.faults.tools import outcome
 from tests.support.states import captured, small_state

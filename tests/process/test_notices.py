@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from fastckpt.spot import Ec2Source
-from fastckpt.spot.imds import ImdsClient
+from fastckpt.spot.sources.imds import ImdsClient
 
 _CHILD = """
 import os, signal, sys

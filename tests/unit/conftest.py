@@ -7,7 +7,7 @@ import pytest
 
 from fastckpt.host import files
 from fastckpt.snapshot import pool
-from fastckpt.writing import object_sink, turns
+from fastckpt.writing import object_sink, sinks, turns
 from tests.support.stores import HeldStore
 from tests.support.targets import Gate
 
@@ -50,7 +50,7 @@ def store() -> Iterator[HeldStore]:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     """The first save to a path, object or file object stops just before its last step."""
     gate = Gate()
-    for owner in (files.AtomicFile, files.DirectFile, files.FileObject, object_sink.ObjectSink):
+    for owner in (files.AtomicFile, sinks.DirectFile, sinks.FileObject, object_sink.ObjectSink):
 
         def commit(self: Any, real: Callable[[Any], None] = owner.commit) -> None:
             gate.wait()

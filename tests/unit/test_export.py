@@ -13,7 +13,7 @@ import torch
 import fastckpt
 from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, StoreUnavailableError
 from fastckpt.format import records
-from fastckpt.host.files import AtomicFile, FileObject
+from fastckpt.host.files import AtomicFile
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.sources import PathSource
@@ -21,6 +21,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
 from fastckpt.upkeep.check.container import ContainerReport, check_container
 from fastckpt.upkeep.export import export, lay_out
+from fastckpt.writing.sinks import FileObject
 from tests.support.repositories import IN_PARALLEL, begin, commit_of, flip, keys_of, save_ranks, save_steps
 from tests.support.states import rich_state, same
 

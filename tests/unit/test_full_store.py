@@ -14,6 +14,7 @@ import fastckpt
 from fastckpt.errors import StoreAccessError, StoreFullError
 from fastckpt.format import keys
 from fastckpt.host.files import AtomicFile
+from fastckpt.store.cloud_errors import Answer, translate
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from tests.support.repositories import check_all, history
@@ -88,3 +89,14 @@ def test_a_directory_on_a_full_disk_says_so(number: int, tmp_path: Path, monkeyp
         LocalStore(tmp_path).put("data/x", b"1")
     assert isinstance(caught.value.__cause__, OSError)
     assert not list(tmp_path.rglob("*x*"))
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(403, "QuotaExceeded"), (507, "XMinioStorageFull"), (400, "XMinioAdminBucketQuotaExceeded"), (507, "")],
+)
+def test_a_quota_of_s3_is_a_full_store(status: int, code: str) -> None:
+    found = translate(Answer(status=status, code=code), "put", "s3://b/k", [], "")
+    assert type(found) is StoreFullError
+    assert code in str(found)
+    assert "raise the quota" in str(found)

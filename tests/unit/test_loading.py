@@ -144,3 +144,13 @@ def test_more_threads_wait_for_a_disk_but_no_more_decode(
     workers = {name for name in readers if name.startswith("fastckpt-load")}
     assert len(workers) <= (2 + storage_loader._WAITING_THREADS if waits else 2)
     assert bool(hints) is waits
+
+
+def test_arguments_that_play_no_part_are_told_at_the_line_of_the_call(tmp_path: Path) -> None:
+    fastckpt.save({"a": torch.zeros(3)}, tmp_path / "x.fckpt")
+    with fastckpt.Checkpointer(tmp_path / "run", {"a": {"w": torch.zeros(3)}}, every=None, spot=None) as ckpt:
+        ckpt.save_now(1).wait()
+    for path in (tmp_path / "x.fckpt", tmp_path / "run"):
+        with pytest.warns(UserWarning, match="only works if `weights_only=False`") as told:
+            fastckpt.load(path, encoding="latin1")
+        assert [warning.filename for warning in told] == [__file__]

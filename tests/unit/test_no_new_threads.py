@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import Checkpointer, Every, Keep, Options, api, events
+from fastckpt import Checkpointer, Every, Keep, Options, events
 from fastckpt.errors import SaveError, StoreError
 from fastckpt.host import threads
 from fastckpt.host.threads import WorkerPool, hurried
 from fastckpt.kernels import select
 from fastckpt.repository.repository import Repository
 from fastckpt.spot import FileSource, Watcher
-from fastckpt.spot.imds import ImdsClient
+from fastckpt.spot.sources.imds import ImdsClient
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.testing.metadata_server import MetadataServer
@@ -29,6 +29,7 @@ from fastckpt.trace import read
 from fastckpt.trace.recorder import Recorder
 from fastckpt.training.save_queue import MAX_JOBS
 from fastckpt.upkeep.check.repository import check_repository
+from fastckpt.writing import background
 from tests.support.repositories import check_all, history
 from tests.support.stores import HeldStore
 
@@ -101,13 +102,13 @@ def test_saves_that_begin_then_are_done_when_they_return(tmp_path: Path, ended: 
 
 
 def test_a_save_that_was_accepted_before_is_whole(tmp_path: Path, end: End, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, write = threading.Event(), api.write  # type: ignore[attr-defined]
+    go, write = threading.Event(), background.write  # type: ignore[attr-defined]
 
     def late(*arguments: Any) -> int:
         assert go.wait(SHORT_S)
         return write(*arguments)
 
-    monkeypatch.setattr(api, "write", late)
+    monkeypatch.setattr(background, "write", late)
     handle = fastckpt.save_async(state(), tmp_path / "a", options=SEVERAL)
     end()
     go.set()

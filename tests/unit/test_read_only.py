@@ -248,7 +248,7 @@ def named(monkeypatch: pytest.MonkeyPatch) -> MemoryStore:
         rest = url.removeprefix("memory://readers").strip("/")
         return ReadOnlyStore(_Below(store, f"{rest}/" if rest else ""))
 
-    for module in ("fastckpt.api", "fastckpt.store.open"):
+    for module in ("fastckpt.repository.locate", "fastckpt.store.open"):
         monkeypatch.setattr(f"{module}.open_store", open_url)
     return store
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from fastckpt import RNGState, load
-from fastckpt.host.files import FileObject
 from fastckpt.options import Options
 from fastckpt.state import Captured, Recapturer, capture, recapture
 from fastckpt.writing.container import write
+from fastckpt.writing.sinks import FileObject
 
 OPTIONS = Options(threads=1)
 

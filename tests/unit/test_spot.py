@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from fastckpt.spot import Ec2Source, FileSource, Notice, SignalSource, Watcher, machine, open_sources
 from fastckpt.spot import select as spot_open
 from fastckpt.spot.deadline import GUARD_S, Choice, choose
-from fastckpt.spot.imds import ImdsClient, MetadataUnavailable
+from fastckpt.spot.sources.imds import ImdsClient, MetadataUnavailable
 from fastckpt.testing.metadata_server import FAULTS, MetadataServer
 
 SHORT_S = 20.0  # no wait of these tests comes near it
@@ -333,7 +333,7 @@ def test_on_ec2_it_is_said_that_no_notice_can_come(
     if told:
         monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", server.url)
     monkeypatch.setenv("AWS_METADATA_SERVICE_TIMEOUT", "0.2")
-    monkeypatch.setattr("fastckpt.spot.imds._IPV4", server.url)
+    monkeypatch.setattr("fastckpt.spot.sources.imds._IPV4", server.url)
     watcher = Watcher(open_sources("auto"), poll_s=0.01)
     watcher.start()
     try:

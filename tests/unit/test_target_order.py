@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 import fastckpt
-from fastckpt import api
 from fastckpt.errors import OvertakenError, StoreUnavailableError, TargetBusyError
 from fastckpt.host import files, threads
 from fastckpt.host.threads import start_thread
@@ -26,7 +25,7 @@ from fastckpt.store import late_writes
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.faulty_store import FaultyStore
-from fastckpt.writing import object_sink, turns
+from fastckpt.writing import background, object_sink, turns
 from fastckpt.writing.ordered_sink import OrderedSink
 from tests.support.targets import Gate, linux, state, step_in
 
@@ -400,7 +399,7 @@ def test_an_interrupt_while_the_thread_starts_does_not_break_its_save(
         signal.raise_signal(signal.SIGINT)
         return thread
 
-    monkeypatch.setattr(api, "start_thread", start_and_interrupt)
+    monkeypatch.setattr(background, "start_thread", start_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
         fastckpt.save_async(state(1), tmp_path / "x")
     assert started[0] in threads._unfinished, "the interpreter's end would not wait for it"

@@ -11,6 +11,7 @@ from fastckpt.format.directory import GlobalPlace
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.tensor_names import Name, to_json
 from fastckpt.host.files import AtomicFile
+from fastckpt.host.sink import committing
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,6 @@ def _lost_to_json(tensor: LostTensor) -> dict[str, Any]:
 
 def write_report(path: str, report: SalvageReport) -> None:
     """Write report.json, whole or not at all. OSError, SaveError."""
-    sink = AtomicFile(path)
-    try:
+    with committing(AtomicFile(path)) as sink:
         text = json.dumps({"schema": "fastckpt.salvage/1", **report_to_json(report)}, indent=1, ensure_ascii=True)
         sink.write(f"{text}\n".encode())
-        sink.commit()
-    except BaseException:
-        sink.abandon()
-        raise

@@ -27,7 +27,7 @@ from fastckpt.state.capture import is_plain_array
 from fastckpt.state.chunks import cuts_of
 from fastckpt.upkeep.salvage.chunks import SalvagedChunks, StoredBytes
 from fastckpt.upkeep.salvage.report import LostTensor, SalvagedRank
-from fastckpt.writing.container import start_workers, write
+from fastckpt.writing.background import write_now
 
 
 def sort_out(reader: Reader, bad: Mapping[int, Damage], result: SalvagedRank) -> list[TensorEntry]:
@@ -119,13 +119,7 @@ def write_tensors(
     captured = capture(state, pickle, 2)
     stored_as = {tensor.storage: stored_at[str(tensor.name[0])] for tensor in captured.tensors}
     source = SalvagedChunks(cuts_of(captured), stored, stored_as)
-    sink = AtomicFile(path)
-    try:
-        pool = start_workers(captured, options)
-    except BaseException:
-        sink.abandon()
-        raise
-    write(captured, sink, path, options, pool, 0.0, source)
+    write_now(captured, AtomicFile(path), path, options, 0.0, source)
     result.file, result.saved, result.saved_bytes = path, list(state), captured.n_bytes
 
 

@@ -1,0 +1,17 @@
+"""Types that several rooms write in their signatures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+U8: TypeAlias = npt.NDArray[np.uint8]
+"""Bytes as an array. One dimension, where nothing else is said."""
+
+U64: TypeAlias = npt.NDArray[np.uint64]
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called now and then with what is done and what there is to do, both in bytes."""

@@ -1,0 +1,54 @@
+"""What a path, a URL or a file object is to somebody who reads: a container, or a repository of checkpoints."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fastckpt.errors import ObjectNotFoundError, SaveError, StoreAccessError, StoreError
+from fastckpt.events import logger
+from fastckpt.reading.opening import open_source
+from fastckpt.reading.sources import Source
+from fastckpt.repository.newest import is_repository
+from fastckpt.store.base import Store
+from fastckpt.store.location import is_url, location
+from fastckpt.store.open import open_store
+
+
+def locate(f: Any, *, repository: bool = False) -> Source | Store:
+    """The bytes that `f` names, or the store of a repository, which the caller closes. An object of that name comes first, unless
+    `repository`.
+    """
+    where = location(f) if isinstance(f, (str, os.PathLike)) else None
+    if where is None:
+        return open_source(f)
+    if not is_url(where):
+        return (_repository(where) if os.path.isdir(where) else None) or open_source(f)
+    if repository:
+        return _repository(where) or open_source(f)
+    try:
+        return open_source(f)
+    except (ObjectNotFoundError, StoreAccessError, SaveError, FileNotFoundError):
+        # Rights to read a prefix do not include the object of its own name, and a whole bucket has no name of an object.
+        store = _repository(where)
+        if store is None:
+            raise
+        return store
+
+
+def _repository(where: str) -> Store | None:
+    """The store of a repository; None if there is none, as far as can be seen."""
+    store = None
+    try:
+        store = open_store(where)
+        if is_repository(store):
+            return store
+    except StoreError as error:  # what the caller meets otherwise says more
+        logger.debug("looking for a repository at %s: %s", where, error)
+    except BaseException:
+        if store is not None:
+            store.close()
+        raise
+    if store is not None:
+        store.close()
+    return None

@@ -1,0 +1,165 @@
+"""One signed request to S3, tried once, and its answer: a success, or one of StoreError's subclasses."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from fastckpt._version import __version__
+from fastckpt.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError, StoreUnavailableError
+from fastckpt.store.cloud_connection import Connection
+from fastckpt.store.cloud_errors import (
+    CREDENTIAL_CODES,
+    Answer,
+    cut_secrets,
+    harmless,
+    read_answer,
+    refuses_checksum,
+    translate,
+    wants_checksum,
+)
+from fastckpt.store.cloud_http import HttpClient, HttpResponse
+from fastckpt.store.cloud_proxy import host_header
+from fastckpt.store.cloud_signature import NO_PAYLOAD, UNSIGNED_PAYLOAD, quoted_path, quoted_query, signed
+from fastckpt.store.cloud_socket import HttpError
+
+MOST_ERROR_BYTES = 64 << 10
+_NOT_SIGNED = {"accept-encoding": "identity", "user-agent": f"fastckpt/{__version__}"}  # proxies change these
+
+
+class ChecksumError(StoreError):
+    """The server does not take the header of the body's checksum, or misses one. Stays inside the store."""
+
+
+class Requests:
+    """Requests to one bucket, below one prefix. Any thread. Nothing is sent before the first one."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.url = f"s3://{connection.bucket}" + (f"/{connection.prefix}" if connection.prefix else "")
+        self.bucket_seen = False
+        """Whether any answer has shown that the bucket exists."""
+        self._http = HttpClient(connection.server)
+        self._closed = False
+
+    def _path(self, name: str) -> str:
+        """Quoted; `name`: within the bucket."""
+        connection = self._connection
+        base = urlsplit(connection.endpoint).path.rstrip("/")
+        bucket = "" if connection.virtual_host else f"/{connection.bucket}"
+        return quoted_path(f"{base}{bucket}/{name}" if name or not bucket else f"{base}{bucket}")
+
+    def name_of(self, key: str) -> str:
+        return f"{self._connection.prefix}/{key}" if self._connection.prefix else key
+
+    @contextmanager
+    def ask(
+        self,
+        doing: str,
+        key: str,
+        method: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: memoryview | None = None,
+        http: HttpClient | None = None,
+    ) -> Iterator[HttpResponse]:
+        """The answer to one request, if it is a success; else StoreError's subclass. `query` for the bucket, else the object `key`.
+
+        http: another client than the store's, with less patience.
+        """
+        if self._closed:
+            raise StoreError(f"{self.url} is closed")
+        connection = self._connection
+        where = f"{self.url}/{key}" if key else self.url
+        generation = connection.credentials.generation
+        try:
+            keys = connection.keys()
+        except StoreError as error:
+            raise type(error)(f"{doing} {where}: {error}") from error.__cause__
+        path, asked = self._path("" if query else self.name_of(key)), quoted_query(query or {})
+        sent = signed(
+            method,
+            path,
+            asked,
+            {"host": host_header(connection.endpoint), **self._common_headers(), **(headers or {})},
+            self._payload(body),
+            keys,
+            connection.region,
+            datetime.datetime.now(datetime.timezone.utc),
+        )
+        try:
+            with (http or self._http).request(
+                method, f"{path}?{asked}" if asked else path, {**sent, **_NOT_SIGNED}, body
+            ) as response:
+                if 200 <= response.status < 300:
+                    yield response
+                    self.bucket_seen = True
+                    return
+                text = response.read(MOST_ERROR_BYTES)
+        except HttpError as error:
+            raise self._no_answer(error, doing, where) from harmless(error, connection.credentials.secrets)
+        raise self._refused(read_answer(response.status, response.headers, text), doing, where, generation)
+
+    def _common_headers(self) -> dict[str, str]:
+        found = {}
+        if self._connection.expected_bucket_owner:
+            found["x-amz-expected-bucket-owner"] = self._connection.expected_bucket_owner
+        if self._connection.request_payer:
+            found["x-amz-request-payer"] = "requester"
+        return found
+
+    def _payload(self, body: memoryview | None) -> str:
+        if body is None:
+            return NO_PAYLOAD
+        return (
+            UNSIGNED_PAYLOAD
+            if self._connection.encrypted or self._connection.anonymous
+            else hashlib.sha256(body).hexdigest()
+        )
+
+    def _no_answer(self, error: HttpError, doing: str, where: str) -> StoreError:
+        text = cut_secrets(f"{doing} {where}: {error}", self._connection.credentials.secrets)
+        if error.untrusted:
+            return StoreError(text)
+        found = StoreUnavailableError(text)
+        found.refused = error.never_sent
+        return found
+
+    def _refused(self, answer: Answer, doing: str, where: str, generation: int) -> StoreError:
+        credentials = self._connection.credentials
+        found = translate(answer, doing, where, credentials.secrets, self._connection.region)
+        if isinstance(found, (ObjectExistsError, ObjectNotFoundError)) and answer.code:
+            self.bucket_seen = True
+        if refuses_checksum(answer) or wants_checksum(answer):
+            return ChecksumError(str(found))
+        if answer.code in CREDENTIAL_CODES and not self._connection.anonymous and credentials.renewed_since(generation):
+            again = StoreUnavailableError(
+                f"{found} The credentials have been replaced meanwhile: another try uses the new ones"
+            )
+            again.refused = True
+            return again
+        owner = self._connection.expected_bucket_owner
+        if isinstance(found, StoreAccessError) and owner and answer.status == 403:
+            return StoreAccessError(f"{found}, and whether the bucket belongs to account {owner} as you expect")
+        return found
+
+    def close(self) -> None:
+        """Nothing is asked any more. Requests under way go on."""
+        self._closed = True
+        self._http.close()
+
+
+def fill(response: HttpResponse, view: memoryview) -> None:
+    """HttpError if another number of bytes comes."""
+    at = 0
+    while at < view.nbytes:
+        n = response.read_into(view[at:])
+        if not n:
+            raise HttpError(f"{at} bytes came: expected {view.nbytes}")
+        at += n
+    if response.read(1):
+        raise HttpError(f"more bytes came than the {view.nbytes} announced")
