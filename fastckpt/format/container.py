@@ -118,11 +118,6 @@ def parse_header(data: bytes, source: str) -> Header:
     return Header(version, read, write, check)
 
 
-def footer_magic(data: bytes) -> bool:
-    """Whether these 256 bytes end like a container."""
-    return data[-8:] == MAGIC
-
-
 def parse_footer(data: bytes, available_bytes: int, source: str) -> Footer:
     """Check and read a footer.
 

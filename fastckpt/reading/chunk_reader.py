@@ -133,13 +133,9 @@ class Reader:
                 + ". Upgrade with `pip install -U fastckpt-engine`"
             )
 
-    @cached_property
-    def _record_ends(self) -> npt.NDArray[np.int64]:
-        return np.cumsum(self.records["raw_bytes"], dtype=np.int64)
-
     def pieces(self, storage: int) -> Iterator[tuple[int, int, int, int]]:
         """(record, offset in its raw bytes, offset in the storage, bytes) of each stretch of a storage, in order."""
-        ends, raw = self._record_ends, self.records["raw_bytes"]
+        raw = self.records["raw_bytes"]
         position = 0
         for extent in self.directory.storages[storage].extents or ():
             record, offset, left = extent
@@ -147,7 +143,7 @@ class Reader:
                 n = min(left, int(raw[record]) - offset)
                 yield record, offset, position, n
                 record, offset, left, position = record + 1, 0, left - n, position + n
-        assert position in (0, self.directory.storages[storage].n_bytes), (ends, storage)
+        assert position in (0, self.directory.storages[storage].n_bytes), storage
 
     @cached_property
     def _storages_of_record(self) -> list[list[int]]:

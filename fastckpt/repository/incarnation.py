@@ -149,9 +149,7 @@ class Incarnation:
         meta: Mapping[str, Any] | None = None,
         called_s: float | None = None,
         commit_timeout_s: float = 600.0,
-        goodput_bytes_s: float | None = None,
         source: ChunkSource | None = None,
-        before_vote: Callable[[], None] = lambda: None,
         cancelled: Callable[[], bool] = lambda: False,
         threads: UploadThreads | None = None,
     ) -> Commit:
@@ -188,8 +186,6 @@ class Incarnation:
                 request,
                 self._options,
                 source,
-                before_vote,
-                goodput_bytes_s,
                 cancelled,
                 self._buffers,
                 threads,

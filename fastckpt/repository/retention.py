@@ -145,8 +145,6 @@ class Plan:
     """Checkpoints (and saves that never became one) whose commit key gets a tombstone, and why."""
     delete: list[str] = field(default_factory=list)
     """Keys: votes before packs before tombstones."""
-    waiting_bytes_keys: int = 0
-    """Packs that will go once their grace is over."""
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     """What whoever made the rules should hear: they do not do what they say."""
@@ -229,7 +227,6 @@ def plan(
                 result.delete.append(key)
             else:
                 left.add(save.checkpoint)
-                result.waiting_bytes_keys += save.checkpoint in gone
     if view.needed is None:
         result.notes.append(
             "no pack is deleted: a living checkpoint cannot be read, so what it needs is not known. Try `fastckpt check`"

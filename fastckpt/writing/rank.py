@@ -80,23 +80,20 @@ def upload(
     request: SaveRequest,
     options: Options,
     source: ChunkSource | None = None,
-    before_vote: Callable[[], None] = lambda: None,
-    goodput_bytes_s: float | None = None,
     cancelled: Callable[[], bool] = lambda: False,
     buffers: PackBuffers | None = None,
     threads: UploadThreads | None = None,
 ) -> Uploaded:
     """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
 
-    source: the captured state's chunks; None: the state itself. before_vote: called when all packs are durable; what it raises stops the
-    save before it can be committed. cancelled: asked before every chunk; True ends the save with a SaveError.
+    source: the captured state's chunks; None: the state itself. cancelled: asked before every chunk; True ends the save with a SaveError.
     buffers: kept by the caller for its next save. threads: closed by this.
     Takes, besides the state, `options.chunks_in_flight` × 16 MiB and `connections + 1` packs.
     """
     started = time.perf_counter()
     target = f"{store.url} step {request.save.step}"
     packs: PackWriter | None = None
-    pack_bytes = choose_pack_bytes(captured.n_bytes, options, goodput_bytes_s)
+    pack_bytes = choose_pack_bytes(captured.n_bytes, options)
     try:
         threads = threads or UploadThreads.start(captured, options)
         try:
@@ -124,7 +121,6 @@ def upload(
                 files = packs.finish()
         finally:
             threads.close()
-        before_vote()
         info = SaveInfo(
             request.save,
             request.parent,
