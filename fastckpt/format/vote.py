@@ -9,8 +9,8 @@ from typing import Any
 from fastckpt.errors import CorruptCheckpointError, Damage
 from fastckpt.format.digest import digest
 from fastckpt.format.directory import Directory
+from fastckpt.format.fields import Findings, JsonFields
 from fastckpt.format.keys import MAX_EPOCH, MAX_TRY, SaveId, VoteName
-from fastckpt.format.members import Members
 from fastckpt.format.repository_records import Commit, Parent, VoteEntry, metrics_to_json, parent_to_json, parse_parent
 
 
@@ -49,7 +49,7 @@ def save_to_json(info: SaveInfo) -> dict[str, Any]:
 
 def save_info(directory: Directory, name: VoteName, source: str) -> SaveInfo:
     """Read it, and check that the vote is the one its name says. CorruptCheckpointError lists what differs."""
-    value = Members(directory.save, "directory", source)
+    value = JsonFields(directory.save, Findings("directory", source))
     epoch, attempt = value.integer("epoch", 1, MAX_EPOCH), value.integer("try", 0, MAX_TRY)
     said = (epoch, directory.step, attempt, directory.rank, directory.world)
     named = (*name.save, name.rank, name.world)
@@ -64,7 +64,7 @@ def save_info(directory: Directory, name: VoteName, source: str) -> SaveInfo:
         value.seconds("seconds"),
         value.text("utc"),
     )
-    value.done()
+    value.findings.raise_damage()
     return info
 
 

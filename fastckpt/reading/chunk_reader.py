@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fastckpt import codec
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
-from fastckpt.format import container, directory, records
+from fastckpt.format import container, directory, directory_reader, records
 from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, INDEX_PARTS, MAGIC, MIN_BYTES, READ_SELF_CONTAINED
 from fastckpt.format.digest import crc64nvme, digest
 from fastckpt.format.directory import FileEntry
@@ -59,7 +59,7 @@ class Reader:
         self._sources = [source, *(open_file(file) for file in self.files)] if open_file else [source]
         self._check_records()
         with cycle_collector.held_off():
-            self.directory = directory.parse(parts["directory"], self.records["raw_bytes"], source.name)
+            self.directory = directory_reader.parse(parts["directory"], self.records["raw_bytes"], source.name)
         self._scratch = threading.local()
 
     @classmethod
