@@ -1,6 +1,7 @@
-"""A directory as writers write it, read column by column: half the time that rows take (docs/decisions/0008-schema-of-the-directory.md).
+"""A directory checked column by column, in half the time that rows take (docs/decisions/0008-schema-of-the-directory.md).
 
-Nothing is decided here that `directory_reader` would decide otherwise: whatever is not as usual, damage above all, is left to it.
+`parse` reads what writers write, `sound` checks values before they are written; both by the same rules. Nothing is decided here that
+`directory_reader` would decide otherwise: whatever is not as usual, damage above all, is left to it.
 """
 
 from __future__ import annotations
@@ -9,20 +10,21 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastckpt.format.directory import KINDS, Extent, StorageEntry, TensorEntry
+from fastckpt.format.directory import KINDS, Directory, Extent, GlobalPlace, StorageEntry, TensorEntry
 from fastckpt.format.element_types import element_type
 from fastckpt.format.fields import MAX_DIMS
+from fastckpt.format.tensor_names import ReprKey, from_json
 
 _STORAGE_MEMBERS = ("dtype", "bytes", "location", "extents")
 _TENSOR_MEMBERS = ("name", "dtype", "shape", "stride", "offset", "storage", "kind", "requires_grad")
-# Far below 2^63: sums and products of them fit into 64 bits.
-_SMALL = 1 << 40
+_SHARD_MEMBERS = (*_TENSOR_MEMBERS, "global")
+_SMALL = 1 << 40  # far below 2^63: sums and products of such numbers fit into 64 bits
 _BIG = 10**18  # integers of 20 digits are refused, and keys of names end at 2^63
 _SPACED_MEMBER = re.compile(rb'"[ \t\r\n]+:')
 
@@ -43,23 +45,44 @@ def parse(data: bytes, raw_bytes: npt.NDArray[Any]) -> Columns | None:
         return None
 
 
-def _of(value: Any, data: bytes, raw_bytes: npt.NDArray[Any]) -> Columns | None:
-    if type(value) is not dict or value.get("byteorder") != "little":
-        return None
-    if type(value.get("storages")) is not list or type(value.get("tensors")) is not list:
-        return None
-    storages = _storages(value["storages"], raw_bytes)
-    tensors = None if storages is None else _tensors(value["tensors"], storages)
-    if storages is None or tensors is None:
-        return None
-    # `":` stands behind each member's name, and perhaps elsewhere: as many as there are members means that no member came twice.
-    others = {name: member for name, member in value.items() if name not in ("storages", "tensors")}
-    n_members = 2 + _members(others) + len(_STORAGE_MEMBERS) * len(storages) + len(_TENSOR_MEMBERS) * len(tensors)
-    return (value, storages, tensors) if n_members == data.count(b'":') else None
+def sound(directory: Directory, raw_bytes: npt.NDArray[Any]) -> bool:
+    """Whether the storages and tensors of a directory are right and as usual. False: look closer."""
+    try:
+        names, *columns, places = _columns(directory.tensors, 9)
+        return (
+            _sound_storages(_columns(directory.storages, 4), raw_bytes)
+            and _sound_keys(itertools.chain.from_iterable(names))
+            and _sound_tensors(columns, directory.storages)
+            and all(_all_small(place.shape + place.offset) for place in places if place is not None)
+        )
+    except (AttributeError, TypeError, ValueError):  # values of other types than they should be
+        return False
+
+
+def _columns(rows: Iterable[Iterable[Any]], n: int) -> list[Any]:
+    """One tuple for each of the n members of the rows. ValueError for rows of different lengths."""
+    return list(zip(*rows, strict=True)) or [()] * n
 
 
 def _refuse(text: str) -> float:
     raise ValueError(text)
+
+
+def _of(value: Any, data: bytes, raw_bytes: npt.NDArray[Any]) -> Columns | None:
+    if type(value) is not dict or value.get("byteorder") != "little":
+        return None
+    storage_rows, tensor_rows = value.get("storages"), value.get("tensors")
+    if type(storage_rows) is not list or type(tensor_rows) is not list:
+        return None
+    storages = _storages(storage_rows, raw_bytes)
+    found = None if storages is None else _tensors(tensor_rows, storages)
+    if storages is None or found is None:
+        return None
+    tensors, n_tensor_members = found
+    # `":` stands behind each member's name, and perhaps elsewhere: as many as there are members means that no member came twice.
+    others = {name: member for name, member in value.items() if name not in ("storages", "tensors")}
+    n_members = 2 + _members(others) + len(_STORAGE_MEMBERS) * len(storages) + n_tensor_members
+    return (value, storages, tensors) if n_members == data.count(b'":') else None
 
 
 def _members(value: Any) -> int:
@@ -71,88 +94,114 @@ def _members(value: Any) -> int:
     return sum(map(_members, value)) if type(value) is list else 0
 
 
-def _columns(rows: list[Any], members: tuple[str, ...]) -> list[tuple[Any, ...]] | None:
-    """One tuple a member; None unless every row is an object with these members, in this order."""
-    if not set(map(type, rows)) <= {dict} or not set(map(tuple, rows)) <= {members}:
-        return None
-    return list(zip(*map(dict.values, rows), strict=True)) or [()] * len(members)
-
-
-def _all(kind: type, values: Sequence[Any]) -> bool:
-    return set(map(type, values)) <= {kind}
-
-
-def _small(values: Sequence[Any]) -> npt.NDArray[np.int64] | None:
-    """Integers from 0 to 2^40; None if others are among them."""
-    if not _all(int, values) or (values and not 0 <= min(values) <= max(values) < _SMALL):
-        return None
-    return np.array(values, np.int64)
-
-
 def _storages(rows: list[Any], raw_bytes: npt.NDArray[Any]) -> tuple[StorageEntry, ...] | None:
-    """Each with data in one extent, as writers make them."""
-    columns = _columns(rows, _STORAGE_MEMBERS)
-    if columns is None:
+    if not _all(dict, rows) or not set(map(tuple, rows)) <= {_STORAGE_MEMBERS}:
         return None
+    dtypes, lengths, locations, extents = columns = _columns(map(dict.values, rows), 4)
+    lists = [value for value in extents if value is not None]
+    if not _all(list, lists) or not _all(list, list(itertools.chain.from_iterable(lists))):
+        return None
+    if not _sound_storages(columns, raw_bytes):
+        return None
+    values = [None if some is None else tuple(map(Extent._make, some)) for some in extents]
+    return tuple(map(StorageEntry._make, zip(dtypes, lengths, locations, values, strict=True)))
+
+
+def _sound_storages(columns: Sequence[Any], raw_bytes: npt.NDArray[Any]) -> bool:
+    """columns: dtypes, lengths, locations and extents."""
     dtypes, lengths, locations, extents = columns
-    if not _all(str, dtypes) or not _all(str, locations) or not _all(list, extents):
-        return None
-    if any(element_type(dtype) is None for dtype in set(dtypes)) or "meta" in locations:
-        return None
-    if not set(map(len, extents)) <= {1}:
-        return None
-    places = list(itertools.chain.from_iterable(extents))
-    if not _all(list, places) or not set(map(len, places)) <= {3}:
-        return None
-    numbers, n_bytes = _small(tuple(itertools.chain.from_iterable(places))), _small(lengths)
-    if numbers is None or n_bytes is None:
-        return None
-    if rows:
-        record, offset, size = numbers.reshape(-1, 3).T
-        if record.max(initial=0) >= len(raw_bytes):
-            return None
-        ends = np.cumsum(raw_bytes, dtype=np.int64)
-        left = ends[-1] - (ends[record] - raw_bytes[record] + offset)
-        if not ((offset < raw_bytes[record]) & (size >= 1) & (size <= left) & (size == n_bytes)).all():
-            return None
-    stretches = [(Extent._make(place),) for place in places]
-    return tuple(map(StorageEntry._make, zip(dtypes, lengths, locations, stretches, strict=True)))
+    if not (_all(str, dtypes) and _all(str, locations) and _all_small(lengths)):
+        return False
+    if any(element_type(dtype) is None for dtype in set(dtypes)):
+        return False
+    if any((some is None) != (location == "meta") for some, location in zip(extents, locations, strict=True)):
+        return False
+    places = [place for some in extents if some for place in some]
+    if not set(map(len, places)) <= {3} or not _all_small([*itertools.chain.from_iterable(places)]):
+        return False
+    record, offset, size = np.array(places, np.int64).reshape(-1, 3).T
+    ends = np.cumsum(raw_bytes, dtype=np.int64)
+    if record.max(initial=-1) >= len(ends):
+        return False
+    left = (ends[-1] if len(ends) else 0) - (ends[record] - raw_bytes[record] + offset)
+    if not ((offset < raw_bytes[record]) & (size >= 1) & (size <= left)).all():
+        return False
+    # The extents of a storage have its length in all.
+    totals = np.zeros(len(lengths), np.int64)
+    np.add.at(totals, np.repeat(np.arange(len(extents)), [len(some or ()) for some in extents]), size)
+    has_data = np.array([some is not None for some in extents], bool)
+    return bool((totals == np.array(lengths, np.int64))[has_data].all())
 
 
-def _tensors(rows: list[Any], storages: Sequence[StorageEntry]) -> tuple[TensorEntry, ...] | None:
-    """Each without a place in a whole tensor."""
-    columns = _columns(rows, _TENSOR_MEMBERS)
-    if columns is None:
+def _tensors(rows: list[Any], storages: Sequence[StorageEntry]) -> tuple[tuple[TensorEntry, ...], int] | None:
+    """The entries, and how many members their objects have, all together."""
+    if not _all(dict, rows) or not set(map(tuple, rows)) <= {_TENSOR_MEMBERS, _SHARD_MEMBERS}:
         return None
-    names, dtypes, shape_lists, stride_lists, offsets, numbers, kinds, grads = columns
-    if not (_all(list, names) and _all(str, dtypes) and _all(list, shape_lists) and _all(list, stride_lists)):
+    names, dtypes, shape_lists, stride_lists, *others = _columns(map(_without_place, rows), 8)
+    if not (_all(list, names) and _all(list, shape_lists) and _all(list, stride_lists)):
         return None
-    if not (_all(str, kinds) and KINDS.issuperset(kinds) and _all(bool, grads)):
-        return None
-    key_types = set(map(type, itertools.chain.from_iterable(names)))
-    if not key_types <= {int, str}:
-        return None
-    if int in key_types and not all(
-        -_BIG < key < _BIG for key in itertools.chain.from_iterable(names) if type(key) is int
-    ):
-        return None
+    n_members = sum(map(len, rows))
+    keys = list(itertools.chain.from_iterable(names))
+    if _all_of({int, str}, keys):
+        typed = list(map(tuple, names))
+    else:
+        typed = list(map(from_json, names))
+        n_members += sum(type(key) is dict for key in keys)
     shapes, strides = list(map(tuple, shape_lists)), list(map(tuple, stride_lists))
+    if not _sound_keys(itertools.chain.from_iterable(typed)):
+        return None
+    if not _sound_tensors([dtypes, shapes, strides, *others], storages):
+        return None
+    places = [_place(row.get("global")) for row in rows]
+    n_members += 2 * sum(place is not None for place in places)
+    made = map(TensorEntry._make, zip(typed, dtypes, shapes, strides, *others, places, strict=True))
+    return tuple(made), n_members
+
+
+def _without_place(row: dict[str, Any]) -> Iterable[Any]:
+    return row.values() if len(row) == len(_TENSOR_MEMBERS) else list(row.values())[:-1]
+
+
+def _place(value: Any) -> GlobalPlace | None:
+    """ValueError for what is not as usual."""
+    if value is None:
+        return None
+    if type(value) is not dict or tuple(value) != ("shape", "offset"):
+        raise ValueError("another object")
+    shape, offset = value.values()
+    if type(shape) is not list or type(offset) is not list or max(len(shape), len(offset)) > MAX_DIMS:
+        raise ValueError("no places")
+    if not _all_small(shape + offset):
+        raise ValueError("no small numbers")
+    return GlobalPlace(tuple(shape), tuple(offset))
+
+
+def _sound_keys(keys: Iterable[Any]) -> bool:
+    """Keys of names."""
+    kinds: dict[type, set[Any]] = {}
+    for kind, some in itertools.groupby(keys, type):
+        kinds.setdefault(kind, set()).update(some)
+    numbers, reprs = kinds.pop(int, ()), kinds.pop(ReprKey, ())
+    kinds.pop(str, None)
+    return not kinds and all(-_BIG < n < _BIG for n in numbers) and all(type(key.text) is str for key in reprs)
+
+
+def _sound_tensors(columns: Sequence[Any], storages: Sequence[StorageEntry]) -> bool:
+    """columns: dtypes, shapes, strides, offsets, numbers of storages, kinds and whether gradients are wanted."""
+    dtypes, shapes, strides, offsets, numbers, kinds, grads = columns
+    if not (_all(str, dtypes) and _all(str, kinds) and KINDS.issuperset(kinds) and _all(bool, grads)):
+        return False
     if not _all(int, [*itertools.chain.from_iterable(shapes), *itertools.chain.from_iterable(strides)]):
-        return None
-    offset, number = _small(offsets), _small(numbers)
-    if offset is None or number is None or number.max(initial=-1) >= len(storages):
-        return None
+        return False
+    if not _all_small(offsets) or not _all_small(numbers) or max(numbers, default=-1) >= len(storages):
+        return False
     reaches = _reaches(dtypes, shapes, strides, kinds)
     if reaches is None:
-        return None
+        return False
     reach, element_bytes = reaches
-    ends = np.where(reach < 0, 0, (offset + reach + 1) * element_bytes)
+    ends = np.where(reach < 0, 0, (np.array(offsets, np.int64) + reach + 1) * element_bytes)
     room = np.array([storage.n_bytes for storage in storages], np.int64)
-    if rows and not (ends <= room[number]).all():
-        return None
-    none = itertools.repeat(None, len(rows))
-    columns = [tuple(map(tuple, names)), dtypes, shapes, strides, offsets, numbers, kinds, grads, none]  # type: ignore[list-item]
-    return tuple(map(TensorEntry._make, zip(*columns, strict=True)))
+    return not len(numbers) or bool((ends <= room[np.array(numbers, np.int64)]).all())
 
 
 def _reaches(
@@ -169,8 +218,21 @@ def _reaches(
         if any(not 0 <= size < _SMALL for size in shape) or any(not 0 <= step < _SMALL for step in stride):
             return None
         last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-        if max(math.prod(size for size in shape if size), last) * element.n_bytes >= 1 << 62:
+        if max(math.prod(size for size in shape if size), last + _SMALL) * element.n_bytes >= 1 << 62:
             return None
         known[form] = -1 if kind == "quantized" or 0 in shape else last, element.n_bytes
     found = np.array([known[form] for form in forms], np.int64).reshape(-1, 2)
     return found[:, 0], found[:, 1]
+
+
+def _all(kind: type, values: Iterable[Any]) -> bool:
+    return set(map(type, values)) <= {kind}
+
+
+def _all_of(kinds: set[type], values: Iterable[Any]) -> bool:
+    return set(map(type, values)) <= kinds
+
+
+def _all_small(values: Sequence[Any]) -> bool:
+    """Integers from 0 to 2^40."""
+    return _all(int, values) and (not values or 0 <= min(values) <= max(values) < _SMALL)

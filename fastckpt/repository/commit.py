@@ -6,35 +6,21 @@ Nothing here asks who wrote a vote: the record follows from the votes alone, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from fastckpt import events
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectExistsError, ObjectNotFoundError, RepositoryError
 from fastckpt.format import keys
-from fastckpt.format.container import INDEX_PARTS
 from fastckpt.format.digest import digest
-from fastckpt.format.directory import Directory, FileEntry
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, commit_key, parse_vote, vote_key, votes_prefix
 from fastckpt.format.repository_records import Commit, Tombstone, commit_bytes, parse_commit_record
 from fastckpt.format.sealed import MAX_SEALED_BYTES
-from fastckpt.format.vote import SaveInfo, commit_of, save_info
+from fastckpt.format.vote import Vote, commit_of, part_ranges, save_info
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_source import BytesSource, ObjectSource
 from fastckpt.store.base import Store
 
 MAX_VOTE_BYTES = 2 << 30
-
-
-@dataclass(frozen=True)
-class VoteRead:
-    """A vote that was read, or built here, and checked."""
-
-    name: VoteName
-    info: SaveInfo
-    directory: Directory
-    parts: Mapping[str, tuple[int, int]]
-    files: tuple[FileEntry, ...]
 
 
 def read_vote_bytes(store: Store, name: VoteName) -> bytes:
@@ -52,23 +38,20 @@ def read_vote_bytes(store: Store, name: VoteName) -> bytes:
     return data
 
 
-def open_vote(store: Store, name: VoteName, data: bytes | None = None) -> Reader:
-    """A rank's index, checked whole, whose chunks are read from packs. `data`: its bytes, if they are at hand.
+def open_vote(store: Store, name: VoteName) -> Reader:
+    """A rank's index, checked whole, whose chunks are read from packs.
 
     CorruptCheckpointError, UnsupportedFormatError, ObjectNotFoundError.
     """
-    if data is None:
-        data = read_vote_bytes(store, name)
-    source = BytesSource(data, f"{store.url}/{vote_key(name)}")
+    source = BytesSource(read_vote_bytes(store, name), f"{store.url}/{vote_key(name)}")
     return Reader.open_vote(source, lambda file: ObjectSource(store, file.key, file.n_bytes))
 
 
-def read_vote(store: Store, name: VoteName, data: bytes | None = None) -> VoteRead:
+def read_vote(store: Store, name: VoteName) -> Vote:
     """What a commit record needs to know of a vote. Errors as those of `open_vote`."""
-    reader = open_vote(store, name, data)
-    parts = {part: (entry.offset, entry.n_bytes) for part, entry in reader.footer.parts.items()}
+    reader = open_vote(store, name)
     info = save_info(reader.directory, name, reader.source.name)
-    return VoteRead(name, info, reader.directory, {part: parts[part] for part in INDEX_PARTS}, reader.files)
+    return Vote(name, info, reader.directory, part_ranges(reader.footer), reader.files)
 
 
 def complete_set(names: Iterable[VoteName], where: str) -> list[VoteName] | None:
@@ -123,10 +106,10 @@ def create(store: Store, key: str, data: bytes) -> bytes:
     return data
 
 
-def try_commit(store: Store, save: SaveId, own: Mapping[int, bytes] | None = None) -> Commit | None:
+def try_commit(store: Store, save: SaveId, own: Vote | None = None) -> Commit | None:
     """Commit a save if all its votes are there: the record that stands afterwards, perhaps another try's; None if votes are missing.
 
-    own: bytes of votes by rank that this process has placed, which need not be read back. RepositoryError where the votes contradict each
+    own: the vote that this process has placed, which is not read back. RepositoryError where the votes contradict each
     other or the step was retired; CorruptCheckpointError for a damaged vote; StoreError.
     """
     names = complete_set(list_votes(store, save), f"{store.url}/{votes_prefix(save)}")
@@ -134,15 +117,15 @@ def try_commit(store: Store, save: SaveId, own: Mapping[int, bytes] | None = Non
         return None
     votes = []
     for name in names:
-        data = (own or {}).get(name.rank)
-        if data is not None and digest(data).hex() != name.digest:
+        mine = own is not None and own.name.rank == name.rank
+        if own is not None and mine and own.name != name:
             raise RepositoryError(
                 f"{store.url}/{vote_key(name)} is a vote of this process's rank {name.rank} that it did not place: two processes "
                 "save as one incarnation. Start each with a Checkpointer of its own"
             )
-        read = read_vote(store, name, data)
-        _check_packs(store, read)
-        votes.append((read.name, read.info, read.directory, read.parts))
+        vote = own if own is not None and mine else read_vote(store, name)
+        _check_packs(store, vote)
+        votes.append(vote)
     record = commit_bytes(commit_of(votes, f"{store.url}/{votes_prefix(save)}"))
     key = commit_key(save.checkpoint)
     stands = create(store, key, record)
@@ -179,7 +162,7 @@ def _retired(store: Store, save: SaveId, found: Tombstone) -> RepositoryError:
     )
 
 
-def _check_packs(store: Store, vote: VoteRead) -> None:
+def _check_packs(store: Store, vote: Vote) -> None:
     """Packs of *other* saves must be there in full length: this save's own were acknowledged before the vote was placed."""
     damage = []
     for file in vote.files:

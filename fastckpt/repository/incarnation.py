@@ -14,7 +14,7 @@ from typing import Any
 from fastckpt.errors import ObjectNotFoundError, RepositoryError, SaveError, SupersededError
 from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, CheckpointId, SaveId, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, Tombstone, epoch_bytes
-from fastckpt.format.vote import vote_name
+from fastckpt.format.vote import Vote
 from fastckpt.options import Options
 from fastckpt.repository.catalog import Catalog, Choice, Step, complete_pending
 from fastckpt.repository.commit import list_votes, require_vote, try_commit
@@ -180,7 +180,7 @@ class Incarnation:
             request = replace(request, called_s=called_s)
         self.in_flight.add(request.save)
         try:
-            placed = upload(
+            vote = upload(
                 captured,
                 self.repository.store,
                 request,
@@ -190,23 +190,23 @@ class Incarnation:
                 self._buffers,
                 threads,
             )
-            commit = self._commit(request.save, {self._rank: placed.data}, commit_timeout_s)
-            if self._world == 1 and commit.save == request.save:
-                self._collector.know(commit, placed.packs)
+            commit = self._commit(vote, commit_timeout_s)
+            if self._world == 1 and commit.vote(0) == vote.name:
+                self._collector.know(commit, [file.key for file in vote.files])
             self.acknowledge(commit)
             return commit
         finally:
             self.in_flight.discard(request.save)
 
-    def _commit(self, save: SaveId, own: Mapping[int, bytes], timeout_s: float) -> Commit:
+    def _commit(self, own: Vote, timeout_s: float) -> Commit:
         """Commit, or wait until another rank has. SaveError if votes are still missing after `timeout_s`."""
+        save = own.name.save
         give_up, pause = self._clock() + timeout_s, 0.05
         while True:
             commit = try_commit(self.repository.store, save, own)
             if commit is not None:
                 return commit
-            for rank, data in own.items():
-                require_vote(self.repository.store, vote_name(save, rank, self._world, data))
+            require_vote(self.repository.store, own.name)
             if self._clock() >= give_up:
                 there = {name.rank for name in list_votes(self.repository.store, save)}
                 missing = sorted(set(range(self._world)) - there)

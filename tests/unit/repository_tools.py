@@ -13,7 +13,7 @@ import torch
 from fastckpt.format import container, directory
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent
-from fastckpt.format.vote import vote_name
+from fastckpt.format.vote import Vote, vote_name
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote, try_commit
@@ -67,11 +67,11 @@ def begin(store: Store, world: int, parent: Commit | None = None, *, rewind: boo
 
 def vote(
     store: Store, epoch: int, step: int, rank: int, world: int, obj: Any, parent: Commit | None = None, attempt: int = 0
-) -> None:
+) -> Vote:
     """One rank's part of a save: packs and vote."""
     of = None if parent is None else Parent(parent.checkpoint, parent.digest)
     request = SaveRequest(save=SaveId(epoch, step, attempt), parent=of, rank=rank, world=world)
-    upload(captured(obj), store, request, OPTIONS)
+    return upload(captured(obj), store, request, OPTIONS)
 
 
 def save_ranks(store: Store, epoch: int, step: int, states: Sequence[Any], parent: Commit | None = None) -> Commit:

@@ -219,9 +219,10 @@ def test_a_damaged_vote_commits_nothing(store: MemoryStore) -> None:
 
 
 def test_a_vote_of_this_process_that_it_did_not_place(store: MemoryStore) -> None:
+    own = vote(MemoryStore(), 1, 7, 0, 1, small(1))
     vote(store, 1, 7, 0, 1, small(0))
     with pytest.raises(RepositoryError, match="two processes"):
-        try_commit(store, SAVE, own={0: b"something else"})
+        try_commit(store, SAVE, own)
     assert record_of(store) is None
 
 

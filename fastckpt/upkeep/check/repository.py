@@ -37,7 +37,7 @@ from fastckpt.format.repository_records import (
     parse_marker,
     parse_pin,
 )
-from fastckpt.format.vote import commit_of, save_info
+from fastckpt.format.vote import Vote, commit_of, part_ranges, save_info
 from fastckpt.host.threads import WorkerPool
 from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
 from fastckpt.options import Options
@@ -396,8 +396,7 @@ class _Check:
                 continue
             info = self._read(key, functools.partial(save_info, reader.directory, name, key), checkpoint, rank=rank)
             if info is not None:
-                parts = {part: (e.offset, e.n_bytes) for part, e in reader.footer.parts.items()}
-                votes.append((name, info, reader.directory, parts))
+                votes.append(Vote(name, info, reader.directory, part_ranges(reader.footer), reader.files))
             for number, file in enumerate(reader.files, 1):
                 self._referenced.add(file.key)
                 found = sizes.get(file.key)
