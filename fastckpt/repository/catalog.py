@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastckpt.errors import (
@@ -24,6 +24,7 @@ from fastckpt.events import logger
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId
 from fastckpt.format.repository_records import Commit, Epoch, Skipped, Tombstone
+from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote, try_commit
 from fastckpt.repository.repository import Listing, Repository
 from fastckpt.store.base import Store
@@ -76,6 +77,8 @@ class Choice:
     """A checkpoint to restore, and what was passed over to get there."""
 
     commit: Commit
+    reader: Reader = field(repr=False, compare=False)
+    """Rank 0's index, as it was checked: who loads need not read it again."""
     skipped: tuple[Skipped, ...] = ()
 
 
@@ -157,14 +160,13 @@ class Catalog:
                 return None
             raise NoCheckpointError(f"{self.repository.url} has no checkpoint at all: step {step} cannot be restored")
         if not isinstance(step, str):
-            checkpoint = self._find(step)
-            return Choice(self._verified(checkpoint))
+            return Choice(*self._verified(self._find(step)))
         skipped: list[Skipped] = list(known_bad)
         for checkpoint in self.history(without):
             if any(checkpoint == bad.checkpoint for bad in skipped):
                 continue
             try:
-                return Choice(self._verified(checkpoint), tuple(skipped))
+                return Choice(*self._verified(checkpoint), tuple(skipped))
             except StoreError:
                 raise
             except CheckpointError as error:
@@ -209,15 +211,14 @@ class Catalog:
             f"{self.repository.url} has no checkpoint of step {step}; newest: {shown}. `fastckpt ls` lists all"
         )
 
-    def _verified(self, checkpoint: CheckpointId) -> Commit:
+    def _verified(self, checkpoint: CheckpointId) -> tuple[Commit, Reader]:
         try:
             commit = self.commit(checkpoint)
             if isinstance(commit, Tombstone):
                 raise self._was_retired(checkpoint)
-            verify(self.repository.store, commit)
+            return commit, verify(self.repository.store, commit)
         except (CorruptCheckpointError, ObjectNotFoundError) as error:
             raise self.blame(checkpoint, error) from error
-        return commit
 
     def blame(self, checkpoint: CheckpointId, error: CheckpointError) -> CheckpointError:
         """The error that reading a checkpoint has met, or RetiredError if retention has taken it meanwhile. StoreError."""
@@ -255,12 +256,14 @@ class Catalog:
         return CorruptCheckpointError(error.source, error.damage, advice)
 
 
-def verify(store: Store, commit: Commit) -> None:
+def verify(store: Store, commit: Commit) -> Reader:
     """Check all that can be checked without reading packs: votes by length and digest, indexes, lengths of packs.
 
-    CorruptCheckpointError lists everything that is wrong or missing; StoreError.
+    Returns rank 0's index: those of thousands of ranks would not fit into memory. CorruptCheckpointError lists everything that is wrong or
+    missing; StoreError.
     """
     damage: list[Damage] = []
+    first: Reader | None = None
     sizes = _sizes(store, {commit.save})
     for rank in range(commit.world):
         name = commit.vote(rank)
@@ -273,6 +276,7 @@ def verify(store: Store, commit: Commit) -> None:
         except CorruptCheckpointError as error:
             damage.extend(error.damage)
             continue
+        first = reader if rank == 0 else first
         for file in reader.files:
             if file.key not in sizes:
                 sizes.update(_sizes(store, {s for s in [keys.parse_pack(file.key)] if s is not None}))
@@ -283,6 +287,8 @@ def verify(store: Store, commit: Commit) -> None:
                 damage.append(Damage("pack", file.key, f"{file.n_bytes} bytes", what, lost))
     if damage:
         raise CorruptCheckpointError(f"{store.url}/{keys.commit_key(commit.checkpoint)}", damage)
+    assert first is not None  # a commit has a rank 0
+    return first
 
 
 def _sizes(store: Store, saves: Iterable[SaveId]) -> dict[str, int]:

@@ -15,7 +15,6 @@ from fastckpt.errors import (
 from fastckpt.format import keys
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.catalog import Catalog, Step
-from fastckpt.repository.commit import open_vote
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 
@@ -57,6 +56,6 @@ def _read(store: Store, step: Step, read: Callable[[Reader], T]) -> T:
             "`fastckpt restore --rank` exports each rank's state"
         )
     try:
-        return read(open_vote(store, commit.vote(0)))
+        return read(choice.reader)
     except (CorruptCheckpointError, ObjectNotFoundError) as error:
         raise catalog.blame(commit.checkpoint, error) from error

@@ -43,8 +43,7 @@ from fastckpt.kernels import warm_up
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
-from fastckpt.repository.catalog import Catalog, Step
-from fastckpt.repository.commit import open_vote
+from fastckpt.repository.catalog import Catalog, Choice, Step
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import GRACE_S, Keep
@@ -283,7 +282,7 @@ class Checkpointer:
                 else:
                     choice = self._incarnation.choose(step, known_bad, own)
                 if choice is not None:
-                    found = choice.commit, *self._load(choice.commit, weights_only)
+                    found = choice.commit, *self._load(choice, weights_only)
             except RetiredError:
                 retired += 1
                 if not isinstance(step, str) or retired > 1:
@@ -302,14 +301,15 @@ class Checkpointer:
                 return found
             rounds += 1
 
-    def _load(self, commit: Commit, weights_only: bool) -> tuple[Any, Plan]:
+    def _load(self, choice: Choice, weights_only: bool) -> tuple[Any, Plan]:
+        commit = choice.commit
         if commit.world != 1:
             raise RestoreError(
                 f"{self._repository.location(commit.checkpoint)} was saved by {commit.world} ranks; this version restores those of one. "
                 "`fastckpt restore --rank` exports each rank's state"
             )
         try:
-            loaded, plan = self._load_whole(commit, weights_only)
+            loaded, plan = self._load_whole(commit, choice.reader, weights_only)
         except (CorruptCheckpointError, ObjectNotFoundError) as error:
             found = Catalog(self._repository).blame(commit.checkpoint, error)
             if isinstance(found, CorruptCheckpointError):
@@ -318,9 +318,8 @@ class Checkpointer:
         stateful.check(self._targets, loaded, self._repository.location(commit.checkpoint), plan)
         return loaded, plan
 
-    def _load_whole(self, commit: Commit, weights_only: bool) -> tuple[Any, Plan]:
+    def _load_whole(self, commit: Commit, reader: Reader, weights_only: bool) -> tuple[Any, Plan]:
         location = self._repository.location(commit.checkpoint)
-        reader = open_vote(self._store, commit.vote(0))
         plan = look(self._targets, reader.directory, location)
         # Where objects travel over a network, threads wait rather than work: as many as there may be connections.
         threads = max(self._options.threads, self._options.connections)
