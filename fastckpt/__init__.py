@@ -47,6 +47,7 @@ with _held_off():  # a collection that falls into this would walk all of torch: 
         TooLargeError,
         TornSnapshotError,
         UnknownTensorError,
+        UnreadableError,
         UnsupportedFormatError,
     )
     from fastckpt.options import Options
@@ -82,6 +83,7 @@ __all__ = [
     "TooLargeError",
     "TornSnapshotError",
     "UnknownTensorError",
+    "UnreadableError",
     "UnsupportedFormatError",
     "__version__",
     "errors",

@@ -13,12 +13,13 @@ from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
     Damage,
+    MissingObjectError,
     NoCheckpointError,
     ObjectExistsError,
-    ObjectNotFoundError,
+    RepositoryError,
     RetiredError,
     StoreAccessError,
-    StoreError,
+    UnreadableError,
 )
 from fastckpt.events import logger
 from fastckpt.format import keys
@@ -26,7 +27,9 @@ from fastckpt.format.keys import CheckpointId, SaveId
 from fastckpt.format.repository_records import Commit, Epoch, Skipped, Tombstone
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote, try_commit
-from fastckpt.repository.repository import Listing, Repository
+from fastckpt.repository.inventory import Inventory, take_inventory
+from fastckpt.repository.record_reader import RecordReader
+from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 
 Step = int | Literal["latest", "latest-valid"] | CheckpointId
@@ -85,7 +88,7 @@ class Choice:
 class Catalog:
     """What one reading of a repository's names found. Records are read when they are needed, each once."""
 
-    def __init__(self, repository: Repository, listing: Listing | None = None) -> None:
+    def __init__(self, repository: RecordReader, listing: Inventory | None = None) -> None:
         self.repository = repository
         self.listing = repository.list() if listing is None else listing
         self._epochs: dict[int, Epoch] = {}
@@ -108,12 +111,8 @@ class Catalog:
         """Whether a tombstone stands there. What cannot be read is not retired: it must not be passed over in silence."""
         try:
             return isinstance(self.commit(checkpoint), Tombstone)
-        except ObjectNotFoundError:
-            return True
-        except StoreError:
-            raise
-        except CheckpointError:
-            return False
+        except UnreadableError as error:
+            return isinstance(error, MissingObjectError)
 
     def history(self, without: Collection[int] = ()) -> Iterator[CheckpointId]:
         """Living checkpoints, newest first; as if the epochs `without` had not been claimed."""
@@ -134,9 +133,7 @@ class Catalog:
                 continue
             try:
                 commit = self.commit(checkpoint)
-            except CheckpointError as error:
-                if isinstance(error, StoreError):
-                    raise
+            except UnreadableError:
                 return None
             return stand_in(number, [commit]) if isinstance(commit, Commit) else None
         return None
@@ -167,9 +164,7 @@ class Catalog:
                 continue
             try:
                 return Choice(*self._verified(checkpoint), tuple(skipped))
-            except StoreError:
-                raise
-            except CheckpointError as error:
+            except (UnreadableError, RetiredError) as error:
                 if step == "latest":
                     raise self.with_advice(checkpoint, error) from error
                 logger.warning("%s is passed over: %s", self.repository.location(checkpoint), error)
@@ -217,19 +212,15 @@ class Catalog:
             if isinstance(commit, Tombstone):
                 raise self._was_retired(checkpoint)
             return commit, verify(self.repository.store, commit)
-        except (CorruptCheckpointError, ObjectNotFoundError) as error:
+        except (CorruptCheckpointError, MissingObjectError) as error:
             raise self.blame(checkpoint, error) from error
 
     def blame(self, checkpoint: CheckpointId, error: CheckpointError) -> CheckpointError:
         """The error that reading a checkpoint has met, or RetiredError if retention has taken it meanwhile. StoreError."""
         try:
             retired = isinstance(self.repository.commit(checkpoint), Tombstone)
-        except ObjectNotFoundError:
-            retired = True
-        except StoreError:
-            raise
-        except CheckpointError:
-            retired = False
+        except UnreadableError as found:
+            retired = isinstance(found, MissingObjectError)
         return self._was_retired(checkpoint) if retired else error
 
     def _was_retired(self, checkpoint: CheckpointId) -> RetiredError:
@@ -270,7 +261,7 @@ def verify(store: Store, commit: Commit) -> Reader:
         key = keys.vote_key(name)
         try:
             reader = open_vote(store, name)
-        except ObjectNotFoundError:
+        except MissingObjectError:
             damage.append(Damage("vote", key, f"{name.n_bytes} bytes", "no such object"))
             continue
         except CorruptCheckpointError as error:
@@ -296,11 +287,10 @@ def _sizes(store: Store, saves: Iterable[SaveId]) -> dict[str, int]:
     return {info.key: info.n_bytes for save in saves for info in store.list(f"{keys.DATA}{save}/")}
 
 
-def pending_saves(store: Store, listing: Listing) -> list[SaveId]:
+def pending_saves(store: Store, listing: Inventory) -> list[SaveId]:
     """Saves with votes but without a commit record or tombstone, oldest first."""
-    votes = {vote.save for info in store.list(keys.VOTES) if (vote := keys.parse_vote(info.key)) is not None}
     known = set(listing.commits)
-    return sorted(save for save in votes if save.checkpoint not in known)
+    return [save for save in take_inventory(store, keys.VOTES).votes if save.checkpoint not in known]
 
 
 def complete_pending(repository: Repository, catalog: Catalog) -> list[Commit]:
@@ -315,14 +305,12 @@ def complete_pending(repository: Repository, catalog: Catalog) -> list[Commit]:
             continue
         try:
             commit = try_commit(repository.store, save)
-        except ObjectNotFoundError:  # a running job has committed and retired it since the LIST
+        except MissingObjectError:  # a running job has committed and retired it since the LIST
             continue
         except (StoreAccessError, ObjectExistsError) as error:
             logger.warning("%s: the finished save %s is left uncommitted: %s", repository.url, save, error)
             continue
-        except StoreError:
-            raise
-        except CheckpointError as error:
+        except (UnreadableError, RepositoryError) as error:
             logger.warning("%s: the save %s cannot be completed: %s", repository.url, save, error)
             continue
         if commit is not None:

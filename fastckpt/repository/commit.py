@@ -6,32 +6,53 @@ Nothing here asks who wrote a vote: the record follows from the votes alone, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 from fastckpt import events
-from fastckpt.errors import CorruptCheckpointError, Damage, ObjectExistsError, ObjectNotFoundError, RepositoryError
+from fastckpt.errors import (
+    CorruptCheckpointError,
+    Damage,
+    MissingObjectError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RepositoryError,
+)
 from fastckpt.format import keys
 from fastckpt.format.digest import digest
-from fastckpt.format.keys import CheckpointId, SaveId, VoteName, commit_key, parse_vote, vote_key, votes_prefix
+from fastckpt.format.keys import CheckpointId, SaveId, VoteName, commit_key, vote_key, votes_prefix
 from fastckpt.format.repository_records import Commit, Tombstone, commit_bytes, parse_commit_record
 from fastckpt.format.sealed import MAX_SEALED_BYTES
 from fastckpt.format.vote import Vote, commit_of, part_ranges, save_info
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_source import BytesSource, ObjectSource
+from fastckpt.repository.inventory import take_inventory
+from fastckpt.repository.vote_set import VoteSetState, vote_set_of
 from fastckpt.store.base import Store
 
 MAX_VOTE_BYTES = 2 << 30
 
 
+@contextlib.contextmanager
+def named_object(store: Store, key: str) -> Iterator[None]:
+    """A request for an object that a repository needs: where it is not there, that is MissingObjectError."""
+    try:
+        yield
+    except ObjectNotFoundError as error:
+        raise MissingObjectError(str(error)) from error
+
+
 def read_vote_bytes(store: Store, name: VoteName) -> bytes:
-    """The bytes of a vote, which are those its name says. CorruptCheckpointError, ObjectNotFoundError."""
+    """The bytes of a vote, which are those its name says. CorruptCheckpointError, MissingObjectError."""
     key = vote_key(name)
     source = f"{store.url}/{key}"
-    found = store.head(key).n_bytes
+    with named_object(store, key):
+        found = store.head(key).n_bytes
     if found != name.n_bytes or found > MAX_VOTE_BYTES:
         expected = f"{name.n_bytes} bytes, as its name says, and at most {MAX_VOTE_BYTES}"
         raise CorruptCheckpointError(source, [Damage("vote", "length", expected, str(found))])
-    data = store.get(key)
+    with named_object(store, key):
+        data = store.get(key)
     actual = digest(data).hex()
     if actual != name.digest:
         raise CorruptCheckpointError(source, [Damage("vote", "digest", f"{name.digest}, as its name says", actual)])
@@ -41,7 +62,7 @@ def read_vote_bytes(store: Store, name: VoteName) -> bytes:
 def open_vote(store: Store, name: VoteName) -> Reader:
     """A rank's index, checked whole, whose chunks are read from packs.
 
-    CorruptCheckpointError, UnsupportedFormatError, ObjectNotFoundError.
+    UnreadableError.
     """
     source = BytesSource(read_vote_bytes(store, name), f"{store.url}/{vote_key(name)}")
     return Reader.open_vote(source, lambda file: ObjectSource(store, file.key, file.n_bytes))
@@ -59,39 +80,34 @@ def complete_set(names: Iterable[VoteName], where: str) -> list[VoteName] | None
 
     RepositoryError if ranks disagree about the world or one voted twice: no commit may come of that.
     """
-    votes = sorted(names, key=lambda name: (name.rank, name.digest))
-    if not votes:
-        return None
-    worlds = sorted({vote.world for vote in votes})
-    ranks = [vote.rank for vote in votes]
-    twice = sorted({rank for rank in ranks if ranks.count(rank) > 1})
-    if len(worlds) > 1 or twice:
+    found = vote_set_of(names)
+    if found.state is VoteSetState.CONTRADICTORY:
         raise RepositoryError(
-            f"{where}: votes contradict each other (worlds {worlds}, more than one vote of ranks {twice}): nothing is committed. "
-            "Save the step again; `fastckpt prune` removes these"
+            f"{where}: votes contradict each other ({found.why}): nothing is committed. Save the step again; `fastckpt prune` removes these"
         )
-    return votes if len(votes) == worlds[0] else None
+    return list(found.votes) if found.state is VoteSetState.COMPLETE else None
 
 
 def list_votes(store: Store, save: SaveId) -> list[VoteName]:
     """The votes of one try that are there."""
-    found = (parse_vote(info.key) for info in store.list(votes_prefix(save)))
-    return [name for name in found if name is not None]
+    return list(take_inventory(store, votes_prefix(save)).votes.get(save, ()))
 
 
 def read_commit(store: Store, checkpoint: CheckpointId) -> Commit | Tombstone:
-    """What stands at a commit key. ObjectNotFoundError, CorruptCheckpointError, UnsupportedFormatError."""
+    """What stands at a commit key. UnreadableError: MissingObjectError where nothing does."""
     key = commit_key(checkpoint)
     return parse_commit_record(read_sealed(store, key), checkpoint, f"{store.url}/{key}")
 
 
 def read_sealed(store: Store, key: str) -> bytes:
-    """The bytes of a small object, whose length is looked at first."""
-    n_bytes = store.head(key).n_bytes
+    """The bytes of a small object, whose length is looked at first. CorruptCheckpointError, MissingObjectError."""
+    with named_object(store, key):
+        n_bytes = store.head(key).n_bytes
     if n_bytes > MAX_SEALED_BYTES:
         damage = Damage(key.partition("/")[0], "length", f"at most {MAX_SEALED_BYTES}", str(n_bytes))
         raise CorruptCheckpointError(f"{store.url}/{key}", [damage])
-    return store.get(key)
+    with named_object(store, key):
+        return store.get(key)
 
 
 def create(store: Store, key: str, data: bytes) -> bytes:

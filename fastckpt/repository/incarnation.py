@@ -11,15 +11,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastckpt.errors import ObjectNotFoundError, RepositoryError, SaveError, SupersededError
+from fastckpt.errors import MissingObjectError, RepositoryError, SaveError, SupersededError
 from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, CheckpointId, SaveId, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, Tombstone, epoch_bytes
 from fastckpt.format.vote import Vote
 from fastckpt.options import Options
 from fastckpt.repository.catalog import Catalog, Choice, Step, complete_pending
+from fastckpt.repository.collector import Collector
 from fastckpt.repository.commit import list_votes, require_vote, try_commit
 from fastckpt.repository.repository import Repository, stands
-from fastckpt.repository.retention import GRACE_S, Collector, Keep, Plan, plan
+from fastckpt.repository.retention import GRACE_S, Keep, RetentionPlan, plan_retention
 from fastckpt.state import Captured
 from fastckpt.state.chunks import ChunkSource
 from fastckpt.writing.packs import PackBuffers
@@ -227,7 +228,7 @@ class Incarnation:
         where = repository.location(commit.checkpoint)
         try:
             found: Commit | Tombstone | None = repository.commit(commit.checkpoint)
-        except ObjectNotFoundError:
+        except MissingObjectError:
             found = None
         if found is None:
             raise RepositoryError(
@@ -259,7 +260,7 @@ class Incarnation:
 
     def retain(
         self, keep: Keep | None, grace_s: float = GRACE_S, interrupted: Callable[[], bool] = lambda: False
-    ) -> Plan:
+    ) -> RetentionPlan:
         """One pass of retention, if this is the newest incarnation. Rank 0 only; may run beside saves, one pass at a time.
 
         Returns what was to be done; `refused` in it lists what could not. interrupted: asked before every request; PassInterrupted once it
@@ -269,7 +270,7 @@ class Incarnation:
         number = self.epoch.number  # a restore beside this claims another: then nothing more is done
         flying = self.in_flight.copy()
         self._collector.interrupt_when(interrupted)
-        todo = plan(self._collector.look(), keep, flying | self.in_flight.copy(), grace_s)
+        todo = plan_retention(self._collector.look(), keep, flying | self.in_flight.copy(), grace_s)
         todo.refused = self._collector.run(todo, number, lambda: flying | self.in_flight.copy())
         return todo
 

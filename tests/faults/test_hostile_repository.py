@@ -28,10 +28,11 @@ from fastckpt.host.files import FileObject
 from fastckpt.options import Options
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.collector import Collector
 from fastckpt.repository.commit import open_vote, try_commit
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
-from fastckpt.repository.retention import Collector, Keep, plan
+from fastckpt.repository.retention import Keep, plan_retention
 from fastckpt.store.local import LocalStore
 from fastckpt.upkeep.check.repository import check_repository
 from fastckpt.upkeep.export import export
@@ -215,7 +216,7 @@ def exported(store: LocalStore) -> None:
 
 def collected(store: LocalStore) -> None:
     collector = Collector(Repository(store))
-    collector.run(plan(collector.look(), Keep(last=1), (), 0.0), None)
+    collector.run(plan_retention(collector.look(), Keep(last=1), (), 0.0), None)
 
 
 def committed(store: LocalStore) -> None:

@@ -32,9 +32,10 @@ from fastckpt.errors import (
 from fastckpt.format.keys import CheckpointId, pin_key
 from fastckpt.format.repository_records import Pin, pin_bytes, utc_now
 from fastckpt.repository.catalog import Catalog, complete_pending
+from fastckpt.repository.collector import PassInterrupted
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
-from fastckpt.repository.retention import Keep, PassInterrupted
+from fastckpt.repository.retention import Keep
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
 from tests.repositories import OPTIONS, captured, check_all, history, read, same

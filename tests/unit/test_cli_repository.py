@@ -25,9 +25,10 @@ from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, commit_key, epoch_key
 from fastckpt.format.repository_records import Pin, pin_bytes, utc_now
 from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.collector import Collector
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
-from fastckpt.repository.retention import Collector, Keep
+from fastckpt.repository.retention import Keep
 from fastckpt.store.local import LocalStore
 from tests.unit.repository_tools import (
     OPTIONS,

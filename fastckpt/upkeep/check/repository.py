@@ -45,7 +45,8 @@ from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_source import BytesSource
 from fastckpt.repository.catalog import history, stand_in
 from fastckpt.repository.commit import complete_set, open_vote, read_sealed, read_vote, read_vote_bytes
-from fastckpt.repository.repository import Listing, Repository
+from fastckpt.repository.inventory import Inventory, inventory_of
+from fastckpt.repository.repository import Repository
 from fastckpt.store.base import ObjectInfo, Store
 from fastckpt.upkeep.check.held_pack import HeldPack
 
@@ -154,7 +155,7 @@ class _Names(NamedTuple):
     """One LIST of everything, sorted by what it is."""
 
     sizes: dict[str, int]
-    listing: Listing
+    listing: Inventory
     votes: dict[SaveId, list[VoteName]]
     packs: dict[SaveId, list[str]]
     pins: dict[str, float]
@@ -172,6 +173,7 @@ def classify(infos: Iterable[ObjectInfo]) -> _Names:
     pins: dict[str, float] = {}
     foreign: list[str] = []
     now_s = 0.0
+    infos = list(infos)
     for info in infos:
         key = info.key
         sizes[key] = info.n_bytes
@@ -188,7 +190,7 @@ def classify(infos: Iterable[ObjectInfo]) -> _Names:
             pins[key] = info.modified_s
         elif key not in (keys.MARKER, keys.README):
             foreign.append(key)
-    listing = Listing(tuple(sorted(epochs)), tuple(sorted(commits)), commits)
+    listing = inventory_of(infos)
     return _Names(sizes, listing, dict(votes), dict(packs), pins, foreign, now_s)
 
 
