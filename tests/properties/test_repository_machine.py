@@ -32,10 +32,10 @@ from fastckpt.errors import (
 from fastckpt.format.keys import CheckpointId, pin_key
 from fastckpt.format.repository_records import Pin, pin_bytes, utc_now
 from fastckpt.repository.catalog import Catalog, complete_pending
-from fastckpt.repository.collector import PassInterrupted
+from fastckpt.repository.collector import Collector, PassInterrupted
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
-from fastckpt.repository.retention import Keep
+from fastckpt.repository.retention import Keep, RetentionPlan
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
 from tests.repositories import OPTIONS, captured, check_all, history, read, same
@@ -433,19 +433,15 @@ def no_acknowledgement_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def packs_deleted_without_asking_who_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retention takes the packs of what it retires before the tombstone is there."""
-    from fastckpt.repository import retention
+    original = Collector.run
 
-    original = retention.Collector.run
-
-    def run(
-        self: retention.Collector, todo: retention.Plan, as_epoch: int | None, in_flight: Any
-    ) -> list[CheckpointError]:
+    def run(self: Collector, todo: RetentionPlan, as_epoch: int | None, in_flight: Any) -> list[CheckpointError]:
         for checkpoint, _ in todo.retire:
             for info in list(self._store.list(f"data/{checkpoint.epoch:06}-{checkpoint.step:012}-000/")):
                 self._store.delete(info.key)
         return original(self, todo, as_epoch, in_flight)
 
-    monkeypatch.setattr(retention.Collector, "run", run)
+    monkeypatch.setattr(Collector, "run", run)
 
 
 def writes_land_after_the_grace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,24 @@ def test_retention_reads_one_range_of_an_earlier_incarnations_vote(
     assert counts.take() == (0, 0, 0), "what is known is not asked for again"
 
 
+def test_a_pass_reads_what_is_new() -> None:
+    class Reads(MemoryStore):
+        read = 0
+
+        def get(self, key: str) -> bytes:
+            self.read += 1
+            return super().get(key)
+
+    store = Reads()
+    job = save_steps(store, [*range(1, 9)])
+    job.retain(Keep(last=4), 1e9)
+    store.read = 0
+    job.retain(Keep(last=4), 1e9)
+    store.read = 0
+    job.retain(Keep(last=4), 1e9)
+    assert store.read == 0
+
+
 @pytest.mark.parametrize("at", range(0, 200, 7))
 def test_a_file_table_that_is_not_as_it_must_be_is_not_believed(at: int) -> None:
     """Read alone it has no checksum: a flipped digit in it must not make a living checkpoint's pack look unused."""
