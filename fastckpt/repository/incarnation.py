@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 from fastckpt.errors import MissingObjectError, RepositoryError, SaveError, SupersededError
-from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, CheckpointId, SaveId, epoch_key
+from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, SaveId, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, Tombstone, epoch_bytes
 from fastckpt.format.vote import Vote
 from fastckpt.options import Options
@@ -24,7 +22,7 @@ from fastckpt.repository.retention import GRACE_S, Keep, RetentionPlan, plan_ret
 from fastckpt.state import Captured
 from fastckpt.state.chunks import ChunkSource
 from fastckpt.writing.packs import PackBuffers
-from fastckpt.writing.rank import SaveRequest, UploadThreads, upload
+from fastckpt.writing.rank import SaveAsked, SaveRequest, UploadThreads, upload
 
 _MAX_POLL_S = 5.0
 # A generator of our own: drawing from the global one would change what training draws.
@@ -143,12 +141,8 @@ class Incarnation:
     def save(
         self,
         captured: Captured,
-        step: int,
+        asked: SaveAsked | int,
         *,
-        trigger: str = "manual",
-        metrics: Mapping[str, float] | None = None,
-        meta: Mapping[str, Any] | None = None,
-        called_s: float | None = None,
         commit_timeout_s: float = 600.0,
         source: ChunkSource | None = None,
         cancelled: Callable[[], bool] = lambda: False,
@@ -156,40 +150,17 @@ class Incarnation:
     ) -> Commit:
         """Upload, vote, commit, acknowledge. Returns the record once it was seen and no newer incarnation is in sight.
 
-        threads: see `upload`; the caller closes them too.
+        asked: what the save says of itself; a step alone will do. source, cancelled and threads: see `upload`; the caller closes the
+        threads too. commit_timeout_s: how long the votes of other ranks are waited for.
 
         SupersededError: it is committed, but a newer incarnation exists. Any error: the earlier checkpoints are as they were.
         """
-        if self.epoch is None:
-            self.begin()
-        assert self.epoch is not None
-        self.check_step(step)
-        attempt = self._attempts.get(step, 0)
-        if attempt > MAX_TRY:
-            raise SaveError(f"step {step} has been tried {attempt} times: save another step")
-        self._attempts[step] = attempt + 1
-        request = SaveRequest(
-            save=SaveId(self.epoch.number, step, attempt),
-            parent=self.last,
-            rank=self._rank,
-            world=self._world,
-            trigger=trigger,
-            metrics=metrics or {},
-            meta=meta or {},
-        )
-        if called_s is not None:
-            request = replace(request, called_s=called_s)
+        asked = asked if isinstance(asked, SaveAsked) else SaveAsked(asked)
+        request = self._request(asked)
         self.in_flight.add(request.save)
         try:
             vote = upload(
-                captured,
-                self.repository.store,
-                request,
-                self._options,
-                source,
-                cancelled,
-                self._buffers,
-                threads,
+                captured, self.repository.store, request, self._options, source, cancelled, self._buffers, threads
             )
             commit = self._commit(vote, commit_timeout_s)
             if self._world == 1 and commit.vote(0) == vote.name:
@@ -198,6 +169,24 @@ class Incarnation:
             return commit
         finally:
             self.in_flight.discard(request.save)
+
+    def _request(self, asked: SaveAsked) -> SaveRequest:
+        """The next try of a step. SaveError if it cannot follow what there is."""
+        if self.epoch is None:
+            self.begin()
+        assert self.epoch is not None
+        self.check_step(asked.step)
+        attempt = self._attempts.get(asked.step, 0)
+        if attempt > MAX_TRY:
+            raise SaveError(f"step {asked.step} has been tried {attempt} times: save another step")
+        self._attempts[asked.step] = attempt + 1
+        return SaveRequest(
+            asked=asked,
+            save=SaveId(self.epoch.number, asked.step, attempt),
+            parent=self.last,
+            rank=self._rank,
+            world=self._world,
+        )
 
     def _commit(self, own: Vote, timeout_s: float) -> Commit:
         """Commit, or wait until another rank has. SaveError if votes are still missing after `timeout_s`."""
@@ -273,6 +262,3 @@ class Incarnation:
         todo = plan_retention(self._collector.look(), keep, flying | self.in_flight.copy(), grace_s)
         todo.refused = self._collector.run(todo, number, lambda: flying | self.in_flight.copy())
         return todo
-
-
-__all__ = ["CheckpointId", "Incarnation"]

@@ -29,7 +29,7 @@ from fastckpt.repository.retention import Keep
 from fastckpt.snapshot import Snapshot
 from fastckpt.state import Captured
 from fastckpt.state.chunks import LiveChunks
-from fastckpt.writing.rank import UploadThreads
+from fastckpt.writing.rank import SaveAsked, UploadThreads
 
 MAX_JOBS = 2  # one uploads, one is staged
 
@@ -256,11 +256,7 @@ class SaveQueue:
         started = time.monotonic()
         commit = self._incarnation.save(
             job.captured,
-            job.step,
-            trigger=job.trigger,
-            metrics=job.metrics,
-            meta=job.meta,
-            called_s=job.called_s,
+            SaveAsked(job.step, trigger=job.trigger, metrics=job.metrics, meta=job.meta, called_s=job.called_s),
             source=job.source,
             cancelled=job.cancelled.is_set,
             threads=job.threads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fastckpt import events
@@ -24,19 +24,28 @@ from fastckpt.writing.packs import PackBuffers, PackWriter, choose_pack_bytes
 from fastckpt.writing.vote_builder import build_vote
 
 
-@dataclass(frozen=True, kw_only=True)
-class SaveRequest:
-    """What a rank's vote says besides the state."""
+@dataclass(frozen=True)
+class SaveAsked:
+    """What a save says of itself besides the state: made where it is asked for, and carried whole."""
 
-    save: SaveId
-    parent: Parent | None
-    rank: int = 0
-    world: int = 1
+    step: int
+    _: KW_ONLY
     trigger: str = "manual"
     metrics: Mapping[str, float] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     called_s: float = field(default_factory=time.monotonic)
-    """When save was called, time.monotonic()."""
+    """When it was asked for, time.monotonic()."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveRequest:
+    """One rank's part of one try of a save."""
+
+    asked: SaveAsked
+    save: SaveId
+    parent: Parent | None
+    rank: int = 0
+    world: int = 1
 
 
 class UploadThreads(NamedTuple):
@@ -141,12 +150,13 @@ def _build(
     chunks: ChunkWriter, captured: Captured, files: Sequence[FileEntry], request: SaveRequest, stored_bytes: int
 ) -> tuple[Vote, bytes]:
     """The vote and its bytes. SaveError if a reader would refuse it."""
-    seconds = time.monotonic() - request.called_s
+    asked = request.asked
+    seconds = time.monotonic() - asked.called_s
     info = SaveInfo(
         request.save,
         request.parent,
-        request.trigger,
-        request.metrics,
+        asked.trigger,
+        asked.metrics,
         captured.n_bytes,
         stored_bytes,
         seconds,
@@ -158,7 +168,7 @@ def _build(
         step=request.save.step,
         rank=request.rank,
         world=request.world,
-        meta=dict(request.meta),
+        meta=dict(asked.meta),
         writer={**listed.writer, **writer()},
         save=save_to_json(info),
     )

@@ -38,6 +38,7 @@ from fastckpt.upkeep.check.repository import check_repository
 from fastckpt.upkeep.export import export
 from fastckpt.upkeep.salvage import salvage
 from fastckpt.writing.container import index_and_footer
+from fastckpt.writing.rank import SaveAsked
 from tests.faults.test_hostile import junk, mutate_json
 from tests.faults.tools import outcome
 from tests.repositories import captured
@@ -80,7 +81,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     job = Incarnation(Repository(store), OPTIONS)
     job.restore()
     for step in (1, 2):
-        commit = job.save(captured(float(step)), step, metrics={"loss": 0.5}, meta={"a": [1]})
+        commit = job.save(captured(float(step)), SaveAsked(step, metrics={"loss": 0.5}, meta={"a": [1]}))
     reader = Pin(CheckpointId(commit.save.epoch, 1), 1 << 30, "a reader", utc_now())
     store.put(pin_key("reader"), pin_bytes(reader))
     return {info.key: store.get(info.key) for info in store.list("")}

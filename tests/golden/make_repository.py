@@ -24,6 +24,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
+from fastckpt.writing.rank import SaveAsked
 from tests.unit.repository_tools import OPTIONS, begin, captured, reuse, save_ranks, vote
 
 ROOT = Path(__file__).resolve().parent / "repository"
@@ -48,7 +49,9 @@ def write(store: Store) -> None:
     job = Incarnation(Repository(store), OPTIONS)
     job.restore()
     for step in (1, 2, 3):
-        job.save(captured(state(step)), step, metrics={"loss": 1 / step, "odd": float("nan")}, meta={"note": "µ"})
+        job.save(
+            captured(state(step)), SaveAsked(step, metrics={"loss": 1 / step, "odd": float("nan")}, meta={"note": "µ"})
+        )
         job.retain(Keep(last=2), grace_s=0.0)
     job = Incarnation(Repository(store), OPTIONS)
     job.restore(2)

@@ -22,7 +22,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.state import Captured, capture
 from fastckpt.store.base import Store
 from fastckpt.writing.container import index_and_footer
-from fastckpt.writing.rank import SaveRequest, upload
+from fastckpt.writing.rank import SaveAsked, SaveRequest, upload
 
 OPTIONS = Options(threads=2, connections=2)
 
@@ -53,7 +53,7 @@ def save_steps(
     job = Incarnation(Repository(store), OPTIONS)
     job.restore()
     for step in steps:
-        job.save(captured(state(step)), step, metrics=(metrics or {}).get(step))
+        job.save(captured(state(step)), SaveAsked(step, metrics=(metrics or {}).get(step, {})))
     return job
 
 
@@ -70,7 +70,7 @@ def vote(
 ) -> Vote:
     """One rank's part of a save: packs and vote."""
     of = None if parent is None else Parent(parent.checkpoint, parent.digest)
-    request = SaveRequest(save=SaveId(epoch, step, attempt), parent=of, rank=rank, world=world)
+    request = SaveRequest(asked=SaveAsked(step), save=SaveId(epoch, step, attempt), parent=of, rank=rank, world=world)
     return upload(captured(obj), store, request, OPTIONS)
 
 

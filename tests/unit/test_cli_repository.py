@@ -30,6 +30,7 @@ from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.store.local import LocalStore
+from fastckpt.writing.rank import SaveAsked
 from tests.unit.repository_tools import (
     OPTIONS,
     begin,
@@ -86,7 +87,7 @@ def rewound(store: LocalStore) -> None:
     save_steps(store, [1, 2, 3], {1: {"loss": 3.0}, 2: {"loss": 1.0}, 3: {"loss": float("nan")}})
     job = Incarnation(Repository(store), OPTIONS)
     job.restore(2)
-    job.save(captured(state(4)), 4, metrics={"loss": 2.0})
+    job.save(captured(state(4)), SaveAsked(4, metrics={"loss": 2.0}))
     vote(store, 2, 9, 0, 2, state(9))
 
 
@@ -648,7 +649,7 @@ def test_names_metrics_and_meta_cannot_reach_the_terminal(
     job = Incarnation(Repository(store), OPTIONS)
     evil = EVIL.replace("\n", "")
     obj = {EVIL: torch.randn(1000)}
-    job.save(captured(obj), 1, trigger=evil, metrics={evil: 1.0}, meta={"x": evil})
+    job.save(captured(obj), SaveAsked(1, trigger=evil, metrics={evil: 1.0}, meta={"x": evil}))
     flip(store, keys_of(store, "data/")[0])
     out = str(tmp_path / "out")
     commands = [["ls", url], ["show", url], ["check", url], ["salvage", url, "--out", out, "--force"]]
