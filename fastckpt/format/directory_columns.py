@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,7 +26,12 @@ _TENSOR_MEMBERS = ("name", "dtype", "shape", "stride", "offset", "storage", "kin
 _SHARD_MEMBERS = (*_TENSOR_MEMBERS, "global")
 _SMALL = 1 << 40  # far below 2^63: sums and products of such numbers fit into 64 bits
 _BIG = 10**18  # integers of 20 digits are refused, and keys of names end at 2^63
-_SPACED_MEMBER = re.compile(rb'"[ \t\r\n]+:')
+_SPACED = (b'" ', b'"\t', b'"\r', b'"\n')  # perhaps a member's name whose colon stands apart
+
+# Without a call of Python's for each of them.
+_EXTENT = functools.partial(tuple.__new__, Extent)
+_STORAGE = functools.partial(tuple.__new__, StorageEntry)
+_TENSOR = functools.partial(tuple.__new__, TensorEntry)
 
 Columns = tuple[dict[str, Any], tuple[StorageEntry, ...], tuple[TensorEntry, ...]]
 
@@ -36,7 +41,7 @@ def parse(data: bytes, raw_bytes: npt.NDArray[Any]) -> Columns | None:
 
     raw_bytes: of each record, already checked. The other members are not checked.
     """
-    if b"\\" in data or _SPACED_MEMBER.search(data):
+    if b"\\" in data or any(mark in data for mark in _SPACED):
         return None
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse)
@@ -53,7 +58,7 @@ def sound(directory: Directory, raw_bytes: npt.NDArray[Any]) -> bool:
             _sound_storages(_columns(directory.storages, 4), raw_bytes)
             and _sound_keys(itertools.chain.from_iterable(names))
             and _sound_tensors(columns, directory.storages)
-            and all(_all_small(place.shape + place.offset) for place in places if place is not None)
+            and all(_small_array(place.shape + place.offset) is not None for place in places if place is not None)
         )
     except (AttributeError, TypeError, ValueError):  # values of other types than they should be
         return False
@@ -103,23 +108,28 @@ def _storages(rows: list[Any], raw_bytes: npt.NDArray[Any]) -> tuple[StorageEntr
         return None
     if not _sound_storages(columns, raw_bytes):
         return None
-    values = [None if some is None else tuple(map(Extent._make, some)) for some in extents]
-    return tuple(map(StorageEntry._make, zip(dtypes, lengths, locations, values, strict=True)))
+    if all(some is not None and len(some) == 1 for some in extents):
+        values: Iterable[Any] = zip(map(_EXTENT, itertools.chain.from_iterable(lists)), strict=True)
+    else:
+        values = [None if some is None else tuple(map(_EXTENT, some)) for some in extents]
+    return tuple(map(_STORAGE, zip(dtypes, lengths, locations, values, strict=True)))
 
 
 def _sound_storages(columns: Sequence[Any], raw_bytes: npt.NDArray[Any]) -> bool:
     """columns: dtypes, lengths, locations and extents."""
     dtypes, lengths, locations, extents = columns
-    if not (_all(str, dtypes) and _all(str, locations) and _all_small(lengths)):
+    n_bytes = _small_array(lengths)
+    if n_bytes is None or not (_all(str, dtypes) and _all(str, locations)):
         return False
     if any(element_type(dtype) is None for dtype in set(dtypes)):
         return False
     if any((some is None) != (location == "meta") for some, location in zip(extents, locations, strict=True)):
         return False
     places = [place for some in extents if some for place in some]
-    if not set(map(len, places)) <= {3} or not _all_small([*itertools.chain.from_iterable(places)]):
+    flat = _small_array(list(itertools.chain.from_iterable(places)))
+    if flat is None or not set(map(len, places)) <= {3}:
         return False
-    record, offset, size = np.array(places, np.int64).reshape(-1, 3).T
+    record, offset, size = flat.reshape(-1, 3).T
     ends = np.cumsum(raw_bytes, dtype=np.int64)
     if record.max(initial=-1) >= len(ends):
         return False
@@ -130,7 +140,7 @@ def _sound_storages(columns: Sequence[Any], raw_bytes: npt.NDArray[Any]) -> bool
     totals = np.zeros(len(lengths), np.int64)
     np.add.at(totals, np.repeat(np.arange(len(extents)), [len(some or ()) for some in extents]), size)
     has_data = np.array([some is not None for some in extents], bool)
-    return bool((totals == np.array(lengths, np.int64))[has_data].all())
+    return bool((totals == n_bytes)[has_data].all())
 
 
 def _tensors(rows: list[Any], storages: Sequence[StorageEntry]) -> tuple[tuple[TensorEntry, ...], int] | None:
@@ -154,7 +164,7 @@ def _tensors(rows: list[Any], storages: Sequence[StorageEntry]) -> tuple[tuple[T
         return None
     places = [_place(row.get("global")) for row in rows]
     n_members += 2 * sum(place is not None for place in places)
-    made = map(TensorEntry._make, zip(typed, dtypes, shapes, strides, *others, places, strict=True))
+    made = map(_TENSOR, zip(typed, dtypes, shapes, strides, *others, places, strict=True))
     return tuple(made), n_members
 
 
@@ -171,7 +181,7 @@ def _place(value: Any) -> GlobalPlace | None:
     shape, offset = value.values()
     if type(shape) is not list or type(offset) is not list or max(len(shape), len(offset)) > MAX_DIMS:
         raise ValueError("no places")
-    if not _all_small(shape + offset):
+    if _small_array(shape + offset) is None:
         raise ValueError("no small numbers")
     return GlobalPlace(tuple(shape), tuple(offset))
 
@@ -193,24 +203,26 @@ def _sound_tensors(columns: Sequence[Any], storages: Sequence[StorageEntry]) -> 
         return False
     if not _all(int, [*itertools.chain.from_iterable(shapes), *itertools.chain.from_iterable(strides)]):
         return False
-    if not _all_small(offsets) or not _all_small(numbers) or max(numbers, default=-1) >= len(storages):
+    offset, number = _small_array(offsets), _small_array(numbers)
+    if offset is None or number is None or number.max(initial=-1) >= len(storages):
         return False
     reaches = _reaches(dtypes, shapes, strides, kinds)
     if reaches is None:
         return False
     reach, element_bytes = reaches
-    ends = np.where(reach < 0, 0, (np.array(offsets, np.int64) + reach + 1) * element_bytes)
+    ends = np.where(reach < 0, 0, (offset + reach + 1) * element_bytes)
     room = np.array([storage.n_bytes for storage in storages], np.int64)
-    return not len(numbers) or bool((ends <= room[np.array(numbers, np.int64)]).all())
+    return bool((ends <= room[number]).all())
 
 
 def _reaches(
     dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]], kinds: Sequence[str]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
     """How many elements behind its first one each tensor's last one lies, −1 where that is not bounded; and the bytes of an element."""
-    known: dict[Any, tuple[int, int]] = {}
     forms = list(zip(dtypes, shapes, strides, kinds, strict=True))
-    for form in set(forms):
+    numbers = {form: number for number, form in enumerate(set(forms))}
+    found = np.zeros((len(numbers), 2), np.int64)
+    for form, number in numbers.items():
         dtype, shape, stride, kind = form
         element = element_type(dtype)
         if element is None or len(shape) != len(stride) or len(shape) > MAX_DIMS:
@@ -220,9 +232,9 @@ def _reaches(
         last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         if max(math.prod(size for size in shape if size), last + _SMALL) * element.n_bytes >= 1 << 62:
             return None
-        known[form] = -1 if kind == "quantized" or 0 in shape else last, element.n_bytes
-    found = np.array([known[form] for form in forms], np.int64).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
+        found[number] = -1 if kind == "quantized" or 0 in shape else last, element.n_bytes
+    reach, element_bytes = found[np.fromiter(map(numbers.__getitem__, forms), np.int64, len(forms))].T
+    return reach, element_bytes
 
 
 def _all(kind: type, values: Iterable[Any]) -> bool:
@@ -233,6 +245,12 @@ def _all_of(kinds: set[type], values: Iterable[Any]) -> bool:
     return set(map(type, values)) <= kinds
 
 
-def _all_small(values: Sequence[Any]) -> bool:
-    """Integers from 0 to 2^40."""
-    return _all(int, values) and (not values or 0 <= min(values) <= max(values) < _SMALL)
+def _small_array(values: Sequence[Any]) -> npt.NDArray[np.int64] | None:
+    """Integers from 0 to 2^40; None if others are among them."""
+    if not _all(int, values):  # True counts as 1 everywhere else
+        return None
+    try:
+        found = np.fromiter(values, np.int64, len(values))
+    except OverflowError:
+        return None
+    return found if found.min(initial=0) >= 0 and found.max(initial=0) < _SMALL else None

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,17 @@ from fastckpt.reading.sources import Source
 U8 = npt.NDArray[np.uint8]
 
 _NO_LIMIT = contextlib.nullcontext()
+
+
+class StoredPiece(NamedTuple):
+    """Some bytes of a storage, and which bytes of which chunk they are."""
+
+    chunk: int
+    offset: int
+    """In the chunk's raw bytes."""
+    position: int
+    """In the storage."""
+    n_bytes: int
 
 
 class Reader:
@@ -133,15 +144,15 @@ class Reader:
                 + ". Upgrade with `pip install -U fastckpt-engine`"
             )
 
-    def pieces(self, storage: int) -> Iterator[tuple[int, int, int, int]]:
-        """(record, offset in its raw bytes, offset in the storage, bytes) of each stretch of a storage, in order."""
+    def pieces(self, storage: int) -> Iterator[StoredPiece]:
+        """What a storage is made of, in order."""
         raw = self.records["raw_bytes"]
         position = 0
         for extent in self.directory.storages[storage].extents or ():
             record, offset, left = extent
             while left:
                 n = min(left, int(raw[record]) - offset)
-                yield record, offset, position, n
+                yield StoredPiece(record, offset, position, n)
                 record, offset, left, position = record + 1, 0, left - n, position + n
         assert position in (0, self.directory.storages[storage].n_bytes), storage
 

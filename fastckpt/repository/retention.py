@@ -22,11 +22,20 @@ UNFINISHED = "unfinished save"
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """Which checkpoints of the history stay. One that any of the rules wants is kept; `Keep(last=1)` is the least there is.
+    """Which checkpoints of the history stay: each that any of the rules keeps. `Keep(last=1)` is the least there is.
 
-    last: the newest ones. every: those whose step is a multiple of it. best: those with the best value of a metric, `best_count` of them,
-    smallest first unless mode is "max"; checkpoints without the metric, or with NaN, are never best. While no checkpoint has a value
-    of it (a mistyped name, or none was measured yet) nothing is known of what is best: all stay, with a warning.
+    While no checkpoint has a value of the metric `best` (a mistyped name, or none was measured yet), nobody knows which is best: all stay,
+    with a warning.
+
+    Args:
+        last: How many of the newest checkpoints stay.
+        every: Checkpoints stay whose step is a multiple of this.
+        best: Name of a metric. The checkpoints with its best values stay; one without a value, or with NaN, is never best.
+        mode: Which value is best, "min" or "max".
+        best_count: How many of the best stay.
+
+    Raises:
+        ValueError: A rule makes no sense; all problems are listed.
     """
 
     last: int = 3
