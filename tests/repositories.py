@@ -14,6 +14,7 @@ from fastckpt.errors import CorruptCheckpointError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit
+from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog, verify
 from fastckpt.repository.commit import open_vote
@@ -72,7 +73,11 @@ def incarnation(store: Store) -> Incarnation:
 
 def read(store: Store, commit: Commit, rank: int = 0) -> Any:
     """The object of a checkpoint, every byte verified."""
-    reader = open_vote(store, commit.vote(rank))
+    return load(open_vote(store, commit.vote(rank)))
+
+
+def load(reader: Reader) -> Any:
+    """The object of an index that was read."""
     return load_object(reader, OPTIONS, 1, map_location=None, pickle_module=pickle, weights_only=True, load_args={})
 
 

@@ -144,7 +144,12 @@ def try_commit(store: Store, save: SaveId, own: Vote | None = None) -> Commit | 
         votes.append(vote)
     record = commit_bytes(commit_of(votes, f"{store.url}/{votes_prefix(save)}"))
     key = commit_key(save.checkpoint)
-    stands = create(store, key, record)
+    try:
+        stands = create(store, key, record)
+    except MissingObjectError as error:  # not put again: what was there was retired, and the packs are being deleted
+        raise RepositoryError(
+            f"{store.url}/{key}: somebody else has committed step {save.step} of epoch {save.epoch}, and it was retired since"
+        ) from error
     found = parse_commit_record(stands, save.checkpoint, f"{store.url}/{key}")
     if isinstance(found, Tombstone):
         raise _retired(store, save, found)

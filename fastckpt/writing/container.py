@@ -110,16 +110,7 @@ def write(
         try:
             payload = _ContainerPayload(sink)
             writer = ChunkWriter(captured, payload, target, options, pool, source)
-            chunks = len(writer.cuts.chunks)
-            events.emit(
-                events.SaveStarted(
-                    target=target,
-                    raw_bytes=captured.n_bytes,
-                    chunks=chunks,
-                    storages=len(captured.storages),
-                    skeleton_s=skeleton_s,
-                )
-            )
+            writer.tell_start(skeleton_s)
             header = container.build_header()
             sink.write(header)
             writer.run()
@@ -175,6 +166,18 @@ class ChunkWriter:
         self.records = np.zeros(len(self.cuts.chunks), records.LAYOUT)
         self._written: dict[tuple[bytes, int], int] = {}
         """(digest, raw bytes) of each chunk that is stored → its record."""
+
+    def tell_start(self, skeleton_s: float) -> None:
+        """Emit SaveStarted. skeleton_s: what the capture took."""
+        events.emit(
+            events.SaveStarted(
+                target=self._target,
+                raw_bytes=self._captured.n_bytes,
+                chunks=len(self.cuts.chunks),
+                storages=len(self._captured.storages),
+                skeleton_s=skeleton_s,
+            )
+        )
 
     def run(self) -> None:
         """Afterwards `records` is complete and the source has confirmed its bytes. The first error cancels the rest and is raised."""

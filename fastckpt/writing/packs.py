@@ -57,6 +57,34 @@ class PackBuffers:
         self._free = []
 
 
+class _Lease:
+    """The buffers of one save: no more than it may have, all of one size, all given back at its end."""
+
+    def __init__(self, kept: PackBuffers, most: int, n_bytes: int) -> None:
+        self._kept, self._left, self._n_bytes = kept, most, n_bytes
+        self._all: list[Buffer] = []
+        self._free: list[Buffer] = []
+
+    def take(self) -> Buffer | None:
+        """None: all are in use, and there may be no more."""
+        if self._free:
+            return self._free.pop()
+        if not self._left:
+            return None
+        self._left -= 1
+        self._all.append(self._kept.take(self._n_bytes))
+        return self._all[-1]
+
+    def put_back(self, buffer: Buffer) -> None:
+        """It is not in use any more."""
+        self._free.append(buffer)
+
+    def end(self) -> None:
+        """Nobody reads any of them any more."""
+        self._kept.give_back(self._all)
+        self._all = []
+
+
 class PackWriter:
     """A Payload whose bytes go to a store. One thread adds; `connections` threads upload. Use as a context manager."""
 
@@ -80,10 +108,7 @@ class PackWriter:
         self._rank = rank
         self._pack_bytes = pack_bytes
         self._pool = pool
-        self._buffers = buffers or PackBuffers()
-        self._buffers_left = connections + 1
-        self._all: list[Buffer] = []
-        self._free: list[Buffer] = []
+        self._lease = _Lease(buffers or PackBuffers(), connections + 1, pack_bytes)
         self._current: Buffer | None = None
         self._filled = 0
         self._sealed = 0
@@ -96,8 +121,7 @@ class PackWriter:
 
     def __exit__(self, *error: object) -> None:
         self._pool.close()
-        self._buffers.give_back(self._all)
-        self._all = []
+        self._lease.end()
 
     def remove(self) -> None:
         """After a failure, before there is a vote: delete what was uploaded. What the store keeps is debris, as after a kill."""
@@ -127,19 +151,15 @@ class PackWriter:
             raise SaveError(f"the save of step {self._save.step} was cancelled. Nothing was committed")
 
     def _buffer(self) -> Buffer:
-        if not self._free and self._buffers_left:
-            self._buffers_left -= 1
-            self._all.append(self._buffers.take(self._pack_bytes))
-            return self._all[-1]
-        while not self._free:
+        while (buffer := self._lease.take()) is None:
             self._collect()
-        return self._free.pop()
+        return buffer
 
     def _collect(self) -> None:
         """Take back the oldest pack under way; raises what its upload raised."""
         buffer, entry = self._pending.popleft().result()
         self._files.append(entry)
-        self._free.append(buffer)
+        self._lease.put_back(buffer)
 
     def _seal(self) -> None:
         assert self._current is not None

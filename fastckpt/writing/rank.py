@@ -108,7 +108,7 @@ def upload(
                 buffers,
             ) as packs:
                 chunks = ChunkWriter(captured, packs, target, options, threads.encoders, source or LiveChunks(captured))
-                _tell_start(target, captured, chunks)
+                chunks.tell_start(skeleton_s=0.0)
                 chunks.run()
                 files = packs.finish()
         finally:
@@ -132,18 +132,6 @@ def upload(
         )
     )
     return vote
-
-
-def _tell_start(target: str, captured: Captured, chunks: ChunkWriter) -> None:
-    events.emit(
-        events.SaveStarted(
-            target=target,
-            raw_bytes=captured.n_bytes,
-            chunks=len(chunks.cuts.chunks),
-            storages=len(captured.storages),
-            skeleton_s=0.0,
-        )
-    )
 
 
 def _build(

@@ -38,7 +38,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep, RetentionPlan
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
-from tests.repositories import OPTIONS, captured, check_all, history, read, same
+from tests.repositories import OPTIONS, captured, check_all, history, load, read, same
 
 GRACE_S = 50.0
 WAIT_S = 60.0
@@ -265,7 +265,7 @@ def saver(world: World, run: Incarnation, rng: random.Random) -> None:
     choice = run.restore()
     step = 0 if choice is None else choice.commit.save.step
     if choice is not None:
-        value = read(run.repository.store, choice.commit)
+        value = load(choice.reader)
         assert any(same(value, v) for v in world.values[choice.commit.checkpoint])
     _train(world, run, rng, step)
 
@@ -348,7 +348,7 @@ def reader(world: World, run: Incarnation, rng: random.Random) -> None:
         try:
             choice = Catalog(run.repository).choose()
             if choice is not None:
-                value = read(run.repository.store, choice.commit)
+                value = load(choice.reader)  # as a restore does: another look at the vote may find it deleted
                 assert any(same(value, v) for v in world.values[choice.commit.checkpoint])
         except (NoCheckpointError, CorruptCheckpointError):
             # Retired while it was read: its votes were gone before it had them. Never wrong values.
