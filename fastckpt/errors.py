@@ -201,7 +201,8 @@ class ObjectExistsError(StoreError):
 def of_save(error: BaseException, step: int) -> BaseException:
     """What a Checkpointer's save raises where the machine raised `error`: a SaveError with it as the cause.
 
-    Ours are as they are; so are the OSErrors of a disk, interrupts, and all classes of others.
+    Returned unchanged: fastckpt's own errors, OSErrors other than ENOMEM, KeyboardInterrupt and SystemExit, and exception classes that
+    other libraries define.
     """
     if isinstance(error, CheckpointError):
         return error

@@ -1,4 +1,4 @@
-"""A repository for whoever looks again and again: records are read once."""
+"""Records of a repository that is looked at again and again: each is read once."""
 
 from __future__ import annotations
 

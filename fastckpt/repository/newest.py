@@ -1,4 +1,4 @@
-"""A checkpoint of a repository for who only reads: the newest, or that of a step."""
+"""Reads a checkpoint of a repository, the newest or that of a step, and changes nothing."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def is_repository(store: Store) -> bool:
 
 
 def read_checkpoint(store: Store, step: Step, read: Callable[[Reader], T]) -> T:
-    """What `read` makes of a checkpoint. With GET, HEAD and LIST alone; nobody is disturbed.
+    """What `read` makes of a checkpoint. Sends only GET, HEAD and LIST, so it disturbs nobody.
 
-    What retention takes meanwhile is RetiredError; who asked for no step gets what is newest then, once. NoCheckpointError, RestoreError
-    for a checkpoint of several ranks, CorruptCheckpointError, StoreError.
+    If retention takes the checkpoint meanwhile and no step was asked for, the newest one of then is read, once; else that is RetiredError.
+    NoCheckpointError, RestoreError for a checkpoint of several ranks, CorruptCheckpointError, StoreError.
     """
     try:
         return _read(store, step, read)

@@ -269,7 +269,7 @@ def test_parents_are_named_by_digest(store: MemoryStore) -> None:
 
 
 def test_a_record_that_was_retired_and_removed_meanwhile_is_not_put_again(store: MemoryStore) -> None:
-    """Its packs are being deleted: a saver that slept between its refused put and the look at what stands there has words, no checkpoint."""
+    """Its packs are being deleted. A saver that slept between its refused put and the look at what stands there gets words."""
     vote(store, 1, 7, 0, 1, small(0))
 
     class Sleeper(Wrapper):
