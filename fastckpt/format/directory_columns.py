@@ -211,8 +211,8 @@ def _sound_tensors(columns: Sequence[Any], storages: Sequence[StorageEntry]) -> 
         return False
     reach, element_bytes = reaches
     ends = np.where(reach < 0, 0, (offset + reach + 1) * element_bytes)
-    room = np.array([storage.n_bytes for storage in storages], np.int64)
-    return bool((ends <= room[number]).all())
+    lengths = np.array([storage.n_bytes for storage in storages], np.int64)
+    return bool((ends <= lengths[number]).all())
 
 
 def _reaches(

@@ -119,9 +119,9 @@ def check(records: Records, payload_end: int, file_bytes: Sequence[int] | None =
         found += _check_bases(records, kinds.based)
     if found or file_bytes is None:
         return found or _check_tiling(records, ~kinds.stores_nothing, payload_end)
-    room = np.array([0, *file_bytes], np.uint64)[records["file"]]
+    lengths = np.array([0, *file_bytes], np.uint64)[records["file"]]
     stored = records["stored_bytes"].astype(np.uint64)
-    within = (stored <= room) & (records["offset"] <= room - np.minimum(stored, room))
+    within = (stored <= lengths) & (records["offset"] <= lengths - np.minimum(stored, lengths))
     demands.demand(within, "offset", "within its file")
     if payload_end != 64:
         found.append(Damage("footer", "payload length", "0 (the chunks are in other files)", str(payload_end - 64)))

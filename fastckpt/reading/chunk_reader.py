@@ -149,19 +149,19 @@ class Reader:
         raw = self.records["raw_bytes"]
         position = 0
         for extent in self.directory.storages[storage].extents or ():
-            record, offset, left = extent
+            chunk, offset, left = extent
             while left:
-                n = min(left, int(raw[record]) - offset)
-                yield StoredPiece(record, offset, position, n)
-                record, offset, left, position = record + 1, 0, left - n, position + n
+                n_bytes = min(left, int(raw[chunk]) - offset)
+                yield StoredPiece(chunk, offset, position, n_bytes)
+                chunk, offset, left, position = chunk + 1, 0, left - n_bytes, position + n_bytes
         assert position in (0, self.directory.storages[storage].n_bytes), storage
 
     @cached_property
-    def _storages_of_record(self) -> list[list[int]]:
+    def _storages_of_chunk(self) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in range(len(self.records))]
         for number in range(len(self.directory.storages)):
-            for record, *_ in self.pieces(number):
-                found[record].append(number)
+            for piece in self.pieces(number):
+                found[piece.chunk].append(number)
         return found
 
     @cached_property
@@ -171,9 +171,9 @@ class Reader:
             found[tensor.storage].append(dotted(tensor.name))
         return found
 
-    def tensors_of(self, record: int) -> tuple[str, ...]:
+    def tensors_of(self, chunk: int) -> tuple[str, ...]:
         """Dotted names of the tensors that need a chunk; storages without a name as "storage 7"."""
-        storages = sorted(set(self._storages_of_record[record]))
+        storages = sorted(set(self._storages_of_chunk[chunk]))
         return tuple(name for n in storages for name in self._names_of_storage[n] or [f"storage {n}"])
 
     def tensors_of_file(self, file: int) -> tuple[str, ...]:
@@ -246,7 +246,7 @@ class Reader:
         self._sources[file].read_into(offset if file else self.start + offset, out)
 
     def will_read(self, first: int, last: int) -> None:
-        """A hint: the stored bytes of these records are wanted soon. Any thread."""
+        """A hint: the stored bytes of the chunks from `first` to `last` are wanted soon. Any thread."""
         rows = self.records[first : last + 1]
         rows = rows[
             (rows["file"] == 0) & (rows["stored_bytes"] > 0)
