@@ -21,6 +21,7 @@ from fastckpt.repository.commit import open_vote
 from fastckpt.training import stateful
 from fastckpt.training.changes import changes
 from fastckpt.training.placement import look
+from tests.repositories import load
 from tests.repositories import restore_once as restore
 from tests.repositories import saved_once as saved
 
@@ -159,9 +160,9 @@ def test_an_optimizer_that_wraps_another_without_being_one(caplog: pytest.LogCap
     with Checkpointer(store, first, every=None, spot=None) as ckpt:
         ckpt.restore()
         assert ckpt.restored is not None
-        loaded, _ = ckpt._load(ckpt.restored, True)
+        reader = open_vote(store, ckpt.restored.vote(0))
         wrapped = {"m": second["m"], "o": Wrapper(second["o"])}
-        stateful.apply(wrapped, loaded, "x", look(wrapped, open_vote(store, ckpt.restored.vote(0)).directory, "x"))
+        stateful.apply(wrapped, load(reader), "x", look(wrapped, reader.directory, "x"))
     assert equal(first["o"].state_dict(), second["o"].state_dict())
     assert not caplog.records
 
