@@ -86,9 +86,10 @@ fmt: venv ## put the code into its form
 	$(PY) -m ruff check --fix
 	$(VENV)/bin/clang-format -i $(CSRC_FORMATTED)
 
-lint: venv ## check style
+lint: venv ## check style, and the plan of the source (scripts/house.py)
 	$(PY) -m ruff format --check
 	$(PY) -m ruff check
+	$(PY) scripts/house.py
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC_FORMATTED)
 
 types: venv ## check types, those of a user's program too

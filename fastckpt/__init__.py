@@ -60,6 +60,7 @@ with _held_off():  # a collection that falls into this would walk all of torch: 
         TooLargeError,
         TornSnapshotError,
         UnknownTensorError,
+        UnreadableError,
         UnsupportedFormatError,
     )
     from fastckpt.options import Options
@@ -106,6 +107,7 @@ __all__ = [
     "TooLargeError",
     "TornSnapshotError",
     "UnknownTensorError",
+    "UnreadableError",
     "UnsupportedFormatError",
     "__version__",
     "errors",

@@ -1,8 +1,10 @@
 """Everything fastckpt raises on purpose.
 
     CheckpointError(RuntimeError)            catch this one to catch all of them
-     ├─ CorruptCheckpointError               damage: bytes are not what a checksum says. Take another checkpoint
-     ├─ UnsupportedFormatError               made by a newer fastckpt, or for another platform. Upgrade
+     ├─ UnreadableError                      this checkpoint cannot be read; the store can. Take another checkpoint
+     │   ├─ CorruptCheckpointError           damage: bytes are not what a checksum says
+     │   ├─ UnsupportedFormatError           made by a newer fastckpt, or for another platform. Upgrade
+     │   └─ MissingObjectError               an object that it needs is not there (an ObjectNotFoundError too)
      ├─ NotACheckpointError                  never was one. Check the path
      │   └─ EmptyCheckpointError(EOFError)   a file of 0 bytes, as torch.load's EOFError
      ├─ TooLargeError(MemoryError)           says it holds more than this machine has. Raise the limit if you trust it
@@ -25,6 +27,7 @@
          ├─ StoreAccessError                 credentials, permissions, wrong owner
          ├─ StoreUnavailableError            no answer, or "later": worth another try (already tried several times)
          ├─ ObjectNotFoundError              no such key
+         │   └─ MissingObjectError           … and a repository needs it: UnreadableError tells the two apart
          └─ ObjectExistsError                create-if-absent met an object
 
 Operating system errors (OSError: no such file, disk full, permission denied) and torch's own (UnpicklingError for a refused global,
@@ -68,7 +71,11 @@ class Damage:
         return text
 
 
-class CorruptCheckpointError(CheckpointError):
+class UnreadableError(CheckpointError):
+    """A checkpoint, or a record of a repository, cannot be read, whatever the store does: another try will find the same."""
+
+
+class CorruptCheckpointError(UnreadableError):
     """Stored bytes are damaged. `.damage` lists every finding of the operation, not only the first."""
 
     def __init__(self, source: str, damage: Iterable[Damage], advice: str = "") -> None:
@@ -85,7 +92,7 @@ class CorruptCheckpointError(CheckpointError):
         )
 
 
-class UnsupportedFormatError(CheckpointError):
+class UnsupportedFormatError(UnreadableError):
     """The file is whole as far as can be told, but this version of fastckpt must not read it."""
 
 
@@ -183,6 +190,10 @@ class ObjectNotFoundError(StoreError):
     """No object of that key."""
 
 
+class MissingObjectError(UnreadableError, ObjectNotFoundError):
+    """An object that a repository needs is not there: a record, or a rank's index."""
+
+
 class ObjectExistsError(StoreError):
     """`put_if_absent` met an object."""
 
@@ -190,7 +201,8 @@ class ObjectExistsError(StoreError):
 def of_save(error: BaseException, step: int) -> BaseException:
     """What a Checkpointer's save raises where the machine raised `error`: a SaveError with it as the cause.
 
-    Ours are as they are; so are the OSErrors of a disk, interrupts, and all classes of others.
+    Returned unchanged: fastckpt's own errors, OSErrors other than ENOMEM, KeyboardInterrupt and SystemExit, and exception classes that
+    other libraries define.
     """
     if isinstance(error, CheckpointError):
         return error

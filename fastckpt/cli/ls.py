@@ -61,9 +61,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def list_repository(repository: Repository) -> dict[str, Any]:
     """A member of `repositories` of `fastckpt.ls/1`, newest checkpoint first. Reads records, each with one request, and names, no index."""
-    repository = KnownRecords(repository.store)
-    catalog = Catalog(repository)
-    found = repository.read_all(catalog.listing)
+    records = KnownRecords(repository.store)
+    catalog = Catalog(records)
+    found = records.read_all(catalog.listing)
     inside = safe_history(catalog)
     rows = [commit_row(commit, inside) for commit in found.commits.values()]
     for checkpoint, error in found.failed.items():

@@ -13,9 +13,10 @@ from fastckpt.errors import CheckpointError, ObjectNotFoundError, RepositoryErro
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit
+from fastckpt.repository.collector import Collector
 from fastckpt.repository.commit import open_vote
 from fastckpt.repository.repository import Repository
-from fastckpt.repository.retention import Collector, Keep, Plan, View, plan
+from fastckpt.repository.retention import Keep, RepositoryView, RetentionPlan, TombstoneSeen, plan_retention
 
 HELP = "remove checkpoints that no rule keeps, and debris; shows its plan first"
 
@@ -71,11 +72,11 @@ class Forecast:
     notes: list[str] = field(default_factory=list)
 
 
-def forecast(view: View, needs: Needs, keep: Keep, grace_s: float, branches: bool) -> Forecast:
+def forecast(view: RepositoryView, needs: Needs, keep: Keep, grace_s: float, branches: bool) -> Forecast:
     """Predict what repeated passes will do. Pure."""
     result = Forecast()
     for _ in range(_MOST_PASSES):
-        todo = plan(view, keep, (), grace_s, abandoned=branches, stopped=True)
+        todo = plan_retention(view, keep, (), grace_s, abandoned=branches, stopped=True)
         result.notes += [words for words in (*todo.warnings, *todo.notes) if words not in result.notes]
         if not todo.retire and not todo.delete:
             break
@@ -93,14 +94,14 @@ def forecast(view: View, needs: Needs, keep: Keep, grace_s: float, branches: boo
     return result
 
 
-def after(view: View, todo: Plan, needs: Needs) -> View:
+def after(view: RepositoryView, todo: RetentionPlan, needs: Needs) -> RepositoryView:
     """Predict the repository after one pass. Pure."""
     gone = {checkpoint for checkpoint, _ in todo.retire}
     deleted = set(todo.delete)
     living = {c: commit for c, commit in view.living.items() if c not in gone}
-    tombstones = {**view.tombstones, **dict.fromkeys(gone, view.now_s)}
+    tombstones = {**view.tombstones, **dict.fromkeys(gone, TombstoneSeen(view.now_s))}
     votes = {save: [key for key in names if key not in deleted] for save, names in view.votes.items()}
-    packs = {save: {k: t for k, t in names.items() if k not in deleted} for save, names in view.packs.items()}
+    packs = {save: [key for key in names if key not in deleted] for save, names in view.packs.items()}
     named = [needs.get(c) for c in living]
     unknown = bool(view.unreadable) or None in named
     needed = None if unknown else {key for packs_of in named for key in packs_of or ()}
@@ -112,7 +113,7 @@ def after(view: View, todo: Plan, needs: Needs) -> View:
         votes={save: names for save, names in votes.items() if names},
         packs={save: names for save, names in packs.items() if names},
         needed=needed,
-        expired_pins=[key for key in view.expired_pins if key not in deleted],
+        pins=replace(view.pins, expired=[key for key in view.pins.expired if key not in deleted]),
     )
 
 
@@ -161,7 +162,7 @@ def keep_of(arguments: argparse.Namespace) -> Keep:
         raise WrongUsageError(str(error)) from None
 
 
-def needs_of(repository: Repository, view: View) -> Needs:
+def needs_of(repository: Repository, view: RepositoryView) -> Needs:
     """Read which packs each living checkpoint names. StoreError."""
     return {checkpoint: _packs(repository, commit) for checkpoint, commit in view.living.items()}
 
@@ -177,7 +178,7 @@ def _packs(repository: Repository, commit: Commit) -> frozenset[str] | None:
 
 
 def _carry_out(
-    repository: Repository, collector: Collector, view: View, keep: Keep, arguments: argparse.Namespace
+    repository: Repository, collector: Collector, view: RepositoryView, keep: Keep, arguments: argparse.Namespace
 ) -> int:
     """Pass after pass until nothing is left to do. Returns how many objects were deleted."""
     deleted, last = 0, None
@@ -191,7 +192,7 @@ def _carry_out(
                 "run prune again once that job is stopped, or give it Checkpointer(keep=…)"
             )
         fresh = collector.look()
-        todo = plan(fresh, keep, (), arguments.grace, abandoned=arguments.branches, stopped=True)
+        todo = plan_retention(fresh, keep, (), arguments.grace, abandoned=arguments.branches, stopped=True)
         if (not todo.retire and not todo.delete) or todo == last:
             break
         draw(n_pass, n_pass + 3)
@@ -208,7 +209,7 @@ def _carry_out(
     return deleted
 
 
-def _print_forecast(repository: Repository, found: Forecast, view: View, sizes: Mapping[str, int]) -> None:
+def _print_forecast(repository: Repository, found: Forecast, view: RepositoryView, sizes: Mapping[str, int]) -> None:
     url = repository.url
     for checkpoint, why in found.retire:
         commit = view.living.get(checkpoint)

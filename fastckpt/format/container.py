@@ -23,7 +23,7 @@ _KNOWN_READ_FEATURES = READ_SELF_CONTAINED
 _KNOWN_CHECK_FEATURES = 0
 
 INDEX_PARTS = ("directory", "file table", "records", "skeleton")
-_MAX_BYTES = {
+MAX_PART_BYTES = {
     "directory": 256 << 20,
     "file table": 64 << 20,
     "records": MAX_RECORDS * RECORD_BYTES,
@@ -145,8 +145,8 @@ def parse_footer(data: bytes, available_bytes: int, source: str) -> Footer:
     for name, part in parts.items():
         if part.offset != position:
             damage.append(Damage("footer", f"{name}, offset", str(position), str(part.offset)))
-        if part.n_bytes > _MAX_BYTES[name]:
-            damage.append(Damage("footer", f"{name}, length", f"at most {_MAX_BYTES[name]}", str(part.n_bytes)))
+        if part.n_bytes > MAX_PART_BYTES[name]:
+            damage.append(Damage("footer", f"{name}, length", f"at most {MAX_PART_BYTES[name]}", str(part.n_bytes)))
         position = part.offset + part.n_bytes
     if position + FOOTER_BYTES != total:
         damage.append(Damage("footer", "container length", str(position + FOOTER_BYTES), str(total)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,69 +66,103 @@ def unsupported(records: Records) -> list[int]:
     return [int(i) for i in np.flatnonzero(~np.isin(records["transform"], (0, *_READ_HERE)))]
 
 
+Mask = npt.NDArray[np.bool_]
+
+
+class _Kinds(NamedTuple):
+    """Which records have which kinds of transforms."""
+
+    raw: Mask
+    constant: Mask
+    cast: Mask
+    packed: Mask
+    framed: Mask
+    based: Mask
+    stores_nothing: Mask
+    known: Mask
+    """This version reads it. Others are reported as unsupported, not as damage; 0 is never valid."""
+
+    @classmethod
+    def of(cls, transform: npt.NDArray[Any]) -> _Kinds:
+        alone = (transform == t for t in (Transform.RAW, Transform.CONST, Transform.CAST, Transform.SUBPACK))
+        groups = (np.isin(transform, group) for group in (_HAS_FRAME, _HAS_BASE, _STORES_NOTHING, _READ_HERE))
+        return cls(*alone, *groups)
+
+
+class _Demands:
+    """Collects which records break a rule."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        self.found: list[Damage] = []
+
+    def demand(self, right: Mask, field: str, expected: str, of: Mask | None = None) -> None:
+        """Of these records (None: of all), list those that are not right."""
+        for i in np.flatnonzero(~right if of is None else ~right & of):
+            value = self._records[field][i]
+            text = value.tobytes().hex() if isinstance(value, np.void) else str(value)
+            self.found.append(Damage("records", f"record {i}, {field.replace('_', ' ')}", expected, text))
+
+
 def check(records: Records, payload_end: int, file_bytes: Sequence[int] | None = None) -> list[Damage]:
     """Every *must* of section 4 that does not need the payload, for records of supported transforms.
 
     payload_end: offset of the first byte after the payload, which starts at 64. file_bytes: lengths of the files in the file table of
     a vote; None: the container is self-contained.
     """
-    found: list[Damage] = []
-
-    def demand(
-        right: npt.NDArray[np.bool_], field: str, expected: str, of: npt.NDArray[np.bool_] | None = None
-    ) -> None:
-        wrong = ~right if of is None else ~right & of
-        for i in np.flatnonzero(wrong):
-            value = records[field][i]
-            text = value.tobytes().hex() if isinstance(value, np.void) else str(value)
-            found.append(Damage("records", f"record {i}, {field.replace('_', ' ')}", expected, text))
-
-    transform, lane = records["transform"], records["lane_bytes"]
-    raw, stored = records["raw_bytes"].astype(np.int64), records["stored_bytes"].astype(np.int64)
-    nothing = np.isin(transform, _STORES_NOTHING)
-    is_raw, is_const, is_cast, is_packed = (
-        transform == t for t in (Transform.RAW, Transform.CONST, Transform.CAST, Transform.SUBPACK)
-    )
-    framed, based = np.isin(transform, _HAS_FRAME), np.isin(transform, _HAS_BASE)
-    # Records that this version does not read are reported as unsupported, not as damage; 0 is never valid.
-    known = np.isin(transform, _READ_HERE)
-
-    demand(transform != 0, "transform", "1 … 8")
-    demand(records["zero"] == 0, "zero", "0")
-    demand(records["zeros"] == 0, "zeros", "0")
-    demand((raw >= 1) & (raw <= MAX_RAW_BYTES), "raw_bytes", f"1 … {MAX_RAW_BYTES}")
-    demand(np.isin(lane, (1, 2, 4, 8)), "lane_bytes", "1, 2, 4 or 8", known)
-    demand(lane == 1, "lane_bytes", "1 (RAW)", is_raw)
-    demand(np.isin(lane, (2, 4, 8)), "lane_bytes", "2, 4 or 8 (a frame)", framed)
-    demand(lane == 2, "lane_bytes", "2 (CAST)", is_cast)
-    demand(raw % np.maximum(lane, 1) == 0, "raw_bytes", "a multiple of the lane bytes", known)
-    demand(records["pack_width"] == 0, "pack_width", "0", known & ~is_packed)
-    demand(np.isin(records["pack_width"], PACK_BITS), "pack_width", "1, 2, 4 or 8 (SUBPACK)", is_packed)
-    if file_bytes is None:
-        demand(records["file"] == 0, "file", "0 (the container is self-contained)")
-    else:
-        demand(records["file"] <= len(file_bytes), "file", f"at most {len(file_bytes)}, the length of the file table")
-        demand((records["file"] == 0) == nothing, "file", "0 exactly if the transform stores nothing")
-    demand(stored == raw, "stored_bytes", "the raw bytes (RAW)", is_raw)
-    demand((stored >= 1) & (stored <= max_frame_bytes(raw)), "stored_bytes", "1 … 2 × raw + 1024", framed)
-    for field in ("offset", "stored_bytes", "crc64nvme"):
-        demand(records[field] == 0, field, "0 (the transform stores nothing)", nothing)
-    parameters = records["parameter"].view(("u1", 8)) if records.size else np.zeros((0, 8), np.uint8)
-    demand((parameters == 0).all(axis=1), "parameter", "zeros", is_raw | (framed & ~based))
-    tail = np.arange(8)[None, :] >= lane[:, None]
-    demand(~((parameters != 0) & tail).any(axis=1), "parameter", "zeros after the lane", is_const)
-    if not found and based.any():
-        found += _check_bases(records, based)
+    demands, kinds = _Demands(records), _Kinds.of(records["transform"])
+    _check_lanes(records, kinds, demands)
+    _check_stored(records, kinds, None if file_bytes is None else len(file_bytes), demands)
+    _check_parameters(records, kinds, demands)
+    found = demands.found
+    if not found and kinds.based.any():
+        found += _check_bases(records, kinds.based)
     if found or file_bytes is None:
-        return found or _check_tiling(records, ~nothing, payload_end)
-    room = np.array([0, *file_bytes], np.uint64)[records["file"]]
-    stored_u64 = records["stored_bytes"].astype(np.uint64)
-    demand(
-        (stored_u64 <= room) & (records["offset"] <= room - np.minimum(stored_u64, room)), "offset", "within its file"
-    )
+        return found or _check_tiling(records, ~kinds.stores_nothing, payload_end)
+    lengths = np.array([0, *file_bytes], np.uint64)[records["file"]]
+    stored = records["stored_bytes"].astype(np.uint64)
+    within = (stored <= lengths) & (records["offset"] <= lengths - np.minimum(stored, lengths))
+    demands.demand(within, "offset", "within its file")
     if payload_end != 64:
         found.append(Damage("footer", "payload length", "0 (the chunks are in other files)", str(payload_end - 64)))
     return found
+
+
+def _check_lanes(records: Records, kinds: _Kinds, demands: _Demands) -> None:
+    demand, lane, raw = demands.demand, records["lane_bytes"], records["raw_bytes"]
+    demand(records["transform"] != 0, "transform", "1 … 8")
+    demand(records["zero"] == 0, "zero", "0")
+    demand(records["zeros"] == 0, "zeros", "0")
+    demand((raw >= 1) & (raw <= MAX_RAW_BYTES), "raw_bytes", f"1 … {MAX_RAW_BYTES}")
+    demand(np.isin(lane, (1, 2, 4, 8)), "lane_bytes", "1, 2, 4 or 8", kinds.known)
+    demand(lane == 1, "lane_bytes", "1 (RAW)", kinds.raw)
+    demand(np.isin(lane, (2, 4, 8)), "lane_bytes", "2, 4 or 8 (a frame)", kinds.framed)
+    demand(lane == 2, "lane_bytes", "2 (CAST)", kinds.cast)
+    demand(raw % np.maximum(lane, 1) == 0, "raw_bytes", "a multiple of the lane bytes", kinds.known)
+    demand(records["pack_width"] == 0, "pack_width", "0", kinds.known & ~kinds.packed)
+    demand(np.isin(records["pack_width"], PACK_BITS), "pack_width", "1, 2, 4 or 8 (SUBPACK)", kinds.packed)
+
+
+def _check_stored(records: Records, kinds: _Kinds, n_files: int | None, demands: _Demands) -> None:
+    demand, file = demands.demand, records["file"]
+    raw, stored = records["raw_bytes"].astype(np.int64), records["stored_bytes"].astype(np.int64)
+    if n_files is None:
+        demand(file == 0, "file", "0 (the container is self-contained)")
+    else:
+        demand(file <= n_files, "file", f"at most {n_files}, the length of the file table")
+        demand((file == 0) == kinds.stores_nothing, "file", "0 exactly if the transform stores nothing")
+    demand(stored == raw, "stored_bytes", "the raw bytes (RAW)", kinds.raw)
+    demand((stored >= 1) & (stored <= max_frame_bytes(raw)), "stored_bytes", "1 … 2 × raw + 1024", kinds.framed)
+    for field in ("offset", "stored_bytes", "crc64nvme"):
+        demand(records[field] == 0, field, "0 (the transform stores nothing)", kinds.stores_nothing)
+
+
+def _check_parameters(records: Records, kinds: _Kinds, demands: _Demands) -> None:
+    parameters = records["parameter"].view(("u1", 8)) if records.size else np.zeros((0, 8), np.uint8)
+    has_none = kinds.raw | (kinds.framed & ~kinds.based)
+    demands.demand((parameters == 0).all(axis=1), "parameter", "zeros", has_none)
+    tail = np.arange(8)[None, :] >= records["lane_bytes"][:, None]
+    demands.demand(~((parameters != 0) & tail).any(axis=1), "parameter", "zeros after the lane", kinds.constant)
 
 
 def base_of(record: Any) -> tuple[int, int, int]:

@@ -11,11 +11,9 @@ from typing import Any
 
 from fastckpt._version import __version__
 from fastckpt.format.container import INDEX_PARTS
+from fastckpt.format.fields import MAX_INTEGER, Findings, JsonFields
 from fastckpt.format.keys import MAX_EPOCH, MAX_TRY, MAX_WORLD, CheckpointId, SaveId, VoteName
-from fastckpt.format.members import Members
 from fastckpt.format.sealed import seal, seal_of, unseal
-
-_MAX_BYTES = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def writer() -> dict[str, str]:
     return {"name": "fastckpt", "version": __version__, "python": platform.python_version(), "host": platform.node()}
 
 
-def parse_parent(value: Members) -> Parent | None:
+def parse_parent(value: JsonFields) -> Parent | None:
     inner = value.optional("parent")
     return None if inner is None else Parent(inner.checkpoint(), inner.hex32("digest"))
 
@@ -210,19 +208,16 @@ def pin_bytes(pin: Pin) -> bytes:
 
 def parse_marker(data: bytes, source: str) -> Marker:
     """Read a marker. CorruptCheckpointError lists all findings, UnsupportedFormatError: newer. As all of these."""
-    value = Members(unseal(data, "marker", source), "marker", source)
+    value = JsonFields(unseal(data, "marker", source), Findings("marker", source))
     marker = Marker(value.hex32("repository"), value.text("utc"), value.strings("writer"))
-    value.done()
+    value.findings.raise_damage()
     return marker
 
 
 def parse_epoch_record(data: bytes, number: int, source: str) -> Epoch:
     """number: what its key says."""
-    value = Members(unseal(data, "epoch", source), "epoch", source)
-    skipped = []
-    for i, item in enumerate(value.array("skipped")):
-        inner = value.nested("skipped", item, str(i))
-        skipped.append(Skipped(inner.checkpoint(), inner.text("why")))
+    value = JsonFields(unseal(data, "epoch", source), Findings("epoch", source))
+    skipped = [Skipped(inner.checkpoint(), inner.text("why")) for inner in value.objects("skipped")]
     found = value.integer("epoch", 1, MAX_EPOCH)
     value.demand(found == number, "epoch", f"{number}, as the key says", found)
     parent = parse_parent(value)
@@ -239,26 +234,23 @@ def parse_epoch_record(data: bytes, number: int, source: str) -> Epoch:
         value.text("utc"),
         value.strings("writer"),
     )
-    value.done()
+    value.findings.raise_damage()
     return epoch
 
 
 def parse_commit_record(data: bytes, checkpoint: CheckpointId, source: str) -> Commit | Tombstone:
     """What stands at a commit key. checkpoint: what the key says."""
     content = unseal(data, ("commit", "tombstone"), source)
-    value = Members(content, content["fastckpt"], source)
+    value = JsonFields(content, Findings(content["fastckpt"], source))
     found = value.checkpoint()
     value.demand(found == checkpoint, "epoch, step", f"{checkpoint}, as the key says", str(found))
     if content["fastckpt"] == "tombstone":
         of = None if content.get("of") is None else value.hex32("of")
         tombstone = Tombstone(checkpoint, of, value.text("why"), value.text("utc"))
-        value.done()
+        value.findings.raise_damage()
         return tombstone
     world = value.integer("world", 1, MAX_WORLD)
-    votes = []
-    for i, item in enumerate(value.array("votes")):
-        inner = value.nested("votes", item, str(i))
-        votes.append(VoteEntry(inner.integer("bytes"), inner.hex32("digest"), _parts(inner)))
+    votes = [VoteEntry(one.integer("bytes"), one.hex32("digest"), _parts(one)) for one in value.objects("votes")]
     value.demand(len(votes) == world, "votes", f"{world}, one for each rank", len(votes))
     commit = Commit(
         SaveId(checkpoint.epoch, checkpoint.step, value.integer("try", 0, MAX_TRY)),
@@ -275,16 +267,18 @@ def parse_commit_record(data: bytes, checkpoint: CheckpointId, source: str) -> C
         value.strings("writer"),
         seal_of(data),
     )
-    value.done()
+    value.findings.raise_damage()
     return commit
 
 
-def _parts(value: Members) -> dict[str, tuple[int, int]]:
+def _parts(value: JsonFields) -> dict[str, tuple[int, int]]:
     found = value.mapping("parts")
     parts = {}
     for name in INDEX_PARTS:
         part = found.get(name)
-        right = isinstance(part, list) and len(part) == 2 and all(type(n) is int and 0 <= n <= _MAX_BYTES for n in part)
+        right = (
+            isinstance(part, list) and len(part) == 2 and all(type(n) is int and 0 <= n <= MAX_INTEGER for n in part)
+        )
         value.demand(right, f"parts, {name}", "[offset, bytes]", part)
         if isinstance(part, list) and right:
             parts[name] = (part[0], part[1])
@@ -292,7 +286,7 @@ def _parts(value: Members) -> dict[str, tuple[int, int]]:
 
 
 def parse_pin(data: bytes, source: str) -> Pin:
-    value = Members(unseal(data, "pin", source), "pin", source)
+    value = JsonFields(unseal(data, "pin", source), Findings("pin", source))
     pin = Pin(value.checkpoint(), value.integer("expires_s"), value.text("owner"), value.text("utc"))
-    value.done()
+    value.findings.raise_damage()
     return pin

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastckpt.errors import CorruptCheckpointError, Damage
+from fastckpt.format.container import INDEX_PARTS, Footer
 from fastckpt.format.digest import digest
-from fastckpt.format.directory import Directory
+from fastckpt.format.directory import Directory, FileEntry
+from fastckpt.format.fields import Findings, JsonFields
 from fastckpt.format.keys import MAX_EPOCH, MAX_TRY, SaveId, VoteName
-from fastckpt.format.members import Members
 from fastckpt.format.repository_records import Commit, Parent, VoteEntry, metrics_to_json, parent_to_json, parse_parent
 
 
@@ -33,6 +34,24 @@ class SaveInfo:
     utc: str
 
 
+@dataclass(frozen=True)
+class Vote:
+    """What a commit record needs to know of a vote, whether it was read or built here."""
+
+    name: VoteName
+    info: SaveInfo
+    directory: Directory
+    parts: Mapping[str, tuple[int, int]]
+    """Offset and bytes of each part of the index."""
+    files: tuple[FileEntry, ...]
+    """The packs that it names."""
+
+
+def part_ranges(footer: Footer) -> dict[str, tuple[int, int]]:
+    """Offset and bytes of each part of an index."""
+    return {part: (footer.parts[part].offset, footer.parts[part].n_bytes) for part in INDEX_PARTS}
+
+
 def save_to_json(info: SaveInfo) -> dict[str, Any]:
     return {
         "epoch": info.save.epoch,
@@ -49,7 +68,7 @@ def save_to_json(info: SaveInfo) -> dict[str, Any]:
 
 def save_info(directory: Directory, name: VoteName, source: str) -> SaveInfo:
     """Read it, and check that the vote is the one its name says. CorruptCheckpointError lists what differs."""
-    value = Members(directory.save, "directory", source)
+    value = JsonFields(directory.save, Findings("directory", source))
     epoch, attempt = value.integer("epoch", 1, MAX_EPOCH), value.integer("try", 0, MAX_TRY)
     said = (epoch, directory.step, attempt, directory.rank, directory.world)
     named = (*name.save, name.rank, name.world)
@@ -64,21 +83,16 @@ def save_info(directory: Directory, name: VoteName, source: str) -> SaveInfo:
         value.seconds("seconds"),
         value.text("utc"),
     )
-    value.done()
+    value.findings.raise_damage()
     return info
 
 
-def commit_of(
-    votes: Sequence[tuple[VoteName, SaveInfo, Directory, Mapping[str, tuple[int, int]]]], source: str
-) -> Commit:
-    """The commit record of a try, from the votes of all ranks, rank 0's first.
-
-    Each: name, info, directory, and part → (offset, bytes). Whoever calls this with the same votes gets the same record.
-    """
-    name, first, directory, _ = votes[0]
-    for i, (other, info, *_rest) in enumerate(votes):
+def commit_of(votes: Sequence[Vote], source: str) -> Commit:
+    """The commit record of a try, from the votes of all ranks, rank 0's first. The same votes give the same record."""
+    name, first, directory = votes[0].name, votes[0].info, votes[0].directory
+    for i, vote in enumerate(votes):
         expected = (first.save, first.parent, i)
-        found = (info.save, info.parent, other.rank)
+        found = (vote.info.save, vote.info.parent, vote.name.rank)
         if expected != found:
             raise CorruptCheckpointError(source, [Damage("votes", f"vote {i}", str(expected), str(found))])
     return Commit(
@@ -88,10 +102,10 @@ def commit_of(
         trigger=first.trigger,
         metrics=dict(first.metrics),
         meta=directory.meta,
-        raw_bytes=sum(info.raw_bytes for _, info, *_rest in votes),
-        stored_bytes=sum(info.stored_bytes for _, info, *_rest in votes),
-        seconds=max(info.seconds for _, info, *_rest in votes),
+        raw_bytes=sum(vote.info.raw_bytes for vote in votes),
+        stored_bytes=sum(vote.info.stored_bytes for vote in votes),
+        seconds=max(vote.info.seconds for vote in votes),
         utc=first.utc,
-        votes=tuple(VoteEntry(vote.n_bytes, vote.digest, dict(parts)) for vote, _, _, parts in votes),
+        votes=tuple(VoteEntry(vote.name.n_bytes, vote.name.digest, dict(vote.parts)) for vote in votes),
         writer=directory.writer,
     )

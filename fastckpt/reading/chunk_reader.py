@@ -10,14 +10,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastckpt import codec
 from fastckpt._types import U8
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
-from fastckpt.format import container, directory, records
+from fastckpt.format import container, directory, directory_reader, records
 from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, INDEX_PARTS, MAGIC, MIN_BYTES, READ_SELF_CONTAINED
 from fastckpt.format.digest import crc64nvme, digest
 from fastckpt.format.directory import FileEntry
@@ -28,6 +28,17 @@ from fastckpt.kernels.transform import HAS_BASE, Transform, transform_name
 from fastckpt.reading.sources import Source
 
 _NO_LIMIT = contextlib.nullcontext()
+
+
+class StoredPiece(NamedTuple):
+    """Some bytes of a storage, and which bytes of which chunk they are."""
+
+    chunk: int
+    offset: int
+    """In the chunk's raw bytes."""
+    position: int
+    """In the storage."""
+    n_bytes: int
 
 
 class Reader:
@@ -57,7 +68,7 @@ class Reader:
         self._sources = [source, *(open_file(file) for file in self.files)] if open_file else [source]
         self._check_records()
         with cycle_collector.held_off():
-            self.directory = directory.parse(parts["directory"], self.records["raw_bytes"], source.name)
+            self.directory = directory_reader.parse(parts["directory"], self.records["raw_bytes"], source.name)
         self._scratch = threading.local()
 
     @classmethod
@@ -131,24 +142,24 @@ class Reader:
                 + ". Upgrade with `pip install -U fastckpt-engine`"
             )
 
-    def pieces(self, storage: int) -> Iterator[tuple[int, int, int, int]]:
-        """(record, offset in its raw bytes, offset in the storage, bytes) of each stretch of a storage, in order."""
+    def pieces(self, storage: int) -> Iterator[StoredPiece]:
+        """What a storage is made of, in order."""
         raw = self.records["raw_bytes"]
         position = 0
         for extent in self.directory.storages[storage].extents or ():
-            record, offset, left = extent
+            chunk, offset, left = extent
             while left:
-                n = min(left, int(raw[record]) - offset)
-                yield record, offset, position, n
-                record, offset, left, position = record + 1, 0, left - n, position + n
+                n_bytes = min(left, int(raw[chunk]) - offset)
+                yield StoredPiece(chunk, offset, position, n_bytes)
+                chunk, offset, left, position = chunk + 1, 0, left - n_bytes, position + n_bytes
         assert position in (0, self.directory.storages[storage].n_bytes), storage
 
     @cached_property
-    def _storages_of_record(self) -> list[list[int]]:
+    def _storages_of_chunk(self) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in range(len(self.records))]
         for number in range(len(self.directory.storages)):
-            for record, *_ in self.pieces(number):
-                found[record].append(number)
+            for piece in self.pieces(number):
+                found[piece.chunk].append(number)
         return found
 
     @cached_property
@@ -158,9 +169,9 @@ class Reader:
             found[tensor.storage].append(dotted(tensor.name))
         return found
 
-    def tensors_of(self, record: int) -> tuple[str, ...]:
+    def tensors_of(self, chunk: int) -> tuple[str, ...]:
         """Dotted names of the tensors that need a chunk; storages without a name as "storage 7"."""
-        storages = sorted(set(self._storages_of_record[record]))
+        storages = sorted(set(self._storages_of_chunk[chunk]))
         return tuple(name for n in storages for name in self._names_of_storage[n] or [f"storage {n}"])
 
     def tensors_of_file(self, file: int) -> tuple[str, ...]:
@@ -233,7 +244,7 @@ class Reader:
         self._sources[file].read_into(offset if file else self.start + offset, out)
 
     def prefetch(self, first: int, last: int) -> None:
-        """A hint: the stored bytes of these records are wanted soon. Any thread."""
+        """A hint: the stored bytes of the chunks from `first` to `last` are wanted soon. Any thread."""
         rows = self.records[first : last + 1]
         rows = rows[
             (rows["file"] == 0) & (rows["stored_bytes"] > 0)

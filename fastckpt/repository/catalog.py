@@ -6,26 +6,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
     Damage,
+    MissingObjectError,
     NoCheckpointError,
     ObjectExistsError,
-    ObjectNotFoundError,
+    RepositoryError,
     RetiredError,
     StoreAccessError,
-    StoreError,
+    UnreadableError,
 )
 from fastckpt.events import logger
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId
 from fastckpt.format.repository_records import Commit, Epoch, Skipped, Tombstone
+from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote, try_commit
-from fastckpt.repository.repository import Listing, Repository
+from fastckpt.repository.inventory import Inventory, take_inventory
+from fastckpt.repository.record_reader import RecordReader
+from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 
 Step = int | Literal["latest", "latest-valid"] | CheckpointId
@@ -76,13 +80,15 @@ class Choice:
     """A checkpoint to restore, and what was passed over to get there."""
 
     commit: Commit
+    reader: Reader = field(repr=False, compare=False)
+    """Rank 0's index, as it was checked: who loads need not read it again."""
     skipped: tuple[Skipped, ...] = ()
 
 
 class Catalog:
     """What one reading of a repository's names found. Records are read when they are needed, each once."""
 
-    def __init__(self, repository: Repository, listing: Listing | None = None) -> None:
+    def __init__(self, repository: RecordReader, listing: Inventory | None = None) -> None:
         self.repository = repository
         self.listing = repository.list() if listing is None else listing
         self._epochs: dict[int, Epoch] = {}
@@ -105,12 +111,8 @@ class Catalog:
         """Whether a tombstone stands there. What cannot be read is not retired: it must not be passed over in silence."""
         try:
             return isinstance(self.commit(checkpoint), Tombstone)
-        except ObjectNotFoundError:
-            return True
-        except StoreError:
-            raise
-        except CheckpointError:
-            return False
+        except UnreadableError as error:
+            return isinstance(error, MissingObjectError)
 
     def history(self, without: Collection[int] = ()) -> Iterator[CheckpointId]:
         """Living checkpoints, newest first; as if the epochs `without` had not been claimed."""
@@ -131,9 +133,7 @@ class Catalog:
                 continue
             try:
                 commit = self.commit(checkpoint)
-            except CheckpointError as error:
-                if isinstance(error, StoreError):
-                    raise
+            except UnreadableError:
                 return None
             return stand_in(number, [commit]) if isinstance(commit, Commit) else None
         return None
@@ -157,17 +157,14 @@ class Catalog:
                 return None
             raise NoCheckpointError(f"{self.repository.url} has no checkpoint at all: step {step} cannot be restored")
         if not isinstance(step, str):
-            checkpoint = self._find(step)
-            return Choice(self._verified(checkpoint))
+            return Choice(*self._verified(self._find(step)))
         skipped: list[Skipped] = list(known_bad)
         for checkpoint in self.history(without):
             if any(checkpoint == bad.checkpoint for bad in skipped):
                 continue
             try:
-                return Choice(self._verified(checkpoint), tuple(skipped))
-            except StoreError:
-                raise
-            except CheckpointError as error:
+                return Choice(*self._verified(checkpoint), tuple(skipped))
+            except (UnreadableError, RetiredError) as error:
                 if step == "latest":
                     raise self.with_advice(checkpoint, error) from error
                 logger.warning("%s is passed over: %s", self.repository.location(checkpoint), error)
@@ -209,26 +206,21 @@ class Catalog:
             f"{self.repository.url} has no checkpoint of step {step}; newest: {shown}. `fastckpt ls` lists all"
         )
 
-    def _verified(self, checkpoint: CheckpointId) -> Commit:
+    def _verified(self, checkpoint: CheckpointId) -> tuple[Commit, Reader]:
         try:
             commit = self.commit(checkpoint)
             if isinstance(commit, Tombstone):
                 raise self._was_retired(checkpoint)
-            verify(self.repository.store, commit)
-        except (CorruptCheckpointError, ObjectNotFoundError) as error:
+            return commit, verify(self.repository.store, commit)
+        except (CorruptCheckpointError, MissingObjectError) as error:
             raise self.blame(checkpoint, error) from error
-        return commit
 
     def blame(self, checkpoint: CheckpointId, error: CheckpointError) -> CheckpointError:
         """The error that reading a checkpoint has met, or RetiredError if retention has taken it meanwhile. StoreError."""
         try:
             retired = isinstance(self.repository.commit(checkpoint), Tombstone)
-        except ObjectNotFoundError:
-            retired = True
-        except StoreError:
-            raise
-        except CheckpointError:
-            retired = False
+        except UnreadableError as found:
+            retired = isinstance(found, MissingObjectError)
         return self._was_retired(checkpoint) if retired else error
 
     def _was_retired(self, checkpoint: CheckpointId) -> RetiredError:
@@ -255,24 +247,27 @@ class Catalog:
         return CorruptCheckpointError(error.source, error.damage, advice)
 
 
-def verify(store: Store, commit: Commit) -> None:
+def verify(store: Store, commit: Commit) -> Reader:
     """Check all that can be checked without reading packs: votes by length and digest, indexes, lengths of packs.
 
-    CorruptCheckpointError lists everything that is wrong or missing; StoreError.
+    Returns rank 0's index: those of thousands of ranks would not fit into memory. CorruptCheckpointError lists everything that is wrong or
+    missing; StoreError.
     """
     damage: list[Damage] = []
+    first: Reader | None = None
     sizes = _sizes(store, {commit.save})
     for rank in range(commit.world):
         name = commit.vote(rank)
         key = keys.vote_key(name)
         try:
             reader = open_vote(store, name)
-        except ObjectNotFoundError:
+        except MissingObjectError:
             damage.append(Damage("vote", key, f"{name.n_bytes} bytes", "no such object"))
             continue
         except CorruptCheckpointError as error:
             damage.extend(error.damage)
             continue
+        first = reader if rank == 0 else first
         for file in reader.files:
             if file.key not in sizes:
                 sizes.update(_sizes(store, {s for s in [keys.parse_pack(file.key)] if s is not None}))
@@ -283,6 +278,8 @@ def verify(store: Store, commit: Commit) -> None:
                 damage.append(Damage("pack", file.key, f"{file.n_bytes} bytes", what, lost))
     if damage:
         raise CorruptCheckpointError(f"{store.url}/{keys.commit_key(commit.checkpoint)}", damage)
+    assert first is not None  # a commit has a rank 0
+    return first
 
 
 def _sizes(store: Store, saves: Iterable[SaveId]) -> dict[str, int]:
@@ -290,11 +287,10 @@ def _sizes(store: Store, saves: Iterable[SaveId]) -> dict[str, int]:
     return {info.key: info.n_bytes for save in saves for info in store.list(f"{keys.DATA}{save}/")}
 
 
-def pending_saves(store: Store, listing: Listing) -> list[SaveId]:
+def pending_saves(store: Store, listing: Inventory) -> list[SaveId]:
     """Saves with votes but without a commit record or tombstone, oldest first."""
-    votes = {vote.save for info in store.list(keys.VOTES) if (vote := keys.parse_vote(info.key)) is not None}
     known = set(listing.commits)
-    return sorted(save for save in votes if save.checkpoint not in known)
+    return [save for save in take_inventory(store, keys.VOTES).votes if save.checkpoint not in known]
 
 
 def complete_pending(repository: Repository, catalog: Catalog) -> list[Commit]:
@@ -309,14 +305,12 @@ def complete_pending(repository: Repository, catalog: Catalog) -> list[Commit]:
             continue
         try:
             commit = try_commit(repository.store, save)
-        except ObjectNotFoundError:  # a running job has committed and retired it since the LIST
+        except MissingObjectError:  # a running job has committed and retired it since the LIST
             continue
         except (StoreAccessError, ObjectExistsError) as error:
             logger.warning("%s: the finished save %s is left uncommitted: %s", repository.url, save, error)
             continue
-        except StoreError:
-            raise
-        except CheckpointError as error:
+        except (UnreadableError, RepositoryError) as error:
             logger.warning("%s: the save %s cannot be completed: %s", repository.url, save, error)
             continue
         if commit is not None:

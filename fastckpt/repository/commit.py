@@ -6,69 +6,73 @@ Nothing here asks who wrote a vote: the record follows from the votes alone, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator
 
 from fastckpt import events
-from fastckpt.errors import CorruptCheckpointError, Damage, ObjectExistsError, ObjectNotFoundError, RepositoryError
+from fastckpt.errors import (
+    CorruptCheckpointError,
+    Damage,
+    MissingObjectError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RepositoryError,
+)
 from fastckpt.format import keys
-from fastckpt.format.container import INDEX_PARTS
 from fastckpt.format.digest import digest
-from fastckpt.format.directory import Directory, FileEntry
-from fastckpt.format.keys import CheckpointId, SaveId, VoteName, commit_key, parse_vote, vote_key, votes_prefix
+from fastckpt.format.keys import CheckpointId, SaveId, VoteName, commit_key, vote_key, votes_prefix
 from fastckpt.format.repository_records import Commit, Tombstone, commit_bytes, parse_commit_record
 from fastckpt.format.sealed import MAX_SEALED_BYTES
-from fastckpt.format.vote import SaveInfo, commit_of, save_info
+from fastckpt.format.vote import Vote, commit_of, part_ranges, save_info
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_source import BytesSource, ObjectSource
+from fastckpt.repository.inventory import take_inventory
+from fastckpt.repository.vote_set import VoteSetState, vote_set_of
 from fastckpt.store.base import ObjectInfo, Store
 
 MAX_VOTE_BYTES = 2 << 30
 
 
-@dataclass(frozen=True)
-class VoteRead:
-    """A vote that was read, or built here, and checked."""
-
-    name: VoteName
-    info: SaveInfo
-    directory: Directory
-    parts: Mapping[str, tuple[int, int]]
-    files: tuple[FileEntry, ...]
+@contextlib.contextmanager
+def named_object(store: Store, key: str) -> Iterator[None]:
+    """A request for an object that a repository needs: where it is not there, that is MissingObjectError."""
+    try:
+        yield
+    except ObjectNotFoundError as error:
+        raise MissingObjectError(str(error)) from error
 
 
 def read_vote_bytes(store: Store, name: VoteName) -> bytes:
-    """The bytes of a vote, which are those its name says. CorruptCheckpointError, ObjectNotFoundError."""
+    """The bytes of a vote, which are those its name says. CorruptCheckpointError, MissingObjectError."""
     key = vote_key(name)
     source = f"{store.url}/{key}"
-    found = store.head(key).n_bytes
+    with named_object(store, key):
+        found = store.head(key).n_bytes
     if found != name.n_bytes or found > MAX_VOTE_BYTES:
         expected = f"{name.n_bytes} bytes, as its name says, and at most {MAX_VOTE_BYTES}"
         raise CorruptCheckpointError(source, [Damage("vote", "length", expected, str(found))])
-    data = store.get(key)
+    with named_object(store, key):
+        data = store.get(key)
     actual = digest(data).hex()
     if actual != name.digest:
         raise CorruptCheckpointError(source, [Damage("vote", "digest", f"{name.digest}, as its name says", actual)])
     return data
 
 
-def open_vote(store: Store, name: VoteName, data: bytes | None = None) -> Reader:
-    """A rank's index, checked whole, whose chunks are read from packs. `data`: its bytes, if they are at hand.
+def open_vote(store: Store, name: VoteName) -> Reader:
+    """A rank's index, checked whole, whose chunks are read from packs.
 
-    CorruptCheckpointError, UnsupportedFormatError, ObjectNotFoundError.
+    UnreadableError.
     """
-    if data is None:
-        data = read_vote_bytes(store, name)
-    source = BytesSource(data, f"{store.url}/{vote_key(name)}")
+    source = BytesSource(read_vote_bytes(store, name), f"{store.url}/{vote_key(name)}")
     return Reader.open_vote(source, lambda file: ObjectSource(store, file.key, file.n_bytes))
 
 
-def read_vote(store: Store, name: VoteName, data: bytes | None = None) -> VoteRead:
+def read_vote(store: Store, name: VoteName) -> Vote:
     """What a commit record needs to know of a vote. Errors as those of `open_vote`."""
-    reader = open_vote(store, name, data)
-    parts = {part: (entry.offset, entry.n_bytes) for part, entry in reader.footer.parts.items()}
+    reader = open_vote(store, name)
     info = save_info(reader.directory, name, reader.source.name)
-    return VoteRead(name, info, reader.directory, {part: parts[part] for part in INDEX_PARTS}, reader.files)
+    return Vote(name, info, reader.directory, part_ranges(reader.footer), reader.files)
 
 
 def complete_set(names: Iterable[VoteName], where: str) -> list[VoteName] | None:
@@ -76,39 +80,39 @@ def complete_set(names: Iterable[VoteName], where: str) -> list[VoteName] | None
 
     RepositoryError if ranks disagree about the world or one voted twice: no commit may come of that.
     """
-    votes = sorted(names, key=lambda name: (name.rank, name.digest))
-    if not votes:
-        return None
-    worlds = sorted({vote.world for vote in votes})
-    ranks = [vote.rank for vote in votes]
-    twice = sorted({rank for rank in ranks if ranks.count(rank) > 1})
-    if len(worlds) > 1 or twice:
+    found = vote_set_of(names)
+    if found.state is VoteSetState.CONTRADICTORY:
         raise RepositoryError(
-            f"{where}: votes contradict each other (worlds {worlds}, more than one vote of ranks {twice}): nothing is committed. "
-            "Save the step again; `fastckpt prune` removes these"
+            f"{where}: votes contradict each other ({found.why}): nothing is committed. Save the step again; `fastckpt prune` removes these"
         )
-    return votes if len(votes) == worlds[0] else None
+    return list(found.votes) if found.state is VoteSetState.COMPLETE else None
 
 
 def list_votes(store: Store, save: SaveId) -> list[VoteName]:
     """The votes of one try that are there."""
-    found = (parse_vote(info.key) for info in store.list(votes_prefix(save)))
-    return [name for name in found if name is not None]
+    return list(take_inventory(store, votes_prefix(save)).votes.get(save, ()))
 
 
 def read_commit(store: Store, checkpoint: CheckpointId, listed: ObjectInfo | None = None) -> Commit | Tombstone:
-    """What stands at a commit key. listed: see `read_sealed`. ObjectNotFoundError, CorruptCheckpointError, UnsupportedFormatError."""
+    """What stands at a commit key. listed: see `read_sealed`. UnreadableError: MissingObjectError where nothing does."""
     key = commit_key(checkpoint)
     return parse_commit_record(read_sealed(store, key, listed), checkpoint, f"{store.url}/{key}")
 
 
 def read_sealed(store: Store, key: str, listed: ObjectInfo | None = None) -> bytes:
-    """The bytes of a small object, whose length is looked at first. listed: what a LIST has just told of it, which saves a request."""
-    n_bytes = (listed or store.head(key)).n_bytes
+    """The bytes of a small object, whose length is looked at first. CorruptCheckpointError, MissingObjectError.
+
+    listed: what a LIST has just told of the object, which saves a request.
+    """
+    if listed is None:
+        with named_object(store, key):
+            listed = store.head(key)
+    n_bytes = listed.n_bytes
     if n_bytes > MAX_SEALED_BYTES:
         damage = Damage(key.partition("/")[0], "length", f"at most {MAX_SEALED_BYTES}", str(n_bytes))
         raise CorruptCheckpointError(f"{store.url}/{key}", [damage])
-    return store.get(key)
+    with named_object(store, key):
+        return store.get(key)
 
 
 def create(store: Store, key: str, data: bytes) -> bytes:
@@ -123,10 +127,10 @@ def create(store: Store, key: str, data: bytes) -> bytes:
     return data
 
 
-def try_commit(store: Store, save: SaveId, own: Mapping[int, bytes] | None = None) -> Commit | None:
+def try_commit(store: Store, save: SaveId, own: Vote | None = None) -> Commit | None:
     """Commit a save if all its votes are there: the record that stands afterwards, perhaps another try's; None if votes are missing.
 
-    own: bytes of votes by rank that this process has placed, which need not be read back. RepositoryError where the votes contradict each
+    own: the vote that this process has placed, which is not read back. RepositoryError where the votes contradict each
     other or the step was retired; CorruptCheckpointError for a damaged vote; StoreError.
     """
     names = complete_set(list_votes(store, save), f"{store.url}/{votes_prefix(save)}")
@@ -134,22 +138,20 @@ def try_commit(store: Store, save: SaveId, own: Mapping[int, bytes] | None = Non
         return None
     votes = []
     for name in names:
-        data = (own or {}).get(name.rank)
-        if data is not None and digest(data).hex() != name.digest:
+        mine = own is not None and own.name.rank == name.rank
+        if own is not None and mine and own.name != name:
             raise RepositoryError(
                 f"{store.url}/{vote_key(name)} is a vote of this process's rank {name.rank} that it did not place: two processes "
                 "save as one incarnation. Start each with a Checkpointer of its own"
             )
-        read = read_vote(store, name, data)
-        _check_packs(store, read)
-        votes.append((read.name, read.info, read.directory, read.parts))
+        vote = own if own is not None and mine else read_vote(store, name)
+        _check_packs(store, vote)
+        votes.append(vote)
     record = commit_bytes(commit_of(votes, f"{store.url}/{votes_prefix(save)}"))
     key = commit_key(save.checkpoint)
     try:
         stands = create(store, key, record)
-    except (
-        ObjectNotFoundError
-    ) as error:  # no second try: what kept the commit out may have been followed by the deletion of its packs
+    except MissingObjectError as error:  # not put again: what was there was retired, and the packs are being deleted
         raise RepositoryError(
             f"{store.url}/{key}: another record stood there and is gone again: step {save.step} of epoch {save.epoch} was retired while it "
             "was being saved. It is not committed"
@@ -187,7 +189,7 @@ def _retired(store: Store, save: SaveId, found: Tombstone) -> RepositoryError:
     )
 
 
-def _check_packs(store: Store, vote: VoteRead) -> None:
+def _check_packs(store: Store, vote: Vote) -> None:
     """Packs of *other* saves must be there in full length: this save's own were acknowledged before the vote was placed."""
     damage = []
     for file in vote.files:

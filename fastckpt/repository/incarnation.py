@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
-from fastckpt.errors import ObjectNotFoundError, RepositoryError, SaveError, SupersededError
-from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, CheckpointId, SaveId, epoch_key
+from fastckpt.errors import MissingObjectError, RepositoryError, SaveError, SupersededError
+from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, SaveId, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, Tombstone, epoch_bytes
-from fastckpt.format.vote import vote_name
+from fastckpt.format.vote import Vote
 from fastckpt.options import Options
 from fastckpt.repository.catalog import Catalog, Choice, Step, complete_pending
+from fastckpt.repository.collector import Collector
 from fastckpt.repository.commit import list_votes, require_vote, try_commit
 from fastckpt.repository.repository import Repository, stands
-from fastckpt.repository.retention import GRACE_S, Collector, Keep, Plan, plan
+from fastckpt.repository.retention import GRACE_S, Keep, RetentionPlan, plan_retention
 from fastckpt.state import Captured
 from fastckpt.state.chunks import ChunkSource
 from fastckpt.writing.packs import PackBuffers
-from fastckpt.writing.rank import SaveRequest, UploadThreads, upload
+from fastckpt.writing.rank import SaveAsked, SaveRequest, UploadThreads, upload
 
 _MAX_POLL_S = 5.0
 # A generator of our own: drawing from the global one would change what training draws.
@@ -142,78 +141,64 @@ class Incarnation:
     def save(
         self,
         captured: Captured,
-        step: int,
+        asked: SaveAsked | int,
         *,
-        trigger: str = "manual",
-        metrics: Mapping[str, float] | None = None,
-        meta: Mapping[str, Any] | None = None,
-        called_s: float | None = None,
         commit_timeout_s: float = 600.0,
-        goodput_bytes_s: float | None = None,
         source: ChunkSource | None = None,
-        before_vote: Callable[[], None] = lambda: None,
         cancelled: Callable[[], bool] = lambda: False,
         threads: UploadThreads | None = None,
     ) -> Commit:
         """Upload, vote, commit, acknowledge. Returns the record once it was seen and no newer incarnation is in sight.
 
-        threads: see `upload`; the caller closes them too.
+        asked: what the save says of itself; a step alone will do. source, cancelled and threads: see `upload`; the caller closes the
+        threads too. commit_timeout_s: how long the votes of other ranks are waited for.
 
         SupersededError: it is committed, but a newer incarnation exists. Any error: the earlier checkpoints are as they were.
         """
-        if self.epoch is None:
-            self.begin()
-        assert self.epoch is not None
-        self.check_step(step)
-        attempt = self._attempts.get(step, 0)
-        if attempt > MAX_TRY:
-            raise SaveError(f"step {step} has been tried {attempt} times: save another step")
-        self._attempts[step] = attempt + 1
-        request = SaveRequest(
-            save=SaveId(self.epoch.number, step, attempt),
-            parent=self.last,
-            rank=self._rank,
-            world=self._world,
-            trigger=trigger,
-            metrics=metrics or {},
-            meta=meta or {},
-        )
-        if called_s is not None:
-            request = replace(request, called_s=called_s)
+        asked = asked if isinstance(asked, SaveAsked) else SaveAsked(asked)
+        request = self._request(asked)
         self.in_flight.add(request.save)
         try:
-            placed = upload(
-                captured,
-                self.repository.store,
-                request,
-                self._options,
-                source,
-                before_vote,
-                goodput_bytes_s,
-                cancelled,
-                self._buffers,
-                threads,
+            vote = upload(
+                captured, self.repository.store, request, self._options, source, cancelled, self._buffers, threads
             )
-            commit = self._commit(request.save, {self._rank: placed.data}, commit_timeout_s)
-            if self._world == 1 and commit.save == request.save:
-                self._collector.know(commit, placed.packs)
+            commit = self._commit(vote, commit_timeout_s)
+            if self._world == 1 and commit.vote(0) == vote.name:
+                self._collector.know(commit, [file.key for file in vote.files])
             self.acknowledge(commit)
-            self._attempts = {
-                later: n for later, n in self._attempts.items() if later > step
-            }  # the others are not tried again
+            # The others are not tried again.
+            self._attempts = {later: n for later, n in self._attempts.items() if later > asked.step}
             return commit
         finally:
             self.in_flight.discard(request.save)
 
-    def _commit(self, save: SaveId, own: Mapping[int, bytes], timeout_s: float) -> Commit:
+    def _request(self, asked: SaveAsked) -> SaveRequest:
+        """The next try of a step. SaveError if it cannot follow what there is."""
+        if self.epoch is None:
+            self.begin()
+        assert self.epoch is not None
+        self.check_step(asked.step)
+        attempt = self._attempts.get(asked.step, 0)
+        if attempt > MAX_TRY:
+            raise SaveError(f"step {asked.step} has been tried {attempt} times: save another step")
+        self._attempts[asked.step] = attempt + 1
+        return SaveRequest(
+            asked=asked,
+            save=SaveId(self.epoch.number, asked.step, attempt),
+            parent=self.last,
+            rank=self._rank,
+            world=self._world,
+        )
+
+    def _commit(self, own: Vote, timeout_s: float) -> Commit:
         """Commit, or wait until another rank has. SaveError if votes are still missing after `timeout_s`."""
+        save = own.name.save
         give_up, pause = self._clock() + timeout_s, 0.05
         while True:
             commit = try_commit(self.repository.store, save, own)
             if commit is not None:
                 return commit
-            for rank, data in own.items():
-                require_vote(self.repository.store, vote_name(save, rank, self._world, data))
+            require_vote(self.repository.store, own.name)
             if self._clock() >= give_up:
                 there = {name.rank for name in list_votes(self.repository.store, save)}
                 missing = sorted(set(range(self._world)) - there)
@@ -234,7 +219,7 @@ class Incarnation:
         where = repository.location(commit.checkpoint)
         try:
             found: Commit | Tombstone | None = repository.commit(commit.checkpoint)
-        except ObjectNotFoundError:
+        except MissingObjectError:
             found = None
         if found is None:
             raise RepositoryError(
@@ -266,7 +251,7 @@ class Incarnation:
 
     def retain(
         self, keep: Keep | None, grace_s: float = GRACE_S, interrupted: Callable[[], bool] = lambda: False
-    ) -> Plan:
+    ) -> RetentionPlan:
         """One pass of retention, if this is the newest incarnation. Rank 0 only; may run beside saves, one pass at a time.
 
         Returns what was to be done; `refused` in it lists what could not. interrupted: asked before every request; PassInterrupted once it
@@ -276,9 +261,6 @@ class Incarnation:
         number = self.epoch.number  # a restore beside this claims another: then nothing more is done
         flying = self.in_flight.copy()
         self._collector.interrupt_when(interrupted)
-        todo = plan(self._collector.look(), keep, flying | self.in_flight.copy(), grace_s)
+        todo = plan_retention(self._collector.look(), keep, flying | self.in_flight.copy(), grace_s)
         todo.refused = self._collector.run(todo, number, lambda: flying | self.in_flight.copy())
         return todo
-
-
-__all__ = ["CheckpointId", "Incarnation"]

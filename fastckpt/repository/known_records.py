@@ -1,20 +1,21 @@
-"""A repository for whoever looks again and again: records are read once."""
+"""Records of a repository that is looked at again and again: each is read once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit, Epoch, Pin, Tombstone
-from fastckpt.repository.repository import Listing, Repository
+from fastckpt.repository.inventory import Inventory
+from fastckpt.repository.record_reader import RecordReader
 from fastckpt.store.base import ObjectInfo, Store
 
 T = TypeVar("T")
 
 
-class KnownRecords(Repository):
+class KnownRecords(RecordReader):
     """Remembers what records say by key, time and size as the last LIST told them; what a LIST shows no more is forgotten.
 
     Names are never remembered, and no failure is. A record is one request: the LIST has told its length. One thread at a time.
@@ -25,7 +26,7 @@ class KnownRecords(Repository):
         self._infos: dict[str, ObjectInfo] = {}
         self._known: dict[str, tuple[ObjectInfo, object]] = {}
 
-    def list(self) -> Listing:
+    def list(self) -> Inventory:
         listing = super().list()
         self._see(listing.infos, (keys.EPOCHS, keys.COMMITS))
         return listing
@@ -35,7 +36,7 @@ class KnownRecords(Repository):
         self._see({keys.pin_key(name): info for name, info in found.items()}, (keys.PINS,))
         return found
 
-    def _see(self, infos: dict[str, ObjectInfo], listed: tuple[str, ...]) -> None:
+    def _see(self, infos: Mapping[str, ObjectInfo], listed: tuple[str, ...]) -> None:
         """What is known of the keys under `listed` is true of these objects afterwards, and only of these."""
         for key in [key for key in self._infos if key.startswith(listed) and key not in infos]:
             del self._infos[key]

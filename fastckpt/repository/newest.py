@@ -1,4 +1,4 @@
-"""A checkpoint of a repository for who only reads: the newest, or that of a step."""
+"""Reads a checkpoint of a repository, the newest or that of a step, and changes nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from fastckpt.errors import (
 from fastckpt.format import keys
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.catalog import Catalog, Step
-from fastckpt.repository.commit import open_vote
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 
@@ -32,10 +31,10 @@ def is_repository(store: Store) -> bool:
 
 
 def read_checkpoint(store: Store, step: Step, read: Callable[[Reader], T]) -> T:
-    """What `read` makes of a checkpoint. With GET, HEAD and LIST alone; nobody is disturbed.
+    """What `read` makes of a checkpoint. Sends only GET, HEAD and LIST, so it disturbs nobody.
 
-    What retention takes meanwhile is RetiredError; who asked for no step gets what is newest then, once. NoCheckpointError, RestoreError
-    for a checkpoint of several ranks, CorruptCheckpointError, StoreError.
+    If retention takes the checkpoint meanwhile and no step was asked for, the newest one of then is read, once; else that is RetiredError.
+    NoCheckpointError, RestoreError for a checkpoint of several ranks, CorruptCheckpointError, StoreError.
     """
     try:
         return _read(store, step, read)
@@ -57,6 +56,6 @@ def _read(store: Store, step: Step, read: Callable[[Reader], T]) -> T:
             "`fastckpt restore --rank` exports each rank's state"
         )
     try:
-        return read(open_vote(store, commit.vote(0)))
+        return read(choice.reader)
     except (CorruptCheckpointError, ObjectNotFoundError) as error:
         raise catalog.blame(commit.checkpoint, error) from error

@@ -1,4 +1,4 @@
-"""A repository: its marker, its epochs, and what is committed in it. Reading here changes nothing; `claim` and `initialise` write.
+"""A repository: its marker, its epochs, and what is committed in it. `claim`, `initialise` and those for the marker write.
 
 Every method may be called from several threads. Errors: StoreError's subclasses, CorruptCheckpointError, UnsupportedFormatError,
 RepositoryError.
@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterable
 
-from fastckpt.errors import CheckpointError, ObjectNotFoundError, RepositoryError, StoreError
+from fastckpt.errors import ObjectNotFoundError, RepositoryError, StoreError
 from fastckpt.format import keys
-from fastckpt.format.keys import CheckpointId, commit_key, epoch_key
+from fastckpt.format.keys import epoch_key
 from fastckpt.format.repository_records import (
-    Commit,
     Epoch,
     Marker,
     Parent,
-    Pin,
     Skipped,
-    Tombstone,
     epoch_bytes,
     marker_bytes,
-    parse_epoch_record,
     parse_marker,
-    parse_pin,
     utc_now,
     writer,
 )
-from fastckpt.repository.commit import create, read_commit, read_sealed
-from fastckpt.store.base import ObjectInfo, Store
+from fastckpt.repository.commit import create, read_sealed
+from fastckpt.repository.inventory import take_inventory
+from fastckpt.repository.record_reader import RecordReader
+from fastckpt.store.base import Store
 
 _README = """This is a fastckpt repository: the checkpoints of a training run.
 
@@ -52,42 +47,14 @@ can belong to the newest checkpoint. A rule that aborts incomplete multipart upl
 _PROBE = "probe/"
 
 
-@dataclass(frozen=True)
-class Listing:
-    """Names of what a repository holds: one LIST of epochs/ and one of commits/, and no object read."""
-
-    epochs: tuple[int, ...]
-    """Ascending."""
-    commits: tuple[CheckpointId, ...]
-    """Ascending; tombstones too."""
-    modified_s: Mapping[CheckpointId, float] = field(default_factory=dict)
-    infos: dict[str, ObjectInfo] = field(default_factory=dict)
-    """By key, of all of them."""
-
-
-class AllCommits(NamedTuple):
-    """What stands at every commit key."""
-
-    commits: dict[CheckpointId, Commit]
-    tombstones: dict[CheckpointId, Tombstone]
-    failed: dict[CheckpointId, CheckpointError]
-    """Could not be read, and why."""
-    missing: set[CheckpointId]
-    """Gone since the LIST."""
-
-
-class Repository:
+class Repository(RecordReader):
     """A repository in a store. Does not own the store."""
 
     def __init__(self, store: Store) -> None:
-        self.store = store
+        super().__init__(store)
         self._probed = False
         self._marker_bytes: bytes | None = None
         """As it was read or made here: what a running job puts back if a lifecycle rule takes it."""
-
-    @property
-    def url(self) -> str:
-        return self.store.url
 
     def marker(self) -> Marker | None:
         """The marker, or None: nothing was ever saved here."""
@@ -166,78 +133,6 @@ class Repository:
             ):  # who may not delete leaves some 40 bytes: a writer does not need the right
                 self.store.delete(key)
 
-    def list(self) -> Listing:
-        """What is there, by name."""
-        epochs = {n: info for info in self.store.list(keys.EPOCHS) if (n := keys.parse_epoch(info.key)) is not None}
-        found = {c: info for info in self.store.list(keys.COMMITS) if (c := keys.parse_commit(info.key)) is not None}
-        modified_s = {c: info.modified_s for c, info in found.items()}
-        infos = {info.key: info for info in (*epochs.values(), *found.values())}
-        return Listing(tuple(sorted(epochs)), tuple(sorted(found)), modified_s, infos)
-
-    def newest_epoch(self) -> int:
-        """The highest claimed number; 0 if there is none."""
-        return max(
-            (n for info in self.store.list(keys.EPOCHS) if (n := keys.parse_epoch(info.key)) is not None), default=0
-        )
-
-    def _highest_number(self) -> int:
-        """Of anything that was ever written here: an epoch's record may have been deleted by age."""
-        saves = [keys.parse_pack(info.key) for info in self.store.list(keys.DATA)]
-        saves += [vote.save for info in self.store.list(keys.VOTES) if (vote := keys.parse_vote(info.key)) is not None]
-        listing = self.list()
-        numbers = (
-            *listing.epochs,
-            *(c.epoch for c in listing.commits),
-            *(save.epoch for save in saves if save is not None),
-        )
-        return max(numbers, default=0)
-
-    def epoch(self, number: int) -> Epoch:
-        """An epoch record."""
-        key = epoch_key(number)
-        return parse_epoch_record(read_sealed(self.store, key, self._listed(key)), number, f"{self.url}/{key}")
-
-    def commit(self, checkpoint: CheckpointId) -> Commit | Tombstone:
-        """What stands at a commit key."""
-        return read_commit(self.store, checkpoint, self._listed(commit_key(checkpoint)))
-
-    def _listed(self, key: str) -> ObjectInfo | None:
-        """What is known of an object without asking. Nothing, here: a plain repository remembers no names."""
-        return None
-
-    def pins(self) -> dict[str, ObjectInfo]:
-        """Names of pins, by a LIST."""
-        infos = {keys.parse_pin(info.key): info for info in self.store.list(keys.PINS)}
-        return {name: info for name, info in infos.items() if name is not None}
-
-    def pin(self, name: str) -> Pin:
-        """A pin. ObjectNotFoundError."""
-        key = keys.pin_key(name)
-        return parse_pin(read_sealed(self.store, key, self._listed(key)), f"{self.url}/{key}")
-
-    def read_all(self, listing: Listing) -> AllCommits:
-        """All commit records, all tombstones, and what could not be read, with its error."""
-        commits: dict[CheckpointId, Commit] = {}
-        tombstones: dict[CheckpointId, Tombstone] = {}
-        failed: dict[CheckpointId, CheckpointError] = {}
-        missing: set[CheckpointId] = set()
-        for checkpoint in listing.commits:
-            try:
-                found = self.commit(checkpoint)
-            except ObjectNotFoundError:  # a tombstone, if all is well
-                missing.add(checkpoint)
-                continue
-            except StoreError:
-                raise
-            except CheckpointError as error:
-                failed[checkpoint] = error
-                continue
-            if isinstance(found, Commit):
-                commits[checkpoint] = found
-            else:
-                tombstones[checkpoint] = found
-        return AllCommits(commits, tombstones, failed, missing)
-
     def claim(
         self,
         parent: Parent | None,
@@ -249,7 +144,7 @@ class Repository:
         above: int = 0,
     ) -> Epoch:
         """Claim the next epoch number. Of several claimants each gets a number of its own. above: the claimant's last one."""
-        number = max(above, self._highest_number()) + 1
+        number = max(above, _highest_number(self.store)) + 1
         nonce = secrets.token_hex(16)
         while number <= keys.MAX_EPOCH:
             epoch = Epoch(number, parent, fresh, rewind, tuple(skipped), world, nonce, utc_now(), writer())
@@ -258,10 +153,6 @@ class Repository:
                 return epoch
             number += 1
         raise RepositoryError(f"{self.url}: all {keys.MAX_EPOCH} epochs are used up. Start a new repository")
-
-    def location(self, checkpoint: CheckpointId) -> str:
-        """For messages: where the commit record of a checkpoint is."""
-        return f"{self.url}/{commit_key(checkpoint)}"
 
 
 def stands(store: Store, key: str, mine: bytes) -> bool:
@@ -274,3 +165,11 @@ def stands(store: Store, key: str, mine: bytes) -> bool:
     except ObjectNotFoundError:
         return create(store, key, mine) == mine
     return bytes(found) == mine
+
+
+def _highest_number(store: Store) -> int:
+    """Of anything that was ever written there: an epoch's record may have been deleted by age."""
+    found = take_inventory(store, keys.DATA, keys.VOTES, keys.EPOCHS, keys.COMMITS)
+    saves = (*found.packs, *found.votes)
+    numbers = (*found.epochs, *(c.epoch for c in found.commits), *(save.epoch for save in saves))
+    return max(numbers, default=0)

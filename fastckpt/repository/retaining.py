@@ -8,8 +8,9 @@ from collections.abc import Callable
 from fastckpt.errors import CheckpointError
 from fastckpt.events import logger
 from fastckpt.host.threads import start_thread
+from fastckpt.repository.collector import PassInterrupted
 from fastckpt.repository.incarnation import Incarnation
-from fastckpt.repository.retention import Keep, PassInterrupted
+from fastckpt.repository.retention import Keep
 
 _MOST_PUT_OFF = 3
 """Passes in a row that may end for a save. A job that always has one queued would otherwise never retire anything."""

@@ -7,22 +7,18 @@ what notices, exceptions and `close` ask for.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
-
-from fastckpt.errors import CheckpointError, PartialRestoreError, SaveError, SupersededError
+from fastckpt.errors import CheckpointError, PartialRestoreError, SaveError
 from fastckpt.events import logger
-from fastckpt.format.keys import MAX_STEP
-from fastckpt.format.repository_records import Commit, metrics_to_json
+from fastckpt.format.repository_records import Commit
 from fastckpt.host.deadline import Deadline, bounded
 from fastckpt.host.threads import hurried
 from fastckpt.kernels import warm_up
@@ -35,35 +31,45 @@ from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
 from fastckpt.training import stateful
-from fastckpt.training.ending import Ending
+from fastckpt.training.arguments import asked_for, check_kinds, check_rules, refuse_many_ranks
+from fastckpt.training.ending import EXIT_CODE_NOTICE, Ending, exit_after, in_a_hurry
 from fastckpt.training.engine import Engine
 from fastckpt.training.live_state import LiveState
 from fastckpt.training.restorer import Restorer
-from fastckpt.training.save_queue import CommitHandle, SaveAsked
+from fastckpt.training.save_queue import CommitHandle
 from fastckpt.training.saver import Saver
 from fastckpt.training.schedule import Due, Every
-
-EXIT_CODE_NOTICE = 75
-"""EX_TEMPFAIL of sysexits.h: the job is not finished, start it again. Every launcher takes it for a failure worth a restart."""
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What saving has cost so far."""
-
-    saves: int
-    """Saves that have begun."""
-    durable_step: int | None
-    deferred: int
-    """Calls of `step` at which a save was due and had to wait for an earlier one: back-pressure."""
-    stall_s: float
-    """Seconds that `step` and the optimizers' hooks have kept the training thread, final saves apart."""
-    snapshot_bytes: int
-    """Host memory that staged states hold now."""
+from fastckpt.training.stats import Stats
+from fastckpt.writing.rank import SaveAsked
 
 
 class Checkpointer:
     """Saves and restores the objects of a training loop; `help(fastckpt)` shows the loop. Close it, or use `with`.
+
+    Errors of background saves are raised by the next call, and by `close`. No error, no notice and no store that hangs keeps `step`
+    from returning, except for the final save, which has a deadline, and the first save of a run that has not called `restore`: it
+    claims the repository.
+
+    Args:
+        url: a directory, "s3://bucket/prefix", or a Store.
+        state: names → objects with state_dict and load_state_dict, tensors, dicts or lists.
+        every: when to save; None: only `save_now` and notices.
+        keep: which checkpoints stay; None: all.
+        spot: "auto", None, or sources of notices (docs/spot.md).
+        fresh: begin a new history where there are checkpoints.
+        read_only: `restore` alone, for evaluation and inference beside a training job, which goes on: nothing is written and no epoch
+            is claimed (GET, HEAD and LIST are all it needs); `step` and `save_now` are refused.
+        on_exception: "save" saves the last step once more when the block is left by an exception, unless the next one had begun to
+            change the state.
+        close_timeout_s: seconds that a save in flight gets then.
+        grace_s: seconds that bytes of retired checkpoints stay.
+        options: every other knob; None: `Options.from_env()`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; all problems are listed.
+        StoreError: the store cannot be used.
+        RepositoryError: something else lies at the URL, or, if this only reads, nothing.
+        SaveError: several ranks; `spill_dir` cannot be written to.
 
     Threads: used by the thread that trains. `notice`, `exit_code` and `stats` may be read by any; optimizers' hooks may run in others.
     """
@@ -83,39 +89,13 @@ class Checkpointer:
         grace_s: float = GRACE_S,
         options: Options | None = None,
     ) -> None:
-        """Read the repository's marker, or make it and probe the store.
-
-        Errors of background saves are raised by the next call, and by `close`. No error, no notice and no store that hangs keeps `step`
-        from returning, except for the final save, which has a deadline, and the first save of a run that has not called `restore`: it
-        claims the repository.
-
-        Args:
-            url: a directory, "s3://bucket/prefix", or a Store.
-            state: names → objects with state_dict and load_state_dict, tensors, dicts or lists.
-            every: when to save; None: only `save_now` and notices.
-            keep: which checkpoints stay; None: all.
-            spot: "auto", None, or sources of notices (docs/spot.md).
-            fresh: begin a new history where there are checkpoints.
-            read_only: `restore` alone, for evaluation and inference beside a training job, which goes on: nothing is written and no epoch
-                is claimed (GET, HEAD and LIST are all it needs); `step` and `save_now` are refused.
-            on_exception: "save" saves the last step once more when the block is left by an exception, unless the next one had begun to
-                change the state.
-            close_timeout_s: seconds that a save in flight gets then.
-            grace_s: seconds that bytes of retired checkpoints stay.
-            options: every other knob; None: `Options.from_env()`.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong; all problems are listed.
-            StoreError: the store cannot be used.
-            RepositoryError: something else lies at the URL, or, if this only reads, nothing.
-            SaveError: several ranks; `spill_dir` cannot be written to.
-        """
-        _check_rules(every, keep, on_exception)
-        _check_kinds({"fresh": fresh, "read_only": read_only}, {"close_timeout_s": close_timeout_s, "grace_s": grace_s})
+        """Read the repository's marker, or make it and probe the store. Arguments and errors: see the class."""
+        check_rules(every, keep, on_exception)
+        check_kinds({"fresh": fresh, "read_only": read_only}, {"close_timeout_s": close_timeout_s, "grace_s": grace_s})
         if read_only and fresh:
             raise ValueError("read_only=True and fresh=True exclude each other: beginning a new history writes")
         if not read_only:
-            _refuse_many_ranks()
+            refuse_many_ranks()
         warm_up()  # without native kernels numba compiles for seconds: now, in the background, not when a notice has come
         options = options or Options.from_env()
         live = LiveState(state, sampled=options.verify_snapshot != "off")
@@ -132,19 +112,15 @@ class Checkpointer:
             store = url if isinstance(url, Store) else open_store(url)
             options = options.for_store(store.useful_connections)
             self._engine = Engine.start(
-                Repository(store), live, options, keep, grace_s, _in_a_hurry(weakref.ref(self)), hooked=not read_only
+                Repository(store), live, options, keep, grace_s, in_a_hurry(weakref.ref(self)), hooked=not read_only
             )
             opened.callback(self._engine.close, store if store is not url else None)
             self._saver = Saver(self._engine, options, weakref.ref(self), fresh=fresh)
             self._restorer = Restorer(self._engine.incarnation, live, options, read_only=read_only)
             self._ending = Ending(self._engine, self._saver, on_exception, bounded(close_timeout_s))
             opened.callback(self._ending.close)
-            if read_only:
-                self._engine.repository.require()
-            else:
-                self._engine.repository.initialise()
-                for words in store.harmful_rules():
-                    logger.warning("%s: %s (docs/stores.md, Lifecycle rules)", self._engine.repository.url, words)
+            self._engine.open(read_only=read_only)
+            if not read_only:
                 self._ending.watch(open_sources(spot))
             self._opened = opened.pop_all()
 
@@ -176,7 +152,7 @@ class Checkpointer:
         engine.live.weights_only = weights_only
         engine.fence.wait("restore")
         engine.queue.wait_idle()
-        self._raise_failures()
+        self._engine.raise_failures()
         engine.queue.retaining.halt()  # or it might retire what is being restored
         try:
             return self._restore(step, weights_only)
@@ -201,7 +177,7 @@ class Checkpointer:
             self._broken = error
             raise
         self._broken, self.restored = None, commit
-        self._last = SaveAsked(commit.save.step, "manual", commit.metrics, commit.meta)
+        self._last = SaveAsked(commit.save.step, metrics=commit.metrics, meta=commit.meta)
         self._saver.has_restored(commit, looked_at=not self._read_only)
         self._ending.mark_step()
         return commit.save.step
@@ -236,8 +212,8 @@ class Checkpointer:
         if (
             self._ending.notice is None
         ):  # else there is no next call for which they could wait, and the final save tells them
-            self._raise_failures()
-        asked = self._asked(step, "notice", metrics, meta)
+            self._engine.raise_failures()
+        asked = asked_for(step, "notice", metrics, meta, self._last)
         if self._ending.left:
             return True
         before, self._last = self._last, asked
@@ -261,7 +237,7 @@ class Checkpointer:
         due.repeat(torn.trigger_for(asked.step))
         if due.trigger is None or torn.is_lost(asked.step) or self._saver.is_saved(asked.step):
             return
-        if self._saver.begin_due(SaveAsked(asked.step, due.trigger, asked.metrics, asked.meta)) is not None:
+        if self._saver.begin_due(replace(asked, trigger=due.trigger)) is not None:
             due.done()
 
     def save_now(
@@ -283,23 +259,12 @@ class Checkpointer:
             CheckpointError: as `step` does.
         """
         self._require_writing()
-        self._raise_failures()
-        asked = self._asked(step, "manual", metrics, meta)
+        self._engine.raise_failures()
+        asked = asked_for(step, "manual", metrics, meta, self._last)
         self._saver.refuse_other_state(asked)
         handle = self._saver.begin(asked)
         self._last = asked
         return handle
-
-    def _asked(
-        self, step: int, trigger: str, metrics: Mapping[str, float] | None, meta: Mapping[str, Any] | None
-    ) -> SaveAsked:
-        """What a call asks for, checked. TypeError for metrics and meta that cannot be written, SaveError for the step."""
-        asked = SaveAsked(step, trigger, *_checked(metrics, meta))
-        if type(step) is not int or not 0 <= step <= MAX_STEP:
-            raise SaveError(f"step is {step!r}: expected an integer from 0 to {MAX_STEP}")
-        if self._last is not None and step < self._last.step:
-            raise SaveError(f"step {step} comes after step {self._last.step}: to go back, call restore(step=…)")
-        return asked
 
     def fence(self) -> None:
         """Wait until the state has been copied. Call it before you change parameters or optimizer state by other means than a step.
@@ -351,7 +316,7 @@ class Checkpointer:
             )
         if self.notice is None:
             queue.retaining.wait_idle(deadline.left_s())
-        self._raise_failures(torn=True)
+        self._engine.raise_failures(torn=True)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -379,7 +344,7 @@ class Checkpointer:
         finally:
             self._closed = True
             self._opened.close()
-        self._raise_failures(torn=True)
+        self._engine.raise_failures(torn=True)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -409,15 +374,8 @@ class Checkpointer:
                 if sys.version_info >= (3, 11):
                     error.add_note(f"fastckpt: {type(ours).__name__}: {ours}")
         # Who chooses a status of his own, or only closes a generator, has not failed.
-        if notice is None or error is None or isinstance(error, (SystemExit, GeneratorExit)):
-            return
-        logger.error(
-            "%s had told of the end before this exception came: the exit status is %d",
-            notice.source,
-            EXIT_CODE_NOTICE,
-            exc_info=error,
-        )
-        raise SystemExit(EXIT_CODE_NOTICE) from error
+        if notice is not None and error is not None and not isinstance(error, (SystemExit, GeneratorExit)):
+            exit_after(notice, error)
 
     def _require_writing(self) -> None:
         self._require_open()
@@ -437,87 +395,6 @@ class Checkpointer:
             )
         if self._closed:
             raise CheckpointError("this Checkpointer is closed")
-
-    def _raise_failures(self, *, torn: bool = False) -> None:
-        """torn: also what was torn and has not been made good."""
-        failures = self._engine.queue.take_failures()
-        self._engine.torn.look()
-        if torn and (error := self._engine.torn.take_error()) is not None:
-            failures.append(error)
-        if not failures:
-            return
-        first = next((f for f in failures if isinstance(f, SupersededError)), failures[0])
-        for other in failures:
-            if other is not first:
-                logger.error("another save failed too: %s: %s", type(other).__name__, other)
-        raise first
-
-
-def _in_a_hurry(reference: weakref.ref[Checkpointer]) -> Callable[[], bool]:
-    """Whether a notice has come, or nobody has the Checkpointer any more."""
-
-    def call() -> bool:
-        living = reference()
-        return living is None or living.notice is not None
-
-    return call
-
-
-def _checked(
-    metrics: Mapping[str, float] | None, meta: Mapping[str, Any] | None
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Copies that can be written. TypeError at the call that brings them, not in the background."""
-    try:
-        numbers = {str(name): float(value) for name, value in (metrics or {}).items()}
-        json.dumps(metrics_to_json(numbers), ensure_ascii=False).encode()
-    except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"metrics must be names and numbers: {error}") from error
-    try:
-        copy = json.loads(json.dumps(dict(meta or {}), allow_nan=False, ensure_ascii=False).encode())
-    except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"meta must be what JSON can hold: {error}") from error
-    return numbers, copy
-
-
-def _check_rules(every: object, keep: object, on_exception: object) -> None:
-    """Refuse what would fail in the training loop, or in the background at every save."""
-    problems = []
-    if not isinstance(every, (Every, type(None))):
-        problems.append(f"every is {every!r}: expected fastckpt.Every(steps=…), Every(minutes=…), or None")
-    if not isinstance(keep, (Keep, type(None))):
-        problems.append(f"keep is {keep!r}: expected fastckpt.Keep(last=…), or None for all")
-    if problems:
-        raise TypeError("; ".join(problems))
-    if on_exception not in (None, "save"):
-        raise ValueError(f'on_exception is {on_exception!r}: expected "save" or None')
-
-
-def _check_kinds(switches: Mapping[str, object], seconds: Mapping[str, object]) -> None:
-    """TypeError, ValueError. A "no" from a configuration is true; less than no grace would take packs from readers."""
-    problems = [
-        f"{name} is {value!r}: expected True or False"
-        for name, value in switches.items()
-        if not isinstance(value, bool)
-    ]
-    numbers = {name: value for name, value in seconds.items() if isinstance(value, (int, float))}
-    problems += [
-        f"{name} is {value!r}: expected a number of seconds" for name, value in seconds.items() if name not in numbers
-    ]
-    if problems:
-        raise TypeError("; ".join(problems))
-    negative = [
-        f"{name} is {value!r}: expected a number of seconds ≥ 0" for name, value in numbers.items() if not value >= 0
-    ]
-    if negative:
-        raise ValueError("; ".join(negative))
-
-
-def _refuse_many_ranks() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise SaveError(
-            "Checkpointer saves the state of one process; this version does not yet coordinate several ranks"
-        )
 
 
 __all__ = ["EXIT_CODE_NOTICE", "Checkpointer", "CommitHandle", "Every", "Keep", "Stats"]

@@ -7,8 +7,9 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NoReturn, Protocol
 
 from fastckpt.errors import SaveError
 from fastckpt.events import logger
@@ -18,10 +19,12 @@ from fastckpt.host.threads import ENV_EXIT_TIMEOUT, exit_timeout_s, hurried
 from fastckpt.spot import Notice, NoticeSource, Watcher, WorkerErrors
 from fastckpt.training.engine import Engine
 from fastckpt.training.final_save import final_save
-from fastckpt.training.save_queue import SaveAsked
 from fastckpt.training.saver import Saver
 from fastckpt.training.settled import Settled
+from fastckpt.writing.rank import SaveAsked
 
+EXIT_CODE_NOTICE = 75
+"""EX_TEMPFAIL of sysexits.h: the job is not finished, start it again. Every launcher takes it for a failure worth a restart."""
 _SIGNAL_DELAY_S = 1.0  # some ms on a busy machine; an exit by an error can wait that long
 
 
@@ -225,3 +228,29 @@ def is_changing(reference: weakref.ref[Ending]) -> bool:
     """`Ending.changes_now`, for a signal's handler, which does not keep the object."""
     living = reference()
     return living is not None and living.changes_now
+
+
+def exit_after(notice: Notice, error: BaseException) -> NoReturn:
+    """End the process with the notice's status, after an exception that came behind it. SystemExit, with the error as its cause."""
+    logger.error(
+        "%s had told of the end before this exception came: the exit status is %d",
+        notice.source,
+        EXIT_CODE_NOTICE,
+        exc_info=error,
+    )
+    raise SystemExit(EXIT_CODE_NOTICE) from error
+
+
+class _Noticed(Protocol):
+    @property
+    def notice(self) -> Notice | None: ...
+
+
+def in_a_hurry(reference: weakref.ref[_Noticed]) -> Callable[[], bool]:
+    """Whether a notice has come, or nobody has the object any more, which is not kept."""
+
+    def call() -> bool:
+        living = reference()
+        return living is None or living.notice is not None
+
+    return call

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+from fastckpt.errors import SupersededError
+from fastckpt.events import logger
 from fastckpt.options import Options
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
@@ -61,6 +63,31 @@ class Engine(NamedTuple):
     @property
     def repository(self) -> Repository:
         return self.incarnation.repository
+
+    def open(self, *, read_only: bool) -> None:
+        """Read the repository's marker; make it and probe the store if there is none, unless this only reads. RepositoryError, StoreError."""
+        if read_only:
+            self.repository.require()
+            return
+        self.repository.initialise()
+        for words in self.repository.store.harmful_rules():
+            logger.warning("%s: %s (docs/stores.md, Lifecycle rules)", self.repository.url, words)
+
+    def raise_failures(self, *, torn: bool = False) -> None:
+        """Raise what has failed since the last call; of several errors the others are logged. torn: also what was torn and has not been
+        made good.
+        """
+        failures = self.queue.take_failures()
+        self.torn.look()
+        if torn and (error := self.torn.take_error()) is not None:
+            failures.append(error)
+        if not failures:
+            return
+        first = next((f for f in failures if isinstance(f, SupersededError)), failures[0])
+        for other in failures:
+            if other is not first:
+                logger.error("another save failed too: %s: %s", type(other).__name__, other)
+        raise first
 
     def close(self, owned: Store | None) -> None:
         """Let go of all, whatever fails on the way. owned: the store, if it is to be closed too."""

@@ -10,8 +10,9 @@ from fastckpt.events import logger
 from fastckpt.host.threads import hurried
 from fastckpt.spot import Notice
 from fastckpt.spot.deadline import Choice, choose
-from fastckpt.training.save_queue import CommitHandle, SaveAsked, SaveQueue
+from fastckpt.training.save_queue import CommitHandle, SaveQueue
 from fastckpt.training.saver import OutOfTime, Saver
+from fastckpt.writing.rank import SaveAsked
 
 
 def final_save(saver: Saver, queue: SaveQueue, notice: Notice, asked: SaveAsked, target: str) -> None:

@@ -19,7 +19,6 @@ from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog, Choice, Step
-from fastckpt.repository.commit import open_vote
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.state.refused import ARRAYS, described, find
 from fastckpt.training import stateful
@@ -106,7 +105,7 @@ class Restorer:
                 "`fastckpt restore --rank` exports each rank's state"
             )
         try:
-            loaded, plan = self._load_whole(commit, location, weights_only)
+            loaded, plan = self._load_whole(choice.reader, location, weights_only)
         except (CorruptCheckpointError, ObjectNotFoundError) as error:
             found = Catalog(self._repository).blame(commit.checkpoint, error)
             if isinstance(found, CorruptCheckpointError):
@@ -115,8 +114,7 @@ class Restorer:
         stateful.check(self._live.targets, loaded, location, plan)
         return Loaded(commit, loaded, plan)
 
-    def _load_whole(self, commit: Commit, location: str, weights_only: bool) -> tuple[Any, Plan]:
-        reader = open_vote(self._repository.store, commit.vote(0))
+    def _load_whole(self, reader: Reader, location: str, weights_only: bool) -> tuple[Any, Plan]:
         plan = look(self._live.targets, reader.directory, location)
         # Where objects travel over a network, threads wait rather than work: as many as there may be connections.
         threads = max(self._options.threads, self._options.connections)

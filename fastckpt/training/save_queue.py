@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from fastckpt.repository.retention import Keep
 from fastckpt.snapshot import Snapshot
 from fastckpt.state import Captured
 from fastckpt.state.chunks import LiveChunks
-from fastckpt.writing.rank import UploadThreads
+from fastckpt.writing.rank import SaveAsked, UploadThreads
 
 MAX_JOBS = 2  # one uploads, one is staged
 
@@ -84,16 +84,6 @@ class CommitHandle:
             raise TimeoutError(f"step {self.step} is not durable after {timeout_s} s; the save goes on") from None
 
 
-@dataclass(frozen=True)
-class SaveAsked:
-    """What a call has asked for: the step that is saved, why, and what is said about it."""
-
-    step: int
-    trigger: str
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    meta: Mapping[str, Any] = field(default_factory=dict)
-
-
 @dataclass(eq=False)
 class Job:
     """One save. `source` a Snapshot, or the state itself: then whoever queued this waits."""
@@ -101,7 +91,6 @@ class Job:
     asked: SaveAsked
     captured: Captured
     source: Snapshot | LiveChunks
-    called_s: float
     handle: CommitHandle
     threads: UploadThreads
     owner: object = None
@@ -272,11 +261,7 @@ class SaveQueue:
         started = time.monotonic()
         commit = self._incarnation.save(
             job.captured,
-            job.step,
-            trigger=job.asked.trigger,
-            metrics=job.asked.metrics,
-            meta=job.asked.meta,
-            called_s=job.called_s,
+            job.asked,
             source=job.source,
             cancelled=job.cancelled.is_set,
             threads=job.threads,
@@ -290,7 +275,7 @@ class SaveQueue:
                 trigger=job.asked.trigger,
                 raw_bytes=commit.raw_bytes,
                 stored_bytes=commit.stored_bytes,
-                seconds=time.monotonic() - job.called_s,
+                seconds=time.monotonic() - job.asked.called_s,
             )
         )
         return commit

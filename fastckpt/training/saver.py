@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from concurrent import futures
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from fastckpt import events
 from fastckpt.errors import SaveError, SnapshotStalledError, of_save
@@ -19,24 +19,13 @@ from fastckpt.state.chunks import LiveChunks
 from fastckpt.training.engine import Engine
 from fastckpt.training.fence import Permit
 from fastckpt.training.live_state import Taken
-from fastckpt.training.save_queue import MAX_JOBS, CommitHandle, Job, SaveAsked
-from fastckpt.writing.rank import UploadThreads
+from fastckpt.training.save_queue import MAX_JOBS, CommitHandle, Job
+from fastckpt.training.stats import Counts
+from fastckpt.writing.rank import SaveAsked, UploadThreads
 
 
 class OutOfTime(SaveError):
     """No room for a save before its deadline."""
-
-
-@dataclass
-class Counts:
-    """Of one Checkpointer."""
-
-    saves: int = 0
-    """Saves that have begun."""
-    deferred: int = 0
-    """Calls at which a save was due and had to wait."""
-    begun_s: float = field(default_factory=time.monotonic)
-    """time.monotonic() when the last save was asked for, or the state was restored."""
 
 
 class Saver:
@@ -182,7 +171,7 @@ class Saver:
         """Have the state copied and queue its upload. None if earlier saves leave no room for it now."""
         if len(self._queue) >= MAX_JOBS:
             return None
-        called_s = time.monotonic()
+        asked = replace(asked, called_s=time.monotonic())
         if not self._began:
             self.claim()
         if not len(self._queue):
@@ -196,7 +185,7 @@ class Saver:
         )
         try:
             with deferred_interrupt():  # slabs, copies under way and the queue's job change hands
-                if not self._queue_up(beginning, called_s):
+                if not self._queue_up(beginning):
                     return None
             self._let_training_go_on(beginning, deadline)
         except BaseException as error:
@@ -205,10 +194,10 @@ class Saver:
             if raised is error:
                 raise
             raise raised from error
-        self.counts.begun_s = called_s
+        self.counts.begun_s = asked.called_s
         return beginning.handle
 
-    def _queue_up(self, beginning: _Beginning, called_s: float) -> bool:
+    def _queue_up(self, beginning: _Beginning) -> bool:
         """Begin the copy and queue the job. False: there is no room now."""
         asked, taken, alone = beginning.asked, beginning.taken, not len(self._queue)
         try:
@@ -226,7 +215,7 @@ class Saver:
         try:
             # Now, although an earlier save may be under way: if it ends with the interpreter, none can be started any more.
             threads = UploadThreads.start(taken.captured, self._options)
-            job = Job(asked, taken.captured, source, called_s, beginning.handle, threads, owner=self._owner())
+            job = Job(asked, taken.captured, source, beginning.handle, threads, owner=self._owner())
             beginning.runs_here = not self._queue.put(job)
         except BaseException:
             if threads is not None:

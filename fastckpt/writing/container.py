@@ -109,15 +109,7 @@ def write(
         with committing(sink), closing(source), closing(pool) if pool is not None else nullcontext():
             payload = _ContainerPayload(sink)
             writer = ChunkWriter(captured, payload, target, options, pool, source)
-            events.emit(
-                events.SaveStarted(
-                    target=target,
-                    raw_bytes=captured.n_bytes,
-                    chunks=len(writer.cuts.chunks),
-                    storages=len(captured.storages),
-                    skeleton_s=skeleton_s,
-                )
-            )
+            writer.tell_start(skeleton_s)
             n_bytes = _write_parts(writer, payload, sink, captured.skeleton)
             commit_from = time.perf_counter()
     except BaseException as error:
@@ -172,6 +164,18 @@ class ChunkWriter:
         self.records = np.zeros(len(self.cuts.chunks), records.LAYOUT)
         self._written: dict[tuple[bytes, int], int] = {}
         """(digest, raw bytes) of each chunk that is stored → its record."""
+
+    def tell_start(self, skeleton_s: float) -> None:
+        """Emit SaveStarted. skeleton_s: what the capture took."""
+        events.emit(
+            events.SaveStarted(
+                target=self._target,
+                raw_bytes=self._captured.n_bytes,
+                chunks=len(self.cuts.chunks),
+                storages=len(self._captured.storages),
+                skeleton_s=skeleton_s,
+            )
+        )
 
     def run(self) -> None:
         """Afterwards `records` is complete and the source has confirmed its bytes. The first error cancels the rest and is raised."""

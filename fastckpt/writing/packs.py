@@ -32,16 +32,9 @@ from fastckpt.store.base import Store
 Buffer = npt.NDArray[np.uint8]
 
 
-def choose_pack_bytes(left_bytes: int, options: Options, goodput_bytes_s: float | None = None) -> int:
-    """Length of the packs of a save.
-
-    Two seconds of one connection's goodput (a retry costs no more than that), but small enough that each connection gets two packs of what
-    is left, and that all buffers fit their part of the budget.
-    """
-    wanted = min(left_bytes // (2 * options.connections), options.max_pack_bytes)
-    if goodput_bytes_s is not None:
-        wanted = min(wanted, int(2 * goodput_bytes_s / options.connections))
-    return max(MIN_PACK_BYTES, wanted)
+def choose_pack_bytes(raw_bytes: int, options: Options) -> int:
+    """Length of the packs of a save: small enough that each connection gets two, and that all buffers fit their part of the budget."""
+    return max(MIN_PACK_BYTES, min(raw_bytes // (2 * options.connections), options.max_pack_bytes))
 
 
 class PackBuffers:

@@ -3,49 +3,49 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fastckpt import events
 from fastckpt.errors import SaveError, StoreFullError
-from fastckpt.format import container, directory
-from fastckpt.format.keys import SaveId, VoteName, vote_key
+from fastckpt.format.directory import FileEntry
+from fastckpt.format.keys import SaveId, vote_key
 from fastckpt.format.repository_records import Parent, utc_now, writer
-from fastckpt.format.vote import SaveInfo, save_to_json, vote_name
+from fastckpt.format.vote import SaveInfo, Vote, save_to_json
+from fastckpt.host import cycle_collector
 from fastckpt.host.threads import WorkerPool
 from fastckpt.options import Options
 from fastckpt.state import Captured
 from fastckpt.state.chunks import ChunkSource, LiveChunks
 from fastckpt.store.base import Store
-from fastckpt.writing.container import ChunkWriter, index_and_footer, start_workers
+from fastckpt.writing.container import ChunkWriter, start_workers
 from fastckpt.writing.packs import PackBuffers, PackWriter, choose_pack_bytes
+from fastckpt.writing.vote_builder import build_vote
 
 
-@dataclass(frozen=True, kw_only=True)
-class SaveRequest:
-    """What a rank's vote says besides the state."""
+@dataclass(frozen=True)
+class SaveAsked:
+    """What a save says of itself besides the state: made where it is asked for, and carried whole."""
 
-    save: SaveId
-    parent: Parent | None
-    rank: int = 0
-    world: int = 1
+    step: int
+    _: KW_ONLY
     trigger: str = "manual"
     metrics: Mapping[str, float] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     called_s: float = field(default_factory=time.monotonic)
-    """When save was called, time.monotonic()."""
+    """When it was asked for, time.monotonic()."""
 
 
-@dataclass(frozen=True)
-class Uploaded:
-    """A vote that is durable, and all that it names."""
+@dataclass(frozen=True, kw_only=True)
+class SaveRequest:
+    """One rank's part of one try of a save."""
 
-    name: VoteName
-    data: bytes
-    stored_bytes: int
-    packs: tuple[str, ...]
-    """Keys of all packs that it names."""
+    asked: SaveAsked
+    save: SaveId
+    parent: Parent | None
+    rank: int = 0
+    world: int = 1
 
 
 class UploadThreads(NamedTuple):
@@ -80,26 +80,23 @@ def upload(
     request: SaveRequest,
     options: Options,
     source: ChunkSource | None = None,
-    before_vote: Callable[[], None] = lambda: None,
-    goodput_bytes_s: float | None = None,
     cancelled: Callable[[], bool] = lambda: False,
     buffers: PackBuffers | None = None,
     threads: UploadThreads | None = None,
-) -> Uploaded:
+) -> Vote:
     """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
 
-    source: the captured state's chunks; None: the state itself. before_vote: called when all packs are durable; what it raises stops the
-    save before it can be committed. cancelled: asked before every chunk; True ends the save with a SaveError.
+    source: the captured state's chunks; None: the state itself. cancelled: asked before every chunk; True ends the save with a SaveError.
     buffers: kept by the caller for its next save. threads: closed by this.
     Takes, besides the state, `options.chunks_in_flight` × 16 MiB and `connections + 1` packs.
     """
     started = time.perf_counter()
     target = f"{store.url} step {request.save.step}"
     packs: PackWriter | None = None
-    pack_bytes = choose_pack_bytes(captured.n_bytes, options, goodput_bytes_s)
     try:
         threads = threads or UploadThreads.start(captured, options)
         try:
+            pack_bytes = choose_pack_bytes(captured.n_bytes, options)
             with PackWriter(
                 store,
                 request.save,
@@ -111,35 +108,15 @@ def upload(
                 buffers,
             ) as packs:
                 chunks = ChunkWriter(captured, packs, target, options, threads.encoders, source or LiveChunks(captured))
-                events.emit(
-                    events.SaveStarted(
-                        target=target,
-                        raw_bytes=captured.n_bytes,
-                        chunks=len(chunks.cuts.chunks),
-                        storages=len(captured.storages),
-                        skeleton_s=0.0,
-                    )
-                )
+                chunks.tell_start(skeleton_s=0.0)
                 chunks.run()
                 files = packs.finish()
         finally:
             threads.close()
-        before_vote()
-        info = SaveInfo(
-            request.save,
-            request.parent,
-            request.trigger,
-            request.metrics,
-            captured.n_bytes,
-            packs.stored_bytes,
-            time.monotonic() - request.called_s,
-            utc_now(),
-        )
-        vote = _vote(chunks, captured, files, request, info)
+        vote, data = _build(chunks, captured, files, request, packs.stored_bytes)
         if cancelled():  # the last moment at which that can be true of it
             raise SaveError(f"the save of step {request.save.step} was cancelled. Nothing was committed")
-        name = vote_name(request.save, request.rank, request.world, vote)
-        store.put(vote_key(name), vote)
+        store.put(vote_key(vote.name), data)
     except BaseException as error:
         if isinstance(error, StoreFullError) and packs is not None:
             packs.remove()  # or it takes the room that the next save needs, until its grace is over
@@ -149,27 +126,39 @@ def upload(
         events.SaveFinished(
             target=target,
             raw_bytes=captured.n_bytes,
-            file_bytes=packs.stored_bytes + len(vote),
+            file_bytes=packs.stored_bytes + len(data),
             seconds=time.perf_counter() - started,
             durable_s=0.0,
         )
     )
-    return Uploaded(name, vote, packs.stored_bytes + len(vote), tuple(file.key for file in files))
+    return vote
 
 
-def _vote(
-    chunks: ChunkWriter, captured: Captured, files: list[directory.FileEntry], request: SaveRequest, info: SaveInfo
-) -> bytes:
+def _build(
+    chunks: ChunkWriter, captured: Captured, files: Sequence[FileEntry], request: SaveRequest, stored_bytes: int
+) -> tuple[Vote, bytes]:
+    """The vote and its bytes. SaveError if a reader would refuse it."""
+    asked = request.asked
+    seconds = time.monotonic() - asked.called_s
+    info = SaveInfo(
+        request.save,
+        request.parent,
+        asked.trigger,
+        asked.metrics,
+        captured.n_bytes,
+        stored_bytes,
+        seconds,
+        utc_now(),
+    )
     listed = chunks.directory()
     listed = replace(
         listed,
         step=request.save.step,
         rank=request.rank,
         world=request.world,
-        meta=dict(request.meta),
+        meta=dict(asked.meta),
         writer={**listed.writer, **writer()},
         save=save_to_json(info),
     )
-    header = container.build_header(read_features=0)
-    parts = [directory.build(listed), directory.build_file_table(files), chunks.records.tobytes(), captured.skeleton]
-    return b"".join([header, *index_and_footer(header, 0, parts)])
+    with cycle_collector.held_off():
+        return build_vote(request.save, listed, files, chunks.records, captured.skeleton)

@@ -27,15 +27,17 @@ from fastckpt.format.vote import vote_name
 from fastckpt.options import Options
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.collector import Collector
 from fastckpt.repository.commit import open_vote, try_commit
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
-from fastckpt.repository.retention import Collector, Keep, plan
+from fastckpt.repository.retention import Keep, plan_retention
 from fastckpt.store.local import LocalStore
 from fastckpt.upkeep.check.repository import check_repository
 from fastckpt.upkeep.export import export
 from fastckpt.upkeep.salvage import salvage
 from fastckpt.writing.container import index_and_footer
+from fastckpt.writing.rank import SaveAsked
 from fastckpt.writing.sinks import FileObject
 from tests.faults.test_hostile import junk, mutate_json
 from tests.faults.tools import outcome
@@ -79,7 +81,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     job = Incarnation(Repository(store), OPTIONS)
     job.restore()
     for step in (1, 2):
-        commit = job.save(captured(small_state(float(step))), step, metrics={"loss": 0.5}, meta={"a": [1]})
+        commit = job.save(captured(small_state(float(step))), SaveAsked(step, metrics={"loss": 0.5}, meta={"a": [1]}))
     reader = Pin(CheckpointId(commit.save.epoch, 1), 1 << 30, "a reader", utc_now())
     store.put(pin_key("reader"), pin_bytes(reader))
     return {info.key: store.get(info.key) for info in store.list("")}
@@ -215,7 +217,7 @@ def exported(store: LocalStore) -> None:
 
 def collected(store: LocalStore) -> None:
     collector = Collector(Repository(store))
-    collector.run(plan(collector.look(), Keep(last=1), (), 0.0), None)
+    collector.run(plan_retention(collector.look(), Keep(last=1), (), 0.0), None)
 
 
 def committed(store: LocalStore) -> None:

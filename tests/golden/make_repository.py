@@ -24,6 +24,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
+from fastckpt.writing.rank import SaveAsked
 from tests.support.repositories import IN_PARALLEL, begin, reuse, save_ranks, vote
 from tests.support.states import captured
 
@@ -49,7 +50,9 @@ def write(store: Store) -> None:
     job = Incarnation(Repository(store), IN_PARALLEL)
     job.restore()
     for step in (1, 2, 3):
-        job.save(captured(state(step)), step, metrics={"loss": 1 / step, "odd": float("nan")}, meta={"note": "µ"})
+        job.save(
+            captured(state(step)), SaveAsked(step, metrics={"loss": 1 / step, "odd": float("nan")}, meta={"note": "µ"})
+        )
         job.retain(Keep(last=2), grace_s=0.0)
     job = Incarnation(Repository(store), IN_PARALLEL)
     job.restore(2)

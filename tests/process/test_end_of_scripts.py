@@ -78,14 +78,14 @@ def test_the_end_of_a_script_waits_for_save_async(tmp_path: Path) -> None:
     done = start(
         """
         import sys, threading, torch, fastckpt
-        from fastckpt.host import threads
-        real = fastckpt.api.write
+        import fastckpt.writing.background
+        real = fastckpt.writing.background.write
         def late(*arguments):
             assert threading.current_thread() is not threading.main_thread()
             ended.wait()
             return real(*arguments)
         ended = threading.Event()
-        fastckpt.api.write = late
+        fastckpt.writing.background.write = late
         threading._register_atexit(ended.set)  # before our own wait: last registered, first called
         fastckpt.save_async({"t": torch.arange(3_000_000)}, sys.argv[1])
         """,

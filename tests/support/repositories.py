@@ -14,7 +14,7 @@ from fastckpt.errors import CorruptCheckpointError
 from fastckpt.format import container, directory
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent
-from fastckpt.format.vote import vote_name
+from fastckpt.format.vote import Vote, vote_name
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog, verify
@@ -24,7 +24,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
 from fastckpt.writing.container import index_and_footer
-from fastckpt.writing.rank import SaveRequest, upload
+from fastckpt.writing.rank import SaveAsked, SaveRequest, upload
 from tests.support.states import captured, rich_state
 
 OPTIONS = Options(threads=1, connections=1, host_budget_bytes=256 << 20)
@@ -38,7 +38,11 @@ def incarnation(store: Store) -> Incarnation:
 
 def read(store: Store, commit: Commit, rank: int = 0) -> Any:
     """The object of a checkpoint, every byte verified."""
-    reader = open_vote(store, commit.vote(rank))
+    return load(open_vote(store, commit.vote(rank)))
+
+
+def load(reader: Reader) -> Any:
+    """The object of an index that was read."""
     return load_object(reader, OPTIONS, 1, map_location=None, pickle_module=pickle, weights_only=True, load_args={})
 
 
@@ -49,7 +53,7 @@ def save_steps(
     job = Incarnation(Repository(store), IN_PARALLEL)
     job.restore()
     for step in steps:
-        job.save(captured(rich_state(step)), step, metrics=(metrics or {}).get(step))
+        job.save(captured(rich_state(step)), SaveAsked(step, metrics=(metrics or {}).get(step, {})))
     return job
 
 
@@ -63,11 +67,11 @@ def begin(store: Store, world: int, parent: Commit | None = None, *, rewind: boo
 
 def vote(
     store: Store, epoch: int, step: int, rank: int, world: int, obj: Any, parent: Commit | None = None, attempt: int = 0
-) -> None:
+) -> Vote:
     """One rank's part of a save: packs and vote."""
     of = None if parent is None else Parent(parent.checkpoint, parent.digest)
-    request = SaveRequest(save=SaveId(epoch, step, attempt), parent=of, rank=rank, world=world)
-    upload(captured(obj), store, request, IN_PARALLEL)
+    request = SaveRequest(asked=SaveAsked(step), save=SaveId(epoch, step, attempt), parent=of, rank=rank, world=world)
+    return upload(captured(obj), store, request, IN_PARALLEL)
 
 
 def save_ranks(store: Store, epoch: int, step: int, states: Sequence[Any], parent: Commit | None = None) -> Commit:

@@ -17,10 +17,8 @@ from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.commit import list_votes
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
-from fastckpt.store.base import ObjectInfo
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
-from fastckpt.upkeep.check.inventory import classify
 from fastckpt.upkeep.check.report import RepositoryReport, UnfinishedSave
 from fastckpt.upkeep.check.repository import check_repository
 from fastckpt.upkeep.repair import plan_repair, repair
@@ -346,15 +344,6 @@ def test_reading_changes_nothing(store: LocalStore) -> None:
     check(store)
     check(store, quick=True)
     assert list(store.list("")) == before
-
-
-def test_classify_is_by_form_alone() -> None:
-    names = ["commits/000001-000000000002.json", "epochs/000001.json", "epochs/1.json", "fastckpt.json", "pins/a.json"]
-    found = classify(ObjectInfo(name, 5, 1.0) for name in names)
-    assert found.listing.epochs == (1,)
-    assert found.listing.commits == (CheckpointId(1, 2),)
-    assert found.foreign == ["epochs/1.json"]
-    assert list(found.pins) == ["pins/a.json"]
 
 
 def test_one_completable_try_of_a_step_is_taken() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from fastckpt.errors import (
     CorruptCheckpointError,
+    ObjectExistsError,
     ObjectNotFoundError,
     RepositoryError,
     StoreUnavailableError,
@@ -245,9 +246,10 @@ def test_a_damaged_vote_commits_nothing(store: MemoryStore) -> None:
 
 
 def test_a_vote_of_this_process_that_it_did_not_place(store: MemoryStore) -> None:
+    own = vote(MemoryStore(), 1, 7, 0, 1, small(1))
     vote(store, 1, 7, 0, 1, small(0))
     with pytest.raises(RepositoryError, match="two processes"):
-        try_commit(store, SAVE, own={0: b"something else"})
+        try_commit(store, SAVE, own)
     assert record_of(store) is None
 
 
@@ -290,3 +292,18 @@ def test_parents_are_named_by_digest(store: MemoryStore) -> None:
     second = try_commit(store, SaveId(1, 8, 0))
     assert second is not None
     assert second.parent == Parent(first.checkpoint, first.digest)
+
+
+def test_a_record_that_was_retired_and_removed_meanwhile_is_not_put_again(store: MemoryStore) -> None:
+    """Its packs are being deleted. A saver that slept between its refused put and the look at what stands there gets words."""
+    vote(store, 1, 7, 0, 1, small(0))
+
+    class Sleeper(Wrapper):
+        def put_if_absent(self, key: str, data: Any) -> None:
+            if key == KEY:
+                raise ObjectExistsError("retention of another incarnation, hours later, has removed the tombstone too")
+            super().put_if_absent(key, data)
+
+    with pytest.raises(RepositoryError, match="was retired while it was being saved"):
+        try_commit(Sleeper(store), SAVE)
+    assert record_of(store) is None

@@ -167,12 +167,13 @@ def test_a_job_that_always_has_a_save_queued_retires_all_the_same() -> None:
 
     class Run:
         def retain(self, keep: Keep, grace_s: float, interrupted: Callable[[], bool]) -> Any:
-            from fastckpt.repository.retention import PassInterrupted, Plan
+            from fastckpt.repository.collector import PassInterrupted
+            from fastckpt.repository.retention import RetentionPlan
 
             if interrupted():
                 raise PassInterrupted
             ran.append(True)
-            return Plan()
+            return RetentionPlan()
 
     from fastckpt.repository.retaining import Retaining
 

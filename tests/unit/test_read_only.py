@@ -22,8 +22,9 @@ from fastckpt.errors import (
     SupersededError,
 )
 from fastckpt.format.keys import CheckpointId
+from fastckpt.repository.collector import Collector
 from fastckpt.repository.repository import Repository
-from fastckpt.repository.retention import Collector, Keep, plan
+from fastckpt.repository.retention import Keep, plan_retention
 from fastckpt.store.base import ObjectInfo, Store
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
@@ -106,7 +107,7 @@ def test_a_pending_commit_is_not_there_yet() -> None:
 def retire_all_but_the_newest(store: MemoryStore) -> None:
     collector = Collector(Repository(store))
     for _ in range(2):
-        collector.run(plan(collector.look(), Keep(last=1), (), 0.0), None)
+        collector.run(plan_retention(collector.look(), Keep(last=1), (), 0.0), None)
 
 
 @pytest.mark.parametrize("moment", ["votes", "data", "gone"])

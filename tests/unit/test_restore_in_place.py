@@ -17,12 +17,12 @@ from fastckpt import Checkpointer
 from fastckpt.errors import PartialRestoreError, RestoreError
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.sources import FileObjectSource
-from fastckpt.repository.catalog import Choice
 from fastckpt.repository.commit import open_vote
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training import stateful
 from fastckpt.training.changes import changes
 from fastckpt.training.placement import look
+from tests.support.repositories import load
 from tests.support.repositories import restore_once as restore
 from tests.support.repositories import saved_once as saved
 
@@ -161,9 +161,9 @@ def test_an_optimizer_that_wraps_another_without_being_one(caplog: pytest.LogCap
     with Checkpointer(store, first, every=None, spot=None) as ckpt:
         ckpt.restore()
         assert ckpt.restored is not None
-        loaded = ckpt._restorer._load(Choice(ckpt.restored), True).state
+        reader = open_vote(store, ckpt.restored.vote(0))
         wrapped = {"m": second["m"], "o": Wrapper(second["o"])}
-        stateful.apply(wrapped, loaded, "x", look(wrapped, open_vote(store, ckpt.restored.vote(0)).directory, "x"))
+        stateful.apply(wrapped, load(reader), "x", look(wrapped, reader.directory, "x"))
     assert equal(first["o"].state_dict(), second["o"].state_dict())
     assert not caplog.records
 

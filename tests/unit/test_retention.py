@@ -13,8 +13,19 @@ from hypothesis import strategies as st
 from fastckpt.errors import CorruptCheckpointError, ObjectNotFoundError, StoreAccessError
 from fastckpt.format.keys import CheckpointId, SaveId, commit_key, pack_key, pin_key
 from fastckpt.format.repository_records import Commit, Pin, Tombstone, pin_bytes, utc_now
+from fastckpt.repository.collector import Collector
 from fastckpt.repository.repository import Repository
-from fastckpt.repository.retention import Candidate, Collector, Keep, Plan, View, plan, retire
+from fastckpt.repository.retention import (
+    Candidate,
+    Keep,
+    Pins,
+    RepositoryView,
+    RetentionPlan,
+    TombstoneSeen,
+    not_kept,
+    plan_retention,
+)
+from fastckpt.repository.vote_set import VoteSetState
 from fastckpt.store.memory import MemoryStore
 from tests.support.repositories import begin, check_all, flip, keys_of, living, reuse, save_steps, vote
 from tests.support.states import captured, rich_state
@@ -44,7 +55,7 @@ keeps = st.builds(
 
 @given(histories(), keeps)
 def test_what_a_rule_wants_stays(history: list[Candidate], keep: Keep) -> None:
-    gone = retire(history, keep)
+    gone = not_kept(history, keep)
     stay = [c for c in history if c.checkpoint not in gone]
     assert stay[: keep.last] == history[: keep.last]
     for candidate in history:
@@ -63,36 +74,32 @@ def test_what_a_rule_wants_stays(history: list[Candidate], keep: Keep) -> None:
 
 
 @st.composite
-def views(draw: st.DrawFn) -> tuple[View, set[SaveId]]:
+def views(draw: st.DrawFn) -> tuple[RepositoryView, set[SaveId]]:
     """Any repository that a pass may see: living, dead, unfinished and unreadable steps of three epochs, packs that several need."""
     ids = draw(st.lists(st.builds(CheckpointId, st.integers(1, 3), st.integers(0, 5)), unique=True, max_size=10))
     kinds = {c: draw(st.sampled_from(["living", "dead", "unfinished", "unreadable"])) for c in ids}
     now_s = 1000.0
     times = {c: draw(st.floats(0, now_s)) for c in ids}
     saves = [SaveId(*c, draw(st.integers(0, 1))) for c in ids]
-    packs: dict[SaveId, Mapping[str, float]] = {
-        save: {pack_key(save, 0, n): draw(st.floats(0, now_s)) for n in range(draw(st.integers(0, 2)))}
-        for save in saves
-    }
+    packs = {save: [pack_key(save, 0, n) for n in range(draw(st.integers(0, 2)))] for save in saves}
     every_pack = sorted(key for some in packs.values() for key in some)
     hidden = any(kind == "unreadable" for kind in kinds.values())
     needed = None if hidden else set(draw(st.lists(st.sampled_from(every_pack)))) if every_pack else set()
     living = {c: _commit(c) for c, kind in kinds.items() if kind == "living"}
     order = draw(st.permutations(sorted(living, reverse=True)))
     inside = sorted(order[: draw(st.integers(0, len(order)))], reverse=True)
-    view = View(
+    view = RepositoryView(
         newest_epoch=draw(st.integers(1, 3)),
         history=[Candidate(c, {}) for c in inside],
         living=living,
-        tombstones={c: times[c] for c, kind in kinds.items() if kind == "dead"},
+        tombstones={c: TombstoneSeen(times[c]) for c, kind in kinds.items() if kind == "dead"},
         commit_times_s={c: times[c] for c, kind in kinds.items() if kind in ("living", "dead")},
         unreadable={c for c, kind in kinds.items() if kind == "unreadable"},
         votes={save: [f"vote of {save}"] for save in saves},
-        vote_sets_complete=set(draw(st.lists(st.sampled_from(saves)))) if saves else set(),
+        vote_sets={save: draw(st.sampled_from(VoteSetState)) for save in saves},
         packs=packs,
         needed=needed,
-        pinned=set(draw(st.lists(st.sampled_from(ids)))) if ids else set(),
-        expired_pins=[],
+        pins=Pins(set(draw(st.lists(st.sampled_from(ids)))) if ids else set()),
         now_s=now_s,
     )
     return view, set(draw(st.lists(st.sampled_from(saves), max_size=2))) if saves else set()
@@ -104,15 +111,15 @@ def _commit(checkpoint: CheckpointId) -> Commit:
 
 @given(views(), st.none() | keeps, st.booleans(), st.booleans())
 def test_a_plan_hurts_nothing_that_lives(
-    world: tuple[View, set[SaveId]], keep: Keep | None, abandoned: bool, stopped: bool
+    world: tuple[RepositoryView, set[SaveId]], keep: Keep | None, abandoned: bool, stopped: bool
 ) -> None:
     view, flying = world
-    found = plan(view, keep, flying, GRACE_S, abandoned=abandoned, stopped=stopped)
+    found = plan_retention(view, keep, flying, GRACE_S, abandoned=abandoned, stopped=stopped)
     retired = {c for c, _ in found.retire}
     stays = view.living.keys() - retired
     if view.history:
         assert view.history[0].checkpoint not in retired, "the newest"
-    assert not retired & {c for c in view.pinned if c in view.living}, "pins"
+    assert not retired & {c for c in view.pins.checkpoints if c in view.living}, "pins"
     assert not retired & {save.checkpoint for save in flying}
     assert not retired & set(view.unreadable)
     if keep is None:
@@ -127,7 +134,8 @@ def test_a_plan_hurts_nothing_that_lives(
             assert owner[key] not in flying
             checkpoint = owner[key].checkpoint
             # Only once the commit key says that it is over, for so long, by the store's own clock.
-            over_s = view.tombstones.get(checkpoint, view.commit_times_s.get(checkpoint, view.now_s))
+            tombstone = view.tombstones.get(checkpoint)
+            over_s = view.commit_times_s.get(checkpoint, view.now_s) if tombstone is None else tombstone.written_s
             assert view.now_s - over_s >= GRACE_S
         elif key.startswith("vote of "):
             save = next(save for save, some in view.votes.items() if key in some)
@@ -143,32 +151,31 @@ def test_a_plan_hurts_nothing_that_lives(
 def test_votes_go_before_packs_before_tombstones() -> None:
     dead = CheckpointId(1, 1)
     save = SaveId(1, 1, 0)
-    view = View(
+    view = RepositoryView(
         newest_epoch=2,
         history=[],
         living={},
-        tombstones={dead: 0.0},
+        tombstones={dead: TombstoneSeen(0.0)},
         commit_times_s={},
         unreadable=(),
         votes={save: ["vote"]},
-        vote_sets_complete=(),
-        packs={save: {"pack": 0.0}},
+        vote_sets={},
+        packs={save: ["pack"]},
         needed=set(),
-        pinned=(),
-        expired_pins=["pin"],
+        pins=Pins(expired=["pin"]),
         now_s=GRACE_S,
     )
-    assert plan(view, None, (), GRACE_S).delete == ["vote", "pack", commit_key(dead), "pin"]
+    assert plan_retention(view, None, (), GRACE_S).delete == ["vote", "pack", commit_key(dead), "pin"]
 
 
 def collect(store: MemoryStore, keep: Keep, grace_s: float = 0.0) -> list[str]:
     collector = Collector(Repository(store))
-    todo = plan(collector.look(), keep, (), grace_s)
+    todo = plan_retention(collector.look(), keep, (), grace_s)
     collector.run(todo, None)
     return todo.notes
 
 
-VIEW = View(
+VIEW = RepositoryView(
     newest_epoch=1,
     history=[],
     living={},
@@ -176,11 +183,10 @@ VIEW = View(
     commit_times_s={},
     unreadable=(),
     votes={},
-    vote_sets_complete=(),
+    vote_sets={},
     packs={},
     needed=set(),
-    pinned=(),
-    expired_pins=(),
+    pins=Pins(),
     now_s=0.0,
 )
 
@@ -204,19 +210,19 @@ def test_the_best_of_what_nobody_measured_deletes_nothing_and_is_told(
 ) -> None:
     history = candidates(*metrics)
     keep = Keep(last=1, best="val_los")
-    found = plan(replace(VIEW, history=history), keep, (), 0.0)
+    found = plan_retention(replace(VIEW, history=history), keep, (), 0.0)
     assert not found.retire
     (warning,) = found.warnings
     assert "'val_los'" in warning
     assert words in warning
-    assert not plan(replace(VIEW, history=history), Keep(last=9, best="val_los"), (), 0.0).warnings, (
+    assert not plan_retention(replace(VIEW, history=history), Keep(last=9, best="val_los"), (), 0.0).warnings, (
         "nothing is at stake"
     )
 
 
 def test_once_the_metric_is_there_the_rule_is_followed() -> None:
     history = candidates({"loss": 0.5}, {}, {"loss": math.nan}, {"loss": 0.1}, {"other": 0.0}, {"loss": 0.2})
-    found = plan(replace(VIEW, history=history), Keep(last=1, best="loss"), (), 0.0)
+    found = plan_retention(replace(VIEW, history=history), Keep(last=1, best="loss"), (), 0.0)
     assert sorted(checkpoint.step for checkpoint, _ in found.retire) == [1, 2, 4, 5]
     assert not found.warnings
 
@@ -289,7 +295,7 @@ def test_only_the_newest_epoch_collects() -> None:
     store = MemoryStore()
     save_steps(store, [1, 2, 3])
     collector = Collector(Repository(store))
-    todo = plan(collector.look(), Keep(last=1), (), 0.0)
+    todo = plan_retention(collector.look(), Keep(last=1), (), 0.0)
     begin(store, 1, None)
     collector.run(todo, 1)
     assert steps(store) == [1, 2, 3]
@@ -373,7 +379,7 @@ def test_a_record_that_cannot_be_read_when_it_is_to_be_retired_keeps_no_other() 
     store = MemoryStore()
     save_steps(store, [1, 2, 3])
     collector = Collector(Repository(store))
-    todo = plan(collector.look(), Keep(last=1), (), 0.0)
+    todo = plan_retention(collector.look(), Keep(last=1), (), 0.0)
     flip(store, commit_key(CheckpointId(1, 1)))
     (refused,) = collector.run(todo, None)
     assert isinstance(refused, CorruptCheckpointError)
@@ -417,7 +423,7 @@ def test_nothing_goes_while_a_record_is_missing(what: str) -> None:
     collector.look()
     store.delete(what)
     before = keys_of(store, "")
-    todo = plan(collector.look(), Keep(last=1), (), 0.0)
+    todo = plan_retention(collector.look(), Keep(last=1), (), 0.0)
     assert what in todo.warnings[0]
     collector.run(todo, None)
     assert keys_of(store, "") == before
@@ -457,7 +463,7 @@ def test_a_new_epoch_between_two_batches_ends_the_pass() -> None:
     doomed = [f"data/000001-000000000001-000/r00000/{n:06}.pack" for n in range(250)]
     for key in doomed:
         store.put(key, b"")
-    todo = Plan(delete=doomed)
+    todo = RetentionPlan(delete=doomed)
     original = store.delete
 
     def delete(key: str) -> None:
@@ -474,25 +480,7 @@ def test_what_is_in_flight_is_asked_again_before_anything_goes() -> None:
     store = MemoryStore()
     save_steps(store, [1, 2, 3])
     collector = Collector(Repository(store))
-    todo = plan(collector.look(), Keep(last=1), (), 0.0)
+    todo = plan_retention(collector.look(), Keep(last=1), (), 0.0)
     collector.run(todo, 1, lambda: [SaveId(1, 1, 0)])
     assert steps(store) == [1, 3]
     assert keys_of(store, "votes/000001-000000000001-000/")
-
-
-def test_a_pass_reads_what_is_new() -> None:
-    class Reads(MemoryStore):
-        read = 0
-
-        def get(self, key: str) -> bytes:
-            self.read += 1
-            return super().get(key)
-
-    store = Reads()
-    job = save_steps(store, [*range(1, 9)])
-    job.retain(Keep(last=4), 1e9)
-    store.read = 0
-    job.retain(Keep(last=4), 1e9)
-    store.read = 0
-    job.retain(Keep(last=4), 1e9)
-    assert store.read == 0

@@ -24,7 +24,7 @@ from fastckpt.repository.retention import Keep
 from fastckpt.store.local import LocalStore
 from fastckpt.upkeep.check.container import check_container
 from fastckpt.upkeep.salvage import FoundIn, SalvageReport, choose_try, salvage
-from fastckpt.writing.rank import SaveRequest, upload
+from fastckpt.writing.rank import SaveAsked, SaveRequest, upload
 from tests.support.repositories import IN_PARALLEL, OPTIONS, begin, flip, keys_of, save_ranks, save_steps, vote
 from tests.support.states import captured, rich_state, same
 
@@ -277,7 +277,7 @@ def test_arrays_of_the_other_byte_order_are_salvaged_with_their_bytes(store: Loc
     obj.storages[0].dtype = "numpy:>f8"
     obj.tensors[0] = obj.tensors[0]._replace(dtype="numpy:>f8")
     save = SaveId(epoch, 1, 0)
-    upload(obj, store, SaveRequest(save=save, parent=None, rank=0, world=1), OPTIONS)
+    upload(obj, store, SaveRequest(asked=SaveAsked(1), save=save, parent=None, rank=0, world=1), OPTIONS)
     assert try_commit(store, save)
     report = run(store, 1, out)
     assert report.nothing_lost

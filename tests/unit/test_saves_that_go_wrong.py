@@ -28,8 +28,8 @@ from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training import save_queue
 from fastckpt.training.checkpointer import Checkpointer
-from fastckpt.training.save_queue import SaveAsked
 from fastckpt.writing import container
+from fastckpt.writing.rank import SaveAsked
 from tests.support.repositories import history
 from tests.support.stores import HeldStore
 
@@ -194,7 +194,7 @@ def test_the_copy_keeps_to_the_time_that_is_left(how: str) -> None:
     began = time.monotonic()
     if how == "notice":
         notice = Notice("file", "test", began + 0.5)
-        handle = ckpt._saver.begin(SaveAsked(1, "notice"), notice.deadline)
+        handle = ckpt._saver.begin(SaveAsked(1, trigger="notice"), notice.deadline)
         with pytest.raises(SnapshotStalledError, match="that were left"):
             handle.wait(SHORT_S)
     else:

@@ -12,9 +12,9 @@ from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit, Epoch, Parent, Tombstone, parse_marker, parse_pin
 from fastckpt.repository.catalog import history, stand_in
 from fastckpt.repository.commit import read_sealed
-from fastckpt.repository.repository import Listing, Repository
+from fastckpt.repository.inventory import Inventory
+from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
-from fastckpt.upkeep.check.inventory import Inventory
 from fastckpt.upkeep.check.report import ReportBuilder
 
 
@@ -34,7 +34,7 @@ def check_marker(store: Store, inventory: Inventory, found: ReportBuilder) -> No
     marker = found.read(keys.MARKER, lambda: parse_marker(read_sealed(store, keys.MARKER), where))
     if marker is not None:
         found.report.repository = marker.repository
-    if keys.README not in inventory.sizes:
+    if keys.README not in inventory.infos:
         found.report.notes.append(f"{keys.README} is missing: it tells people what must not be deleted here")
 
 
@@ -42,7 +42,7 @@ def read_records(repository: Repository, inventory: Inventory, found: ReportBuil
     """Read every epoch record, and what stands at every commit key."""
     read = Records()
     _read_epochs(repository, inventory, read, found)
-    for checkpoint in inventory.listing.commits:
+    for checkpoint in inventory.commits:
         key = keys.commit_key(checkpoint)
         record = found.read(key, functools.partial(_commit_or_gone, repository, checkpoint), checkpoint, rank_lost=True)
         if record is None:
@@ -55,13 +55,12 @@ def read_records(repository: Repository, inventory: Inventory, found: ReportBuil
 
 
 def _read_epochs(repository: Repository, inventory: Inventory, read: Records, found: ReportBuilder) -> None:
-    listing = inventory.listing
-    for number in listing.epochs:
+    for number in inventory.epochs:
         epoch = found.read(keys.epoch_key(number), functools.partial(repository.epoch, number))
         if epoch is not None:
             read.epochs[number] = epoch
-    claimed = {c.epoch for c in listing.commits} | set(range(1, max(listing.epochs, default=0)))
-    for number in sorted(claimed - set(listing.epochs)):
+    claimed = {c.epoch for c in inventory.commits} | set(range(1, max(inventory.epochs, default=0)))
+    for number in sorted(claimed - set(inventory.epochs)):
         damage = Damage("epochs", "as a whole", "a record: epochs are claimed without gaps", "no such object")
         found.add(keys.epoch_key(number), [damage])
 
@@ -87,7 +86,8 @@ def check_parents(read: Records, found: ReportBuilder) -> None:
 
 def check_pins(store: Store, inventory: Inventory, read: Records, found: ReportBuilder) -> None:
     """Read every pin. A pin that is gone since the LIST was taken back: that is not damage."""
-    for key, modified_s in inventory.pins.items():
+    for info in inventory.pins.values():
+        key, modified_s = info.key, info.modified_s
         try:
             pin = parse_pin(read_sealed(store, key), f"{store.url}/{key}")
         except ObjectNotFoundError:
@@ -99,20 +99,21 @@ def check_pins(store: Store, inventory: Inventory, read: Records, found: ReportB
             found.add_unsupported(str(error))
             continue
         found.report.pins.append(pin)
-        if inventory.now_s - modified_s > pin.expires_s:
+        if inventory.newest_s - modified_s > pin.expires_s:
             found.report.notes.append(f"{key} has expired: the next pass of retention, or prune, removes it")
         elif pin.checkpoint not in read.commits and pin.checkpoint not in read.unreadable:
             found.report.notes.append(f"{key} pins checkpoint {pin.checkpoint}, which is not there")
 
 
-def history_of(listing: Listing, newest_epoch: int, read: Records) -> list[CheckpointId] | None:
+def history_of(inventory: Inventory, read: Records) -> list[CheckpointId] | None:
     """The history, newest first. None: it goes through an epoch record that is damaged."""
+    newest_epoch = max((*inventory.epochs, *(c.epoch for c in inventory.commits)), default=0)
     damaged: list[int] = []
 
     def epoch_of(number: int) -> Epoch | None:
         if number in read.epochs:
             return read.epochs[number]
-        if number in listing.epochs:
+        if number in inventory.epochs:
             damaged.append(number)
             return None
         return stand_in(number, [c for checkpoint, c in read.commits.items() if checkpoint.epoch == number])

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from fastckpt.options import Options
+from fastckpt.repository.inventory import take_inventory
 from fastckpt.repository.repository import Repository
-from fastckpt.upkeep.check.inventory import classify
 from fastckpt.upkeep.check.packs import check_packs
 from fastckpt.upkeep.check.records import (
     check_marker,
@@ -50,21 +50,22 @@ def check_repository(
     store = repository.store
     found = ReportBuilder(RepositoryReport(repository.url, quick))
     # One LIST in the order of keys: commits before data before votes. A commit that it shows has its packs in it too.
-    inventory = classify(store.list(""))
+    inventory = take_inventory(store)
+    sizes = inventory.sizes
     check_marker(store, inventory, found)
     read = read_records(repository, inventory, found)
     check_parents(read, found)
     check_pins(store, inventory, read, found)
-    inside = history_of(inventory.listing, inventory.newest_epoch, read)
+    inside = history_of(inventory, read)
     found.report.history = tuple(inside or ())
 
     chosen = [commit for commit in read.commits.values() if steps is None or commit.save.step in steps]
     named: set[str] = set()
     for commit in chosen:
-        named |= check_votes(store, commit, inventory.sizes, found)
+        named |= check_votes(store, commit, sizes, found)
     if not quick:
-        needed_bytes = sum(inventory.sizes.get(key, 0) for key in named)
-        check_packs(store, chosen, inventory.sizes, needed_bytes, options or Options(), found, progress)
+        needed_bytes = sum(sizes.get(key, 0) for key in named)
+        check_packs(store, chosen, sizes, needed_bytes, options or Options(), found, progress)
 
     named = check_unfinished(repository, inventory, read, named, found)
     note_leftovers(inventory, read, named, steps is None, found)

@@ -8,9 +8,9 @@ from fastckpt.errors import CorruptCheckpointError, ObjectNotFoundError, Reposit
 from fastckpt.format import keys
 from fastckpt.format.keys import SaveId, VoteName
 from fastckpt.repository.commit import complete_set, read_vote
+from fastckpt.repository.inventory import Inventory
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
-from fastckpt.upkeep.check.inventory import Inventory
 from fastckpt.upkeep.check.records import Records
 from fastckpt.upkeep.check.report import ReportBuilder, UnfinishedSave
 
@@ -26,7 +26,7 @@ def check_unfinished(
     taken = read.commits.keys() | read.tombstones.keys() | read.unreadable
     waiting_bytes = 0
     for save in sorted({*inventory.votes, *inventory.packs}):
-        votes, packs = inventory.votes.get(save, []), inventory.packs.get(save, [])
+        votes, packs = inventory.votes.get(save, ()), inventory.packs.get(save, ())
         commit = read.commits.get(save.checkpoint)
         if save.checkpoint not in taken:
             if _is_committed_or_unreadable(repository, save):
@@ -35,7 +35,7 @@ def check_unfinished(
         elif commit is not None and commit.save == save:
             continue
         elif commit is not None:
-            packs = [key for key in packs if key not in named]
+            packs = tuple(key for key in packs if key not in named)
             state, why = "superseded", f"try {commit.save.attempt} of this step was committed"
         elif save.checkpoint in read.unreadable:
             continue  # the votes of a damaged record: `salvage` reads them
@@ -55,7 +55,7 @@ def check_unfinished(
 
 
 def _n_bytes(inventory: Inventory, packs: Sequence[str], votes: Sequence[VoteName]) -> int:
-    return sum(inventory.sizes[key] for key in (*packs, *map(keys.vote_key, votes)))
+    return sum(inventory.infos[key].n_bytes for key in (*packs, *map(keys.vote_key, votes)))
 
 
 def _is_committed_or_unreadable(repository: Repository, save: SaveId) -> bool:
@@ -89,7 +89,8 @@ def _completable(
         except (CorruptCheckpointError, UnsupportedFormatError, ObjectNotFoundError) as error:
             return "damaged", str(error)
         for file in vote.files:
-            n_bytes = inventory.sizes.get(file.key)
+            info = inventory.infos.get(file.key)
+            n_bytes = None if info is None else info.n_bytes
             if n_bytes != file.n_bytes:
                 return "damaged", f"{file.key}: expected {file.n_bytes} bytes, found {n_bytes or 'no such object'}"
             named.add(file.key)
@@ -104,13 +105,13 @@ def note_leftovers(
     all_steps: every checkpoint was looked into, so that a pack which is not named really belongs to none.
     """
     notes = found.report.notes
-    for key in inventory.foreign:
+    for key in inventory.unknown:
         words = "left by a probe of the store" if key.startswith("probe/") else "not ours: never read, never deleted"
-        notes.append(f"{key} ({inventory.sizes[key]} bytes) is {words}")
+        notes.append(f"{key} ({inventory.infos[key].n_bytes} bytes) is {words}")
     if not all_steps or found.report.findings:
         return
     for commit in read.commits.values():
-        own = [key for key in inventory.packs.get(commit.save, []) if key not in named]
+        own = [key for key in inventory.packs.get(commit.save, ()) if key not in named]
         if own:
             n_bytes = _n_bytes(inventory, own, ())
             notes.append(f"data/{commit.save}/: {len(own)} packs ({n_bytes} bytes) are named by no checkpoint")

@@ -10,17 +10,13 @@ from typing import Any
 
 from fastckpt.errors import Damage
 from fastckpt.format import keys, records
-from fastckpt.format.directory import Directory
-from fastckpt.format.keys import VoteName
 from fastckpt.format.repository_records import Commit, commit_bytes
-from fastckpt.format.vote import SaveInfo, commit_of, save_info
+from fastckpt.format.vote import Vote, commit_of, part_ranges, save_info
 from fastckpt.kernels.transform import transform_name
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote
 from fastckpt.store.base import Store
 from fastckpt.upkeep.check.report import ReportBuilder
-
-_Vote = tuple[VoteName, SaveInfo, Directory, Mapping[str, tuple[int, int]]]
 
 
 def check_votes(store: Store, commit: Commit, sizes: Mapping[str, int], found: ReportBuilder) -> set[str]:
@@ -30,7 +26,7 @@ def check_votes(store: Store, commit: Commit, sizes: Mapping[str, int], found: R
     """
     checkpoint = commit.checkpoint
     named: set[str] = set()
-    votes: list[_Vote] = []
+    votes: list[Vote] = []
     for rank in range(commit.world):
         name = commit.vote(rank)
         key = keys.vote_key(name)
@@ -39,8 +35,7 @@ def check_votes(store: Store, commit: Commit, sizes: Mapping[str, int], found: R
             continue
         info = found.read(key, functools.partial(save_info, reader.directory, name, key), checkpoint, rank=rank)
         if info is not None:
-            parts = {part: (e.offset, e.n_bytes) for part, e in reader.footer.parts.items()}
-            votes.append((name, info, reader.directory, parts))
+            votes.append(Vote(name, info, reader.directory, part_ranges(reader.footer), reader.files))
         named.update(file.key for file in reader.files)
         _check_lengths(commit, rank, reader, sizes, found)
         unread = records.unsupported(reader.records)
@@ -65,7 +60,7 @@ def _check_lengths(commit: Commit, rank: int, reader: Reader, sizes: Mapping[str
             found.add(file.key, [damage], commit.checkpoint, rank=rank)
 
 
-def _compare(commit: Commit, votes: Sequence[_Vote], found: ReportBuilder) -> None:
+def _compare(commit: Commit, votes: Sequence[Vote], found: ReportBuilder) -> None:
     """Compare the commit record with the one that follows from the votes: it follows from them alone, so any difference is damage."""
     key = keys.commit_key(commit.checkpoint)
     expected = found.read(key, lambda: commit_of(votes, key), commit.checkpoint)

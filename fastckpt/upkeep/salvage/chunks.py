@@ -14,7 +14,7 @@ from fastckpt.errors import CorruptCheckpointError, Damage
 from fastckpt.format import records
 from fastckpt.host.threads import WorkerPool
 from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
-from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.chunk_reader import Reader, StoredPiece
 from fastckpt.state.chunking import Cuts
 
 U8 = npt.NDArray[np.uint8]
@@ -70,7 +70,7 @@ class StoredBytes:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._chunks: OrderedDict[int, U8] = OrderedDict()
-        self._pieces: dict[int, tuple[list[int], list[tuple[int, int, int, int]]]] = {}
+        self._pieces: dict[int, tuple[list[int], list[StoredPiece]]] = {}
         self._lock = threading.Lock()
 
     def read_into(self, storage: int, offset: int, out: U8) -> None:
@@ -84,13 +84,13 @@ class StoredBytes:
             out[done : done + n] = self._chunk(record)[first + skip : first + skip + n]
             done += n
 
-    def _pieces_of(self, storage: int) -> tuple[list[int], list[tuple[int, int, int, int]]]:
+    def _pieces_of(self, storage: int) -> tuple[list[int], list[StoredPiece]]:
         """Where in the storage each of its pieces starts, and the pieces (`Reader.pieces`)."""
         with self._lock:
             found = self._pieces.get(storage)
             if found is None:
                 pieces = list(self._reader.pieces(storage))
-                found = self._pieces[storage] = [position for _, _, position, _ in pieces], pieces
+                found = self._pieces[storage] = [piece.position for piece in pieces], pieces
             return found
 
     def _chunk(self, number: int) -> U8:

@@ -15,9 +15,10 @@ from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, commit_key
 from fastckpt.format.repository_records import Pin, pin_bytes, utc_now
 from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.collector import Collector
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
-from fastckpt.repository.retention import Collector, Keep
+from fastckpt.repository.retention import Keep
 from fastckpt.store.local import LocalStore
 from tests.support.command_line import rewound, run, run_json
 from tests.support.repositories import IN_PARALLEL, keys_of, save_steps

@@ -1,0 +1,242 @@
+"""Retention carried out: what lies there is read, what a plan says is retired and deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+
+from fastckpt import events
+from fastckpt.errors import CheckpointError, MissingObjectError, StoreUnavailableError, UnreadableError
+from fastckpt.format import keys
+from fastckpt.format.keys import CheckpointId, SaveId
+from fastckpt.format.repository_records import Commit, Tombstone, tombstone_bytes, utc_now
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.commit import create, read_commit
+from fastckpt.repository.file_tables import packs_of
+from fastckpt.repository.inventory import Inventory, take_inventory
+from fastckpt.repository.known_records import KnownRecords
+from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import (
+    UNFINISHED,
+    Candidate,
+    Pins,
+    RepositoryView,
+    RetentionPlan,
+    TombstoneSeen,
+)
+from fastckpt.repository.vote_set import vote_set_of
+from fastckpt.store.base import Store
+from fastckpt.store.wrap import T, Wrapper
+
+_BATCH = 100  # deletions between two looks for a newer epoch: some seconds
+
+
+class PassInterrupted(Exception):
+    """A pass ended before its next request, as its caller wished. What it did stands, and the next one goes on from there."""
+
+
+class _Gate(Wrapper):
+    """Asks before every request whether the pass is to go on."""
+
+    def __init__(self, inner: Store) -> None:
+        super().__init__(inner)
+        self.interrupted: Callable[[], bool] = lambda: False
+
+    def _call(self, verb: str, key: str, operation: Callable[[], T]) -> T:
+        if self.interrupted():
+            raise PassInterrupted
+        return operation()
+
+
+class Collector:
+    """Retention of one repository. One thread at a time. Remembers contents of records and indexes, never names."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._store = _Gate(repository.store)
+        self._repository = KnownRecords(self._store)
+        self._needed_by: dict[tuple[CheckpointId, str], frozenset[str]] = {}
+        self._living: set[CheckpointId] = set()
+        """Seen by the pass before, or committed since, and not retired here."""
+        self._bare: dict[CheckpointId, tuple[float, float | None]] = {}
+        """Tombstones without votes and packs: `now_s` of the pass that saw it first, and of the first later one for which the store's clock
+        had gone on: that is after the last of them was deleted."""
+        self._refused: set[str] = set()
+        """Keys that could not be deleted or overwritten. Not tried again: each try would be one more request of every pass."""
+
+    def interrupt_when(self, interrupted: Callable[[], bool]) -> None:
+        """From now on passes end with PassInterrupted before the first request at which this is true."""
+        self._store.interrupted = interrupted
+
+    def know(self, commit: Commit, packs: Collection[str]) -> None:
+        """A commit whose packs the caller knows: its index need not be read. Any thread."""
+        self._needed_by[commit.checkpoint, commit.digest] = frozenset(packs)
+
+    def look(self) -> RepositoryView:
+        """Read what a plan needs: five LISTs, and the records and file tables not seen before. StoreError, PassInterrupted."""
+        # Data is listed before commits: a save that commits in between has its packs in neither or in both, never packs alone.
+        data = take_inventory(self._store, keys.DATA, keys.VOTES)
+        catalog = Catalog(self._repository)
+        listing = catalog.listing
+        found = self._repository.read_all(listing)
+        commits = found.commits
+        now_s = max(data.newest_s, *listing.commit_times_s.values(), 0.0)
+        pins = self._pins(now_s)
+        there = {save.checkpoint for save in (*data.votes, *data.packs)}
+        missing = self._missing(listing, commits, there)
+        self._forget(commits, {*listing.infos, *pins.expired, *data.infos})
+        times_s = listing.commit_times_s
+        bare_since_s = self._bare_since_s(found.tombstones.keys() - there, now_s)
+        return RepositoryView(
+            newest_epoch=listing.newest_epoch,
+            history=[] if missing else [Candidate(c, commits[c].metrics) for c in catalog.history() if c in commits],
+            living=commits,
+            tombstones={
+                c: TombstoneSeen(times_s[c], tombstone.of is not None, bare_since_s.get(c))
+                for c, tombstone in found.tombstones.items()
+            },
+            commit_times_s=times_s,
+            unreadable={*found.failed, *found.missing},
+            votes={save: [keys.vote_key(name) for name in names] for save, names in data.votes.items()},
+            vote_sets={save: vote_set_of(names).state for save, names in data.votes.items()},
+            packs=data.packs,
+            needed=None if found.failed or found.missing else self._all_needed(commits.values()),
+            pins=pins,
+            now_s=now_s,
+            missing=missing,
+        )
+
+    def _missing(
+        self, listing: Inventory, commits: Mapping[CheckpointId, Commit], there: Collection[CheckpointId]
+    ) -> list[str]:
+        """Keys of records that must be there and are not."""
+        epochs = {c.epoch for c in commits} - set(listing.epochs)
+        gone = {c for c in self._living - set(listing.commits) if c in there}
+        self._living = gone | commits.keys()
+        return [*map(keys.epoch_key, sorted(epochs)), *map(keys.commit_key, sorted(gone))]
+
+    def _forget(self, commits: Mapping[CheckpointId, Commit], listed: set[str]) -> None:
+        """What is not there any more, or memory would follow the age of the run."""
+        living = {(c, commit.digest) for c, commit in commits.items()}
+        self._needed_by = {key: packs for key, packs in self._needed_by.copy().items() if key in living}
+        self._refused &= listed
+
+    def _bare_since_s(self, bare: Collection[CheckpointId], now_s: float) -> dict[CheckpointId, float]:
+        before, self._bare = self._bare, {}
+        for checkpoint in bare:
+            first_s, since_s = before.get(checkpoint, (now_s, None))
+            self._bare[checkpoint] = first_s, now_s if since_s is None and now_s > first_s else since_s
+        return {checkpoint: since_s for checkpoint, (_, since_s) in self._bare.items() if since_s is not None}
+
+    def _all_needed(self, commits: Iterable[Commit]) -> set[str] | None:
+        """Packs that checkpoints name; None if that cannot be found out of one of them."""
+        needed: set[str] = set()
+        for commit in commits:
+            key = commit.checkpoint, commit.digest
+            if key not in self._needed_by:
+                try:
+                    self._needed_by[key] = packs_of(self._store, commit)
+                except UnreadableError:
+                    return None
+            needed |= self._needed_by[key]
+        return needed
+
+    def _pins(self, now_s: float) -> Pins:
+        pinned, expired, unknown = set(), [], False
+        for name, info in self._repository.pins().items():
+            try:
+                pin = self._repository.pin(name)
+            except MissingObjectError:
+                continue
+            except UnreadableError:
+                unknown = True
+                continue
+            if now_s - info.modified_s > pin.expires_s:
+                expired.append(info.key)
+            else:
+                pinned.add(pin.checkpoint)
+        return Pins(pinned, expired, unknown)
+
+    def run(
+        self,
+        todo: RetentionPlan,
+        as_epoch: int | None,
+        in_flight: Callable[[], Collection[SaveId]] = tuple,
+    ) -> list[CheckpointError]:
+        """Carry out a plan. as_epoch: the caller's epoch; nothing is done unless it is the newest. None: a person says that the
+        run is stopped. in_flight: the caller's saves under way, asked again before anything goes.
+
+        Returns what could not be deleted or overwritten, each once: it is passed over from then on.
+        Safe to stop anywhere and to begin again. StoreError, PassInterrupted.
+        """
+        refused: list[CheckpointError] = []
+        if not todo.retire or not self._may_go_on(as_epoch):
+            blocked = {checkpoint for checkpoint, _ in todo.retire}
+        else:
+            flying = {save.checkpoint for save in in_flight()}
+            blocked = {c for c, why in todo.retire if c in flying or not self._bury(c, why, refused)}
+        for batch in _batches([key for key in todo.delete if key not in self._refused]):
+            if not self._may_go_on(as_epoch):
+                break
+            flying_saves = set(in_flight())
+            for key in batch:
+                vote = keys.parse_vote(key)
+                save = vote.save if vote is not None else keys.parse_pack(key)
+                if save is not None and (save in flying_saves or (vote is not None and save.checkpoint in blocked)):
+                    continue
+                if keys.parse_commit(key) in self._held():
+                    continue
+                self._try(key, refused, lambda key=key: self._store.delete(key))  # type: ignore[misc]
+        return refused
+
+    def _held(self) -> set[CheckpointId | None]:
+        """Checkpoints whose votes or packs cannot be deleted: their tombstones stay, or they would count as unfinished saves again."""
+        saves = (keys.parse_pack(key) or getattr(keys.parse_vote(key), "save", None) for key in self._refused)
+        return {save.checkpoint for save in saves if save is not None}
+
+    def _may_go_on(self, as_epoch: int | None) -> bool:
+        return as_epoch is None or self._repository.newest_epoch() == as_epoch
+
+    def _try(self, key: str, refused: list[CheckpointError], act: Callable[[], object]) -> bool:
+        """False if it was refused: one object that cannot go, or one record that cannot be read, keeps no other."""
+        try:
+            act()
+        except StoreUnavailableError:  # the store, not the object
+            raise
+        except CheckpointError as error:
+            self._refused.add(key)
+            refused.append(error)
+            return False
+        return True
+
+    def _bury(self, checkpoint: CheckpointId, why: str, refused: list[CheckpointError]) -> bool:
+        key, stands = keys.commit_key(checkpoint), False
+
+        def act() -> None:
+            nonlocal stands
+            stands = self._put_tombstone(checkpoint, key, why)
+
+        return key not in self._refused and self._try(key, refused, act) and stands
+
+    def _put_tombstone(self, checkpoint: CheckpointId, key: str, why: str) -> bool:
+        """False if an unfinished save turned out to be committed: then it stays."""
+        try:
+            found: Commit | Tombstone | None = read_commit(self._store, checkpoint)  # as it is now
+        except MissingObjectError:
+            found = None
+        if isinstance(found, Tombstone):
+            return True
+        if (found is None) != (why == UNFINISHED):  # not what the plan was made for
+            return False
+        of = None if found is None else found.digest
+        data = tombstone_bytes(Tombstone(checkpoint, of, why, utc_now()))
+        if found is None:
+            if create(self._store, key, data) != data:
+                return False
+        else:
+            self._store.put(key, data)
+        self._living.discard(checkpoint)
+        events.emit(events.Retired(target=self._store.url, epoch=checkpoint.epoch, step=checkpoint.step, why=why))
+        return True
+
+
+def _batches(all_keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (all_keys[at : at + _BATCH] for at in range(0, len(all_keys), _BATCH))

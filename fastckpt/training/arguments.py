@@ -1,0 +1,89 @@
+"""What a training loop gives to a `Checkpointer`, checked: refused at the call that brings it, not in the background."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fastckpt.errors import SaveError
+from fastckpt.format.keys import MAX_STEP
+from fastckpt.format.repository_records import metrics_to_json
+from fastckpt.repository.retention import Keep
+from fastckpt.training.schedule import Every
+from fastckpt.writing.rank import SaveAsked
+
+
+def checked(
+    metrics: Mapping[str, float] | None, meta: Mapping[str, Any] | None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Copies that can be written. TypeError at the call that brings them, not in the background."""
+    try:
+        numbers = {str(name): float(value) for name, value in (metrics or {}).items()}
+        json.dumps(metrics_to_json(numbers), ensure_ascii=False).encode()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"metrics must be names and numbers: {error}") from error
+    try:
+        copy = json.loads(json.dumps(dict(meta or {}), allow_nan=False, ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"meta must be what JSON can hold: {error}") from error
+    return numbers, copy
+
+
+def check_rules(every: object, keep: object, on_exception: object) -> None:
+    """Refuse what would fail in the training loop, or in the background at every save."""
+    problems = []
+    if not isinstance(every, (Every, type(None))):
+        problems.append(f"every is {every!r}: expected fastckpt.Every(steps=…), Every(minutes=…), or None")
+    if not isinstance(keep, (Keep, type(None))):
+        problems.append(f"keep is {keep!r}: expected fastckpt.Keep(last=…), or None for all")
+    if problems:
+        raise TypeError("; ".join(problems))
+    if on_exception not in (None, "save"):
+        raise ValueError(f'on_exception is {on_exception!r}: expected "save" or None')
+
+
+def check_kinds(switches: Mapping[str, object], seconds: Mapping[str, object]) -> None:
+    """TypeError, ValueError. A "no" from a configuration is true; less than no grace would take packs from readers."""
+    problems = [
+        f"{name} is {value!r}: expected True or False"
+        for name, value in switches.items()
+        if not isinstance(value, bool)
+    ]
+    numbers = {name: value for name, value in seconds.items() if isinstance(value, (int, float))}
+    problems += [
+        f"{name} is {value!r}: expected a number of seconds" for name, value in seconds.items() if name not in numbers
+    ]
+    if problems:
+        raise TypeError("; ".join(problems))
+    negative = [
+        f"{name} is {value!r}: expected a number of seconds ≥ 0" for name, value in numbers.items() if not value >= 0
+    ]
+    if negative:
+        raise ValueError("; ".join(negative))
+
+
+def refuse_many_ranks() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise SaveError(
+            "Checkpointer saves the state of one process; this version does not yet coordinate several ranks"
+        )
+
+
+def asked_for(
+    step: int,
+    trigger: str,
+    metrics: Mapping[str, float] | None,
+    meta: Mapping[str, Any] | None,
+    last: SaveAsked | None,
+) -> SaveAsked:
+    """What a call asks for. TypeError for metrics and meta that cannot be written; SaveError for a step before the last one, or none."""
+    numbers, copy = checked(metrics, meta)
+    if type(step) is not int or not 0 <= step <= MAX_STEP:
+        raise SaveError(f"step is {step!r}: expected an integer from 0 to {MAX_STEP}")
+    if last is not None and step < last.step:
+        raise SaveError(f"step {step} comes after step {last.step}: to go back, call restore(step=…)")
+    return SaveAsked(step, trigger=trigger, metrics=numbers, meta=copy)

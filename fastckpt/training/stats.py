@@ -1,0 +1,33 @@
+"""What saving has cost a run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What saving has cost so far."""
+
+    saves: int
+    """Saves that have begun."""
+    durable_step: int | None
+    deferred: int
+    """Calls of `step` at which a save was due and had to wait for an earlier one: back-pressure."""
+    stall_s: float
+    """Seconds that `step` and the optimizers' hooks have kept the training thread, final saves apart."""
+    snapshot_bytes: int
+    """Host memory that staged states hold now."""
+
+
+@dataclass
+class Counts:
+    """What a `Saver` counts."""
+
+    saves: int = 0
+    """Saves that have begun."""
+    deferred: int = 0
+    """Calls at which a save was due and had to wait."""
+    begun_s: float = field(default_factory=time.monotonic)
+    """time.monotonic() when the last save was asked for, or the state was restored."""
