@@ -65,7 +65,7 @@ class Engine(NamedTuple):
         return self.incarnation.repository
 
     def open(self, *, read_only: bool) -> None:
-        """Read the repository's marker; make it and probe the store if there is none, unless this only reads. RepositoryError, StoreError."""
+        """Read the repository's marker; make it, and probe the store, unless this only reads. RepositoryError, StoreError."""
         if read_only:
             self.repository.require()
             return
