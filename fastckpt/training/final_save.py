@@ -9,7 +9,7 @@ from fastckpt.errors import SaveError
 from fastckpt.events import logger
 from fastckpt.host.threads import hurried
 from fastckpt.spot import Notice
-from fastckpt.spot.deadline import Choice, choose
+from fastckpt.spot.ladder import Rung, rung_of
 from fastckpt.training.save_queue import CommitHandle, SaveQueue
 from fastckpt.training.saver import OutOfTime, Saver
 from fastckpt.writing.rank import SaveAsked
@@ -34,19 +34,19 @@ def final_save(saver: Saver, queue: SaveQueue, notice: Notice, asked: SaveAsked,
     )
     saved = saver.is_saved(asked.step)
     if saved:
-        decision = Choice.FRESH
+        decision = Rung.FRESH
     else:
         estimate = queue.measured.seconds if queue.measured is not None else None
-        decision = choose(left_s, estimate, estimate if len(queue) else 0.0)
-    if decision in (Choice.FRESH, Choice.FINISH_THEN_FRESH):
-        if decision is Choice.FRESH and not saved:
+        decision = rung_of(left_s, estimate, estimate if len(queue) else 0.0)
+    if decision in (Rung.FRESH, Rung.FINISH_THEN_FRESH):
+        if decision is Rung.FRESH and not saved:
             queue.cancel()  # an older step's upload would only take bandwidth from this one
         try:
             handle = saver.begin(asked, notice.deadline)
         except OutOfTime as error:
             raise _too_late(queue, notice, asked.step) from error
         _wait_for(handle, queue, notice)
-    elif decision is Choice.FINISH and queue.jobs:
+    elif decision is Rung.FINISH and queue.jobs:
         _wait_for(queue.jobs[0].handle, queue, notice)
     for failure in queue.take_failures():
         logger.warning("an earlier save had failed: %s", failure)

@@ -173,7 +173,7 @@ def test_save_now_does_not_wait_for_a_store_that_hangs(store: HeldStore, monkeyp
 def test_a_final_save_ends_in_time_behind_a_store_that_hangs(store: HeldStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two saves hold the queue when the notice comes: the wait for room has the notice's deadline as well."""
     monkeypatch.setenv(ENV_EXIT_TIMEOUT, "0.1")
-    monkeypatch.setattr("fastckpt.spot.deadline.GUARD_S", 0.1)
+    monkeypatch.setattr("fastckpt.spot.ladder.GUARD_S", 0.1)
 
     class Source:
         name = "test"

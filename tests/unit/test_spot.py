@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fastckpt.spot import Ec2Source, FileSource, Notice, SignalSource, Watcher, machine, open_sources
 from fastckpt.spot import select as spot_open
-from fastckpt.spot.deadline import GUARD_S, Choice, choose
+from fastckpt.spot.ladder import GUARD_S, Rung, rung_of
 from fastckpt.spot.sources.imds import ImdsClient, MetadataUnavailable
 from fastckpt.testing.metadata_server import FAULTS, MetadataServer
 
@@ -373,14 +373,14 @@ times = st.one_of(st.none(), st.floats(0, 1000))
 def test_what_does_not_fit_is_not_begun_if_something_else_does(
     left: float | None, fresh: float | None, in_flight: float | None
 ) -> None:
-    choice = choose(left, fresh, in_flight)
+    choice = rung_of(left, fresh, in_flight)
     if in_flight == 0:
-        assert choice is Choice.FRESH
+        assert choice is Rung.FRESH
     elif None not in (left, fresh, in_flight):
         room = left - GUARD_S
-        if choice is Choice.FINISH_THEN_FRESH:
+        if choice is Rung.FINISH_THEN_FRESH:
             assert fresh + in_flight <= room
-        if choice is Choice.FRESH:
+        if choice is Rung.FRESH:
             assert fresh <= room < fresh + in_flight
-        if choice is Choice.FINISH:
+        if choice is Rung.FINISH:
             assert fresh > room
