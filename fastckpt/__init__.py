@@ -23,24 +23,27 @@ The rooms, from the bottom up. A room imports only from rooms that stand before 
     host/        this machine, its interpreter, its torch. files: fsync, rename; threads; pages; torch_names: every private name of torch
     kernels/     the loops over every byte: select (C++ in csrc/, numba, or NumPy's reference/)
     trace/       recorder: events to a file; the rest shows what is in it
-    events       what happened. options: every knob, its default, its environment variable
+    events       what happened, as types
+    options      every knob, its default, its environment variable
     codec/       bytes to fewer bytes. choose: which transform a chunk gets; transforms does it
-    format/      bytes on storage. container: header, footer; records: of chunks; directory*: of tensors; vote, keys, repository_records
-    store/       bytes by key. base: the contract; memory, local, cloud* (S3: verbs, http, errors, credentials); wrap: retries of requests
+    format/      bytes on storage. container: header, footer; records: of chunks; directory: of tensors; vote, keys, repository_records
+    store/       bytes by key. base: the contract; memory; local: a directory; cloud: S3 (cloud_http: connections, cloud_errors: its
+                 answers, cloud_credentials, …); wrap: tries failed requests again
     state/       object ↔ pickle stream + storages + names. capture, naming, chunking (where to cut), rebuild (torch's unpicklers), refused
     spot/        notices that the machine goes. sources/: one module for each cloud, signal or file; watcher; ladder: what the seconds allow
-    snapshot/    device → private host memory, beside training. stager, snapshot, copier, ring, hooks (before an optimizer's step), pool
-                 (pinned memory and its budget), tearing (was it overwritten?)
-    writing/     chunks → stored bytes → somewhere. container (a file), rank + packs + vote_builder (a repository), target, sinks, turns
+    snapshot/    device → private host memory, beside training. stager, snapshot, copier, ring, hooks (before an optimizer's step),
+                 pool (pinned memory and its budget), tearing (was it overwritten?)
+    writing/     chunks → stored bytes → somewhere. container: writes a file; rank: one rank's part of a save in a repository (packs,
+                 vote_builder); target: which sink a path, URL or file object is; turns: saves to one target in the order of their calls
     reading/     stored bytes → objects. chunk_reader (verifies each chunk), storage_loader (in threads), object_loader, tensor_reader,
                  foreign (files of torch.save and safetensors)
     repository/  what is committed. commit: the conditional put; catalog: history, and which checkpoint a restore takes; incarnation: one
-                 start of a job; retention: which old ones go; collector does it; retaining: when
+                 start of a job; retention: which old checkpoints go; collector: deletes them; retaining: decides when it runs
     training/    the loop's object. checkpointer (face), saver, restorer, fence, ending (notices, exceptions), schedule (when a save is
-                 due), save_queue, final_save; stateful, exact, filling, placement: state back into live objects
+                 due), save_queue, final_save. State back into live objects: stateful, exact, filling and placement
     upkeep/      a person with a repository: check/, repair, export, salvage/, analyze
     api          save, load, save_async, open: torch's shapes
-    cli/         one module for each command; output: what is printed and how
+    cli/         one module for each command, with what it prints; output: tables, bars, exit statuses
     testing/     for other people's tests: the store contract, faults, a metadata server
 
 docs/architecture.md says why, docs/format.md has the bytes, docs/guarantees.md the promises.
