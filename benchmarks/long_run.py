@@ -202,9 +202,12 @@ def one_run(server: Server, seconds_a_save: float, options: argparse.Namespace, 
             saved = time.process_time()
             ckpt.wait()
             done = time.process_time()
-            of_retention, of_save = store.take()
-            of_save.cpu_s, of_retention.cpu_s = saved - began, done - saved
-            saves, retentions = [*saves, of_save][-options.window :], [*retentions, of_retention][-options.window :]
+            of_retention, as_save_error = store.take()
+            as_save_error.cpu_s, of_retention.cpu_s = saved - began, done - saved
+            saves, retentions = (
+                [*saves, as_save_error][-options.window :],
+                [*retentions, of_retention][-options.window :],
+            )
             objects.pass_time(seconds_a_save)
             if step in wanted:
                 sample = {"save": middle(saves), "retention": middle(retentions), **readers(objects)}

@@ -32,7 +32,7 @@
 
 Operating system errors (OSError: no such file, disk full, permission denied) and torch's own (UnpicklingError for a refused global,
 RuntimeError for a device that is not there) pass through as they are, so that code written for torch.save and torch.load keeps working.
-A Checkpointer's saves wrap what memory and devices fail with: see `of_save`.
+A Checkpointer's saves wrap what memory and devices fail with: see `as_save_error`.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class ObjectExistsError(StoreError):
     """`put_if_absent` met an object."""
 
 
-def of_save(error: BaseException, step: int) -> BaseException:
+def as_save_error(error: BaseException, step: int) -> BaseException:
     """What a Checkpointer's save raises where the machine raised `error`: a SaveError with it as the cause.
 
     Returned unchanged: fastckpt's own errors, OSErrors other than ENOMEM, KeyboardInterrupt and SystemExit, and exception classes that

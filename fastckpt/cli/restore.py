@@ -17,7 +17,7 @@ from fastckpt.cli.target import (
     safe_history,
 )
 from fastckpt.errors import NoCheckpointError
-from fastckpt.repository.catalog import Catalog, Step
+from fastckpt.repository.catalog import Catalog, Which
 from fastckpt.repository.repository import Repository
 from fastckpt.upkeep.export import export
 from fastckpt.writing.sinks import open_sink
@@ -65,7 +65,7 @@ def _restore(repository: Repository, arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _wanted(repository: Repository, catalog: Catalog, arguments: argparse.Namespace) -> Step:
+def _wanted(repository: Repository, catalog: Catalog, arguments: argparse.Namespace) -> Which:
     """--step and --epoch for `Catalog.choose`."""
     if arguments.epoch is None and arguments.step is None:
         others = catalog.branches() if not safe_history(catalog) else []

@@ -69,7 +69,7 @@ class VoteEntry:
 
 @dataclass(frozen=True)
 class Commit:
-    """A commit record: the checkpoint exists because this does."""
+    """A commit record: the checkpoint exists because this does. Its 13 attributes are the record's members (docs/format.md)."""
 
     save: SaveId
     world: int

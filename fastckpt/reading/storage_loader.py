@@ -169,7 +169,9 @@ class LastChunk:
 
 
 class StorageLoader:
-    """A StorageProvider over a container. Use as a context manager; one thread takes, `threads` decode."""
+    """A StorageProvider over a container. Use as a context manager; one thread takes, `threads` decode. Its 13 attributes: the plan, what
+    the threads share under one lock, and the threads.
+    """
 
     def __init__(
         self,

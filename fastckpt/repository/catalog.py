@@ -32,7 +32,7 @@ from fastckpt.repository.record_reader import RecordReader
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 
-Step = int | Literal["latest", "latest-valid"] | CheckpointId
+Which = int | Literal["latest", "latest-valid"] | CheckpointId
 
 
 def history(
@@ -144,7 +144,7 @@ class Catalog:
         return [c for c in reversed(self.listing.commits) if c not in inside and not self._retired(c)]
 
     def choose(
-        self, step: Step = "latest", known_bad: Iterable[Skipped] = (), without: Collection[int] = ()
+        self, step: Which = "latest", known_bad: Iterable[Skipped] = (), without: Collection[int] = ()
     ) -> Choice | None:
         """The checkpoint to restore, its record, indexes and the sizes of its packs checked; None: nothing was ever committed.
 

@@ -14,7 +14,7 @@ from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, SaveId, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, Tombstone, epoch_bytes
 from fastckpt.format.vote import Vote
 from fastckpt.options import Options
-from fastckpt.repository.catalog import Catalog, Choice, Step, complete_pending
+from fastckpt.repository.catalog import Catalog, Choice, Which, complete_pending
 from fastckpt.repository.collector import Collector
 from fastckpt.repository.commit import list_votes, require_vote, try_commit
 from fastckpt.repository.repository import Repository, stands
@@ -55,7 +55,7 @@ class Incarnation:
         self._sleep, self._clock = sleep, clock
 
     def restore(
-        self, step: Step = "latest", known_bad: Sequence[Skipped] = (), own: set[int] | None = None
+        self, step: Which = "latest", known_bad: Sequence[Skipped] = (), own: set[int] | None = None
     ) -> Choice | None:
         """Choose a checkpoint and claim an epoch that continues from it. None: nothing was ever committed, start from 0.
 
@@ -68,7 +68,7 @@ class Incarnation:
         return choice
 
     def choose(
-        self, step: Step = "latest", known_bad: Sequence[Skipped] = (), own: Collection[int] = ()
+        self, step: Which = "latest", known_bad: Sequence[Skipped] = (), own: Collection[int] = ()
     ) -> Choice | None:
         """What `restore` would take. Claims nothing, but saves that died between vote and commit are completed first.
 
@@ -81,7 +81,7 @@ class Incarnation:
             catalog = Catalog(self.repository)
         return catalog.choose(step, known_bad, own)
 
-    def claim(self, choice: Choice | None, step: Step, own: set[int]) -> bool:
+    def claim(self, choice: Choice | None, step: Which, own: set[int]) -> bool:
         """Claim an epoch that continues from what `choose(step)` gave. False: the head has moved meanwhile, choose again.
 
         own: gets the new number.

@@ -14,7 +14,7 @@ from fastckpt.errors import (
 )
 from fastckpt.format import keys
 from fastckpt.reading.chunk_reader import Reader
-from fastckpt.repository.catalog import Catalog, Step
+from fastckpt.repository.catalog import Catalog, Which
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 
@@ -30,7 +30,7 @@ def is_repository(store: Store) -> bool:
     return True
 
 
-def read_checkpoint(store: Store, step: Step, read: Callable[[Reader], T]) -> T:
+def read_checkpoint(store: Store, step: Which, read: Callable[[Reader], T]) -> T:
     """What `read` makes of a checkpoint. Sends only GET, HEAD and LIST, so it disturbs nobody.
 
     If retention takes the checkpoint meanwhile and no step was asked for, the newest one of then is read, once; else that is RetiredError.
@@ -44,7 +44,7 @@ def read_checkpoint(store: Store, step: Step, read: Callable[[Reader], T]) -> T:
     return _read(store, step, read)
 
 
-def _read(store: Store, step: Step, read: Callable[[Reader], T]) -> T:
+def _read(store: Store, step: Which, read: Callable[[Reader], T]) -> T:
     catalog = Catalog(Repository(store))
     choice = catalog.choose(step)
     if choice is None:

@@ -15,7 +15,7 @@ kept.py           what save_async keeps of it from call to call
 """
 
 from fastckpt.snapshot.copy_plan import DoesNotFit
-from fastckpt.snapshot.fenced import Fenced
+from fastckpt.snapshot.fenced import FencedTensors
 from fastckpt.snapshot.hooks import FenceHooks
 from fastckpt.snapshot.kept import kept
 from fastckpt.snapshot.probation import Probation
@@ -23,4 +23,4 @@ from fastckpt.snapshot.sampled import Sampled, Sampler
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.stager import Stager
 
-__all__ = ["DoesNotFit", "FenceHooks", "Fenced", "Probation", "Sampled", "Sampler", "Snapshot", "Stager", "kept"]
+__all__ = ["DoesNotFit", "FenceHooks", "FencedTensors", "Probation", "Sampled", "Sampler", "Snapshot", "Stager", "kept"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fastckpt.kernels.transform import MAX_RAW_BYTES
-from fastckpt.snapshot.fenced import Fenced
+from fastckpt.snapshot.fenced import FencedTensors
 from fastckpt.snapshot.slots import Layout, lay_out, slab_limit
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Chunk, Cuts
@@ -41,7 +41,9 @@ class CopyPlan(NamedTuple):
         return self.n_slabs < len(self.layout.slab_bytes)
 
 
-def plan_copies(captured: Captured, cuts: Cuts, budget_bytes: int, fenced: Fenced | None, *, ring: bool) -> CopyPlan:
+def plan_copies(
+    captured: Captured, cuts: Cuts, budget_bytes: int, fenced: FencedTensors | None, *, ring: bool
+) -> CopyPlan:
     """Plan the copies of a state. DoesNotFit if the budget will never hold it.
 
     fenced: what need not be copied first; None: nothing is to be copied first. ring: whether a state that is larger than the budget may
@@ -66,5 +68,5 @@ def plan_copies(captured: Captured, cuts: Cuts, budget_bytes: int, fenced: Fence
     return CopyPlan(order, len(first), layout, needed, for_device)
 
 
-def _is_fenced(captured: Captured, chunk: Chunk, fenced: Fenced) -> bool:
+def _is_fenced(captured: Captured, chunk: Chunk, fenced: FencedTensors) -> bool:
     return all(captured.addresses[piece.storage] in fenced.addresses for piece in chunk.pieces)

@@ -9,7 +9,7 @@ import torch
 from fastckpt.host.torch_names import local_of, version_of
 
 
-class Fenced:
+class FencedTensors:
     """The parameters and states of optimizers, with their versions at the call of save. Takes about a microsecond a tensor.
 
     torch counts the in-place changes of every tensor: its version. Tensors made under inference_mode count none, those of unknown

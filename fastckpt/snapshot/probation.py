@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.storage import UntypedStorage
 
-from fastckpt.snapshot.fenced import Fenced
+from fastckpt.snapshot.fenced import FencedTensors
 from fastckpt.snapshot.sampled import Sampled
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Cuts
@@ -17,7 +17,7 @@ class Probation:
     Of host memory only: what a device holds could be compared only by waiting for it. Used by the thread that trains.
     """
 
-    def __init__(self, captured: Captured, cuts: Cuts, fenced: Fenced, samples: Sampled) -> None:
+    def __init__(self, captured: Captured, cuts: Cuts, fenced: FencedTensors, samples: Sampled) -> None:
         self._samples, self._fenced = samples, fenced
         fenced.keep_only(captured.addresses)
         self._chunks: list[int] = []

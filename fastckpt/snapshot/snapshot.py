@@ -31,7 +31,7 @@ from fastckpt.host.deadline import Deadline
 from fastckpt.snapshot import cuda
 from fastckpt.snapshot.copier import Copier
 from fastckpt.snapshot.copy_plan import CopyPlan
-from fastckpt.snapshot.fenced import Fenced
+from fastckpt.snapshot.fenced import FencedTensors
 from fastckpt.snapshot.fingerprints import SaveFingerprints
 from fastckpt.snapshot.pool import U8, Slab, SlabPool
 from fastckpt.snapshot.progress import Copy, Progress, Stage
@@ -58,7 +58,7 @@ class Snapshot:
         pool: SlabPool,
         plan: CopyPlan,
         slabs: Sequence[Slab],
-        fenced: Fenced | None,
+        fenced: FencedTensors | None,
         side_of: Callable[[torch.device], SideStream],
         settings: StagerSettings,
         *,

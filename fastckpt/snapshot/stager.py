@@ -7,7 +7,7 @@ import torch
 from fastckpt.errors import SaveError
 from fastckpt.events import logger
 from fastckpt.snapshot.copy_plan import DoesNotFit, plan_copies
-from fastckpt.snapshot.fenced import Fenced
+from fastckpt.snapshot.fenced import FencedTensors
 from fastckpt.snapshot.fingerprints import AllBytes, SaveFingerprints
 from fastckpt.snapshot.pool import SlabPool
 from fastckpt.snapshot.sampled import Sampled
@@ -44,7 +44,7 @@ class Stager:
         self._sides: dict[torch.device, SideStream] = {}
         self._maker: SlabMaker | None = None
 
-    def prepare(self, captured: Captured, cuts: Cuts, fenced: Fenced | None) -> None:
+    def prepare(self, captured: Captured, cuts: Cuts, fenced: FencedTensors | None) -> None:
         """Begin to make the memory that a snapshot of this state will need, in the background, until one begins or `stop_preparing`."""
         try:
             plan = plan_copies(captured, cuts, self.pool.budget_bytes, fenced, ring=True)
@@ -62,7 +62,7 @@ class Stager:
         self,
         captured: Captured,
         cuts: Cuts,
-        fenced: Fenced | None,
+        fenced: FencedTensors | None,
         step: int | None,
         *,
         ring: bool,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fastckpt.errors import TornSnapshotError
 from fastckpt.format.tensor_names import dotted
-from fastckpt.snapshot.fenced import Fenced
+from fastckpt.snapshot.fenced import FencedTensors
 from fastckpt.snapshot.fingerprints import SaveFingerprints
 from fastckpt.snapshot.pool import U8
 from fastckpt.snapshot.progress import Copy
@@ -19,11 +19,11 @@ class TearWatch:
     """See the module. Any thread."""
 
     def __init__(
-        self, captured: Captured, fenced: Fenced | None, fingerprints: SaveFingerprints, step: int | None
+        self, captured: Captured, fenced: FencedTensors | None, fingerprints: SaveFingerprints, step: int | None
     ) -> None:
         """fenced: with the versions of the call of save. fingerprints: taken before anything is left to be copied later."""
         self._captured, self._fingerprints, self._step = captured, fingerprints, step
-        self._fenced = fenced or Fenced()
+        self._fenced = fenced or FencedTensors()
         self._fenced.keep_only(captured.addresses)
         self.torn_name: str | None = None
         """The first tensor that was seen to be torn, whether or not that could be mended."""
@@ -65,4 +65,4 @@ class TearWatch:
 
     def forget_tensors(self) -> None:
         """Keep no tensor alive any more. Versions are not compared after this."""
-        self._fenced = Fenced()
+        self._fenced = FencedTensors()

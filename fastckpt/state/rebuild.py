@@ -110,7 +110,7 @@ def may_be_refused(skeleton: bytes, holds_arrays: bool) -> bool:
 
 @dataclass
 class Rebuild:
-    """One unpickling. `run` may be called once."""
+    """One unpickling. `run` may be called once. Its 14 attributes are the arguments of torch.load, and what they become."""
 
     skeleton: bytes
     provider: StorageProvider

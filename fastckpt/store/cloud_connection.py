@@ -30,7 +30,7 @@ _OWNER = re.compile(r"[0-9]{12}")
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Everything that a request needs to know, decided once. Options as in `open_s3`."""
+    """Everything that a request needs to know, decided once. Its 14 attributes are options, as in `open_s3`."""
 
     bucket: str
     prefix: str

@@ -33,7 +33,7 @@ _NO_BODY = frozenset({204, 304})
 
 
 class FaultProxy:
-    """Listens from the constructor to `close`. `url` goes where the server's would."""
+    """Listens from the constructor to `close`. `url` goes where the server's would. Its 14 attributes: the faults to play, and counts."""
 
     def __init__(
         self,

@@ -35,7 +35,7 @@ _TICK_S = 1e-9  # of the clock that recordings are made with; a speed in less co
 
 @dataclass
 class Save:
-    """One try to save. Spans are in seconds since the epoch, on any thread."""
+    """One try to save. Spans are in seconds since the epoch, on any thread. Its 14 attributes are members of `fastckpt trace --json`."""
 
     process: str
     target: str

@@ -1,7 +1,7 @@
 """The training loop's object: saves when a step is due or the machine is about to go, restores in place.
 
 A face over four others: `Saver` begins saves, `Restorer` reads them back, `Fence` keeps optimizers' steps and copies apart, `Ending` has
-what notices, exceptions and `close` ask for.
+what notices, exceptions and `close` ask for. Its 13 attributes are these, and what guards each call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastckpt.host.deadline import Deadline, bounded
 from fastckpt.host.threads import hurried
 from fastckpt.kernels import warm_up
 from fastckpt.options import Options
-from fastckpt.repository.catalog import Step
+from fastckpt.repository.catalog import Which
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import GRACE_S, Keep
 from fastckpt.spot import Notice, open_sources
@@ -126,7 +126,7 @@ class Checkpointer:
 
     # -- restoring -----------------------------------------------------------------------------------------------------
 
-    def restore(self, step: Step = "latest", *, weights_only: bool | None = None) -> int:
+    def restore(self, step: Which = "latest", *, weights_only: bool | None = None) -> int:
         """Put the newest complete checkpoint (or the one asked for) into the objects, in place.
 
         What becomes of modules, optimizers, dicts and lists, and which devices tensors go to: docs/how-to/training-loop.md. A warning names
@@ -159,7 +159,7 @@ class Checkpointer:
         finally:
             engine.queue.retaining.go_on()
 
-    def _restore(self, step: Step, weights_only: bool) -> int:
+    def _restore(self, step: Which, weights_only: bool) -> int:
         if self._saver.fresh and step == "latest":
             self._saver.claim()
             return 0

@@ -17,7 +17,7 @@ import torch
 
 from fastckpt.events import logger
 from fastckpt.host.deadline import NEVER, Deadline
-from fastckpt.snapshot import Fenced, FenceHooks, Probation, Snapshot
+from fastckpt.snapshot import FencedTensors, FenceHooks, Probation, Snapshot
 from fastckpt.training.live_state import Taken
 from fastckpt.training.save_queue import SaveQueue
 
@@ -25,7 +25,7 @@ from fastckpt.training.save_queue import SaveQueue
 class Permit:
     """What the next snapshot may leave to the fence."""
 
-    def __init__(self, fenced: Fenced | None, probation: Probation | None) -> None:
+    def __init__(self, fenced: FencedTensors | None, probation: Probation | None) -> None:
         self.fenced, self.probation = fenced, probation
         self.eager = fenced is None
         """The fence comes before the save returns."""
@@ -59,7 +59,7 @@ class Fence:
         """What may be left to the fence of a snapshot that begins now."""
         if not self.hooks.can_be_trusted:
             return Permit(None, None)
-        fenced = Fenced(self._optimizers)
+        fenced = FencedTensors(self._optimizers)
         if taken.samples is not None and not self._proven:
             if all(storage.device is None for storage in taken.captured.storages):
                 return Permit(None, Probation(taken.captured, taken.cuts, fenced, taken.samples))
@@ -75,9 +75,9 @@ class Fence:
         """The save has returned to training: what is on probation is compared at the next fence."""
         self._probation = permit.probation
 
-    def fenced(self) -> Fenced:
+    def fenced(self) -> FencedTensors:
         """What optimizers alone change, as it is now."""
-        return Fenced(self._optimizers)
+        return FencedTensors(self._optimizers)
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class Fence:
         """Tell of what is wrong with it. Nothing is left to a hook any more once something was torn."""
         error = snapshot.error
         if error is not None:
-            self._queue.give_up(snapshot, error)
+            self._queue.fail_now(snapshot, error)
         if snapshot.torn_name is None:
             return
         if error is None:

@@ -36,7 +36,7 @@ def final_save(saver: Saver, queue: SaveQueue, notice: Notice, asked: SaveAsked,
     if saved:
         decision = Rung.FRESH
     else:
-        estimate = queue.measured.seconds if queue.measured is not None else None
+        estimate = queue.measured_s
         decision = rung_of(left_s, estimate, estimate if len(queue) else 0.0)
     if decision in (Rung.FRESH, Rung.FINISH_THEN_FRESH):
         if decision is Rung.FRESH and not saved:
@@ -66,9 +66,9 @@ def _wait_for(handle: CommitHandle, queue: SaveQueue, notice: Notice) -> None:
             handle.wait(notice.deadline.left_s())
     except TimeoutError as error:
         if handle.done():  # the save's own
-            queue.forget_failure(error)
+            queue.mark_raised(error)
             raise
         raise _too_late(queue, notice, handle.step) from error
     except BaseException as error:
-        queue.forget_failure(error)
+        queue.mark_raised(error)
         raise

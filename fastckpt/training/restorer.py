@@ -18,7 +18,7 @@ from fastckpt.format.repository_records import Commit, Skipped
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
-from fastckpt.repository.catalog import Catalog, Choice, Step
+from fastckpt.repository.catalog import Catalog, Choice, Which
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.state.refused import ARRAYS, described, find
 from fastckpt.training import stateful
@@ -53,7 +53,7 @@ class Restorer:
         self._incarnation, self._repository = incarnation, incarnation.repository
         self._live, self._options, self._read_only = live, options, read_only
 
-    def restore(self, step: Step, weights_only: bool) -> Loaded | None:
+    def restore(self, step: Which, weights_only: bool) -> Loaded | None:
         """What is to be put into the objects; unless this only reads, an epoch that continues from it is claimed.
 
         None: nothing was ever committed. Errors as those of `Checkpointer.restore`.
@@ -83,12 +83,12 @@ class Restorer:
                 return found
             rounds += 1
 
-    def _choose(self, step: Step, known_bad: list[Skipped], own: set[int], *, claims_first: bool) -> Choice | None:
+    def _choose(self, step: Which, known_bad: list[Skipped], own: set[int], *, claims_first: bool) -> Choice | None:
         if self._read_only:
             return Catalog(self._repository).choose(step, known_bad)
         return (self._incarnation.restore if claims_first else self._incarnation.choose)(step, known_bad, own)
 
-    def _pass_over(self, damaged: _Damaged, step: Step, choice: Choice | None) -> list[Skipped]:
+    def _pass_over(self, damaged: _Damaged, step: Which, choice: Choice | None) -> list[Skipped]:
         """What the next round leaves out; the error, unless "latest-valid" was asked for."""
         error, checkpoint = damaged.error, damaged.commit.checkpoint
         if step != "latest-valid":

@@ -13,16 +13,12 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable
-from concurrent import futures
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastckpt import events
-from fastckpt.errors import TornSnapshotError, of_save
+from fastckpt.errors import TornSnapshotError, as_save_error
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
-from fastckpt.host.deadline import bounded
 from fastckpt.host.threads import start_thread
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.retaining import Retaining
@@ -30,58 +26,22 @@ from fastckpt.repository.retention import Keep
 from fastckpt.snapshot import Snapshot
 from fastckpt.state import Captured
 from fastckpt.state.chunks import LiveChunks
+from fastckpt.writing.handles import Handle, Waiting
 from fastckpt.writing.rank import SaveAsked, UploadThreads
 
 MAX_JOBS = 2  # one uploads, one is staged
 
 
-class _Durable(Future[Commit]):
-    """A future that tells when somebody begins to wait for it."""
+class CommitHandle(Handle[Commit]):
+    """A save of a repository under way. `durable` results in the commit record, once it was seen and acknowledged. Any thread.
 
-    def __init__(self, waiting: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
-        super().__init__()
-        self._waiting = waiting
+    Not waiting for it is allowed: the interpreter waits at its end, and a failure is raised by the next call of the `Checkpointer`.
+    """
 
-    def result(self, timeout: float | None = None) -> Commit:
-        with contextlib.nullcontext() if self.done() else self._waiting():
-            return super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        with contextlib.nullcontext() if self.done() else self._waiting():
-            return super().exception(timeout)
-
-
-class CommitHandle:
-    """A save of a repository under way."""
-
-    def __init__(
-        self, step: int, waiting: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    ) -> None:
-        """waiting: a context that is open while somebody waits."""
+    def __init__(self, step: int, waiting: Waiting = contextlib.nullcontext) -> None:
+        """Make the handle of a save of this step. waiting: see `Handle`."""
+        super().__init__(f"step {step}", waiting)
         self.step = step
-        self.durable: Future[Commit] = _Durable(waiting)
-        """Done when the commit record was seen and acknowledged. Carries the error if anything failed. Cannot be cancelled."""
-        self.durable.set_running_or_notify_cancel()
-
-    def __repr__(self) -> str:
-        if not self.durable.done():
-            return f"<CommitHandle of step {self.step}: under way>"
-        error = self.durable.exception()
-        return f"<CommitHandle of step {self.step}: {'durable' if error is None else repr(error)}>"
-
-    def done(self) -> bool:
-        """Whether the save has ended, well or not."""
-        return self.durable.done()
-
-    def wait(self, timeout_s: float | None = None) -> Commit:
-        """Block until durable; the commit record. Raises the save's error, or TimeoutError (the save goes on)."""
-        try:
-            return self.durable.result(None if timeout_s is None else bounded(timeout_s))
-        except futures.TimeoutError:
-            if self.durable.done():  # the save's own error
-                raise
-            # Before Python 3.11 it is not the built-in one that callers catch.
-            raise TimeoutError(f"step {self.step} is not durable after {timeout_s} s; the save goes on") from None
 
 
 @dataclass(eq=False)
@@ -96,10 +56,10 @@ class Job:
     owner: object = None
     """Kept while this runs: what an optimizer's hook needs to wait for the source."""
     cancelled: threading.Event = field(default_factory=threading.Event)
-    told: bool = False
+    reported: bool = False
     """Its handle has got its outcome, or is about to. Under the queue's lock."""
     logged: bool = False
-    """Its error. Under the queue's lock."""
+    """Its error has been logged. Under the queue's lock."""
 
     @property
     def step(self) -> int:
@@ -119,15 +79,6 @@ class Torn:
     error: TornSnapshotError
 
 
-@dataclass
-class Measured:
-    """What finished saves took: the basis of estimates."""
-
-    stored_bytes: int = 0
-    seconds: float = 0.0
-    """From the start of the upload to the acknowledgement."""
-
-
 class SaveQueue:
     """Runs jobs in order. `put`, `wait_idle` and `cancel` are for the training thread; failures are collected, never raised here."""
 
@@ -144,10 +95,11 @@ class SaveQueue:
         self._jobs: deque[Job] = deque()
         """Under way first; a job leaves when it has ended."""
         self._worker: object = None
-        """Stands for the thread that runs jobs, while there is one."""
+        """Token of the thread that runs jobs; None when there is none. A thread that finds another one here was replaced, and exits."""
         self._failures: list[BaseException] = []
         self._torn: list[Torn] = []
-        self.measured: Measured | None = None
+        self.measured_s: float | None = None
+        """What the last save took, from the start of the upload to the acknowledgement: the basis of estimates."""
         self.last_commit: Commit | None = None
         self.retaining = Retaining(incarnation, keep, grace_s, functools.partial(bool, self._jobs), in_a_hurry)
 
@@ -196,8 +148,8 @@ class SaveQueue:
             torn, self._torn = self._torn, []
         return torn
 
-    def forget_failure(self, error: BaseException) -> None:
-        """Somebody else has raised it."""
+    def mark_raised(self, error: BaseException) -> None:
+        """Forget an error that somebody else has raised."""
         with self._changed:
             self._failures = [failure for failure in self._failures if failure is not error]
             self._torn = [torn for torn in self._torn if torn.error is not error]
@@ -237,7 +189,7 @@ class SaveQueue:
                     return
                 job = self._jobs[0]
             commit = self._save(job)
-            if commit is not None and self._end(job):
+            if commit is not None and self._finish(job):
                 job.handle.durable.set_result(commit)
             self.retaining.wake(commit is not None)
             del job, commit
@@ -247,11 +199,11 @@ class SaveQueue:
         try:
             return self._run(job)
         except BaseException as raised:
-            error = of_save(raised, job.step)
+            error = as_save_error(raised, job.step)
             self._log(job, error)
             _forget_locals(raised)
         try:
-            if self._end(job, error):
+            if self._finish(job, error):
                 job.handle.durable.set_exception(error)
             return None
         finally:
@@ -266,7 +218,7 @@ class SaveQueue:
             cancelled=job.cancelled.is_set,
             threads=job.threads,
         )
-        self.measured = Measured(commit.stored_bytes, time.monotonic() - started)
+        self.measured_s = time.monotonic() - started
         self.last_commit = commit
         events.emit(
             events.CheckpointDurable(
@@ -280,40 +232,42 @@ class SaveQueue:
         )
         return commit
 
-    def _end(self, job: Job, error: BaseException | None = None) -> bool:
-        """Whether the caller is to tell the handle: without the lock, for its callbacks are the user's."""
+    def _finish(self, job: Job, error: BaseException | None = None) -> bool:
+        """Release what the job holds, and take it out of the queue. Returns whether the caller is to set the outcome of its handle:
+        without the lock, as the callbacks of handles are the user's.
+        """
         try:
             job.threads.close()  # if it did not get as far as an upload
             job.source.close()
         except BaseException as raised:  # after the commit: the save stands, whatever becomes of the memory
-            failure = of_save(raised, job.step)
+            failure = as_save_error(raised, job.step)
             logger.error("letting go of the snapshot of step %d: %s: %s", job.step, type(failure).__name__, failure)
         with self._changed:
-            tells = self._tells(job, error)
+            reports = self._report_once(job, error)
             self._jobs.popleft()
             self._changed.notify_all()
-        return tells
+        return reports
 
-    def _tells(self, job: Job, error: BaseException | None) -> bool:
-        """The caller holds the lock. False if the outcome was told before."""
-        if job.told:
+    def _report_once(self, job: Job, error: BaseException | None) -> bool:
+        """Note the outcome. False if it was noted before. The caller holds the lock."""
+        if job.reported:
             return False
-        job.told = True
+        job.reported = True
         if isinstance(error, TornSnapshotError):
             self._torn.append(Torn(job.step, job.asked.trigger, error))
         elif error is not None:
             self._failures.append(error)
         return True
 
-    def give_up(self, source: Snapshot | LiveChunks, error: BaseException) -> None:
-        """The chunks of a save have failed while it waits for something else, perhaps for ever: tell now. Its later end is ignored."""
+    def fail_now(self, source: Snapshot | LiveChunks, error: BaseException) -> None:
+        """Fail a save whose chunks have failed while its thread waits for something else, perhaps for ever. Its later end is ignored."""
         for job in self.jobs:
             if job.source is source:
                 job.cancelled.set()
-                outcome = of_save(error, job.step)
+                outcome = as_save_error(error, job.step)
                 with self._changed:
-                    tells = self._tells(job, outcome)
-                if tells:
+                    reports = self._report_once(job, outcome)
+                if reports:
                     self._log(job, outcome)
                     job.handle.durable.set_exception(outcome)
 

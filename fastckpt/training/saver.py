@@ -8,7 +8,7 @@ from concurrent import futures
 from dataclasses import dataclass, replace
 
 from fastckpt import events
-from fastckpt.errors import SaveError, SnapshotStalledError, of_save
+from fastckpt.errors import SaveError, SnapshotStalledError, as_save_error
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.host.deadline import NEVER, Deadline
@@ -29,7 +29,7 @@ class OutOfTime(SaveError):
 
 
 class Saver:
-    """See the module. Used by the thread that trains."""
+    """See the module. Used by the thread that trains. Thirteen attributes: six are the parts of an `Engine`, by their names."""
 
     def __init__(self, engine: Engine, options: Options, owner: weakref.ref[object], *, fresh: bool) -> None:
         """owner: kept alive while a save is under way, as its hooks have to wait for the snapshot. fresh: the first save begins a new
@@ -190,7 +190,7 @@ class Saver:
             self._let_training_go_on(beginning, deadline)
         except BaseException as error:
             self._break_off(beginning, error)
-            raised = of_save(error, asked.step)
+            raised = as_save_error(error, asked.step)
             if raised is error:
                 raise
             raise raised from error
@@ -244,7 +244,7 @@ class Saver:
                 ended = SaveError(f"the save of step {beginning.asked.step} was interrupted. Nothing was committed")
                 ended.__cause__ = error
                 source.stop(ended)
-                self._queue.give_up(source, ended)
+                self._queue.fail_now(source, ended)
         if beginning.runs_here:  # as a thread would, whatever has come between
             self._queue.run_here()
 
@@ -271,7 +271,7 @@ class Saver:
                 "raise host_budget_bytes so that the state can be copied"
             )
             source.stop(error)
-            self._queue.give_up(source, error)
+            self._queue.fail_now(source, error)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import torch
 
 from fastckpt import Checkpointer, Every, Options
 from fastckpt.errors import SaveError
-from fastckpt.snapshot import Fenced
+from fastckpt.snapshot import FencedTensors
 from tests.support.stores import HeldStore
 
 SHORT_S = 20.0
@@ -77,7 +77,7 @@ def test_what_lies_in_a_state_under_a_name_or_in_a_list_is_copied_first() -> Non
     train(model, optimizer)
     first = next(iter(model.parameters()))
     optimizer.state[first]["history"] = [torch.ones(4)]
-    fenced = Fenced([optimizer]).addresses
+    fenced = FencedTensors([optimizer]).addresses
     assert first.untyped_storage().data_ptr() in fenced
     assert optimizer.state[first]["momentum_buffer"].untyped_storage().data_ptr() in fenced
     assert optimizer.state["k"].untyped_storage().data_ptr() not in fenced

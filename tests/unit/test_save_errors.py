@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from fastckpt.errors import OutOfHostMemoryError, SaveError, TornSnapshotError, of_save
+from fastckpt.errors import OutOfHostMemoryError, SaveError, TornSnapshotError, as_save_error
 from fastckpt.host import pages
 
 
@@ -14,7 +14,7 @@ from fastckpt.host import pages
     "error", [MemoryError("5 bytes"), OSError(errno.ENOMEM, "Cannot allocate memory"), MemoryError()]
 )
 def test_out_of_memory_is_a_save_error_and_a_memory_error(error: BaseException) -> None:
-    found = of_save(error, 7)
+    found = as_save_error(error, 7)
     assert isinstance(found, OutOfHostMemoryError)
     assert isinstance(found, SaveError)
     assert isinstance(found, MemoryError)
@@ -26,7 +26,7 @@ def test_out_of_memory_is_a_save_error_and_a_memory_error(error: BaseException) 
 
 def test_what_torch_raises_is_a_save_error_in_its_words() -> None:
     error = RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be …")
-    found = of_save(error, 7)
+    found = as_save_error(error, 7)
     assert type(found) is SaveError
     assert found.__cause__ is error
     assert "illegal memory access" in str(found)
@@ -37,7 +37,7 @@ def test_what_torch_raises_is_a_save_error_in_its_words() -> None:
     "error", [TornSnapshotError("torn"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left"), TypeError("x")]
 )
 def test_everything_else_is_as_it_was(error: BaseException) -> None:
-    assert of_save(error, 7) is error
+    assert as_save_error(error, 7) is error
 
 
 def test_pages_that_cannot_be_mapped_are_a_memory_error() -> None:

@@ -22,7 +22,7 @@ from fastckpt.errors import OutOfHostMemoryError, SaveError, SnapshotStalledErro
 from fastckpt.host import pages
 from fastckpt.host.interrupts import deferred_interrupt
 from fastckpt.repository.retention import Keep
-from fastckpt.snapshot import Fenced, host_copies
+from fastckpt.snapshot import FencedTensors, host_copies
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
@@ -86,10 +86,10 @@ def test_statistics_that_share_a_parameters_storage_are_copied_first() -> None:
 def test_parameters_that_share_a_storage_are_left_to_the_fence() -> None:
     flat = torch.zeros(24, 8)
     parts = [torch.nn.Parameter(flat[:8]), torch.nn.Parameter(flat[8:].t())]
-    fenced = Fenced([torch.optim.SGD(parts, lr=0.1)])
+    fenced = FencedTensors([torch.optim.SGD(parts, lr=0.1)])
     assert fenced.addresses == {flat.untyped_storage().data_ptr()}
     strided = torch.nn.Parameter(torch.zeros(16)[::2])
-    assert not Fenced([torch.optim.SGD([strided], lr=0.1)]).addresses
+    assert not FencedTensors([torch.optim.SGD([strided], lr=0.1)]).addresses
 
 
 def test_retention_that_fails_in_any_way_stops_no_later_save() -> None:
@@ -307,8 +307,8 @@ def test_errors_of_others_keep_their_class() -> None:
         pass
 
     error = Mine("my store's")
-    assert save_queue.of_save(error, 1) is error  # type: ignore[attr-defined]
-    assert isinstance(save_queue.of_save(OSError(errno.ENOMEM, "none"), 1), OutOfHostMemoryError)  # type: ignore[attr-defined]
+    assert save_queue.as_save_error(error, 1) is error  # type: ignore[attr-defined]
+    assert isinstance(save_queue.as_save_error(OSError(errno.ENOMEM, "none"), 1), OutOfHostMemoryError)  # type: ignore[attr-defined]
 
 
 def test_buffers_of_the_encoder_are_no_threads_own() -> None:

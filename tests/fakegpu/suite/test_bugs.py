@@ -14,7 +14,7 @@ from fastckpt.errors import TornSnapshotError
 from fastckpt.options import Options
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.repository import Repository
-from fastckpt.snapshot import Fenced, FenceHooks, device_copies
+from fastckpt.snapshot import FencedTensors, FenceHooks, device_copies
 from fastckpt.snapshot import snapshot as engine
 from fastckpt.snapshot.copier import Copier
 from fastckpt.snapshot.host_copies import HostCopies
@@ -123,13 +123,13 @@ def test_what_forward_changes_is_not_copied_first(
 ) -> None:
     job = make(gpu)
 
-    def all_fenced(optimizers: Any) -> Fenced:
-        found = Fenced(optimizers)
+    def all_fenced(optimizers: Any) -> FencedTensors:
+        found = FencedTensors(optimizers)
         modules = [one for one in job.state.values() if isinstance(one, torch.nn.Module)]
         found.addresses |= {t.untyped_storage().data_ptr() for m in modules for t in m.state_dict().values()}
         return found
 
-    monkeypatch.setattr("fastckpt.training.fence.Fenced", all_fenced)
+    monkeypatch.setattr("fastckpt.training.fence.FencedTensors", all_fenced)
     assert any("RACE: write" in text for text in run(job))
 
 
