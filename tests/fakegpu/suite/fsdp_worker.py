@@ -149,5 +149,5 @@ def main(rank: int, folder: Path, schedules: list[tuple[str, int]]) -> None:
 if __name__ == "__main__":
     # Each rank has a repository of its own. What is tested are the copies of shards; several ranks in one checkpoint are refused until
     # they are coordinated.
-    with mock.patch.object(checkpointer, "_refuse_many_ranks"):
+    with mock.patch.object(checkpointer, "refuse_many_ranks"):
         main(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
