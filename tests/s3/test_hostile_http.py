@@ -102,7 +102,7 @@ def test_a_refusal_before_the_body_was_read_is_heard(says: bytes, tls: bool, tmp
 def test_a_server_that_only_reads_late_gets_the_whole_body(says: bytes, tls: bool, tmp_path: Path) -> None:
     with Deaf(tmp_path if tls else None, says) as server:
         client = server.client()
-        client.tell = lambda text: server.listen.set()  # type: ignore[method-assign]
+        client._tell = lambda text: server.listen.set()  # type: ignore[method-assign]
         with client.request("PUT", "/x", {"host": "x"}, memoryview(bytes(64 << 20))) as answer:
             assert (answer.status, answer.read(100)) == (200, b"")
     assert server.n_bytes >= 64 << 20
