@@ -24,12 +24,10 @@ from fastckpt.host.threads import hurried
 from fastckpt.kernels import warm_up
 from fastckpt.options import Options
 from fastckpt.repository.catalog import Which
-from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import GRACE_S, Keep
 from fastckpt.spot import Notice, open_sources
 from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
-from fastckpt.store.open import open_store
 from fastckpt.training import stateful
 from fastckpt.training.arguments import asked_for, check_kinds, check_rules, refuse_many_ranks
 from fastckpt.training.ending import EXIT_CODE_NOTICE, Ending, exit_after, in_a_hurry
@@ -109,14 +107,11 @@ class Checkpointer:
         self.restored: Commit | None = None
         """The record of the checkpoint that `restore` took: its metrics, meta, time."""
         with contextlib.ExitStack() as opened:  # what fails below leaves nothing open
-            store = url if isinstance(url, Store) else open_store(url)
-            options = options.for_store(store.useful_connections)
-            self._engine = Engine.start(
-                Repository(store), live, options, keep, grace_s, in_a_hurry(weakref.ref(self)), hooked=not read_only
-            )
-            opened.callback(self._engine.close, store if store is not url else None)
-            self._saver = Saver(self._engine, options, weakref.ref(self), fresh=fresh)
-            self._restorer = Restorer(self._engine.incarnation, live, options, read_only=read_only)
+            hurry = in_a_hurry(weakref.ref(self))
+            self._engine = Engine.start(url, live, options, keep, grace_s, hurry, hooked=not read_only)
+            opened.callback(self._engine.close)
+            self._saver = Saver(self._engine, weakref.ref(self), fresh=fresh)
+            self._restorer = Restorer(self._engine, read_only=read_only)
             self._ending = Ending(self._engine, self._saver, on_exception, bounded(close_timeout_s))
             opened.callback(self._ending.close)
             self._engine.open(read_only=read_only)

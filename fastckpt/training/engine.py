@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.snapshot import Stager
 from fastckpt.store.base import Store
+from fastckpt.store.open import open_store
 from fastckpt.training.fence import Fence
 from fastckpt.training.live_state import LiveState
 from fastckpt.training.save_queue import SaveQueue
@@ -29,11 +31,15 @@ class Engine(NamedTuple):
     queue: SaveQueue
     torn: TornSaves
     incarnation: Incarnation
+    options: Options
+    """As they are used with this store."""
+    owned: Store | None
+    """The store, if it was opened here: then it is closed here."""
 
     @classmethod
     def start(
         cls,
-        repository: Repository,
+        url: str | os.PathLike[str] | Store,
         live: LiveState,
         options: Options,
         keep: Keep | None,
@@ -42,23 +48,31 @@ class Engine(NamedTuple):
         *,
         hooked: bool,
     ) -> Engine:
-        """hooked: whether optimizers call the fence: where nothing is saved they need not. SaveError if nothing can be written to
-        `spill_dir`.
+        """hooked: whether optimizers call the fence: where nothing is saved they need not. StoreError; SaveError if nothing can be written
+        to `spill_dir`.
         """
-        stager = Stager(
-            options.snapshot_bytes,
-            options.threads,
-            repository.url,
-            options.max_stall_s,
-            options.verify_snapshot,
-            options.spill_dir,
-        )
-        incarnation = Incarnation(repository, options)
-        queue = SaveQueue(incarnation, keep, grace_s, in_a_hurry)
-        # "first" and "off" leave the decision to the user: there is no sample to compare with.
-        proven = options.verify_snapshot in ("first", "off")
-        fence = Fence(live.optimizers if hooked else [], queue, proven=proven)
-        return cls(live, fence, stager, queue, TornSaves(queue, incarnation, fence.distrust), incarnation)
+        store = url if isinstance(url, Store) else open_store(url)
+        owned = None if store is url else store
+        with contextlib.ExitStack() as failed:
+            if owned is not None:
+                failed.callback(owned.close)
+            options = options.for_store(store.useful_connections)
+            stager = Stager(
+                options.snapshot_bytes,
+                options.threads,
+                store.url,
+                options.max_stall_s,
+                options.verify_snapshot,
+                options.spill_dir,
+            )
+            incarnation = Incarnation(Repository(store), options)
+            queue = SaveQueue(incarnation, keep, grace_s, in_a_hurry)
+            # "first" and "off" leave the decision to the user: there is no sample to compare with.
+            proven = options.verify_snapshot in ("first", "off")
+            fence = Fence(live.optimizers if hooked else [], queue, proven=proven)
+            torn = TornSaves(queue, incarnation, fence.distrust)
+            failed.pop_all()
+        return cls(live, fence, stager, queue, torn, incarnation, options, owned)
 
     @property
     def repository(self) -> Repository:
@@ -89,12 +103,14 @@ class Engine(NamedTuple):
                 logger.error("another save failed too: %s: %s", type(other).__name__, other)
         raise first
 
-    def close(self, owned: Store | None) -> None:
-        """Let go of all, whatever fails on the way. owned: the store, if it is to be closed too."""
+    def close(self) -> None:
+        """Let go of all, whatever fails on the way."""
         with contextlib.ExitStack() as last_first:
             idle = self.queue.retaining.halt(0)
-            if owned is not None and idle and not len(self.queue):  # what was given up may still be in its last request
-                last_first.callback(owned.close)
+            if (
+                self.owned is not None and idle and not len(self.queue)
+            ):  # what was given up may still be in its last request
+                last_first.callback(self.owned.close)
             last_first.callback(self.incarnation.close)
             last_first.callback(self.stager.pool.drop_free)
             last_first.callback(self.stager.stop_preparing)

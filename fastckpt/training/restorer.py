@@ -15,14 +15,12 @@ from fastckpt.errors import (
 )
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit, Skipped
-from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog, Choice, Which
-from fastckpt.repository.incarnation import Incarnation
 from fastckpt.state.refused import ARRAYS, described, find
 from fastckpt.training import stateful
-from fastckpt.training.live_state import LiveState
+from fastckpt.training.engine import Engine
 from fastckpt.training.placement import Plan, look
 
 _MOST_ROUNDS = 2
@@ -48,10 +46,10 @@ class _Damaged(Exception):
 class Restorer:
     """See the module. Used by the thread that trains."""
 
-    def __init__(self, incarnation: Incarnation, live: LiveState, options: Options, *, read_only: bool) -> None:
+    def __init__(self, engine: Engine, *, read_only: bool) -> None:
         """read_only: nothing is claimed, completed or written."""
-        self._incarnation, self._repository = incarnation, incarnation.repository
-        self._live, self._options, self._read_only = live, options, read_only
+        self._incarnation, self._repository = engine.incarnation, engine.repository
+        self._live, self._options, self._read_only = engine.live, engine.options, read_only
 
     def restore(self, step: Which, weights_only: bool) -> Loaded | None:
         """What is to be put into the objects; unless this only reads, an epoch that continues from it is claimed.

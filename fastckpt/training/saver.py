@@ -13,7 +13,6 @@ from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.host.deadline import NEVER, Deadline
 from fastckpt.host.interrupts import deferred_interrupt
-from fastckpt.options import Options
 from fastckpt.snapshot import DoesNotFit, Snapshot
 from fastckpt.state.chunks import LiveChunks
 from fastckpt.training.engine import Engine
@@ -29,14 +28,14 @@ class OutOfTime(SaveError):
 
 
 class Saver:
-    """See the module. Used by the thread that trains. Thirteen attributes: six are the parts of an `Engine`, by their names."""
+    """See the module. Used by the thread that trains. Thirteen attributes: seven are the parts of an `Engine`, by their names."""
 
-    def __init__(self, engine: Engine, options: Options, owner: weakref.ref[object], *, fresh: bool) -> None:
+    def __init__(self, engine: Engine, owner: weakref.ref[object], *, fresh: bool) -> None:
         """owner: kept alive while a save is under way, as its hooks have to wait for the snapshot. fresh: the first save begins a new
         history.
         """
-        self._live, self._fence, self._stager, self._queue, self._torn, self._incarnation = engine
-        self._options, self._owner, self.fresh = options, owner, fresh
+        self._live, self._fence, self._stager, self._queue, self._torn, self._incarnation, self._options, _ = engine
+        self._owner, self.fresh = owner, fresh
         self._began = self._prepared = False
         self.counts = Counts()
         self.restored: Commit | None = None

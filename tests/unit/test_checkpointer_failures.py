@@ -7,13 +7,14 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import fastckpt
-from fastckpt import Checkpointer
+from fastckpt import Checkpointer, Options
 from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -30,6 +31,7 @@ from fastckpt.format import keys
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.repository import Repository
 from fastckpt.spot import Notice
+from fastckpt.store.memory import MemoryStore
 from tests.support.stores import GivenNotices, HeldStore
 from tests.support.training import SHORT_S, Training, checkpointer, living, losses
 
@@ -310,3 +312,22 @@ def test_previous_signal_handlers_are_back_after_close(store: HeldStore) -> None
     with checkpointer(store, spot="signal"):
         assert signal.getsignal(signal.SIGTERM) is not before
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_checkpointer_that_cannot_be_made_leaves_no_store_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    class Opened(MemoryStore):
+        def close(self) -> None:
+            closed.append(self.url)
+
+    monkeypatch.setattr("fastckpt.training.engine.open_store", lambda url: Opened())
+    with pytest.raises(SaveError, match="nowhere"):
+        Checkpointer("memory://x", {"x": torch.ones(1)}, options=Options(spill_dir=str(tmp_path / "nowhere")))
+    assert len(closed) == 1
+    given = Opened()
+    with pytest.raises(SaveError, match="nowhere"):
+        Checkpointer(given, {"x": torch.ones(1)}, options=Options(spill_dir=str(tmp_path / "nowhere")))
+    assert len(closed) == 1, "a store that was given is its owner's"
