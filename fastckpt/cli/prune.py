@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Show the plan, ask, and carry it out. RepositoryError, StoreError, WrongUsageError, OSError."""
     with open_repository(arguments.url, arguments.endpoint_url) as repository:
-        return _prune(repository, arguments)
+        return prune(repository, arguments)
 
 
 @dataclass
@@ -117,7 +117,7 @@ def after(view: RepositoryView, todo: RetentionPlan, needs: Needs) -> Repository
     )
 
 
-def _prune(repository: Repository, arguments: argparse.Namespace) -> int:
+def prune(repository: Repository, arguments: argparse.Namespace) -> int:
     if not arguments.run_is_stopped and not arguments.dry_run:
         raise WrongUsageError(
             "while a job runs, retention belongs to it: Checkpointer(keep=Keep(last=…)). If it is stopped and will not come back while "
