@@ -294,7 +294,9 @@ def packs_deleted_without_asking_who_needs_them(monkeypatch: pytest.MonkeyPatch)
     """Retention takes the packs of what it retires before the tombstone is there."""
     original = Collector.run
 
-    def run(self: Collector, todo: RetentionPlan, as_epoch: int | None, in_flight: Any) -> list[CheckpointError]:
+    def run(
+        self: Collector, todo: RetentionPlan, as_epoch: int | None, in_flight: Any = tuple
+    ) -> list[CheckpointError]:
         for checkpoint, _ in todo.retire:
             for info in list(self._store.list(f"data/{checkpoint.epoch:06}-{checkpoint.step:012}-000/")):
                 self._store.delete(info.key)
