@@ -9,12 +9,12 @@ from typing import Any
 
 from fastckpt.cli.output import OK, USAGE, WrongUsageError, bar, confirm, human, note, print_json, say
 from fastckpt.cli.target import add_endpoint, open_repository
-from fastckpt.errors import CheckpointError, ObjectNotFoundError, RepositoryError, StoreError
+from fastckpt.errors import CheckpointError, RepositoryError, UnreadableError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit
 from fastckpt.repository.collector import Collector
-from fastckpt.repository.commit import open_vote
+from fastckpt.repository.file_tables import packs_of
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep, RepositoryView, RetentionPlan, TombstoneSeen, plan_retention
 
@@ -104,7 +104,7 @@ def after(view: RepositoryView, todo: RetentionPlan, needs: Needs) -> Repository
     packs = {save: [key for key in names if key not in deleted] for save, names in view.packs.items()}
     named = [needs.get(c) for c in living]
     unknown = bool(view.unreadable) or None in named
-    needed = None if unknown else {key for packs_of in named for key in packs_of or ()}
+    needed = None if unknown else {key for packs in named for key in packs or ()}
     return replace(
         view,
         living=living,
@@ -169,12 +169,9 @@ def needs_of(repository: Repository, view: RepositoryView) -> Needs:
 
 def _packs(repository: Repository, commit: Commit) -> frozenset[str] | None:
     try:
-        readers = [open_vote(repository.store, commit.vote(rank)) for rank in range(commit.world)]
-    except CheckpointError as error:
-        if isinstance(error, StoreError) and not isinstance(error, ObjectNotFoundError):
-            raise
+        return packs_of(repository.store, commit)
+    except UnreadableError:
         return None
-    return frozenset(file.key for reader in readers for file in reader.files)
 
 
 def _carry_out(

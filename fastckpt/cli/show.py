@@ -11,7 +11,7 @@ from typing import Any
 from fastckpt.cli.ls import commit_row
 from fastckpt.cli.output import BAD_CHECKPOINT, OK, WrongUsageError, human, note, print_json, say, table
 from fastckpt.cli.target import add_checkpoint, add_endpoint, find, maybe_repository, open_container, safe_history
-from fastckpt.errors import CheckpointError, ObjectNotFoundError, StoreError
+from fastckpt.errors import MissingObjectError, UnreadableError
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.keys import CheckpointId, SaveId
 from fastckpt.format.records import transform_of
@@ -73,11 +73,9 @@ def _living(catalog: Catalog) -> list[CheckpointId]:
         try:
             if isinstance(catalog.commit(checkpoint), Tombstone):
                 continue
-        except ObjectNotFoundError:
+        except MissingObjectError:
             continue
-        except StoreError:
-            raise
-        except CheckpointError:
+        except UnreadableError:
             pass
         found.append(checkpoint)
     return found
@@ -88,9 +86,7 @@ def _rank(repository: Repository, commit: Commit, rank: int) -> dict[str, Any]:
     try:
         reader = open_vote(repository.store, name)
         info = save_info(reader.directory, name, reader.source.name)
-    except (StoreError, CheckpointError) as error:
-        if isinstance(error, StoreError) and not isinstance(error, ObjectNotFoundError):
-            raise
+    except UnreadableError as error:
         return {"rank": rank, "error": str(error)}
     return {
         "rank": rank,

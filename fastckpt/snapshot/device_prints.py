@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from fastckpt._types import U8
 from fastckpt.kernels import ROW_WORDS, kernels
 from fastckpt.snapshot.side_stream import SideStream, bytes_of, joined, wait_for
-
-U8 = npt.NDArray[np.uint8]
-U64 = npt.NDArray[np.uint64]
 
 ROW_BYTES = 8 * ROW_WORDS
 _BATCH_ROWS = 1024

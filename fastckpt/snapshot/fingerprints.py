@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from fastckpt._types import U8
 from fastckpt.events import logger
 from fastckpt.format.digest import digest
 from fastckpt.kernels.transform import MAX_RAW_BYTES
@@ -21,8 +21,6 @@ from fastckpt.snapshot.device_prints import DevicePrints
 from fastckpt.snapshot.side_stream import SideStream
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Cuts
-
-U8 = npt.NDArray[np.uint8]
 
 _random = random.Random()  # of our own: drawing from the global one would change what training draws
 

@@ -11,14 +11,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
+from fastckpt._types import U8
 from fastckpt.events import logger
 from fastckpt.host.pages import fresh_pages
-
-U8 = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
+from fastckpt._types import U8
 from fastckpt.snapshot.copy_plan import CopyPlan
-from fastckpt.snapshot.pool import U8, Slab, SlabPool
+from fastckpt.snapshot.pool import Slab, SlabPool
 from fastckpt.snapshot.progress import Copy
 
 

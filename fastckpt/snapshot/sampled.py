@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastckpt._types import U8, U64
 from fastckpt.format.digest import digest
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import element_type
@@ -21,9 +22,6 @@ from fastckpt.host.pages import fresh_pages
 from fastckpt.kernels import WHOLE_BELOW, kernels, lines_bytes
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Chunk, Cuts
-
-U8 = npt.NDArray[np.uint8]
-U64 = npt.NDArray[np.uint64]
 
 _random = random.Random()  # of our own: drawing from the global one would change what training draws
 _OWN_PAGES_BYTES = 64 << 10  # larger buffers of threads stay in the C library's arenas when those end

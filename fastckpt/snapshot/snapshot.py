@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from fastckpt import events
+from fastckpt._types import U8
 from fastckpt.errors import SaveError, SnapshotStalledError
 from fastckpt.host.deadline import Deadline
 from fastckpt.snapshot import cuda
@@ -33,7 +34,7 @@ from fastckpt.snapshot.copier import Copier
 from fastckpt.snapshot.copy_plan import CopyPlan
 from fastckpt.snapshot.fenced import FencedTensors
 from fastckpt.snapshot.fingerprints import SaveFingerprints
-from fastckpt.snapshot.pool import U8, Slab, SlabPool
+from fastckpt.snapshot.pool import Slab, SlabPool
 from fastckpt.snapshot.progress import Copy, Progress, Stage
 from fastckpt.snapshot.ring import Ring
 from fastckpt.snapshot.settings import StagerSettings

@@ -7,9 +7,9 @@ import os
 import tempfile
 from typing import IO, Any
 
+from fastckpt._types import U8
 from fastckpt.errors import SaveError
 from fastckpt.format.digest import digest
-from fastckpt.snapshot.pool import U8
 
 
 class SpillFile:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastckpt._types import U8
 from fastckpt.events import logger
 from fastckpt.host.threads import start_thread
 from fastckpt.snapshot.copier import Copier
-from fastckpt.snapshot.pool import U8
 from fastckpt.snapshot.progress import Copy, Progress, Stage
 from fastckpt.snapshot.ring import Ring
 from fastckpt.snapshot.spill import SpillFile

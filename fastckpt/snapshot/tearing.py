@@ -6,11 +6,11 @@ show in *fingerprints* of the bytes, with which each copy is compared. What eith
 
 from __future__ import annotations
 
+from fastckpt._types import U8
 from fastckpt.errors import TornSnapshotError
 from fastckpt.format.tensor_names import dotted
 from fastckpt.snapshot.fenced import FencedTensors
 from fastckpt.snapshot.fingerprints import SaveFingerprints
-from fastckpt.snapshot.pool import U8
 from fastckpt.snapshot.progress import Copy
 from fastckpt.state import Captured
 

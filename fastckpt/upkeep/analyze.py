@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from fastckpt import codec
+from fastckpt._types import U8, Progress
 from fastckpt.format.tensor_names import Name
 from fastckpt.kernels.transform import MAX_RAW_BYTES, Transform
 from fastckpt.state import Captured, chunking
 from fastckpt.state.chunking import Chunk
 from fastckpt.state.chunks import storage_shapes
-
-U8 = npt.NDArray[np.uint8]
-Progress = Callable[[int, int], None]
 
 
 @dataclass

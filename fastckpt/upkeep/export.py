@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from fastckpt._types import U8, Progress
 from fastckpt.errors import CorruptCheckpointError, Damage, NoCheckpointError, ObjectNotFoundError
 from fastckpt.format import container, directory
 from fastckpt.format.container import HEADER_BYTES
@@ -32,8 +32,6 @@ from fastckpt.repository.commit import open_vote
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.writing.container import index_and_footer
-
-U8 = npt.NDArray[np.uint8]
 
 # A quarter of a second of one S3 connection: longer reads gain nothing, shorter ones cost requests.
 _READ_BYTES = 16 << 20
@@ -95,7 +93,7 @@ def export(
     rank: int,
     sink: Sink,
     options: Options | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> int:
     """Write a rank's state as a self-contained container to the sink and commit it. Returns the container's length in bytes.
 
@@ -136,7 +134,7 @@ def _open(store: Store, commit: Commit, rank: int) -> Reader:
 _ADVICE = "Take another step (`fastckpt ls` lists them), or get out what can be read with `fastckpt salvage`"
 
 
-def _write(reader: Reader, store: Store, sink: Sink, options: Options, progress: Callable[[int, int], None]) -> int:
+def _write(reader: Reader, store: Store, sink: Sink, options: Options, progress: Progress) -> int:
     layout = lay_out(reader.records)
     header = container.build_header()
     sink.write(header)

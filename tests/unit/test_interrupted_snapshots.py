@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -80,11 +81,11 @@ def test_an_interrupt_in_a_save_that_may_leave_nothing_to_a_hook(
     go_on_and_check(store, ckpt, training)
 
 
-def test_an_interrupt_while_a_ring_waits_in_a_save_without_hooks(store: HeldStore) -> None:
-    training, main = Training(64), threading.main_thread().ident
+@contextlib.contextmanager
+def interrupted_once(store: HeldStore) -> Iterator[None]:
+    """Ctrl-C comes when the store has been reached; the block ends by it."""
+    main = threading.main_thread().ident
     assert main is not None
-    ckpt = checkpointer(store, training, options=options(host_budget_bytes=32 * MIB, max_stall_s=SHORT_S))
-    store.open.clear()
 
     def press() -> None:
         assert store.reached.wait(SHORT_S)
@@ -93,30 +94,31 @@ def test_an_interrupt_while_a_ring_waits_in_a_save_without_hooks(store: HeldStor
     presser = threading.Thread(target=press)
     presser.start()
     with pytest.raises(KeyboardInterrupt):
-        ckpt.step(1)
+        yield
     presser.join(SHORT_S)
+
+
+def test_an_interrupt_while_a_ring_waits_in_a_save_without_hooks(store: HeldStore) -> None:
+    training = Training(64)
+    ckpt = checkpointer(store, training, options=options(host_budget_bytes=32 * MIB, max_stall_s=SHORT_S))
+    store.open.clear()
+
+    with interrupted_once(store):
+        ckpt.step(1)
     go_on_and_check(store, ckpt, training)
 
 
 def test_an_interrupt_while_a_state_is_written_through(store: HeldStore) -> None:
     """It is read from where training goes on writing, if the interrupt is caught: so that save must be over."""
-    training, main = Training(64), threading.main_thread().ident
-    assert main is not None
+    training = Training(64)
     ckpt = checkpointer(store, training, options=options(host_budget_bytes=16 * MIB, max_stall_s=SHORT_S))
     ckpt.step(training.step())
     training.step()
     store.open.clear()
     store.reached.clear()
 
-    def press() -> None:
-        assert store.reached.wait(SHORT_S)
-        signal.pthread_kill(main, signal.SIGINT)
-
-    presser = threading.Thread(target=press)
-    presser.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_once(store):
         ckpt.step(2)
-    presser.join(SHORT_S)
     training.step()
     store.open.set()
     with contextlib.suppress(SaveError):  # of the save that was interrupted

@@ -6,8 +6,9 @@ The packs are read twice: once to find out which chunks are good, once to write 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
+from fastckpt._types import Progress
 from fastckpt.errors import NoCheckpointError
 from fastckpt.format.keys import CheckpointId
 from fastckpt.options import Options
@@ -18,8 +19,6 @@ from fastckpt.upkeep.salvage.elsewhere import Elsewhere
 from fastckpt.upkeep.salvage.report import SalvagedRank, SalvageReport, write_report
 from fastckpt.upkeep.salvage.tensors import sort_out, write_tensors
 from fastckpt.upkeep.salvage.votes import Votes, find_votes, open_index
-
-Progress = Callable[[int, int], None]
 
 
 def salvage(

@@ -5,19 +5,18 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from fastckpt._types import U8, Progress
 from fastckpt.errors import CorruptCheckpointError, Damage
 from fastckpt.format import records
 from fastckpt.host.threads import WorkerPool
 from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
 from fastckpt.reading.chunk_reader import Reader, StoredPiece
 from fastckpt.state.chunking import Cuts
-
-U8 = npt.NDArray[np.uint8]
 
 _CACHED_CHUNKS = 16  # of at most 4 MiB: new bundles of small tensors take their pieces from several old ones in turn
 
@@ -26,7 +25,7 @@ def bad_chunks(
     reader: Reader,
     numbers: Sequence[int],
     threads: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
 ) -> dict[int, Damage]:
     """Read and decode chunks on several threads. Returns the damage of each chunk that is damaged, missing or unsupported.
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastckpt.errors import (
-    CheckpointError,
     CorruptCheckpointError,
     Damage,
     NoCheckpointError,
     ObjectNotFoundError,
     RepositoryError,
     StoreError,
+    UnreadableError,
     UnsupportedFormatError,
 )
 from fastckpt.format import container, keys
@@ -119,9 +119,7 @@ def open_index(store: Store, name: VoteName | None) -> OpenedIndex:
         why = tuple(f"its vote is damaged: {damage}" for damage in error.damage)
     try:
         return OpenedIndex(_without_skeleton(store, name), why)
-    except (CheckpointError, EOFError) as error:
-        if isinstance(error, StoreError) and not isinstance(error, ObjectNotFoundError):
-            raise
+    except (UnreadableError, EOFError):
         return OpenedIndex(None, why)
 
 
