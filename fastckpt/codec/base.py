@@ -21,7 +21,7 @@ class CodecError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The result of encoding one chunk. `stored` may be a view of the caller's raw buffer (RAW) or of its `room`."""
+    """The result of encoding one chunk. `stored` may be a view of the caller's raw buffer (RAW) or of its `out`."""
 
     transform: Transform
     lane_bytes: int

@@ -46,12 +46,12 @@ def encode(
     *,
     base: U8 | None = None,
     effort: Effort = Effort.NORMAL,
-    room: U8 | None = None,
+    out: U8 | None = None,
 ) -> Encoded:
     """Encode one chunk: CONST if it repeats one lane; else, of floats, what `choose` says if it pays; else RAW.
 
     raw: 1 … 4 MiB, contiguous, a whole number of lanes; must not change during the call. float_lane_bytes: 0 for what is no floating-point
-    number. base: as long as raw, for deltas. room: where stored bytes may go, at least as long as raw; else it is allocated.
+    number. base: as long as raw, for deltas. out: where stored bytes may go, at least as long as raw; else it is allocated.
     """
     if kernels(raw.size).is_constant(raw, const_lane_bytes):
         lane = raw[:const_lane_bytes].tobytes().ljust(8, b"\0")
@@ -60,7 +60,7 @@ def encode(
         estimate = kernels(raw.size).sample(raw, base, float_lane_bytes)
         coding = choose(estimate, float_lane_bytes, effort)
         while coding.transform is not Transform.RAW:
-            encoded = encode_as(coding, raw, base, float_lane_bytes, room)
+            encoded = encode_as(coding, raw, base, float_lane_bytes, out)
             if encoded is not None:
                 return encoded
             # ROTU met a sign that the sample had missed; anything else does not pay.
@@ -68,19 +68,19 @@ def encode(
     return Encoded(Transform.RAW, 1, 0, NO_PARAMETER, raw, digest(raw), crc64nvme(raw))
 
 
-def encode_as(coding: Coding, raw: U8, base: U8 | None, lane_bytes: int, room: U8 | None = None) -> Encoded | None:
+def encode_as(coding: Coding, raw: U8, base: U8 | None, lane_bytes: int, out: U8 | None = None) -> Encoded | None:
     """A frame made as `coding` says. None if it does not pay, or the transform is not for such numbers."""
     most = int(raw.size * (1 - MIN_SAVING))
     kernel = kernels(raw.size)
     transform, pack_bits = coding.transform, coding.pack_bits
     if coding.zstd_level is None and kernel.encode is not None:
-        out = (room if room is not None else np.empty(raw.size, np.uint8))[:most]
-        found = kernel.encode(raw, base, transform, lane_bytes, pack_bits, out)
+        stored = (out if out is not None else np.empty(raw.size, np.uint8))[:most]
+        found = kernel.encode(raw, base, transform, lane_bytes, pack_bits, stored)
         if found is None:
             return None
         n_bytes, crc, fused = found
         found_digest = fused if raw.size >= _MIN_FUSED_BYTES else digest(raw)
-        return Encoded(transform, lane_bytes, pack_bits, NO_PARAMETER, out[:n_bytes], found_digest, crc)
+        return Encoded(transform, lane_bytes, pack_bits, NO_PARAMETER, stored[:n_bytes], found_digest, crc)
     stream = _scratch.of(2 * raw.size + 64)
     used = kernel.split(raw, base, transform, lane_bytes, pack_bits, stream)
     if used is None:

@@ -16,7 +16,7 @@ class ElementType(NamedTuple):
 
     name: str
     n_bytes: int
-    rot_lane_bytes: int
+    float_lane_bytes: int
     """Width of the floating-point numbers in it (half an element for complex types); 0: not worth ROT."""
 
     @property
@@ -39,7 +39,7 @@ _BY_NAME = {
     **{name: ElementType(name, size, 0) for name, size in _PLAIN.items()},
 }
 _NUMPY = re.compile(r"([<>|=])([biufcmMSUV])(\d{1,9})(\[[0-9]{0,9}[A-Za-z]{1,2}\])?")
-_NUMPY_ROT = {"f": {2: 2, 4: 4, 8: 8}, "c": {8: 4, 16: 8}}
+_NUMPY_FLOAT_LANES = {"f": {2: 2, 4: 4, 8: 8}, "c": {8: 4, 16: 8}}
 
 
 @functools.lru_cache(maxsize=256)
@@ -57,4 +57,4 @@ def element_type(name: str) -> ElementType | None:
     if n_bytes == 0:
         return None
     order, kind = match.group(1), match.group(2)
-    return ElementType(name, n_bytes, 0 if order == ">" else _NUMPY_ROT.get(kind, {}).get(n_bytes, 0))
+    return ElementType(name, n_bytes, 0 if order == ">" else _NUMPY_FLOAT_LANES.get(kind, {}).get(n_bytes, 0))

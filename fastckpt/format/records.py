@@ -29,7 +29,7 @@ LAYOUT = np.dtype(
     [
         ("transform", "u1"),
         ("lane_bytes", "u1"),
-        ("pack_width", "u1"),
+        ("pack_bits", "u1"),
         ("zero", "u1"),
         ("file", "<u4"),
         ("offset", "<u8"),
@@ -139,8 +139,8 @@ def _check_lanes(records: Records, kinds: _Kinds, demands: _Demands) -> None:
     demand(np.isin(lane, (2, 4, 8)), "lane_bytes", "2, 4 or 8 (a frame)", kinds.framed)
     demand(lane == 2, "lane_bytes", "2 (CAST)", kinds.cast)
     demand(raw % np.maximum(lane, 1) == 0, "raw_bytes", "a multiple of the lane bytes", kinds.known)
-    demand(records["pack_width"] == 0, "pack_width", "0", kinds.known & ~kinds.packed)
-    demand(np.isin(records["pack_width"], PACK_BITS), "pack_width", "1, 2, 4 or 8 (SUBPACK)", kinds.packed)
+    demand(records["pack_bits"] == 0, "pack_bits", "0", kinds.known & ~kinds.packed)
+    demand(np.isin(records["pack_bits"], PACK_BITS), "pack_bits", "1, 2, 4 or 8 (SUBPACK)", kinds.packed)
 
 
 def _check_stored(records: Records, kinds: _Kinds, n_files: int | None, demands: _Demands) -> None:

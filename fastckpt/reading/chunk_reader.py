@@ -147,19 +147,20 @@ class Reader:
         raw = self.records["raw_bytes"]
         position = 0
         for extent in self.directory.storages[storage].extents or ():
-            chunk, offset, left = extent
-            while left:
-                n_bytes = min(left, int(raw[chunk]) - offset)
+            chunk, offset, left_bytes = extent
+            while left_bytes:
+                n_bytes = min(left_bytes, int(raw[chunk]) - offset)
                 yield StoredPiece(chunk, offset, position, n_bytes)
-                chunk, offset, left, position = chunk + 1, 0, left - n_bytes, position + n_bytes
+                chunk, offset, position = chunk + 1, 0, position + n_bytes
+                left_bytes -= n_bytes
         assert position in (0, self.directory.storages[storage].n_bytes), storage
 
     @cached_property
     def _storages_of_chunk(self) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in range(len(self.records))]
-        for number in range(len(self.directory.storages)):
-            for piece in self.pieces(number):
-                found[piece.chunk].append(number)
+        for storage in range(len(self.directory.storages)):
+            for piece in self.pieces(storage):
+                found[piece.chunk].append(storage)
         return found
 
     @cached_property
@@ -179,62 +180,62 @@ class Reader:
         found = (name for n in np.flatnonzero(self.records["file"] == file) for name in self.tensors_of(int(n)))
         return tuple(dict.fromkeys(found))
 
-    def read_chunk(self, number: int, out: U8, decoders: AbstractContextManager[Any] = _NO_LIMIT) -> Damage | None:
+    def read_chunk(self, chunk: int, out: U8, decoders: AbstractContextManager[Any] = _NO_LIMIT) -> Damage | None:
         """Read, verify and decode one chunk into `out` (as long as its raw bytes). Returns the damage, if there is any.
 
         decoders: entered for the part that computes rather than waits. Any thread. Takes at most twice the chunk's bytes besides `out`,
         for the time of the call; as much again for each base on its way.
         """
-        record = self.records[number]
+        record = self.records[chunk]
         transform = Transform(int(record["transform"]))
-        place = f"chunk {number}"
+        place = f"chunk {chunk}"
         n_stored = int(record["stored_bytes"])
         if n_stored:
             first, file = int(record["offset"]), int(record["file"])
             place += f", bytes {first}–{first + n_stored}" + (f" of {self.files[file - 1].key}" if file else "")
         base: Any = None  # first: reading it uses this thread's scratch, too
         if transform in HAS_BASE:
-            base = self._base(number, record)
+            base = self._base(chunk, record)
             if isinstance(base, Damage):
-                return self._damage(number, f"{place}, base: {base.place}", base.expected, base.found)
+                return self._damage(chunk, f"{place}, base: {base.place}", base.expected, base.found)
         try:
             stored = out if transform is Transform.RAW else self._scratch_of(n_stored)
             if n_stored:
                 self._read_stored(record, stored)
         except (EOFError, ObjectNotFoundError) as error:
-            return self._damage(number, place, f"{n_stored} stored bytes", str(error))
+            return self._damage(chunk, place, f"{n_stored} stored bytes", str(error))
         with decoders:
-            return self._decode_chunk(number, place, stored, out, base)
+            return self._decode_chunk(chunk, place, stored, out, base)
 
-    def _decode_chunk(self, number: int, place: str, stored: U8, out: U8, base: U8 | None) -> Damage | None:
-        record = self.records[number]
+    def _decode_chunk(self, chunk: int, place: str, stored: U8, out: U8, base: U8 | None) -> Damage | None:
+        record = self.records[chunk]
         # Before the decoder sees it: damage never reaches a decoder, only malice does.
         if stored.size and crc64nvme(stored) != int(record["crc64nvme"]):
             found = f"{crc64nvme(stored):016x}"
-            return self._damage(number, f"{place}, crc64nvme", f"{int(record['crc64nvme']):016x}", found)
-        lane_bytes, pack_bits = int(record["lane_bytes"]), int(record["pack_width"])
+            return self._damage(chunk, f"{place}, crc64nvme", f"{int(record['crc64nvme']):016x}", found)
+        lane_bytes, pack_bits = int(record["lane_bytes"]), int(record["pack_bits"])
         transform = Transform(int(record["transform"]))
         try:
             found_digest = codec.decode(
                 transform, lane_bytes, pack_bits, record["parameter"].tobytes(), stored, out, base
             )
         except codec.CodecError as error:
-            return self._damage(number, place, error.expected, error.found)
+            return self._damage(chunk, place, error.expected, error.found)
         if found_digest != record["digest"].tobytes():
-            return self._damage(number, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
+            return self._damage(chunk, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
         return None
 
-    def _base(self, number: int, record: Any) -> U8 | Damage:
-        """The bytes that a chunk's transform starts from: of one record, or the end of one and the beginning of the next."""
+    def _base(self, chunk: int, record: Any) -> U8 | Damage:
+        """The bytes that a chunk's transform starts from: of one chunk, or the end of one and the beginning of the next."""
         first, start, n_bytes = records.base_of(record)
         found = np.empty(n_bytes, np.uint8)
         position = 0
         while position < n_bytes:
-            chunk = np.empty(int(self.records["raw_bytes"][first]), np.uint8)
-            damage = self.read_chunk(first, chunk)
+            raw = np.empty(int(self.records["raw_bytes"][first]), np.uint8)
+            damage = self.read_chunk(first, raw)
             if damage is not None:
                 return damage
-            part = chunk[start : start + n_bytes - position]
+            part = raw[start : start + n_bytes - position]
             found[position : position + part.size] = part
             position, first, start = position + part.size, first + 1, 0
         return found
@@ -253,8 +254,8 @@ class Reader:
             start, stop = int(rows["offset"].min()), int((rows["offset"] + rows["stored_bytes"]).max())
             self.source.prefetch(self.start + start, stop - start)
 
-    def _damage(self, number: int, place: str, expected: str, found: str) -> Damage:
-        return Damage("payload", place, expected, found, self.tensors_of(number))
+    def _damage(self, chunk: int, place: str, expected: str, found: str) -> Damage:
+        return Damage("payload", place, expected, found, self.tensors_of(chunk))
 
     def _scratch_of(self, n_bytes: int) -> U8:
         """This thread's buffer for stored bytes: fresh pages for every chunk cost as much as reading it."""

@@ -25,11 +25,11 @@ class LoadPlan:
         self.n_bytes = sum(storages[number].n_bytes for number in self.order if storages[number].extents is not None)
         """Of all storages that have data."""
         self.pieces: dict[int, list[Piece]] = defaultdict(list)
-        """What each chunk is needed for, by its record."""
-        self.records: dict[int, list[int]] = {}
-        """The records of the chunks that each storage needs, in the order of its bytes."""
+        """What each chunk is needed for, by its number."""
+        self.chunks: dict[int, list[int]] = {}
+        """The numbers of the chunks that each storage needs, in the order of its bytes."""
         for number in self.order:
-            records = self.records[number] = []
-            for record, offset, position, n_bytes in reader.pieces(number):
-                self.pieces[record].append((number, offset, position, n_bytes))
-                records.append(record)
+            chunks = self.chunks[number] = []
+            for chunk, offset, position, n_bytes in reader.pieces(number):
+                self.pieces[chunk].append((number, offset, position, n_bytes))
+                chunks.append(chunk)

@@ -132,12 +132,12 @@ class _Prefetcher:
         self._reader, self._thread = reader, thread
         self._lock = threading.Lock()
         self._asked_for = 0
-        """Records below this one."""
+        """The chunks below this number have been asked for."""
 
-    def reach(self, record: int) -> None:
-        """A chunk is read now: ask for those behind it. Chunks are read nearly in the order of their records."""
+    def reach(self, chunk: int) -> None:
+        """A chunk is read now: ask for those behind it. Chunks are read nearly in the order of their numbers."""
         with self._lock:
-            first, end = max(self._asked_for, record), record + _AHEAD_CHUNKS
+            first, end = max(self._asked_for, chunk), chunk + _AHEAD_CHUNKS
             if end - first < _AHEAD_CHUNKS // 2:
                 return
             self._asked_for = end
@@ -154,14 +154,14 @@ class LastChunk:
     def __init__(self) -> None:
         self._held: tuple[int, U8] | None = None
 
-    def get(self, record: int) -> U8 | None:
+    def get(self, chunk: int) -> U8 | None:
         """Its raw bytes, if it is this one. Any thread."""
         held = self._held
-        return held[1] if held is not None and held[0] == record else None
+        return held[1] if held is not None and held[0] == chunk else None
 
-    def put(self, record: int, raw: U8) -> None:
+    def put(self, chunk: int, raw: U8) -> None:
         """Keep the bytes of a chunk, verified, instead of the one before. Any thread."""
-        self._held = (record, raw)
+        self._held = (chunk, raw)
 
     def release(self) -> None:
         """Keep none."""
@@ -188,7 +188,7 @@ class StorageLoader:
         self._window = _Window(window_bytes)
         self._last_chunk = last_chunk
         self._scheduled: set[int] = set()
-        """Records of the chunks that have been given to threads, or loaded."""
+        """Numbers of the chunks that have been given to threads, or loaded."""
         self._next = 0
         """How many storages of the plan's order have been scheduled ahead of the taker."""
         self._damage: list[Damage] = []
@@ -245,27 +245,27 @@ class StorageLoader:
 
     def _schedule_storage(self, number: int) -> None:
         self._allocate(number)
-        for record in self._plan.records[number]:
-            if record in self._scheduled:
+        for chunk in self._plan.chunks[number]:
+            if chunk in self._scheduled:
                 continue
-            self._scheduled.add(record)
-            for other, *_ in self._plan.pieces[record]:
+            self._scheduled.add(chunk)
+            for other, *_ in self._plan.pieces[chunk]:
                 self._allocate(other)
             if self._pool is None:
-                self._load_chunk(record)
+                self._load_chunk(chunk)
             else:
-                self._pool.submit(functools.partial(self._load_chunk, record))
+                self._pool.submit(functools.partial(self._load_chunk, chunk))
 
     def _allocate(self, number: int) -> None:
         if self.has_data(number):
             with self._changed:
-                self._window.enter(number, self._storages[number].n_bytes, len(self._plan.records[number]))
+                self._window.enter(number, self._storages[number].n_bytes, len(self._plan.chunks[number]))
 
-    def _load_chunk(self, record: int) -> None:
+    def _load_chunk(self, chunk: int) -> None:
         try:
             if self._prefetcher is not None:
-                self._prefetcher.reach(record)
-            damage = self._load_chunk_into_place(record)
+                self._prefetcher.reach(chunk)
+            damage = self._load_chunk_into_place(chunk)
         except BaseException as error:  # reaches the taker, whatever it is
             with self._changed:
                 self._error = self._error or error
@@ -274,30 +274,30 @@ class StorageLoader:
         with self._changed:
             if damage is not None:
                 self._damage.append(damage)
-            for number, *_ in self._plan.pieces[record]:
+            for number, *_ in self._plan.pieces[chunk]:
                 self._window.arrive(number)
             self._changed.notify_all()
 
-    def _load_chunk_into_place(self, record: int) -> Damage | None:
+    def _load_chunk_into_place(self, chunk: int) -> Damage | None:
         started = time.perf_counter()
-        reader, row = self._reader, self._reader.records[record]
-        n_bytes = int(row["raw_bytes"])
-        pieces = self._plan.pieces[record]
+        reader, record = self._reader, self._reader.records[chunk]
+        n_bytes = int(record["raw_bytes"])
+        pieces = self._plan.pieces[chunk]
         number, offset, position, length = pieces[0]
         if len(pieces) == 1 and length == n_bytes:
             out: U8 = self._window.view(number)[position : position + n_bytes]
-            damage = reader.read_chunk(record, out, self._decoders)
+            damage = reader.read_chunk(chunk, out, self._decoders)
         else:
-            out, damage = self._whole_chunk(record, n_bytes)
+            out, damage = self._whole_chunk(chunk, n_bytes)
             for number, offset, position, length in pieces:
                 self._window.view(number)[position : position + length] = out[offset : offset + length]
         if damage is None:
-            name = transform_of(row)
-            stored = int(row["stored_bytes"])
+            name = transform_of(record)
+            stored = int(record["stored_bytes"])
             events.emit(
                 events.ChunkLoaded(
                     source=reader.source.name,
-                    record=record,
+                    record=chunk,
                     transform=name,
                     raw_bytes=n_bytes,
                     stored_bytes=stored,
@@ -306,14 +306,14 @@ class StorageLoader:
             )
         return damage
 
-    def _whole_chunk(self, record: int, n_bytes: int) -> tuple[U8, Damage | None]:
-        known = self._last_chunk.get(record) if self._last_chunk is not None else None
+    def _whole_chunk(self, chunk: int, n_bytes: int) -> tuple[U8, Damage | None]:
+        known = self._last_chunk.get(chunk) if self._last_chunk is not None else None
         if known is not None:
             return known, None
         out = np.empty(n_bytes, np.uint8)
-        damage = self._reader.read_chunk(record, out, self._decoders)
+        damage = self._reader.read_chunk(chunk, out, self._decoders)
         if self._last_chunk is not None and damage is None:
-            self._last_chunk.put(record, out)
+            self._last_chunk.put(chunk, out)
         return out, damage
 
     def _raise_all_damage(self) -> NoReturn:
@@ -322,8 +322,8 @@ class StorageLoader:
             self._pool.close()
         found = set(self._damage)
         scratch = np.empty(4 << 20, np.uint8)
-        for record in range(len(self._reader.records)):
-            damage = self._reader.read_chunk(record, scratch[: int(self._reader.records["raw_bytes"][record])])
+        for chunk in range(len(self._reader.records)):
+            damage = self._reader.read_chunk(chunk, scratch[: int(self._reader.records["raw_bytes"][chunk])])
             if damage is not None:
                 found.add(damage)
         raise CorruptCheckpointError(self._reader.source.name, sorted(found, key=lambda item: item.place))

@@ -157,13 +157,13 @@ class Catalog:
                 return None
             raise NoCheckpointError(f"{self.repository.url} has no checkpoint at all: step {step} cannot be restored")
         if not isinstance(step, str):
-            return Choice(*self._verified(self._find(step)))
+            return Choice(*self._opened(self._find(step)))
         skipped: list[Skipped] = list(known_bad)
         for checkpoint in self.history(without):
             if any(checkpoint == bad.checkpoint for bad in skipped):
                 continue
             try:
-                return Choice(*self._verified(checkpoint), tuple(skipped))
+                return Choice(*self._opened(checkpoint), tuple(skipped))
             except (UnreadableError, RetiredError) as error:
                 if step == "latest":
                     raise self.with_advice(checkpoint, error) from error
@@ -206,12 +206,12 @@ class Catalog:
             f"{self.repository.url} has no checkpoint of step {step}; newest: {shown}. `fastckpt ls` lists all"
         )
 
-    def _verified(self, checkpoint: CheckpointId) -> tuple[Commit, Reader]:
+    def _opened(self, checkpoint: CheckpointId) -> tuple[Commit, Reader]:
         try:
             commit = self.commit(checkpoint)
             if isinstance(commit, Tombstone):
                 raise self._was_retired(checkpoint)
-            return commit, verify(self.repository.store, commit)
+            return commit, open_checked(self.repository.store, commit)
         except (CorruptCheckpointError, MissingObjectError) as error:
             raise self.blame(checkpoint, error) from error
 
@@ -236,7 +236,7 @@ class Catalog:
             if other == checkpoint:
                 continue
             try:
-                self._verified(other)
+                self._opened(other)
             except CheckpointError:
                 continue
             where = f"step {other.step} (epoch {other.epoch})"
@@ -247,7 +247,7 @@ class Catalog:
         return CorruptCheckpointError(error.source, error.damage, advice)
 
 
-def verify(store: Store, commit: Commit) -> Reader:
+def open_checked(store: Store, commit: Commit) -> Reader:
     """Check all that can be checked without reading packs: votes by length and digest, indexes, lengths of packs.
 
     Returns rank 0's index: those of thousands of ranks would not fit into memory. CorruptCheckpointError lists everything that is wrong or

@@ -54,7 +54,7 @@ class Incarnation:
         self._buffers = PackBuffers()
         self._sleep, self._clock = sleep, clock
 
-    def restore(
+    def choose_and_claim(
         self, step: Which = "latest", known_bad: Sequence[Skipped] = (), own: set[int] | None = None
     ) -> Choice | None:
         """Choose a checkpoint and claim an epoch that continues from it. None: nothing was ever committed, start from 0.
@@ -70,7 +70,7 @@ class Incarnation:
     def choose(
         self, step: Which = "latest", known_bad: Sequence[Skipped] = (), own: Collection[int] = ()
     ) -> Choice | None:
-        """What `restore` would take. Claims nothing, but saves that died between vote and commit are completed first.
+        """What `choose_and_claim` would take. Claims nothing, but saves that died between vote and commit are completed first.
 
         known_bad: checkpoints whose data a caller found damaged. own: epochs to look past. NoCheckpointError, CorruptCheckpointError,
         StoreError.

@@ -115,7 +115,7 @@ def storage_shapes(captured: Captured) -> list[StorageShape]:
         element = element_type(storage.dtype)
         assert element is not None, storage.dtype
         if element.n_bytes not in (1, 2, 4, 8, 16):  # NumPy strings: bytes are as good as any unit
-            element = element._replace(n_bytes=1, rot_lane_bytes=0)
+            element = element._replace(n_bytes=1, float_lane_bytes=0)
         first = names.get(number)
         n_bytes = storage.n_bytes if storage.has_data else 0
         if first is None:

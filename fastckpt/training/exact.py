@@ -15,10 +15,12 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from fastckpt.format.tensor_names import Name, dotted, key_of
-from fastckpt.training.placement import Plan
+from fastckpt.training.placement import PlacementPlan
 
 
-def load_exactly(optimizer: torch.optim.Optimizer, state: dict[str, Any], key: str, plan: Plan) -> list[str] | None:
+def load_exactly(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], key: str, plan: PlacementPlan
+) -> list[str] | None:
     """optimizer.load_state_dict(state), exactly.
 
     Args:
@@ -61,7 +63,7 @@ def _register(optimizer: Any, restoring: _Restoring) -> list[RemovableHandle]:
 @dataclass
 class _Restoring:
     key: str
-    plan: Plan
+    plan: PlacementPlan
     given: Mapping[str, Any] = field(default_factory=dict)
     followed: list[str] = field(default_factory=list)
     done: bool = False

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastckpt.training.placement import Plan
+from fastckpt.training.placement import PlacementPlan
 
 _MAX_DEPTH = 100  # deeper ones are replaced whole
 
@@ -20,7 +20,7 @@ _MAX_DEPTH = 100  # deeper ones are replaced whole
 class Filling:
     """One restore of a dictionary or list."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: PlacementPlan) -> None:
         self._plan = plan
         self._made: dict[int, Any] = {}
         """id() of a loaded object → what stands for it. An object that is there twice stays one."""

@@ -27,13 +27,13 @@ class Taken(NamedTuple):
     """None: contents are not compared."""
 
 
-class _Look(NamedTuple):
+class _Seen(NamedTuple):
     """What tells whether a state is still the same."""
 
     identity: Identity
     samples: Sampled | None
 
-    def is_of(self, other: _Look | None) -> bool:
+    def is_of(self, other: _Seen | None) -> bool:
         """Whether both were the same, as far as that can be seen."""
         if other is None or self.identity != other.identity:
             return False
@@ -50,9 +50,9 @@ class LiveState:
         generators = {name for name, one in self.targets.items() if isinstance(one, RNGState)}
         self._recapturer, self._cuts, self._sampler = Recapturer(generators), KnownCuts(), Sampler(generators)
         self._sampled = sampled
-        self._saved: tuple[int, _Look] | None = None
+        self._saved: tuple[int, _Seen] | None = None
         """The step of the newest save, and what its state looked like."""
-        self._restored: _Look | None = None
+        self._restored: _Seen | None = None
         """What could be seen of the objects right after the newest restore."""
         self._watch = Watch()
         self._untold: dict[str, list[Name]] = {}
@@ -78,7 +78,7 @@ class LiveState:
 
     def remember(self, step: int, taken: Taken) -> None:
         """That state, the last that was taken, is being saved as `step`."""
-        self._saved = step, _Look(self._recapturer.identity, taken.samples)
+        self._saved = step, _Seen(self._recapturer.identity, taken.samples)
 
     def has_changed_since(self, step: int) -> bool | None:
         """Whether the state is another one than was saved as `step`, generators apart. None: that step was not saved last."""
@@ -87,7 +87,7 @@ class LiveState:
         then = self._saved[1]
         captured, cuts = self.look()
         samples = None if then.samples is None else self._sampler.take(captured, cuts, then.samples.seed)
-        return not then.is_of(_Look(self._recapturer.identity, samples))
+        return not then.is_of(_Seen(self._recapturer.identity, samples))
 
     def remember_restored(self) -> None:
         """A checkpoint has come into the objects: what was saved before says nothing of them."""
@@ -98,7 +98,7 @@ class LiveState:
         then = self._restored
         return then is not None and not then.is_of(self._look_without_consequences(then))
 
-    def _look_without_consequences(self, before: _Look | None = None) -> _Look | None:
+    def _look_without_consequences(self, before: _Seen | None = None) -> _Seen | None:
         """The state of all objects that can be asked for it without consequences; None if they cannot be saved. before: looks where that
         one has looked.
         """
@@ -118,7 +118,7 @@ class LiveState:
         if self._sampled:
             seed = None if before is None or before.samples is None else before.samples.seed
             samples = sampler.take(captured, cuts, seed)
-        return _Look(recapturer.identity, samples)
+        return _Seen(recapturer.identity, samples)
 
     def tell_what_is_refused(self, step: int, where: str) -> None:
         """Warn of types that `restore` refuses, once for each: at the save, not when the machine is gone. Only who saves can choose

@@ -25,7 +25,7 @@ from fastckpt.training.rng import RNGState
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlacementPlan:
     """What a restore has to know of the live objects and of the checkpoint. Made before anything is changed."""
 
     places: Sequence[str]
@@ -71,7 +71,7 @@ def copies_plainly(target: torch.nn.Module) -> bool:
     )
 
 
-def look(targets: Mapping[str, Any], directory: Directory, source: str) -> Plan:
+def plan_placement(targets: Mapping[str, Any], directory: Directory, where: str) -> PlacementPlan:
     """The plan for a checkpoint. RestoreError if a live object is on the meta device: nothing could be put into it."""
     entries = {entry.name: entry for entry in directory.tensors}
     locations = {entry.name: directory.storages[entry.storage].location for entry in directory.tensors}
@@ -80,7 +80,7 @@ def look(targets: Mapping[str, Any], directory: Directory, source: str) -> Plan:
     problems = [problem for key in targets for problem in _on_meta(key, targets[key], live, locations)]
     if problems:
         raise RestoreError(
-            f"{source} cannot be restored into tensors without memory (device 'meta'):\n  "
+            f"{where} cannot be restored into tensors without memory (device 'meta'):\n  "
             + "\n  ".join(problems)
             + "\nNothing was changed. Call module.to_empty(device=…) before you make the optimizer and the Checkpointer"
         )
@@ -93,11 +93,11 @@ def look(targets: Mapping[str, Any], directory: Directory, source: str) -> Plan:
         names = sorted({dotted(e.name) for e in directory.tensors if places[e.storage] in elsewhere})
         logger.warning(
             "%s: tensors of %s, which this machine does not have, are restored to the CPU: %s",
-            source,
+            where,
             ", ".join(missing),
             _some(names),
         )
-    return Plan(
+    return PlacementPlan(
         places=[elsewhere.get(place, place) for place in places],
         elsewhere=elsewhere,
         entries=entries,

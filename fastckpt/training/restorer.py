@@ -21,7 +21,7 @@ from fastckpt.repository.catalog import Catalog, Choice, Which
 from fastckpt.state.refused import ARRAYS, described, find
 from fastckpt.training import stateful
 from fastckpt.training.engine import Engine
-from fastckpt.training.placement import Plan, look
+from fastckpt.training.placement import PlacementPlan, plan_placement
 
 _MOST_ROUNDS = 2
 """Times that a restore loads before it claims."""
@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
 
     commit: Commit
     state: Any
-    plan: Plan
+    plan: PlacementPlan
 
 
 class _Damaged(Exception):
@@ -84,7 +84,7 @@ class Restorer:
     def _choose(self, step: Which, known_bad: list[Skipped], own: set[int], *, claims_first: bool) -> Choice | None:
         if self._read_only:
             return Catalog(self._repository).choose(step, known_bad)
-        return (self._incarnation.restore if claims_first else self._incarnation.choose)(step, known_bad, own)
+        return (self._incarnation.choose_and_claim if claims_first else self._incarnation.choose)(step, known_bad, own)
 
     def _pass_over(self, damaged: _Damaged, step: Which, choice: Choice | None) -> list[Skipped]:
         """What the next round leaves out; the error, unless "latest-valid" was asked for."""
@@ -109,11 +109,11 @@ class Restorer:
             if isinstance(found, CorruptCheckpointError):
                 raise _Damaged(commit, found) from error
             raise found from error
-        stateful.check(self._live.targets, loaded, location, plan)
+        stateful.refuse_misfits(self._live.targets, loaded, location, plan)
         return Loaded(commit, loaded, plan)
 
-    def _load_whole(self, reader: Reader, location: str, weights_only: bool) -> tuple[Any, Plan]:
-        plan = look(self._live.targets, reader.directory, location)
+    def _load_whole(self, reader: Reader, location: str, weights_only: bool) -> tuple[Any, PlacementPlan]:
+        plan = plan_placement(self._live.targets, reader.directory, location)
         # Where objects travel over a network, threads wait rather than work: as many as there may be connections.
         threads = max(self._options.threads, self._options.connections)
         try:

@@ -13,7 +13,7 @@ from fastckpt.format.tensor_names import dotted
 from fastckpt.training.changes import changes
 from fastckpt.training.exact import load_exactly
 from fastckpt.training.filling import Filling
-from fastckpt.training.placement import Plan, copies_plainly, may_be_asked
+from fastckpt.training.placement import PlacementPlan, copies_plainly, may_be_asked
 from fastckpt.training.rng import RNGState
 
 _SHOWN = 3
@@ -64,7 +64,7 @@ def state_of(targets: Mapping[str, Any]) -> dict[str, Any]:
     return {name: target.state_dict() if _stateful(target) else target for name, target in targets.items()}
 
 
-def apply(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> None:
+def apply(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPlan) -> None:
     """Put a loaded state that was checked into the objects. What one of them does not take as it was saved is said in a warning.
 
     PartialRestoreError if an object refuses its state.
@@ -77,24 +77,24 @@ def apply(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> N
         except Exception as error:
             done = ", ".join(order[:position]) or "nothing"
             raise PartialRestoreError(
-                f"{source}: {name!r} did not take its state ({type(error).__name__}: {error}). Restored so far: {done}; the state is a "
+                f"{where}: {name!r} did not take its state ({type(error).__name__}: {error}). Restored so far: {done}; the state is a "
                 "mixture and must not be trained. Make the objects fit the checkpoint, or restore another step"
             ) from error
         if changed:
             more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-            logger.warning("%s: %r is not what was saved: %s%s", source, name, "; ".join(changed[:_SHOWN]), more)
+            logger.warning("%s: %r is not what was saved: %s%s", where, name, "; ".join(changed[:_SHOWN]), more)
 
 
-def check(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> None:
+def refuse_misfits(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPlan) -> None:
     """RestoreError if a loaded state cannot fit the objects: other names, or tensors of other shapes. Nothing is touched."""
     if not isinstance(loaded, dict):
         raise RestoreError(
-            f"{source} holds a {type(loaded).__name__}, not the state of a Checkpointer: fetch it with fastckpt.open"
+            f"{where} holds a {type(loaded).__name__}, not the state of a Checkpointer: fetch it with fastckpt.open"
         )
     missing, unknown = sorted(targets.keys() - loaded.keys()), sorted(map(str, loaded.keys() - targets.keys()))
     if missing or unknown:
         raise RestoreError(
-            f"{source} does not fit the Checkpointer's state: "
+            f"{where} does not fit the Checkpointer's state: "
             + "; ".join(
                 [f"{name!r} is not in the checkpoint" for name in missing]
                 + [f"{name!r} of the checkpoint has no place here" for name in unknown]
@@ -106,7 +106,7 @@ def check(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> N
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise RestoreError(
-            f"{source} does not fit the Checkpointer's state: {'; '.join(wrong[:_SHOWN])}{more}. Nothing was changed. Make the objects as "
+            f"{where} does not fit the Checkpointer's state: {'; '.join(wrong[:_SHOWN])}{more}. Nothing was changed. Make the objects as "
             "they were when it was saved, or restore another step"
         )
 
@@ -155,7 +155,7 @@ def _misfits_of_groups(name: str, target: torch.optim.Optimizer, value: Any) -> 
     return [f"{name} has groups of {now} parameters here and of {saved} in the checkpoint"]
 
 
-def _put(name: str, target: Any, value: Any, plan: Plan) -> list[str]:
+def _put(name: str, target: Any, value: Any, plan: PlacementPlan) -> list[str]:
     """Words for what has become another."""
     if isinstance(target, RNGState):
         target.load_state_dict(value)
@@ -202,7 +202,7 @@ def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
         raise TypeError("it is expanded here, and was not when it was saved")
 
 
-def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: Plan) -> list[str]:
+def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: PlacementPlan) -> list[str]:
     module.load_state_dict(value)
     now = {(name, key): t for key, t in (*module.named_parameters(), *module.named_buffers())}
     saved = {key: (plan.entries[key], tensor) for key, tensor in now.items() if key in plan.entries}

@@ -64,7 +64,7 @@ class _Scratch(NamedTuple):
     """What one chunk under way needs: its raw bytes, unless its source has them, and its stored bytes."""
 
     raw: U8
-    room: U8
+    out: U8
 
     @classmethod
     def of(cls, n_bytes: int) -> _Scratch:
@@ -213,7 +213,7 @@ class ChunkWriter:
         raw = self._source.raw(number, scratch.raw)
         encode_from = time.perf_counter()
         encoded = codec.encode(
-            raw, element.const_lane_bytes, element.rot_lane_bytes, effort=effort, room=scratch.room[: raw.size]
+            raw, element.const_lane_bytes, element.float_lane_bytes, effort=effort, out=scratch.out[: raw.size]
         )
         now = time.perf_counter()
         if events.enabled():
@@ -239,7 +239,7 @@ class ChunkWriter:
             self.records[number] = self.records[earlier]
         else:
             stored_bytes = len(encoded.stored)
-            row["transform"], row["lane_bytes"], row["pack_width"] = (
+            row["transform"], row["lane_bytes"], row["pack_bits"] = (
                 encoded.transform,
                 encoded.lane_bytes,
                 encoded.pack_bits,

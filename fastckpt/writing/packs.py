@@ -60,9 +60,9 @@ class PackBuffers:
 class _Rotation:
     """The buffers of one save: filled, sent, and filled again. Used by the thread that adds."""
 
-    def __init__(self, source: PackBuffers, n_bytes: int, most: int) -> None:
-        """source: where they come from and go back to. n_bytes: of each one. most: how many there may be."""
-        self._source, self._n_bytes, self._most = source, n_bytes, most
+    def __init__(self, buffers: PackBuffers, n_bytes: int, most: int) -> None:
+        """buffers: where they come from and go back to. n_bytes: of each one. most: how many there may be."""
+        self._buffers, self._n_bytes, self._most = buffers, n_bytes, most
         self._taken: list[Buffer] = []
         self._free: list[Buffer] = []
 
@@ -72,7 +72,7 @@ class _Rotation:
             return self._free.pop()
         if len(self._taken) == self._most:
             return None
-        self._taken.append(self._source.take(self._n_bytes))
+        self._taken.append(self._buffers.take(self._n_bytes))
         return self._taken[-1]
 
     def put_back(self, buffer: Buffer) -> None:
@@ -81,7 +81,7 @@ class _Rotation:
 
     def close(self) -> None:
         """Give all of them back: nobody reads them any more."""
-        self._source.give_back(self._taken)
+        self._buffers.give_back(self._taken)
         self._taken, self._free = [], []
 
 
