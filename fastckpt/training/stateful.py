@@ -1,4 +1,4 @@
-"""The objects that a Checkpointer saves and restores: what they look like as plain state, and how they take it back."""
+"""The objects that a Checkpointer saves and restores: reads their state as plain values, and puts a loaded state back into them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastckpt.training.placement import PlacementPlan, copies_plainly, may_be_as
 from fastckpt.training.rng import RNGState
 
 _SHOWN = 3
-_LAZY = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)  # no shape yet
+_LAZY = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)  # these have no shape yet
 
 
 def check_targets(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,21 +55,23 @@ _WITHOUT_CONSEQUENCES = (
 
 
 def may_be_looked_at(target: Any) -> bool:
-    """Whether an object says what its state is and does nothing else: a loader of data may start workers, or draw, when it is asked."""
+    """Whether an object can be asked for its state without side effects: a data loader may start workers, or draw random numbers, when it
+    is asked.
+    """
     return isinstance(target, _WITHOUT_CONSEQUENCES)
 
 
 def state_of(targets: Mapping[str, Any]) -> dict[str, Any]:
-    """What is saved: for each name the state dict, or the tensor, dict or list itself."""
+    """The state to save: for each name the state dict, or the tensor, dict or list itself."""
     return {name: target.state_dict() if _stateful(target) else target for name, target in targets.items()}
 
 
 def apply(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPlan) -> None:
-    """Put a loaded state that was checked into the objects. What one of them does not take as it was saved is said in a warning.
+    """Put a loaded and checked state into the objects. A warning names each value that an object did not take as it was saved.
 
     PartialRestoreError if an object refuses its state.
     """
-    # Generators last: whatever the others draw while they load must not count.
+    # Generators last: numbers that other objects draw while they load must not count.
     order = sorted(targets, key=lambda name: isinstance(targets[name], RNGState))
     for position, name in enumerate(order):
         try:
@@ -86,7 +88,7 @@ def apply(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPl
 
 
 def refuse_misfits(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPlan) -> None:
-    """RestoreError if a loaded state cannot fit the objects: other names, or tensors of other shapes. Nothing is touched."""
+    """RestoreError if a loaded state does not fit the objects: names or shapes of tensors differ. Nothing is changed."""
     if not isinstance(loaded, dict):
         raise RestoreError(
             f"{where} holds a {type(loaded).__name__}, not the state of a Checkpointer: fetch it with fastckpt.open"
@@ -112,7 +114,7 @@ def refuse_misfits(targets: Mapping[str, Any], loaded: Any, where: str, plan: Pl
 
 
 def _misfits(name: str, target: Any, value: Any) -> list[str]:
-    """What the object would refuse, in words. Only what is certain: hooks may change what an object is given."""
+    """What the object would refuse, in words. Lists only what is certain: a hook may change the state before the object sees it."""
     if isinstance(target, torch.Tensor):
         return _misfit(name, target, value, exact=True)
     if isinstance(target, torch.optim.Optimizer):
@@ -130,7 +132,9 @@ def _misfits(name: str, target: Any, value: Any) -> list[str]:
 def _misfit(place: str, now: Any, saved: Any, *, exact: bool = False) -> list[str]:
     if not isinstance(saved, torch.Tensor) or not isinstance(now, torch.Tensor) or isinstance(now, _LAZY):
         return []
-    if saved.shape != now.shape and (exact or saved.dim() + now.dim() > 1):  # torch takes one number for another
+    if saved.shape != now.shape and (
+        exact or saved.dim() + now.dim() > 1
+    ):  # torch accepts a single number in another shape
         return [f"{place} is {list(now.shape)} here and {list(saved.shape)} in the checkpoint"]
     if exact and saved.dtype != now.dtype:
         return [f"{place} is {now.dtype} here and {saved.dtype} in the checkpoint"]
@@ -156,7 +160,7 @@ def _misfits_of_groups(name: str, target: torch.optim.Optimizer, value: Any) -> 
 
 
 def _put(name: str, target: Any, value: Any, plan: PlacementPlan) -> list[str]:
-    """Words for what has become another."""
+    """Put a value into one object. Returns descriptions of the values that the object changed."""
     if isinstance(target, RNGState):
         target.load_state_dict(value)
     elif isinstance(target, torch.nn.Module):
@@ -192,7 +196,9 @@ def _put(name: str, target: Any, value: Any, plan: PlacementPlan) -> list[str]:
 
 
 def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
-    """As `copy_`. Of an expanded tensor's elements, which torch does not write, one stands for all; TypeError if they are not alike."""
+    """`copy_` that also fills an expanded tensor, which torch refuses: one element stands for all that share its memory. TypeError if their
+    values differ.
+    """
     if target.layout is not torch.strided or 0 not in target.stride():
         target.copy_(value)
         return
