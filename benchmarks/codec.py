@@ -55,7 +55,7 @@ def encode_chunk(raw: memoryview, base: memoryview | None, lane_bytes: int, out:
     """Chooses from a sample, encodes into `out`. A chunk that would not be shorter is copied, as a save would write it elsewhere."""
     x, room = np.frombuffer(raw, np.uint8), np.frombuffer(out, np.uint8)
     found = codec.encode(
-        x, lane_bytes, lane_bytes, base=None if base is None else np.frombuffer(base, np.uint8), room=room
+        x, lane_bytes, lane_bytes, base=None if base is None else np.frombuffer(base, np.uint8), out=room
     )
     if found.transform is Transform.RAW:
         room[:] = x

@@ -14,24 +14,25 @@ int checked(const fastckpt_context* context, const Chunk& c, const void* raw, co
     const bool delta = c.transform == FASTCKPT_SUB || c.transform == FASTCKPT_SUBPACK;
     if (!context || (c.transform != FASTCKPT_ROT && c.transform != FASTCKPT_ROTU && !delta) || (delta && !c.base))
         return FASTCKPT_BAD_ARGUMENT;
-    if (c.w != 2 && c.w != 4 && c.w != 8) return FASTCKPT_BAD_LANE;
-    if (c.transform == FASTCKPT_SUBPACK && c.pack != 1 && c.pack != 2 && c.pack != 4 && c.pack != 8)
+    if (c.lane_bytes != 2 && c.lane_bytes != 4 && c.lane_bytes != 8) return FASTCKPT_BAD_LANE;
+    if (c.transform == FASTCKPT_SUBPACK && c.pack_bits != 1 && c.pack_bits != 2 && c.pack_bits != 4 && c.pack_bits != 8)
         return FASTCKPT_BAD_LANE;
-    if (c.n_bytes == 0 || c.n_bytes > kMaxRaw || c.n_bytes % c.w) return FASTCKPT_BAD_LENGTH;
+    if (c.n_bytes == 0 || c.n_bytes > kMaxRaw || c.n_bytes % c.lane_bytes) return FASTCKPT_BAD_LENGTH;
     if (const int status = check_memory(raw, c.n_bytes)) return status;
     return check_memory(stored, stored_bytes);
 }
 
-Chunk chunk_of(const void* raw, const void* base, size_t n_bytes, unsigned transform, unsigned w, unsigned pack) {
+Chunk chunk_of(const void* raw, const void* base, size_t n_bytes, unsigned transform, unsigned lane_bytes,
+               unsigned pack_bits) {
     const bool delta = transform == FASTCKPT_SUB || transform == FASTCKPT_SUBPACK;
     return {
         .raw = static_cast<const u8*>(raw),
         .base = delta ? static_cast<const u8*>(base) : nullptr,
         .n_bytes = n_bytes,
-        .lanes = w ? n_bytes / w : 0,
+        .lanes = lane_bytes ? n_bytes / lane_bytes : 0,
         .transform = transform,
-        .w = w,
-        .pack = pack,
+        .lane_bytes = lane_bytes,
+        .pack_bits = pack_bits,
     };
 }
 

@@ -42,7 +42,7 @@ size_t stripe(const Chunk& chunk, size_t from) {
 template <class Sink>
 int write_planes(fastckpt_context& context, const Chunk& chunk, Sink& sink, Xxh3* digest) {
     const Kernels& loops = kernels();
-    const unsigned w = chunk.w;
+    const unsigned w = chunk.lane_bytes;
     const bool unsigned_ = chunk.transform == FASTCKPT_ROTU;
     const Map map = chunk.transform == FASTCKPT_SUB ? Map::kSub : Map::kRot;
     if (!sink.begin(unsigned_ ? rotu_bytes(chunk.lanes, w) : chunk.n_bytes)) return FASTCKPT_NO_ROOM;
@@ -72,7 +72,7 @@ int write_planes(fastckpt_context& context, const Chunk& chunk, Sink& sink, Xxh3
 template <class Source>
 int read_planes(fastckpt_context& context, const Chunk& chunk, Source& source, u8* raw, Xxh3* digest) {
     const Kernels& loops = kernels();
-    const unsigned w = chunk.w;
+    const unsigned w = chunk.lane_bytes;
     const bool unsigned_ = chunk.transform == FASTCKPT_ROTU;
     const Map map = chunk.transform == FASTCKPT_SUB ? Map::kSub : Map::kRot;
     if (source.begin() != (unsigned_ ? rotu_bytes(chunk.lanes, w) : chunk.n_bytes)) return FASTCKPT_FOREIGN;
@@ -126,7 +126,7 @@ bool read_pieces(Source& source, unsigned slot, size_t n, u8* out, u8* room, boo
 template <class Sink>
 int write_subpack(fastckpt_context& context, const Chunk& chunk, Sink& sink, Xxh3* digest) {
     const Kernels& loops = kernels();
-    const unsigned w = chunk.w, bits = chunk.pack;
+    const unsigned w = chunk.lane_bytes, bits = chunk.pack_bits;
     size_t n_escapes = 0;
     for (size_t from = 0; from < chunk.lanes;) {
         const size_t lanes = stripe(chunk, from);
@@ -153,7 +153,7 @@ int write_subpack(fastckpt_context& context, const Chunk& chunk, Sink& sink, Xxh
 template <class Source>
 int read_subpack(fastckpt_context& context, const Chunk& chunk, Source& source, u8* raw, Xxh3* digest) {
     const Kernels& loops = kernels();
-    const unsigned w = chunk.w, bits = chunk.pack;
+    const unsigned w = chunk.lane_bytes, bits = chunk.pack_bits;
     const size_t content = source.begin(), packed_bytes = (chunk.lanes * bits + 7) / 8;
     u8 head_room[4 + kSlack];
     const u8* head = content ? source.plane(kMaxPlanes, 4, head_room, false) : nullptr;

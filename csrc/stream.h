@@ -39,7 +39,7 @@ struct Chunk {
     const u8* raw;
     const u8* base;  // null where the transform has none
     size_t n_bytes, lanes;
-    unsigned transform, w, pack;
+    unsigned transform, lane_bytes, pack_bits;
 };
 
 // The statuses of fastckpt.h. digest: advanced as far as the stripes have got, so that they are in the cache; may be

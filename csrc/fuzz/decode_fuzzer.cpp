@@ -42,7 +42,8 @@ fastckpt_context* context_memory() {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (size < kHead) return 0;
-    const unsigned transform = FASTCKPT_ROT + (data[0] & 0x7f) % 4, w = 2u << data[1] % 3, pack = 1u << data[2] % 4;
+    const unsigned transform = FASTCKPT_ROT + (data[0] & 0x7f) % 4, w = 2u << data[1] % 3,
+                   pack_bits = 1u << data[2] % 4;
     const size_t lanes = 1 + (data[3] | data[4] << 8 | size_t{data[5]} << 16) % kMaxLanes, n = lanes * w,
                  n_frame = size - kHead;
     const auto frame = exactly(n_frame), base = exactly(n), raw = exactly(n);
@@ -58,11 +59,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     fastckpt_context* context = context_memory();
     uint8_t digest[16], again[16];
     const int status =
-        fastckpt_decode(context, frame.get(), n_frame, base.get(), n, transform, w, pack, raw.get(), digest);
+        fastckpt_decode(context, frame.get(), n_frame, base.get(), n, transform, w, pack_bits, raw.get(), digest);
     require(status == FASTCKPT_OK || status == FASTCKPT_FOREIGN, "a status that decode does not give");
     const auto second = exactly(n);
-    require(fastckpt_decode(context, frame.get(), n_frame, base.get(), n, transform, w, pack, second.get(), again) ==
-                status,
+    require(fastckpt_decode(context, frame.get(), n_frame, base.get(), n, transform, w, pack_bits, second.get(),
+                            again) == status,
             "another status the second time");
     if (status != FASTCKPT_OK) return 0;
     require(!std::memcmp(raw.get(), second.get(), n) && !std::memcmp(digest, again, 16), "other bytes the second time");
@@ -73,7 +74,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const size_t room = fastckpt_encode_bound(n);
     const auto stored = exactly(room);
     fastckpt_encoded result;
-    require(fastckpt_encode(context, raw.get(), base.get(), n, transform, w, pack, stored.get(), room, &result) ==
+    require(fastckpt_encode(context, raw.get(), base.get(), n, transform, w, pack_bits, stored.get(), room, &result) ==
                 FASTCKPT_OK,
             "cannot encode it");
     require(result.stored_bytes <= room && !std::memcmp(digest, result.digest, 16), "encode's digest");
@@ -81,8 +82,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const auto copy = exactly(result.stored_bytes);
     std::memcpy(copy.get(), stored.get(), result.stored_bytes);
     std::memset(second.get(), 0xAA, n);
-    require(fastckpt_decode(context, copy.get(), result.stored_bytes, base.get(), n, transform, w, pack, second.get(),
-                            again) == FASTCKPT_OK,
+    require(fastckpt_decode(context, copy.get(), result.stored_bytes, base.get(), n, transform, w, pack_bits,
+                            second.get(), again) == FASTCKPT_OK,
             "cannot decode its encoding");
     require(!std::memcmp(raw.get(), second.get(), n) && !std::memcmp(digest, again, 16),
             "its encoding has other bytes");

@@ -28,16 +28,18 @@ std::unique_ptr<uint8_t[]> exactly(size_t n) { return std::unique_ptr<uint8_t[]>
 
 size_t low_plane_bytes(size_t lanes) { return (7 * lanes + 7) / 8; }
 
-void fit(std::vector<uint8_t>& stream, unsigned transform, unsigned w, unsigned pack, size_t lanes) {
+void fit(std::vector<uint8_t>& stream, unsigned transform, unsigned w, unsigned pack_bits, size_t lanes) {
     if (transform == FASTCKPT_SUBPACK) {
-        const size_t packed = (lanes * pack + 7) / 8;
-        const unsigned esc = (1u << pack) - 1;
+        const size_t packed = (lanes * pack_bits + 7) / 8;
+        const unsigned esc = (1u << pack_bits) - 1;
         stream.resize(std::max(stream.size(), 4 + packed));
         uint32_t escapes = 0;
-        for (size_t i = 0; i < lanes; ++i) escapes += (stream[4 + i * pack / 8] >> (i * pack % 8) & esc) == esc;
+        for (size_t i = 0; i < lanes; ++i)
+            escapes += (stream[4 + i * pack_bits / 8] >> (i * pack_bits % 8) & esc) == esc;
         std::memcpy(stream.data(), &escapes, 4);
         stream.resize(4 + packed + escapes * size_t{w});
-        if (const unsigned used = lanes * pack % 8) stream[4 + packed - 1] &= static_cast<uint8_t>((1u << used) - 1);
+        if (const unsigned used = lanes * pack_bits % 8)
+            stream[4 + packed - 1] &= static_cast<uint8_t>((1u << used) - 1);
     } else if (transform == FASTCKPT_ROTU) {
         const size_t whole = lanes / FASTCKPT_STRIPE_LANES, rest = lanes % FASTCKPT_STRIPE_LANES;
         stream.resize(lanes * (w - 1) + whole * low_plane_bytes(FASTCKPT_STRIPE_LANES) + low_plane_bytes(rest));
@@ -55,12 +57,13 @@ fastckpt_context* context_memory() {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (size < kHead) return 0;
-    const unsigned transform = FASTCKPT_ROT + (data[0] & 0x7f) % 4, w = 2u << data[1] % 3, pack = 1u << data[2] % 4;
+    const unsigned transform = FASTCKPT_ROT + (data[0] & 0x7f) % 4, w = 2u << data[1] % 3,
+                   pack_bits = 1u << data[2] % 4;
     const size_t lanes =
         1 + (data[3] | data[4] << 8 | size_t{data[5]} << 16) % ((data[0] & 0x70) == 0x70 ? kMaxLanes : 4096);
     const size_t n = lanes * w;
     std::vector<uint8_t> wanted(data + kHead, data + size);
-    if (!(data[0] & 0x80)) fit(wanted, transform, w, pack, lanes);
+    if (!(data[0] & 0x80)) fit(wanted, transform, w, pack_bits, lanes);
     const auto stream = exactly(wanted.size()), base = exactly(n), raw = exactly(n), second = exactly(n);
     std::copy(wanted.begin(), wanted.end(), stream.get());
     for (size_t done = 0; done < n; done += std::min(size, n - done))
@@ -68,19 +71,20 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 
     fastckpt_context* context = context_memory();
     const int status =
-        fastckpt_merge(context, stream.get(), wanted.size(), base.get(), n, transform, w, pack, raw.get());
+        fastckpt_merge(context, stream.get(), wanted.size(), base.get(), n, transform, w, pack_bits, raw.get());
     require(status == FASTCKPT_OK || status == FASTCKPT_FOREIGN, "a status that merge does not give");
     if (status != FASTCKPT_OK) return 0;
 
     const size_t room = transform == FASTCKPT_SUBPACK ? 4 + lanes + n : n;
     const auto made = exactly(room);
     size_t n_made = 0;
-    require(
-        fastckpt_split(context, raw.get(), base.get(), n, transform, w, pack, made.get(), room, &n_made) == FASTCKPT_OK,
-        "cannot split it");
+    require(fastckpt_split(context, raw.get(), base.get(), n, transform, w, pack_bits, made.get(), room, &n_made) ==
+                FASTCKPT_OK,
+            "cannot split it");
     const auto copy = exactly(n_made);
     std::memcpy(copy.get(), made.get(), n_made);
-    require(fastckpt_merge(context, copy.get(), n_made, base.get(), n, transform, w, pack, second.get()) == FASTCKPT_OK,
+    require(fastckpt_merge(context, copy.get(), n_made, base.get(), n, transform, w, pack_bits, second.get()) ==
+                FASTCKPT_OK,
             "cannot merge its stream");
     require(!std::memcmp(raw.get(), second.get(), n), "its stream has other bytes");
     // Planes and lanes of these two correspond one to one.

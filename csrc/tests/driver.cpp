@@ -95,11 +95,11 @@ private:
 };
 
 struct Way {
-    unsigned transform, w, pack;
+    unsigned transform, w, pack_bits;
     bool delta() const { return transform == FASTCKPT_SUB || transform == FASTCKPT_SUBPACK; }
     std::string name() const {
         static const char* const names[] = {"", "RAW", "CONST", "ROT", "ROTU", "SUB", "SUBPACK"};
-        return std::string(names[transform]) + (pack ? std::to_string(pack) : "") + "/" + std::to_string(w);
+        return std::string(names[transform]) + (pack_bits ? std::to_string(pack_bits) : "") + "/" + std::to_string(w);
     }
 };
 
@@ -156,12 +156,12 @@ Bytes expected_stream(const Way& way, const Bytes& raw, const Bytes& base) {
     const size_t lanes = raw.size() / way.w;
     Bytes out;
     if (way.transform == FASTCKPT_SUBPACK) {
-        const uint64_t esc = (1u << way.pack) - 1;
+        const uint64_t esc = (1u << way.pack_bits) - 1;
         std::vector<uint64_t> escapes;
         out.resize(4);
         for (size_t i = 0; i < lanes; ++i) {
             const uint64_t z = mapped(way, raw, base, i);
-            put_bits(out, 4, i * way.pack, static_cast<unsigned>(std::min(z, esc)), way.pack);
+            put_bits(out, 4, i * way.pack_bits, static_cast<unsigned>(std::min(z, esc)), way.pack_bits);
             if (z >= esc) escapes.push_back(z - esc);
         }
         for (unsigned k = 0; k < 4; ++k) out[k] = static_cast<uint8_t>(escapes.size() >> (8 * k));
@@ -268,7 +268,7 @@ Bytes split(fastckpt_context* context, const Case& c, Random& r) {
     size_t n = 0;
     const int status =
         fastckpt_split(context, raw.data(), c.way.delta() ? base.data() : nullptr, c.raw.size(), c.way.transform,
-                       c.way.w, c.way.pack, stream.data(), stream_room(c.way, c.raw.size()), &n);
+                       c.way.w, c.way.pack_bits, stream.data(), stream_room(c.way, c.raw.size()), &n);
     if (status) c.wrong("split", status);
     return stream.bytes(n);
 }
@@ -277,7 +277,7 @@ Bytes split(fastckpt_context* context, const Case& c, Random& r) {
 int merge(fastckpt_context* context, const Case& c, const Bytes& stream, Bytes& found, Random& r) {
     Exact from(stream, some_shift(r)), base(c.base, some_shift(r)), raw(c.raw.size(), some_shift(r));
     const int status = fastckpt_merge(context, from.data(), stream.size(), c.way.delta() ? base.data() : nullptr,
-                                      c.raw.size(), c.way.transform, c.way.w, c.way.pack, raw.data());
+                                      c.raw.size(), c.way.transform, c.way.w, c.way.pack_bits, raw.data());
     if (status == FASTCKPT_OK) found = raw.bytes(c.raw.size());
     return status;
 }
@@ -286,7 +286,7 @@ int encode(fastckpt_context* context, const Case& c, size_t capacity, Bytes& fra
            Random& r) {
     Exact raw(c.raw, some_shift(r)), base(c.base, some_shift(r)), stored(capacity, some_shift(r));
     const int status = fastckpt_encode(context, raw.data(), c.way.delta() ? base.data() : nullptr, c.raw.size(),
-                                       c.way.transform, c.way.w, c.way.pack, stored.data(), capacity, &result);
+                                       c.way.transform, c.way.w, c.way.pack_bits, stored.data(), capacity, &result);
     if (status) return status;
     if (result.stored_bytes > capacity) c.wrong("encode has written more than there is room for");
     frame = stored.bytes(result.stored_bytes);
@@ -296,7 +296,7 @@ int encode(fastckpt_context* context, const Case& c, size_t capacity, Bytes& fra
 int decode(fastckpt_context* context, const Case& c, const Bytes& frame, Bytes& found, uint8_t digest[16], Random& r) {
     Exact from(frame, some_shift(r)), base(c.base, some_shift(r)), raw(c.raw.size(), some_shift(r));
     const int status = fastckpt_decode(context, from.data(), frame.size(), c.way.delta() ? base.data() : nullptr,
-                                       c.raw.size(), c.way.transform, c.way.w, c.way.pack, raw.data(), digest);
+                                       c.raw.size(), c.way.transform, c.way.w, c.way.pack_bits, raw.data(), digest);
     if (status == FASTCKPT_OK) found = raw.bytes(c.raw.size());
     return status;
 }
@@ -800,15 +800,15 @@ int arguments() {
     Context context(0);
     Bytes raw(64, 0x3f), base(64, 0x3e), stored(4096);
     const auto expect = [&](int wanted, const char* what, fastckpt_context* with, const void* under, size_t n,
-                            unsigned transform, unsigned w, unsigned pack) {
+                            unsigned transform, unsigned w, unsigned pack_bits) {
         uint8_t digest[16];
         fastckpt_encoded result;
         size_t size;
         const int found[] = {
-            fastckpt_encode(with, raw.data(), under, n, transform, w, pack, stored.data(), stored.size(), &result),
-            fastckpt_decode(with, stored.data(), stored.size(), under, n, transform, w, pack, raw.data(), digest),
-            fastckpt_split(with, raw.data(), under, n, transform, w, pack, stored.data(), stored.size(), &size),
-            fastckpt_merge(with, stored.data(), stored.size(), under, n, transform, w, pack, raw.data()),
+            fastckpt_encode(with, raw.data(), under, n, transform, w, pack_bits, stored.data(), stored.size(), &result),
+            fastckpt_decode(with, stored.data(), stored.size(), under, n, transform, w, pack_bits, raw.data(), digest),
+            fastckpt_split(with, raw.data(), under, n, transform, w, pack_bits, stored.data(), stored.size(), &size),
+            fastckpt_merge(with, stored.data(), stored.size(), under, n, transform, w, pack_bits, raw.data()),
         };
         for (int status : found)
             if (status != wanted) fail("%s: status %d instead of %d", what, status, wanted);
@@ -943,12 +943,12 @@ int seeds(const std::string& folder) {
             if (const int status = encode(context, c, fastckpt_encode_bound(c.raw.size()), frame, result, r))
                 c.wrong("encode", status);
             const size_t less = lanes - 1;
-            unsigned width = 0, pack = 0;
-            while (2u << width < way.w) ++width;
-            while (1u << pack < way.pack) ++pack;
+            unsigned lane_code = 0, pack_code = 0;
+            while (2u << lane_code < way.w) ++lane_code;
+            while (1u << pack_code < way.pack_bits) ++pack_code;
             const Bytes head = {static_cast<uint8_t>(way.transform - FASTCKPT_ROT),
-                                static_cast<uint8_t>(width),
-                                static_cast<uint8_t>(pack),
+                                static_cast<uint8_t>(lane_code),
+                                static_cast<uint8_t>(pack_code),
                                 static_cast<uint8_t>(less),
                                 static_cast<uint8_t>(less >> 8),
                                 static_cast<uint8_t>(less >> 16)};

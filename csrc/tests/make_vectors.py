@@ -3,7 +3,7 @@
     python make_vectors.py make DIR         write vectors into DIR
     python make_vectors.py check DIR OUT    decode the frames that `driver vectors DIR OUT` has written with stock zstd, compare
 
-A vector file is little-endian: the magic FCVECT01; u32 transform, lane bytes, pack width, 1 if there is a base; u64 raw bytes, stream
+A vector file is little-endian: the magic FCVECT01; u32 transform, lane bytes, pack bits, 1 if there is a base; u64 raw bytes, stream
 bytes, bytes of a stock zstd frame of the stream; 16 bytes digest of the raw bytes; u64 crc64nvme of the raw bytes; then raw, base (if
 any), stream and stock frame. Transforms and streams: docs/format.md, sections 4.1, 4.3 and 4.4.
 """

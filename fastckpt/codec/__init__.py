@@ -1,4 +1,4 @@
-"""Bytes to fewer bytes and back. Knows no torch, no files and no format; see docs/format.md, section 4."""
+"""Compresses bytes and restores them. Knows no torch, no files and no format; see docs/format.md, section 4."""
 
 from fastckpt.codec.base import CodecError, Encoded
 from fastckpt.codec.choose import Coding, Effort, choose

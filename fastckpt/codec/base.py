@@ -1,4 +1,4 @@
-"""What an encoded chunk is."""
+"""The result of encoding a chunk."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NO_PARAMETER = bytes(8)
 
 
 class CodecError(ValueError):
-    """Stored bytes that cannot be decoded. `expected` and `found` are words for a damage report."""
+    """Stored bytes that cannot be decoded. `expected` and `found` are texts for a damage report."""
 
     def __init__(self, expected: str, found: str) -> None:
         super().__init__(f"expected {expected}, found {found}")
@@ -21,15 +21,15 @@ class CodecError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The result of encoding one chunk. `stored` may be a view of the caller's raw buffer (RAW) or of its `room`."""
+    """The result of encoding one chunk. `stored` may be a view of the caller's raw buffer (RAW) or of its `out`."""
 
     transform: Transform
     lane_bytes: int
     pack_bits: int
     parameter: bytes
-    """Of CONST: the lane. Where there is a base, the caller says which."""
+    """CONST: the lane. For transforms with a base the caller fills it in."""
     stored: Any
     digest: bytes
     """XXH3-128 of the raw bytes."""
     crc64nvme: int
-    """Of the stored bytes; 0 if there are none."""
+    """crc64nvme of the stored bytes; 0 if there are none."""

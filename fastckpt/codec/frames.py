@@ -1,9 +1,9 @@
-"""Streams to zstd frames and back by the library, with every length checked before it is believed.
+"""Streams to zstd frames and back with the zstd library; every declared length is checked before it is used.
 
-Our own frames (kernels.encode) are several times faster; this is for chunks in which matches pay, for machines without native kernels, and
-for frames of other writers. Without native kernels libzstd is made an entropy coder and little else: `strategy=FAST` with a 64-entry hash
-table and 7-byte matches. The match finder of the ordinary levels finds junk matches in exponents and pays for them: 0.682 of raw
-bytes at level 1 against 0.665 here for bf16 weights, at half the speed.
+Our own encoder (kernels.encode) is several times faster. This module is for chunks in which matches pay, for machines without native
+kernels, and for frames of other writers. Without native kernels, libzstd is configured as little more than an entropy coder:
+`strategy=FAST` with a 64-entry hash table and 7-byte matches. The match finder of the ordinary levels finds junk matches in exponents and
+pays for them: 0.682 of raw bytes at level 1 against 0.665 here for bf16 weights, at half the speed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_WINDOW_BYTES = 8 << 20
 
 
 class _Contexts(threading.local):
-    """zstandard's objects may not be shared between threads."""
+    """zstandard's objects must not be shared between threads."""
 
     def __init__(self) -> None:
         parameters = zstandard.ZstdCompressionParameters(
@@ -45,9 +45,10 @@ _contexts = _Contexts()
 
 
 def compress(stream: Any, level: int | None = None, cuts: Sequence[int] = ()) -> bytes:
-    """One standard zstd frame around the stream, with matches of a level or without. Releases the GIL.
+    """Compress the stream into one standard zstd frame; level: of the match search, None: no matches. Releases the GIL.
 
-    cuts: places where a block ends, ascending; without matches only. Two planes in one block share a Huffman table, and neither gains.
+    cuts: positions where a block ends, ascending; only used without matches. Two planes in one block would share a Huffman table, which
+    compresses both worse.
     """
     if level is None:
         if not cuts:
@@ -86,7 +87,7 @@ def content_bytes(frame: Any) -> int:
 def decompress(frame: Any, stream_bytes: int) -> bytes:
     """The content of exactly one frame of exactly `stream_bytes` bytes; CodecError for anything else. Releases the GIL.
 
-    Allocates `stream_bytes` and nothing that the frame alone decides.
+    Allocates `stream_bytes`, never a size that only the frame declares.
     """
     found = content_bytes(frame)
     if found != stream_bytes:

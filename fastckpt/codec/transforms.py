@@ -1,7 +1,7 @@
-"""One chunk: raw bytes to stored bytes and back (docs/format.md, section 4). Pure; buffers belong to the caller.
+"""One chunk: from raw bytes to stored bytes and back (docs/format.md, section 4). Pure; buffers belong to the caller.
 
-Every function may be called from any thread; large work releases the GIL. What a thread needs besides the caller's buffers is at most
-15 MiB, and kept by it.
+Every function may be called from any thread; large work releases the GIL. Besides the caller's buffers, each thread needs and keeps at most
+15 MiB.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fastckpt.kernels.checksums import crc64nvme, digest
 from fastckpt.kernels.reference import STRIPE_LANES
 from fastckpt.kernels.transform import HAS_FRAME, Transform
 
-# XXH3 has other rules for shorter inputs, which the native kernels leave to the package.
+# XXH3 has other rules for shorter inputs; native kernels leave those to the xxhash package.
 _MIN_FUSED_BYTES = 241
 
 
 class _Scratch(threading.local):
-    """A thread's buffer for streams: fresh pages for every chunk cost a quarter of the encoding."""
+    """A thread's buffer for streams: allocating fresh pages for every chunk would cost a quarter of the encoding time."""
 
     def __init__(self) -> None:
         self.buffer = np.empty(0, np.uint8)
@@ -46,12 +46,13 @@ def encode(
     *,
     base: U8 | None = None,
     effort: Effort = Effort.NORMAL,
-    room: U8 | None = None,
+    out: U8 | None = None,
 ) -> Encoded:
-    """Encode one chunk: CONST if it repeats one lane; else, of floats, what `choose` says if it pays; else RAW.
+    """Encode one chunk: CONST if it repeats one lane; else, for floats, the coding that `choose` returns, if it pays; else RAW.
 
-    raw: 1 … 4 MiB, contiguous, a whole number of lanes; must not change during the call. float_lane_bytes: 0 for what is no floating-point
-    number. base: as long as raw, for deltas. room: where stored bytes may go, at least as long as raw; else it is allocated.
+    raw: 1 … 4 MiB, contiguous, a whole number of lanes; must not change during the call. float_lane_bytes: 0 if the elements are no
+    floating-point numbers. base: for deltas; as long as raw. out: a buffer for stored bytes, at least as long as raw; None: it is
+    allocated.
     """
     if kernels(raw.size).is_constant(raw, const_lane_bytes):
         lane = raw[:const_lane_bytes].tobytes().ljust(8, b"\0")
@@ -60,27 +61,27 @@ def encode(
         estimate = kernels(raw.size).sample(raw, base, float_lane_bytes)
         coding = choose(estimate, float_lane_bytes, effort)
         while coding.transform is not Transform.RAW:
-            encoded = encode_as(coding, raw, base, float_lane_bytes, room)
+            encoded = encode_as(coding, raw, base, float_lane_bytes, out)
             if encoded is not None:
                 return encoded
-            # ROTU met a sign that the sample had missed; anything else does not pay.
+            # ROTU met a sign bit that the sample had missed: try ROT. Any other transform does not pay: store RAW.
             coding = Coding(Transform.ROT if coding.transform is Transform.ROTU else Transform.RAW)
     return Encoded(Transform.RAW, 1, 0, NO_PARAMETER, raw, digest(raw), crc64nvme(raw))
 
 
-def encode_as(coding: Coding, raw: U8, base: U8 | None, lane_bytes: int, room: U8 | None = None) -> Encoded | None:
-    """A frame made as `coding` says. None if it does not pay, or the transform is not for such numbers."""
+def encode_as(coding: Coding, raw: U8, base: U8 | None, lane_bytes: int, out: U8 | None = None) -> Encoded | None:
+    """Make a frame with the given coding. None if it does not pay, or the transform cannot take these numbers."""
     most = int(raw.size * (1 - MIN_SAVING))
     kernel = kernels(raw.size)
     transform, pack_bits = coding.transform, coding.pack_bits
     if coding.zstd_level is None and kernel.encode is not None:
-        out = (room if room is not None else np.empty(raw.size, np.uint8))[:most]
-        found = kernel.encode(raw, base, transform, lane_bytes, pack_bits, out)
+        stored = (out if out is not None else np.empty(raw.size, np.uint8))[:most]
+        found = kernel.encode(raw, base, transform, lane_bytes, pack_bits, stored)
         if found is None:
             return None
         n_bytes, crc, fused = found
         found_digest = fused if raw.size >= _MIN_FUSED_BYTES else digest(raw)
-        return Encoded(transform, lane_bytes, pack_bits, NO_PARAMETER, out[:n_bytes], found_digest, crc)
+        return Encoded(transform, lane_bytes, pack_bits, NO_PARAMETER, stored[:n_bytes], found_digest, crc)
     stream = _scratch.of(2 * raw.size + 64)
     used = kernel.split(raw, base, transform, lane_bytes, pack_bits, stream)
     if used is None:
@@ -92,7 +93,7 @@ def encode_as(coding: Coding, raw: U8, base: U8 | None, lane_bytes: int, room: U
 
 
 def _cuts(transform: Transform, lanes: int, lane_bytes: int) -> list[int]:
-    """Where the planes of the last, shorter stripe begin; those of the others are whole blocks anyway."""
+    """Positions where the planes of the last, shorter stripe begin; planes of full stripes are whole blocks anyway."""
     rest = lanes % STRIPE_LANES
     if not rest or transform is Transform.SUBPACK:
         return []
@@ -109,10 +110,10 @@ def decode(
     out: U8,
     base: Any = None,
 ) -> bytes:
-    """Fill `out` (as long as the raw bytes) from the stored bytes; returns its digest. CodecError when the bytes cannot be right.
+    """Decode the stored bytes into `out` (as long as the raw bytes); returns its digest. CodecError if the bytes cannot be right.
 
-    base: SUB, SUBPACK, REF: as long as `out`; CAST: twice as long. The caller has checked the crc of a frame before: damage never
-    reaches the decoder, only malice does.
+    base: SUB, SUBPACK, REF: as long as `out`; CAST: twice as long. The caller has checked the crc of a frame before, so only a deliberately
+    wrong frame reaches the decoder, never damage.
     """
     if transform is Transform.RAW:
         source = np.frombuffer(stored, np.uint8)
@@ -137,7 +138,7 @@ def _decode_frame(transform: Transform, lane_bytes: int, pack_bits: int, stored:
         fused = kernel.decode(stored, base, transform, lane_bytes, pack_bits, out)
         if fused is not None:
             return fused if out.size >= _MIN_FUSED_BYTES else digest(out)
-    # A frame of another writer, or damage: libzstd knows.
+    # A frame of another writer, or damage: libzstd decides.
     expected = stream_bytes(transform, lane_bytes, pack_bits, out.size, stored)
     stream = frames.decompress(stored, expected)
     if not kernel.merge(stream, base, transform, lane_bytes, pack_bits, out):
@@ -146,11 +147,11 @@ def _decode_frame(transform: Transform, lane_bytes: int, pack_bits: int, stored:
 
 
 def stream_bytes(transform: Transform, lane_bytes: int, pack_bits: int, n_bytes: int, frame: Any) -> int:
-    """How long the stream in a frame has to be. CodecError if the frame's own size is impossible."""
+    """The length that the stream in a frame must have. CodecError if the frame's own size is impossible."""
     lanes = n_bytes // lane_bytes
     if transform is not Transform.SUBPACK:
         return reference.stream_bytes(transform, lanes, lane_bytes)
-    # Its length depends on the number of escapes: what the frame declares is taken, if it is possible.
+    # The length depends on the number of escapes: accept the length that the frame declares, if it is possible.
     found, least = frames.content_bytes(frame), 4 + (lanes * pack_bits + 7) // 8
     if not least <= found <= min(least + n_bytes, 2 * n_bytes + 64) or (found - least) % lane_bytes:
         raise CodecError(f"a SUBPACK stream of {least} to {min(least + n_bytes, 2 * n_bytes + 64)} bytes", f"{found}")

@@ -1,1 +1,1 @@
-"""The bytes on storage: the twin of docs/format.md. Pure; knows no torch, no files and no codec."""
+"""The bytes on storage: the counterpart of docs/format.md. Pure; knows no torch, no files and no codec."""

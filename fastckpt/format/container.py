@@ -1,4 +1,4 @@
-"""Header, footer and how the parts tile a container (docs/format.md, sections 2 and 3)."""
+"""Header and footer, and the order of the parts of a container (docs/format.md, sections 2 and 3)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ assert _FOOTER.size == FOOTER_BYTES
 
 
 class PartEntry(NamedTuple):
-    """Where a part of the index is, from the container's first byte, and the digest of its bytes."""
+    """The place of an index part, counted from the container's first byte, and the digest of its bytes."""
 
     offset: int
     n_bytes: int
@@ -56,13 +56,13 @@ class Header:
 
     @property
     def unknown_check_features(self) -> int:
-        """Bits that keep `check` from vouching for the whole; loading ignores them."""
+        """Unknown feature bits that forbid `check` to vouch for the whole container; loading ignores them."""
         return self.check_features & ~_KNOWN_CHECK_FEATURES
 
 
 @dataclass(frozen=True)
 class Footer:
-    """The fields of a footer that passed its checksum and whose parts tile the container."""
+    """The fields of a footer that passed its checksum and whose parts cover the container without gaps."""
 
     parts: dict[str, PartEntry]
     payload_bytes: int
@@ -77,13 +77,13 @@ class Footer:
 
 
 def build_header(read_features: int = READ_SELF_CONTAINED) -> bytes:
-    """The 64 bytes in front."""
+    """The first 64 bytes."""
     body = _HEADER.pack(MAGIC, VERSION, ALGORITHM_XXH3_128, read_features, 0, 0, bytes(16), 0)[:56]
     return body + crc64nvme(body).to_bytes(8, "little")
 
 
 def build_footer(parts: Sequence[PartEntry], payload_bytes: int, header: bytes) -> bytes:
-    """The 256 bytes at the end. parts: in the order of INDEX_PARTS."""
+    """The last 256 bytes. parts: in the order of INDEX_PARTS."""
     total = parts[-1].offset + parts[-1].n_bytes + FOOTER_BYTES
     entries = b"".join(_ENTRY.pack(*part) for part in parts)
     fields = (entries, HEADER_BYTES, payload_bytes, total, bytes(8), header, bytes(16), 0, MAGIC)
@@ -121,8 +121,7 @@ def parse_header(data: bytes, source: str) -> Header:
 def parse_footer(data: bytes, available_bytes: int, source: str) -> Footer:
     """Check and read a footer.
 
-    available_bytes: how much lies in front of and including the footer. Nothing that the caller allocates from the result can
-    exceed it.
+    available_bytes: number of bytes up to and including the footer. No size in the result can exceed it, so the caller may allocate by it.
     """
     entries, payload_offset, payload_bytes, total, zeros, header, more_zeros, crc, magic = _FOOTER.unpack(data)
     damage = []
@@ -133,7 +132,7 @@ def parse_footer(data: bytes, available_bytes: int, source: str) -> Footer:
         damage.append(Damage("footer", "crc64nvme, bytes 240–248", f"{actual:016x}", f"{crc:016x}"))
     if damage:
         raise CorruptCheckpointError(source, damage)
-    parsed_header = parse_header(header, source)  # first: another version may lay out the rest differently
+    parsed_header = parse_header(header, source)  # first, because another version may lay out the rest differently
     if any(zeros) or any(more_zeros):
         damage.append(Damage("footer", "reserved, bytes 152–160 and 224–240", "zeros", (zeros + more_zeros).hex()))
     if total > available_bytes:

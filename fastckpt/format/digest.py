@@ -1,4 +1,4 @@
-"""The two checksums, under the names that the format has for them (docs/format.md, section 1)."""
+"""The two checksums, under their names in the format (docs/format.md, section 1)."""
 
 from fastckpt.kernels.checksums import crc64nvme, digest
 

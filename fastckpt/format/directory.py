@@ -16,14 +16,14 @@ from fastckpt.format.tensor_names import Name, canonical, to_json
 
 KINDS = frozenset({"tensor", "parameter", "array", "quantized", "part"})
 
-# A pack of this repository and nothing else: what a record names is read, and may one day be deleted.
+# Only packs of this repository: a file that a record names is read, and may one day be deleted.
 _FILE_KEY = re.compile(r"data/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 _MAX_KEY_BYTES = 1024
 _CRC = re.compile(r"[0-9a-f]{16}")
 
 
 class FileEntry(NamedTuple):
-    """Another file that holds chunks: its key from the repository's root."""
+    """Another file that holds chunks. key: from the repository's root."""
 
     key: str
     n_bytes: int
@@ -39,7 +39,7 @@ class Extent(NamedTuple):
 
 
 class StorageEntry(NamedTuple):
-    """One storage. extents None: it has no data (a meta tensor's)."""
+    """One storage. extents None: it has no data (storage of a meta tensor)."""
 
     dtype: str
     n_bytes: int
@@ -49,7 +49,7 @@ class StorageEntry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GlobalPlace:
-    """Where a shard lies in the whole tensor."""
+    """The place of a shard in the whole tensor."""
 
     shape: tuple[int, ...]
     offset: tuple[int, ...]
@@ -71,7 +71,7 @@ class TensorEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Directory:
-    """What the container holds, as far as a program can ask for it by name."""
+    """The container's content, as far as a program can ask for it by name."""
 
     storages: tuple[StorageEntry, ...]
     tensors: tuple[TensorEntry, ...]
@@ -81,7 +81,7 @@ class Directory:
     writer: dict[str, str] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     save: dict[str, Any] | None = None
-    """Of a vote: which save it belongs to. Checked by `format.vote`."""
+    """Votes only: the save that the vote belongs to. Checked by `format.vote`."""
 
 
 def build(directory: Directory) -> bytes:
@@ -105,7 +105,7 @@ def build(directory: Directory) -> bytes:
     return f'{_json(value)[:-1]},"storages":[{storages}],"tensors":[{rows}]}}'.encode()
 
 
-# Rows are put together from their texts: 50,000 dictionaries for an encoder take three times as long.
+# Rows are joined from texts: making 50,000 dictionaries for an encoder takes three times as long.
 _json = json.JSONEncoder(separators=(",", ":"), allow_nan=False, ensure_ascii=False).encode
 _text = json.encoder.encode_basestring
 
@@ -117,7 +117,7 @@ def _extents_text(extents: tuple[Extent, ...] | None) -> str:
 
 
 def _tensor_text(entry: TensorEntry, forms: dict[Any, tuple[str, str]]) -> str:
-    """The row of a tensor. forms: the texts of what many have alike, as far as they have been made."""
+    """The JSON row of a tensor. forms: a cache of texts that many tensors share."""
     name, dtype, shape, stride, offset, storage, kind, requires_grad, place = entry
     form = forms.get((dtype, shape, stride, kind, requires_grad))
     if form is None:

@@ -1,7 +1,7 @@
-"""A directory checked column by column, in half the time that rows take (docs/decisions/0008-schema-of-the-directory.md).
+"""Checks a directory column by column, in half the time that rows take (docs/decisions/0008-schema-of-the-directory.md).
 
-`parse` reads what writers write, `sound` checks values before they are written; both by the same rules. Nothing is decided here that
-`directory_reader` would decide otherwise: whatever is not as usual, damage above all, is left to it.
+`parse` reads the JSON, `sound` checks values before they are written; both by the same rules. This module accepts only the usual case.
+Everything unusual, and all damage, is left to `directory_reader`, so the two never disagree.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _TENSOR_MEMBERS = ("name", "dtype", "shape", "stride", "offset", "storage", "kin
 _SHARD_MEMBERS = (*_TENSOR_MEMBERS, "global")
 _SMALL = 1 << 40  # far below 2^63: sums and products of such numbers fit into 64 bits
 _BIG = 10**18  # integers of 20 digits are refused, and keys of names end at 2^63
-_SPACED = (b'" ', b'"\t', b'"\r', b'"\n')  # perhaps a member's name whose colon stands apart
+_SPACED = (b'" ', b'"\t', b'"\r', b'"\n')  # possibly a member's name that is followed by space before its colon
 
-# Without a call of Python's for each of them.
+# Makes an Extent without a Python-level call for each.
 _EXTENT = functools.partial(tuple.__new__, Extent)
 _STORAGE = functools.partial(tuple.__new__, StorageEntry)
 _TENSOR = functools.partial(tuple.__new__, TensorEntry)
@@ -37,9 +37,9 @@ Columns = tuple[dict[str, Any], tuple[StorageEntry, ...], tuple[TensorEntry, ...
 
 
 def parse(data: bytes, raw_bytes: npt.NDArray[Any]) -> Columns | None:
-    """The whole value, its storages and its tensors, if all of these are right and as usual. None: look closer.
+    """The whole value, its storages and its tensors, if all of them are right and usual. None: `directory_reader` has to look closer.
 
-    raw_bytes: of each record, already checked. The other members are not checked.
+    raw_bytes: raw bytes of each record, already checked. The other members are not checked.
     """
     if b"\\" in data or any(mark in data for mark in _SPACED):
         return None
@@ -51,7 +51,7 @@ def parse(data: bytes, raw_bytes: npt.NDArray[Any]) -> Columns | None:
 
 
 def sound(directory: Directory, raw_bytes: npt.NDArray[Any]) -> bool:
-    """Whether the storages and tensors of a directory are right and as usual. False: look closer."""
+    """Whether the storages and tensors of a directory are right and usual. False: `directory_reader` has to look closer."""
     try:
         names, *columns, places = _columns(directory.tensors, 9)
         return (
@@ -60,7 +60,7 @@ def sound(directory: Directory, raw_bytes: npt.NDArray[Any]) -> bool:
             and _sound_tensors(columns, directory.storages)
             and all(_small_array(place.shape + place.offset) is not None for place in places if place is not None)
         )
-    except (AttributeError, TypeError, ValueError):  # values of other types than they should be
+    except (AttributeError, TypeError, ValueError):  # values with wrong types
         return False
 
 
@@ -84,7 +84,7 @@ def _of(value: Any, data: bytes, raw_bytes: npt.NDArray[Any]) -> Columns | None:
     if storages is None or found is None:
         return None
     tensors, n_tensor_members = found
-    # `":` stands behind each member's name, and perhaps elsewhere: as many as there are members means that no member came twice.
+    # `":` follows each member's name, and may occur elsewhere. If it occurs exactly as often as there are members, no member came twice.
     others = {name: member for name, member in value.items() if name not in ("storages", "tensors")}
     n_members = 2 + _members(others) + len(_STORAGE_MEMBERS) * len(storages) + n_tensor_members
     return (value, storages, tensors) if n_members == data.count(b'":') else None
@@ -136,7 +136,7 @@ def _sound_storages(columns: Sequence[Any], raw_bytes: npt.NDArray[Any]) -> bool
     left = (ends[-1] if len(ends) else 0) - (ends[record] - raw_bytes[record] + offset)
     if not ((offset < raw_bytes[record]) & (size >= 1) & (size <= left)).all():
         return False
-    # The extents of a storage have its length in all.
+    # The lengths of a storage's extents must add up to its length.
     totals = np.zeros(len(lengths), np.int64)
     np.add.at(totals, np.repeat(np.arange(len(extents)), [len(some or ()) for some in extents]), size)
     has_data = np.array([some is not None for some in extents], bool)
@@ -173,7 +173,7 @@ def _without_place(row: dict[str, Any]) -> Iterable[Any]:
 
 
 def _place(value: Any) -> GlobalPlace | None:
-    """ValueError for what is not as usual."""
+    """ValueError for anything unusual."""
     if value is None:
         return None
     if type(value) is not dict or tuple(value) != ("shape", "offset"):
@@ -187,7 +187,7 @@ def _place(value: Any) -> GlobalPlace | None:
 
 
 def _sound_keys(keys: Iterable[Any]) -> bool:
-    """Keys of names."""
+    """Whether the keys of names are right."""
     kinds: dict[type, set[Any]] = {}
     for kind, some in itertools.groupby(keys, type):
         kinds.setdefault(kind, set()).update(some)
@@ -218,7 +218,9 @@ def _sound_tensors(columns: Sequence[Any], storages: Sequence[StorageEntry]) -> 
 def _reaches(
     dtypes: Sequence[str], shapes: Sequence[tuple[int, ...]], strides: Sequence[tuple[int, ...]], kinds: Sequence[str]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
-    """How many elements behind its first one each tensor's last one lies, −1 where that is not bounded; and the bytes of an element."""
+    """For each tensor the offset of its last element from its first one, in elements; −1 if it is too large. Also the bytes of an
+    element.
+    """
     forms = list(zip(dtypes, shapes, strides, kinds, strict=True))
     numbers = {form: number for number, form in enumerate(set(forms))}
     found = np.zeros((len(numbers), 2), np.int64)
@@ -246,8 +248,8 @@ def _all_of(kinds: set[type], values: Iterable[Any]) -> bool:
 
 
 def _small_array(values: Sequence[Any]) -> npt.NDArray[np.int64] | None:
-    """Integers from 0 to 2^40; None if others are among them."""
-    if not _all(int, values):  # True counts as 1 everywhere else
+    """Integers from 0 to 2^40 as an array; None if there are others."""
+    if not _all(int, values):  # everywhere else True would count as 1
         return None
     try:
         found = np.fromiter(values, np.int64, len(values))

@@ -1,7 +1,7 @@
 """The JSON of a directory → checked values (docs/format.md, section 5), with every finding listed at once.
 
-What a writer of this format writes is taken column by column (`directory_columns`); only where that finds anything that is not as usual,
-each row is looked at here. Both accept the same, and only this one has words for what is wrong.
+The usual directory is read column by column (`directory_columns`). If that finds anything unusual, this module reads each row. Both accept
+the same directories; only this one can describe what is wrong.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fastckpt.format.tensor_names import dotted, from_json
 def parse(data: bytes, raw_bytes: npt.NDArray[Any], source: str) -> Directory:
     """Check and read a directory.
 
-    raw_bytes: of each record, already checked. CorruptCheckpointError lists everything that is wrong; UnsupportedFormatError for a
-    byte order, element type or kind that this version does not know.
+    raw_bytes: raw bytes of each record, already checked. CorruptCheckpointError lists everything that is wrong; UnsupportedFormatError for
+    a byte order, element type or kind that this version does not know.
     """
     columns = directory_columns.parse(data, raw_bytes)
     if columns is not None:
@@ -45,7 +45,7 @@ def _parse_rows(data: bytes, raw_bytes: npt.NDArray[Any], source: str) -> Direct
         findings.raise_damage()
     top = JsonFields(value, findings, "top level")
     _check_byte_order(top)
-    findings.raise_unsupported()  # the rest of another byte order's may mean something else
+    findings.raise_unsupported()  # with another byte order the rest may have another meaning
     storages = _storages(top.array("storages"), raw_bytes, findings)
     found = _top(top, storages, _tensors(top.array("tensors"), storages, findings))
     findings.raise_damage()
@@ -60,7 +60,7 @@ def _check_byte_order(top: JsonFields) -> None:
 
 
 def _top(top: JsonFields, storages: tuple[StorageEntry, ...], tensors: tuple[TensorEntry, ...]) -> Directory:
-    """The members that are not rows."""
+    """The members that are not rows of a table."""
     top.text("byteorder", '"little"')
     rank, world = top.integer("rank"), top.integer("world")
     if not top.findings.damage:
@@ -73,7 +73,7 @@ def _top(top: JsonFields, storages: tuple[StorageEntry, ...], tensors: tuple[Ten
 
 
 def _element_bytes(row: JsonFields) -> tuple[str, int]:
-    """The member `dtype`, and how wide an element is."""
+    """The member `dtype`, and the bytes of an element."""
     name = row.text("dtype", "the name of an element type")
     known = element_type(name) if name else None
     if name and known is None:
@@ -133,7 +133,7 @@ def _tensors(values: list[Any], storages: Sequence[StorageEntry], findings: Find
 
 
 def _tensor(value: Any, number: int, storages: Sequence[StorageEntry], findings: Findings) -> TensorEntry | None:
-    """One row; None where it has no name to speak of."""
+    """Read one row; None if it has no valid name."""
     if not isinstance(value, dict):
         findings.add(f"tensor {number}", "an object", value)
         return None

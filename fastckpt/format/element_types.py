@@ -1,4 +1,4 @@
-"""The element types that the directory may name, and how wide they are (docs/format.md, section 5)."""
+"""The element types that the directory may name, and their sizes (docs/format.md, section 5)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ NUMPY_PREFIX = "numpy:"
 
 
 class ElementType(NamedTuple):
-    """What chunking and codec need to know about a dtype."""
+    """Facts about a dtype that chunking and codec need."""
 
     name: str
     n_bytes: int
-    rot_lane_bytes: int
-    """Width of the floating-point numbers in it (half an element for complex types); 0: not worth ROT."""
+    float_lane_bytes: int
+    """Bytes of each floating-point number in it (half an element for complex types); 0: ROT is not worth trying."""
 
     @property
     def const_lane_bytes(self) -> int:
-        """Widest lane that divides an element: what a constant chunk repeats."""
+        """Widest lane that divides an element; a constant chunk repeats such a lane."""
         return self.n_bytes if self.n_bytes in (1, 2, 4, 8) else 8 if self.n_bytes % 8 == 0 else 1
 
 
@@ -39,12 +39,12 @@ _BY_NAME = {
     **{name: ElementType(name, size, 0) for name, size in _PLAIN.items()},
 }
 _NUMPY = re.compile(r"([<>|=])([biufcmMSUV])(\d{1,9})(\[[0-9]{0,9}[A-Za-z]{1,2}\])?")
-_NUMPY_ROT = {"f": {2: 2, 4: 4, 8: 8}, "c": {8: 4, 16: 8}}
+_NUMPY_FLOAT_LANES = {"f": {2: 2, 4: 4, 8: 8}, "c": {8: 4, 16: 8}}
 
 
 @functools.lru_cache(maxsize=256)
 def element_type(name: str) -> ElementType | None:
-    """The element type of that name, or None if this version of the format has none."""
+    """The element type of that name; None if this version of the format does not know it."""
     if not name.startswith(NUMPY_PREFIX):
         return _BY_NAME.get(name)
     match = _NUMPY.fullmatch(name.removeprefix(NUMPY_PREFIX))
@@ -57,4 +57,4 @@ def element_type(name: str) -> ElementType | None:
     if n_bytes == 0:
         return None
     order, kind = match.group(1), match.group(2)
-    return ElementType(name, n_bytes, 0 if order == ">" else _NUMPY_ROT.get(kind, {}).get(n_bytes, 0))
+    return ElementType(name, n_bytes, 0 if order == ">" else _NUMPY_FLOAT_LANES.get(kind, {}).get(n_bytes, 0))

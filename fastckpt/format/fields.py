@@ -1,4 +1,4 @@
-"""Typed members out of JSON objects: a harmless value stands in for what is wrong, so that everything wrong is listed at once."""
+"""Reads typed members of JSON objects. A wrong value is replaced by a harmless one, so that all errors can be listed at once."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class Findings:
-    """What is wrong with one part of one file or object."""
+    """Collects the errors in one part of one file or object."""
 
     def __init__(self, part: str, source: str) -> None:
         self.part, self.source = part, source
         self.damage: list[Damage] = []
         self.unsupported: list[str] = []
-        """What only another version can read, in words."""
+        """Features that only another version can read, in words."""
 
     def add(self, place: str, expected: str, found: object) -> None:
         self.damage.append(Damage(self.part, place, expected, reprlib.repr(found)))
 
     def add_text(self, place: str, expected: str, found: str) -> None:
-        """As `add`; found: words of our own, shown whole."""
+        """Like `add`; found: a text of our own, shown in full."""
         self.damage.append(Damage(self.part, place, expected, found))
 
     def raise_damage(self) -> None:
@@ -40,7 +40,7 @@ class Findings:
             raise CorruptCheckpointError(self.source, self.damage)
 
     def raise_unsupported(self) -> None:
-        """UnsupportedFormatError if anything is not for this version."""
+        """UnsupportedFormatError if anything needs another version."""
         if self.unsupported:
             shown = "; ".join(self.unsupported[:5])
             raise UnsupportedFormatError(
@@ -49,10 +49,10 @@ class Findings:
 
 
 class JsonFields:
-    """The members of one JSON object. Each method returns a value of its type, whatever is there."""
+    """The members of one JSON object. Each method returns a value of its type, even if the member is wrong or missing."""
 
     def __init__(self, value: Any, findings: Findings, place: str = "") -> None:
-        """place: of the object within its part; "" for the part's own object."""
+        """place: the object's place in its part; "" for the part's own object."""
         self.findings = findings
         self.place = place
         self._value: dict[str, Any] = value if isinstance(value, dict) else {}
@@ -77,7 +77,7 @@ class JsonFields:
         return int(self._get(member, right, f"an integer from {least} to {shown}", least))
 
     def dimensions(self, member: str) -> tuple[int, ...]:
-        """A short array of integers ≥ 0: a shape, strides, a place."""
+        """A short array of integers ≥ 0: a shape, strides or an offset."""
         value = self._value.get(member)
         if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= MAX_INTEGER for item in value):
             self._add(member, "an array of integers ≥ 0", value)
@@ -134,7 +134,7 @@ class JsonFields:
         return JsonFields(value, self.findings, f"{self.place}, {place}" if self.place else place)
 
     def optional(self, member: str) -> JsonFields | None:
-        """The members of the object at `member`; None where that is null or missing."""
+        """The members of the object at `member`; None if it is null or missing."""
         value = self._value.get(member)
         return None if value is None else self.nested(value, member)
 
@@ -143,10 +143,10 @@ class JsonFields:
         return [self.nested(value, f"{member} {i}") for i, value in enumerate(self.array(member))]
 
     def raw(self, member: str) -> Any:
-        """What is there, unchecked; None where nothing is."""
+        """The value of a member, unchecked; None if it is missing."""
         return self._value.get(member)
 
     def demand(self, right: bool, member: str, expected: str, found: object) -> None:
-        """List a finding unless `right`."""
+        """Add a finding unless `right` is true."""
         if not right:
             self._add(member, expected, found)

@@ -1,4 +1,4 @@
-"""JSON from a stranger: strict, bounded, with our errors (docs/format.md, section 5)."""
+"""Parses untrusted JSON: strict, bounded, with our own errors (docs/format.md, section 5)."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def load_json(data: bytes, part: str, source: str) -> Any:
         value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_no_duplicates,
-            parse_int=_integer if _MANY_DIGITS.search(data) else None,  # a call for each integer
+            parse_int=_integer if _MANY_DIGITS.search(data) else None,  # costs a Python call for each integer
             parse_constant=_constant,
         )
         if (
             b"\\u" in data
-        ):  # an escape can be half of a surrogate pair, which no text can hold: UnicodeEncodeError, a ValueError
+        ):  # an escape can be half of a surrogate pair, which no text may hold: UnicodeEncodeError, a subclass of ValueError
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Where things lie in a repository (docs/format.md, section 11): building keys, and reading them back."""
+"""Keys of a repository's objects (docs/format.md, section 11): builds and parses them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PIN = re.compile(r"pins/([A-Za-z0-9_-]{1,64})\.json")
 
 
 class CheckpointId(NamedTuple):
-    """A checkpoint: at most one commit record has this name. Its order is that of the keys."""
+    """A checkpoint: at most one commit record has this name. Sorts in the order of the keys."""
 
     epoch: int
     step: int
@@ -36,7 +36,7 @@ class CheckpointId(NamedTuple):
 
 
 class SaveId(NamedTuple):
-    """One attempt at a checkpoint."""
+    """One try to save a checkpoint (`try` is a keyword in Python)."""
 
     epoch: int
     step: int
@@ -51,7 +51,7 @@ class SaveId(NamedTuple):
 
 
 class VoteName(NamedTuple):
-    """What the key of a vote says."""
+    """The facts in the key of a vote."""
 
     save: SaveId
     rank: int
@@ -85,7 +85,7 @@ def pin_key(name: str) -> str:
 
 
 def parse_epoch(key: str) -> int | None:
-    """The number, or None for a key that is not ours. As all of these."""
+    """The number; None for a key of another form. The other parsers do the same."""
     found = _EPOCH.fullmatch(key)
     return int(found[1]) or None if found else None
 

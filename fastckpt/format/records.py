@@ -1,4 +1,4 @@
-"""The 64 bytes that describe a chunk (docs/format.md, section 4), in bulk."""
+"""The 64-byte records that describe chunks (docs/format.md, section 4), processed in bulk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYOUT = np.dtype(
     [
         ("transform", "u1"),
         ("lane_bytes", "u1"),
-        ("pack_width", "u1"),
+        ("pack_bits", "u1"),
         ("zero", "u1"),
         ("file", "<u4"),
         ("offset", "<u8"),
@@ -57,7 +57,7 @@ def transform_of(record: Any) -> str:
 
 
 def unpack(data: bytes) -> Records:
-    """The records part as an array; the length has been checked."""
+    """View the records part as an array; its length was checked before."""
     return np.frombuffer(data, LAYOUT)
 
 
@@ -70,7 +70,7 @@ Mask = npt.NDArray[np.bool_]
 
 
 class _Kinds(NamedTuple):
-    """Which records have which kinds of transforms."""
+    """For each kind of transform, a mask of its records."""
 
     raw: Mask
     constant: Mask
@@ -80,7 +80,7 @@ class _Kinds(NamedTuple):
     based: Mask
     stores_nothing: Mask
     known: Mask
-    """This version reads it. Others are reported as unsupported, not as damage; 0 is never valid."""
+    """Records with a transform that this version reads. Others count as unsupported, not as damage; 0 is never valid."""
 
     @classmethod
     def of(cls, transform: npt.NDArray[Any]) -> _Kinds:
@@ -97,7 +97,7 @@ class _Demands:
         self.found: list[Damage] = []
 
     def demand(self, right: Mask, field: str, expected: str, of: Mask | None = None) -> None:
-        """Of these records (None: of all), list those that are not right."""
+        """Of the records `of` (None: all), list those for which `right` is false."""
         for i in np.flatnonzero(~right if of is None else ~right & of):
             value = self._records[field][i]
             text = value.tobytes().hex() if isinstance(value, np.void) else str(value)
@@ -105,7 +105,7 @@ class _Demands:
 
 
 def check(records: Records, payload_end: int, file_bytes: Sequence[int] | None = None) -> list[Damage]:
-    """Every *must* of section 4 that does not need the payload, for records of supported transforms.
+    """Check every *must* of section 4 that does not need the payload, for records of supported transforms.
 
     payload_end: offset of the first byte after the payload, which starts at 64. file_bytes: lengths of the files in the file table of
     a vote; None: the container is self-contained.
@@ -139,8 +139,8 @@ def _check_lanes(records: Records, kinds: _Kinds, demands: _Demands) -> None:
     demand(np.isin(lane, (2, 4, 8)), "lane_bytes", "2, 4 or 8 (a frame)", kinds.framed)
     demand(lane == 2, "lane_bytes", "2 (CAST)", kinds.cast)
     demand(raw % np.maximum(lane, 1) == 0, "raw_bytes", "a multiple of the lane bytes", kinds.known)
-    demand(records["pack_width"] == 0, "pack_width", "0", kinds.known & ~kinds.packed)
-    demand(np.isin(records["pack_width"], PACK_BITS), "pack_width", "1, 2, 4 or 8 (SUBPACK)", kinds.packed)
+    demand(records["pack_bits"] == 0, "pack_bits", "0", kinds.known & ~kinds.packed)
+    demand(np.isin(records["pack_bits"], PACK_BITS), "pack_bits", "1, 2, 4 or 8 (SUBPACK)", kinds.packed)
 
 
 def _check_stored(records: Records, kinds: _Kinds, n_files: int | None, demands: _Demands) -> None:
@@ -166,7 +166,7 @@ def _check_parameters(records: Records, kinds: _Kinds, demands: _Demands) -> Non
 
 
 def base_of(record: Any) -> tuple[int, int, int]:
-    """(first record, first byte of its raw bytes, bytes) of a record's base."""
+    """(first record, offset in its raw bytes, number of bytes) of a record's base."""
     first, element = np.frombuffer(record["parameter"].tobytes(), "<u4").tolist()
     is_cast = int(record["transform"]) == Transform.CAST
     width = 4 if is_cast else int(record["lane_bytes"])
@@ -174,7 +174,9 @@ def base_of(record: Any) -> tuple[int, int, int]:
 
 
 def _check_bases(records: Records, based: npt.NDArray[np.bool_]) -> list[Damage]:
-    """Bases lie before what needs them, reach no further than the next record, and end after MAX_BASE_CHAIN steps."""
+    """Check that bases come before the chunks that need them, reach no further than into the next record, and end after MAX_BASE_CHAIN
+    steps.
+    """
     found = []
     rows = np.flatnonzero(based)
     parameters = np.ascontiguousarray(records["parameter"][rows]).view(("<u4", 2)).astype(np.int64)

@@ -18,7 +18,7 @@ from fastckpt.format.sealed import seal, seal_of, unseal
 
 @dataclass(frozen=True)
 class Marker:
-    """What makes a directory or prefix a repository."""
+    """The object that makes a directory or prefix a repository."""
 
     repository: str
     utc: str
@@ -48,9 +48,9 @@ class Epoch:
     number: int
     parent: Parent | None
     fresh: bool
-    """Begun anew although there were checkpoints: the history ends here."""
+    """A fresh start although there were checkpoints: the history ends here."""
     rewind: bool
-    """The parent was asked for, or others were passed over: it holds even before this epoch has a commit."""
+    """A person asked for the parent, or newer checkpoints were passed over: the epoch counts even before it has a commit."""
     skipped: tuple[Skipped, ...]
     world: int
     nonce: str
@@ -84,7 +84,7 @@ class Commit:
     votes: tuple[VoteEntry, ...]
     writer: dict[str, str] = field(default_factory=dict)
     digest: str = ""
-    """The record's own digest; "" until it was read from its bytes."""
+    """The record's own digest; "" before the record was read from its bytes."""
 
     @property
     def checkpoint(self) -> CheckpointId:
@@ -98,7 +98,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Tombstone:
-    """What stands where a commit record was, or must never be."""
+    """The record in the place of a retired commit, or of a save that must never be committed."""
 
     checkpoint: CheckpointId
     of: str | None
@@ -117,12 +117,12 @@ class Pin:
 
 
 def utc_now() -> str:
-    """The time for people; nothing is decided by it."""
+    """The current time in UTC, for people; nothing is decided by it."""
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def writer() -> dict[str, str]:
-    """Who writes, for people; without torch's version, which this layer does not know."""
+    """A description of the writer, for people; without torch's version, which this layer does not know."""
     return {"name": "fastckpt", "version": __version__, "python": platform.python_version(), "host": platform.node()}
 
 
@@ -131,7 +131,7 @@ def parse_parent(value: JsonFields) -> Parent | None:
     return None if inner is None else Parent(inner.checkpoint(), inner.hex32("digest"))
 
 
-# Metrics: JSON has no NaN, and a loss may well be one.
+# Metrics: JSON has no NaN, but a loss may be NaN.
 
 
 def metrics_to_json(metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -207,7 +207,9 @@ def pin_bytes(pin: Pin) -> bytes:
 
 
 def parse_marker(data: bytes, source: str) -> Marker:
-    """Read a marker. CorruptCheckpointError lists all findings, UnsupportedFormatError: newer. As all of these."""
+    """Read a marker. CorruptCheckpointError lists all findings, UnsupportedFormatError for a newer version. The other parsers do the
+    same.
+    """
     value = JsonFields(unseal(data, "marker", source), Findings("marker", source))
     marker = Marker(value.hex32("repository"), value.text("utc"), value.strings("writer"))
     value.findings.raise_damage()
@@ -215,7 +217,7 @@ def parse_marker(data: bytes, source: str) -> Marker:
 
 
 def parse_epoch_record(data: bytes, number: int, source: str) -> Epoch:
-    """number: what its key says."""
+    """Read an epoch record. number: from its key."""
     value = JsonFields(unseal(data, "epoch", source), Findings("epoch", source))
     skipped = [Skipped(inner.checkpoint(), inner.text("why")) for inner in value.objects("skipped")]
     found = value.integer("epoch", 1, MAX_EPOCH)
@@ -239,7 +241,7 @@ def parse_epoch_record(data: bytes, number: int, source: str) -> Epoch:
 
 
 def parse_commit_record(data: bytes, checkpoint: CheckpointId, source: str) -> Commit | Tombstone:
-    """What stands at a commit key. checkpoint: what the key says."""
+    """Read the record at a commit key. checkpoint: from the key."""
     content = unseal(data, ("commit", "tombstone"), source)
     value = JsonFields(content, Findings(content["fastckpt"], source))
     found = value.checkpoint()

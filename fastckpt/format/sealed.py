@@ -1,4 +1,4 @@
-"""Sealed JSON: small objects that people can read and nobody can damage unseen (docs/format.md, section 11.1)."""
+"""Sealed JSON: small objects that people can read, and in which any damage is noticed (docs/format.md, section 11.1)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SEAL_BYTES = 2 + len('"digest": ""') + 32 + 3
 
 
 def seal(kind: str, members: dict[str, Any]) -> bytes:
-    """The bytes of an object. The same content gives the same bytes. ValueError for NaN and what JSON does not have."""
+    """The bytes of an object. The same content gives the same bytes. ValueError for NaN and for values that JSON cannot hold."""
     content = {"fastckpt": kind, "format": FORMAT, **members}
     lines = [f"{_text(key)}: {_text(content[key])}" for key in sorted(content)]
     body = ("{\n" + ",\n".join(lines)).encode()
@@ -30,12 +30,13 @@ def _text(value: Any) -> str:
 
 
 def seal_of(data: bytes) -> str:
-    """The digest that a sealed object carries, which names its content. `data` comes from `seal` or has passed `unseal`."""
+    """The digest inside a sealed object, which identifies its content. `data` comes from `seal` or has passed `unseal`."""
     return data[-_SEAL_BYTES:].decode().split('"')[3]
 
 
 def unseal(data: bytes, kind: str | tuple[str, ...], source: str) -> dict[str, Any]:
-    """Check and read a sealed object of one of these kinds. CorruptCheckpointError or UnsupportedFormatError; `source` is for their texts.
+    """Check and read a sealed object of one of these kinds. CorruptCheckpointError or UnsupportedFormatError; source: a name for their
+    texts.
 
     The result holds `digest`, and `fastckpt` with the kind. The caller checks the other members.
     """

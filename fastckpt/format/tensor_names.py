@@ -12,14 +12,14 @@ import numpy as np
 
 _MAX_REPR = 200
 _MAX_DEPTH = 3
-# Types whose `repr` looks at nothing but themselves.
+# Types whose `repr` runs no foreign code.
 _SHOWN = frozenset({bool, float, complex, type(None), type(...), datetime.date, datetime.datetime, datetime.timedelta})
 _SHOWN_BY_NAME = frozenset({("torch", "dtype"), ("torch", "device"), ("torch", "layout"), ("torch", "memory_format")})
 
 
 @dataclass(frozen=True)
 class ReprKey:
-    """A key that is neither an integer nor a valid Unicode string, by its text. For people; not unique."""
+    """The text of a key that is neither an integer nor a valid Unicode string. For people; not unique."""
 
     text: str
 
@@ -32,9 +32,10 @@ Name = tuple[Key, ...]
 
 
 def key_of(value: object, position: int | None = None) -> Key:
-    """The typed key for any Python dictionary key. Runs no code of the key's class: a parameter's `repr` copies it from its device.
+    """The typed key for any Python dictionary key. Runs no code of the key's class: a parameter's `repr`, for example, would copy it from
+    its device.
 
-    position: of the key in its dictionary, which tells keys apart that have no text of their own.
+    position: the key's position in its dictionary; it distinguishes keys that have no text of their own.
     """
     if type(value) is int and abs(value) < 1 << 63:
         return value
@@ -47,7 +48,7 @@ def key_of(value: object, position: int | None = None) -> Key:
 
 
 def _text(value: Any, depth: int) -> str | None:
-    """How a value of a type that is known not to run foreign code shows itself; None for all others."""
+    """The text of a value whose type is known to run no foreign code; None for all other types."""
     kind: Any = type(value)
     if issubclass(kind, enum.Enum):
         return f"<{kind.__name__}.{object.__getattribute__(value, '__dict__').get('_name_')}>"
@@ -90,7 +91,7 @@ def to_json(name: Name) -> list[Any]:
 
 
 def from_json(value: Any) -> Name:
-    """The inverse of to_json; ValueError in words for anything else."""
+    """The inverse of to_json. Anything else is a ValueError that says why."""
     if not isinstance(value, list):
         raise ValueError(f"a name is an array of keys, not {type(value).__name__}")
     keys: list[Key] = []
@@ -112,5 +113,5 @@ def canonical(name: Name) -> tuple[tuple[int, int, str], ...]:
 
 
 def dotted(name: Name) -> str:
-    """How people write a name: model.wte.weight. Not unique (1 and "1" look alike)."""
+    """The name as people write it: model.wte.weight. Not unique (1 and "1" look alike)."""
     return ".".join(str(key) for key in name) or "(the object itself)"

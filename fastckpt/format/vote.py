@@ -1,4 +1,4 @@
-"""What a vote says about the save it belongs to, and the commit record that follows from all votes (docs/format.md, section 11.2)."""
+"""Content of a vote about its save, and the commit record that follows from all votes (docs/format.md, section 11.2)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastckpt.format.repository_records import Commit, Parent, VoteEntry, metric
 
 
 def vote_name(save: SaveId, rank: int, world: int, data: bytes) -> VoteName:
-    """The name that a vote of these bytes has."""
+    """The name of a vote with these bytes."""
     return VoteName(save, rank, world, len(data), digest(data).hex())
 
 
@@ -36,7 +36,7 @@ class SaveInfo:
 
 @dataclass(frozen=True)
 class Vote:
-    """What a commit record needs to know of a vote, whether it was read or built here."""
+    """The facts about a vote that a commit record needs, whether the vote was read or built here."""
 
     name: VoteName
     info: SaveInfo
@@ -44,7 +44,7 @@ class Vote:
     parts: Mapping[str, tuple[int, int]]
     """Offset and bytes of each part of the index."""
     files: tuple[FileEntry, ...]
-    """The packs that it names."""
+    """The packs that the vote names."""
 
 
 def part_ranges(footer: Footer) -> dict[str, tuple[int, int]]:
@@ -67,7 +67,7 @@ def save_to_json(info: SaveInfo) -> dict[str, Any]:
 
 
 def save_info(directory: Directory, name: VoteName, source: str) -> SaveInfo:
-    """Read it, and check that the vote is the one its name says. CorruptCheckpointError lists what differs."""
+    """Read a vote's member `save`, and check that it agrees with the vote's name. CorruptCheckpointError lists the differences."""
     value = JsonFields(directory.save, Findings("directory", source))
     epoch, attempt = value.integer("epoch", 1, MAX_EPOCH), value.integer("try", 0, MAX_TRY)
     said = (epoch, directory.step, attempt, directory.rank, directory.world)
@@ -88,7 +88,7 @@ def save_info(directory: Directory, name: VoteName, source: str) -> SaveInfo:
 
 
 def commit_of(votes: Sequence[Vote], source: str) -> Commit:
-    """The commit record of a try, from the votes of all ranks, rank 0's first. The same votes give the same record."""
+    """The commit record of a try, from the votes of all ranks, rank 0's first. The same votes always give the same record."""
     name, first, directory = votes[0].name, votes[0].info, votes[0].directory
     for i, vote in enumerate(votes):
         expected = (first.save, first.parent, i)

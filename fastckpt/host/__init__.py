@@ -1,1 +1,1 @@
-"""This machine, its interpreter and its torch: threads, memory, files, and what is asked of them below every other room."""
+"""This machine, its interpreter and its torch: threads, memory, files. Everything that the rooms above ask of them."""

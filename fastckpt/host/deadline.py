@@ -7,11 +7,11 @@ import time
 from dataclasses import dataclass
 
 LONGEST_S = 1e9
-"""Thirty years. The system's waits take no infinity."""
+"""About thirty years. The system's waits do not accept infinity."""
 
 
 def bounded(seconds: float) -> float:
-    """A time-out that can be waited for: infinity, and what is as good, becomes `LONGEST_S`."""
+    """A time-out that can be waited for: infinity and larger numbers become `LONGEST_S`."""
     return min(seconds, LONGEST_S)
 
 
@@ -23,17 +23,17 @@ class Deadline:
     """
 
     at_s: float
-    """By `time.monotonic()`; `math.inf`: never."""
+    """The moment by `time.monotonic()`; `math.inf`: never."""
     why: str
-    """What set it, to be put into a sentence: "max_stall_s", "the notice", "close_timeout_s"."""
+    """The limit that set it, as part of a sentence: "max_stall_s", "the notice", "close_timeout_s"."""
 
     @classmethod
     def after(cls, seconds: float | None, why: str) -> Deadline:
-        """So many seconds from now. None: never."""
+        """The moment this many seconds from now. None: never."""
         return cls(math.inf if seconds is None else time.monotonic() + seconds, why)
 
     def left_s(self) -> float | None:
-        """Seconds until then, not less than 0. None: never, which is what the waits of `threading` take for it."""
+        """Seconds until the moment, at least 0. None: never, in the sense of the waits of `threading`."""
         return None if self.at_s == math.inf else bounded(max(0.0, self.at_s - time.monotonic()))
 
     def expired(self) -> bool:
@@ -46,4 +46,4 @@ class Deadline:
 
 
 NEVER = Deadline(math.inf, "never")
-"""Never expires, and no other is later."""
+"""Never expires; no deadline is later."""

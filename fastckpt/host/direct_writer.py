@@ -1,4 +1,4 @@
-"""Writes a file front to back past the page cache, where the file system can."""
+"""Writes a file from front to back past the page cache, where the file system supports it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DirectWriter:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._direct: bool | None = None
-        """None: not tried yet."""
+        """None: direct writing was not tried yet."""
         self._rooms: list[U8] = []
         self._filled = 0
         self._writer: WorkerPool | None = None
@@ -62,7 +62,7 @@ class DirectWriter:
             if not self._rooms:
                 self._rooms = [fresh_pages(_DIRECT_BYTES) for _ in range(2)]
             n = min(_DIRECT_BYTES - self._filled, view.nbytes)
-            # np.copyto lets go of the GIL, without which the other thread would not even begin.
+            # np.copyto releases the GIL; otherwise the other thread would not even begin.
             np.copyto(self._rooms[0][self._filled : self._filled + n], np.frombuffer(view[:n], np.uint8))
             self._filled, view = self._filled + n, view[n:]
             if self._filled == _DIRECT_BYTES:
@@ -77,13 +77,13 @@ class DirectWriter:
         self._filled = 0
 
     def _settle(self) -> None:
-        """Wait for the buffer under way; raises what went wrong with it."""
+        """Wait until the buffer in flight is written. Raises the error of that write."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def flush(self) -> None:
-        """Write what is left; nothing is written after this."""
+        """Write the remaining bytes; nothing may be written after this."""
         self._settle()
         if self._filled:
             if self._direct:
@@ -92,7 +92,7 @@ class DirectWriter:
         self.close()
 
     def close(self) -> None:
-        """Nobody writes any more. May be called twice."""
+        """End the writing thread. May be called twice."""
         if self._writer is not None:
             self._writer.close()
         self._rooms, self._filled, self._pending = [], 0, None
@@ -104,7 +104,7 @@ class DirectWriter:
             try:
                 n = os.write(self._fd, view[:_WRITE_BYTES])
             except OSError as error:
-                # Larger blocks than ours, or a short write has left the file in the middle of one.
+                # The device has larger blocks than ours, or a short write left the file position in the middle of a block.
                 if not self._direct or error.errno != errno.EINVAL:
                     raise
                 self._set_direct(False)
@@ -117,7 +117,7 @@ class DirectWriter:
             flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
             try:
                 fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | flag if wanted else flags & ~flag)
-            except OSError:  # a file system in memory, FUSE
+            except OSError:  # file systems in memory and FUSE may refuse it
                 wanted = False
         self._direct = wanted and bool(flag)
 

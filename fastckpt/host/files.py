@@ -1,4 +1,4 @@
-"""Files that are replaced whole: how one is created, synced, renamed and removed so that a crash leaves the old one or the new one.
+"""Files that are replaced as a whole: creates, syncs, renames and removes them so that a crash leaves either the old file or the new one.
 
 A new file becomes visible in one step and only when it is whole and on stable storage:
 
@@ -7,7 +7,7 @@ A new file becomes visible in one step and only when it is whole and on stable s
 An unnamed file vanishes with the process, so a killed save leaves nothing behind. Where the file system has no O_TMPFILE, a temporary
 name next to the target is used from the start, and a kill leaves that file.
 
-What cannot be replaced is written where it lies: `writing/sinks.py`.
+Targets that cannot be replaced are written in place: `writing/sinks.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COPY_BYTES = 16 << 20
 
 
 def sync_directory(path: str) -> None:
-    """fsync a directory: until then a rename in it may be lost with the power."""
+    """fsync a directory. Until then a power failure may undo a rename in it."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -50,7 +50,7 @@ _warned_of_directories = False
 
 
 def _warn_of_directories(path: str, error: OSError) -> None:
-    """Once a process: SMB and some FUSE file systems cannot sync a directory."""
+    """Warn once per process: SMB and some FUSE file systems cannot sync a directory."""
     global _warned_of_directories  # noqa: PLW0603 - told twice at worst
     if not _warned_of_directories:
         _warned_of_directories = True
@@ -62,8 +62,9 @@ def _warn_of_directories(path: str, error: OSError) -> None:
 
 
 def _rename_if_absent(source: str, target: str) -> None:
-    """renameat2(2) with RENAME_NOREPLACE: FileExistsError if there is something at `target`. OSError where the system or the file system
-    has no such call."""
+    """renameat2(2) with RENAME_NOREPLACE: FileExistsError if there is something at `target`. OSError if the system or the file system lacks
+    this call.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), target)
@@ -82,7 +83,7 @@ class NoAtomicCreateError(OSError):
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Puts the path into errors of calls that know a descriptor only: "No space left on device" alone does not say which one."""
+    """Put the path into errors of calls that know only a descriptor: "No space left on device" alone does not say which device."""
     try:
         yield
     except OSError as error:
@@ -94,17 +95,18 @@ def naming(path: str) -> Iterator[None]:
 class AtomicFile:
     """A Sink that replaces the file at `path` whole or not at all.
 
-    A symbolic link is followed and stays; a hard link is not: other names keep the old file. The new file takes over the old one's owner,
-    group, permissions and attributes where this process may set them; one without an old file has the permissions that the umask leaves.
+    A symbolic link is followed and stays. Other hard links keep the old file. The new file takes over the old one's owner, group,
+    permissions and attributes, where this process may set them. If there was no old file, the umask decides about the permissions.
     """
 
     def __init__(self, path: str, *, exclusive: bool = False) -> None:
-        """exclusive: `commit` raises FileExistsError if there is something at the path, and leaves it alone."""
+        """exclusive: `commit` raises FileExistsError if the path exists already, and does not touch it."""
         self._exclusive = exclusive
         self._path = path
         self._target = os.path.realpath(path)
         self._directory, name = os.path.split(self._target)
-        for parent in (os.path.dirname(path), self._directory):  # as it was given first: torch.save's words
+        # the path as given comes first, so that the error has the same words as torch.save's
+        for parent in (os.path.dirname(path), self._directory):
             if parent and not os.path.isdir(parent):
                 raise SaveError(f"Parent directory {parent} does not exist.")
         if os.path.isdir(self._target):
@@ -112,13 +114,13 @@ class AtomicFile:
         short = os.fsencode(name)[:150].decode("utf-8", "ignore")  # a file name has at most 255 bytes
         self._temporary = os.path.join(self._directory, f".{short}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         self._name: str | None = None
-        """The temporary name, from just before the file may have it until the rename."""
+        """The temporary name; set shortly before the file may have it, until the rename."""
         self._fd = -1
         self._writer: DirectWriter | None = None
         try:
             self._fd = self._create()
             if not exclusive:
-                take_over(self._fd, self._target)  # before there are bytes that others must not read
+                take_over(self._fd, self._target)  # before the file holds bytes that others must not read
             self._writer = DirectWriter(self._fd)
         except BaseException:
             self.abandon()
@@ -130,7 +132,7 @@ class AtomicFile:
                 fd = os.open(self._directory, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
                 if os.path.exists(f"/proc/self/fd/{fd}"):
                     return fd
-                os.close(fd)  # no /proc in this sandbox: an unnamed file could never be given a name
+                os.close(fd)  # this sandbox has no /proc: an unnamed file could never be given a name
             except OSError as error:
                 # Not every file system has unnamed files (NFS, FUSE, old overlayfs); kernels before 3.11 answer EISDIR.
                 if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
@@ -139,7 +141,7 @@ class AtomicFile:
         try:
             return os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError:
-            self._name = None  # 32 random bits met somebody else's file: not ours to remove
+            self._name = None  # 32 random bits were equal to another program's file name: do not remove that file
             raise
 
     def write(self, data: Any) -> None:
@@ -155,7 +157,9 @@ class AtomicFile:
         assert self._writer is not None
         self._writer.flush()
         if not self._exclusive:
-            take_over(self._fd, self._target)  # again: an earlier save, or somebody else, may have changed it meanwhile
+            take_over(
+                self._fd, self._target
+            )  # again: an earlier save, or another program, may have changed it meanwhile
         os.fsync(self._fd)
         if self._exclusive:
             self._link_exclusively()
@@ -177,7 +181,7 @@ class AtomicFile:
         sync_directory(self._directory)
 
     def _give_name(self, name: str) -> None:
-        """Where the file has none yet."""
+        """Give the file a name, if it has none yet."""
         if self._name is not None:
             return
         self._name = name
@@ -190,7 +194,7 @@ class AtomicFile:
             self._copy_to(name)
 
     def _copy_to(self, name: str) -> None:
-        """A file system with unnamed files and without links: the bytes go to a named one."""
+        """Copy the bytes to a named file: for file systems that have unnamed files but no links."""
         named = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.fchmod(named, stat.S_IMODE(os.fstat(self._fd).st_mode))
@@ -207,7 +211,7 @@ class AtomicFile:
             os.close(named)
 
     def _link_exclusively(self) -> None:
-        """link(2) creates a name only if it is free; where a file system has no links, renameat2(2) may."""
+        """Create the name only if it is free: by link(2) or, where a file system has no links, by renameat2(2)."""
         try:
             if self._name is None:
                 os.link(f"/proc/self/fd/{self._fd}", self._target, src_dir_fd=self._fd, follow_symlinks=True)
@@ -263,7 +267,9 @@ class AtomicFile:
 
 
 def make_directories(path: str) -> None:
-    """mkdir -p, each new entry synced into its parent: without that a power cut could take the directory and all that is in it."""
+    """mkdir -p, with an fsync of the parent for each new entry: otherwise a power failure could remove the directory and everything in
+    it.
+    """
     missing = []
     while not os.path.isdir(path):
         missing.append(path)
@@ -278,13 +284,13 @@ def make_directories(path: str) -> None:
 
 
 def remove_file(path: str) -> None:
-    """Unlink, durably: what is removed afterwards is not found without this one gone too. FileNotFoundError."""
+    """Unlink durably: after a crash, an object that is removed later is never gone while this one is still there. FileNotFoundError."""
     os.unlink(path)
     sync_directory(os.path.dirname(path))
 
 
 def remove_empty_directories(path: str, root: str) -> None:
-    """Remove a directory and its parents below the root as long as they are empty; others' files in them are no error."""
+    """Remove a directory and its parents below the root, as long as they are empty. A directory with other files in it is no error."""
     while path != root and path.startswith(root):
         try:
             os.rmdir(path)

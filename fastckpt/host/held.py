@@ -1,4 +1,6 @@
-"""Files that cannot be replaced by another one: a descriptor's name, a file that somebody holds open, a directory that is closed to us."""
+"""Recognises files that cannot be replaced: the name of a descriptor, a file that somebody holds open, a file in a directory that we may
+not write to.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ import stat
 from pathlib import Path
 
 _DESCRIPTORS = re.compile(r"/proc/([0-9]+)(?:/task/[0-9]+)?/fd")
-_MAX_LINKS = 40  # Linux follows no more
+_MAX_LINKS = 40  # Linux follows no more links
 
 
 def descriptor_of(path: str) -> tuple[int, int] | None:
-    """Process and number of the descriptor that a path leads to (/dev/stdout, /dev/fd/N, /proc/self/fd/N, a link to one of these)."""
+    """Process id and number of the descriptor that a path leads to (/dev/stdout, /dev/fd/N, /proc/self/fd/N, or a link to one of these)."""
     for _ in range(_MAX_LINKS):
         directory, name = os.path.split(path)
         directory = os.path.realpath(directory or ".")
@@ -25,13 +27,13 @@ def descriptor_of(path: str) -> tuple[int, int] | None:
             return int(found[1]), int(name)
         try:
             path = os.path.join(directory, os.readlink(os.path.join(directory, name)))
-        except OSError:  # no link, or nothing
+        except OSError:  # not a link, or nothing there
             return None
     return None
 
 
 def is_own(process: int) -> bool:
-    """Whether the process is this one, as /proc numbers it."""
+    """Whether a process number of /proc means this process."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self") == str(process)
     return False
@@ -45,13 +47,13 @@ def held_open(path: str) -> bool:
     """
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError:  # may not be written: then not in place either
+    except OSError:  # the file may not be written: then it is not written in place either
         return False
     try:
         if not hasattr(fcntl, "F_SETLEASE"):
             return _own_descriptor(os.fstat(fd), fd, os.O_RDONLY) is not None
-        # Who opens the file in these microseconds breaks the lease, and the signal for that is SIGIO, which would end this process. SIGURG
-        # is ignored.
+        # If somebody opens the file in these microseconds, the lease is broken, and the signal for that is SIGIO, which would end this
+        # process. SIGURG is ignored.
         fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
@@ -63,7 +65,7 @@ def held_open(path: str) -> bool:
 
 
 def held_for_writing(found: os.stat_result) -> int | None:
-    """A descriptor of this process that is open for writing on this file."""
+    """A descriptor of this process that has this file open for writing."""
     return _own_descriptor(found, -1, os.O_WRONLY)
 
 
@@ -73,7 +75,7 @@ def _own_descriptor(found: os.stat_result, but: int, least: int) -> int | None:
     except OSError:  # no /proc
         return None
     for number in numbers:
-        with contextlib.suppress(OSError):  # closed since
+        with contextlib.suppress(OSError):  # closed in between
             same = os.path.samestat(os.fstat(number), found)
             if same and number != but and fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE >= least:
                 return number
@@ -81,7 +83,7 @@ def _own_descriptor(found: os.stat_result, but: int, least: int) -> int | None:
 
 
 def why_not_replaced(path: str, found: os.stat_result) -> tuple[int, str] | None:
-    """Error number and words, if another file cannot be put in the place of the one at the resolved `path`."""
+    """The error number and a reason in words, if no other file can be put in the place of the one at the resolved `path`; else None."""
     directory = os.path.dirname(path)
     if path in _mount_points():
         return errno.EBUSY, "it is a mount point"

@@ -1,4 +1,4 @@
-"""Ctrl-C and its like, in places that must not be left halfway."""
+"""Delays Ctrl-C and similar signals in code that must not be left halfway."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-# Signals for which programs set handlers that raise; torch's handler of SIGCHLD does, when a worker of a DataLoader dies. The signals of a
-# profiler (SIGPROF) or a debugger are not held back.
+# Signals for which programs install handlers that raise: torch's handler of SIGCHLD raises when a DataLoader worker dies. The signals of a
+# profiler (SIGPROF) or a debugger are not delayed.
 _SIGNALS = [
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGCHLD")
@@ -20,10 +20,11 @@ _SIGNALS = [
 
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[None]:
-    """Signals whose handlers are Python's are handled at the end of the block. For a few milliseconds, and the main thread: others are
-    never interrupted.
+    """Within this block, signals with Python handlers are held; they are handled at its end. For blocks of a few milliseconds in the main
+    thread; signals never interrupt other threads.
 
-    A handler may raise between any two instructions, as that of SIGINT does, so no order of statements hands memory over safely.
+    A handler may raise between any two instructions, as that of SIGINT does. So no order of statements alone can transfer the ownership of
+    memory safely.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -44,15 +45,17 @@ def deferred_interrupt() -> Iterator[None]:
     finally:
         for number, handler in reversed(
             handlers.items()
-        ):  # a notice's own may set another one of SIGCHLD: that comes first
+        ):  # a notice's handler may set another handler for SIGCHLD: that one counts
             signal.signal(number, handler)
-        with contextlib.ExitStack() as every_one:  # also if one of them raises
-            for number, frame in sorted(came.items(), reverse=True):  # called lowest first, as the interpreter does
+        with contextlib.ExitStack() as every_one:  # also if one of the handlers raises
+            for number, frame in sorted(
+                came.items(), reverse=True
+            ):  # so that the lowest number is handled first, as the interpreter does
                 every_one.callback(_handle, number, frame)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    """By the handler that is set now: that of a lower number may have set another."""
+    """Call the handler that is set now: the handler of a lower number may have changed it."""
     handler = signal.getsignal(number)
     if callable(handler):
         handler(number, frame)

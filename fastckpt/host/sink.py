@@ -1,4 +1,6 @@
-"""What a file, an object or a stream is to the code that writes a checkpoint: written front to back, then whole or forgotten."""
+"""The interface of a file, an object or a stream for the code that writes a checkpoint: written from front to back, then committed or
+abandoned.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,20 @@ from typing import Any, Protocol, TypeVar
 
 
 class Sink(Protocol):
-    """Where bytes go: written front to back, then finished or abandoned. Used by one thread.
+    """A place for bytes: written from front to back, then committed or abandoned. Used by one thread.
 
-    `host/files.py` has the one that replaces a file; `writing/sinks.py`, `writing/object_sink.py` and `writing/ordered_sink.py` the others.
+    Implementations: `host/files.py` replaces a file; the others are in `writing/sinks.py`, `writing/object_sink.py` and
+    `writing/ordered_sink.py`.
     """
 
     def write(self, data: Any) -> None:
         """Append a buffer. On return the caller may reuse it."""
 
     def commit(self) -> None:
-        """Make what was written durable and visible (paths) or flush it (file objects)."""
+        """Make the written bytes durable and visible (paths), or flush them (file objects)."""
 
     def abandon(self) -> None:
-        """Forget what was written: the target stays as it was. Never raises. May be called after a `commit` that failed."""
+        """Forget the written bytes: the target stays as it was. Never raises. May be called after a `commit` that failed."""
 
 
 S = TypeVar("S", bound=Sink)
@@ -28,7 +31,7 @@ S = TypeVar("S", bound=Sink)
 
 @contextlib.contextmanager
 def abandoning(sink: S) -> Iterator[S]:
-    """Abandons if the block ends in an error, KeyboardInterrupt included."""
+    """Abandon the sink if the block ends in an error, KeyboardInterrupt included."""
     try:
         yield sink
     except BaseException:
@@ -38,9 +41,10 @@ def abandoning(sink: S) -> Iterator[S]:
 
 @contextlib.contextmanager
 def committing(sink: S) -> Iterator[S]:
-    """Commits at the end of the block; abandons if the block or the commit ends in an error, KeyboardInterrupt included.
+    """Commit the sink at the end of the block. Abandon it if the block or the commit ends in an error, KeyboardInterrupt included.
 
-    A generator, so that an interrupt which comes just as the block ends abandons too: at the latest when the generator is collected.
+    This is a generator so that an interrupt at the very end of the block abandons the sink, too: at the latest when the generator is
+    collected.
     """
     try:
         yield sink

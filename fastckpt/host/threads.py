@@ -1,16 +1,16 @@
-"""Threads of our own: a pool for one save or load, and the interpreter's end, which waits for them.
+"""Threads of fastckpt: a pool for one save or load, and the wait for them at the interpreter's end.
 
-Our threads are daemons that the interpreter's end waits for, EXIT_TIMEOUT_S at most. ThreadPoolExecutor will not do: it refuses work once
-the interpreter begins to shut down, and a `save_async` at the end of a script still has most of its work before it. Threads that are no
-daemons will not do either: if a store hangs, they keep the process alive for ever.
+The threads are daemons, and at exit the interpreter waits for them, for EXIT_TIMEOUT_S at most. ThreadPoolExecutor cannot be used: it
+refuses work once the interpreter begins to shut down, when a `save_async` at the end of a script still has most of its work to do.
+Non-daemon threads cannot be used either: if a store hangs, they keep the process alive for ever.
 
-How an interpreter ends, and from when on no thread can be started:
+The stages of an interpreter's end, and the stage after which no thread can be started:
 
     main thread's end ─→ callbacks of `threading` ─→ threads that are no daemons end ─→ atexit's handlers ─→ objects and modules go
            └ Python 3.12.0 to 3.12.2                                                                       └ all; before 3.12 `start` hangs
 
-We wait twice: in `threading`'s callback, and in atexit's, for saves of the threads in between. What is begun when no thread can be started,
-or when nobody would wait for it any more, is done by the thread that has it: slower, and just as durable.
+We wait twice: in `threading`'s callback, and again in atexit's, for saves that other threads begin in between. A save that begins when no
+thread can be started, or when nobody would wait for one any more, runs on the calling thread: slower, but just as durable.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ logger = logging.getLogger("fastckpt")
 
 ENV_EXIT_TIMEOUT = "FASTCKPT_EXIT_TIMEOUT_S"
 EXIT_TIMEOUT_S = 600.0
-"""How long the end of the interpreter waits for saves under way. FASTCKPT_EXIT_TIMEOUT_S overrides it."""
+"""How long the interpreter waits at exit for saves under way. FASTCKPT_EXIT_TIMEOUT_S overrides it."""
 
 _unfinished: set[threading.Thread] = set()
 _given_up: set[threading.Thread] = set()
-"""Those of them that are not waited for any more."""
+"""Unfinished threads for which nobody waits any more."""
 _ending = False
 _over = False
-"""Nobody will wait for a thread that is started now."""
+"""True: nobody will wait for a thread that is started now."""
 _when_over: list[Callable[[], None]] = []
 _pools: weakref.WeakSet[WorkerPool] = weakref.WeakSet()
-_lock = threading.RLock()  # a signal's handler may save while the main thread is in here
+_lock = threading.RLock()  # reentrant: a signal handler may save while the main thread holds it
 _hurried = 0
 
 
 def start(thread: threading.Thread) -> bool:
-    """Start a thread. False where the interpreter's end allows none: its caller goes without it, or does the work itself."""
+    """Start a thread. False if the interpreter is ending and allows none: then the caller does the work itself, or without a thread."""
     if _over:
         return False
     try:
         thread.start()
-    except RuntimeError as error:  # Python 3.13's has a type of its own, and the same words
+    except RuntimeError as error:  # Python 3.13 raises a subclass of its own, with the same text
         if "interpreter shutdown" not in str(error):
             raise
         return False
@@ -60,11 +60,13 @@ def start(thread: threading.Thread) -> bool:
 
 
 def start_thread(run: Callable[[], None], name: str) -> threading.Thread | None:
-    """Start a thread that the interpreter's end waits for. None where that allows none: the caller does the work itself."""
+    """Start a thread for which the interpreter waits at exit. None if the interpreter is ending and allows none: then the caller does the
+    work itself.
+    """
     thread = threading.Thread(target=run, name=name, daemon=True)
-    with _lock:  # from `_over` to the thread's beginning
+    with _lock:  # held from the check of `_over` until the thread has begun
         # Threads that have ended are removed here. If a thread removed itself, it could still release tensors between that moment and its
-        # very end, and the interpreter's end kills a process that does so.
+        # very end, and doing so at the interpreter's end crashes the process.
         for threads in (_unfinished, _given_up):
             threads.difference_update([one for one in threads.copy() if one.ident is not None and not one.is_alive()])
         _unfinished.add(thread)
@@ -78,7 +80,7 @@ def start_thread(run: Callable[[], None], name: str) -> threading.Thread | None:
 
 
 def exit_timeout_s() -> float:
-    """How long the end of a process may take because of saves under way."""
+    """How long the end of a process may be delayed by saves under way."""
     try:
         return float(os.environ.get(ENV_EXIT_TIMEOUT, EXIT_TIMEOUT_S))
     except ValueError:
@@ -87,12 +89,12 @@ def exit_timeout_s() -> float:
 
 
 def when_over(call: Callable[[], None]) -> None:
-    """Have something called at the interpreter's end, after saves under way. Until `forget_when_over` of an equal one."""
+    """Register a call for the interpreter's end, after saves under way. `forget_when_over` with an equal call removes it."""
     _when_over.append(call)
 
 
 def forget_when_over(call: Callable[[], None]) -> None:
-    """Undo `when_over`, if there was one."""
+    """Undo `when_over`, if it was called."""
     with contextlib.suppress(ValueError):
         _when_over.remove(call)
 
@@ -111,13 +113,13 @@ def _wait() -> None:
             running[0].join(max(0.0, end - time.monotonic()))
             if running[0].is_alive():
                 _give_up(running, f"{timeout_s:g} s after its main thread", f". {ENV_EXIT_TIMEOUT} gives them longer")
-    except BaseException as error:  # Ctrl-C, by somebody who will not wait
+    except BaseException as error:  # Ctrl-C: the user does not want to wait
         _give_up(_running(), f"interrupted by {type(error).__name__}")
         raise
 
 
 def _give_up(threads: list[threading.Thread], why: str, advice: str = "") -> None:
-    _given_up.update(threads)  # the next wait is for others
+    _given_up.update(threads)  # the next wait does not wait for these
     names = ", ".join(sorted(thread.name for thread in threads))
     logger.error(
         "the process ends with saves under way, %s (%s): what they save is not committed%s", why, names, advice
@@ -125,7 +127,7 @@ def _give_up(threads: list[threading.Thread], why: str, advice: str = "") -> Non
 
 
 def is_ending() -> bool:
-    """Whether the interpreter's end has begun: what nobody waits for need not go on."""
+    """Whether the interpreter has begun to end: work that nobody waits for need not go on."""
     return _ending
 
 
@@ -142,15 +144,16 @@ def _end() -> None:
     finally:
         with _lock:
             _over = True
-    _wait()  # for those begun meanwhile
+    _wait()  # for saves that began meanwhile
     while _when_over:
         _when_over.pop()()
 
 
 def _register() -> bool:
-    """False: this is imported while the interpreter ends, and it is too late."""
+    """Register the waits. False: this module is imported while the interpreter ends, and it is too late."""
     try:
-        # First: what is registered last is called first, and stores that others wrote may use these executors until saves are done.
+        # Imported first: callbacks run in reverse order of registration, and stores of other authors may use these executors until saves
+        # are done.
         import concurrent.futures.thread  # noqa: F401
 
         register: Callable[[Callable[[], None]], object] = getattr(threading, "_register_atexit", atexit.register)
@@ -165,7 +168,7 @@ _over = not _register()
 
 
 def _in_forked_child() -> None:
-    """The threads stayed in the parent."""
+    """A forked child has none of the parent's threads."""
     global _lock, _hurried
     _lock, _hurried = threading.RLock(), 0
     _unfinished.clear()
@@ -181,7 +184,8 @@ if hasattr(os, "register_at_fork"):
 def hurried() -> Iterator[None]:
     """While this context is open, background work runs at ordinary priority: the caller is blocked on it.
 
-    A thread that has lowered its priority cannot raise it again, unless it is root's: so pools get more threads, of ordinary priority.
+    A thread that has lowered its priority cannot raise it again without root's rights. So pools get additional threads of ordinary
+    priority.
     """
     global _hurried  # noqa: PLW0603 - under the lock
     with _lock:
@@ -189,7 +193,7 @@ def hurried() -> Iterator[None]:
         pools = list(_pools)
     try:
         for pool in pools:
-            with contextlib.suppress(RuntimeError):  # no more threads to be had: then at the pace of those it has
+            with contextlib.suppress(RuntimeError):  # no more threads can be started: continue with the existing ones
                 pool.hurry()
         yield
     finally:
@@ -198,11 +202,12 @@ def hurried() -> Iterator[None]:
 
 
 class WorkerPool:
-    """`threads` threads that run what is submitted, in order. Made and closed by its owner; never outlives the operation.
+    """A fixed number of threads that run submitted calls in order. Made and closed by its owner; never outlives the operation.
 
-    At the interpreter's end there may be fewer of them, or none: then `inline` is true, and `submit` returns when its call is done.
+    When the interpreter is ending there may be fewer threads, or none. With none `inline` is true, and `submit` returns when its call is
+    done.
 
-    nice: by how much they give way to others while nobody waits for them (Options.background_nice).
+    nice: how much lower the threads' priority is while nobody waits for them (Options.background_nice).
     """
 
     def __init__(self, threads: int, name: str, *, nice: int = 0) -> None:
@@ -222,7 +227,7 @@ class WorkerPool:
         self.inline = not self._threads
 
     def _start(self, nice: int) -> None:
-        """The caller holds the lock: whoever closes meanwhile must know of all threads."""
+        """The caller holds the lock, so that a concurrent `close` knows of all threads."""
         for _ in range(self._n):
             thread = start_thread(lambda: self._work(nice), f"{self._name}-{len(self._threads)}")
             if thread is None:
@@ -230,7 +235,7 @@ class WorkerPool:
             self._threads.append(thread)
 
     def hurry(self) -> None:
-        """From now on work is done at ordinary priority, too."""
+        """From now on do the work at ordinary priority."""
         with _lock:
             if self._nice and not self._cancelled:
                 self._nice = 0
@@ -238,11 +243,11 @@ class WorkerPool:
 
     def _work(self, nice: int) -> None:
         if nice:
-            with contextlib.suppress(OSError, AttributeError):  # not Linux: then at ordinary priority
+            with contextlib.suppress(OSError, AttributeError):  # not Linux: keep ordinary priority
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
         while (item := self._queue.get()) is not None:
             self._run(*item)
-            del item  # or the last chunk's buffers live until the next one comes
+            del item  # otherwise the last chunk's buffers would live until the next chunk comes
 
     def _run(self, future: Future[Any], call: Callable[[], Any]) -> None:
         if self._cancelled:
@@ -251,11 +256,11 @@ class WorkerPool:
             return
         try:
             future.set_result(call())
-        except BaseException as error:  # reaches whoever waits for the future
+        except BaseException as error:  # raised to the thread that waits for the future
             future.set_exception(error)
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Run `call` on one of the threads; on this one, at once, if there are none."""
+        """Run `call` on one of the threads; without threads, at once on the calling thread."""
         future: Future[T] = Future()
         if self.inline:
             self._run(future, call)
@@ -264,7 +269,7 @@ class WorkerPool:
         return future
 
     def close(self) -> None:
-        """Cancel what has not begun, wait for what has, end the threads. May be called twice."""
+        """Cancel calls that have not begun, wait for the others, end the threads. May be called twice."""
         with _lock:
             self._cancelled = True
             threads, self._threads = self._threads, []

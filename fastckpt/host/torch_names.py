@@ -1,7 +1,7 @@
-"""What fastckpt uses of torch that torch does not promise to keep: each name once, which versions have it, and what is done without it.
+"""Private names of torch that fastckpt uses: each name once, with the versions that have it, and the fallback without it.
 
-Nobody else touches a name of torch's that begins with an underscore (tests/unit/test_torch_names.py reads the sources). `make test-matrix`
-runs the whole on the oldest and the newest torch. One that is newer than those is not refused: a name that it lacks is told when it
+No other module uses a name of torch that begins with an underscore (tests/unit/test_torch_names.py reads the sources). `make test-matrix`
+runs all tests on the oldest and the newest supported torch. A newer torch is not refused: if it lacks a name, the error comes when the name
 is needed.
 """
 
@@ -27,7 +27,7 @@ def _missing(name: str, what_for: str) -> ImportError:
     )
 
 
-# As they are now: a program may put fastckpt.load in the place of torch.load, and its own functions must not call themselves.
+# The functions as they are now: a program may replace torch.load by fastckpt.load, and then our calls must not call ourselves.
 torch_load, torch_save = torch.serialization.load, torch.serialization.save
 
 
@@ -39,7 +39,7 @@ except ImportError as error:
     raise _missing("_weights_only_unpickler", "loads that run no foreign code") from error
 
 restricted: Any = _weights_only_unpickler
-"""torch's restricted unpickler, a module as `pickle` is. Since 1.13."""
+"""torch's restricted unpickler, used as a pickle module. Since 1.13."""
 
 try:
     from torch.serialization import _get_restore_location
@@ -50,13 +50,13 @@ restore_location: Any = _get_restore_location
 
 
 def user_allowed_globals() -> dict[str, Any]:
-    """Name → what `torch.serialization.add_safe_globals` has allowed in this process. Since 2.4."""
+    """Name → class or function that the program has allowed with `torch.serialization.add_safe_globals`. Since 2.4."""
     found: dict[str, Any] = restricted._get_user_allowed_globals()
     return found
 
 
 def allowed_globals() -> dict[str, Any]:
-    """Name → what torch itself allows. Since 1.13."""
+    """Name → class or function that torch itself allows. Since 1.13."""
     found: dict[str, Any] = restricted._get_allowed_globals()
     return found
 
@@ -71,24 +71,26 @@ def read_global(readline: Callable[[], bytes]) -> tuple[str, str]:
 
 
 def load_allowing(unpickler: Any, allowed: Callable[[], dict[str, Any]]) -> Any:
-    """`restricted.Unpickler.load` of an unpickler, with another list of what the program allows: a change of torch's own list would be one
-    for the whole process. torch's function as it is, since 1.13; where it is made otherwise, only torch's list holds.
+    """Call `restricted.Unpickler.load` with another list of allowed globals. The list is replaced for this call only, because a change of
+    torch's own list would hold for the whole process. Since 1.13; if torch's function is built differently, only torch's list is used.
     """
     load = restricted.Unpickler.load
-    with contextlib.suppress(AttributeError, TypeError, ValueError):  # wrapped, or it has become a closure
+    with contextlib.suppress(
+        AttributeError, TypeError, ValueError
+    ):  # torch's function may be wrapped, or have become a closure
         load = types.FunctionType(load.__code__, {**vars(restricted), "_get_user_allowed_globals": allowed}, "load")
     return load(unpickler)
 
 
 def is_meta_location(map_location: Any) -> bool:
-    """Whether a load is to have no data. torch's own `_is_meta_location` came with 2.7."""
+    """Whether the load shall read no data. torch's own `_is_meta_location` came with 2.7."""
     return bool(map_location == "meta" or map_location == torch.device("meta"))
 
 
 @contextlib.contextmanager
 def loading_to(map_location: Any) -> Iterator[None]:
-    """torch's rebuilding functions see this map_location, those for tensors whose memory is no storage (wrapper subclasses, tensors rebuilt
-    from arrays). Since 2.1 in a thread's own `_serialization_tls`; torch itself leaves it set when unpickling raises.
+    """Make this map_location visible to torch's functions that rebuild tensors without a storage (wrapper subclasses, tensors rebuilt from
+    arrays). Since 2.1 it is thread-local (`_serialization_tls`); torch itself leaves it set when unpickling raises.
     """
     local: Any = torch.serialization._serialization_tls
     before = local.map_location
@@ -102,7 +104,7 @@ def loading_to(map_location: Any) -> Iterator[None]:
 def fake_mode() -> Any:
     """The FakeTensorMode that is active, or None. Since 2.0.
 
-    It can only be active once its module was imported; asking torch before that would import it, and sympy: 0.3 s.
+    It can be active only after its module was imported. Asking torch earlier would import that module and sympy, which takes 0.3 s.
     """
     if "torch._subclasses.fake_tensor" not in sys.modules:
         return None
@@ -110,7 +112,7 @@ def fake_mode() -> Any:
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a shape and no data, other than on "meta". Since 2.0."""
+    """Whether a tensor has a shape but no data, on a device other than "meta". Since 2.0."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)
 
@@ -123,7 +125,7 @@ def fake_storage(n_bytes: int, location: str) -> UntypedStorage:
 
 
 def forget_sparse_tensors() -> None:
-    """Empty torch's list of rebuilt sparse tensors that wait for its own check. Since 1.13; without the list there is nothing to forget."""
+    """Empty torch's list of rebuilt sparse tensors that wait for torch's own check. Since 1.13; without the list there is nothing to do."""
     waiting = getattr(torch._utils, "_sparse_tensors_to_validate", None)
     if waiting is not None:
         waiting.clear()
@@ -132,11 +134,11 @@ def forget_sparse_tensors() -> None:
 validate_sparse_coo: Any = torch._validate_sparse_coo_tensor_args
 """RuntimeError for indices outside of a shape. Since 1.13; `check_pinning` came with 2.9."""
 validate_sparse_compressed: Any = torch._validate_sparse_compressed_tensor_args
-"""The same for the compressed layouts."""
+"""The same check for the compressed layouts."""
 
 
 def storage_behind(reference: StorageWeakRef) -> UntypedStorage | None:
-    """The storage that a weak reference refers to, if anybody still has it. Since 2.1."""
+    """The storage of a weak reference; None if it was freed. Since 2.1."""
     found: UntypedStorage | None = UntypedStorage._new_with_weak_ptr(reference.cdata)
     return found
 
@@ -145,22 +147,22 @@ def storage_behind(reference: StorageWeakRef) -> UntypedStorage | None:
 
 
 def skips_data() -> bool:
-    """Whether torch.serialization.skip_data is active. Since 2.6; without it nothing can be skipped."""
+    """Whether torch.serialization.skip_data is active. Since 2.6; older versions cannot skip data."""
     return bool(getattr(torch.serialization._serialization_tls, "skip_data", False))
 
 
 def untyped_of(storage: TypedStorage) -> UntypedStorage:
-    """All versions since 2.0. The public way warns: TypedStorage is deprecated, and still what torch pickles."""
+    """All versions since 2.0. The public attribute warns: TypedStorage is deprecated, but torch still pickles it."""
     return storage._untyped_storage
 
 
 def class_of(storage: TypedStorage) -> Any:
-    """torch's class of its element type, which stands in pickles. All versions since 2.0."""
+    """torch's class for its element type, which is the name in pickles. All versions since 2.0."""
     return getattr(torch, storage._pickle_storage_type())
 
 
 def identity(storage: UntypedStorage) -> int:
-    """The address of the storage itself: the same for all tensors over it, whatever Python objects stand for it. All versions."""
+    """The address of the storage itself: the same for all tensors over it, even if different Python objects represent it. All versions."""
     address: int = storage._cdata
     return address
 
@@ -172,14 +174,14 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 def check_dill(pickle_module: Any) -> None:
-    """torch.save's and torch.load's own check of `pickle_module`. Since 1.5; without it dill's own error comes."""
+    """Check `pickle_module` as torch.save and torch.load do. Since 1.5; without it, dill raises its own error."""
     check = getattr(torch.serialization, "_check_dill_version", None)
     if check is not None:
         check(pickle_module)
 
 
 def check_can_write(f: Any) -> None:
-    """torch.save's own check of its target: AttributeError in its words. Since 1.6."""
+    """Check a target as torch.save does: AttributeError with its text. Since 1.6."""
     check = getattr(torch.serialization, "_check_save_filelike", None)
     if check is not None:
         check(f)
@@ -188,7 +190,7 @@ def check_can_write(f: Any) -> None:
 
 
 def check_can_seek(f: Any) -> None:
-    """torch.load's own check of its source: AttributeError in its words. Since 0.4."""
+    """Check a source as torch.load does: AttributeError with its text. Since 0.4."""
     check = getattr(torch.serialization, "_check_seekable", None)
     if check is not None:
         check(f)
@@ -200,7 +202,7 @@ def check_can_seek(f: Any) -> None:
 
 
 def without_subclasses() -> contextlib.AbstractContextManager[Any]:
-    """Attributes of tensors are read past `__torch_function__` of subclasses. Since 2.0."""
+    """Context in which attributes of tensors are read without calling `__torch_function__` of subclasses. Since 2.0."""
     found: contextlib.AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
     return found
 
@@ -213,7 +215,7 @@ def has_storage(tensor: torch.Tensor) -> bool:
 def local_of(tensor: torch.Tensor) -> torch.Tensor | None:
     """A DTensor's own shard; None for other tensors. Since 2.5 (`to_local` takes part in autograd, this does not).
 
-    There can be DTensors only once their module was imported; importing it takes 0.5 s.
+    DTensors exist only after their module was imported; importing it takes 0.5 s.
     """
     module = sys.modules.get("torch.distributed.tensor")
     kind = getattr(module, "DTensor", None)
@@ -224,7 +226,7 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def offset_of_local(tensor: Any) -> tuple[int, ...] | None:
-    """Where a DTensor's shard begins in the whole; None where it is no single block of it, or torch does not tell. Since 2.5."""
+    """Where a DTensor's shard begins in the whole tensor. None if the shard is not a single block, or torch does not tell. Since 2.5."""
     try:
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
     except ImportError:

@@ -1,6 +1,6 @@
-"""The loops that run over every byte, each in three implementations of one meaning.
+"""The loops that run over every byte; each has three implementations with the same results.
 
-`reference` (NumPy) is the definition, `native` (csrc/) is what normally runs, `numba_cpu` is the fallback where there was no
+`reference` (NumPy) is the definition, `native` (csrc/) is what normally runs, `numba_cpu` is the fallback for installations without a
 compiler. `select` chooses. All release the GIL on large buffers and may be called from any thread.
 """
 

@@ -1,6 +1,6 @@
 """The kernels compiled by numba: for installations without the native extension. Imported lazily (about a second, once).
 
-The loops over lanes are compiled; bit packing, the samples and CAST are NumPy's: they see few bytes, or run at memory speed there.
+The loops over lanes are compiled; bit packing, samples and CAST use the NumPy code: they process few bytes, or run at memory speed already.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def merge(stream: Any, base: Any, transform: int, lane_bytes: int, pack_bits: in
 
 
 def warm_up() -> None:
-    """Compile everything: a second or two on the thread that calls it."""
+    """Compile all kernels: takes a second or two on the calling thread."""
     for width in (2, 4, 8):
         raw, base = np.zeros(16, np.uint8), np.zeros(16, np.uint8)
         stream = np.empty(16, np.uint8)

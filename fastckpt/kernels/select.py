@@ -1,4 +1,4 @@
-"""Which implementation of the kernels runs."""
+"""Chooses the implementation of the kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fastckpt.host.threads import start
 from fastckpt.kernels.reference import Estimate
 
-# Importing numba and compiling takes a second or two; the NumPy code does this much in a few milliseconds.
+# Importing numba and compiling takes a second or two; NumPy processes this many bytes in a few milliseconds.
 _NUMBA_FROM_BYTES = 256 * 1024
 
 ENV = "FASTCKPT_KERNELS"
@@ -19,14 +19,16 @@ _CHOICES = ("auto", "native", "numba", "reference")
 
 
 class Kernels(NamedTuple):
-    """One implementation. Buffers are C-contiguous and do not overlap; what each computes is defined by `reference`. Any thread."""
+    """One implementation. Buffers are C-contiguous and do not overlap; `reference` defines the results. Any thread."""
 
     name: str
     crc64nvme: Callable[[Any], int]
     split: Callable[[Any, Any, int, int, int, Any], int | None]
-    """(raw, base, transform, lane bytes, pack bits, stream) → stream bytes; None: does not fit, or not for such numbers."""
+    """(raw, base, transform, lane bytes, pack bits, stream) → stream bytes; None: the stream does not fit, or the transform cannot take
+    these numbers.
+    """
     merge: Callable[[Any, Any, int, int, int, Any], bool]
-    """(stream, base, transform, lane bytes, pack bits, raw) → whether it was a stream of such a chunk."""
+    """(stream, base, transform, lane bytes, pack bits, raw) → whether it can be the stream of such a chunk."""
     sample: Callable[[Any, Any, int], Estimate]
     """(raw, base, lane bytes)."""
     cast: Callable[[Any, Any], None]
@@ -40,9 +42,9 @@ class Kernels(NamedTuple):
     rows: Callable[[Any, Any, Any], None]
     """(data, keys, out)."""
     encode: Callable[[Any, Any, int, int, int, Any], tuple[int, int, bytes] | None] | None
-    """As split, but into a whole zstd frame: (stored bytes, their crc64nvme, digest of raw). None: only native kernels can."""
+    """Like split, but makes a complete zstd frame: (stored bytes, their crc64nvme, digest of raw). None: only native kernels have it."""
     decode: Callable[[Any, Any, int, int, int, Any], bytes | None] | None
-    """(frame, base, transform, lane bytes, pack bits, raw) → digest of raw; None: a frame of another writer, or damage."""
+    """(frame, base, transform, lane bytes, pack bits, raw) → digest of raw; None: the frame is from another writer, or damaged."""
 
 
 @functools.cache
@@ -99,7 +101,7 @@ def _numba_available() -> bool:
 
 
 class _Compiling:
-    """The thread that compiles numba's kernels."""
+    """The thread that compiles the numba kernels."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -109,7 +111,7 @@ class _Compiling:
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="fastckpt-compile", daemon=True)
-                start(self._thread)  # at the interpreter's end there is none, and it is too late to gain by it
+                start(self._thread)  # if the interpreter is ending, no thread starts, and compiling would be useless
 
     def under_way(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -126,7 +128,7 @@ _compiling = _Compiling()
 
 
 def warm_up() -> None:
-    """Compile numba's kernels on a thread of their own, if they are what will run. Returns at once; until it is done NumPy serves."""
+    """Compile the numba kernels on a thread of their own, if they will be used. Returns at once; NumPy is used until they are ready."""
     if os.environ.get(ENV, "auto") == "auto" and not _native_available():
         _compiling.start()
 

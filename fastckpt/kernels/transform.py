@@ -1,4 +1,4 @@
-"""The numbers that codec and format share: transforms and limits of a chunk (docs/format.md, section 4)."""
+"""Numbers shared by codec and format: transforms, and limits of a chunk (docs/format.md, section 4)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ MAX_RAW_BYTES = 4 << 20
 MAX_CHUNK_ELEMENTS = 1 << 20
 PACK_BITS = (1, 2, 4, 8)
 MAX_BASE_CHAIN = 64
-"""Records from a chunk to the base of its base … that has none. A reader decodes them all."""
+"""Longest chain from a chunk over its base, the base of that, and so on, to a chunk without a base. A reader decodes them all."""
 
 
 class Transform(enum.IntEnum):
-    """How stored bytes become raw bytes."""
+    """The way in which stored bytes become raw bytes."""
 
     RAW = 1
     CONST = 2
@@ -32,7 +32,7 @@ STORES_NOTHING = frozenset({Transform.CONST, Transform.CAST, Transform.REF})
 
 
 def transform_name(number: int) -> str:
-    """The name of a transform, for messages; any number is fine."""
+    """The name of a transform, for messages. Accepts any number."""
     try:
         return Transform(number).name
     except ValueError:

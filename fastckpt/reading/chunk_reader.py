@@ -1,4 +1,4 @@
-"""An open container: its index, checked whole, and its chunks, verified one by one.
+"""An open container: its index, checked completely, and its chunks, verified one by one.
 
 The one place where stored bytes become raw bytes: crc before the decoder sees a frame, digest after it.
 """
@@ -31,18 +31,18 @@ _NO_LIMIT = contextlib.nullcontext()
 
 
 class StoredPiece(NamedTuple):
-    """Some bytes of a storage, and which bytes of which chunk they are."""
+    """A piece of a storage, and its place in a chunk."""
 
     chunk: int
     offset: int
-    """In the chunk's raw bytes."""
+    """Offset in the chunk's raw bytes."""
     position: int
-    """In the storage."""
+    """Offset in the storage."""
     n_bytes: int
 
 
 class Reader:
-    """A container of which header, footer and index have been read and found right.
+    """A container whose header, footer and index have been read and checked.
 
     `read_chunk` may be called from several threads at once. Does not own the source.
     """
@@ -57,7 +57,7 @@ class Reader:
         """open_file: makes the sources of a vote's packs; None: the container is self-contained."""
         self.source = source
         self.start = start
-        """Where the container begins in the source; offsets in the index count from here."""
+        """The container's first byte in the source; offsets in the index are relative to it."""
         self.footer = footer
         self._self_contained = open_file is None
         parts = self._read_index()
@@ -75,8 +75,8 @@ class Reader:
     def open(cls, source: Source, *, alone: bool) -> Reader:
         """Read and check the index.
 
-        alone: the source is one file and must be one container, first byte to last. Otherwise it may hold several, one after
-        another, and the first is opened. CorruptCheckpointError (all findings) or UnsupportedFormatError.
+        alone: the source must be exactly one container, from its first byte to its last. Otherwise it may hold several containers in a row,
+        and the first is opened. CorruptCheckpointError (all findings) or UnsupportedFormatError.
         """
         start, footer = _find_footer(source, alone)
         if not footer.header.read_features & READ_SELF_CONTAINED:
@@ -85,7 +85,7 @@ class Reader:
             )
         head = _read(source, start, HEADER_BYTES, "header")
         if head != footer.header_bytes:
-            container.parse_header(head, source.name)  # a damaged header is named as such
+            container.parse_header(head, source.name)  # raises the error for a damaged header, if it is damaged
             damage = Damage("header", "bytes 0–64", "the copy in the footer", "another header")
             raise CorruptCheckpointError(source.name, [damage])
         return cls(source, start, footer)
@@ -143,23 +143,24 @@ class Reader:
             )
 
     def pieces(self, storage: int) -> Iterator[StoredPiece]:
-        """What a storage is made of, in order."""
+        """The pieces of a storage, in order."""
         raw = self.records["raw_bytes"]
         position = 0
         for extent in self.directory.storages[storage].extents or ():
-            chunk, offset, left = extent
-            while left:
-                n_bytes = min(left, int(raw[chunk]) - offset)
+            chunk, offset, left_bytes = extent
+            while left_bytes:
+                n_bytes = min(left_bytes, int(raw[chunk]) - offset)
                 yield StoredPiece(chunk, offset, position, n_bytes)
-                chunk, offset, left, position = chunk + 1, 0, left - n_bytes, position + n_bytes
+                chunk, offset, position = chunk + 1, 0, position + n_bytes
+                left_bytes -= n_bytes
         assert position in (0, self.directory.storages[storage].n_bytes), storage
 
     @cached_property
     def _storages_of_chunk(self) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in range(len(self.records))]
-        for number in range(len(self.directory.storages)):
-            for piece in self.pieces(number):
-                found[piece.chunk].append(number)
+        for storage in range(len(self.directory.storages)):
+            for piece in self.pieces(storage):
+                found[piece.chunk].append(storage)
         return found
 
     @cached_property
@@ -170,71 +171,71 @@ class Reader:
         return found
 
     def tensors_of(self, chunk: int) -> tuple[str, ...]:
-        """Dotted names of the tensors that need a chunk; storages without a name as "storage 7"."""
+        """Dotted names of the tensors that need a chunk; storages without a name appear as "storage 7"."""
         storages = sorted(set(self._storages_of_chunk[chunk]))
         return tuple(name for n in storages for name in self._names_of_storage[n] or [f"storage {n}"])
 
     def tensors_of_file(self, file: int) -> tuple[str, ...]:
-        """Names of the tensors that need a file of the file table; 1 is the first."""
+        """Names of the tensors that need a file of the file table. file: its number; the first is 1."""
         found = (name for n in np.flatnonzero(self.records["file"] == file) for name in self.tensors_of(int(n)))
         return tuple(dict.fromkeys(found))
 
-    def read_chunk(self, number: int, out: U8, decoders: AbstractContextManager[Any] = _NO_LIMIT) -> Damage | None:
+    def read_chunk(self, chunk: int, out: U8, decoders: AbstractContextManager[Any] = _NO_LIMIT) -> Damage | None:
         """Read, verify and decode one chunk into `out` (as long as its raw bytes). Returns the damage, if there is any.
 
-        decoders: entered for the part that computes rather than waits. Any thread. Takes at most twice the chunk's bytes besides `out`,
-        for the time of the call; as much again for each base on its way.
+        decoders: a context for the part that computes instead of waiting. Any thread. During the call it needs at most twice the chunk's
+        bytes besides `out`, and as much again for each base in the chain.
         """
-        record = self.records[number]
+        record = self.records[chunk]
         transform = Transform(int(record["transform"]))
-        place = f"chunk {number}"
+        place = f"chunk {chunk}"
         n_stored = int(record["stored_bytes"])
         if n_stored:
             first, file = int(record["offset"]), int(record["file"])
             place += f", bytes {first}–{first + n_stored}" + (f" of {self.files[file - 1].key}" if file else "")
-        base: Any = None  # first: reading it uses this thread's scratch, too
+        base: Any = None  # read it first, because that uses this thread's scratch buffer, too
         if transform in HAS_BASE:
-            base = self._base(number, record)
+            base = self._base(chunk, record)
             if isinstance(base, Damage):
-                return self._damage(number, f"{place}, base: {base.place}", base.expected, base.found)
+                return self._damage(chunk, f"{place}, base: {base.place}", base.expected, base.found)
         try:
             stored = out if transform is Transform.RAW else self._scratch_of(n_stored)
             if n_stored:
                 self._read_stored(record, stored)
         except (EOFError, ObjectNotFoundError) as error:
-            return self._damage(number, place, f"{n_stored} stored bytes", str(error))
+            return self._damage(chunk, place, f"{n_stored} stored bytes", str(error))
         with decoders:
-            return self._decode_chunk(number, place, stored, out, base)
+            return self._decode_chunk(chunk, place, stored, out, base)
 
-    def _decode_chunk(self, number: int, place: str, stored: U8, out: U8, base: U8 | None) -> Damage | None:
-        record = self.records[number]
-        # Before the decoder sees it: damage never reaches a decoder, only malice does.
+    def _decode_chunk(self, chunk: int, place: str, stored: U8, out: U8, base: U8 | None) -> Damage | None:
+        record = self.records[chunk]
+        # Checked before decoding, so only a deliberately wrong frame reaches the decoder, never damage.
         if stored.size and crc64nvme(stored) != int(record["crc64nvme"]):
             found = f"{crc64nvme(stored):016x}"
-            return self._damage(number, f"{place}, crc64nvme", f"{int(record['crc64nvme']):016x}", found)
-        lane_bytes, pack_bits = int(record["lane_bytes"]), int(record["pack_width"])
+            return self._damage(chunk, f"{place}, crc64nvme", f"{int(record['crc64nvme']):016x}", found)
+        lane_bytes, pack_bits = int(record["lane_bytes"]), int(record["pack_bits"])
         transform = Transform(int(record["transform"]))
         try:
             found_digest = codec.decode(
                 transform, lane_bytes, pack_bits, record["parameter"].tobytes(), stored, out, base
             )
         except codec.CodecError as error:
-            return self._damage(number, place, error.expected, error.found)
+            return self._damage(chunk, place, error.expected, error.found)
         if found_digest != record["digest"].tobytes():
-            return self._damage(number, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
+            return self._damage(chunk, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
         return None
 
-    def _base(self, number: int, record: Any) -> U8 | Damage:
-        """The bytes that a chunk's transform starts from: of one record, or the end of one and the beginning of the next."""
+    def _base(self, chunk: int, record: Any) -> U8 | Damage:
+        """The base of a chunk's transform: bytes of one chunk, or the end of one and the beginning of the next."""
         first, start, n_bytes = records.base_of(record)
         found = np.empty(n_bytes, np.uint8)
         position = 0
         while position < n_bytes:
-            chunk = np.empty(int(self.records["raw_bytes"][first]), np.uint8)
-            damage = self.read_chunk(first, chunk)
+            raw = np.empty(int(self.records["raw_bytes"][first]), np.uint8)
+            damage = self.read_chunk(first, raw)
             if damage is not None:
                 return damage
-            part = chunk[start : start + n_bytes - position]
+            part = raw[start : start + n_bytes - position]
             found[position : position + part.size] = part
             position, first, start = position + part.size, first + 1, 0
         return found
@@ -244,20 +245,20 @@ class Reader:
         self._sources[file].read_into(offset if file else self.start + offset, out)
 
     def prefetch(self, first: int, last: int) -> None:
-        """A hint: the stored bytes of the chunks from `first` to `last` are wanted soon. Any thread."""
+        """A hint: the stored bytes of the chunks from `first` to `last` will be needed soon. Any thread."""
         rows = self.records[first : last + 1]
         rows = rows[
             (rows["file"] == 0) & (rows["stored_bytes"] > 0)
-        ]  # those of packs are read by many threads, from a store
+        ]  # chunks in packs need no hint: many threads read them from a store
         if len(rows):
             start, stop = int(rows["offset"].min()), int((rows["offset"] + rows["stored_bytes"]).max())
             self.source.prefetch(self.start + start, stop - start)
 
-    def _damage(self, number: int, place: str, expected: str, found: str) -> Damage:
-        return Damage("payload", place, expected, found, self.tensors_of(number))
+    def _damage(self, chunk: int, place: str, expected: str, found: str) -> Damage:
+        return Damage("payload", place, expected, found, self.tensors_of(chunk))
 
     def _scratch_of(self, n_bytes: int) -> U8:
-        """This thread's buffer for stored bytes: fresh pages for every chunk cost as much as reading it."""
+        """This thread's buffer for stored bytes: allocating fresh pages for every chunk would cost as much as reading it."""
         buffer: U8 | None = getattr(self._scratch, "buffer", None)
         if buffer is None or buffer.size < n_bytes:
             buffer = self._scratch.buffer = np.empty(n_bytes, np.uint8)
@@ -265,7 +266,7 @@ class Reader:
 
 
 def is_container(source: Source) -> bool:
-    """Whether it is a container, or was one before it was damaged: the magic at either end says so."""
+    """Whether the source is a container, or was one before it was damaged: there is a magic number at its beginning or end."""
     ends = bytearray(min(len(MAGIC), source.n_bytes)), bytearray(min(len(MAGIC), source.n_bytes))
     source.read_into(0, ends[0])
     source.read_into(source.n_bytes - len(ends[1]), ends[1])
@@ -282,7 +283,7 @@ def _read(source: Source, offset: int, n_bytes: int, part: str) -> bytes:
 
 
 def _find_footer(source: Source, alone: bool) -> tuple[int, container.Footer]:
-    """The start of the (first) container in the source, and its footer."""
+    """The start of the first container in the source, and its footer."""
     end = source.n_bytes
     while True:
         if end < MIN_BYTES:
@@ -305,7 +306,7 @@ def _find_footer(source: Source, alone: bool) -> tuple[int, container.Footer]:
 
 
 def affected(damage: Sequence[Damage]) -> tuple[str, ...]:
-    """All tensors that some damage affects, each once."""
+    """All tensors that the damage affects, each once."""
     return tuple(dict.fromkeys(name for item in damage for name in item.tensors))
 
 

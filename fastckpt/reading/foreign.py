@@ -1,4 +1,4 @@
-"""Files that fastckpt did not write: torch.save's formats and safetensors, so that a caller can switch before old files are gone."""
+"""Reads files of other formats: torch.save's and safetensors, so that a caller can switch to fastckpt.load while old files exist."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _TAR_MAGIC_OFFSET = 257
 
 
 def warn_unused_arguments() -> None:
-    """torch.load's warning, at the line that called `fastckpt.load`, two calls above."""
+    """Emit torch.load's warning at the line that called `fastckpt.load`, two calls above."""
     warnings.warn("pickle_load_args only works if `weights_only=False`.", stacklevel=4)
 
 
 def load(f: Any, source: Source, map_location: Any, pickle_module: Any, **arguments: Any) -> Any:
-    """Hand the file to its own loader. NotACheckpointError if it is nobody's."""
+    """Give the file to the loader of its own format. NotACheckpointError if it has no known format."""
     head = bytearray(min(512, source.n_bytes))
     source.read_into(0, head)
     if isinstance(source, FileObjectSource):
@@ -31,14 +31,14 @@ def load(f: Any, source: Source, map_location: Any, pickle_module: Any, **argume
     path = os.fsdecode(os.fspath(f)) if isinstance(f, (str, os.PathLike)) else ""
     safetensors = _looks_like_safetensors(head, source.n_bytes)
     if path.endswith(".safetensors") and not safetensors:
-        return torch_load(f, map_location, pickle_module, **arguments)  # its words for what it finds there
+        return torch_load(f, map_location, pickle_module, **arguments)  # torch's own errors apply to its content
     if head.startswith((_ZIP, _PICKLE)) or head[_TAR_MAGIC_OFFSET : _TAR_MAGIC_OFFSET + 5] == b"ustar":
         loaded = torch_load(f, map_location, pickle_module, **arguments)
         may_run_code = arguments.get("weights_only") is False or pickle_module is not None
         if not may_run_code and fake_mode() is None:
             invariants.require_fit(
                 loaded, source.name
-            )  # torch before 2.14 does not look, later ones at sparse tensors only
+            )  # torch before 2.14 checks nothing, later versions check only sparse tensors
         return loaded
     if safetensors:
         return _load_safetensors(source, path, map_location)
@@ -54,7 +54,7 @@ def _looks_like_safetensors(head: bytes | bytearray, n_bytes: int) -> bool:
 
 
 def _load_safetensors(source: Source, path: str, map_location: Any) -> dict[str, torch.Tensor]:
-    """Not by torch.load: older versions do not read them."""
+    """Not with torch.load: older versions cannot read safetensors."""
     import safetensors.torch
 
     if map_location is not None and not isinstance(map_location, (str, torch.device)):
@@ -63,7 +63,7 @@ def _load_safetensors(source: Source, path: str, map_location: Any) -> dict[str,
             f"Loading safetensors file with {kind} map_location is not supported. "
             "Use a device string or torch.device instead."
         )
-    with torch.device("cpu"):  # whatever the program's default device is
+    with torch.device("cpu"):  # even if the program has set another default device
         if path:
             return safetensors.torch.load_file(path, str(map_location or "cpu"))
         data = bytearray(source.n_bytes)

@@ -1,4 +1,4 @@
-"""Lists the pieces of the storages that are to be loaded: which bytes of which chunk are which bytes of which storage. Pure."""
+"""Lists the pieces of the storages to load: for each piece its bytes in a chunk and its bytes in a storage. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastckpt.reading.chunk_reader import Reader
 Piece: TypeAlias = tuple[int, int, int, int]
 """A stretch of one storage in one chunk: (storage, offset in the chunk, offset in the storage, bytes).
 
-A bare tuple: Python's collector does not walk those that hold only numbers, and a state may have 100,000.
+A plain tuple: Python's cycle collector does not walk tuples of numbers, and a state may have 100,000 pieces.
 """
 
 
@@ -19,17 +19,17 @@ class LoadPlan:
     """See the module."""
 
     def __init__(self, reader: Reader, wanted: Sequence[int] | None = None) -> None:
-        """wanted: the only storages that will be loaded, in this order; None: any, in the order of the directory."""
+        """wanted: the only storages to load, in this order; None: all, in the order of the directory."""
         storages = reader.directory.storages
         self.order: Sequence[int] = range(len(storages)) if wanted is None else wanted
         self.n_bytes = sum(storages[number].n_bytes for number in self.order if storages[number].extents is not None)
-        """Of all storages that have data."""
+        """Bytes of all these storages that have data."""
         self.pieces: dict[int, list[Piece]] = defaultdict(list)
-        """What each chunk is needed for, by its record."""
-        self.records: dict[int, list[int]] = {}
-        """The records of the chunks that each storage needs, in the order of its bytes."""
+        """Number of a chunk → the pieces that need it."""
+        self.chunks: dict[int, list[int]] = {}
+        """Number of a storage → numbers of the chunks that it needs, in the order of its bytes."""
         for number in self.order:
-            records = self.records[number] = []
-            for record, offset, position, n_bytes in reader.pieces(number):
-                self.pieces[record].append((number, offset, position, n_bytes))
-                records.append(record)
+            chunks = self.chunks[number] = []
+            for chunk, offset, position, n_bytes in reader.pieces(number):
+                self.pieces[chunk].append((number, offset, position, n_bytes))
+                chunks.append(chunk)

@@ -1,4 +1,4 @@
-"""An open container or vote → the object that was saved."""
+"""Open container or vote → the saved object."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastckpt.reading.chunk_reader import Reader, storage_bytes
 from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, StorageLoader, check_size
 from fastckpt.state import Rebuild, may_be_refused, unsafe_globals
 
-# What is loaded within a second or two, with the collector held off: small tensors are many objects, not many bytes.
+# Such a load ends within a second or two, so the cycle collector can be held off: small tensors are many objects, but few bytes.
 _SOON_BYTES = 64 << 20
 
 
@@ -35,11 +35,11 @@ def load_object(
     places: Sequence[str] | None = None,
     beyond_torch: bool = False,
 ) -> Any:
-    """Unpickle the object, its storages read, verified and decoded by `threads` threads ahead of the unpickler.
+    """Unpickle the object; `threads` threads read, verify and decode its storages ahead of the unpickler.
 
     places, beyond_torch: see `Rebuild`.
 
-    CorruptCheckpointError lists all damage, and nothing is returned; TooLargeError before anything is allocated; pickle.UnpicklingError.
+    CorruptCheckpointError lists all damage; TooLargeError is raised before anything is allocated; pickle.UnpicklingError.
     """
     started = time.perf_counter()
     n_bytes = storage_bytes(reader)
@@ -49,9 +49,9 @@ def load_object(
         )
     meta = is_meta_location(map_location)
     refused = weights_only and _refuses(reader, beyond_torch)
-    # Nothing is read ahead for a load that will be refused, nor for one that needs no data.
+    # Do not read ahead if the load will be refused, or needs no data.
     read_ahead = not meta and not refused and fake_mode() is None
-    # Also where nothing is read ahead: what comes before a refused global is read all the same. Arrays are read even for "meta".
+    # Checked even without reading ahead: storages before a refused global are read anyway, and arrays are read even for "meta".
     check_size(reader, _array_bytes(reader) if meta else n_bytes, options.max_load_bytes)
     reader.require_readable()
     events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
@@ -82,7 +82,7 @@ def _array_bytes(reader: Reader) -> int:
 
 
 def _refuses(reader: Reader, beyond_torch: bool) -> bool:
-    """Whether a restricted load is sure to fail. Its error comes from the unpickler; this only saves reading the payload."""
+    """Whether a restricted load will certainly fail. The unpickler raises the error; this test only avoids reading the payload."""
     if not may_be_refused(reader.skeleton, reader.holds_arrays):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Objects of a store, and bytes in memory, as sources to read from."""
+"""Sources over an object of a store, and over bytes in memory."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fastckpt.store.base import Store
 
 
 class ObjectSource:
-    """An object of a store by position."""
+    """An object of a store, readable by position."""
 
     def __init__(self, store: Store, key: str, n_bytes: int | None = None, *, owns_store: bool = False) -> None:
-        """n_bytes: what is known of its length; None: the store is asked. StoreError's subclasses."""
+        """n_bytes: its length, if known; None: the store is asked. StoreError's subclasses."""
         self._owns_store = owns_store
         self.name = f"{store.url}/{key}"
         self._store = store
@@ -25,7 +25,7 @@ class ObjectSource:
         return False
 
     def prefetch(self, offset: int, n_bytes: int) -> None:
-        """Reads of many threads at once are what makes a store fast."""
+        """Does nothing: a store is fast when many threads read at once."""
 
     def close(self) -> None:
         if self._owns_store:
@@ -33,7 +33,7 @@ class ObjectSource:
 
 
 class BytesSource:
-    """Bytes that have been read already."""
+    """Bytes in memory."""
 
     def __init__(self, data: bytes, name: str) -> None:
         self.name = name
@@ -51,7 +51,7 @@ class BytesSource:
         return False
 
     def prefetch(self, offset: int, n_bytes: int) -> None:
-        """They are here."""
+        """Does nothing: the bytes are in memory."""
 
     def close(self) -> None:
         pass

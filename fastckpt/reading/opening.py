@@ -1,4 +1,4 @@
-"""The source that a path, a URL or a file object is, and whether a container of ours is in it."""
+"""Opens the source behind a path, a URL or a file object, and finds out whether it is a fastckpt container."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastckpt.store.open import open_object
 
 
 def open_source(f: Any) -> Source:
-    """The bytes that `f` names; the caller closes them. Raises what open raises for a path, StoreError or SaveError for a URL."""
+    """The bytes that `f` names; the caller closes them. Raises the errors of `open` for a path, StoreError or SaveError for a URL."""
     if not isinstance(f, (str, os.PathLike)):
         check_can_seek(f)
         return FileObjectSource(f)
@@ -32,18 +32,18 @@ def open_source(f: Any) -> Source:
 
 
 def open_reader(source: Source) -> Reader:
-    """The container in the source. A caller's file object may hold more behind it."""
+    """Open the container in the source. A caller's file object may contain more after it."""
     return Reader.open(source, alone=not isinstance(source, FileObjectSource))
 
 
 def leave_behind(source: Source, reader: Reader) -> None:
-    """Put a caller's file object behind the container that was read from it."""
+    """Move a caller's file object to the end of the container that was read from it."""
     if isinstance(source, FileObjectSource):
         source.seek_to(reader.start + reader.footer.container_bytes)
 
 
 def is_ours(source: Source) -> bool:
-    """Whether this is (or was) a fastckpt container. Leaves a file object where it stood."""
+    """Whether this is (or was) a fastckpt container. Does not move a file object."""
     if source.n_bytes == 0:
         raise EmptyCheckpointError(f"{source.name} is empty: not a checkpoint")
     found = is_container(source)
@@ -53,7 +53,7 @@ def is_ours(source: Source) -> bool:
 
 
 def for_torch(f: Any, source: Source, max_load_bytes: int) -> Any:
-    """What torch can read: a path, or a file object. TooLargeError for an object of a store that memory is too small for."""
+    """A path or file object that torch can read. TooLargeError if an object of a store does not fit into memory."""
     if isinstance(source, PathSource):
         return source.name
     if isinstance(source, FileObjectSource):

@@ -1,4 +1,4 @@
-"""Where a container is read from: a path or a caller's file object, by position."""
+"""Sources of a container, readable by position: a path, or a caller's file object."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from typing import Any, Protocol
 
 from fastckpt.errors import CheckpointError
 
-_PROBES = 16  # microseconds
+_PROBES = 16  # takes microseconds
 MARKER = "fastckpt.json"
-"""What makes a directory a repository (format.keys.MARKER, which is above this module)."""
+"""The name whose presence makes a directory a repository (a copy of format.keys.MARKER)."""
 
 
 class Source(Protocol):
-    """Bytes by position. `read_into` may be called from several threads at once."""
+    """Bytes, readable by position. Several threads may call `read_into` at once."""
 
     name: str
     n_bytes: int
 
     def read_into(self, offset: int, out: Any) -> None:
-        """Fill the writable buffer `out` from `offset` on; EOFError if the source ends before."""
+        """Fill the writable buffer `out` from `offset` on. EOFError if the source ends before that."""
 
     def is_cold(self) -> bool:
-        """Whether reads are likely to wait for a disk: hints of `prefetch`, and more readers than cores, pay then."""
+        """Whether reads will probably wait for a disk. Then hints by `prefetch`, and more readers than cores, are worth it."""
 
     def prefetch(self, offset: int, n_bytes: int) -> None:
-        """A hint: these bytes are wanted soon. Any thread."""
+        """A hint: these bytes will be needed soon. Any thread."""
 
     def close(self) -> None:
-        """Let go of the source; a caller's file object stays open."""
+        """Release the source; a caller's file object stays open."""
 
 
 class PathSource:
-    """A regular file. Raises what open raises: FileNotFoundError, IsADirectoryError, PermissionError."""
+    """A regular file. Raises the errors of `open`: FileNotFoundError, IsADirectoryError, PermissionError."""
 
     def __init__(self, path: str | bytes) -> None:
         self.name = os.fsdecode(path)
@@ -64,20 +64,20 @@ class PathSource:
             view, offset = view[n:], offset + n
 
     def is_cold(self) -> bool:
-        """Whether a few bytes here and there are missing from the page cache."""
+        """Whether some of a few sampled bytes are missing from the page cache."""
         if not hasattr(os, "RWF_NOWAIT"):
             return True
         byte = bytearray(1)
         try:
             for n in range(_PROBES):
                 os.preadv(self._fd, [byte], self.n_bytes * n // _PROBES, os.RWF_NOWAIT)
-        except OSError:  # would have to wait (BlockingIOError), or a file system that cannot tell
+        except OSError:  # the read would have to wait (BlockingIOError), or the file system cannot tell
             return True
         return False
 
     def prefetch(self, offset: int, n_bytes: int) -> None:
         if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # a file system without a page cache: then without the hint
+            with contextlib.suppress(OSError):  # the file system may have no page cache; then there is no hint
                 os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class PathSource:
 
 
 def _why_no_directory(path: str) -> str:
-    """In the words of the system first: code looks for them."""
+    """The system's own words come first: programs search for them."""
     if not os.path.exists(os.path.join(path, MARKER)):
         return "Is a directory, where the file of a checkpoint is expected"
     return (
@@ -97,7 +97,7 @@ def _why_no_directory(path: str) -> str:
 
 
 class FileObjectSource:
-    """A seekable file object, from its present position to its end. Positions count from where it stood."""
+    """A seekable file object, from its present position to its end. Offsets count from that position."""
 
     def __init__(self, file: Any) -> None:
         self.name = str(getattr(file, "name", None) or f"<{type(file).__name__}>")
@@ -125,14 +125,14 @@ class FileObjectSource:
                 view = view[n:]
 
     def is_cold(self) -> bool:
-        """Nobody knows, and the lock lets one read at a time."""
+        """Unknown; and a lock allows only one read at a time."""
         return False
 
     def prefetch(self, offset: int, n_bytes: int) -> None:
-        """Nobody knows what is behind the caller's object."""
+        """Does nothing: it is unknown what is behind the caller's object."""
 
     def seek_to(self, offset: int) -> None:
-        """Leave the caller's file at this position."""
+        """Move the caller's file to this position."""
         self._file.seek(self.base + offset)
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
-"""Storages out of a container: read, verified, decoded and put in place by several threads, ahead of the unpickler.
+"""Loads storages from a container: several threads read, verify and decode them and put them in place, ahead of the unpickler.
 
     unpickler ── take(n) ──→ StorageLoader ── schedules chunks ──→ threads: read → crc → decode → digest → into the storage
 
-Chunks are decoded once each, straight into the memory that the caller will own; only a chunk that serves several storages passes
-through a scratch buffer. At most `window_bytes` of storages that nobody has taken yet are in memory: all of them when they
-stay in host memory anyway, a few when each one goes on to a device.
+Each chunk is decoded once, directly into the memory that the caller will own; only a chunk of several storages goes through a scratch
+buffer. At most `window_bytes` of storages that were not taken yet are in memory: no limit if storages stay in host memory anyway, a few
+storages if each one goes on to a device.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from fastckpt.host.threads import WorkerPool
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.load_plan import LoadPlan
 
-# Enough chunks ahead to keep 16 threads busy while a storage travels to a device.
+# Enough chunks ahead to keep 16 threads busy while a storage is copied to a device.
 DEVICE_WINDOW_BYTES = 256 << 20
 _ALIGNMENT_BYTES = 64
 _MAPPED_BYTES = 1 << 20
 _AHEAD_CHUNKS = 32  # up to 64 MiB
-# Threads more than asked for, that wait for the disk while the others decode: 505 MB cold in 0.48 s instead of 0.55, on two
-# cores. They decode no more at a time. From the page cache they would cost 4 %, so they are not started then.
+# Additional threads that wait for the disk while the others decode: 505 MB that are not cached take 0.48 s instead of 0.55, on two cores.
+# The number of threads that decode at once stays the same. For cached files they would cost 4 %, so they are not started then.
 _WAITING_THREADS = 2
-_INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
+_INLINE_BYTES = 4 << 20  # for less, starting threads takes longer than the work
 
 
 def check_size(reader: Reader, needed_bytes: int, max_load_bytes: int) -> None:
-    """TooLargeError if storages need more than may be allocated. Before anything is."""
+    """TooLargeError if storages need more memory than is allowed. Called before anything is allocated."""
     if needed_bytes > max_load_bytes:
         raise TooLargeError(
             f"{reader.source.name} says that it holds {needed_bytes} bytes of tensors in a file of {reader.source.n_bytes}; at most "
@@ -51,7 +51,7 @@ def check_size(reader: Reader, needed_bytes: int, max_load_bytes: int) -> None:
 
 
 def _new_memory(n_bytes: int) -> U8:
-    """Memory of its own for one storage, aligned as torch aligns its."""
+    """New memory for one storage, aligned as torch aligns its own."""
     if n_bytes >= _MAPPED_BYTES:
         return fresh_pages(n_bytes)
     room = np.empty(n_bytes + _ALIGNMENT_BYTES, np.uint8)
@@ -60,47 +60,47 @@ def _new_memory(n_bytes: int) -> U8:
 
 
 def _pool(threads: int, name: str) -> WorkerPool | None:
-    """None where the interpreter's end allows no threads: then nothing is read ahead of the unpickler, which would only wait for it."""
+    """Start threads. None if the interpreter is ending and allows none: then nothing is read ahead of the unpickler."""
     pool = WorkerPool(threads, name)
     return None if pool.inline else pool
 
 
 class _Loading:
-    """One storage on its way: its memory, and how many chunks are still missing."""
+    """A storage in flight: its memory, and the number of chunks that are still missing."""
 
     def __init__(self, n_bytes: int, missing: int) -> None:
-        # NumPy's memory: a storage over it cannot be resized, as torch.load's cannot. One that can would let a hostile skeleton
-        # ask for a tensor past its end and get whatever lies in fresh memory.
+        # NumPy's memory: a storage over it cannot be resized, like torch.load's. A resizable storage would let a hostile skeleton ask for a
+        # tensor past its end, and read whatever fresh memory holds.
         self.view = _new_memory(n_bytes)
         self.storage: UntypedStorage = torch.from_numpy(self.view).untyped_storage()
         self.missing = missing
 
 
 class _Window:
-    """The storages that are in memory and that nobody has taken yet. Under the loader's lock, but for `view`."""
+    """The storages in memory that were not taken yet. Under the loader's lock, except for `view`."""
 
     def __init__(self, limit_bytes: int | None) -> None:
-        """limit_bytes: from when on the window is full; None: never."""
+        """limit_bytes: the window is full from this size on; None: never."""
         self._limit_bytes = limit_bytes
         self._held_bytes = 0
         self._loading: dict[int, _Loading] = {}
         self._entered: set[int] = set()
-        """Storages that have got their memory, once."""
+        """Storages that have been given memory; each gets it only once."""
 
     @property
     def is_full(self) -> bool:
-        """Whether no storage should enter that nobody waits for."""
+        """Whether storages that nobody waits for should stay out."""
         return self._limit_bytes is not None and self._held_bytes >= self._limit_bytes
 
     def enter(self, number: int, n_bytes: int, n_chunks: int) -> None:
-        """Give a storage its memory, unless it had it. n_chunks: how many have to arrive in it."""
+        """Give a storage its memory, unless it has had it. n_chunks: number of chunks that have to arrive."""
         if number not in self._entered:
             self._entered.add(number)
             self._loading[number] = _Loading(n_bytes, n_chunks)
             self._held_bytes += n_bytes
 
     def view(self, number: int) -> U8:
-        """The memory of a storage that has entered and was not taken. Any thread."""
+        """The memory of a storage in the window. Any thread."""
         return self._loading[number].view
 
     def arrive(self, number: int) -> None:
@@ -112,65 +112,67 @@ class _Window:
         return number in self._loading
 
     def is_whole(self, number: int) -> bool:
-        """Whether no chunk of a storage is missing. KeyError unless it is in the window."""
+        """Whether a storage has all its chunks. KeyError unless it is in the window."""
         return not self._loading[number].missing
 
     def take(self, number: int) -> UntypedStorage:
-        """Hand a storage over: it is not in the window any more."""
+        """Take a storage out of the window."""
         storage = self._loading.pop(number).storage
         self._held_bytes -= storage.nbytes()
         return storage
 
 
 class _Prefetcher:
-    """Lets the disk read ahead of the threads that decode, in a thread of its own: the system call itself takes as long as the disk, once
-    that has enough to do. Any thread.
+    """Makes the disk read ahead of the decoding threads. It has a thread of its own, because the system call blocks as long as the disk is
+    busy. Any thread.
     """
 
     def __init__(self, reader: Reader, thread: WorkerPool) -> None:
-        """thread: closed with this."""
+        """thread: closed with this object."""
         self._reader, self._thread = reader, thread
         self._lock = threading.Lock()
         self._asked_for = 0
-        """Records below this one."""
+        """The chunks below this number have been asked for."""
 
-    def reach(self, record: int) -> None:
-        """A chunk is read now: ask for those behind it. Chunks are read nearly in the order of their records."""
+    def reach(self, chunk: int) -> None:
+        """A chunk is being read: prefetch the chunks after it. Chunks are read nearly in the order of their numbers."""
         with self._lock:
-            first, end = max(self._asked_for, record), record + _AHEAD_CHUNKS
+            first, end = max(self._asked_for, chunk), chunk + _AHEAD_CHUNKS
             if end - first < _AHEAD_CHUNKS // 2:
                 return
             self._asked_for = end
         self._thread.submit(functools.partial(self._reader.prefetch, first, end - 1))
 
     def close(self) -> None:
-        """Ask for nothing more."""
+        """Stop prefetching."""
         self._thread.close()
 
 
 class LastChunk:
-    """The chunk that was decoded last for the sake of a part of it: who fetches small tensors one by one finds the next one there."""
+    """Keeps the chunk that was last decoded for only a part of it: a caller that fetches small tensors one by one finds the next one
+    there.
+    """
 
     def __init__(self) -> None:
         self._held: tuple[int, U8] | None = None
 
-    def get(self, record: int) -> U8 | None:
-        """Its raw bytes, if it is this one. Any thread."""
+    def get(self, chunk: int) -> U8 | None:
+        """The raw bytes of a chunk, if it is the kept one. Any thread."""
         held = self._held
-        return held[1] if held is not None and held[0] == record else None
+        return held[1] if held is not None and held[0] == chunk else None
 
-    def put(self, record: int, raw: U8) -> None:
-        """Keep the bytes of a chunk, verified, instead of the one before. Any thread."""
-        self._held = (record, raw)
+    def put(self, chunk: int, raw: U8) -> None:
+        """Keep the verified bytes of a chunk in place of the previous one. Any thread."""
+        self._held = (chunk, raw)
 
     def release(self) -> None:
-        """Keep none."""
+        """Drop the kept chunk."""
         self._held = None
 
 
 class StorageLoader:
-    """A StorageProvider over a container. Use as a context manager; one thread takes, `threads` decode. Its 13 attributes: the plan, what
-    the threads share under one lock, and the threads.
+    """A StorageProvider over a container. Use as a context manager; one thread takes, `threads` decode. Its 13 attributes: the plan, the
+    data that the threads share under one lock, and the threads.
     """
 
     def __init__(
@@ -181,16 +183,16 @@ class StorageLoader:
         wanted: Sequence[int] | None = None,
         last_chunk: LastChunk | None = None,
     ) -> None:
-        """window_bytes: see the module; None: no limit. wanted: see `LoadPlan`. last_chunk: kept by the caller, for small tensors."""
+        """window_bytes: see the module; None: no limit. wanted: see `LoadPlan`. last_chunk: a cache of the caller, for small tensors."""
         self._reader = reader
         self._storages = reader.directory.storages
         self._plan = LoadPlan(reader, wanted)
         self._window = _Window(window_bytes)
         self._last_chunk = last_chunk
         self._scheduled: set[int] = set()
-        """Records of the chunks that have been given to threads, or loaded."""
+        """Numbers of the chunks that were given to threads, or loaded."""
         self._next = 0
-        """How many storages of the plan's order have been scheduled ahead of the taker."""
+        """Number of storages of the plan's order that were scheduled ahead of the caller of `take`."""
         self._damage: list[Damage] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -218,10 +220,10 @@ class StorageLoader:
         return self._storages[number].extents is not None
 
     def take(self, number: int) -> UntypedStorage:
-        """The storage, whole and verified. CorruptCheckpointError lists all damage of the whole container."""
+        """The storage, complete and verified. CorruptCheckpointError lists all damage of the whole container."""
         alone = self._pool is None and not self._damage and self._error is None
         if alone and number in self._window and self._window.is_whole(number):
-            # Read already, on this thread, for the sake of another one in its bundle: no other thread to agree with.
+            # Already read on this thread, as part of a bundle: no synchronisation with other threads is needed.
             return self._window.take(number)
         self._schedule_storage(number)
         self._schedule_ahead()
@@ -245,28 +247,28 @@ class StorageLoader:
 
     def _schedule_storage(self, number: int) -> None:
         self._allocate(number)
-        for record in self._plan.records[number]:
-            if record in self._scheduled:
+        for chunk in self._plan.chunks[number]:
+            if chunk in self._scheduled:
                 continue
-            self._scheduled.add(record)
-            for other, *_ in self._plan.pieces[record]:
+            self._scheduled.add(chunk)
+            for other, *_ in self._plan.pieces[chunk]:
                 self._allocate(other)
             if self._pool is None:
-                self._load_chunk(record)
+                self._load_chunk(chunk)
             else:
-                self._pool.submit(functools.partial(self._load_chunk, record))
+                self._pool.submit(functools.partial(self._load_chunk, chunk))
 
     def _allocate(self, number: int) -> None:
         if self.has_data(number):
             with self._changed:
-                self._window.enter(number, self._storages[number].n_bytes, len(self._plan.records[number]))
+                self._window.enter(number, self._storages[number].n_bytes, len(self._plan.chunks[number]))
 
-    def _load_chunk(self, record: int) -> None:
+    def _load_chunk(self, chunk: int) -> None:
         try:
             if self._prefetcher is not None:
-                self._prefetcher.reach(record)
-            damage = self._load_chunk_into_place(record)
-        except BaseException as error:  # reaches the taker, whatever it is
+                self._prefetcher.reach(chunk)
+            damage = self._load_chunk_into_place(chunk)
+        except BaseException as error:  # any error is raised by `take`
             with self._changed:
                 self._error = self._error or error
                 self._changed.notify_all()
@@ -274,30 +276,30 @@ class StorageLoader:
         with self._changed:
             if damage is not None:
                 self._damage.append(damage)
-            for number, *_ in self._plan.pieces[record]:
+            for number, *_ in self._plan.pieces[chunk]:
                 self._window.arrive(number)
             self._changed.notify_all()
 
-    def _load_chunk_into_place(self, record: int) -> Damage | None:
+    def _load_chunk_into_place(self, chunk: int) -> Damage | None:
         started = time.perf_counter()
-        reader, row = self._reader, self._reader.records[record]
-        n_bytes = int(row["raw_bytes"])
-        pieces = self._plan.pieces[record]
+        reader, record = self._reader, self._reader.records[chunk]
+        n_bytes = int(record["raw_bytes"])
+        pieces = self._plan.pieces[chunk]
         number, offset, position, length = pieces[0]
         if len(pieces) == 1 and length == n_bytes:
             out: U8 = self._window.view(number)[position : position + n_bytes]
-            damage = reader.read_chunk(record, out, self._decoders)
+            damage = reader.read_chunk(chunk, out, self._decoders)
         else:
-            out, damage = self._whole_chunk(record, n_bytes)
+            out, damage = self._whole_chunk(chunk, n_bytes)
             for number, offset, position, length in pieces:
                 self._window.view(number)[position : position + length] = out[offset : offset + length]
         if damage is None:
-            name = transform_of(row)
-            stored = int(row["stored_bytes"])
+            name = transform_of(record)
+            stored = int(record["stored_bytes"])
             events.emit(
                 events.ChunkLoaded(
                     source=reader.source.name,
-                    record=record,
+                    record=chunk,
                     transform=name,
                     raw_bytes=n_bytes,
                     stored_bytes=stored,
@@ -306,24 +308,24 @@ class StorageLoader:
             )
         return damage
 
-    def _whole_chunk(self, record: int, n_bytes: int) -> tuple[U8, Damage | None]:
-        known = self._last_chunk.get(record) if self._last_chunk is not None else None
+    def _whole_chunk(self, chunk: int, n_bytes: int) -> tuple[U8, Damage | None]:
+        known = self._last_chunk.get(chunk) if self._last_chunk is not None else None
         if known is not None:
             return known, None
         out = np.empty(n_bytes, np.uint8)
-        damage = self._reader.read_chunk(record, out, self._decoders)
+        damage = self._reader.read_chunk(chunk, out, self._decoders)
         if self._last_chunk is not None and damage is None:
-            self._last_chunk.put(record, out)
+            self._last_chunk.put(chunk, out)
         return out, damage
 
     def _raise_all_damage(self) -> NoReturn:
-        """Read all chunks, as one of them is damaged: the error lists everything that is lost."""
+        """Read all chunks, because one of them is damaged: the error lists all losses."""
         if self._pool is not None:
             self._pool.close()
         found = set(self._damage)
         scratch = np.empty(4 << 20, np.uint8)
-        for record in range(len(self._reader.records)):
-            damage = self._reader.read_chunk(record, scratch[: int(self._reader.records["raw_bytes"][record])])
+        for chunk in range(len(self._reader.records)):
+            damage = self._reader.read_chunk(chunk, scratch[: int(self._reader.records["raw_bytes"][chunk])])
             if damage is not None:
                 found.add(damage)
         raise CorruptCheckpointError(self._reader.source.name, sorted(found, key=lambda item: item.place))

@@ -1,4 +1,4 @@
-"""Single tensors by name, without the object around them and without pickle."""
+"""Reads single tensors by name, without unpickling the object around them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, LastChunk, Stor
 from fastckpt.state.invariants import require_fit
 from fastckpt.state.naming import Named, named_tensors
 
-_MOST_COMPARED = 1000  # milliseconds
+_MOST_COMPARED = 1000  # takes milliseconds
 
 
 class _Lent(NamedTuple):
-    """A storage that was handed out, and the names that it was handed out under."""
+    """A storage that was handed out, and the names under which it was handed out."""
 
     reference: StorageWeakRef
     names: set[Name]
 
     def storage(self) -> UntypedStorage | None:
-        """The storage, if anybody still has it."""
+        """The storage, if it is still alive."""
         found: UntypedStorage | None = storage_behind(self.reference)
         return found
 
 
 class _Copy(NamedTuple):
-    """What is to be copied where."""
+    """One copy: its source and its target."""
 
     named: Named
     entry: TensorEntry
@@ -53,17 +53,18 @@ class _Copy(NamedTuple):
 
 
 class TensorReader(Mapping[str, Any]):
-    """Names → tensors of one container. Tensors are fetched and verified when asked for, and nothing is held for whoever drops them.
+    """Names → tensors of one container. Tensors are read and verified when they are asked for; the reader keeps no tensor alive.
 
-    What shared memory when it was saved (views of one storage, tied weights) shares it again while any of it is alive, as after
-    fastckpt.load: `{name: reader[name] for name in reader}` takes the memory of the file. A name that is asked for again is read again.
+    Tensors that shared memory when they were saved (views of one storage, tied weights) share it again, as after fastckpt.load, while one
+    of them is alive: `{name: reader[name] for name in reader}` takes only as much memory as the file. A name that is asked for again is
+    read again.
 
-    Names are dotted ("model.wte.weight"); where two look alike, the tuple of keys ("state", 0, "exp_avg") tells them apart.
-    Use from one thread, as a context manager or with close().
+    Names are dotted ("model.wte.weight"); if two names look the same, the tuple of keys ("state", 0, "exp_avg") distinguishes them. Use
+    from one thread, as a context manager or with close().
     """
 
     def __init__(self, reader: Reader, options: Options, closed: Callable[[], None] = lambda: None) -> None:
-        """closed: called by `close`, for what lies behind the reader."""
+        """closed: called by `close`, to release whatever is behind the reader."""
         self._reader, self._closed = reader, closed
         self._options = options
         self._entries: dict[str, list[TensorEntry]] = {}
@@ -143,7 +144,7 @@ class TensorReader(Mapping[str, Any]):
         self._reader.require_readable()
 
     def _lend(self, entry: TensorEntry) -> UntypedStorage | None:
-        """The storage that tensors of other names have, if one of them is alive."""
+        """The storage that is shared with a tensor of another name, if one of those is alive."""
         lent = self._lent.get(entry.storage)
         if lent is None or entry.name in lent.names:
             return None
@@ -157,7 +158,7 @@ class TensorReader(Mapping[str, Any]):
         return StorageLoader(self._reader, self._options.threads, window_bytes, storages, self._last_chunk)
 
     def _take(self, loader: StorageLoader, entry: TensorEntry) -> UntypedStorage | None:
-        """None for a meta tensor's."""
+        """Load a storage; None for a meta tensor's storage."""
         return loader.take(entry.storage) if loader.has_data(entry.storage) else None
 
     def _made(self, entry: TensorEntry, storage: UntypedStorage | None) -> Any:
@@ -167,33 +168,34 @@ class TensorReader(Mapping[str, Any]):
                 return torch.empty_strided(entry.shape, entry.stride, dtype=dtype, device="meta")
             return _view(entry, storage)
         except (RuntimeError, ValueError, OverflowError, AttributeError) as error:
-            # Only a hostile directory gets here: a shape with a 0 in it may stand anywhere, and torch and NumPy have limits.
+            # Only a hostile directory gets here: a shape that contains a 0 may have any stride, and torch and NumPy have limits.
             damage = Damage("directory", f"tensor {dotted(entry.name)!r}", "a tensor that can be made", str(error))
             raise CorruptCheckpointError(self._reader.source.name, [damage]) from error
 
     def load_into(self, state: Any, *, strict: bool = True) -> list[str]:
         """Copy the tensors of this checkpoint into those of the same name in `state`, in place.
 
-        The names of a module are those of its state dict: either may have been saved. A name counts as people write it where only one
-        tensor here has it.
+        A module's tensors have the names of its state dict; the checkpoint may hold the module or its state dict. A dotted name is enough
+        if only one tensor of the checkpoint has it.
 
         Args:
             state: a module, or an object with tensors in it, such as a state dict.
-            strict: every tensor of `state` must be here in the same shape and dtype. False: those that are not keep their values.
+            strict: every tensor of `state` must be in the checkpoint, with the same shape and dtype. False: tensors that are not keep their
+                values.
 
         Returns:
             The dotted names that were copied.
 
         Raises:
-            UnknownTensorError: with `strict`: lists all that are not here, and nothing is copied.
-            CorruptCheckpointError: damage was found on the way; tensors copied before it keep their new values. Also where indices and
-                offsets do not fit the sparse or jagged tensor of the state, before anything is copied.
+            UnknownTensorError: with `strict`: lists all missing tensors; nothing is copied.
+            CorruptCheckpointError: damage was found; tensors copied before keep their new values. Also if indices and offsets do not fit a
+                sparse or jagged tensor of the state; then nothing was copied.
             UnsupportedFormatError, TooLargeError: before anything is copied.
         """
         wanted = [named for named in named_tensors(state) if isinstance(named.value, torch.Tensor)]
         problems, plan = [], []
         for named in wanted:
-            # A state dict's "0.weight" is one key, a module's way to it has two.
+            # In a state dict "0.weight" is one key; in a module the same name has two.
             entry = self.entry(named.name) if named.name in self._by_keys else self._only(dotted(named.name))
             value = named.value
             assert isinstance(value, torch.Tensor)
@@ -209,7 +211,7 @@ class TensorReader(Mapping[str, Any]):
         if problems and strict:
             raise UnknownTensorError(f"{self._reader.source.name} does not fit the state:\n  " + "\n  ".join(problems))
         self._require_fetchable([copy.entry for copy in plan])
-        # Where kernels of sparse and jagged tensors read and write.
+        # Indices and offsets: they decide where kernels of sparse and jagged tensors read and write.
         places = [copy for copy in plan if copy.named.owner is not None and not copy.target.is_floating_point()]
         of_places = {id(copy) for copy in places}
         with torch.no_grad():
@@ -218,7 +220,7 @@ class TensorReader(Mapping[str, Any]):
         return [dotted(copy.entry.name) for copy in plan]
 
     def _copy(self, plan: Sequence[_Copy]) -> None:
-        """Each storage is read once, whatever number of tensors are views of it, and dropped before the next."""
+        """Read each storage once, even if several tensors view it, and drop it before the next."""
         in_order = sorted(plan, key=lambda copy: copy.entry.storage)
         with self._loader(list(dict.fromkeys(copy.entry.storage for copy in in_order))) as loader:
             for _, group in itertools.groupby(in_order, lambda copy: copy.entry.storage):
@@ -228,7 +230,7 @@ class TensorReader(Mapping[str, Any]):
                     copy.target.copy_(self._made(copy.entry, storage))
 
     def _copy_places(self, places: Sequence[_Copy]) -> None:
-        """Copy indices and offsets of composite tensors; if they would not fit, put back what was there."""
+        """Copy indices and offsets of composite tensors; if they would not fit, restore the old values."""
         before = [copy.target.clone() for copy in places]
         try:
             self._copy(places)
@@ -244,12 +246,12 @@ class TensorReader(Mapping[str, Any]):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """container_bytes, raw_bytes, chunks, tensors, storages."""
+        """A dictionary with container_bytes, raw_bytes, chunks, tensors and storages."""
         return summary(self._reader)
 
 
 def _view(entry: TensorEntry, storage: UntypedStorage) -> Any:
-    """The tensor or array that an entry describes, over its storage."""
+    """Make the tensor or array of an entry over its storage."""
     if not entry.dtype.startswith(NUMPY_PREFIX):
         empty = torch.empty(0, dtype=getattr(torch, entry.dtype), device="cpu")
         return empty.set_(storage, entry.offset, entry.shape, entry.stride)

@@ -38,13 +38,13 @@ Which = int | Literal["latest", "latest-valid"] | CheckpointId
 def history(
     newest: int, epoch_of: Callable[[int], Epoch | None], commits: Iterable[CheckpointId]
 ) -> Iterator[CheckpointId]:
-    """The checkpoints that a restore goes through, the one it takes first.
+    """The checkpoints that a restore goes through, in the order in which it tries them.
 
-    newest: the highest epoch. epoch_of: its record, or None where it is missing. commits: any order. Lazy: records of epochs are
-    asked for only as far as the caller goes.
+    newest: the highest epoch. epoch_of: gives the record of an epoch, or None where it is missing. commits: in any order. Lazy: it reads
+    records of epochs only as far as the caller iterates.
 
-    An epoch without a commit counts only if it was a rewind or begun anew: whoever made an ordinary claim may have died before its second
-    reading, and its parent may be behind what others have committed.
+    An epoch without a commit counts only if it was a rewind or a fresh start: the incarnation that made an ordinary claim may have died
+    before its second reading, so its parent may be older than commits of others.
     """
     steps: dict[int, list[int]] = {}
     for checkpoint in commits:
@@ -57,7 +57,7 @@ def history(
         epoch = epoch_of(number)
         counts = counts or number in steps or (epoch is not None and (epoch.rewind or epoch.fresh))
         if epoch is not None and counts and epoch.parent is not None:
-            # A parent's epoch is lower than its own (checked when it was read), so this ends.
+            # A parent's epoch is lower than that of its child (checked when the record was read), so this loop ends.
             number, most, counts = epoch.parent.checkpoint.epoch, epoch.parent.checkpoint.step, True
         elif epoch is not None and epoch.fresh:
             return
@@ -66,7 +66,9 @@ def history(
 
 
 def stand_in(number: int, commits: Iterable[Commit]) -> Epoch | None:
-    """What a missing epoch record must have said of its parent, as the epoch's oldest living commit tells; None if that does not tell."""
+    """What a missing epoch record must have said about its parent, according to the epoch's oldest living commit. None if that commit does
+    not tell.
+    """
     first = min(commits, key=lambda commit: commit.save, default=None)
     if first is None or (first.parent is not None and first.parent.checkpoint.epoch >= number):
         return None
@@ -77,16 +79,16 @@ def stand_in(number: int, commits: Iterable[Commit]) -> Epoch | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """A checkpoint to restore, and what was passed over to get there."""
+    """A checkpoint to restore, and the checkpoints that were passed over before it."""
 
     commit: Commit
     reader: Reader = field(repr=False, compare=False)
-    """Rank 0's index, as it was checked: who loads need not read it again."""
+    """Rank 0's checked index: the caller need not read it again to load the checkpoint."""
     skipped: tuple[Skipped, ...] = ()
 
 
 class Catalog:
-    """What one reading of a repository's names found. Records are read when they are needed, each once."""
+    """The result of one reading of a repository's names. Records are read when they are needed, each once."""
 
     def __init__(self, repository: RecordReader, listing: Inventory | None = None) -> None:
         self.repository = repository
@@ -108,14 +110,14 @@ class Catalog:
         return self._commits[checkpoint]
 
     def _retired(self, checkpoint: CheckpointId) -> bool:
-        """Whether a tombstone stands there. What cannot be read is not retired: it must not be passed over in silence."""
+        """Whether there is a tombstone. A record that cannot be read does not count as retired: it must not be passed over silently."""
         try:
             return isinstance(self.commit(checkpoint), Tombstone)
         except UnreadableError as error:
             return isinstance(error, MissingObjectError)
 
     def history(self, without: Collection[int] = ()) -> Iterator[CheckpointId]:
-        """Living checkpoints, newest first; as if the epochs `without` had not been claimed."""
+        """Living checkpoints of the history, newest first. without: epochs to treat as never claimed."""
         commits = [c for c in self.listing.commits if c.epoch not in without]
         epochs = [n for n in (*self.listing.epochs, *(c.epoch for c in commits)) if n not in without]
 
@@ -127,7 +129,7 @@ class Catalog:
                 yield checkpoint
 
     def stand_in(self, number: int) -> Epoch | None:
-        """For a record that is missing, what its epoch's oldest living commit says. None if it does not tell."""
+        """The replacement of a missing epoch record, from its epoch's oldest living commit. None if that commit does not tell."""
         for checkpoint in (c for c in self.listing.commits if c.epoch == number):
             if self._retired(checkpoint):
                 continue
@@ -146,24 +148,24 @@ class Catalog:
     def choose(
         self, step: Which = "latest", known_bad: Iterable[Skipped] = (), without: Collection[int] = ()
     ) -> Choice | None:
-        """The checkpoint to restore, its record, indexes and the sizes of its packs checked; None: nothing was ever committed.
+        """Choose the checkpoint to restore, and check its record, its indexes and the sizes of its packs. None: nothing was ever committed.
 
-        latest: the newest of the history; damage is an error that names the newest complete one. latest-valid: the newest that passes
-        the check. A number: the newest checkpoint of that step, in the history if it is there. NoCheckpointError,
-        CorruptCheckpointError, StoreError. known_bad: passed over without another look. without: epochs to look past.
+        latest: the newest of the history; damage is an error that names the newest complete one. latest-valid: the newest that passes the
+        check. A number: the newest checkpoint of that step, one of the history if there is one. NoCheckpointError, CorruptCheckpointError,
+        StoreError. known_bad: passed over without reading them again. without: epochs to ignore.
         """
         if not self.listing.commits:
             if isinstance(step, str):
                 return None
             raise NoCheckpointError(f"{self.repository.url} has no checkpoint at all: step {step} cannot be restored")
         if not isinstance(step, str):
-            return Choice(*self._verified(self._find(step)))
+            return Choice(*self._opened(self._find(step)))
         skipped: list[Skipped] = list(known_bad)
         for checkpoint in self.history(without):
             if any(checkpoint == bad.checkpoint for bad in skipped):
                 continue
             try:
-                return Choice(*self._verified(checkpoint), tuple(skipped))
+                return Choice(*self._opened(checkpoint), tuple(skipped))
             except (UnreadableError, RetiredError) as error:
                 if step == "latest":
                     raise self.with_advice(checkpoint, error) from error
@@ -172,7 +174,7 @@ class Catalog:
         raise self._nothing(skipped)
 
     def _nothing(self, skipped: Sequence[Skipped]) -> NoCheckpointError:
-        """Why there is nothing to restore although there are commits."""
+        """The reason why nothing can be restored although there are commits."""
         url = self.repository.url
         living = [c for c in self.listing.commits if not self._retired(c)]
         if skipped:
@@ -206,17 +208,17 @@ class Catalog:
             f"{self.repository.url} has no checkpoint of step {step}; newest: {shown}. `fastckpt ls` lists all"
         )
 
-    def _verified(self, checkpoint: CheckpointId) -> tuple[Commit, Reader]:
+    def _opened(self, checkpoint: CheckpointId) -> tuple[Commit, Reader]:
         try:
             commit = self.commit(checkpoint)
             if isinstance(commit, Tombstone):
                 raise self._was_retired(checkpoint)
-            return commit, verify(self.repository.store, commit)
+            return commit, open_checked(self.repository.store, commit)
         except (CorruptCheckpointError, MissingObjectError) as error:
             raise self.blame(checkpoint, error) from error
 
     def blame(self, checkpoint: CheckpointId, error: CheckpointError) -> CheckpointError:
-        """The error that reading a checkpoint has met, or RetiredError if retention has taken it meanwhile. StoreError."""
+        """RetiredError if retention has removed the checkpoint meanwhile, else the error that reading it has raised. StoreError."""
         try:
             retired = isinstance(self.repository.commit(checkpoint), Tombstone)
         except UnreadableError as found:
@@ -229,14 +231,14 @@ class Catalog:
         )
 
     def with_advice(self, checkpoint: CheckpointId, error: CheckpointError) -> CheckpointError:
-        """The error, and what to do about it."""
+        """The error, with advice what to restore instead."""
         if not isinstance(error, CorruptCheckpointError):
             return error
         for other in self.history():
             if other == checkpoint:
                 continue
             try:
-                self._verified(other)
+                self._opened(other)
             except CheckpointError:
                 continue
             where = f"step {other.step} (epoch {other.epoch})"
@@ -247,11 +249,11 @@ class Catalog:
         return CorruptCheckpointError(error.source, error.damage, advice)
 
 
-def verify(store: Store, commit: Commit) -> Reader:
+def open_checked(store: Store, commit: Commit) -> Reader:
     """Check all that can be checked without reading packs: votes by length and digest, indexes, lengths of packs.
 
-    Returns rank 0's index: those of thousands of ranks would not fit into memory. CorruptCheckpointError lists everything that is wrong or
-    missing; StoreError.
+    Returns rank 0's index only: the indexes of thousands of ranks would not fit into memory. CorruptCheckpointError lists everything that
+    is wrong or missing; StoreError.
     """
     damage: list[Damage] = []
     first: Reader | None = None
@@ -278,12 +280,12 @@ def verify(store: Store, commit: Commit) -> Reader:
                 damage.append(Damage("pack", file.key, f"{file.n_bytes} bytes", what, lost))
     if damage:
         raise CorruptCheckpointError(f"{store.url}/{keys.commit_key(commit.checkpoint)}", damage)
-    assert first is not None  # a commit has a rank 0
+    assert first is not None  # each commit has a rank 0
     return first
 
 
 def _sizes(store: Store, saves: Iterable[SaveId]) -> dict[str, int]:
-    """Lengths of all packs of some saves: a LIST costs one request for a thousand packs."""
+    """Lengths of all packs of some saves. Uses LIST: one request for a thousand packs."""
     return {info.key: info.n_bytes for save in saves for info in store.list(f"{keys.DATA}{save}/")}
 
 
@@ -294,9 +296,10 @@ def pending_saves(store: Store, listing: Inventory) -> list[SaveId]:
 
 
 def complete_pending(repository: Repository, catalog: Catalog) -> list[Commit]:
-    """Commit the saves whose votes are all there and that would be newer than what the history begins with.
+    """Commit each save whose votes are all there and that would be newer than the newest checkpoint of the history.
 
-    Who may not write leaves them: a reader sees what is committed. Contradictions are logged and left to `check`.
+    Without the right to write, such saves are left uncommitted: a reader sees only commits. Contradictory votes are logged and left to
+    `check`.
     """
     head = next(catalog.history(), None)
     done = []
@@ -325,7 +328,7 @@ def complete_pending(repository: Repository, catalog: Catalog) -> list[Commit]:
 
 
 def describe(commit: Commit) -> dict[str, Any]:
-    """A commit for `--json` and tables."""
+    """A commit as a dictionary, for `--json` and tables."""
     return {
         "epoch": commit.save.epoch,
         "step": commit.save.step,

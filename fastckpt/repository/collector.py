@@ -1,4 +1,4 @@
-"""Retention carried out: what lies there is read, what a plan says is retired and deleted."""
+"""Carries out retention: reads what lies in the repository, then retires and deletes what a plan says."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from fastckpt.repository.vote_set import vote_set_of
 from fastckpt.store.base import Store
 from fastckpt.store.wrap import T, Wrapper
 
-_BATCH = 100  # deletions between two looks for a newer epoch: some seconds
+_BATCH = 100  # deletions between two checks for a newer epoch: some seconds
 
 
 class PassInterrupted(Exception):
-    """A pass ended before its next request, as its caller wished. What it did stands, and the next one goes on from there."""
+    """A pass ended before its next request, at its caller's wish. Its work so far is kept, and the next pass continues from there."""
 
 
 class _Gate(Wrapper):
-    """Asks before every request whether the pass is to go on."""
+    """Asks before every request whether the pass may continue."""
 
     def __init__(self, inner: Store) -> None:
         super().__init__(inner)
@@ -55,24 +55,26 @@ class Collector:
         self._repository = KnownRecords(self._store)
         self._needed_by: dict[tuple[CheckpointId, str], frozenset[str]] = {}
         self._living: set[CheckpointId] = set()
-        """Seen by the pass before, or committed since, and not retired here."""
+        """Checkpoints that the previous pass saw, or that were committed since, and that were not retired here."""
         self._bare: dict[CheckpointId, tuple[float, float | None]] = {}
-        """Tombstones without votes and packs: `now_s` of the pass that saw it first, and of the first later one for which the store's clock
-        had gone on: that is after the last of them was deleted."""
+        """Tombstones without votes and packs. For each: `now_s` of the first pass that saw it so, and of the first later pass for which the
+        store's clock had advanced. The second time is certainly after the deletion of the last object.
+        """
         self._refused: set[str] = set()
-        """Keys that could not be deleted or overwritten. Not tried again: each try would be one more request of every pass."""
+        """Keys that could not be deleted or overwritten. They are not tried again: each try would cost one more request in every pass."""
 
     def interrupt_when(self, interrupted: Callable[[], bool]) -> None:
-        """From now on passes end with PassInterrupted before the first request at which this is true."""
+        """From now on a pass ends with PassInterrupted before the first request at which `interrupted()` is true."""
         self._store.interrupted = interrupted
 
     def know(self, commit: Commit, packs: Collection[str]) -> None:
-        """A commit whose packs the caller knows: its index need not be read. Any thread."""
+        """Tell the collector the packs of a commit, so that it need not read the index. Any thread."""
         self._needed_by[commit.checkpoint, commit.digest] = frozenset(packs)
 
     def look(self) -> RepositoryView:
-        """Read what a plan needs: five LISTs, and the records and file tables not seen before. StoreError, PassInterrupted."""
-        # Data is listed before commits: a save that commits in between has its packs in neither or in both, never packs alone.
+        """Read everything that a plan needs: five LISTs, and the records and file tables not seen before. StoreError, PassInterrupted."""
+        # List data before commits: if a save commits in between, both its packs and its commit are missing here, or both are seen; never
+        # packs without their commit.
         data = take_inventory(self._store, keys.DATA, keys.VOTES)
         catalog = Catalog(self._repository)
         listing = catalog.listing
@@ -107,14 +109,14 @@ class Collector:
     def _missing(
         self, listing: Inventory, commits: Mapping[CheckpointId, Commit], there: Collection[CheckpointId]
     ) -> list[str]:
-        """Keys of records that must be there and are not."""
+        """Keys of records that must exist and do not."""
         epochs = {c.epoch for c in commits} - set(listing.epochs)
         gone = {c for c in self._living - set(listing.commits) if c in there}
         self._living = gone | commits.keys()
         return [*map(keys.epoch_key, sorted(epochs)), *map(keys.commit_key, sorted(gone))]
 
     def _forget(self, commits: Mapping[CheckpointId, Commit], listed: set[str]) -> None:
-        """What is not there any more, or memory would follow the age of the run."""
+        """Forget records that no longer exist; otherwise memory would grow with the age of the run."""
         living = {(c, commit.digest) for c, commit in commits.items()}
         self._needed_by = {key: packs for key, packs in self._needed_by.copy().items() if key in living}
         self._refused &= listed
@@ -127,7 +129,7 @@ class Collector:
         return {checkpoint: since_s for checkpoint, (_, since_s) in self._bare.items() if since_s is not None}
 
     def _all_needed(self, commits: Iterable[Commit]) -> set[str] | None:
-        """Packs that checkpoints name; None if that cannot be found out of one of them."""
+        """Packs that checkpoints name. None if that cannot be read for one of them."""
         needed: set[str] = set()
         for commit in commits:
             key = commit.checkpoint, commit.digest
@@ -161,11 +163,11 @@ class Collector:
         as_epoch: int | None,
         in_flight: Callable[[], Collection[SaveId]] = tuple,
     ) -> list[CheckpointError]:
-        """Carry out a plan. as_epoch: the caller's epoch; nothing is done unless it is the newest. None: a person says that the
-        run is stopped. in_flight: the caller's saves under way, asked again before anything goes.
+        """Carry out a plan. as_epoch: the caller's epoch; nothing is done unless it is the newest. None: a person says that the run is
+        stopped. in_flight: gives the caller's saves under way; asked again before anything is deleted.
 
-        Returns what could not be deleted or overwritten, each once: it is passed over from then on.
-        Safe to stop anywhere and to begin again. StoreError, PassInterrupted.
+        Returns an error for each object that could not be deleted or overwritten; later passes skip it. May be stopped anywhere and started
+        again. StoreError, PassInterrupted.
         """
         refused: list[CheckpointError] = []
         if not todo.retire or not self._may_go_on(as_epoch):
@@ -188,7 +190,9 @@ class Collector:
         return refused
 
     def _held(self) -> set[CheckpointId | None]:
-        """Checkpoints whose votes or packs cannot be deleted: their tombstones stay, or they would count as unfinished saves again."""
+        """Checkpoints whose votes or packs cannot be deleted. Their tombstones stay; otherwise they would count as unfinished saves
+        again.
+        """
         saves = (keys.parse_pack(key) or getattr(keys.parse_vote(key), "save", None) for key in self._refused)
         return {save.checkpoint for save in saves if save is not None}
 
@@ -196,10 +200,12 @@ class Collector:
         return as_epoch is None or self._repository.newest_epoch() == as_epoch
 
     def _try(self, key: str, refused: list[CheckpointError], act: Callable[[], object]) -> bool:
-        """False if it was refused: one object that cannot go, or one record that cannot be read, keeps no other."""
+        """Run a deletion or overwrite. False if it was refused. One object that cannot be deleted, or one record that cannot be read, does
+        not stop the others.
+        """
         try:
             act()
-        except StoreUnavailableError:  # the store, not the object
+        except StoreUnavailableError:  # the store failed, not the object
             raise
         except CheckpointError as error:
             self._refused.add(key)
@@ -217,14 +223,14 @@ class Collector:
         return key not in self._refused and self._try(key, refused, act) and stands
 
     def _put_tombstone(self, checkpoint: CheckpointId, key: str, why: str) -> bool:
-        """False if an unfinished save turned out to be committed: then it stays."""
+        """Put a tombstone. False if an unfinished save turned out to be committed: then the save stays."""
         try:
-            found: Commit | Tombstone | None = read_commit(self._store, checkpoint)  # as it is now
+            found: Commit | Tombstone | None = read_commit(self._store, checkpoint)  # the record as it is now
         except MissingObjectError:
             found = None
         if isinstance(found, Tombstone):
             return True
-        if (found is None) != (why == UNFINISHED):  # not what the plan was made for
+        if (found is None) != (why == UNFINISHED):  # the state has changed since the plan was made
             return False
         of = None if found is None else found.digest
         data = tombstone_bytes(Tombstone(checkpoint, of, why, utc_now()))

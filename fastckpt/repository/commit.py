@@ -1,7 +1,7 @@
 """Votes → commit record: one conditional put makes a checkpoint exist (docs/guarantees.md, section 3).
 
-Nothing here asks who wrote a vote: the record follows from the votes alone, so the rank that sees the last one, a later incarnation and
-`check --repair` all build the same bytes.
+The record follows from the votes alone, whoever wrote them. So the rank that sees the last vote, a later incarnation, and `check --repair`
+all build the same bytes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MAX_VOTE_BYTES = 2 << 30
 
 @contextlib.contextmanager
 def named_object(store: Store, key: str) -> Iterator[None]:
-    """A request for an object that a repository needs: where it is not there, that is MissingObjectError."""
+    """Context for a request of an object that a repository needs: if the object is missing, raises MissingObjectError."""
     try:
         yield
     except ObjectNotFoundError as error:
@@ -43,7 +43,7 @@ def named_object(store: Store, key: str) -> Iterator[None]:
 
 
 def read_vote_bytes(store: Store, name: VoteName) -> bytes:
-    """The bytes of a vote, which are those its name says. CorruptCheckpointError, MissingObjectError."""
+    """The bytes of a vote, checked against length and digest in its name. CorruptCheckpointError, MissingObjectError."""
     key = vote_key(name)
     source = f"{store.url}/{key}"
     with named_object(store, key):
@@ -60,7 +60,7 @@ def read_vote_bytes(store: Store, name: VoteName) -> bytes:
 
 
 def open_vote(store: Store, name: VoteName) -> Reader:
-    """A rank's index, checked whole, whose chunks are read from packs.
+    """Open a rank's index and check it completely; its chunks are read from packs.
 
     UnreadableError.
     """
@@ -69,7 +69,7 @@ def open_vote(store: Store, name: VoteName) -> Reader:
 
 
 def read_vote(store: Store, name: VoteName) -> Vote:
-    """What a commit record needs to know of a vote. Errors as those of `open_vote`."""
+    """Read the facts about a vote that a commit record needs. Errors as those of `open_vote`."""
     reader = open_vote(store, name)
     info = save_info(reader.directory, name, reader.source.name)
     return Vote(name, info, reader.directory, part_ranges(reader.footer), reader.files)
@@ -78,7 +78,7 @@ def read_vote(store: Store, name: VoteName) -> Vote:
 def complete_set(names: Iterable[VoteName], where: str) -> list[VoteName] | None:
     """The votes of all ranks of one try, rank 0's first; None if some are missing.
 
-    RepositoryError if ranks disagree about the world or one voted twice: no commit may come of that.
+    RepositoryError if ranks disagree about the world or one voted twice: such votes must never be committed.
     """
     found = vote_set_of(names)
     if found.state is VoteSetState.CONTRADICTORY:
@@ -89,20 +89,20 @@ def complete_set(names: Iterable[VoteName], where: str) -> list[VoteName] | None
 
 
 def list_votes(store: Store, save: SaveId) -> list[VoteName]:
-    """The votes of one try that are there."""
+    """The existing votes of one try."""
     return list(take_inventory(store, votes_prefix(save)).votes.get(save, ()))
 
 
 def read_commit(store: Store, checkpoint: CheckpointId, listed: ObjectInfo | None = None) -> Commit | Tombstone:
-    """What stands at a commit key. listed: see `read_sealed`. UnreadableError: MissingObjectError where nothing does."""
+    """Read the record at a commit key. listed: see `read_sealed`. UnreadableError; its subclass MissingObjectError if there is none."""
     key = commit_key(checkpoint)
     return parse_commit_record(read_sealed(store, key, listed), checkpoint, f"{store.url}/{key}")
 
 
 def read_sealed(store: Store, key: str, listed: ObjectInfo | None = None) -> bytes:
-    """The bytes of a small object, whose length is looked at first. CorruptCheckpointError, MissingObjectError.
+    """The bytes of a small object; its length is checked before it is read. CorruptCheckpointError, MissingObjectError.
 
-    listed: what a LIST has just told of the object, which saves a request.
+    listed: what a LIST has just said about the object; saves one request.
     """
     if listed is None:
         with named_object(store, key):
@@ -116,9 +116,9 @@ def read_sealed(store: Store, key: str, listed: ObjectInfo | None = None) -> byt
 
 
 def create(store: Store, key: str, data: bytes) -> bytes:
-    """Put an object if there is none. Returns the bytes that are there now: `data`, or somebody else's.
+    """Put an object if there is none. Returns the bytes that are there now: `data`, or those of somebody else.
 
-    An error says nothing about whether ours landed (S4), so a caller may simply call again: equal bytes are ours.
+    After an error it is unknown whether our object was created (S4), so a caller may simply call again: equal bytes count as ours.
     """
     try:
         store.put_if_absent(key, data)
@@ -128,10 +128,11 @@ def create(store: Store, key: str, data: bytes) -> bytes:
 
 
 def try_commit(store: Store, save: SaveId, own: Vote | None = None) -> Commit | None:
-    """Commit a save if all its votes are there: the record that stands afterwards, perhaps another try's; None if votes are missing.
+    """Commit a save if all its votes are there. Returns the record that exists afterwards, perhaps that of another try; None if votes are
+    missing.
 
-    own: the vote that this process has placed, which is not read back. RepositoryError where the votes contradict each
-    other or the step was retired; CorruptCheckpointError for a damaged vote; StoreError.
+    own: the vote that this process has placed; it is not read back. RepositoryError if the votes contradict each other or the step was
+    retired; CorruptCheckpointError for a damaged vote; StoreError.
     """
     names = complete_set(list_votes(store, save), f"{store.url}/{votes_prefix(save)}")
     if names is None:
@@ -151,7 +152,7 @@ def try_commit(store: Store, save: SaveId, own: Vote | None = None) -> Commit | 
     key = commit_key(save.checkpoint)
     try:
         stands = create(store, key, record)
-    except MissingObjectError as error:  # not put again: what was there was retired, and the packs are being deleted
+    except MissingObjectError as error:  # do not put it again: the record was retired, and its packs are being deleted
         raise RepositoryError(
             f"{store.url}/{key}: another record stood there and is gone again: step {save.step} of epoch {save.epoch} was retired while it "
             "was being saved. It is not committed"
@@ -165,7 +166,7 @@ def try_commit(store: Store, save: SaveId, own: Vote | None = None) -> Commit | 
 
 
 def require_vote(store: Store, name: VoteName) -> None:
-    """RepositoryError if a vote that was placed is gone: nobody places it again, so it is not waited for."""
+    """RepositoryError if a vote that was placed is gone: nobody will place it again, so waiting for it is useless."""
     try:
         store.head(vote_key(name))
         return
@@ -190,7 +191,9 @@ def _retired(store: Store, save: SaveId, found: Tombstone) -> RepositoryError:
 
 
 def _check_packs(store: Store, vote: Vote) -> None:
-    """Packs of *other* saves must be there in full length: this save's own were acknowledged before the vote was placed."""
+    """Packs of *other* saves must exist in full length. This save's own packs need no check: they were acknowledged before the vote was
+    placed.
+    """
     damage = []
     for file in vote.files:
         if keys.parse_pack(file.key) == vote.name.save:

@@ -1,4 +1,4 @@
-"""Which packs a checkpoint names, by as few bytes of its votes as will do."""
+"""Finds the packs that a checkpoint names, reading as few bytes of its votes as possible."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fastckpt.store.base import Store
 def packs_of(store: Store, commit: Commit) -> frozenset[str]:
     """Keys of the packs that the votes of a checkpoint name. UnreadableError, StoreError.
 
-    A range of each vote is enough where the checkpoint has only packs of its own, as most have. That range alone has no checksum, so its
-    file table is believed only if it can be no other: byte for byte the table of packs 0, 1, 2 … of this rank, with as many bytes in all
-    as the commit record says, which is sealed. Otherwise the votes are read whole, and checked.
+    If the checkpoint has only packs of its own, as most have, one range of each vote is enough. A range has no checksum of its own. So its
+    file table is accepted only if it is exactly the expected one: byte for byte the table of packs 0, 1, 2 … of this rank, with as many
+    bytes in all as the sealed commit record says. Otherwise the votes are read whole, and checked.
     """
     tables = [_table_alone(store, commit, rank) for rank in range(commit.world)]
     files = [file for table in tables if table is not None for file in table]
@@ -26,7 +26,7 @@ def packs_of(store: Store, commit: Commit) -> frozenset[str]:
 
 
 def _table_alone(store: Store, commit: Commit, rank: int) -> tuple[FileEntry, ...] | None:
-    """The file table of a vote by its range; None if it is not one of a rank's own packs."""
+    """Read only the file table of a vote, by its range. None if it is not a table of the rank's own packs."""
     key = vote_key(commit.vote(rank))
     offset, n_bytes = commit.votes[rank].parts["file table"]
     if n_bytes > MAX_PART_BYTES["file table"]:

@@ -1,6 +1,6 @@
-"""One incarnation of a job in its repository: it claims an epoch, saves steps, acknowledges what is safe, retires what is not wanted.
+"""One incarnation of a job in its repository: it claims an epoch, saves steps, acknowledges durable saves, retires unwanted ones.
 
-Knows nothing of training: `Checkpointer` does. Called from one thread at a time.
+Knows nothing of training; that is the task of `Checkpointer`. Called from one thread at a time.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fastckpt.writing.packs import PackBuffers
 from fastckpt.writing.rank import SaveAsked, SaveRequest, UploadThreads, upload
 
 _MAX_POLL_S = 5.0
-# A generator of our own: drawing from the global one would change what training draws.
+# A generator of our own: drawing from the global one would change the numbers that training draws.
 _random = random.Random()
 
 
 class Incarnation:
-    """See the module. rank and world: this process's place among those that save together; all claim through rank 0's `claimed`."""
+    """See the module. rank and world: this process's place among the processes that save together."""
 
     def __init__(
         self,
@@ -54,12 +54,12 @@ class Incarnation:
         self._buffers = PackBuffers()
         self._sleep, self._clock = sleep, clock
 
-    def restore(
+    def choose_and_claim(
         self, step: Which = "latest", known_bad: Sequence[Skipped] = (), own: set[int] | None = None
     ) -> Choice | None:
         """Choose a checkpoint and claim an epoch that continues from it. None: nothing was ever committed, start from 0.
 
-        own: claims of this restore so far. Errors as those of `choose`.
+        own: epochs that this restore has claimed so far. Errors as those of `choose`.
         """
         own = set() if own is None else own
         choice = self.choose(step, known_bad, own)
@@ -70,9 +70,10 @@ class Incarnation:
     def choose(
         self, step: Which = "latest", known_bad: Sequence[Skipped] = (), own: Collection[int] = ()
     ) -> Choice | None:
-        """What `restore` would take. Claims nothing, but saves that died between vote and commit are completed first.
+        """Choose the checkpoint that `choose_and_claim` would choose. Claims nothing, but first completes saves that died between vote and
+        commit.
 
-        known_bad: checkpoints whose data a caller found damaged. own: epochs to look past. NoCheckpointError, CorruptCheckpointError,
+        known_bad: checkpoints whose data a caller found damaged. own: epochs to ignore. NoCheckpointError, CorruptCheckpointError,
         StoreError.
         """
         self.repository.initialise()
@@ -82,9 +83,10 @@ class Incarnation:
         return catalog.choose(step, known_bad, own)
 
     def claim(self, choice: Choice | None, step: Which, own: set[int]) -> bool:
-        """Claim an epoch that continues from what `choose(step)` gave. False: the head has moved meanwhile, choose again.
+        """Claim an epoch that continues from the result of `choose(step)`. False: the newest checkpoint has changed meanwhile, choose
+        again.
 
-        own: gets the new number.
+        own: the new epoch's number is added to it.
         """
         parent = None if choice is None else Parent(choice.commit.checkpoint, choice.commit.digest)
         skipped = () if choice is None else choice.skipped
@@ -95,19 +97,19 @@ class Incarnation:
         )
         own.add(self.epoch.number)
         self.last, self._attempts = parent, {}
-        if named:  # a person's wish: newer commits elsewhere change nothing
+        if named:  # a person asked for this checkpoint: newer commits elsewhere change nothing
             return True
-        # The second reading: an older incarnation that committed before it could see our claim is not left behind (G8).
+        # The second reading: an older incarnation may have committed before it could see our claim; its checkpoint must not be lost (G8).
         catalog = Catalog(self.repository)
         if any(c.epoch == self.epoch.number for c in catalog.listing.commits):
-            own.discard(self.epoch.number)  # a store that lets two claim one number
+            own.discard(self.epoch.number)  # this store let two incarnations claim one number
             return False
         passed = {s.checkpoint for s in skipped}
         head = next((c for c in catalog.history(own) if c not in passed), None)
         return head == (None if parent is None else parent.checkpoint)
 
     def begin(self, *, fresh: bool = False) -> Epoch:
-        """Claim an epoch that continues from nothing. RepositoryError if there are checkpoints and `fresh` was not asked for."""
+        """Claim an epoch that continues from nothing. RepositoryError if there are checkpoints and `fresh` is False."""
         self.repository.initialise()
         if not fresh:
             self._refuse_existing(Catalog(self.repository))
@@ -148,12 +150,12 @@ class Incarnation:
         cancelled: Callable[[], bool] = lambda: False,
         threads: UploadThreads | None = None,
     ) -> Commit:
-        """Upload, vote, commit, acknowledge. Returns the record once it was seen and no newer incarnation is in sight.
+        """Upload, vote, commit, acknowledge. Returns the commit record after it was read back and no newer incarnation was found.
 
-        asked: what the save says of itself; a step alone will do. source, cancelled and threads: see `upload`; the caller closes the
-        threads too. commit_timeout_s: how long the votes of other ranks are waited for.
+        asked: everything the save records besides the state; a step alone is enough. source, cancelled and threads: see `upload`; the
+        caller closes the threads too. commit_timeout_s: how long to wait for the votes of other ranks.
 
-        SupersededError: it is committed, but a newer incarnation exists. Any error: the earlier checkpoints are as they were.
+        SupersededError: the save is committed, but a newer incarnation exists. After any error the earlier checkpoints are unchanged.
         """
         asked = asked if isinstance(asked, SaveAsked) else SaveAsked(asked)
         request = self._request(asked)
@@ -166,14 +168,14 @@ class Incarnation:
             if self._world == 1 and commit.vote(0) == vote.name:
                 self._collector.know(commit, [file.key for file in vote.files])
             self.acknowledge(commit)
-            # The others are not tried again.
+            # Earlier steps are never tried again.
             self._attempts = {later: n for later, n in self._attempts.items() if later > asked.step}
             return commit
         finally:
             self.in_flight.discard(request.save)
 
     def _request(self, asked: SaveAsked) -> SaveRequest:
-        """The next try of a step. SaveError if it cannot follow what there is."""
+        """The next try of a step. SaveError if the step cannot follow the existing ones."""
         if self.epoch is None:
             self.begin()
         assert self.epoch is not None
@@ -191,7 +193,7 @@ class Incarnation:
         )
 
     def _commit(self, own: Vote, timeout_s: float) -> Commit:
-        """Commit, or wait until another rank has. SaveError if votes are still missing after `timeout_s`."""
+        """Commit, or wait until another rank has done so. SaveError if votes are still missing after `timeout_s`."""
         save = own.name.save
         give_up, pause = self._clock() + timeout_s, 0.05
         while True:
@@ -209,9 +211,10 @@ class Incarnation:
             pause = min(2 * pause, _MAX_POLL_S)
 
     def acknowledge(self, commit: Commit) -> None:
-        """After the commit record was seen: SupersededError if a newer incarnation has claimed the repository, or another job our place.
+        """To be called after the commit record was seen. SupersededError if a newer incarnation has claimed the repository, or another job
+        has taken our epoch.
 
-        RepositoryError if the record is not there any more. The marker and our epoch's record are put back if somebody deleted them.
+        RepositoryError if the commit record no longer exists. The marker and our epoch's record are put back if somebody deleted them.
         """
         assert self.epoch is not None
         repository, number = self.repository, self.epoch.number
@@ -246,7 +249,7 @@ class Incarnation:
             )
 
     def close(self) -> None:
-        """Let go of memory that was kept for another save."""
+        """Free the memory that was kept for another save."""
         self._buffers.drop()
 
     def retain(
@@ -254,11 +257,11 @@ class Incarnation:
     ) -> RetentionPlan:
         """One pass of retention, if this is the newest incarnation. Rank 0 only; may run beside saves, one pass at a time.
 
-        Returns what was to be done; `refused` in it lists what could not. interrupted: asked before every request; PassInterrupted once it
-        is true. StoreError.
+        Returns the plan; its `refused` lists objects that could not be deleted. interrupted: asked before every request; PassInterrupted
+        once it is true. StoreError.
         """
         assert self.epoch is not None
-        number = self.epoch.number  # a restore beside this claims another: then nothing more is done
+        number = self.epoch.number  # a restore beside this pass claims another epoch: then nothing more is done
         flying = self.in_flight.copy()
         self._collector.interrupt_when(interrupted)
         todo = plan_retention(self._collector.look(), keep, flying | self.in_flight.copy(), grace_s)

@@ -1,4 +1,4 @@
-"""What lies in a repository, by name: the one place where keys of a LIST are told apart (docs/format.md, section 11)."""
+"""Inventory of a repository by names: the one place that tells the keys of a LIST apart (docs/format.md, section 11)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from fastckpt.store.base import ObjectInfo, Store
 
 @dataclass(frozen=True)
 class Inventory:
-    """Names alone: no object was read. Of the folders that were listed; all orders are ascending."""
+    """Names in the listed folders; no object was read. All orders are ascending."""
 
     infos: Mapping[str, ObjectInfo] = field(default_factory=dict)
-    """By key, of everything that was listed."""
+    """Everything that was listed, by key."""
     epochs: tuple[int, ...] = ()
     commits: tuple[CheckpointId, ...] = ()
-    """Tombstones too."""
+    """Commit keys, including those of tombstones."""
     votes: Mapping[SaveId, tuple[VoteName, ...]] = field(default_factory=dict)
     packs: Mapping[SaveId, tuple[str, ...]] = field(default_factory=dict)
-    """Keys, by the save that wrote them."""
+    """Keys of packs, by the save that wrote them."""
     pins: Mapping[str, ObjectInfo] = field(default_factory=dict)
-    """By name."""
+    """Pins, by name."""
     unknown: tuple[str, ...] = ()
-    """Keys that have no form of ours: never read, never deleted."""
+    """Keys of no known form: never read, never deleted."""
 
     @property
     def newest_epoch(self) -> int:
-        """0 if there is none."""
+        """The highest epoch number; 0 if there is none."""
         return max(self.epochs, default=0)
 
     @property
@@ -40,7 +40,7 @@ class Inventory:
 
     @property
     def newest_s(self) -> float:
-        """The latest time that the store has put on anything, by its own clock."""
+        """The latest modification time of any object, by the store's clock."""
         return max((info.modified_s for info in self.infos.values()), default=0.0)
 
     @property
@@ -50,7 +50,7 @@ class Inventory:
 
 
 def inventory_of(infos: Iterable[ObjectInfo]) -> Inventory:
-    """Keys by their form. Pure."""
+    """Sort keys by their form. Pure."""
     by_key: dict[str, ObjectInfo] = {}
     epochs: list[int] = []
     commits: list[CheckpointId] = []

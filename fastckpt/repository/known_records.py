@@ -1,4 +1,4 @@
-"""Records of a repository that is looked at again and again: each is read once."""
+"""Records of a repository that is inspected again and again: each record is read once."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ T = TypeVar("T")
 
 
 class KnownRecords(RecordReader):
-    """Remembers what records say by key, time and size as the last LIST told them; what a LIST shows no more is forgotten.
+    """Remembers the content of records, by key, time and size from the last LIST. A record that a LIST no longer shows is forgotten.
 
-    Names are never remembered, and no failure is. A record is one request: the LIST has told its length. One thread at a time.
+    Names and failures are never remembered. Reading a record takes one request, because the LIST has given its length. One thread at a
+    time.
     """
 
     def __init__(self, store: Store) -> None:
@@ -37,7 +38,7 @@ class KnownRecords(RecordReader):
         return found
 
     def _see(self, infos: Mapping[str, ObjectInfo], listed: tuple[str, ...]) -> None:
-        """What is known of the keys under `listed` is true of these objects afterwards, and only of these."""
+        """Accept a listing: afterwards exactly these objects are known among the keys under `listed`."""
         for key in [key for key in self._infos if key.startswith(listed) and key not in infos]:
             del self._infos[key]
         for key in [key for key, (info, _) in self._known.items() if key.startswith(listed) and infos.get(key) != info]:

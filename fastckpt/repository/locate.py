@@ -1,4 +1,4 @@
-"""What a path, a URL or a file object is to somebody who reads: a container, or a repository of checkpoints."""
+"""Tells what a reader's path, URL or file object is: a container, or a repository of checkpoints."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from fastckpt.store.open import open_store
 
 
 def locate(f: Any, *, repository: bool = False) -> Source | Store:
-    """The bytes that `f` names, or the store of a repository, which the caller closes. An object of that name comes first, unless
-    `repository`.
+    """The bytes that `f` names, or the store of a repository, which the caller closes. If an object has that name, it is taken, unless
+    `repository` is True.
     """
     where = location(f) if isinstance(f, (str, os.PathLike)) else None
     if where is None:
@@ -29,7 +29,7 @@ def locate(f: Any, *, repository: bool = False) -> Source | Store:
     try:
         return open_source(f)
     except (ObjectNotFoundError, StoreAccessError, SaveError, FileNotFoundError):
-        # Rights to read a prefix do not include the object of its own name, and a whole bucket has no name of an object.
+        # The right to read a prefix does not include the right to read the object of the same name; and a whole bucket is no object.
         store = _repository(where)
         if store is None:
             raise
@@ -37,13 +37,13 @@ def locate(f: Any, *, repository: bool = False) -> Source | Store:
 
 
 def _repository(where: str) -> Store | None:
-    """The store of a repository; None if there is none, as far as can be seen."""
+    """The store of a repository; None if no repository can be seen there."""
     store = None
     try:
         store = open_store(where)
         if is_repository(store):
             return store
-    except StoreError as error:  # what the caller meets otherwise says more
+    except StoreError as error:  # the caller's own error says more
         logger.debug("looking for a repository at %s: %s", where, error)
     except BaseException:
         if store is not None:

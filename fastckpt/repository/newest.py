@@ -1,4 +1,4 @@
-"""Reads a checkpoint of a repository, the newest or that of a step, and changes nothing."""
+"""Reads the newest checkpoint of a repository, or that of a step, and changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def is_repository(store: Store) -> bool:
-    """Whether there is one, by its marker, or by its commits where that is gone. StoreError."""
+    """Whether a repository is there: it has its marker or, if that is gone, commits. StoreError."""
     try:
         store.head(keys.MARKER)
     except ObjectNotFoundError:
@@ -31,10 +31,10 @@ def is_repository(store: Store) -> bool:
 
 
 def read_checkpoint(store: Store, step: Which, read: Callable[[Reader], T]) -> T:
-    """What `read` makes of a checkpoint. Sends only GET, HEAD and LIST, so it disturbs nobody.
+    """Return the result of `read` for a checkpoint. Sends only GET, HEAD and LIST, so it disturbs nobody.
 
-    If retention takes the checkpoint meanwhile and no step was asked for, the newest one of then is read, once; else that is RetiredError.
-    NoCheckpointError, RestoreError for a checkpoint of several ranks, CorruptCheckpointError, StoreError.
+    If retention removes the checkpoint meanwhile and no step was asked for, the then newest checkpoint is read, once; otherwise
+    RetiredError. NoCheckpointError, RestoreError for a checkpoint of several ranks, CorruptCheckpointError, StoreError.
     """
     try:
         return _read(store, step, read)

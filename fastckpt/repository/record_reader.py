@@ -1,4 +1,4 @@
-"""The records of a repository, for who reads: nothing here writes.
+"""Reads the records of a repository; nothing here writes.
 
 Every method may be called from several threads. Errors: StoreError's subclasses, and UnreadableError's.
 """
@@ -17,14 +17,14 @@ from fastckpt.store.base import ObjectInfo, Store
 
 
 class AllCommits(NamedTuple):
-    """What stands at every commit key."""
+    """The records at all commit keys."""
 
     commits: dict[CheckpointId, Commit]
     tombstones: dict[CheckpointId, Tombstone]
     failed: dict[CheckpointId, UnreadableError]
-    """Could not be read, and why."""
+    """Records that could not be read, and why."""
     missing: set[CheckpointId]
-    """Gone since the LIST."""
+    """Records that were deleted after the LIST."""
 
 
 class RecordReader:
@@ -38,7 +38,7 @@ class RecordReader:
         return self.store.url
 
     def location(self, checkpoint: CheckpointId) -> str:
-        """For messages: where the commit record of a checkpoint is."""
+        """The place of a checkpoint's commit record, for messages."""
         return f"{self.url}/{keys.commit_key(checkpoint)}"
 
     def list(self) -> Inventory:
@@ -55,11 +55,11 @@ class RecordReader:
         return parse_epoch_record(read_sealed(self.store, key, self._listed(key)), number, f"{self.url}/{key}")
 
     def commit(self, checkpoint: CheckpointId) -> Commit | Tombstone:
-        """What stands at a commit key."""
+        """Read the record at a commit key."""
         return read_commit(self.store, checkpoint, self._listed(keys.commit_key(checkpoint)))
 
     def _listed(self, key: str) -> ObjectInfo | None:
-        """What is known of an object without asking. Nothing, here: names are not remembered."""
+        """Facts about an object that are known without a request. None here, because this class remembers no names."""
         return None
 
     def pins(self) -> dict[str, ObjectInfo]:
@@ -72,12 +72,12 @@ class RecordReader:
         return parse_pin(read_sealed(self.store, key, self._listed(key)), f"{self.url}/{key}")
 
     def read_all(self, listing: Inventory) -> AllCommits:
-        """All commit records, all tombstones, and what could not be read, with its error."""
+        """Read all commit records and tombstones; records that could not be read come with their error."""
         found = AllCommits({}, {}, {}, set())
         for checkpoint in listing.commits:
             try:
                 record = self.commit(checkpoint)
-            except MissingObjectError:  # a tombstone, if all is well
+            except MissingObjectError:  # replaced by a tombstone, if all is well
                 found.missing.add(checkpoint)
             except UnreadableError as error:
                 found.failed[checkpoint] = error

@@ -1,4 +1,4 @@
-"""A repository: its marker, its epochs, and what is committed in it. `claim`, `initialise` and those for the marker write.
+"""A repository: its marker, its epochs, and its commits. Only `claim`, `initialise`, `probe` and the methods for the marker write.
 
 Every method may be called from several threads. Errors: StoreError's subclasses, CorruptCheckpointError, UnsupportedFormatError,
 RepositoryError.
@@ -54,7 +54,7 @@ class Repository(RecordReader):
         super().__init__(store)
         self._probed = False
         self._marker_bytes: bytes | None = None
-        """As it was read or made here: what a running job puts back if a lifecycle rule takes it."""
+        """The marker as it was read or made here. A running job puts it back if a lifecycle rule deletes it."""
 
     def marker(self) -> Marker | None:
         """The marker, or None: nothing was ever saved here."""
@@ -67,7 +67,7 @@ class Repository(RecordReader):
         return marker
 
     def require(self) -> Marker | None:
-        """The marker; None where it is gone, but what it stands for is there. RepositoryError if this is no repository."""
+        """The marker; None if the marker is gone but the repository's other objects are there. RepositoryError if this is no repository."""
         marker = self.marker()
         if marker is None and not self._has_records():
             raise RepositoryError(
@@ -82,8 +82,8 @@ class Repository(RecordReader):
     def initialise(self) -> Marker:
         """The marker, made if there is none. RepositoryError if the store cannot keep G1.
 
-        The store is probed first, once: `put_if_absent` twice, of which one must fail. Of a repository that is there already too: it may
-        have been moved to another store, or the bucket's settings changed.
+        The store is probed first, once: of two calls of `put_if_absent`, the second must fail. An existing repository is probed, too: it
+        may have been moved to another store, or the bucket's settings may have changed.
         """
         marker = self.marker()
         if marker is None:
@@ -94,7 +94,7 @@ class Repository(RecordReader):
         return marker or self.make_marker()
 
     def make_marker(self) -> Marker:
-        """The marker that is there now, ours or somebody else's."""
+        """Make the marker, unless there is one. Returns the marker that is there now, ours or that of somebody else."""
         mine = marker_bytes(Marker(secrets.token_hex(16), utc_now(), writer()))
         there = create(self.store, keys.MARKER, mine)
         if there == mine:
@@ -103,7 +103,7 @@ class Repository(RecordReader):
         return parse_marker(there, f"{self.url}/{keys.MARKER}")
 
     def put_back_marker(self) -> bool:
-        """Whether the marker that was read at first is there, or is put back now. False: another one is."""
+        """Whether the first marker is still there, or could be put back. False: there is another marker."""
         mine = self._marker_bytes
         return mine is None or stands(self.store, keys.MARKER, mine)
 
@@ -115,7 +115,7 @@ class Repository(RecordReader):
             )
 
     def probe(self) -> None:
-        """RepositoryError unless `put_if_absent` refuses an object that is there, and a put can be listed and read at once."""
+        """RepositoryError unless `put_if_absent` refuses to replace an object, and a new object can be listed and read at once."""
         place = f"{_PROBE}{secrets.token_hex(8)}/"
         key = f"{place}object"
         first, second = b"first " + key.encode(), b"second " + key.encode()
@@ -130,7 +130,7 @@ class Repository(RecordReader):
         finally:
             with contextlib.suppress(
                 StoreError
-            ):  # who may not delete leaves some 40 bytes: a writer does not need the right
+            ):  # without the right to delete, some 40 bytes stay: a writer does not need that right
                 self.store.delete(key)
 
     def claim(
@@ -143,7 +143,7 @@ class Repository(RecordReader):
         world: int = 1,
         above: int = 0,
     ) -> Epoch:
-        """Claim the next epoch number. Of several claimants each gets a number of its own. above: the claimant's last one."""
+        """Claim the next epoch number. Each of several claimants gets its own number. above: the claimant's last number."""
         number = max(above, _highest_number(self.store)) + 1
         nonce = secrets.token_hex(16)
         while number <= keys.MAX_EPOCH:
@@ -156,10 +156,10 @@ class Repository(RecordReader):
 
 
 def stands(store: Store, key: str, mine: bytes) -> bool:
-    """Whether an object has these bytes, or has been put back with them as there was none. False: it has others."""
+    """Whether an object has these bytes, or was missing and has been put back with them. False: it has other bytes."""
     found = bytearray(len(mine))
     try:
-        store.get_into(key, 0, found)  # as much as there should be: one request, whatever lies there
+        store.get_into(key, 0, found)  # reads as many bytes as expected: one request, whatever the object's length is
     except EOFError:
         return False
     except ObjectNotFoundError:
@@ -168,7 +168,7 @@ def stands(store: Store, key: str, mine: bytes) -> bool:
 
 
 def _highest_number(store: Store) -> int:
-    """Of anything that was ever written there: an epoch's record may have been deleted by age."""
+    """The highest epoch number in any key ever written there: an epoch's own record may have been deleted by age."""
     found = take_inventory(store, keys.DATA, keys.VOTES, keys.EPOCHS, keys.COMMITS)
     saves = (*found.packs, *found.votes)
     numbers = (*found.epochs, *(c.epoch for c in found.commits), *(save.epoch for save in saves))

@@ -1,4 +1,4 @@
-"""Passes of retention behind saves, on a thread of their own: nobody waits for them (docs/guarantees.md, section 3)."""
+"""Runs passes of retention after saves, on a thread of their own: nobody waits for them (docs/guarantees.md, section 3)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.retention import Keep
 
 _MOST_PUT_OFF = 3
-"""Passes in a row that may end for a save. A job that always has one queued would otherwise never retire anything."""
+"""How many passes in a row may be interrupted for a save. Otherwise a job that always has a save queued would never retire anything."""
 
 
 class Retaining:
-    """See the module. What retention cannot do is no failure of a save: it is logged, and tried again after the next.
+    """See the module. A failure of retention is no failure of a save: it is logged, and the pass is tried again after the next save.
 
     busy: whether a save is queued or under way. stopped: whether there is no time left for anything but saves.
     """
@@ -35,7 +35,7 @@ class Retaining:
         self._busy, self._stopped = busy, stopped
         self._changed = threading.Condition()
         self._due = False
-        """A checkpoint was committed since the last whole pass began."""
+        """A checkpoint was committed after the last complete pass began."""
         self._running = False
         self._halted = False
         self._put_off = 0
@@ -43,7 +43,7 @@ class Retaining:
         self._failure = ""
 
     def wake(self, committed: bool) -> None:
-        """A save has ended; committed: there may be something to retire. Returns at once."""
+        """A save has ended. committed: it may have left something to retire. Returns at once."""
         if self._keep is None:
             return
         with self._changed:
@@ -56,20 +56,20 @@ class Retaining:
             self._running = True
             try:
                 thread = start_thread(self._work, "fastckpt-retention")
-            except RuntimeError as error:  # no thread to be had: after the next save, perhaps
+            except RuntimeError as error:  # no thread can be started: try again after the next save
                 self._running = False
                 self._tell("thread", "old checkpoints could not be removed: %s", error)
                 return
-        if thread is None:  # at the interpreter's end, where saves are not made beside others either
+        if thread is None:  # the interpreter is ending: saves, too, get no thread of their own then
             self._work()
 
     def wait_idle(self, timeout_s: float | None = None) -> bool:
-        """Wait until no pass is under way. False after the time-out."""
+        """Wait until no pass is running. False after the time-out."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._running, timeout_s)
 
     def halt(self, timeout_s: float | None = None) -> bool:
-        """End the pass under way before its next request, and begin none until `go_on`. False if it has not ended after the time-out."""
+        """End the running pass before its next request, and begin none until `go_on`. False if it has not ended after the time-out."""
         self._halted = True
         return self.wait_idle(timeout_s)
 
@@ -96,7 +96,7 @@ class Retaining:
             raise
 
     def _take(self) -> bool:
-        """Whether to begin a pass. False: this thread ends; the end of the save that is queued wakes another."""
+        """Whether to begin a pass. False: this thread ends; the end of the queued save starts another one."""
         with self._changed:
             if not self._due or self._interrupted():
                 self._running = False
@@ -106,7 +106,7 @@ class Retaining:
             return True
 
     def _pass(self) -> bool:
-        """False if it was interrupted."""
+        """Run one pass. False if it was interrupted."""
         try:
             done = self._incarnation.retain(self._keep, self._grace_s, self._interrupted)
         except PassInterrupted:

@@ -1,6 +1,6 @@
-"""Which checkpoints stay, and how the others go: commit → tombstone → votes → packs (docs/guarantees.md, section 3).
+"""Which checkpoints stay, and how the others are deleted: commit → tombstone → votes → packs (docs/guarantees.md, section 3).
 
-Pure: what is decided can be shown before it is done. `collector` reads and deletes.
+Pure: a plan can be shown before it is carried out. `collector` reads and deletes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from fastckpt.format.keys import CheckpointId, SaveId
 from fastckpt.format.repository_records import Commit
 from fastckpt.repository.vote_set import VoteSetState
 
-GRACE_S = 7200.0  # longer than any save and any request that is still on its way (assumption A1)
+GRACE_S = 7200.0  # longer than any save, and than any request that is still on its way (assumption A1)
 UNFINISHED = "unfinished save"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keep:
-    """Which checkpoints of the history stay: each that any of the rules keeps. `Keep(last=1)` is the least there is.
+    """Which checkpoints of the history stay: every checkpoint that at least one rule keeps. `Keep(last=1)` keeps the fewest.
 
-    While no checkpoint has a value of the metric `best` (a mistyped name, or none was measured yet), nobody knows which is best: all stay,
-    with a warning.
+    While no checkpoint has a value of the metric `best` (the name is mistyped, or nothing was measured yet), the best one is unknown: all
+    checkpoints stay, with a warning.
 
     Args:
         last: How many of the newest checkpoints stay.
@@ -62,16 +62,16 @@ class Keep:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A living checkpoint of the history, for `not_kept`."""
+    """A living checkpoint of the history, as input of `not_kept`."""
 
     checkpoint: CheckpointId
     metrics: Mapping[str, float]
 
 
 def not_kept(history: Sequence[Candidate], keep: Keep) -> list[CheckpointId]:
-    """The checkpoints that no rule keeps. history: newest first, as a restore would take them. Never the newest.
+    """The checkpoints that no rule keeps, never the newest one. history: newest first, in the order in which a restore tries them.
 
-    None while the best is asked for and nothing tells which it is (see `nothing_measured`): one of them would be the best one.
+    Empty while a rule asks for the best checkpoint and nothing tells which it is (see `nothing_measured`): any of them may be the best.
     """
     if nothing_measured(history, keep):
         return []
@@ -89,12 +89,12 @@ def not_kept(history: Sequence[Candidate], keep: Keep) -> list[CheckpointId]:
 
 
 def nothing_measured(history: Sequence[Candidate], keep: Keep) -> bool:
-    """Whether the best by a metric is to stay of which no checkpoint has a value."""
+    """Whether a rule keeps the best by a metric of which no checkpoint has a value."""
     return keep.best is not None and all(math.isnan(c.metrics.get(keep.best, math.nan)) for c in history)
 
 
 def _without_measure(history: Sequence[Candidate], keep: Keep) -> str | None:
-    """What to say where `nothing_measured` keeps checkpoints that the other rules would not."""
+    """The warning for the case that `nothing_measured` keeps checkpoints that the other rules would not keep; else None."""
     if not history or not nothing_measured(history, keep) or not not_kept(history, replace(keep, best=None)):
         return None
     assert keep.best is not None
@@ -115,61 +115,61 @@ class TombstoneSeen:
 
     written_s: float
     replaced: bool = False
-    """It stands where a commit record was."""
+    """It replaced a commit record."""
     bare_since_s: float | None = None
-    """Since when it is known to have no votes and no packs; None: not known."""
+    """The time since which it is known to have no votes and no packs; None: not known."""
 
 
 @dataclass(frozen=True)
 class Pins:
-    """What the pins of a repository say."""
+    """Content of the pins of a repository."""
 
     checkpoints: Collection[CheckpointId] = ()
     expired: Sequence[str] = ()
-    """Keys."""
+    """Keys of the expired pins."""
     unknown: bool = False
     """A pin cannot be read: nobody knows what it keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepositoryView:
-    """What lies in a repository, as one pass of the collector sees it. Its 13 attributes are all that a pure plan may depend on."""
+    """The content of a repository, as one pass of the collector sees it. Its 13 attributes are all the input of a pure plan."""
 
     newest_epoch: int
     history: Sequence[Candidate]
-    """Newest first."""
+    """The history, newest first."""
     living: Mapping[CheckpointId, Commit]
     tombstones: Mapping[CheckpointId, TombstoneSeen]
     commit_times_s: Mapping[CheckpointId, float]
     unreadable: Collection[CheckpointId]
     votes: Mapping[SaveId, Sequence[str]]
-    """Keys."""
+    """Keys of votes, by save."""
     vote_sets: Mapping[SaveId, VoteSetState]
     packs: Mapping[SaveId, Collection[str]]
-    """Keys."""
+    """Keys of packs, by save."""
     needed: Collection[str] | None
-    """Packs that living checkpoints name; None if that could not be found out."""
+    """Packs that living checkpoints name; None if that could not be read."""
     pins: Pins
     now_s: float
-    """Newest time of modification in the listing. It cannot be ahead of the store's clock, so no object looks older than it is."""
+    """Newest modification time in the listing. It cannot be ahead of the store's clock, so no object looks older than it is."""
     missing: Sequence[str] = ()
-    """Keys of records that must be there and are not."""
+    """Keys of records that must exist and do not."""
 
 
 @dataclass
 class RetentionPlan:
-    """What one pass does, in this order."""
+    """The work of one pass, in this order."""
 
     retire: list[tuple[CheckpointId, str]] = field(default_factory=list)
     """Checkpoints (and saves that never became one) whose commit key gets a tombstone, and why."""
     delete: list[str] = field(default_factory=list)
     """Keys: votes before packs before tombstones."""
     notes: list[str] = field(default_factory=list)
-    """For a person who looks at the plan."""
+    """Notes for a person who reads the plan."""
     warnings: list[str] = field(default_factory=list)
-    """What whoever made the rules should hear: they do not do what they say."""
+    """Warnings for the author of the rules: they do not have the effect that they seem to have."""
     refused: list[CheckpointError] = field(default_factory=list)
-    """What could not be deleted or overwritten, once it was carried out."""
+    """Errors of objects that could not be deleted or overwritten, after the plan was carried out."""
 
 
 def plan_retention(
@@ -180,11 +180,11 @@ def plan_retention(
     abandoned: bool = False,
     stopped: bool = False,
 ) -> RetentionPlan:
-    """Decide one pass.
+    """Decide the work of one pass.
 
-    keep: the rules; None: no checkpoint is retired, only debris. in_flight: saves of the caller that are under way. abandoned: retire the
-    branches outside of the history too. stopped: nothing else writes here, by a person's word: unfinished saves of the newest epoch are
-    debris as well.
+    keep: the rules; None: only debris is removed, no checkpoint. in_flight: saves of the caller that are under way. abandoned: retire the
+    branches outside of the history too. stopped: a person says that nothing else writes here; then unfinished saves of the newest epoch are
+    debris, too.
     """
     result = RetentionPlan()
     if view.missing:
@@ -232,8 +232,8 @@ def _retire_checkpoints(
 
 
 def _retire_unfinished(result: RetentionPlan, view: RepositoryView, flying: set[CheckpointId], stopped: bool) -> None:
-    """Saves that never became a checkpoint. What would be newer than all else stays while it can be completed, and while its votes
-    contradict each other: then only a person can tell which are right.
+    """Retire saves that never became a checkpoint. A save that would be newer than all checkpoints stays while it can be completed. It also
+    stays while its votes contradict each other, because only a person can tell which are right.
     """
     head = view.history[0].checkpoint if view.history else None
     known = view.living.keys() | view.tombstones.keys() | set(view.unreadable)
@@ -256,18 +256,18 @@ def _retire_unfinished(result: RetentionPlan, view: RepositoryView, flying: set[
 
 
 def _useless_for_s(view: RepositoryView, save: SaveId) -> float | None:
-    """For how long a save has not been needed for its own sake; None: it is needed."""
+    """Seconds for which a save has not been needed for its own sake; None: it is needed."""
     tombstone = view.tombstones.get(save.checkpoint)
     if tombstone is not None:
         return view.now_s - tombstone.written_s
     commit = view.living.get(save.checkpoint)
-    if commit is not None and commit.save != save:  # another try of it was committed
+    if commit is not None and commit.save != save:  # another try of the step was committed
         return view.now_s - view.commit_times_s.get(save.checkpoint, view.now_s)
     return None
 
 
 def _delete_packs(result: RetentionPlan, view: RepositoryView, over: Collection[SaveId]) -> set[CheckpointId]:
-    """Returns whose packs are not all deleted."""
+    """Delete packs. Returns the checkpoints of which some packs remain."""
     left: set[CheckpointId] = set()
     for save, packs in sorted(view.packs.items()):
         for key in sorted(packs):
@@ -285,7 +285,7 @@ def _delete_packs(result: RetentionPlan, view: RepositoryView, over: Collection[
 def _delete_tombstones(
     result: RetentionPlan, view: RepositoryView, left: Collection[CheckpointId], grace_s: float, stopped: bool
 ) -> None:
-    """A tombstone is the last of its checkpoint to go."""
+    """Delete tombstones: the tombstone is the last object of its checkpoint."""
     for checkpoint, tombstone in sorted(view.tombstones.items()):
         if checkpoint in left:
             continue

@@ -1,4 +1,4 @@
-"""Whether the votes of one try make a save: the one answer that committing, retention and a person's tools go by. Pure."""
+"""Whether the votes of one try make a save: one answer, used by committing, by retention and by the command line. Pure."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fastckpt.format.keys import VoteName
 
 
 class VoteSetState(enum.Enum):
-    """What the names of the votes of one try say."""
+    """The state of a try, judged by the names of its votes."""
 
     COMPLETE = "complete"
     INCOMPLETE = "incomplete"
     CONTRADICTORY = "contradictory"
-    """Ranks disagree about how many they are, or one has voted twice: no commit may come of that, now or later."""
+    """Ranks disagree about how many they are, or one has voted twice: such votes must never be committed, now or later."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class VoteSet:
 
     state: VoteSetState
     votes: tuple[VoteName, ...]
-    """Rank 0's first."""
+    """The votes, that of rank 0 first."""
     why: str = ""
-    """What contradicts what."""
+    """The contradiction in words."""
 
 
 def vote_set_of(names: Iterable[VoteName]) -> VoteSet:
-    """Judge the votes of one try that are there."""
+    """Judge the existing votes of one try."""
     votes = tuple(sorted(names, key=lambda name: (name.rank, name.digest)))
     worlds = sorted({vote.world for vote in votes})
     ranks = [vote.rank for vote in votes]

@@ -1,4 +1,4 @@
-"""State → private copy in host memory, without stopping what trains it.
+"""State → private copy in host memory, without stopping the training.
 
 stager.py         begins snapshots (settings.py), keeps what they use again: slabs (pool.py, slab_maker.py), one side stream per device
                   (side_stream.py)

@@ -1,4 +1,4 @@
-"""Gives out the copies of a snapshot, in their order, as far as there is memory for them."""
+"""Starts the copies of a snapshot in their order, as far as there is memory for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastckpt.state import Captured
 
 
 class Copier:
-    """See the module. `start` is for the thread that trains, all else for any. devices, host: those who make the copies."""
+    """See the module. `start` is for the training thread, all other methods for any thread. devices, host: these make the copies."""
 
     def __init__(
         self,
@@ -29,19 +29,19 @@ class Copier:
         side_of: Callable[[torch.device], SideStream],
         threads: int,
     ) -> None:
-        """order: all copies. side_of: see `DeviceCopies`. threads: that copy host memory."""
+        """order: all copies. side_of: see `DeviceCopies`. threads: number of threads that copy host memory."""
         self._order, self._ring, self._progress = order, ring, progress
         self._next = 0
-        """How many copies of `order` have been given out."""
+        """Number of copies of `order` that have been given out."""
         self.devices = DeviceCopies(captured, sorted(order, key=lambda copy: copy.number), side_of)
         self.host = HostCopies(captured, ring, watch, progress, threads)
 
     def start(self, n_first: int, fingerprints: SaveFingerprints) -> bool:
-        """Give out what there is memory for. On return the first copies do not depend on the state any more: of host memory they are made,
-        and a device's compute stream waits for them or they are made from clones.
+        """Give out the copies for which there is memory. On return the first copies do not depend on the state any more: copies of host
+        memory are made; for a device, either its compute stream waits for the copies, or they read clones.
 
-        Takes the fingerprints of what is copied later before. False: that was not possible, so nothing may be left for later. Raises what
-        keeps the first copies from being made.
+        Before that it takes the fingerprints of chunks that are copied later. False: that was not possible, so nothing may be left for
+        later. Raises the error that prevented the first copies.
         """
         first, later = self._order[:n_first], self._order[n_first:]
         looked = True
@@ -67,7 +67,9 @@ class Copier:
         return looked
 
     def give_out(self) -> None:
-        """Give copies to streams and threads, in order, as far as there are slabs. Raises what refuses one. The caller holds the lock."""
+        """Give copies to streams and threads, in order, as far as there are slabs. Raises the error of a refused copy. The caller holds the
+        lock.
+        """
         self._give_out(len(self._order))
 
     def _give_out(self, end: int) -> None:
@@ -86,20 +88,20 @@ class Copier:
 
     @property
     def upcoming(self) -> Copy | None:
-        """The next copy that is to be given out; None: all are. The caller holds the lock."""
+        """The next copy to give out; None: all were given out. The caller holds the lock."""
         return self._order[self._next] if self._next < len(self._order) else None
 
     @property
     def n_waiting(self) -> int:
-        """How many copies are still to be given out."""
+        """Number of copies that were not given out yet."""
         return len(self._order) - self._next
 
     @property
     def is_settled(self) -> bool:
-        """Whether all copies have been given out, or no more are going to be."""
+        """Whether all copies have been given out, or no more will be."""
         return not self.n_waiting or self._progress.is_over
 
     @property
     def n_copies(self) -> int:
-        """How many copies there are."""
+        """Number of all copies."""
         return len(self._order)

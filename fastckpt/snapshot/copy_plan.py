@@ -13,7 +13,7 @@ from fastckpt.state.chunking import Chunk, Cuts
 
 
 class DoesNotFit(Exception):
-    """The budget is too small for this state, however long one waits for other snapshots to end."""
+    """The budget is too small for this state, even when all other snapshots have ended."""
 
 
 class CopyPlan(NamedTuple):
@@ -22,17 +22,17 @@ class CopyPlan(NamedTuple):
     order: Sequence[int]
     """The numbers of all chunks, in the order of their copies."""
     n_first: int
-    """How many of them are copied first: their storages may change at any time."""
+    """Number of chunks at the beginning of `order` that are copied first, because their storages may change at any time."""
     layout: Layout
-    """Of the chunks in `order`."""
+    """The slots of the chunks in `order`."""
     n_slabs: int
-    """How many slabs of the layout must be there at the beginning: all of them, unless the state goes through a ring."""
+    """Number of slabs of the layout that must exist at the beginning: all, unless the state goes through a ring."""
     for_device: bool
     """Whether any chunk comes from a device."""
 
     @property
     def first_slabs(self) -> Sequence[int]:
-        """Bytes of each slab that must be there at the beginning."""
+        """Bytes of each slab that must exist at the beginning."""
         return self.layout.slab_bytes[: self.n_slabs]
 
     @property
@@ -46,8 +46,8 @@ def plan_copies(
 ) -> CopyPlan:
     """Plan the copies of a state. DoesNotFit if the budget will never hold it.
 
-    fenced: what need not be copied first; None: nothing is to be copied first. ring: whether a state that is larger than the budget may
-    go through it in parts.
+    fenced: storages that need not be copied first; None: none need be copied first. ring: whether a state larger than the budget may be
+    copied in parts.
     """
     chunks = cuts.chunks
     n_bytes = [chunk.n_bytes for chunk in chunks]
@@ -61,7 +61,7 @@ def plan_copies(
     layout = lay_out([n_bytes[n] for n in order], limit)
     needed = len(layout.slab_bytes)
     if sum(layout.slab_bytes) > budget_bytes:
-        # All that is copied first, and two slabs in which the rest goes round.
+        # Slabs for everything that is copied first, and two slabs through which the rest goes round.
         needed = min(needed, 2 + (layout.slots[len(first) - 1].slab + 1 if first else 0))
         if not ring or sum(layout.slab_bytes[:needed]) > budget_bytes:
             raise DoesNotFit

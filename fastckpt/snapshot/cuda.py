@@ -1,6 +1,6 @@
-"""What torch's generic API does not reach: CUDA's own calls. None of this does anything on other devices.
+"""CUDA calls that torch's generic API does not offer. On other devices these functions do nothing.
 
-Not proven without a card: tests/gpu is where it runs.
+Tested only with a GPU, by tests/gpu.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _RELAXED = 2  # cudaStreamCaptureModeRelaxed
 
 @functools.cache
 def _exchange_mode() -> Callable[[ctypes.c_int], None] | None:
-    """cudaThreadExchangeStreamCaptureMode of the run-time library that torch has loaded; None where there is none."""
+    """cudaThreadExchangeStreamCaptureMode of the run-time library that torch has loaded; None if there is none."""
     if torch.version.cuda is None or not torch.cuda.is_initialized():
         return None
     major = torch.version.cuda.partition(".")[0]
@@ -34,15 +34,15 @@ def _exchange_mode() -> Callable[[ctypes.c_int], None] | None:
 
 @contextlib.contextmanager
 def while_others_capture(device: torch.device | None) -> Iterator[None]:
-    """Ask for events without spoiling a graph that another thread captures meanwhile: by default a capture forbids every thread of the
-    process whatever might depend on it, cudaEventQuery included, and is lost when one does it.
+    """Context in which events may be queried while another thread captures a graph. By default, a capture forbids calls such as
+    cudaEventQuery in every thread of the process, and fails if one is made.
     """
     exchange = _exchange_mode() if device is not None and device.type == "cuda" else None
     if exchange is None:
         yield
         return
     mode = ctypes.c_int(_RELAXED)
-    exchange(mode)  # the mode that was comes back in its place
+    exchange(mode)  # restores the previous mode
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""Fingerprints of all bytes that lie on a device, computed there in stream order, and of their copies on the host.
+"""Fingerprints of all bytes on a device, computed there in stream order, and compared with those of the copies on the host.
 
-A chunk is taken as rows of 32 KiB, the last one made up by zeros; each row gives one number (`Kernels.rows` defines it). Many chunks are
-joined for one operation: an operation costs the host some 10 µs whatever its size, and thousands of them fill a device's queue.
+A chunk is divided into rows of 32 KiB, the last one filled up with zeros; each row gives one number (`Kernels.rows` defines it). Many
+chunks are joined for one operation: each operation costs the host some 10 µs, and thousands of them would fill a device's queue.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastckpt.snapshot.side_stream import SideStream, bytes_of, joined, wait_for
 
 ROW_BYTES = 8 * ROW_WORDS
 _BATCH_ROWS = 1024
-"""32 MiB, and as much scratch: what an operation writes is still in the cache of a large device when the next one reads it."""
+"""32 MiB, and as much scratch memory: then results are still in the cache of a large device when the next operation reads them."""
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, as a signed number
 
 
@@ -26,15 +26,15 @@ def _rows_of(n_bytes: int) -> int:
 
 
 def keys_on(device: torch.device | str, seed: int) -> torch.Tensor:
-    """What the words of a row are mixed with, by their place in it. Not copied there: such a copy would wait for the device."""
+    """The keys for the words of a row, by their place in it. Computed on the device: a copy would wait for the device."""
     return torch.arange(ROW_WORDS, device=device).mul_(_STEP).add_(seed)
 
 
 @torch.no_grad()
 def row_prints(chunks: Sequence[Sequence[torch.Tensor]], device: torch.device | str, seed: int) -> torch.Tensor:
-    """One number for each row of each chunk, one behind the other, on the device. Enqueued on the caller's current stream.
+    """One number for each row of each chunk, in order, on the device. Enqueued on the caller's current stream.
 
-    chunks: each one's pieces, contiguous, of one element type. seed: a signed 64-bit number. torch.OutOfMemoryError.
+    chunks: the pieces of each chunk, contiguous, of one element type. seed: a signed 64-bit number. torch.OutOfMemoryError.
     """
     keys = keys_on(device, seed)
     zeros = torch.zeros(ROW_BYTES, dtype=torch.uint8, device=device)
@@ -65,10 +65,10 @@ def row_prints(chunks: Sequence[Sequence[torch.Tensor]], device: torch.device | 
 
 
 class DevicePrints:
-    """Fingerprints of chunks on one device, on their way to the host. `fetch` first, then `is_copy` on any thread."""
+    """Fingerprints of chunks on one device, on their way to the host. Call `fetch` first; then any thread may call `is_copy`."""
 
     def __init__(self, device: torch.device, chunks: Mapping[int, Sequence[torch.Tensor]], seed: int) -> None:
-        """chunks: each one's pieces, by its number. Enqueued on the caller's current stream. torch.OutOfMemoryError."""
+        """chunks: the pieces of each chunk, by its number. Enqueued on the caller's current stream. torch.OutOfMemoryError."""
         self._rows: dict[int, slice] = {}
         at = 0
         for number, pieces in chunks.items():
@@ -84,17 +84,17 @@ class DevicePrints:
         return number in self._rows
 
     def fetch(self, side: SideStream) -> None:
-        """Enqueue the copy of the fingerprints. The side stream has begun after they were computed."""
+        """Enqueue the copy of the fingerprints. The side stream must have begun after they were computed."""
         assert self._prints is not None
         try:
             target = torch.empty(self._prints.numel(), dtype=torch.int64, device="cpu", pin_memory=True)
-        except RuntimeError:  # SlabPool tells of it
+        except RuntimeError:  # pinning failed; SlabPool reports it
             target = torch.empty(self._prints.numel(), dtype=torch.int64, device="cpu")
         side.copy(bytes_of(target), [self._prints], pinned=target.is_pinned())
         self._fetched, self._event, self._prints = target, side.mark(), None
 
     def is_copy(self, number: int, content: U8) -> bool:
-        """Whether the bytes are those that a chunk held; waits for the device."""
+        """Whether the bytes are equal to those that the chunk held; waits for the device."""
         assert self._event is not None
         wait_for(self._event)
         expected = self._fetched.numpy().view(np.uint64)[self._rows[number]]

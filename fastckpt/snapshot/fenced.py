@@ -1,4 +1,4 @@
-"""What only an optimizer's next step changes, and whether it has changed."""
+"""Tensors that only an optimizer's next step changes, and whether they have changed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastckpt.host.torch_names import local_of, version_of
 class FencedTensors:
     """The parameters and states of optimizers, with their versions at the call of save. Takes about a microsecond a tensor.
 
-    torch counts the in-place changes of every tensor: its version. Tensors made under inference_mode count none, those of unknown
-    subclasses may hide several storages: such are left out, and so are storages that optimizers own only in part. They are copied before
+    torch counts the in-place changes of every tensor: its version. Left out are tensors made under inference_mode (they have no version),
+    tensors of unknown subclasses (they may hide several storages), and storages that optimizers own only in part. These are copied before
     `save` returns.
     """
 
     def __init__(self, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
         self._tensors: list[torch.Tensor] = []
         self._addresses: list[int] = []
-        """Where the storage of each tensor lies."""
+        """The address of each tensor's storage."""
         in_part: set[int] = set()
         for owned in _owned(optimizers):
             tensor = _local(owned)
@@ -43,7 +43,9 @@ class FencedTensors:
             self.keep_only([*self.addresses - self._shared(in_part)])
 
     def _shared(self, in_part: set[int]) -> set[int]:
-        """The addresses of storages that optimizers own only in part: a buffer may lie beside a parameter, and its version is its own."""
+        """Addresses of storages that optimizers own only in part: a buffer may share the storage of a parameter, but has its own
+        version.
+        """
         owned: dict[int, list[torch.Tensor]] = {address: [] for address in in_part}
         for tensor, address in zip(self._tensors, self._addresses, strict=True):
             if address in in_part:
@@ -51,7 +53,7 @@ class FencedTensors:
         return {address for address, tensors in owned.items() if not _cover(tensors)}
 
     def keep_only(self, addresses: Sequence[int]) -> None:
-        """Watch only storages at these addresses, those that are saved."""
+        """Watch only storages at these addresses: those that are saved."""
         saved = set(addresses)
         if self.addresses <= saved:
             return
@@ -62,7 +64,7 @@ class FencedTensors:
         self.addresses &= saved
 
     def changed(self) -> int | None:
-        """The address of a storage whose tensor has another version now; None: there is none."""
+        """The address of a storage whose tensor has another version now; None if there is none."""
         versions = [version_of(tensor) for tensor in self._tensors]
         if versions == self._versions:
             return None
@@ -70,7 +72,7 @@ class FencedTensors:
 
 
 def _cover(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether tensors of one storage take all of its bytes."""
+    """Whether tensors of one storage cover all of its bytes."""
     end = 0
     for start, stop in sorted(_stretch(tensor) for tensor in tensors):
         if start > end:
@@ -80,7 +82,7 @@ def _cover(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _stretch(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte and end of a tensor in its storage; (0, 0) unless its elements lie there without gaps, in whatever order."""
+    """First byte and end of a tensor in its storage; (0, 0) if its elements leave gaps. Their order does not matter."""
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda pair: pair[1]):
         if size != 1 and stride != expected:
@@ -91,7 +93,7 @@ def _stretch(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The tensor whose storage is saved: a shard's own, for a DTensor."""
+    """The tensor whose storage is saved: for a DTensor the local shard."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return tensor
     local = local_of(tensor)
@@ -99,8 +101,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor | None:
 
 
 def _owned(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[torch.Tensor]:
-    """Parameters, and what the state has of each one. Whatever else it holds (counters under names, lists, tensors of the optimizer's
-    own) has no form that can be relied on, and is copied first.
+    """The parameters, and the state tensors of each parameter. Other content of the state (named counters, lists, tensors of the
+    optimizer's own) has no reliable form, and is copied first.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:

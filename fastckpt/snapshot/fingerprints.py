@@ -1,7 +1,7 @@
-"""Takes fingerprints of what chunks hold at the call of save, and compares copies with them.
+"""Takes fingerprints of chunks at the call of save, and compares copies with them.
 
-torch counts in-place changes, but not those through `.data`, NumPy views or kernels of others. Fingerprints find these too, where anything
-has really been overwritten. Of host memory a sample is taken (sampled.py), or all of it; of a device's memory all of it (device_prints.py).
+torch counts in-place changes, but not those through `.data`, NumPy views or other libraries' kernels. Fingerprints find these, too, if
+bytes have really changed. For host memory they cover a sample (sampled.py) or all bytes; for device memory all bytes (device_prints.py).
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from fastckpt.snapshot.side_stream import SideStream
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Cuts
 
-_random = random.Random()  # of our own: drawing from the global one would change what training draws
+_random = random.Random()  # of our own: drawing from the global one would change the numbers that training draws
 
 
 class HostPrints(Protocol):
     """Fingerprints of chunks in host memory."""
 
     def take(self, number: int) -> None:
-        """Take the fingerprint of a chunk, where it is. The thread that trains."""
+        """Take the fingerprint of a chunk in the live state. Called by the training thread."""
 
     def is_copy(self, number: int, content: U8) -> bool:
-        """Whether a copy has the same fingerprint. True, too, where none was taken. Any thread."""
+        """Whether a copy has the same fingerprint. Also True if none was taken. Any thread."""
 
 
 class AllBytes:
-    """HostPrints of all bytes: one more reading of the state."""
+    """HostPrints of all bytes: costs one more pass over the state."""
 
     def __init__(self, captured: Captured, cuts: Cuts) -> None:
         self._captured, self._chunks = captured, cuts.chunks
@@ -62,13 +62,13 @@ class SaveFingerprints:
     """The fingerprints of one snapshot. Taken by the thread that trains; the comparisons are for any thread."""
 
     def __init__(self, host: HostPrints | None = None) -> None:
-        """host: of what lies in host memory; None: no fingerprints are taken, of devices neither."""
+        """host: fingerprints for host memory; None: no fingerprints are taken, for devices neither."""
         self._host = host
         self._prints: list[tuple[SideStream, DevicePrints]] = []
 
     @property
     def looks(self) -> bool:
-        """Whether fingerprints are to be taken."""
+        """Whether fingerprints are taken."""
         return self._host is not None
 
     def take_host(self, number: int) -> None:
@@ -77,8 +77,8 @@ class SaveFingerprints:
             self._host.take(number)
 
     def take_device(self, side: SideStream, chunks: Mapping[int, Sequence[torch.Tensor]]) -> bool:
-        """Take the fingerprints of chunks on a device: by their numbers, each one's pieces. Computed on the caller's current stream. False:
-        the device has no room for that, and nothing is known of them.
+        """Take the fingerprints of chunks on a device. chunks: the pieces of each chunk, by its number. Computed on the caller's current
+        stream. False: the device has no memory for that, so these chunks have no fingerprints.
         """
         if not chunks:
             return True
@@ -98,9 +98,9 @@ class SaveFingerprints:
             prints.fetch(side)
 
     def is_host_copy(self, number: int, content: U8) -> bool:
-        """Whether a copy of a chunk in host memory has its fingerprint. True, too, where none was taken."""
+        """Whether a copy of a chunk in host memory has its fingerprint. Also True if none was taken."""
         return self._host is None or self._host.is_copy(number, content)
 
     def is_device_copy(self, number: int, content: U8) -> bool:
-        """Whether a copy of a chunk on a device has its fingerprint. True, too, where none was taken. Waits for the device."""
+        """Whether a copy of a chunk on a device has its fingerprint. Also True if none was taken. Waits for the device."""
         return all(prints.is_copy(number, content) for _, prints in self._prints if number in prints)

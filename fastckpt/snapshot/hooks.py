@@ -1,4 +1,4 @@
-"""The fence before each optimizer's update: hooks, and whether they can be relied on."""
+"""The fence before each optimizer's update: sets the hooks, and judges whether they can be relied on."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from fastckpt.snapshot.side_stream import is_capturing
 class FenceHooks:
     """Calls `fence` before any of the optimizers changes anything.
 
-    A `closure` that is given to `step` computes the gradients inside of it, so the fence comes after its first run: before that nothing has
-    changed, and waiting would cost the whole forward and backward. (L-BFGS runs it again between updates: the fence is a no-op then.)
+    If `step` gets a `closure`, the closure computes the gradients inside of `step`. Then the fence comes after its first run: before that
+    nothing has changed, and waiting would cost the whole forward and backward pass. (L-BFGS runs it again between updates: the fence is a
+    no-op then.)
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], fence: Callable[[], None]) -> None:
         self._fence = fence
         self._devices: list[list[torch.device]] = []
-        """Of each optimizer, by its position: a wrapper may pass a hook on to what it wraps, which calls it with itself."""
+        """For each optimizer, by position: a wrapper may pass a hook on to the optimizer that it wraps, which calls the hook with
+        itself.
+        """
         self._fired: set[int] = set()
         self._ever_fired: set[int] = set()
         self.begun = False
-        """Whether an optimizer has begun a step since the owner last set this to False: it may be halfway through it."""
+        """Whether an optimizer has begun a step since the owner last set this to False; the step may be half done."""
         self._distrusted = False
         self._handles: list[RemovableHandle] = []
         for number, optimizer in enumerate(optimizers):
@@ -36,7 +39,7 @@ class FenceHooks:
                 self._handles.append(optimizer.register_step_pre_hook(functools.partial(self._before_step, number)))
             except (
                 Exception
-            ) as error:  # a wrapper that never called Optimizer.__init__ has no hooks, and may say so in any way
+            ) as error:  # a wrapper that never called Optimizer.__init__ has no hooks, and may raise anything
                 logger.info(
                     "%s takes no hook (%s: %s): its state is copied before each save returns",
                     type(optimizer).__name__,
@@ -47,22 +50,24 @@ class FenceHooks:
 
     @property
     def can_be_trusted(self) -> bool:
-        """Whether every optimizer has been seen to call its hook since `next_step`. If not, one may be stepped by other means (a replayed
-        graph, a framework's own loop), and nothing may be left for its hook to wait for. Never, where one takes no hook.
+        """Whether every optimizer has called its hook since `next_step`. Otherwise an optimizer may be stepped by other means (a replayed
+        graph, a framework's own loop), and no copy may be left to its hook. Always False if an optimizer takes no hooks.
         """
         return bool(self._devices) and not self._distrusted and len(self._fired) == len(self._devices)
 
     @property
     def see_all(self) -> bool:
-        """Whether `begun` knows of every step: each optimizer has called its hook before, and nothing was seen to go past them."""
+        """Whether `begun` reliably tells of every step: each optimizer has called its hook before, and no change was seen without a
+        hook.
+        """
         return bool(self._devices) and not self._distrusted and len(self._ever_fired) == len(self._devices)
 
     def next_step(self) -> None:
-        """Look at the hooks anew: a training step has ended."""
+        """Begin a new observation of the hooks: a training step has ended."""
         self._fired.clear()
 
     def distrust(self) -> None:
-        """Trust no hook any more, for good: the state was seen to change behind the hooks' back."""
+        """Never trust a hook again: the state was seen to change without one."""
         self._distrusted = True
 
     def remove(self) -> None:
@@ -78,7 +83,7 @@ class FenceHooks:
         self._fired.add(number)
         self._ever_fired.add(number)
         if any(is_capturing(device) for device in self._devices[number]):
-            self._distrusted = True  # from now on the graph updates, and calls nobody
+            self._distrusted = True  # from now on the graph updates the parameters, and calls no hook
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
             return (args[0], self._fencing(args[1]), *args[2:]), kwargs
         if callable(kwargs.get("closure")):

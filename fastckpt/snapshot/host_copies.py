@@ -1,4 +1,4 @@
-"""The copies of chunks that lie in host memory: made at once or by threads, compared, and made once more where they are torn."""
+"""Copies of chunks in host memory: makes them at once or by threads, compares them, and repeats torn ones."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from fastckpt.snapshot.ring import Ring
 from fastckpt.snapshot.tearing import TearWatch
 from fastckpt.state import Captured
 
-_INLINE_BYTES = 256 << 10  # below this, handing a copy to another thread takes longer than the copy
+_INLINE_BYTES = 256 << 10  # for less, handing the copy to another thread takes longer than the copy itself
 
 
 class HostCopies:
     """See the module. Any thread."""
 
     def __init__(self, captured: Captured, ring: Ring, watch: TearWatch, progress: Progress, threads: int) -> None:
-        """threads: that copy, started when there is something for them to do."""
+        """threads: number of threads that copy, started when there is work for them."""
         self._captured, self._ring, self._watch, self._progress = captured, ring, watch, progress
         self._n_threads = threads
         self._threads: WorkerPool | None = None
         self._under_way: set[int] = set()
-        """Numbers of the chunks that threads have been given and are not done with."""
+        """Numbers of the chunks that threads are copying."""
         self._awaited: set[int] = set()
-        """Those of them that `wait_for_awaited` waits for."""
+        """Those among them that `wait_for_awaited` waits for."""
         self._torn: list[Copy] = []
-        """Copies that wait to be made once more."""
+        """Torn copies, to be made once more."""
         self._attended = 0
-        """More than 0: the training thread does nothing to the state until we are done with what is torn."""
+        """If more than 0, the training thread does not change the state until torn copies are handled."""
 
     def copy(self, copy: Copy) -> None:
         """Make one copy, or give it to a thread. The caller holds the lock."""
@@ -44,7 +44,7 @@ class HostCopies:
         self._under_way.add(copy.number)
         try:
             self._threads.submit(functools.partial(self._copy_in_thread, copy))
-        except BaseException:  # nobody will make it
+        except BaseException:  # nobody will make this copy
             self._under_way.discard(copy.number)
             raise
 
@@ -76,7 +76,7 @@ class HostCopies:
         self._captured.read(copy.chunk.pieces, self._ring.content(copy))
 
     def _mend(self) -> None:
-        """Copy once more what is torn: the state may be that of the call again. The caller holds the lock; nobody changes the state."""
+        """Repeat torn copies: the state may now be that of the call again. The caller holds the lock; nobody changes the state."""
         torn, self._torn = self._torn, []
         for copy in torn:
             if self._progress.error is not None:
@@ -94,7 +94,9 @@ class HostCopies:
 
     @contextlib.contextmanager
     def attended(self) -> Iterator[None]:
-        """While this context is open, what is torn is mended at once, or the snapshot fails: the training thread leaves the state alone."""
+        """While this context is open, torn copies are repeated at once, or the snapshot fails: the training thread does not change the
+        state.
+        """
         with self._progress.changed:
             self._attended += 1
             if not self._progress.fenced and not self._progress.closed:
@@ -111,15 +113,15 @@ class HostCopies:
         return not self._under_way
 
     def await_those_under_way(self) -> None:
-        """Let `wait_for_awaited` wait for the copies that threads have been given so far. The caller holds the lock."""
+        """Let `wait_for_awaited` wait for the copies that threads are making now. The caller holds the lock."""
         self._awaited = self._under_way.copy()
 
     def wait_for_awaited(self) -> None:
-        """Block until these copies are made, or given up after an error. The caller holds the lock, once."""
+        """Block until these copies are made, or were given up after an error. The caller holds the lock, not recursively."""
         self._progress.changed.wait_for(lambda: not self._awaited)
 
     def end_threads(self) -> None:
-        """Wait for the threads' ends. No copies are given out after this. May be called twice; not under the lock."""
+        """Wait until the threads have ended. No copies are given out after this. May be called twice; not under the lock."""
         with self._progress.changed:
             threads, self._threads = self._threads, None
         if threads is not None:

@@ -1,7 +1,7 @@
 """The memory that `save_async` copies states into: one pool for the process, kept from call to call.
 
-Fresh pages cost twice the copy into them (476 MB, two cores: 0.12 s the first time, 0.04 s from then on). What is kept is what the saves
-that were under way at once have needed, within the budget of the newest call; `release` gives back what no save holds.
+Allocating fresh pages costs twice as much as the copy into them (476 MB, two cores: 0.12 s the first time, 0.04 s from then on). The pool
+keeps as much memory as simultaneous saves have needed, within the budget of the newest call; `release` frees what no save holds.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from fastckpt.state import Captured
 from fastckpt.state.chunking import Cuts
 from fastckpt.state.chunks import LiveChunks, cuts_of
 
-_POLL_S = 0.01  # another save's end wakes nobody here: it may be any thread's, and there may be many
+_POLL_S = 0.01  # the end of another save does not wake this thread: it may be any thread's save, and there may be many
 
 
 class KeptMemory:
-    """Any thread."""
+    """See the module. Any thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a signal's handler may save while its thread is in here
+        self._lock = threading.RLock()  # reentrant: a signal handler may save while its thread holds it
         self._pool: SlabPool | None = None
 
     def begin(
         self, captured: Captured, cuts: Cuts, target: str, *, budget_bytes: int, threads: int, max_stall_s: float
     ) -> Snapshot | None:
-        """Copy a state, which may change on return.
+        """Copy a state. When this returns, the state may change.
 
-        budget_bytes: for the copies of all saves under way. None: they still hold the memory for this one after `max_stall_s` seconds.
-        Raises DoesNotFit for a state that the budget will never hold, and what Stager.begin raises.
+        budget_bytes: for the copies of all saves under way. Returns None if these still hold the memory after `max_stall_s` seconds. Raises
+        DoesNotFit for a state that the budget will never hold, and the errors of Stager.begin.
         """
         deadline = Deadline.after(max_stall_s, "max_stall_s")
         while True:
-            with self._lock:  # a pool whose device fails forgets all that was taken since
+            with self._lock:  # a pool whose device fails forgets all slabs that were taken within the block
                 if self._pool is None:
                     self._pool = SlabPool(budget_bytes)
                 self._pool.set_budget(budget_bytes)
@@ -61,7 +61,7 @@ class KeptMemory:
         return 0 if pool is None else pool.free_bytes
 
     def release(self) -> int:
-        """Give back what no save holds now. Returns its bytes."""
+        """Free the memory that no save holds now. Returns the number of bytes."""
         with self._lock:
             n_bytes = self.free_bytes
             if self._pool is not None:
@@ -73,7 +73,7 @@ kept = KeptMemory()
 
 
 def stage(captured: Captured, target: str, options: Options) -> Snapshot | LiveChunks:
-    """A copy of the state, if it fits the budget: the state may change on return. Else the state itself, and a warning."""
+    """Copy the state, if it fits the budget; then it may change on return. Otherwise returns the state itself, with a warning."""
     try:
         snapshot = kept.begin(
             captured,
@@ -97,7 +97,7 @@ def stage(captured: Captured, target: str, options: Options) -> Snapshot | LiveC
 
 
 def _in_forked_child() -> None:
-    """Saves under way stayed in the parent, and locks may be held by its threads. Its memory would only be copied here."""
+    """Saves under way stay in the parent, whose threads may hold the locks. Keeping the memory would only copy it into the child."""
     kept.__init__()  # type: ignore[misc] # others hold this very object
 
 

@@ -1,7 +1,7 @@
 """Slabs of host memory for snapshots, within one budget, used again from save to save.
 
-Fresh pages cost as much as the copy into them, and pinning them costs more; so a slab is made once and kept. Slabs are counted whole,
-by the bytes that their memory really takes: torch's pinned allocator rounds up to powers of two, and so do we.
+Allocating fresh pages costs as much as the copy into them, and pinning them costs more; so a slab is made once and kept. Each slab counts
+with all bytes that it really occupies: torch's pinned allocator rounds up to powers of two, and so do we.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Slab:
     tensor: torch.Tensor
     array: U8
     for_device: bool
-    """It was asked for to hold copies from a device."""
+    """It was requested for copies from a device."""
     pinned: bool
-    """It could be pinned: copies into it do not block."""
+    """It could be pinned, so copies into it do not block."""
 
 
 def _nothing() -> None:
-    """torch before 2.10 has no generic call for it."""
+    """torch before 2.10 has no generic call for this."""
 
 
 empty_host_cache: Callable[[], None] = getattr(torch.accelerator, "empty_host_cache", _nothing)
@@ -55,13 +55,13 @@ class SlabPool:
         self._lock = threading.Lock()
         self._in_use: set[Slab] = set()
         self._in_use_bytes = 0
-        """Counted, not summed: a snapshot of 80 GB takes 1,300 slabs, and each one asks."""
+        """Kept as a counter instead of a sum: a snapshot of 80 GB takes 1,300 slabs, and each request asks for it."""
         self._reserved_bytes = 0
-        """Of slabs that are being made."""
+        """Bytes of slabs that are being made."""
         self._free: dict[tuple[int, bool], list[Slab]] = {}
         self._free_bytes = 0
         self.unpinned_bytes = 0
-        """Bytes that were to be pinned and could not be: the copies into them block the device's stream. Told once, in a warning."""
+        """Bytes that should have been pinned and could not be: copies into them block the device's stream. A warning tells this once."""
 
     @property
     def used_bytes(self) -> int:
@@ -84,14 +84,14 @@ class SlabPool:
             return self._free_bytes
 
     def set_budget(self, budget_bytes: int) -> None:
-        """Set the budget from now on. What waits beyond it is given back; what is in use stays until its snapshots end."""
+        """Set the budget from now on. Free memory beyond it is released; memory in use stays until its snapshots end."""
         with self._lock:
             self.budget_bytes = budget_bytes
             if self._used() + self._free_bytes > budget_bytes:
                 self._drop_free()
 
     def take(self, n_bytes: int, for_device: bool) -> Slab | None:
-        """A slab of exactly so many bytes, or None if the budget has no room for it now."""
+        """A slab of exactly this size, or None if it does not fit into the budget now."""
         with self._lock:
             kept = self._free.get((n_bytes, for_device))
             if kept:
@@ -124,7 +124,7 @@ class SlabPool:
         self._in_use_bytes -= slab.n_bytes
 
     def take_all(self, sizes: Sequence[int], for_device: bool) -> list[Slab] | None:
-        """A slab of each size, or None if the budget has no room for all of them now."""
+        """A slab of each size, or None if they do not all fit into the budget now."""
         taken: list[Slab] = []
         try:
             for n_bytes in sizes:
@@ -139,15 +139,15 @@ class SlabPool:
         return taken
 
     def forget(self, slabs: Iterable[Slab]) -> None:
-        """Count slabs as lost: a device that has failed may still write to them. Whoever holds them keeps them alive."""
+        """Count slabs as lost: a failed device may still write to them. Whoever holds them keeps them alive."""
         with self._lock:
             self._in_use.difference_update(slabs)
-            # Summed anew: what calls this may be an interrupt between a slab and its bytes.
+            # A new sum: this may be called by an interrupt that came between taking a slab and counting its bytes.
             self._in_use_bytes = sum(slab.n_bytes for slab in self._in_use)
 
     @contextlib.contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """If the block fails, slabs that were taken in it and not given back are forgotten. Nobody else takes any meanwhile."""
+        """If the block fails, slabs that were taken in it and not given back are forgotten. Nobody else takes slabs meanwhile."""
         before = self._in_use.copy()
         try:
             yield
@@ -161,10 +161,10 @@ class SlabPool:
             self._drop_free()
 
     def _drop_free(self) -> None:
-        """Give up the slabs that wait: they have the sizes of another state, or of an earlier shape of this one."""
+        """Release the free slabs: they have the sizes of another state, or of an earlier shape of this one."""
         pinned = any(slab.pinned for slabs in self._free.values() for slab in slabs)
         self._free, self._free_bytes = {}, 0
-        if pinned:  # torch keeps what it has pinned: without this the budget would be exceeded
+        if pinned:  # torch keeps memory that it has pinned: without this call the budget would be exceeded
             empty_host_cache()
 
     def _new(self, n_bytes: int, for_device: bool) -> Slab:
@@ -189,7 +189,7 @@ class SlabPool:
         return Slab(n_bytes, tensor, tensor.numpy(), for_device, False)
 
     def give_back(self, slabs: Iterable[Slab]) -> None:
-        """Take slabs back: nothing reads or writes them any more. Those that are not in use are passed over."""
+        """Take slabs back: nothing reads or writes them any more. Slabs that are not in use are ignored."""
         with self._lock:
             for slab in slabs:
                 if slab in self._in_use:

@@ -1,4 +1,6 @@
-"""Whether anything but an optimizer's step changes the state between a save and that step: seen once, before any copy is left to it."""
+"""Finds out whether anything besides an optimizer's step changes the state between a save and that step. Tested once, before any copy
+relies on it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from fastckpt.state.chunking import Cuts
 
 
 class Probation:
-    """Watches what could have been left to a fence, from a save to the fence. That save is copied before it returns: a training that swaps
-    its weights after every save, behind torch's back, is found out without a torn copy.
+    """Watches the tensors that a fence could protect, from one save to the next fence. That save is copied completely before it returns. So
+    a training that swaps its weights after every save, unseen by torch, is detected without a torn copy.
 
-    Of host memory only: what a device holds could be compared only by waiting for it. Used by the thread that trains.
+    Host memory only: comparing device memory would mean waiting for the device. Used by the thread that trains.
     """
 
     def __init__(self, captured: Captured, cuts: Cuts, fenced: FencedTensors, samples: Sampled) -> None:
@@ -22,7 +24,7 @@ class Probation:
         fenced.keep_only(captured.addresses)
         self._chunks: list[int] = []
         self._storages: dict[int, UntypedStorage] = {}
-        """By their addresses; held, so that their memory is there to be looked at."""
+        """Storages by address; held, so that their memory can still be read."""
         for number, chunk in enumerate(cuts.chunks):
             found = {captured.addresses[piece.storage]: captured.owners[piece.storage] for piece in chunk.pieces}
             if fenced.addresses.issuperset(found) and all(isinstance(one, UntypedStorage) for one in found.values()):
@@ -30,7 +32,7 @@ class Probation:
                 self._storages.update(found)
 
     def passed(self) -> bool:
-        """Whether all is as it was."""
+        """Whether everything is unchanged."""
         if self._fenced.changed() is not None:
             return False
         if any(storage.data_ptr() != address for address, storage in self._storages.items()):

@@ -1,4 +1,4 @@
-"""How far one snapshot has come: each of its copies, and the whole. Its parts share this, under one lock."""
+"""Progress of one snapshot: of each copy, and of the whole. The parts of a snapshot share this object, under one lock."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from fastckpt.state.chunking import Chunk
 
 
 class Stage(enum.IntEnum):
-    """How far the copy of a chunk has come: from one of these to the next. Most copies are never TORN."""
+    """Progress of one chunk's copy, in this order. Most copies never become TORN."""
 
     WAITING = 0
-    """Nobody has begun with it."""
+    """Not begun."""
     GIVEN_OUT = 1
     """A side stream or a thread has it; its end cannot be waited for yet."""
     TORN = 2
-    """It is made, and not what the state was at the call of save: it waits to be made once more. Of host memory only."""
+    """Made, but not equal to the state at the call of save: it has to be made once more. Host memory only."""
     MARKED = 3
-    """Its end can be waited for: behind a copy from a device there is an event, one of host memory has ended."""
+    """Its end can be waited for: a device's copy has an event after it; a copy of host memory has ended."""
     THERE = 4
-    """Somebody has seen the end of it."""
+    """Its end was observed."""
 
 
 @dataclass(eq=False)
@@ -37,34 +37,34 @@ class Copy:
     chunk: Chunk
     n_bytes: int
     device: torch.device | None
-    """Where the chunk lies; None: in host memory."""
+    """The device that the chunk lies on; None: host memory."""
     stage: Stage = Stage.WAITING
     event: torch.Event | None = None
-    """Behind the copy, once a device's is marked."""
+    """The event after the copy, once a device's copy is marked."""
 
 
 class Progress:
-    """The outcome of one snapshot, its lock, and the events that tell of it. Any thread.
+    """The outcome of one snapshot, its lock, and the events that report it. Any thread.
 
-    changed: guards what the parts of the snapshot share; notified when a copy or the whole gets further.
+    changed: guards the data that the parts of the snapshot share; notified at each progress of a copy or of the whole.
     """
 
     def __init__(self, captured: Captured, target: str, step: int | None) -> None:
         self.changed = threading.Condition(threading.RLock())
         self.target, self.step = target, step
         self.error: BaseException | None = None
-        """What has gone wrong first."""
+        """The first error."""
         self.fenced = False
-        """Nothing reads the state any more that the caller's streams would not wait for."""
+        """Nothing reads the state any more, except copies that the caller's streams wait for."""
         self.confirmed = False
-        """All chunks have been read, and nothing was wrong with them."""
+        """All chunks have been read, and none was wrong."""
         self.closed = False
         self._captured = captured
         self._there_bytes = 0
         self._began_s = 0.0
 
     def begin(self) -> None:
-        """Tell that the copying begins."""
+        """Report that copying begins."""
         self._began_s = time.perf_counter()
         events.emit(
             events.SnapshotStarted(
@@ -77,11 +77,11 @@ class Progress:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more is to be copied, for an error or because the snapshot was closed."""
+        """Whether nothing more will be copied, because of an error or because the snapshot was closed."""
         return self.error is not None or self.closed
 
     def fail(self, error: BaseException) -> None:
-        """Drop the snapshot, unless that was done."""
+        """Drop the snapshot with this error, unless it was dropped before."""
         with self.changed:
             if not self.is_over:
                 self.error = error
@@ -89,7 +89,7 @@ class Progress:
             self.changed.notify_all()
 
     def staged(self, copy: Copy, started_s: float) -> None:
-        """Tell of a copy that has ended. started_s: when it or the wait for it began, by `time.perf_counter`."""
+        """Report a copy that has ended. started_s: `time.perf_counter` when the copy, or the wait for it, began."""
         if events.enabled():
             first = copy.chunk.pieces[0]
             events.emit(
@@ -105,7 +105,7 @@ class Progress:
             )
 
     def there(self, copy: Copy) -> None:
-        """Somebody has seen the end of a copy. After the last one the state is let go of."""
+        """The end of a copy was observed. After the last one the references to the state are dropped."""
         with self.changed:
             if copy.stage is Stage.THERE:
                 return

@@ -1,7 +1,7 @@
 """The slabs of one snapshot: which chunk lies where, and which slab may be used again.
 
-Where the state fits the budget, each slab is there from the beginning and is used once. Where it does not, the slabs are a *ring*: one
-that is released goes back to the pool, and the next chunks take one of its size from there.
+If the state fits the budget, all slabs exist from the beginning and are used once. Otherwise the slabs form a *ring*: a released slab goes
+back to the pool, and the next chunks take one of its size from there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastckpt.snapshot.progress import Copy
 
 
 class Ring:
-    """See the module. All but `content` and `target` under the snapshot's lock."""
+    """See the module. All methods except `content` and `target` are called under the snapshot's lock."""
 
     def __init__(self, pool: SlabPool, plan: CopyPlan, slabs: Sequence[Slab]) -> None:
         """slabs: the first ones of the plan, taken from the pool."""
@@ -25,23 +25,23 @@ class Ring:
         self._slab_bytes, self._for_device = plan.layout.slab_bytes, plan.for_device
         self._slot_of = dict(zip(plan.order, plan.layout.slots, strict=True))
         self._slabs: dict[int, Slab] = dict(enumerate(slabs))
-        """Those that are there now, by their numbers in the layout."""
+        """The slabs that exist now, by their numbers in the layout."""
         self._chunks: list[list[int]] = [[] for _ in self._slab_bytes]
         for number in plan.order:
             self._chunks[self._slot_of[number].slab].append(number)
         self._unread = [len(chunks) for chunks in self._chunks]
-        """How many chunks of each slab have not been released."""
+        """For each slab, the number of its chunks that have not been released."""
         self._read_from: set[int] = set()
-        """Slabs that the encoder has begun with: they stay until it is done with them."""
+        """Slabs that the encoder has begun to read: they stay until it has finished with them."""
         self.leaving: int | None = None
-        """The slab that is on its way to the disk."""
+        """The slab that is being written to the disk; None if there is none."""
 
     def slab_of(self, copy: Copy) -> int:
         """The number of the slab that a chunk lies in."""
         return self._slot_of[copy.number].slab
 
     def take_slab(self, copy: Copy) -> bool:
-        """See to it that there is a slab for a chunk. False: the budget has no room for it now."""
+        """Make sure that there is a slab for a chunk. False: the budget has no memory for it now."""
         slab = self.slab_of(copy)
         if slab not in self._slabs:
             taken = self._pool.take(self._slab_bytes[slab], self._for_device)
@@ -51,7 +51,7 @@ class Ring:
         return True
 
     def content(self, copy: Copy) -> U8:
-        """A chunk's bytes. Its slab must be there, and stay."""
+        """A chunk's bytes. Its slab must exist, and stay."""
         slab, offset = self._slot_of[copy.number]
         return self._slabs[slab].array[offset : offset + copy.n_bytes]
 
@@ -62,11 +62,11 @@ class Ring:
         return slab.tensor[offset : offset + copy.n_bytes], slab.pinned
 
     def begin_reading(self, copy: Copy) -> None:
-        """The encoder needs a chunk now: its slab does not go to the disk any more."""
+        """The encoder needs a chunk now: from now on its slab must not go to the disk."""
         self._read_from.add(self.slab_of(copy))
 
     def release(self, copy: Copy) -> bool:
-        """The encoder is done with a chunk. True: with all of its slab, which others may take now."""
+        """The encoder has finished with a chunk. True if it has finished with the whole slab, which may be used again now."""
         slab = self.slab_of(copy)
         self._unread[slab] -= 1
         if self._unread[slab] or slab not in self._slabs:
@@ -79,7 +79,7 @@ class Ring:
         self._pool.give_back([self._slabs.pop(slab)])
 
     def farthest(self, upcoming: Copy | None) -> tuple[int, Sequence[int]] | None:
-        """The slab that the encoder will need last, with the numbers of its chunks, of those that are full and not begun with.
+        """Of the slabs that are full and that the encoder has not begun: the one that it will need last, with the numbers of its chunks.
 
         upcoming: the chunk that is to be copied next; None: there is none.
         """
@@ -89,6 +89,6 @@ class Ring:
         return None if slab is None else (slab, self._chunks[slab])
 
     def take_out(self) -> list[Slab]:
-        """All slabs that are there, which the caller gives back."""
+        """Remove and return all existing slabs; the caller gives them back."""
         slabs, self._slabs = list(self._slabs.values()), {}
         return slabs

@@ -1,7 +1,7 @@
-"""A sample of a state in host memory: of each 4 KiB one cache line, which every save chooses anew; what is smaller than 64 KiB whole.
+"""A sample of a state in host memory: one cache line of each 4 KiB, chosen anew by every save; stretches smaller than 64 KiB as a whole.
 
-Whatever replaces whole tensors shows in it, for a fortieth of what reading all of them takes. What changes a few elements of a large tensor
-may not (docs/guarantees.md, section 5).
+It shows when whole tensors are replaced, for a fortieth of the time that reading everything takes. A change of a few elements in a large
+tensor may be missed (docs/guarantees.md, section 5).
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from fastckpt.kernels import WHOLE_BELOW, kernels, lines_bytes
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Chunk, Cuts
 
-_random = random.Random()  # of our own: drawing from the global one would change what training draws
-_OWN_PAGES_BYTES = 64 << 10  # larger buffers of threads stay in the C library's arenas when those end
+_random = random.Random()  # of our own: drawing from the global one would change the numbers that training draws
+_OWN_PAGES_BYTES = 64 << 10  # larger buffers of a thread stay in the C library's arenas after the thread has ended
 
 
 class _Stretches(NamedTuple):
-    """The stretches of a chunk that are looked at: lists of the same length."""
+    """The sampled stretches of a chunk: lists of the same length."""
 
     storages: npt.NDArray[np.intp]
     in_storage: U64
     in_chunk: U64
     lengths: U64
     n_bytes: int
-    """Of the sample."""
+    """Bytes of the sample."""
 
 
 class SamplePlan:
-    """Which stretches of memory each chunk of a state is sampled by; the same for all states of one form. Pure."""
+    """The stretches of memory by which each chunk of a state is sampled; the same for all states of one form. Pure."""
 
     def __init__(self, captured: Captured, cuts: Cuts, leave_out: Collection[str] = ()) -> None:
-        """leave_out: names of the state's parts that are not looked at."""
+        """leave_out: names of the state's parts that are not sampled."""
         self._chunks = cuts.chunks
         self._on_host = [storage.device is None for storage in captured.storages]
         self._left_out = {entry.storage for entry in captured.tensors if entry.name and entry.name[0] in leave_out}
@@ -50,17 +50,17 @@ class SamplePlan:
         self._known: dict[int, _Stretches | None] = {}
 
     def of(self, number: int) -> _Stretches | None:
-        """The stretches of one chunk; None where nothing is looked at: it lies on a device, or is left out."""
+        """The stretches of one chunk. None if it is not sampled: it lies on a device, or is left out."""
         if number not in self._known:
             self._known[number] = self._stretches(self._chunks[number])
         return self._known[number]
 
     def __iter__(self) -> Iterator[int]:
-        """The chunks that are looked at."""
+        """The chunks that are sampled."""
         return (number for number in range(len(self._chunks)) if self.of(number) is not None)
 
     def _stretches(self, chunk: Chunk) -> _Stretches | None:
-        # Lists of numbers, not of tuples: Python's collector walks all that are made, and a state may have 100,000 storages.
+        # Lists of numbers instead of tuples: Python's cycle collector walks all tuples, and a state may have 100,000 storages.
         storages: list[int] = []
         in_storage: list[int] = []
         in_chunk: list[int] = []
@@ -89,7 +89,7 @@ class SamplePlan:
 
 
 def _small_tensors(captured: Captured) -> dict[int, list[tuple[int, int]]]:
-    """Tensors under 64 KiB in storages that are not: first bytes and ends, overlaps joined, by storage."""
+    """Tensors under 64 KiB inside larger storages: first bytes and ends, by storage, with overlaps joined."""
     found: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for entry in captured.tensors:
         if captured.storages[entry.storage].n_bytes >= WHOLE_BELOW and (span := _span(entry)) is not None:
@@ -98,7 +98,7 @@ def _small_tensors(captured: Captured) -> dict[int, list[tuple[int, int]]]:
 
 
 def _span(entry: TensorEntry) -> tuple[int, int] | None:
-    """First byte and end of a tensor in its storage; None if that is 64 KiB or more, or nothing."""
+    """First byte and end of a tensor in its storage; None if it is empty, or has 64 KiB or more."""
     element = element_type(entry.dtype)
     if element is None or 0 in entry.shape:
         return None
@@ -109,7 +109,7 @@ def _span(entry: TensorEntry) -> tuple[int, int] | None:
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Spans in order, those that overlap or touch made one: a million views of one buffer are looked at once."""
+    """Sort spans and join those that overlap or touch: a million views of one buffer are sampled once."""
     start = stop = -1
     for first, end in sorted(spans):
         if first > stop:
@@ -122,7 +122,7 @@ def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _parts(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Cut spans so short that they are sampled whole."""
+    """Cut spans so short that each is sampled as a whole."""
     step = WHOLE_BELOW // 2
     for start, stop in spans:
         for first in range(start, stop, step):
@@ -130,7 +130,7 @@ def _parts(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 class Sampler:
-    """Samples the states of a run: keeps the plan of those of one form. Used by the thread that trains."""
+    """Samples the states of a run; keeps the plan for the current form. Used by the training thread."""
 
     def __init__(self, leave_out: Collection[str] = ()) -> None:
         """leave_out: see `SamplePlan`."""
@@ -139,7 +139,7 @@ class Sampler:
         self._plan = SamplePlan(Captured(b""), Cuts([], {}))
 
     def take(self, captured: Captured, cuts: Cuts, seed: int | None = None) -> Sampled:
-        """Sample all of a state that lies in host memory, as it is now. seed: see `Sampled`."""
+        """Sample the part of a state that lies in host memory, as it is now. seed: see `Sampled`."""
         if captured.form is not self._form:
             self._plan, self._form = SamplePlan(captured, cuts, self._leave_out), captured.form
         sampled = Sampled(captured, self._plan, seed)
@@ -149,25 +149,25 @@ class Sampler:
 
 
 class Sampled:
-    """HostPrints of samples: of the chunks of one state, as they were at a moment. `take` by one thread, `is_copy` by any."""
+    """HostPrints of samples: the chunks of one state at one moment. One thread calls `take`, any thread `is_copy`."""
 
     def __init__(self, captured: Captured, plan: SamplePlan, seed: int | None = None) -> None:
-        """seed: decides which lines are looked at; None: drawn anew."""
+        """seed: decides which lines are sampled; None: a random one."""
         self.seed = _random.getrandbits(64) if seed is None else seed
         self._plan = plan
         self._addresses = np.array(captured.addresses, np.uint64)
         self.digests: dict[int, bytes] = {}
-        """Of the samples that were taken, by the numbers of their chunks."""
+        """Number of a chunk → digest of its sample."""
 
     def take(self, number: int) -> None:
-        """Sample one chunk where the state is, unless that was done."""
+        """Sample one chunk in the live state, unless that was done before."""
         stretches = self._plan.of(number)
         if stretches is not None and number not in self.digests:
             at = self._addresses[stretches.storages] + stretches.in_storage
             self.digests[number] = self._digest(number, stretches, at)
 
     def is_unchanged(self, number: int) -> bool:
-        """Whether a chunk has the same sample where the state was; its memory must still be there. True, too, where none was taken."""
+        """Whether a chunk's sample is unchanged in the live state, whose memory must still exist. Also True if none was taken."""
         stretches = self._plan.of(number)
         if stretches is None or number not in self.digests:
             return True
@@ -175,7 +175,7 @@ class Sampled:
         return self._digest(number, stretches, at) == self.digests[number]
 
     def is_copy(self, number: int, content: U8) -> bool:
-        """Whether a chunk's copy has the same sample. True, too, where none was taken."""
+        """Whether a chunk's copy has the same sample. Also True if none was taken."""
         stretches = self._plan.of(number)
         if stretches is None or number not in self.digests:
             return True

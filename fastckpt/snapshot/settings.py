@@ -1,4 +1,4 @@
-"""What is the same for all snapshots of one owner."""
+"""Settings shared by all snapshots of one owner."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StagerSettings:
-    """How a Stager's snapshots are made. max_stall_s, verify and spill_dir: see Options."""
+    """Settings of a Stager's snapshots. max_stall_s, verify and spill_dir: see Options."""
 
     target: str
-    """Named in events and errors."""
+    """Name of the save's target, for events and errors."""
     threads: int
-    """That copy host memory."""
+    """Number of threads that copy host memory."""
     max_stall_s: float
     verify: str = "off"
     spill_dir: str = ""
-    """Empty: nothing is spilled."""
+    """Empty: no slabs are spilled."""

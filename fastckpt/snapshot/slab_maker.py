@@ -1,4 +1,4 @@
-"""Makes the memory of the first save while training computes: pinning goes at 1.8 GB/s (H200), fresh pages at 4 (two cores)."""
+"""Allocates the memory of the first save while training computes: pinning reaches 1.8 GB/s (H200), fresh pages 4 GB/s (two cores)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fastckpt.snapshot.pool import SlabPool
 
 
 class SlabMaker:
-    """Makes slabs, one after the other, in a thread of its own, and leaves them in the pool. Used by the thread that trains."""
+    """Makes slabs one after the other in its own thread, and leaves them in the pool. Used by the training thread."""
 
     def __init__(self, pool: SlabPool, sizes: Sequence[int], for_device: bool) -> None:
-        """sizes: of the slabs, in bytes. What the budget has no room for is not made."""
+        """sizes: of the slabs, in bytes. Slabs that do not fit the budget are not made."""
         self._pool, self._sizes, self._for_device = pool, list(sizes), for_device
         self._stopped = False
         self._thread = start_thread(self._make, "fastckpt-slabs")
 
     def stop(self) -> None:
-        """Make no more. On return all that was made is the pool's. Waits for one slab at most, some 40 ms."""
+        """Make no more slabs. On return all slabs made belong to the pool. Waits for one slab at most, some 40 ms."""
         self._stopped = True
         if self._thread is not None:
             self._thread.join()
@@ -29,15 +29,15 @@ class SlabMaker:
         made = []
         try:
             for n_bytes in self._sizes:
-                if self._stopped or is_ending():  # which waits for us
+                if self._stopped or is_ending():  # the interpreter's end waits for this thread
                     return
                 slab = self._pool.take(n_bytes, self._for_device)
                 if slab is None:
                     return
                 made.append(slab)
                 if not slab.pinned:
-                    slab.array[::4096] = 0  # a page is taken when it is touched
-        except BaseException as error:  # the save that needs it will say what it means
+                    slab.array[::4096] = 0  # the kernel allocates a page when it is first touched
+        except BaseException as error:  # the save that needs the memory will report the problem
             logger.info("memory for the first save could not be made ahead: %s: %s", type(error).__name__, error)
         finally:
             self._pool.give_back(made)

@@ -1,6 +1,6 @@
-"""Where the chunks of a snapshot lie in slabs of host memory. Pure: sizes in, places out.
+"""The places of a snapshot's chunks in slabs of host memory. Pure: from sizes to places.
 
-Slots start at page boundaries: direct I/O wants that, and a device that guards memory by pages can tell the copies apart.
+Slots start at page boundaries: direct I/O needs that, and the test device protects memory by pages.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 PAGE_BYTES = 4096
 MAX_SLAB_BYTES = 64 << 20
-"""Large enough that a snapshot of 80 GB has some 1,300 slabs, small enough that the last one wastes little."""
+"""Large enough that a snapshot of 80 GB has only some 1,300 slabs; small enough that the last one wastes little."""
 
 
 class Slot(NamedTuple):
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 def slab_limit(budget_bytes: int, largest_chunk_bytes: int) -> int:
     """The bytes of a full slab: a power of two (pinned memory is rounded up to one), a quarter of the budget at most.
 
-    0 if not even two slabs that hold a chunk each fit the budget: then nothing can be staged.
+    0 if the budget is too small for two slabs of one chunk each: then nothing can be staged.
     """
     limit = MAX_SLAB_BYTES
     while limit * 4 > budget_bytes and limit > PAGE_BYTES:
@@ -44,7 +44,7 @@ def lay_out(chunk_bytes: Sequence[int], limit_bytes: int) -> Layout:
     """Fill slabs of `limit_bytes` in order; the last one is only as large as it must be. Each chunk fits a slab."""
     slots: list[Slot] = []
     slabs: list[int] = []
-    filled = limit_bytes  # of the slab at hand; there is none yet
+    filled = limit_bytes  # of the current slab; none exists yet
     for n_bytes in chunk_bytes:
         room = -(-n_bytes // PAGE_BYTES) * PAGE_BYTES
         if filled + room > limit_bytes:

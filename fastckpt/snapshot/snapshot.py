@@ -3,18 +3,19 @@
     Snapshot(…)  ─ gives copies to streams and threads ─→  training: forward, backward ─→ fence() before the optimizer's step
          └─ raw(0), raw(1), … ─→ encoder, release(0), release(1), … ─→ confirm() ─→ vote ─→ close()
 
-Each chunk is copied into a slot of a slab. What only an optimizer's step changes is *fenced*: its copies may run until `fence`, which makes
-the device's compute stream wait, not the host; for host memory it joins the copying threads. All other chunks are *copied first*: cloned
-on the device where they are small, otherwise the compute stream waits for them before the constructor returns.
+Each chunk is copied into a slot of a slab. Tensors that only an optimizer's step changes are *fenced*: their copies may run until `fence`.
+For device memory `fence` makes the device's compute stream wait, not the host; for host memory it waits for the copying threads. All other
+chunks are *copied first*: cloned on the device where they are small, otherwise the compute stream waits for them before the constructor
+returns.
 
-A state larger than the budget goes through it as through a *ring*: slabs are used again once their chunks are encoded. Then copies may
-still have to be given out when the step comes, and `fence` keeps the host until the last one is, at most `max_stall_s`: after that the
-snapshot is dropped, and training goes on. With a spill file, slabs that the encoder is far from go to a disk, and the ring turns as fast as
-that writes.
+A state larger than the budget uses its slabs as a *ring*: slabs are used again once their chunks are encoded. Then some copies may not have
+been given out when the optimizer's step comes, and `fence` blocks the host until the last one is, for `max_stall_s` at most. After that the
+snapshot is dropped, and training goes on. With a spill file, slabs that the encoder needs last are written to a disk, so the ring advances
+at the speed of the disk.
 
-A copy of host memory that is not what the state was at the call is *torn*: something has written to the state behind torch's back, most of
-the time weights that were swapped for an evaluation. Such a chunk is copied once more when the training thread comes to the fence, or
-waits for the save: if the state is that of the call again, the snapshot is whole; if not, it fails.
+A copy of host memory that differs from the state at the call is *torn*: something wrote to the state unseen by torch; mostly weights were
+swapped for an evaluation. Such a chunk is copied once more when the training thread reaches the fence, or waits for the save. If the state
+is that of the call again, the snapshot is whole; otherwise it fails.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ from fastckpt.state.chunking import Cuts
 
 
 class Snapshot:
-    """See the module. Made, and fenced, by the thread that trains; the rest is for those that save, any thread.
+    """See the module. Made and fenced by the training thread; the other methods are for the saving threads, any thread.
 
-    Holds the captured storages until all are copied, and its slabs of the pool until `close`.
+    Keeps the captured storages until all are copied, and its slabs until `close`.
     """
 
     def __init__(
@@ -67,12 +68,12 @@ class Snapshot:
         fingerprints: SaveFingerprints | None = None,
         spill: SpillFile | None = None,
     ) -> None:
-        """On return all that is not fenced may change, and nothing may if `must_fence`.
+        """On return everything that is not fenced may change; but nothing may change if `must_fence` is True.
 
-        plan, slabs: of the same state; the slabs that must be there at the beginning. side_of: gives the same side stream for one device
-        every time. fingerprints: taken of what is copied later, now, and compared with its copies; None: nothing is compared. spill: where
-        slabs go that hold up the ring; closed with this. Raises what keeps the first copies from being made; the pool has its slabs back
-        then.
+        plan: for this state. slabs: those that must exist at the beginning. side_of: gives the same side stream for one device every time.
+        fingerprints: taken now from chunks that are copied later, and compared with their copies; None: nothing is compared. spill: takes
+        slabs that hold up the ring; closed with this object. Raises the error that prevented the first copies; then the pool has its slabs
+        back.
         """
         fingerprints = fingerprints or SaveFingerprints()
         self.cuts = cuts
@@ -88,7 +89,7 @@ class Snapshot:
         self._copier = Copier(captured, order, self._ring, self._watch, progress, side_of, settings.threads)
         self._spiller = None if spill is None else Spiller(spill, self._copies, self._copier, self._ring, progress)
         self.must_fence = False
-        """What is copied later could not be looked at: the caller fences at once."""
+        """True if chunks that are copied later could not be fingerprinted: the caller has to fence at once."""
         progress.begin()
         try:
             self.must_fence = not self._copier.start(plan.n_first, fingerprints)
@@ -102,12 +103,12 @@ class Snapshot:
     # -- the training thread -------------------------------------------------------------------------------------------
 
     def fence(self, why: str = "fence()", by: Deadline | float | None = None) -> None:
-        """Wait until the state may change: what the caller's current streams are given from now on waits for the copies. What is torn is
-        copied once more, first.
+        """Wait until the state may change: later work of the caller's current streams waits for the copies. Torn chunks are copied once
+        more before that.
 
         Each stream that changes the state needs this, so it may be called again, by any thread. The host waits only for copies of host
-        memory, and in ring mode until the last copy is given out: for max_stall_s at most, and not beyond `by` (a number: so many seconds
-        from now). What is wrong with the snapshot is not raised here: see `error`.
+        memory, and in ring mode until the last copy is given out: for max_stall_s at most, and not beyond `by` (a number means seconds from
+        now). Errors of the snapshot are not raised here: see `error`.
         """
         limit = self._limit(by)
         started_s = time.perf_counter()
@@ -119,7 +120,7 @@ class Snapshot:
             with self.attended():
                 if not self._progress.changed.wait_for(lambda: self._copier.is_settled, limit.left_s()):
                     self._progress.fail(self._stalled(limit))
-                # After a failure too: copies under way read the state.
+                # Also after a failure: copies in flight still read the state.
                 self._progress.changed.wait_for(lambda: self._copier.host.are_idle)
                 self._hold_back()
                 self._look_at_state()
@@ -132,18 +133,20 @@ class Snapshot:
             )
 
     def stop(self, error: BaseException) -> None:
-        """Let the save fail with an error. On return nobody reads host memory any more, and the caller's streams wait for the rest."""
+        """Make the save fail with an error. On return nobody reads host memory any more, and the caller's streams wait for the other
+        copies.
+        """
         self._progress.fail(error)
         self.fence("stop")
 
     @contextlib.contextmanager
     def attended(self) -> Iterator[None]:
-        """While this context is open, the training thread waits for the save: what is torn is mended at once, or the snapshot fails."""
+        """While this context is open, the training thread waits for the save: torn copies are repeated at once, or the snapshot fails."""
         with self._copier.host.attended():
             yield
 
     def _limit(self, by: Deadline | float | None) -> Deadline:
-        """Until when the training thread waits. Its `why` stands in the error."""
+        """The deadline of the training thread's wait. Its `why` appears in the error."""
         limit = Deadline.after(self._max_stall_s, f"max_stall_s = {self._max_stall_s:g} s")
         deadline = by if isinstance(by, Deadline) else Deadline.after(by, "as the caller of the fence says")
         left_s = deadline.left_s()
@@ -159,15 +162,15 @@ class Snapshot:
         )
 
     def _hold_back(self) -> None:
-        """A device that takes no more work is training's own misfortune, and raised by its next call there: not by a fence."""
+        """A device that accepts no more work is not the fence's problem: training's own next call there raises the error."""
         try:
             self._copier.devices.hold_back_once()
         except Exception as error:
-            if not self._progress.confirmed:  # else all copies have ended well
+            if not self._progress.confirmed:  # otherwise all copies have ended successfully
                 self._progress.fail(error)
 
     def _look_at_state(self) -> None:
-        """Fail if the state has changed. Under the lock: no optimizer's step can begin between this and what is done about it."""
+        """Fail if the state has changed. Under the lock, so that no optimizer's step can begin between the check and the reaction to it."""
         if self._progress.is_over or self._progress.fenced or self._progress.confirmed:
             return
         error = self._watch.changed_state()
@@ -178,16 +181,16 @@ class Snapshot:
 
     @property
     def error(self) -> BaseException | None:
-        """What has gone wrong so far."""
+        """The first error of the snapshot; None so far."""
         return self._progress.error
 
     @property
     def torn_name(self) -> str | None:
-        """The first tensor that was seen to be torn, whether or not that could be mended."""
+        """The first tensor that was seen to be torn, whether or not its copy could be repeated."""
         return self._watch.torn_name
 
     def raw(self, number: int, scratch: U8) -> U8:
-        """A chunk's bytes, once they are there; they stay until `release`. Raises what went wrong with the snapshot."""
+        """A chunk's bytes, once they are there; they stay until `release`. Raises the snapshot's error."""
         copy = self._copies[number]
         with self._progress.changed:
             self._wait_for_copy(copy)
@@ -205,7 +208,7 @@ class Snapshot:
         return content
 
     def _wait_for_copy(self, copy: Copy) -> None:
-        """Until the end of a copy can be waited for, or something has gone wrong. The caller holds the lock."""
+        """Wait until a copy can be waited for, or an error has occurred. The caller holds the lock."""
         progress, slab = self._progress, self._ring.slab_of(copy)
         progress.changed.wait_for(
             lambda: progress.error is not None or (copy.stage >= Stage.TORN and self._ring.leaving != slab)
@@ -213,10 +216,10 @@ class Snapshot:
         if copy.stage is Stage.TORN and not progress.changed.wait_for(
             lambda: progress.error is not None or copy.stage > Stage.TORN, self._max_stall_s
         ):
-            progress.fail(self._watch.torn_copy(copy))  # nobody has come to the fence, who could say what the state is
+            progress.fail(self._watch.torn_copy(copy))  # nobody has reached the fence, who could tell what the state is
 
     def _content(self, copy: Copy) -> U8:
-        """The bytes of a chunk in memory; waits for the device. TornSnapshotError; what the device reports."""
+        """The bytes of a chunk in memory; waits for the device. TornSnapshotError; the device's error."""
         content = self._ring.content(copy)
         if copy.device is not None:
             if copy.stage is not Stage.THERE:
@@ -228,17 +231,17 @@ class Snapshot:
         return content
 
     def release(self, number: int) -> None:
-        """A chunk's bytes are not needed any more: in ring mode others take their place."""
+        """A chunk's bytes are not needed any more. In ring mode their memory is used again."""
         with self._progress.changed, cuda.while_others_capture(self._copier.devices.one):
             if self._ring.release(self._copies[number]):
                 try:
                     self._copier.give_out()
-                except BaseException as error:  # first: what comes of it is told later
+                except BaseException as error:  # first, because its consequences are reported later
                     self._progress.fail(error)
                     raise
 
     def confirm(self) -> None:
-        """To be called when all chunks have been read, before anything is committed. Raises what is wrong with the snapshot."""
+        """To be called after all chunks have been read, before the commit. Raises the snapshot's error."""
         with self._progress.changed:
             self._look_at_state()
             if self._progress.error is not None:
@@ -246,7 +249,7 @@ class Snapshot:
             self._progress.confirmed = True
 
     def close(self) -> None:
-        """Let go of everything, once copies under way have ended. May be called twice."""
+        """Release everything, once copies in flight have ended. May be called twice."""
         progress = self._progress
         with progress.changed:
             if progress.closed:
@@ -263,10 +266,10 @@ class Snapshot:
         try:
             self._copier.devices.wait_for_all()
         except BaseException:
-            self._pool.forget(slabs)  # the device has failed, and may still write
+            self._pool.forget(slabs)  # the device has failed, and may still write to them
             raise
         finally:
-            with progress.changed:  # a Checkpointer keeps its last snapshot, which must not keep a state
+            with progress.changed:  # a Checkpointer keeps its last snapshot, which must not keep a state alive
                 self._captured.release()
                 self._watch.forget_tensors()
                 self._copier.devices.forget_sources()

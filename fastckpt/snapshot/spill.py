@@ -1,4 +1,4 @@
-"""Slabs that have to leave host memory before their chunks are uploaded: on a local disk, in a file without a name."""
+"""Spill file: holds slabs that must leave host memory before their chunks are uploaded, on a local disk, in an unnamed file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastckpt.format.digest import digest
 
 
 class SpillFile:
-    """Chunks in a file: what is read is what was written, or an error, as a disk that flips a bit must not reach a checkpoint. One thread
-    writes, any may read.
+    """Chunks in a file. A read returns exactly what was written, or raises an error: a bit that the disk flips must not get into a
+    checkpoint. One thread writes, any thread may read.
 
-    The pages that the kernel keeps of it are given back at once: they would be host memory beyond the budget.
+    The file's pages in the kernel's cache are dropped at once: they would be host memory beyond the budget.
     """
 
     def __init__(self, directory: str) -> None:
@@ -33,7 +33,7 @@ class SpillFile:
         self._end = 0
 
     def write(self, chunks: dict[int, U8]) -> None:
-        """Append chunks, by their numbers. After an OSError none of them can be read."""
+        """Append chunks, by their numbers. After an OSError none of these chunks can be read."""
         start = at = self._end
         places = {}
         for number, content in chunks.items():
@@ -42,7 +42,7 @@ class SpillFile:
             while left.nbytes:
                 n = os.pwrite(self._file.fileno(), left, at)
                 left, at = left[n:], at + n
-        os.fdatasync(self._file.fileno())  # pages can be given back once they are clean
+        os.fdatasync(self._file.fileno())  # only clean pages can be dropped
         self._forget_pages(start, at - start)
         self._places.update(places)
         self._end = at
@@ -51,7 +51,7 @@ class SpillFile:
         return number in self._places
 
     def read(self, number: int, out: U8) -> None:
-        """Fill `out`, which is as long as the chunk. SaveError if what comes back is not what was written."""
+        """Fill `out`, which is as long as the chunk. SaveError if the bytes differ from what was written."""
         start, expected = self._places[number]
         at, left = start, out.data
         while left.nbytes:

@@ -1,4 +1,4 @@
-"""Keeps a ring turning: writes slabs that the encoder is far from to a local disk, so that others are copied in their place."""
+"""Keeps a ring advancing: writes slabs that the encoder needs last to a local disk, so that other chunks can be copied in their place."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastckpt.snapshot.spill import SpillFile
 
 
 class Spiller:
-    """See the module. Writes in a thread of its own, until all copies are given out. A disk that fails is logged, and the ring goes on
-    without it.
+    """See the module. Writes in a thread of its own, until all copies are given out. If the disk fails, that is logged, and the ring goes
+    on without it.
     """
 
     def __init__(self, file: SpillFile, copies: Sequence[Copy], copier: Copier, ring: Ring, progress: Progress) -> None:
-        """file: closed with this. copies: of all chunks, by their numbers."""
+        """file: closed with this object. copies: of all chunks, by number."""
         self._file, self._copies = file, copies
         self._copier, self._ring, self._progress = copier, ring, progress
 
@@ -33,13 +33,13 @@ class Spiller:
         return copy.number in self._file
 
     def read(self, copy: Copy, scratch: U8) -> U8:
-        """A chunk's bytes, in `scratch`. SaveError if they are not what was written."""
+        """A chunk's bytes, in `scratch`. SaveError if they differ from what was written."""
         content = scratch[: copy.n_bytes]
         self._file.read(copy.number, content)
         return content
 
     def close(self) -> None:
-        """Let go of the file. No slab is on its way to it any more."""
+        """Close the file. No slab is on its way to it any more."""
         self._file.close()
 
     def _run(self) -> None:
@@ -67,14 +67,14 @@ class Spiller:
                     return
 
     def _farthest(self) -> tuple[int, Sequence[int]] | None:
-        """The slab that goes next, and its chunks; None while there is none whose copies are all made. The caller holds the lock."""
+        """The slab to write next, and its chunks; None while no slab has all its copies made. The caller holds the lock."""
         found = self._ring.farthest(self._copier.upcoming)
         if found is None or any(self._copies[number].stage < Stage.MARKED for number in found[1]):
             return None
         return found
 
     def _write(self, copies: Sequence[Copy]) -> bool:
-        """Write the chunks of one slab. False: the disk takes no more, or the snapshot has failed."""
+        """Write the chunks of one slab. False: the disk accepts no more, or the snapshot has failed."""
         try:
             for copy in copies:
                 self._copier.devices.wait(copy)
@@ -82,7 +82,7 @@ class Spiller:
         except OSError as error:
             logger.warning("spill_dir cannot take more: %s. Training waits for the store instead", error)
             return False
-        except BaseException as error:  # the device's
+        except BaseException as error:  # an error of the device
             self._progress.fail(error)
             return False
         for copy in copies:

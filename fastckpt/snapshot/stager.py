@@ -1,4 +1,4 @@
-"""Begins the snapshots of one owner, and keeps what they use again and again: memory and side streams."""
+"""Begins the snapshots of one owner, and keeps the memory and side streams that they share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Stager:
         spill_dir: str = "",
         pool: SlabPool | None = None,
     ) -> None:
-        """budget_bytes: host memory for all snapshots together. pool: one that others use, too; by default one of its own. All else: see
+        """budget_bytes: host memory for all snapshots together. pool: a shared pool; None: the stager makes its own. Other arguments: see
         `StagerSettings`. SaveError if nothing can be written to spill_dir.
         """
         if spill_dir:
@@ -45,15 +45,17 @@ class Stager:
         self._maker: SlabMaker | None = None
 
     def prepare(self, captured: Captured, cuts: Cuts, fenced: FencedTensors | None) -> None:
-        """Begin to make the memory that a snapshot of this state will need, in the background, until one begins or `stop_preparing`."""
+        """Begin to allocate, in the background, the memory that a snapshot of this state will need, until one begins or
+        `stop_preparing`.
+        """
         try:
             plan = plan_copies(captured, cuts, self.pool.budget_bytes, fenced, ring=True)
-        except DoesNotFit:  # such a save needs none
+        except DoesNotFit:  # such a save uses no slabs
             return
         self._maker = SlabMaker(self.pool, plan.first_slabs, plan.for_device)
 
     def stop_preparing(self) -> None:
-        """Make no more memory ahead. What is made by then stays. Waits for one slab at most."""
+        """Stop allocating ahead. Memory that is already made stays. Waits for one slab at most."""
         maker, self._maker = self._maker, None
         if maker is not None:
             maker.stop()
@@ -70,9 +72,10 @@ class Stager:
     ) -> Snapshot | None:
         """Begin to copy a state. None: earlier snapshots hold the memory that it needs.
 
-        fenced: what may be copied until `Snapshot.fence`, all else is copied first; None: the caller fences at once, before anything can
-        change. ring: whether a state larger than the budget may be copied in parts. samples: of the state, taken by the caller now; what
-        copies are compared with if `verify` is "sampled". DoesNotFit; SaveError while a graph is being captured.
+        fenced: tensors that may be copied until `Snapshot.fence`; everything else is copied first. None: the caller fences at once, before
+        anything can change. ring: whether a state larger than the budget may be copied in parts. samples: samples of the state that the
+        caller has just taken; copies are compared with them if `verify` is "sampled". DoesNotFit; SaveError while a graph is being
+        captured.
         """
         self._refuse_capture(captured)
         self.stop_preparing()
@@ -96,7 +99,7 @@ class Stager:
             )
 
     def _spill_file(self) -> SpillFile | None:
-        """A file for slabs that hold up a ring; None, and a warning, if there can be none: it could be made when this object was."""
+        """A file for slabs that hold up a ring. None, with a warning, if none can be made any more (it could when this object was made)."""
         try:
             return SpillFile(self._settings.spill_dir)
         except SaveError as error:
@@ -104,7 +107,7 @@ class Stager:
             return None
 
     def _fingerprints(self, captured: Captured, cuts: Cuts, samples: Sampled | None) -> SaveFingerprints | None:
-        """What the copies of a state are compared with; None: they are not."""
+        """The fingerprints that copies of a state are compared with; None: copies are not compared."""
         if self._settings.verify == "sampled":
             return None if samples is None else SaveFingerprints(samples)
         if self._settings.verify == "off" or (self._settings.verify == "first" and self._verified_once):
@@ -119,7 +122,7 @@ class Stager:
         return side
 
     def _refuse_capture(self, captured: Captured) -> None:
-        """SaveError while a graph is being captured: copies given to a stream would become part of it, and be replayed with it."""
+        """SaveError while a graph is being captured: copies enqueued now would become part of the graph, and be replayed with it."""
         for device in {storage.device for storage in captured.storages}:
             if device is not None and is_capturing(device):
                 raise SaveError(f"a graph is being captured on {device}: save before or after that")

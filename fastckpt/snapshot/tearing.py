@@ -1,7 +1,7 @@
-"""Finds out whether a state, and each copy of it, still is what the state was at the call of save.
+"""Finds out whether the state, and each copy of it, is still equal to the state at the call of save.
 
-torch counts what changes tensors in place: the *versions* of what is fenced are compared at the fence and before the commit. Other writes
-show in *fingerprints* of the bytes, with which each copy is compared. What either of the two finds is torn.
+torch counts in-place changes of tensors: the *versions* of fenced tensors are compared at the fence and before the commit. Other writes
+show in *fingerprints* of the bytes, with which each copy is compared. A difference in either of them means that the copy is torn.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ class TearWatch:
     def __init__(
         self, captured: Captured, fenced: FencedTensors | None, fingerprints: SaveFingerprints, step: int | None
     ) -> None:
-        """fenced: with the versions of the call of save. fingerprints: taken before anything is left to be copied later."""
+        """fenced: with the versions of the call of save. fingerprints: taken before any copy is left for later."""
         self._captured, self._fingerprints, self._step = captured, fingerprints, step
         self._fenced = fenced or FencedTensors()
         self._fenced.keep_only(captured.addresses)
         self.torn_name: str | None = None
-        """The first tensor that was seen to be torn, whether or not that could be mended."""
+        """The first tensor that was seen to be torn, whether or not its copy could be repeated."""
 
     def changed_state(self) -> TornSnapshotError | None:
-        """What torch's versions tell of the state, as an error; None: nothing has changed."""
+        """An error if torch's versions show a change of the state; None if they do not."""
         address = self._fenced.changed()
         if address is None:
             return None
@@ -41,7 +41,7 @@ class TearWatch:
         )
 
     def is_torn(self, copy: Copy, content: U8) -> bool:
-        """Whether the bytes of a copy are not those of the call of save. False, too, where nothing is known of these."""
+        """Whether a copy's bytes differ from those at the call of save. Also False if those are not known."""
         is_copy = self._fingerprints.is_host_copy if copy.device is None else self._fingerprints.is_device_copy
         if is_copy(copy.number, content):
             return False
@@ -49,7 +49,7 @@ class TearWatch:
         return True
 
     def torn_copy(self, copy: Copy) -> TornSnapshotError:
-        """The error of a copy that is torn and cannot be mended."""
+        """The error for a torn copy that cannot be repeated."""
         return TornSnapshotError(
             f"{self._names(copy)}: the bytes that were copied are not those of the call of save. Something has written to them without "
             f"torch's knowledge (.data, a NumPy view, a kernel of its own) before the optimizer's step. Nothing of step {self._step} was "
@@ -57,12 +57,12 @@ class TearWatch:
         )
 
     def _names(self, copy: Copy) -> str:
-        """What a chunk holds, in a few words."""
+        """A short description of a chunk's tensors."""
         return ", ".join(sorted({self._name(piece.storage) for piece in copy.chunk.pieces})[:3])
 
     def _name(self, storage: int) -> str:
         return next((dotted(t.name) for t in self._captured.tensors if t.storage == storage), f"storage {storage}")
 
     def forget_tensors(self) -> None:
-        """Keep no tensor alive any more. Versions are not compared after this."""
+        """Drop all references to tensors. Versions are not compared after this."""
         self._fenced = FencedTensors()

@@ -1,4 +1,4 @@
-"""When the machine is about to go: notices from the metadata service, a signal or a file (docs/spot.md). Imports no torch."""
+"""Finds out when the machine is about to go: notices from the metadata service, a signal or a file (docs/spot.md). Imports no torch."""
 
 from fastckpt.events import NoticeReceived, NoticeSourceBlind
 from fastckpt.spot.notice import Notice

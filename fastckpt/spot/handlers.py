@@ -1,12 +1,12 @@
-"""Handlers of signals that can be put back in any order, by any number of those who want to be told.
+"""Signal handlers for any number of receivers, which can be removed in any order.
 
     signal.signal's table ─→ layer ─→ previous handler, or the default
                                └ tells every receiver that is still there
 
-A signal has one *layer* of ours, however many receivers it has: nobody has to leave in the order of coming. There is a second layer only
-where somebody else has set a handler above the first, which may not pass signals on. A receiver is held weakly: one that was forgotten, or
-belongs to the process that this one was forked from, is told nothing. A layer without receivers does what would have been done without it,
-whether or not it could be taken out of the table (other threads cannot do that, and a handler above it may still call it).
+Each signal has one *layer* of ours, whatever the number of receivers, so receivers may leave in any order. There is a second layer only if
+somebody else has set a handler above the first, because that handler may not pass signals on. Receivers are held weakly: a receiver that
+was dropped, or belongs to the parent of this forked process, is not called. A layer without receivers behaves as if it were absent, even if
+it is still in the table (other threads cannot remove it, and a handler above it may still call it).
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from typing import Any, Protocol
 
 
 class Receiver(Protocol):
-    """Somebody who is told. Compared by identity."""
+    """An object that wants to be told of a signal. Compared by identity."""
 
     pid: int
-    """The process that it belongs to."""
+    """The process that the receiver belongs to."""
 
     def received(self, number: int, now_s: float) -> None:
-        """Called in the signal's handler, by the main thread between any two instructions: takes no lock, logs nothing, raises nothing."""
+        """Called in the signal's handler, by the main thread, between any two instructions. Must take no lock, log nothing and raise
+        nothing.
+        """
 
 
 class _Line:
@@ -37,7 +39,7 @@ class _Line:
     def __init__(self) -> None:
         self.receivers: list[weakref.ref[Receiver]] = []
         self.telling = False
-        """A layer is telling; one below it, that a handler in between calls, need not."""
+        """A layer is calling receivers; a layer below it, called by a handler in between, need not do so again."""
 
     def living(self) -> list[Receiver]:
         here = os.getpid()
@@ -45,7 +47,7 @@ class _Line:
 
 
 class _Layer:
-    """What stands in the interpreter's table."""
+    """One entry in the interpreter's table of handlers."""
 
     def __init__(self, line: _Line, previous: Any) -> None:
         self.line, self.previous = line, previous
@@ -73,12 +75,12 @@ _lines: dict[int, _Line] = {}
 
 
 def may_be_set() -> bool:
-    """Handlers can be set by the main thread only."""
+    """Whether this is the main thread: only that may set handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
 def install(number: int, receiver: Receiver) -> None:
-    """Have the receiver told. Main thread. Until `remove`, or until nobody holds the receiver any more."""
+    """Call the receiver at this signal from now on, until `remove` or until nobody holds the receiver. Main thread only."""
     line = _lines.setdefault(number, _Line())
     line.receivers = [ref for ref in line.receivers if ref() is not None]
     line.receivers.append(weakref.ref(receiver))
@@ -88,8 +90,8 @@ def install(number: int, receiver: Receiver) -> None:
 
 
 def remove(number: int, receiver: Receiver) -> None:
-    """Any thread; may be called twice. The main thread puts the previous handler back where nobody wants to be told any more and nobody
-    has set another one since.
+    """Any thread; may be called twice. If no receiver is left and nobody has set another handler since, the main thread puts the previous
+    handler back.
     """
     line = _lines.get(number)
     if line is None:
@@ -102,7 +104,7 @@ def remove(number: int, receiver: Receiver) -> None:
 
 
 def is_default(number: int) -> bool:
-    """Whether nobody but us does anything at this signal, in C neither: faulthandler's handler is not in Python's table."""
+    """Whether only our handlers act at this signal, in C as well: faulthandler's handler is not in Python's table."""
     top = signal.getsignal(number)
     if isinstance(top, _Layer):
         return top.previous is signal.SIG_DFL
@@ -110,7 +112,7 @@ def is_default(number: int) -> bool:
 
 
 def _in_mask(number: int) -> bool:
-    """Whether the kernel knows a handler, or that it is ignored. False where there is no /proc."""
+    """Whether the kernel has a handler for the signal, or ignores it. False if there is no /proc."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
         masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigIgn:", "SigCgt:"))]

@@ -1,14 +1,14 @@
-"""What to do with the seconds that are left after a notice. Pure."""
+"""Decides what to do with the seconds that a notice leaves. Pure."""
 
 from __future__ import annotations
 
 import enum
 
-GUARD_S = 5.0  # the commit, a request that is slower than the last one was, the clock
+GUARD_S = 5.0  # reserve for the commit, for a request that is slower than the last one, and for the clock
 
 
 class Rung(enum.Enum):
-    """The final save of one rank."""
+    """What the final save of a rank does."""
 
     FRESH = "save this step; give up an older one that is under way"
     FINISH_THEN_FRESH = "let the older one finish, then save this step"
@@ -16,13 +16,16 @@ class Rung(enum.Enum):
 
 
 def rung_of(left_s: float | None, fresh_s: float | None, in_flight_s: float | None) -> Rung:
-    """left_s: seconds until the machine goes; None: not known. fresh_s: what a save of this step takes; None: not known.
-    in_flight_s: what an older save under way still takes at most; 0: there is none; None: there is one, and it is not known.
+    """left_s: seconds until the machine goes; None: not known. fresh_s: seconds that a save of this step takes; None: not known.
+    in_flight_s: seconds that an older save under way still takes at most; 0: there is none; None: there is one, and its time is not known.
 
-    The older one is let finish where both fit: it is most of the way, and then something stands whatever becomes of the other.
+    If there is time for both, the older save may finish first: it is mostly done, and then one checkpoint is safe even if the newer save
+    fails.
     """
     if in_flight_s == 0:
-        return Rung.FRESH  # even if it does not fit: estimates are wrong at times, and there is nothing else to do
+        return (
+            Rung.FRESH
+        )  # even if there seems to be no time for it: estimates may be wrong, and nothing else can be done
     if left_s is None:
         return Rung.FINISH_THEN_FRESH
     room_s = left_s - GUARD_S

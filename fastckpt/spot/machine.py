@@ -1,4 +1,4 @@
-"""On which cloud this machine is, as its firmware says: asked without a network, and right in most containers."""
+"""Finds out on which cloud this machine is, from its firmware: needs no network, and works in most containers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _MARKS = (
     ("bios_vendor", "amazon ec2", EC2),
     ("bios_version", "amazon", EC2),  # Xen: "4.2.amazon"
     ("product_name", "google compute engine", "Google Cloud"),
-    ("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77", "Azure"),  # its vendor, Microsoft, is any Hyper-V's
+    ("chassis_asset_tag", "7783-7084-3265-9085-8269-3286-77", "Azure"),  # not its vendor: any Hyper-V reports Microsoft
     ("chassis_asset_tag", "oraclecloud.com", "Oracle Cloud"),
     ("sys_vendor", "alibaba cloud", "Alibaba Cloud"),
 )
 
 
 def cloud(folder: str = _DMI) -> str | None:
-    """Its name; None if nothing says so. Never raises: no such folder, no right to read it and odd contents are normal."""
+    """The cloud's name; None if the firmware names none. Never raises: a missing folder, missing rights and odd contents are normal."""
     for name, mark, found in _MARKS:
         if mark in _read(os.path.join(folder, name)).lower():
             return found

@@ -1,4 +1,4 @@
-"""What a source has to say."""
+"""A message from a source: the machine will go."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ EARLY = ("rebalance",)
 
 @dataclass(frozen=True)
 class Notice:
-    """The machine is going to go ("rebalance": may go, sooner than others)."""
+    """The machine will go; "rebalance": it may go, sooner than others."""
 
     kind: str
     """terminate, stop, hibernate, lifecycle, signal, file, or rebalance."""
     source: str
     deadline_s: float | None
-    """time.monotonic() at which it is expected to be gone; None: not known."""
+    """time.monotonic() at which the machine is expected to be gone; None: not known."""
     detail: str = ""
 
     def __post_init__(self) -> None:
@@ -32,7 +32,7 @@ class Notice:
         return self.kind in FINAL
 
     def seconds_left(self, now_s: float) -> float | None:
-        """From now_s (time.monotonic()) on, at least 0; None: not known."""
+        """Seconds from now_s (time.monotonic()) to the deadline, at least 0; None: not known."""
         return None if self.deadline_s is None else max(0.0, self.deadline_s - now_s)
 
     @property

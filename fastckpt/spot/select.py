@@ -1,4 +1,4 @@
-"""What a Checkpointer is told about notices → sources."""
+"""A Checkpointer's argument `spot` → sources of notices."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fastckpt.spot.sources import Ec2Source, FileSource, NoticeSource, SignalSou
 from fastckpt.spot.sources.imds import ImdsClient
 
 _SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
-"""Those with which launchers announce an end. SIGINT is a person's, who does not want to wait."""
+"""Signals by which launchers announce an end. SIGINT is not among them: it comes from a person, who does not want to wait."""
 _said: set[str] = set()
-"""Clouds of which this process has been told that their notices are not read."""
+"""Clouds for which this process has already warned that their notices are not read."""
 
 
 def open_sources(spec: Any) -> list[NoticeSource]:

@@ -1,4 +1,4 @@
-"""One thread that asks all sources every few seconds. It never raises into training and never dies; it says when it is blind."""
+"""A thread that asks all sources every few seconds. It never raises into training and never dies; it reports when it is blind."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastckpt.spot.notice import Notice
 from fastckpt.spot.sources.base import NoticeSource
 from fastckpt.spot.sources.signals import SignalSource
 
-# A generator of our own: drawing from the global one would change what training draws.
+# A generator of our own: drawing from the global one would change the numbers that training draws.
 _random = random.Random()
-POLL_S = 2.0  # AWS advises 5; two cost nothing and leave three more seconds of 120
+POLL_S = 2.0  # AWS advises 5 s; 2 s cost nothing and leave three more seconds of 120
 
 
 class Watcher:
-    """Made, started and closed by the training thread; `final`, `early` and `blind` may be read by any.
+    """Made, started and closed by the training thread; any thread may read `final`, `early` and `blind`.
 
-    One that nobody holds any more stops by itself, and its signals are what they were.
+    A watcher that nobody holds any more stops by itself and puts the signals' handlers back.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Watcher:
         self._final: Notice | None = None
         self.early: Notice | None = None
         self.blind: dict[str, float] = {}
-        """Source → time.monotonic() since when it cannot be asked."""
+        """Source → time.monotonic() since when it has not answered."""
         self._said: set[tuple[str, str]] = set()
 
     def start(self) -> None:
@@ -51,35 +51,39 @@ class Watcher:
         for source in self._signals:
             source.install()
         if len(self._signals) < len(self._sources):
-            # A daemon: it holds nothing that could be lost, and must not keep a script alive that forgot to close its Checkpointer.
+            # A daemon: nothing of value is lost with it, and it must not keep a script alive that forgot to close its Checkpointer.
             self._thread = threading.Thread(
                 target=_watch, args=(weakref.ref(self), self._stop), name="fastckpt-watcher", daemon=True
             )
-            start(self._thread)  # at the interpreter's end there is none, and no loop that could heed a notice
+            start(
+                self._thread
+            )  # does not start if the interpreter is ending; then no training loop could react to a notice
         logger.info("watched for notices: %s", ", ".join(source.name for source in self._sources) or "nothing")
 
     def close(self) -> None:
-        """Put signal handlers back and stop polling, without waiting for a request that is under way. May be called twice."""
+        """Put signal handlers back and stop polling, without waiting for a request in flight. May be called twice."""
         self._stop.set()
         for source in self._signals:
             source.close()
 
     @property
     def final(self) -> Notice | None:
-        """The notice that ends this run: the one with the earliest deadline. It stays. None in a forked child: it is the parent's."""
+        """The notice that ends this run: the one with the earliest deadline. It does not change any more. None in a forked child: the
+        notice belongs to the parent.
+        """
         if os.getpid() != self._pid:
             return None
-        for source in self._signals:  # no waiting for the next poll
+        for source in self._signals:  # without waiting for the next poll
             self._ask(source)
         return self._final
 
     @property
     def takes_signals(self) -> bool:
-        """Whether a notice may be a signal."""
+        """Whether any source listens to signals."""
         return bool(self._signals)
 
     def poll(self) -> float:
-        """Ask every source but signals, which need no asking. Seconds until the next time."""
+        """Ask every source except signals, which need no asking. Returns the seconds until the next poll."""
         for source in self._sources:
             if source not in self._signals:
                 self._ask(source)
@@ -105,7 +109,7 @@ class Watcher:
         key = (source.name, f"{type(error).__name__}: {error}")
         if (
             key not in self._said and len(self._said) < 100
-        ):  # once for each text: a poll every two seconds would bury everything else
+        ):  # once for each text: a message every two seconds would bury everything else
             self._said.add(key)
             quiet = getattr(source, "optional", False)
             logger.log(20 if quiet else 30, "no notice can come from %s: %s", source.name, error)
@@ -137,5 +141,5 @@ def _watch(watcher: weakref.ref[Watcher], stop: threading.Event) -> None:
         if watching is None:
             return
         wait_s = watching.poll()
-        del watching  # while this waits it is not what keeps it
+        del watching  # the waiting thread must not keep the watcher alive
         stop.wait(wait_s)

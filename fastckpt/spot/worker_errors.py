@@ -1,9 +1,10 @@
-"""What dies beside training when a signal goes to the whole process group.
+"""Errors of data-loader workers that die when a signal goes to the whole process group.
 
 SLURM, systemd, `timeout` and a terminal send a signal to the workers of a DataLoader, too. torch then raises a RuntimeError in the main
-thread, from its handler of SIGCHLD, between any two instructions: an update of the weights would be left halfway, the final save broken
-off, or the handler of the notice itself ended before it has noted anything. So such errors come only where training waits for something,
-which it would not get any more. Everywhere else they are kept for the next call of `step`: there is a notice by then, or it raises them.
+thread, from its handler of SIGCHLD, between any two instructions. That could leave an update of the weights halfway, break off the final
+save, or end the handler of the notice itself before it has noted anything. So such errors are raised only where training waits for a
+worker, and would wait for ever. Everywhere else they are kept until the next call of `step`: by then there is a notice, or `step` raises
+them.
 """
 
 from __future__ import annotations
@@ -25,25 +26,27 @@ class WorkerErrors:
     """Errors of workers that were kept for a training loop. Once it is dropped, or closed without a notice, it keeps none."""
 
     def __init__(self, busy: Callable[[], bool]) -> None:
-        """busy: whether the state is being changed. Called in a signal's handler."""
+        """busy: whether the state is being changed. Called in a signal handler."""
         self.busy = busy
         self.pid = os.getpid()
         self._held: list[Exception] = []
 
     def hold(self) -> None:
-        """From now on. As often as you like, as torch sets its handler when the first worker starts. Outside the main thread nothing is
-        done, and nothing raised there.
+        """Keep errors from now on. May be called again and again, because torch sets its handler only when the first worker starts. Outside
+        the main thread this does nothing and raises nothing.
         """
         if handlers.may_be_set() and hasattr(signal, "SIGCHLD"):
             _guard(self)
 
     def hold_for_good(self) -> None:
-        """As `hold`; after a notice. Dead workers are found again at each end of another one, and that may come behind `close`."""
+        """Like `hold`, after a notice. Whenever another worker ends, torch finds the dead workers again, and that may come after
+        `close`.
+        """
         self.hold()
         _for_good.add(self)
 
     def keep(self, error: Exception) -> None:
-        """In a signal's handler."""
+        """Keep an error. Called in a signal handler."""
         self._held.append(error)
 
     def take(self) -> list[Exception]:
@@ -52,7 +55,7 @@ class WorkerErrors:
         return held
 
     def close(self) -> None:
-        """Errors come again at once, unless a notice has come."""
+        """From now on errors are raised at once again, unless a notice has come."""
         if self not in _for_good:
             _owners.discard(self)
             if not _owners and handlers.may_be_set() and isinstance(top := signal.getsignal(signal.SIGCHLD), _Guard):
@@ -64,7 +67,7 @@ _for_good: set[WorkerErrors] = set()
 
 
 class _Guard:
-    """A handler of SIGCHLD above the one that was there: one for all Checkpointers."""
+    """A handler of SIGCHLD above the existing one: a single one for all Checkpointers."""
 
     def __init__(self, previous: Callable[[int, FrameType | None], Any]) -> None:
         self.previous = previous
@@ -85,7 +88,7 @@ def _guard(owner: WorkerErrors) -> None:
     if owner not in _owners:
         _owners.add(owner)
     top = signal.getsignal(signal.SIGCHLD)
-    if callable(top) and not isinstance(top, _Guard):  # otherwise nobody raises anything
+    if callable(top) and not isinstance(top, _Guard):  # otherwise no handler raises anything
         signal.signal(signal.SIGCHLD, _Guard(top))
 
 

@@ -1,4 +1,4 @@
-"""Nested state ↔ skeleton + storages + names. torch's own serializer decides what an object is; its bytes are ours to move.
+"""Nested state ↔ skeleton + storages + names. torch's own serializer decides how an object is pickled; fastckpt moves the bytes.
 
 `capture` pickles the object with its storages taken out, `naming` finds the name of every tensor in it, `rebuild` unpickles
 the skeleton, by default through torch's restricted unpickler, and asks for the storages one by one.

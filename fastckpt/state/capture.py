@@ -1,4 +1,4 @@
-"""Object → skeleton, storages, names. What is read here is read on the calling thread; bytes are fetched later."""
+"""Object → skeleton, storages, names. Everything here runs on the calling thread; the bytes of storages are read later."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastckpt.host.torch_names import class_of, identity, skips_data, untyped_of
 from fastckpt.kernels import kernels
 from fastckpt.state.naming import Named, Reduction, named_tensors
 
-# Smaller arrays stay in the pickle: a record, a storage entry and a range read cost more than they save.
+# Smaller arrays stay in the pickle: a record, a storage entry and a ranged read would cost more than they save.
 _ARRAY_BYTES = 64 * 1024
 
 
@@ -48,52 +48,53 @@ _NEVER_PERSISTENT = frozenset(
         types.FunctionType,
     )
 )
-# Their items are what is pickled, and torch's are many.
+# These are pickled by their items, and torch's classes occur many times: no need to ask how each one is pickled.
 _STANDARD = (OrderedDict, defaultdict, Counter, deque, TypedStorage, UntypedStorage, torch.Size)
 
 
 @dataclass(slots=True)
 class CapturedStorage:
-    """What one storage of the state is. Where its bytes are is the business of `Captured`."""
+    """One storage of the state. `Captured` knows where its bytes are."""
 
     dtype: str
     n_bytes: int
     location: str
     has_data: bool
-    """False for meta storages."""
+    """False for storages on the meta device."""
     device: torch.device | None = None
-    """The accelerator that has the bytes; None: they lie in host memory."""
+    """The accelerator that holds the bytes; None: they are in host memory."""
 
 
 @dataclass
 class Captured:
-    """A state, ready to be cut and written. `tensors` refer to `storages` by position, and so do the other lists.
+    """A state, ready to be cut and written. `tensors` and the other lists refer to `storages` by position.
 
-    Lists side by side, not objects: a state may have 100,000 storages, and Python's collector walks every object.
+    Parallel lists instead of one object for each storage: a state may have 100,000 storages, and Python's cycle collector walks every
+    object.
     """
 
     skeleton: bytes
     storages: list[CapturedStorage] = field(default_factory=list)
     tensors: list[TensorEntry] = field(default_factory=list)
     addresses: list[int] = field(default_factory=list)
-    """Where the bytes lie, on the host or on a device; 0 where there are none."""
+    """Addresses of the bytes, on the host or on a device; 0 for storages without bytes."""
     owners: list[Any] = field(default_factory=list)
     """Storages and arrays, kept alive until `release`."""
     wholes: dict[int, torch.Tensor] = field(default_factory=dict)
-    """See `whole`: cheaper than making one."""
+    """Cache of tensors for `whole`: cheaper than making new ones."""
     form: object = field(default_factory=object)
-    """The same object for two states that differ in nothing but bytes, addresses and what stands in the skeleton."""
+    """The same object for two states that differ only in bytes, addresses and values inside the skeleton."""
     _bytes: dict[int, torch.Tensor] = field(default_factory=dict)
-    """All bytes of storages on devices, as far as they were asked for."""
+    """Byte tensors over whole storages on devices, made when they are first asked for."""
 
     def release(self) -> None:
-        """The bytes are not needed any more."""
+        """Release the storages: their bytes are not needed any more."""
         self.owners, self.wholes, self._bytes = [], {}, {}
 
     def device_bytes(self, number: int, offset: int, n_bytes: int) -> torch.Tensor:
-        """A stretch of a storage's bytes on its device. SaveError if it is not there any more.
+        """A stretch of a storage's bytes on its device. SaveError if its memory is gone.
 
-        The first one of a storage may be made by `set_`, which counts as a write: ask for it before another stream reads the storage.
+        The first call for a storage may use `set_`, which torch counts as a write: make it before another stream reads the storage.
         """
         self._require(number)
         found = self._bytes.get(number)
@@ -120,7 +121,7 @@ class Captured:
         return tensor if tensor is not None and tensor.data_ptr() == self.addresses[number] else None
 
     def _require(self, number: int) -> None:
-        """SaveError if a storage was resized since it was captured: its memory is gone."""
+        """SaveError if a storage was resized after it was captured: its memory is gone."""
         assert self.owners, "nobody holds these bytes any more"
         owner = self.owners[number]
         if isinstance(owner, UntypedStorage) and (
@@ -131,7 +132,7 @@ class Captured:
             )
 
     def read(self, pieces: Sequence[tuple[int, int, int]], out: U8) -> None:
-        """Join stretches of storages, given as number, offset and bytes, in host memory. Any thread; blocks until they are there."""
+        """Join stretches of storages (number, offset, bytes) in host memory. Any thread; blocks until the bytes are there."""
         if any(self.storages[number].device is not None for number, _, _ in pieces):
             at = 0
             for number, offset, n_bytes in pieces:
@@ -163,14 +164,16 @@ class Captured:
 
 
 def is_plain_array(value: object) -> bool:
-    """Whether a value is a NumPy array that is stored as tensors are. All others are pickled with their bytes.
+    """Whether a value is a NumPy array that is stored like a tensor. Other arrays are pickled together with their bytes.
 
-    `dtype.str`, shape and order must describe the array in full.
+    True only if `dtype.str`, shape and order describe the array completely.
     """
     if type(value) is not np.ndarray or value.nbytes <= _ARRAY_BYTES:
         return False
     dtype = value.dtype
-    if not dtype.isnative:  # NumPy's own pickle turns these into native ones; ours must not depend on the array's size
+    if (
+        not dtype.isnative
+    ):  # NumPy's own pickle converts these to native byte order; the result must not depend on the array's size
         return False
     if dtype.hasobject or dtype.fields is not None or dtype.metadata or dtype.subdtype is not None:
         return False
@@ -178,7 +181,7 @@ def is_plain_array(value: object) -> bool:
 
 
 class StorageNumbers:
-    """The `persistent_id` of one save: gives numbers to the storages that pickling meets."""
+    """The `persistent_id` of one save: numbers the storages that pickling meets."""
 
     def __init__(self) -> None:
         self.storages: list[CapturedStorage] = []
@@ -193,7 +196,7 @@ class StorageNumbers:
         self._dtype_at: dict[int, torch.dtype] = {}  # data address → dtype, as torch.save checks it
 
     def reduce(self, obj: Any, pickle_protocol: int) -> Any:
-        """The `reducer_override` of the pickler: asks what it would ask, once, and notes the answer."""
+        """The `reducer_override` of the pickler: calls what the pickler would call, once, and notes the answer."""
         kind = type(obj)
         has_a_say = self._has_a_say.get(kind)
         if has_a_say is None:
@@ -226,7 +229,7 @@ class StorageNumbers:
         numel = storage.nbytes() // dtype.itemsize
         address = 0 if storage.device.type == "meta" else storage.data_ptr()
         if address and self._dtype_at.setdefault(address, dtype) != dtype:
-            # torch's own text: people search for it.
+            # torch's own text, because people search for it.
             raise RuntimeError("Cannot save multiple tensors or storages that view the same data as different types")
         location = torch.serialization.location_tag(storage)
         number = self.number_of_storage.get(identity(storage))
@@ -237,7 +240,7 @@ class StorageNumbers:
         return ("storage", kind, str(number), location, numel)
 
     def _enter(self, info: CapturedStorage, address: int, owner: Any) -> int:
-        """The number of a storage that is met for the first time."""
+        """Give a number to a storage that is met for the first time."""
         self.storages.append(info)
         self.addresses.append(address)
         self.owners.append(owner)
@@ -269,9 +272,9 @@ def _storage_info(storage: UntypedStorage, dtype: torch.dtype, n_bytes: int, loc
 
 
 def capture(obj: object, pickle_module: Any, pickle_protocol: int) -> Captured:
-    """Pickle `obj` with its storages taken out. Raises what torch.save would raise for the same object.
+    """Pickle `obj` with its storages taken out. Raises the same errors as torch.save.
 
-    Storages are held, not copied: their owner leaves them alone until the save is done.
+    Storages are referenced, not copied: their owner must not change them until the save is done.
     """
     refuse_skipping_data()
     numbers = StorageNumbers()
@@ -294,23 +297,23 @@ def pickled(obj: object, numbers: StorageNumbers, pickle_module: Any, pickle_pro
 
     class Pickler(pickle_module.Pickler):  # type: ignore[misc]
         def persistent_id(self, obj: object) -> tuple[Any, ...] | None:
-            # Called for every object, a number included: a call more makes the save of 50,000 small tensors a fifth longer.
+            # Called for every object, even for numbers: one more call here makes the save of 50,000 small tensors a fifth longer.
             return None if type(obj) in never else persistent_id(obj)
 
-    if pickle_module is pickle:  # others may have a `reducer_override` of their own
+    if pickle_module is pickle:  # other pickle modules may have their own `reducer_override`
         Pickler.reducer_override = lambda self, obj: numbers.reduce(obj, pickle_protocol)
     Pickler(buffer, protocol=pickle_protocol).dump(obj)
     return buffer.getvalue()
 
 
 def entries(obj: object, numbers: StorageNumbers, prefix: Name = ()) -> list[TensorEntry]:
-    """What the directory says of the tensors in an object that has been pickled."""
+    """The directory's entries for the tensors in an object that has been pickled."""
     found = (_entry(named, numbers) for named in named_tensors(obj, prefix, numbers.reductions))
     return [entry for entry in found if entry is not None]
 
 
 def _has_a_say(kind: type) -> bool:
-    """Whether objects of this class decide how they are pickled, so that their attributes need not be what is."""
+    """Whether a class controls how its objects are pickled, so that the pickle may differ from their attributes."""
     if issubclass(kind, (type, torch.Tensor, np.ndarray, np.generic, *_STANDARD)) or kind in copyreg.dispatch_table:
         return False
     of_object = getattr(object, "__getstate__", None)  # Python 3.11
@@ -325,13 +328,13 @@ def _entry(named: Named, state: StorageNumbers) -> TensorEntry | None:
     name, value, kind, place, _ = named
     if isinstance(value, np.ndarray):
         number = state.number_of_array.get(id(value))
-        if number is None:  # a small array: it is in the pickle
+        if number is None:  # a small array, which is in the pickle
             return None
         order = _order(value)
         dtype = NUMPY_PREFIX + value.dtype.str
         return TensorEntry(name, dtype, value.shape, _strides(value.shape, order), 0, number, kind, False)
     number = state.number_of_storage.get(identity(value.untyped_storage()))
-    if number is None:  # reached by name only: pickling went another way
+    if number is None:  # pickling has not reached it, only naming has
         return None
     dtype = _name_of(value.dtype)
     storage = state.storages[number]
@@ -339,7 +342,7 @@ def _entry(named: Named, state: StorageNumbers) -> TensorEntry | None:
         element = element_type(dtype)
         if element is not None and storage.n_bytes % element.n_bytes == 0:
             storage.dtype = (
-                dtype  # torch writes its newer types through untyped storages; their width matters for the cuts
+                dtype  # torch writes its newer types through untyped storages; the element size matters for the cuts
             )
     if storage.device is not None and covers(value, storage.n_bytes):
         state.wholes[number] = value
@@ -357,7 +360,7 @@ def _entry(named: Named, state: StorageNumbers) -> TensorEntry | None:
 
 
 def covers(tensor: torch.Tensor, n_bytes: int) -> bool:
-    """Whether a tensor is all of its storage's bytes, in order, so that it can stand for them."""
+    """Whether a tensor covers all bytes of its storage in order, so that it can be used in place of the storage."""
     return (
         tensor.nbytes == n_bytes
         and not tensor.storage_offset()
@@ -371,7 +374,7 @@ def covers(tensor: torch.Tensor, n_bytes: int) -> bool:
 
 
 def _order(array: np.ndarray[Any, Any]) -> Literal["C", "F"]:
-    """The order that pickling an array keeps."""
+    """The memory order that pickling an array preserves."""
     return "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
 
 

@@ -1,4 +1,4 @@
-"""Where storages are cut into chunks (docs/format.md, section 8). Pure: sizes and names in, pieces out.
+"""Cuts storages into chunks (docs/format.md, section 8). Pure: from sizes and names to pieces.
 
 large storage  ──cut──→  chunk chunk chunk
 small storages ──pack─→  bundle (same element type, role, requires_grad, device)
@@ -19,19 +19,19 @@ BUNDLE_BYTES = 1 << 20
 
 
 class StorageShape(NamedTuple):
-    """What decides where a storage is cut. `number` is its place in the directory."""
+    """Everything that decides where a storage is cut. `number` is its place in the directory."""
 
     number: int
     n_bytes: int
     element: ElementType
     name: Name | None = None
-    """Its first name in canonical order; None if no name reaches it."""
+    """Its first name in canonical order; None if it has no name."""
     role: str = ""
     requires_grad: bool = False
     location: str = ""
-    """Where it lies. No bundle mixes devices: its copy is one transfer."""
+    """Its location. A bundle never mixes devices, so that its copy is one transfer."""
     first_element: int = 0
-    """Where it starts in the flat order of its global tensor, if it is a contiguous part of one."""
+    """Its offset in the flattened global tensor, if it is a contiguous part of one."""
 
 
 class Piece(NamedTuple):
@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The pieces whose bytes, joined, are one chunk; all of one element type."""
+    """The pieces whose bytes, joined, form one chunk; all have one element type."""
 
     pieces: tuple[Piece, ...]
     element: ElementType
@@ -55,19 +55,19 @@ class Chunk(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Chunks in the order of their records, and the extents of each storage by its number."""
+    """Chunks in the order of their records, and the extents of each storage, by its number."""
 
     chunks: list[Chunk]
     extents: dict[int, tuple[Extent, ...]]
 
 
 def chunk_bytes(element: ElementType) -> int:
-    """Raw bytes of a full chunk: 1 Mi elements, but no more than 4 MiB, and whole elements."""
+    """Raw bytes of a full chunk: 1 Mi elements, at most 4 MiB, and whole elements."""
     return min(MAX_CHUNK_ELEMENTS, MAX_RAW_BYTES // element.n_bytes) * element.n_bytes
 
 
 def cut(storages: Iterable[StorageShape]) -> Cuts:
-    """Cut large storages, bundle small ones; everything in canonical order of names, nameless storages last by number."""
+    """Cut large storages and bundle small ones, in canonical order of names; nameless storages come last, ordered by number."""
     ordered = sorted(storages, key=_order)
     groups: list[tuple[Chunk, ...]] = []
     first_of_group: list[tuple[bool, object, int]] = []
@@ -94,7 +94,7 @@ def _order(storage: StorageShape) -> tuple[bool, object, int]:
 def _cut_one(storage: StorageShape) -> Iterator[Chunk]:
     step = chunk_bytes(storage.element)
     start = 0
-    # Multiples of the step in the global order: another number of ranks then cuts at the same places.
+    # Cut at multiples of the step in the global tensor, so that the cuts do not depend on the number of ranks.
     stop = step - (storage.first_element * storage.element.n_bytes) % step
     while start < storage.n_bytes:
         stop = min(stop, storage.n_bytes)
@@ -122,7 +122,7 @@ def _extents(storages: Iterable[StorageShape], chunks: Sequence[Chunk]) -> dict[
         for piece in chunk.pieces:
             if piece.offset == 0:
                 extents[piece.storage] = (Extent(record, offset, piece.n_bytes),)
-            else:  # the next chunk of a large storage: its records follow each other, so one extent grows
+            else:  # the next chunk of a large storage: its record follows the previous one, so the extent just grows
                 (extent,) = extents[piece.storage]
                 extents[piece.storage] = (extent._replace(n_bytes=extent.n_bytes + piece.n_bytes),)
             offset += piece.n_bytes

@@ -1,4 +1,4 @@
-"""Where an encoder gets a state's chunks from: the state itself, or a snapshot of it."""
+"""Sources of a state's chunks for the encoder: the state itself, or a snapshot of it."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class ChunkSource(Protocol):
     cuts: Cuts
 
     def raw(self, number: int, scratch: U8) -> U8:
-        """A chunk's bytes, which nobody changes until `release`: in `scratch`, which is large enough, or elsewhere. May block."""
+        """A chunk's bytes, either in `scratch`, which is large enough, or elsewhere. Nobody changes them until `release`. May block."""
 
     def release(self, number: int) -> None:
         """The bytes are not needed any more."""
 
     def confirm(self) -> None:
-        """To be called when all chunks have been read, before anything is committed. Raises what is wrong with them."""
+        """To be called after all chunks have been read, before the commit. Raises the error that makes them invalid, if there is one."""
 
     def close(self) -> None:
-        """Let go of everything. May be called twice."""
+        """Release all resources. May be called twice."""
 
 
 class LiveChunks:
-    """Chunks read from the state where it is. Its owner leaves it alone until the save is done, or `stop` has returned."""
+    """Chunks read from the live state. Its owner must not change it until the save is done, or `stop` has returned."""
 
     def __init__(self, captured: Captured, cuts: Cuts | None = None) -> None:
         self.cuts = cuts or cuts_of(captured)
@@ -43,14 +43,14 @@ class LiveChunks:
         self._error: BaseException | None = None
 
     def stop(self, error: BaseException) -> None:
-        """Let the save fail: its next `raw` raises the error. On return nobody reads the state any more."""
+        """Make the save fail: its next `raw` raises the error. When this returns, nobody reads the state any more."""
         with self._changed:
             self._error = error
             self._changed.wait_for(lambda: not self._reading)
 
     def raw(self, number: int, scratch: U8) -> U8:
-        """A private copy, although the pieces often lie in memory ready to be encoded: if another thread wrote to them between digest
-        and encoder, the file would be damaged from birth.
+        """A private copy, although the pieces could often be encoded in place. If another thread wrote to them between digest and encoder,
+        the file would be written with damage.
         """
         with self._changed:
             if self._error is not None:
@@ -67,44 +67,44 @@ class LiveChunks:
         return raw
 
     def release(self, number: int) -> None:
-        """The scratch buffer is the caller's."""
+        """Does nothing: the scratch buffer belongs to the caller."""
 
     def confirm(self) -> None:
-        """Raises what `stop` was given."""
+        """Raise the error that `stop` was given."""
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Does nothing: no resources to release."""
 
 
 def cuts_of(captured: Captured) -> Cuts:
-    """Where a state is cut."""
+    """Cut a state into chunks."""
     with cycle_collector.held_off():
         return chunking.cut(storage_shapes(captured))
 
 
 class KnownCuts:
-    """Where the states of a run are cut: decided anew only when their form has changed."""
+    """Cuts the states of a run; computes new cuts only when the state's form has changed."""
 
     def __init__(self) -> None:
         self._form: object = None
         self._cuts = Cuts([], {})
 
     def of(self, captured: Captured) -> Cuts:
-        """As `cuts_of`."""
+        """Like `cuts_of`."""
         if captured.form is not self._form:
             self._cuts, self._form = cuts_of(captured), captured.form
         return self._cuts
 
 
 def _role(name: Name) -> str:
-    """What a tensor is to the optimizer: the key behind […, "state", parameter]."""
+    """The role of a tensor in the optimizer: the key after […, "state", parameter]."""
     return str(name[-1]) if len(name) >= 3 and name[-3] == "state" else ""
 
 
 def storage_shapes(captured: Captured) -> list[StorageShape]:
-    """What `chunking.cut` wants to know about each storage."""
+    """The input of `chunking.cut` for each storage."""
     names: dict[int, Any] = {}
     for tensor in captured.tensors:
         best = names.get(tensor.storage)
@@ -114,8 +114,8 @@ def storage_shapes(captured: Captured) -> list[StorageShape]:
     for number, storage in enumerate(captured.storages):
         element = element_type(storage.dtype)
         assert element is not None, storage.dtype
-        if element.n_bytes not in (1, 2, 4, 8, 16):  # NumPy strings: bytes are as good as any unit
-            element = element._replace(n_bytes=1, rot_lane_bytes=0)
+        if element.n_bytes not in (1, 2, 4, 8, 16):  # NumPy strings: bytes are as good a unit as any other
+            element = element._replace(n_bytes=1, float_lane_bytes=0)
         first = names.get(number)
         n_bytes = storage.n_bytes if storage.has_data else 0
         if first is None:
@@ -130,12 +130,12 @@ def storage_shapes(captured: Captured) -> list[StorageShape]:
 
 
 def _first_global_element(tensor: TensorEntry) -> int:
-    """Where a shard starts in the flat order of the whole tensor; 0 unless it is one contiguous stretch of it."""
+    """The offset of a shard in the flattened whole tensor; 0 unless the shard is one contiguous stretch of it."""
     if tensor.place is None or not tensor.shape or tensor.offset:
         return 0
     whole, offset = tensor.place.shape, tensor.place.offset
     if len(whole) != len(tensor.shape) or tensor.shape[1:] != whole[1:] or any(offset[1:]):
-        return 0  # cut in another dimension than the first: not contiguous in the whole
+        return 0  # cut in a dimension other than the first: not contiguous in the whole tensor
     row = 1
     for size in whole[1:]:
         row *= size

@@ -1,7 +1,8 @@
-"""Types that `restore` reads beyond torch's list, because no value of theirs can run code, whatever the file says (docs/security.md, 2).
+"""Types that `restore` accepts in addition to torch's list, because none of their values can run code, whatever the file contains
+(docs/security.md, 2).
 
-torch's own list, and its `add_safe_globals`, count for the whole process; these count for one unpickling. Where a type's own constructor
-trusts what it is given, a function of ours that does not stands in its place.
+torch's own list, with its `add_safe_globals`, holds for the whole process; this list holds for one unpickling. If a type's own constructor
+trusts its arguments, a checking function of ours replaces it.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ import torch
 from fastckpt.host.torch_names import allowed_globals, load_allowing, restricted, user_allowed_globals
 
 NUMPY_DTYPE = "numpy.dtype"
-"""Only as a part of a NumPy scalar: by itself, or in an array, it is refused."""
+"""Accepted only as part of a NumPy scalar; by itself, or in an array, it is refused."""
 NUMPY_SCALARS = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
-# Booleans, numbers, text. Nothing with fields, objects or a unit.
+# Booleans, numbers and text only; no fields, no objects, no unit.
 _PLAIN_DTYPE = re.compile(r"[biufcSU][0-9]{1,6}")
 _ORDERS = ("<", ">", "|", "=")
 
 
 def is_plain(dtype: Any) -> bool:
-    """Whether the text of a dtype is one of those that a scalar may have."""
+    """Whether a scalar may have a dtype of this text."""
     return isinstance(dtype, str) and _PLAIN_DTYPE.fullmatch(dtype) is not None
 
 
 class _Dtype:
-    """Stands for `numpy.dtype`, whose `__setstate__` believes a file that says that bytes are pointers to objects."""
+    """Replaces `numpy.dtype`, whose `__setstate__` accepts a file's claim that bytes are pointers to objects."""
 
     def __init__(self, text: Any, *_: Any) -> None:
         if not is_plain(text):
@@ -56,7 +57,7 @@ def _numpy_scalar(dtype: Any, data: Any) -> Any:
     real = dtype.real() if isinstance(dtype, _Dtype) else None
     if real is None or not isinstance(data, bytes) or len(data) != real.itemsize:
         raise pickle.UnpicklingError("a NumPy scalar whose bytes are not those of its type is refused")
-    if real.kind == "U":  # NumPy itself makes strings of what is no Unicode
+    if real.kind == "U":  # NumPy itself makes strings of invalid Unicode
         try:
             data.decode("utf-32-be" if real.byteorder == ">" else "utf-32-le", "surrogatepass")
         except UnicodeDecodeError as error:
@@ -65,7 +66,7 @@ def _numpy_scalar(dtype: Any, data: Any) -> Any:
 
 
 def _empty_bytes(*arguments: Any) -> bytes:
-    """How pickle writes b"". With a number it would ask for so much memory."""
+    """pickle's way to write b"". With a number as argument, bytes() would allocate that much memory."""
     if arguments:
         raise pickle.UnpicklingError("bytes that are made of something are refused")
     return b""
@@ -73,7 +74,7 @@ def _empty_bytes(*arguments: Any) -> bytes:
 
 def _paths() -> dict[str, Any]:
     kinds = (pathlib.PurePosixPath, pathlib.PureWindowsPath, type(pathlib.Path()))
-    # Python 3.13 calls the module pathlib._local, all others pathlib.
+    # Python 3.13 calls the module pathlib._local, other versions call it pathlib.
     return {
         f"{module}.{kind.__name__}": _made_of_text(kind) for kind in kinds for module in ("pathlib", "pathlib._local")
     }
@@ -105,19 +106,21 @@ NAMES = frozenset({*_TABLE, *NUMPY_SCALARS, "collections.defaultdict"})
 
 
 class Unpickler(restricted.Unpickler):  # type: ignore[misc]
-    """torch's restricted unpickler, which also takes the types above. What it refuses, it refuses in torch's words."""
+    """torch's restricted unpickler, extended by the types above. It refuses other types with torch's own text."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._dtypes: weakref.WeakSet[_Dtype] = weakref.WeakSet()
 
     def load(self) -> Any:
-        """The object. pickle.UnpicklingError for what is refused."""
+        """Load the object. pickle.UnpicklingError if something is refused."""
         table = self._table()
 
         def allowed() -> dict[str, Any]:
             users = user_allowed_globals()
-            if any(name.startswith("numpy.") for name in users):  # theirs fit each other, and not ours
+            if any(
+                name.startswith("numpy.") for name in users
+            ):  # the program's own NumPy functions match each other, but not ours
                 return {**{name: value for name, value in table.items() if not name.startswith("numpy.")}, **users}
             return {**table, **users}
 
@@ -152,6 +155,6 @@ class Unpickler(restricted.Unpickler):  # type: ignore[misc]
         return {**_TABLE, **scalars, NUMPY_DTYPE: Dtype, "collections.defaultdict": make_defaultdict}
 
     def _check_set_item_target(self, opcode: str) -> None:
-        # Elsewhere torch takes dict, OrderedDict and Counter.
+        # Elsewhere torch allows dict, OrderedDict and Counter.
         if type(self.stack[-1]) is not defaultdict:
             super()._check_set_item_target(opcode)

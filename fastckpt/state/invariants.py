@@ -1,8 +1,9 @@
-"""Whether tensors that are made of tensors fit together: what a stranger's file says of them is where kernels read and write.
+"""Checks that the parts of composite tensors (tensors made of tensors) fit together. Their parts decide where kernels read and write, and
+they may come from an untrusted file.
 
-torch checks that a plain tensor lies within its storage. It does not check that the indices of a sparse tensor lie within its shape
-(before 2.14), the offsets of a jagged one within its values, or that a quantized tensor has a scale for each channel: `to_dense` of a
-lie reads and writes outside of its memory.
+torch checks that a plain tensor lies within its storage. It does not check that the indices of a sparse tensor lie within its shape (before
+2.14), the offsets of a jagged one within its values, or that a quantized tensor has a scale for each channel. With wrong parts, `to_dense`
+reads and writes outside of its memory.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from fastckpt.host.torch_names import is_fake, validate_sparse_compressed, valid
 _JAGGED_MODULE = "torch.nested._internal.nested_tensor"
 _COMPRESSED_BY_ROWS = (torch.sparse_csr, torch.sparse_bsr)
 _COMPRESSED = (*_COMPRESSED_BY_ROWS, torch.sparse_csc, torch.sparse_bsc)
-# What a pickle stream must contain to make such a tensor: names of functions stand in it as they are.
+# A pickle stream that makes such a tensor contains one of these: function names occur in it literally.
 _MARKS = (b"sparse", b"nested", b"_rebuild_qtensor", b"_rebuild_wrapper_subclass")
 _PLAIN = frozenset(
     (str, bytes, bytearray, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.layout, torch.Size)
 )
 _NOT_STATE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.CodeType)
-# Kernels of other devices may lack what the check is made of.
+# Kernels of other devices may lack operations that the check needs.
 _CHECKED_IN_PLACE = ("cpu", "cuda")
 
 
@@ -35,18 +36,18 @@ class Misfit(NamedTuple):
     """A tensor whose parts do not fit together."""
 
     name: str
-    """Where it is in the object."""
+    """The place of the tensor in the object."""
     kind: str
     why: str
 
 
 def may_hold_composites(stream: bytes) -> bool:
-    """Whether unpickling a stream can make a tensor that `misfits` would look at. Almost every stream cannot."""
+    """Whether unpickling a stream can make a tensor that `misfits` would check. Almost no stream can."""
     return any(mark in stream for mark in _MARKS)
 
 
 def asked_for() -> bool:
-    """Whether torch was told to check sparse tensors wherever they are made: then loads that may run code check them, too."""
+    """Whether torch was told to check sparse tensors whenever they are made. Then loads that may run code check them, too."""
     return bool(torch.sparse.check_sparse_tensor_invariants.is_enabled())
 
 
@@ -60,9 +61,9 @@ def require_fit(obj: object, source: str) -> None:
 
 
 def misfits(obj: object) -> list[Misfit]:
-    """Every tensor in the object, wherever it hides, whose parts do not fit together.
+    """Every tensor in the object, at any place in it, whose parts do not fit together.
 
-    Reads all indices. Tensors without data (meta, fake) are passed over: there is nothing to read outside of.
+    Reads all indices. Tensors without data (meta, fake) are skipped: no kernel reads their memory.
     """
     found = []
     with without_subclasses():
@@ -70,7 +71,7 @@ def misfits(obj: object) -> list[Misfit]:
             kind = _kind(tensor)
             try:
                 why = _misfit(tensor)
-            except Exception as error:  # torch's own words: how it fails differs with version and layout
+            except Exception as error:  # torch's text: the kind of failure depends on version and layout
                 why = str(error).partition("\n")[0] or type(error).__name__
             if why:
                 found.append(Misfit(dotted(name), kind, why))
@@ -78,8 +79,8 @@ def misfits(obj: object) -> list[Misfit]:
 
 
 def _composites(obj: object) -> Iterator[tuple[Name, torch.Tensor]]:
-    """Tensors made of tensors, with the keys that lead to them. Finds those in attributes, hooks, gradients and keys, too."""
-    kept: dict[int, object] = {}  # by id; what is made on the way must live as long as its id counts
+    """Composite tensors with the keys that lead to them. Also finds those in attributes, hooks, gradients and keys."""
+    kept: dict[int, object] = {}  # by id; temporary objects must live as long as their ids are used
     stack: list[tuple[Name, Any]] = [((), obj)]
     while stack:
         name, value = stack.pop()
@@ -129,7 +130,7 @@ def _is_composite(tensor: torch.Tensor) -> bool:
 def _is_jagged(tensor: torch.Tensor) -> bool:
     if tensor.layout is torch.jagged:
         return True
-    # Whoever makes one without its constructor gives it any layout.
+    # A jagged tensor that was made without its constructor can have any layout.
     return any(kind.__module__ == _JAGGED_MODULE for kind in type(tensor).__mro__)
 
 
@@ -144,7 +145,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def _misfit(tensor: torch.Tensor) -> str | None:
-    """What is wrong with a tensor, in words, unless torch raises it."""
+    """The problem of a tensor, in words; None if there is none. torch may also raise."""
     if _is_jagged(tensor):
         return _jagged(tensor)
     if tensor.is_quantized:
@@ -170,9 +171,9 @@ def _where_it_can_be_checked(*parts: torch.Tensor) -> list[torch.Tensor]:
 
 def _validate(check: Callable[..., Any], *arguments: Any) -> None:
     try:
-        # Asking whether memory is pinned makes a context on the device, which a forked worker must not.
+        # A check whether memory is pinned would create a context on the device, which a forked worker must not do.
         check(*arguments, check_pinning=False)
-    except TypeError:  # torch before 2.8 has no such argument, and does not ask
+    except TypeError:  # torch before 2.8 has no such argument, and makes no such check
         check(*arguments)
 
 
@@ -202,12 +203,12 @@ def _jagged(tensor: torch.Tensor) -> str | None:
 
 
 def _sequence_lengths(known: Any, lengths: torch.Tensor) -> str | None:
-    """The shortest and the longest component as a file says that they are: kernels trust them."""
+    """Check the shortest and the longest component against the file's claims: kernels trust those."""
     if not known or not lengths.numel():
         return None
     if not isinstance(known, dict):
         return "what is known of its lengths is no dictionary"
-    # A tensor of no elements, whose shape has the number.
+    # A tensor without elements, whose shape holds the number.
     bounds = {key: value.shape[0] if isinstance(value, torch.Tensor) else value for key, value in known.items()}
     least, most = int(lengths.min()), int(lengths.max())
     if not bounds.get("min_seqlen", least) <= least or not bounds.get("max_seqlen", most) >= most:

@@ -1,9 +1,9 @@
 """The name of every tensor in a nested object: the typed keys that lead to it.
 
-Looks into dictionaries, lists, tuples, modules and any object with a `__dict__`, and into the parts of composite tensors (sparse,
-nested, subclasses). Each container is looked into once, under its first name. Where an object has a say in how it is pickled, it is looked
-at as it was pickled: a cache that its `__getstate__` leaves out may be large, dead or somebody's. Tensors that only pickling reaches (in a
-set, in a deque) have no name; the skeleton holds them all the same.
+Looks into dictionaries, lists, tuples, modules and any object with a `__dict__`, and into the parts of composite tensors (sparse, nested,
+subclasses). Each container is searched once, under its first name. If an object controls how it is pickled, the search follows its pickled
+form: a cache that its `__getstate__` leaves out may be large, dead or belong to somebody else. Tensors that only pickling reaches (in a
+set, in a deque) have no name, but they are in the skeleton.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ _COMPRESSED = {
 
 
 class Reduction(NamedTuple):
-    """What an object with a `__getstate__` or `__reduce__` of its own gave the pickler."""
+    """What an object with its own `__getstate__` or `__reduce__` returned to the pickler."""
 
     owner: object
-    """The object itself: as long as it lives, its `id` is its own."""
+    """The object itself, kept alive so that its `id` stays unique."""
     arguments: tuple[Any, ...]
     state: Any
     has_elements: bool
@@ -63,21 +63,21 @@ class Named(NamedTuple):
     kind: str
     place: GlobalPlace | None = None
     owner: torch.Tensor | None = None
-    """The tensor that this one is a part of."""
+    """The composite tensor that this one is a part of."""
 
 
 def named_tensors(obj: object, prefix: Name = (), reductions: Mapping[int, Reduction] = NONE) -> Iterator[Named]:
-    """Every tensor and array in `obj` that has a name, which begins with the prefix; depth first.
+    """All tensors and arrays in `obj` that have a name, depth first. prefix: the beginning of all names.
 
-    reductions: what objects with a say in how they are pickled said, by their `id`; of others, their attributes are what is pickled.
-    Runs no code of the objects but `__tensor_flatten__`.
+    reductions: by `id`, the pickled form of objects that control how they are pickled; other objects are pickled by their attributes. Of
+    the objects' own code, only `__tensor_flatten__` is run.
     """
     seen: set[int] = set()
     stack: list[tuple[Name, Any]] = [(prefix, obj)]
     while stack:
         name, value = stack.pop()
         kind = type(value)
-        # Not isinstance: it asks for `__class__`, which a dead weak reference does not have.
+        # Not isinstance: that asks for `__class__`, which fails for a dead weak reference.
         if issubclass(kind, torch.Tensor):
             if (kind is torch.Tensor or kind is torch.nn.Parameter) and _is_plain(value):
                 yield Named(name, value, "tensor" if kind is torch.Tensor else "parameter")
@@ -97,7 +97,7 @@ def named_tensors(obj: object, prefix: Name = (), reductions: Mapping[int, Reduc
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """A tensor that is no composite, the ordinary case."""
+    """Whether a tensor is an ordinary one, not a composite."""
     return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested and has_storage(tensor)
 
 
@@ -115,7 +115,9 @@ def _children(value: Any, reduction: Reduction | None) -> list[tuple[Any, Any]]:
 
 
 def _items(value: dict[Any, Any]) -> list[tuple[Any, Any]]:
-    if _SCALARS.issuperset(map(type, dict.values(value))):  # 20 ns a number; to look at each takes 300
+    if _SCALARS.issuperset(
+        map(type, dict.values(value))
+    ):  # this test takes 20 ns a number; a look at each one would take 300
         return []
     return [
         (key_of(key, at), child) for at, (key, child) in enumerate(dict.items(value)) if type(child) not in _SCALARS
@@ -130,7 +132,7 @@ def _elements(value: Sequence[Any]) -> list[tuple[Any, Any]]:
 
 
 def own_attributes(value: object) -> dict[str, Any]:
-    """The `__dict__` of an object, without asking its class."""
+    """The `__dict__` of an object, read without running code of its class."""
     try:
         attributes = object.__getattribute__(value, "__dict__")
     except AttributeError:
@@ -151,7 +153,7 @@ def _attributes(value: object, attributes: dict[Any, Any]) -> list[tuple[Any, An
 
 
 def _reduced(value: object, reduction: Reduction) -> list[tuple[Any, Any]]:
-    """What an object is pickled as: its items and its state; if there are none, what it is made of."""
+    """The pickled form of an object: its items and its state; without these, the arguments of its constructor."""
     children: list[tuple[Any, Any]] = []
     if issubclass(type(value), dict) and reduction.has_items:
         children += _items(value)  # type: ignore[arg-type]
@@ -159,7 +161,7 @@ def _reduced(value: object, reduction: Reduction) -> list[tuple[Any, Any]]:
         children += _elements(value)  # type: ignore[arg-type]
     state = reduction.state
     if isinstance(state, tuple) and len(state) == 2 and all(part is None or type(part) is dict for part in state):
-        for part in state:  # attributes, and those in slots
+        for part in state:  # attributes, and those in slots, come as a pair
             children += _attributes(value, part or {})
     elif isinstance(state, dict):
         children += _attributes(value, state)
@@ -169,7 +171,7 @@ def _reduced(value: object, reduction: Reduction) -> list[tuple[Any, Any]]:
 
 
 def _labelled(value: object, parts: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Parts that have a place only, by the names of the attributes that they are, or by their places."""
+    """Label positional parts by the names of the attributes that hold them, or else by their positions."""
     names = {id(child): key_of(key) for key, child in own_attributes(value).items()}
     return [(names.get(id(child), key), child) for key, child in _elements(parts)]
 
@@ -185,7 +187,7 @@ def _tensor(
 
 
 def _parts(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """The tensors that a composite is pickled as."""
+    """The tensors that a composite tensor is pickled as."""
     if tensor.layout is torch.sparse_coo:
         return [("indices", tensor._indices()), ("values", tensor._values())]
     if tensor.layout in _COMPRESSED:
@@ -197,14 +199,14 @@ def _parts(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         return []
     try:
         attributes = flatten()[0]
-    except Exception:  # foreign code, and only names are lost
+    except Exception:  # foreign code failed; only names are lost
         return []
     found = [(str(attribute), getattr(tensor, str(attribute), None)) for attribute in attributes]
     return [(attribute, value) for attribute, value in found if isinstance(value, torch.Tensor)]
 
 
 def _is_wrapper(tensor: torch.Tensor) -> bool:
-    """A subclass without memory of its own, which torch pickles by its attributes."""
+    """Whether a tensor is a subclass without memory of its own, which torch pickles by its attributes."""
     dispatches = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
     return type(tensor) is not torch.Tensor and dispatches and _address(tensor) == 0
 
@@ -212,12 +214,12 @@ def _is_wrapper(tensor: torch.Tensor) -> bool:
 def _address(tensor: torch.Tensor) -> int:
     try:
         return tensor.data_ptr()
-    except RuntimeError:  # wrappers of some backends have no data pointer at all
+    except RuntimeError:  # wrappers of some backends have no data pointer
         return 0
 
 
 def _global_place(tensor: torch.Tensor) -> GlobalPlace | None:
-    """Where a DTensor's local part lies in the whole, if it is one block of it."""
+    """The place of a DTensor's local part in the whole tensor, if it is a single block."""
     if not hasattr(tensor, "placements") or not hasattr(tensor, "device_mesh"):
         return None
     offset = offset_of_local(tensor)

@@ -1,4 +1,4 @@
-"""Skeleton → object. torch's unpicklers do the work; storages come from a provider, verified, one by one."""
+"""Skeleton → object. torch's unpicklers do the work; a provider supplies storages, verified, one by one."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from fastckpt.host.torch_names import (
 )
 from fastckpt.state import harmless, invariants
 
-# torch's functions that lay a tensor over a storage; they fail when it does not fit.
+# torch's functions that place a tensor over a storage; they fail if it does not fit.
 _PLACES_A_TENSOR = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_qtensor")
 _TRUE = ("1", "y", "yes", "true")
 _ARRAY_GLOBALS = ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype")
-# Where an error comes from the stream itself: the unpickler, and constructors that it calls.
+# Modules in which an error is caused by the stream itself: the unpickler, and constructors that it calls.
 _OF_THE_STREAM = (restricted.__name__, harmless.__name__, "argparse", "torch.nn.parameter")
 _GLOBAL = re.compile(rb"c([a-zA-Z_][\w.]*)\n([a-zA-Z_][\w.]*)\n", re.ASCII)
 _STORAGE_NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -45,10 +45,10 @@ _MOVED_MODULES = {"torch.tensor": "torch._tensor"}
 
 
 class StorageProvider(Protocol):
-    """Where the bytes of the storages come from. Used by the unpickling thread."""
+    """Supplies the storages' bytes. Used by the unpickling thread."""
 
     def n_bytes(self, number: int) -> int | None:
-        """Length of a storage, or None if there is none of that number."""
+        """Length of a storage; None if there is no storage of that number."""
 
     def has_data(self, number: int) -> bool:
         """False for a meta storage."""
@@ -85,7 +85,7 @@ def resolve_weights_only(weights_only: bool | None, pickle_module: Any) -> bool:
 
 
 def unsafe_globals(skeleton: bytes, holds_arrays: bool, *, beyond_torch: bool = False) -> list[str]:
-    """Globals of the skeleton that a restricted load refuses, as torch.serialization.get_unsafe_globals_in_checkpoint.
+    """Globals of the skeleton that a restricted load refuses, in the form of torch.serialization.get_unsafe_globals_in_checkpoint.
 
     beyond_torch: as in `Rebuild`.
     """
@@ -95,22 +95,22 @@ def unsafe_globals(skeleton: bytes, holds_arrays: bool, *, beyond_torch: bool = 
     if beyond_torch:
         used -= harmless.NAMES
         if not holds_arrays:
-            used.discard(harmless.NUMPY_DTYPE)  # of a scalar, as far as can be told from here
+            used.discard(harmless.NUMPY_DTYPE)  # belongs to a scalar, as far as the list of globals can tell
     return sorted(used - set(allowed_globals()) - set(user_allowed_globals()))
 
 
 def may_be_refused(skeleton: bytes, holds_arrays: bool) -> bool:
-    """False: a restricted load refuses no global of the skeleton. True: ask `unsafe_globals`, which takes 50 times as long."""
+    """False: a restricted load certainly refuses no global of the skeleton. True: ask `unsafe_globals`, which takes 50 times as long."""
     if holds_arrays:
         return True
     allowed = allowed_globals()
-    found = set(_GLOBAL.findall(skeleton))  # and what looks like one in a text or a number
+    found = set(_GLOBAL.findall(skeleton))  # also finds texts and numbers that look like a GLOBAL
     return any(f"{module.decode()}.{name.decode()}" not in allowed for module, name in found)
 
 
 @dataclass
 class Rebuild:
-    """One unpickling. `run` may be called once. Its 14 attributes are the arguments of torch.load, and what they become."""
+    """One unpickling. `run` may be called once. Its 14 attributes are the arguments of torch.load and the values derived from them."""
 
     skeleton: bytes
     provider: StorageProvider
@@ -120,17 +120,17 @@ class Rebuild:
     pickle_module: Any
     load_args: dict[str, Any]
     places: Sequence[str] | None = None
-    """Where each storage goes, by number, as a location; None: what `map_location` says."""
+    """The location for each storage, by number; None: `map_location` decides."""
     beyond_torch: bool = False
-    """Whether a restricted load takes the types of `harmless`, too."""
+    """Whether a restricted load also accepts the types of `harmless`."""
     _loaded: dict[int, Any] = field(default_factory=dict)
     _typed: dict[tuple[int, torch.dtype], TypedStorage] = field(default_factory=dict)
 
     def run(self) -> Any:
-        """The object. pickle.UnpicklingError with torch's words when a restricted load refuses something."""
+        """Unpickle the object. pickle.UnpicklingError with torch's text if a restricted load refuses something."""
         self._restore_location = restore_location(self.map_location)
         self._to_meta = is_meta_location(self.map_location)
-        self._fake = fake_mode() is not None  # it takes as long as rebuilding a tensor
+        self._fake = fake_mode() is not None  # asking takes as long as rebuilding a tensor
         try:
             if not self.weights_only:
                 return self._unpickle(self.pickle_module)
@@ -142,7 +142,7 @@ class Rebuild:
             raise
         except Exception as error:
             module, function = _origin(error)
-            if module in _OF_THE_STREAM:  # IndexError, KeyError, EOFError …: the stream itself makes no sense
+            if module in _OF_THE_STREAM:  # IndexError, KeyError, EOFError …: the stream itself is invalid
                 raise self._damage("pickle stream", "one that torch can read", error) from error
             if module == "torch._utils" and function in _PLACES_A_TENSOR:
                 raise self._damage("a tensor", "a place within its storage", error) from error
@@ -165,12 +165,12 @@ class Rebuild:
         unpickler.persistent_load = self._persistent_load
         with loading_to(self.map_location):
             result = unpickler.load()
-            forget_sparse_tensors()  # of torch's own check, which has no names and no jagged tensors
+            forget_sparse_tensors()  # the list is for torch's own check, which knows no names and no jagged tensors
         self._require_fit(result)
         return result
 
     def _require_fit(self, result: Any) -> None:
-        """CorruptCheckpointError for tensors that do not fit their storages or themselves."""
+        """CorruptCheckpointError for tensors that do not fit their storages, or whose parts do not fit together."""
         if self._fake:
             return
         if self.weights_only:
@@ -179,7 +179,9 @@ class Rebuild:
             invariants.require_fit(result, self.source)
 
     def _require_storages_as_long_as_they_were(self) -> None:
-        """On the host a storage cannot grow. Elsewhere torch makes it longer for a tensor that ends outside of it: memory of somebody."""
+        """On the host a storage cannot grow. On devices, torch enlarges a storage for a tensor that ends outside of it; the added bytes
+        would be memory of somebody else.
+        """
         for number, value in self._loaded.items():
             if isinstance(value, UntypedStorage) and value.nbytes() != self.provider.n_bytes(number):
                 found = f"one that ends at byte {value.nbytes()}"
@@ -215,7 +217,7 @@ class Rebuild:
             raise self._damage(f"storage {key}", "one kind of object", "an array and a storage")
         if isinstance(value, np.ndarray):
             return value
-        # One for each element type: a storage without bytes may be there in several.
+        # One for each element type: an empty storage may occur with several types.
         typed = self._typed.get((number, dtype))
         if typed is None:
             typed = self._typed[number, dtype] = TypedStorage(wrap_storage=value, dtype=dtype, _internal=True)
@@ -261,7 +263,7 @@ class Rebuild:
 
 
 def _refuse_array_unless_allowed(dtype: np.dtype[Any]) -> None:
-    """Small arrays are in the pickle, where torch refuses them in these words; large ones must not differ."""
+    """torch refuses small arrays, which are in the pickle, with this text; large arrays must behave the same."""
     names = user_allowed_globals()
     allowed = list(names.values())
     here = (any(name.endswith("multiarray._reconstruct") for name in names), np.ndarray in allowed, np.dtype in allowed)
@@ -281,12 +283,12 @@ def _refuse_array_unless_allowed(dtype: np.dtype[Any]) -> None:
 
 
 def _text(value: Any) -> Any:
-    """Strings are bytes in a stream that Python 2 wrote or a hostile hand."""
+    """Decode a string that is bytes in the stream, as written by Python 2 or by a hostile writer."""
     return value.decode("ascii", "replace") if isinstance(value, bytes) else value
 
 
 def _origin(error: BaseException) -> tuple[str, str]:
-    """Module and function of the innermost Python frame that the error came through."""
+    """Module and function of the innermost Python frame that the error passed through."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -296,7 +298,7 @@ def _origin(error: BaseException) -> tuple[str, str]:
 
 
 def _weights_only_message(message: str) -> str:
-    """torch.load's wrapping of a refusal: a function inside torch.load, so its words are repeated here; users search for them."""
+    """torch.load's text for a refusal. torch makes it inside of torch.load, so the text is repeated here: users search for it."""
     advice: str = torch.serialization.UNSAFE_MESSAGE
     docs = (
         "\n\nCheck the documentation of torch.load to learn more about types accepted by default with "

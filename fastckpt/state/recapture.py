@@ -1,7 +1,7 @@
 """Captures the state of a training run again and again.
 
-Pickling and naming take 30 µs a tensor, looking at one takes 2. Between two saves hardly anything changes but bytes and a few numbers. So a
-state is taken in *parts* (`model`, `optim.state`, `optim.param_groups`, …). If the *form* of a part (`form.py`) is unchanged since the
+Pickling and naming take 30 µs a tensor, inspecting one takes 2. Between two saves little changes except bytes and a few numbers. So a state
+is captured in *parts* (`model`, `optim.state`, `optim.param_groups`, …). If the *form* of a part (`form.py`) is unchanged since the
 previous save, its pickle stream, tensor names and storage numbers are used again. The streams of all parts are joined to one skeleton.
 
 One limit: a Python object that is referenced from two parts is pickled twice, so after loading it is two objects. Tensors still share
@@ -35,15 +35,15 @@ from fastckpt.state.capture import (
 )
 from fastckpt.state.form import PROTOCOL, Look, Plain, look_at
 
-_MAX_SPLIT = 64  # a part more costs as much as ten tensors
-_DEPTH = 2  # parts are values of dictionaries so deep: an optimizer's moments and its learning rates are two
-_MAX_NAMED_DEPTH = 8  # of what cannot be pickled: keys enough to find it
+_MAX_SPLIT = 64  # one more part costs as much as ten tensors
+_DEPTH = 2  # parts are the values in this many levels of dictionaries: an optimizer's moments and its learning rates are two parts
+_MAX_NAMED_DEPTH = 8  # how deep to search for a value that cannot be pickled: enough to find it
 _Path = tuple[str, ...]
 
 
 class Identity(NamedTuple):
-    """What two captures have in common if the state has not changed between them, as far as torch and Python tell: not what lies in
-    storages that were written to behind torch's back, or made anew.
+    """Equal for two captures if the state has not changed between them, as far as torch and Python can tell. Writes that torch does not
+    count, and new storages, are not seen.
     """
 
     tensors: list[TensorEntry]
@@ -55,44 +55,46 @@ class Identity(NamedTuple):
 
 @dataclass
 class _Part:
-    """What is known of a part since it was pickled."""
+    """Everything known of a part from its last pickling."""
 
     form: list[Any] | bytes | None
-    """None: it is pickled every time."""
+    """None: the part is pickled every time."""
     opcodes: bytes | memoryview
     digest: bytes
-    """Of the opcodes."""
+    """Digest of the opcodes."""
     entries: list[TensorEntry]
     numbers: list[int]
-    """Of its storages, in the order in which `Look` meets them; if it has no form, in that of pickling."""
+    """Numbers of its storages, in the order of `Look`; without a form, in the order of pickling."""
     own: list[int]
-    """Numbers of the storages that no earlier part has."""
+    """Numbers of the storages that occur in no earlier part."""
     wholes: dict[int, int]
-    """Number of a storage → position of a tensor, in the order of `Look`, that is all of its bytes on an accelerator."""
+    """Number of a storage on an accelerator → position, in the order of `Look`, of a tensor that covers all its bytes."""
 
 
 class _Changed(Exception):
-    """A part does not fit what is known of it."""
+    """A part does not agree with what was remembered of it."""
 
 
 class Recapturer:
     """Used by the thread that trains."""
 
     def __init__(self, no_identity: Collection[str] = ()) -> None:
-        """no_identity: names of parts that do not count for `identity`."""
+        """no_identity: names of parts that are left out of `identity`."""
         self._no_identity = no_identity
         self.identity = Identity([], [], [])
-        """Of the last capture."""
+        """The identity of the last capture."""
         self._parts: dict[_Path, _Part] = {}
         self._storages: list[CapturedStorage] = []
-        """Of the last capture. Its tensors are not kept: what a state_dict() makes for one save must not live until the next."""
+        """The storages of the last capture. Its tensors are not kept: temporary tensors of a state_dict() must not live until the next
+        save.
+        """
         self._tensors: list[TensorEntry] = []
         self._form: object = None
         self.pickled: list[tuple[Name, bytes]] = []
         """Names and streams of the parts that the last capture had to pickle."""
 
     def capture(self, state: dict[str, Any]) -> Captured:
-        """As `fastckpt.state.capture`. SaveError, with its name, for what cannot be pickled."""
+        """Like `fastckpt.state.capture`. SaveError, which names the value, if something cannot be pickled."""
         refuse_skipping_data()
         self.pickled = []
         parts = dict(_parts(state, (), _DEPTH))
@@ -143,7 +145,7 @@ class Recapturer:
         return self._captured(numbers)
 
     def _again(self, parts: dict[_Path, Any], looks: dict[_Path, Look | Plain | None]) -> Captured:
-        """_Changed if more has changed than bytes and what stands in streams."""
+        """Capture with the known streams. _Changed if more has changed than bytes and values inside streams."""
         numbers = _Renumbered(self._storages)
         number_of = numbers.number_of_storage
         to_pickle = []
@@ -193,7 +195,9 @@ class Recapturer:
         )
 
     def _joined(self, value: Any, path: _Path, depth: int) -> Iterator[bytes | memoryview]:
-        """The pickle stream of the whole, without its frame. Memo numbers of parts overlap, and no part reads another's."""
+        """Yield the pickle stream of the whole, without its frame. Memo numbers of parts overlap, but no part reads entries of another
+        one.
+        """
         if not _is_split(value, depth):
             yield self._parts[path].opcodes
             return
@@ -206,7 +210,7 @@ class Recapturer:
 
 
 class _Renumbered(StorageNumbers):
-    """Gives a part's storages the numbers that they had the time before, in the order in which they are met."""
+    """Gives a part's storages the numbers of the previous time, in the order in which they are met."""
 
     def __init__(self, known: Sequence[CapturedStorage]) -> None:
         super().__init__()
@@ -216,11 +220,11 @@ class _Renumbered(StorageNumbers):
         self._left: list[int] = []
 
     def give(self, own: Sequence[int]) -> None:
-        """What storages that are met from now on are called."""
+        """Set the numbers for the storages that are met from now on."""
         self._left = list(reversed(own))
 
     def differs(self, own: Sequence[int]) -> bool:
-        """Whether the storages that were given these numbers are not what they were."""
+        """Whether the storages with these numbers are no longer the same."""
         return any(self.storages[number] != self._known[number] for number in own)
 
     def _enter(self, info: CapturedStorage, address: int, owner: Any) -> int:
@@ -234,7 +238,7 @@ class _Renumbered(StorageNumbers):
 def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
     try:
         return [version_of(tensor) for tensor in tensors]
-    except RuntimeError:  # those made under inference_mode count nothing
+    except RuntimeError:  # tensors made under inference_mode count no versions
         return [0 if tensor.is_inference() else version_of(tensor) for tensor in tensors]
 
 
@@ -253,7 +257,7 @@ def _pickled(path: _Path, value: Any, numbers: StorageNumbers) -> bytes:
 
 
 def _culprit(path: _Path, value: Any) -> tuple[Name, Any]:
-    """The innermost thing that cannot be pickled even by itself, and its name. Only for the words of an error."""
+    """The innermost value that cannot be pickled even by itself, and its name. Only for the text of an error."""
     name: Name = tuple(key_of(key) for key in path)
     for _ in range(_MAX_NAMED_DEPTH):
         inside = next((one for one in _inside(value) if not _can_be_pickled(one[1])), None)
@@ -306,6 +310,8 @@ def _wholes(look: Look | Plain, numbers: Sequence[int], storages: Sequence[Captu
 
 
 def _seen_by(numbers: StorageNumbers, look: Look | None) -> Look | None:
-    """The look, unless pickling went round a storage in it (some devices' tensors are pickled as arrays): then nothing is known."""
+    """The look; None if pickling bypassed one of its storages (some devices' tensors are pickled as arrays), because then nothing is
+    known.
+    """
     known = look is None or all(identity(storage) in numbers.number_of_storage for storage in look.storages)
     return look if known else None

@@ -1,4 +1,4 @@
-"""What a pickle stream holds that a restricted load refuses, and where. No code of the stream's runs."""
+"""Finds what a restricted load would refuse in a pickle stream, and where. Runs no code of the stream."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from fastckpt.format.tensor_names import Name, dotted, key_of
 from fastckpt.host.torch_names import allowed_globals, read_global, restricted, user_allowed_globals
 from fastckpt.state import harmless
 
-# GLOBAL in the stream of protocol 2: c, module, line feed, name, line feed. Text may look like it.
+# GLOBAL in a stream of protocol 2: c, module, line feed, name, line feed. Text may look the same.
 _GLOBAL = re.compile(rb"c([A-Za-z_][\w.]*\n[A-Za-z_][\w.]*\n)")
-# LONG4, which torch does not read, with a length of less than 64 KiB.
+# LONG4, which torch does not read, with a length under 64 KiB.
 _LONG4 = re.compile(rb"\x8b[\x00-\xff][\x01-\xff]\x00\x00")
-_NUMBERS_ONE = b"qhK"  # BINPUT, BINGET and BININT1 are followed by any byte
-_LONG4_LOOKS = 8  # bytes of floats may look like it, too
+_NUMBERS_ONE = b"qhK"  # BINPUT, BINGET and BININT1 are followed by an arbitrary byte
+_LONG4_LOOKS = 8  # bytes of floats may look the same
 _LONG1_BITS = 255 * 8 - 1
 HUGE_INTEGER = "an integer of more than 255 bytes"
 ARRAYS = ("numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct")
 SCALARS = "a NumPy scalar that is no plain number or text"
-# A scalar's dtype is a part of it, and tensors are many: nobody looks inside.
+# Not searched inside: a scalar's dtype is part of the scalar, and tensors are many.
 _WHOLE = (*ARRAYS, *harmless.NUMPY_SCALARS, "torch._utils._rebuild_tensor_v2")
 _PLACES = 3
 _ADVICE = {
@@ -35,15 +35,15 @@ _ADVICE = {
 
 
 def is_allowed(name: str) -> bool:
-    """Whether `restore` reads this global: torch's list, what the program has added to it, and `harmless`."""
+    """Whether `restore` accepts this global: it is in torch's list, in the program's additions to it, or in `harmless`."""
     listed = (allowed_globals(), user_allowed_globals(), harmless.NAMES)
     return any(name in names for names in listed)
 
 
 class Watch:
-    """Tells what the streams of a run hold that restoring refuses, each thing once. Used by the thread that trains.
+    """Reports, once each, the types in a run's streams that a restore would refuse. Used by the thread that trains.
 
-    A stream in which nothing new can be costs a text search of it.
+    A stream without new types costs only a text search.
     """
 
     def __init__(self) -> None:
@@ -52,9 +52,9 @@ class Watch:
         self._long4_looks = 0
 
     def new_in(self, parts: Iterable[tuple[Name, bytes]], arrays: Iterable[Name]) -> dict[str, list[Name]]:
-        """What nobody has been told of yet → places.
+        """Types that have not been reported yet → their places.
 
-        parts: names and streams, of protocol 2, as far as they have changed. arrays: names of those that are not in streams.
+        parts: names and streams (protocol 2) of the changed parts. arrays: names of arrays that are not in streams.
         """
         found: dict[str, list[Name]] = {}
         for prefix, stream in parts:
@@ -81,13 +81,13 @@ class Watch:
 
 
 def _full_name(raw: bytes) -> str:
-    """As torch reads the two lines."""
+    """Module and name, joined as torch does it."""
     module, name = read_global(io.BytesIO(raw).readline)
     return f"{module}.{name}"
 
 
 class _Inert:
-    """Stands for whatever a stream names: keeps what it is given, runs nothing."""
+    """Replaces every object that a stream names: stores its arguments, runs nothing."""
 
     name = ""
     parts: list[Any]
@@ -118,9 +118,10 @@ class _Inert:
 
 
 def find(stream: bytes, *, trusted: bool) -> dict[str, list[Name]]:
-    """Names of what is refused → where it is: [] where nobody can say.
+    """Names of refused types → their places; [] if the places are unknown.
 
-    trusted: the stream is our own, and pickle's fast machine may read it; else the one in Python, which allocates nothing ahead.
+    trusted: the stream is our own, so pickle's C implementation may read it. Otherwise the one in Python is used, which allocates nothing
+    in advance.
     """
     machine: Any = pickle.Unpickler if trusted else pickle._Unpickler
     names: set[str] = set()
@@ -137,12 +138,12 @@ def find(stream: bytes, *, trusted: bool) -> dict[str, list[Name]]:
     found: dict[str, list[Name]] = {}
     try:
         if not trusted:
-            restricted.get_globals_in_pkl(io.BytesIO(stream))  # only operations that torch knows
+            restricted.get_globals_in_pkl(io.BytesIO(stream))  # raises for operations that torch does not know
         for name, place in _places(Finder(io.BytesIO(stream)).load()):
             places = found.setdefault(name, [])
             if len(places) < _PLACES:
                 places.append(place)
-    except Exception:  # only places are lost: what cannot be walked is named without them
+    except Exception:  # only places are lost: types that cannot be located are named without them
         pass
     for name in names:
         if not is_allowed(name) and not _goes_with_another(name):
@@ -151,7 +152,7 @@ def find(stream: bytes, *, trusted: bool) -> dict[str, list[Name]]:
 
 
 def _goes_with_another(name: str) -> bool:
-    """Parts of arrays and scalars, which are named themselves."""
+    """Whether it is part of an array or scalar, which is named itself."""
     return name in ("numpy.ndarray", harmless.NUMPY_DTYPE)
 
 
@@ -194,7 +195,7 @@ def _is_plain_scalar(value: _Inert) -> bool:
 
 
 def described(found: Mapping[str, list[Name]]) -> str:
-    """A line for each, for people."""
+    """One line for each type, for people."""
     lines = []
     for name in sorted(found):
         where = ", ".join(dotted(place) for place in found[name])

@@ -1,9 +1,9 @@
-"""Events → a recording (`recorder.py`), and what a recording shows: a trace, a summary, a picture (docs/cli.md, trace).
+"""Events → a recording (`recorder.py`), and the views of a recording: a trace, a summary, a picture (docs/cli.md, trace).
 
 recording ─→ parsing ─→ chrome: spans by thread, for Perfetto
                      └→ summary: saves and loads, seconds by stage ─→ picture: a lane for each stage
 
-`import fastckpt` needs the recorder alone. What reads recordings is imported when it is asked for.
+`import fastckpt` imports only the recorder. The modules that read recordings are imported on demand.
 """
 
 from __future__ import annotations

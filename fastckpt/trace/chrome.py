@@ -1,7 +1,7 @@
 """Recordings → Chrome's trace event format, which ui.perfetto.dev and chrome://tracing open. Pure.
 
-A process is a recording. Its rows: saves and snapshots (spans that begin on one thread and end on another), then its threads. Threads of
-one name that lived one after the other share a row, or each save would bring rows of its own.
+Each recording is a process. Its rows are saves and snapshots (spans that begin on one thread and end on another), then its threads. Threads
+of the same name that lived one after the other share a row; otherwise each save would add rows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from fastckpt.trace.parsing import Recorded, Recording
 from fastckpt.trace.stages import Moment, Span, lanes, moments
 
-_ACROSS_ROW = 1_000_000  # numbers of rows that are no threads
-_COUNTER_US = 1000.0  # a counter needs no finer steps; a chunk may take less
+_ACROSS_ROW = 1_000_000  # numbers of rows that are not threads
+_COUNTER_US = 1000.0  # a counter needs no finer steps; chunks may come faster
 _COUNTED = {
     "PieceStaged": ("staged", "raw_bytes"),
     "ChunkEncoded": ("encoded", "raw_bytes"),
@@ -34,7 +34,9 @@ def to_chrome(recordings: Sequence[Recording]) -> Iterator[ChromeEvent]:
     starts = (_start_s(event, spans) for one in found for event, spans in one)
     zero_s = min(starts, default=0.0)
     pids = [recording.pid for recording in recordings]
-    if len(set(pids)) < len(pids) or max(pids, default=0) >= 1 << 31:  # of several machines
+    if (
+        len(set(pids)) < len(pids) or max(pids, default=0) >= 1 << 31
+    ):  # recordings of several machines may use the same process ids
         pids = list(range(1, len(pids) + 1))
     body: list[ChromeEvent] = []
     for recording, pid, one in zip(recordings, pids, found, strict=True):
@@ -42,7 +44,7 @@ def to_chrome(recordings: Sequence[Recording]) -> Iterator[ChromeEvent]:
         yield from _names(recording, pid, rows)
         body += _spans(one, pid, rows, zero_s)
         body += _counters(recording.events, pid, zero_s)
-    # A span before those inside it: viewers nest by order where the starts are equal.
+    # Enclosing spans first: if starts are equal, viewers nest by order.
     yield from sorted(body, key=lambda event: (event["ts"], -event.get("dur", 0.0)))
 
 
@@ -51,7 +53,7 @@ def _start_s(event: Recorded, spans: Sequence[Moment]) -> float:
 
 
 class _Rows:
-    """Which row (tid) a span goes to."""
+    """Chooses the row (tid) of a span."""
 
     def __init__(self, found: Sequence[_Found]) -> None:
         self.names: dict[int, str] = {}
@@ -90,7 +92,7 @@ class _Rows:
 
 
 def _row_order(name: str) -> tuple[int, list[tuple[int, str]]]:
-    """Down the pipeline; numbers in names as numbers."""
+    """Sort rows down the pipeline; numbers in names sort as numbers."""
     place = next((n for n, start in enumerate(_ROW_ORDER) if name.startswith(start)), len(_ROW_ORDER))
     parts = re.split(r"(\d{1,9})", name)
     return place, [(int(part), "") if part.isascii() and part.isdigit() else (-1, part) for part in parts]
@@ -128,7 +130,7 @@ def _spans(found: Sequence[_Found], pid: int, rows: _Rows, zero_s: float) -> Ite
 
 
 def _counters(events: Sequence[Recorded], pid: int, zero_s: float) -> Iterator[ChromeEvent]:
-    """Bytes so far, of each stage, at most one a millisecond and the last."""
+    """Total bytes of each stage over time: at most one value a millisecond, and the last one."""
     totals: dict[str, int] = {}
     shown: dict[str, float] = {}
     pending: dict[str, ChromeEvent] = {}

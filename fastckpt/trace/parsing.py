@@ -1,4 +1,6 @@
-"""A recording off the disk. It may be a stranger's: everything is bounded and checked here, and nothing behind this module checks again."""
+"""Reads a recording from a file. The file may come from a stranger: everything is bounded and checked here, and no later module checks
+again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from fastckpt.trace.recorder import MAX_LINE_BYTES, MAX_RECORDING_BYTES, MAX_TEX
 
 MAX_EVENTS = 1_000_000
 MAX_SECONDS = 1e8
-"""Three years: of a clock, and of a span."""
+"""Longest time that is accepted, for clocks and spans: three years."""
 MAX_BYTES = 1 << 60
 _MAX_THREADS = 10_000
 _MAX_FIELDS = 50
@@ -22,7 +24,7 @@ _MAX_UNIX_S = 1e11
 
 
 class RecordingError(CheckpointError):
-    """The file is no recording of events, is damaged, or is of another version."""
+    """The file is not a recording of events, is damaged, or has another version."""
 
 
 class Recorded(NamedTuple):
@@ -31,7 +33,7 @@ class Recorded(NamedTuple):
     kind: str
     """Name of the class of `fastckpt.events`."""
     end_s: float
-    """When it was emitted: seconds since the epoch (UTC), by the monotonic clock of its process."""
+    """The moment at which it was emitted: seconds since the epoch (UTC), by the monotonic clock of its process."""
     thread: int
     thread_name: str
     data: Mapping[str, Any]
@@ -68,21 +70,21 @@ class Recording:
     pid: int
     rank: int | None
     versions: str
-    """What wrote it: "fastckpt 0.1.0, torch 2.6.0, Python 3.11.7"."""
+    """The versions that wrote it: "fastckpt 0.1.0, torch 2.6.0, Python 3.11.7"."""
     utc: str
     events: list[Recorded]
     notes: list[str]
-    """What is missing, in sentences."""
+    """Sentences about missing events."""
 
     @property
     def label(self) -> str:
-        """What to call the process."""
+        """A label for the process."""
         who = f"pid {self.pid}" if self.rank is None else f"rank {self.rank}, pid {self.pid}"
         return f"{who} ({self.name})"
 
 
 def read(path: str | os.PathLike[str]) -> Recording:
-    """A recording by its path. RecordingError names the line; a last line that was cut is left out, with a note. OSError."""
+    """A recording by its path. RecordingError names the line; an incomplete last line is left out, with a note. OSError."""
     with open(path, "rb") as file:
         return parse(file, os.path.basename(os.fspath(path)))
 
@@ -172,7 +174,7 @@ def _event(value: dict[str, Any], offset_s: float, name: str, number: int) -> Re
         _fail(name, number, "t or tid is no number, or out of range")
     if len(data) > _MAX_FIELDS:
         _fail(name, number, f"it has more than {_MAX_FIELDS} fields")
-    # 0 at the earliest: an origin that lies before the epoch is a stranger's joke.
+    # At least 0: an origin before the epoch can only be a wrong recording.
     return Recorded(
         _short(kind),
         max(0.0, end_s + offset_s),
@@ -188,10 +190,10 @@ def _field(value: Any, name: str, number: int, key: str) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if type(value) in (int, float):
-        if not -MAX_BYTES <= value <= MAX_BYTES:  # neither is what is no number
+        if not -MAX_BYTES <= value <= MAX_BYTES:  # also refuses NaN
             _fail(name, number, f"{_short(key)} is out of range")
-        return max(value, 0)  # what may be negative (seconds_left) is over then
-    return None  # a list or an object: of a newer fastckpt
+        return max(value, 0)  # a negative value (of seconds_left) means that the time is over
+    return None  # a list or an object, written by a newer fastckpt
 
 
 def _number(value: Any) -> float | None:
@@ -207,5 +209,5 @@ def _count(value: Any) -> int | None:
 
 
 def _short(value: Any) -> str:
-    """Text that any encoder takes, and that is not long."""
+    """A text that any encoder accepts, and that is not long."""
     return str(value)[:MAX_TEXT].encode("utf-8", "replace").decode()

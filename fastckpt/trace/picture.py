@@ -1,4 +1,6 @@
-"""A summary as a picture: for each save a lane for each stage, as high as threads are at work. matplotlib is imported here alone."""
+"""Draws a summary: each save has a lane for each stage, whose height is the number of working threads. Only this module imports
+matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from fastckpt.trace.stages import COMMIT, ENCODE, STAGE, STAGES, STALL, UPLOAD, 
 from fastckpt.trace.summary import Save, Summary
 
 MAX_SAVES = 8
-"""Saves in one picture; of more the last ones."""
+"""Largest number of saves in one picture; the last ones are shown."""
 _BINS = 1200
 _COLORS = {STALL: "#c62828", STAGE: "#1565c0", ENCODE: "#2e7d32", UPLOAD: "#ef6c00", COMMIT: "#6a1b9a"}
 _WORDS = {STALL: "training waits", STAGE: "stage", ENCODE: "encode", UPLOAD: "upload", COMMIT: "commit"}
@@ -52,7 +54,7 @@ def _draw_save(panel: Any, save: Save) -> None:
         panel.axhline(row, color="#dddddd", linewidth=0.6, zorder=0)
         if most > 0:
             height = row + 0.82 * busy / most
-            # The lane shows how many are at work: a thin line where one of eight threads is.
+            # The height shows how many threads are at work: one of eight gives a thin line.
             panel.fill_between(
                 edges,
                 row,
@@ -74,7 +76,7 @@ def _draw_save(panel: Any, save: Save) -> None:
 
 
 def _stretch(save: Save) -> Span:
-    """What is shown: the save, and the stalls it caused while it was under way or before anything else of it was seen."""
+    """The time to show: the save, and the stalls that it caused while it was under way, or before its first other event."""
     return Span(min([save.start_s, *(s.start_s for s in save.spans[STALL])]), save.end_s)
 
 
@@ -83,7 +85,7 @@ def _busy(spans: Sequence[Span], stretch: Span) -> tuple[F8, F8]:
     edges = np.linspace(0.0, max(stretch.seconds, 1e-6), _BINS + 1)
     if not spans:
         return edges, np.zeros(_BINS)
-    # Seconds of work up to each edge: of a span that began at b and ended at e, min(max(t - b, 0), e - b).
+    # Seconds of work up to each edge: for a span from b to e, min(max(t - b, 0), e - b).
     starts = np.sort(np.array([span.start_s for span in spans]) - stretch.start_s)
     ends = np.sort(np.array([span.end_s for span in spans]) - stretch.start_s)
     done = _ramp(edges, starts) - _ramp(edges, ends)
@@ -126,5 +128,5 @@ def _headline(save: Save) -> str:
 
 
 def _text(text: str) -> str:
-    """What any font can draw: a recording's own text may hold anything."""
+    """A text that any font can draw: a recording's text may hold any character."""
     return "".join(c if " " <= c <= "~" or c in "→×–" else "?" for c in text)

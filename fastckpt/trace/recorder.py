@@ -1,4 +1,4 @@
-"""A recording of events: one JSON object a line, written beside training and never in its way (docs/cli.md, trace).
+"""Records events: one JSON object a line, written by a thread of its own that never delays training (docs/cli.md, trace).
 
     emit ─→ (time, thread, event) ─→ bounded queue ─→ one daemon thread: JSON ─→ append to the file
 
@@ -30,17 +30,17 @@ from fastckpt.host.threads import forget_when_over, start, when_over
 logger = logging.getLogger("fastckpt")
 
 VERSION = 1
-"""Of the format; in the first line as `fastckpt_recording`."""
+"""Version of the format, in the first line as `fastckpt_recording`."""
 MAX_RECORDING_BYTES = 128 << 20
-"""Recording stops before the file is longer, and readers refuse longer ones: some 200 000 chunks, 800 GB of state."""
+"""Recording stops before the file gets longer, and readers refuse longer files. Enough for some 200 000 chunks, 800 GB of state."""
 MAX_LINE_BYTES = 64 << 10
 MAX_TEXT = 500
-"""Characters of a text in an event that are kept."""
+"""Number of characters that are kept of a text in an event."""
 _MAX_FIELDS = 50
 
 _MAX_WAITING = 1 << 16  # events between emit and the file: some 50 MB at worst, seconds of the fastest save
-_GATHER_S = 0.05  # what is emitted meanwhile is written in one go; more would be lost with a killed process
-_CLOSE_S = 10.0  # a file system that hangs must not keep the interpreter
+_GATHER_S = 0.05  # events of this time are written in one go; a longer time would lose more with a killed process
+_CLOSE_S = 10.0  # a file system that hangs must not keep the interpreter alive
 _MAX_NAMES = 1000
 
 _Item = tuple[float, int, str, object]
@@ -50,13 +50,13 @@ class Recorder:
     """A subscriber that writes events to a new file. Calling it takes about a microsecond, from any thread, and never blocks.
 
     path: `{pid}` and `{rank}` ($RANK, or 0) are replaced. If the file exists, it is left alone and `-1`, `-2` … before the suffix make the
-    name a new one. OSError if no file can be made there. What goes wrong later stops the recording, with one warning.
+    name a new one. OSError if no file can be made there. A later error stops the recording, with one warning.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path, self._fd = _create(_filled(os.fspath(path)))
         self.dropped = 0
-        """Events lost because the file was slower than training."""
+        """Number of events lost because the file was slower than training."""
         self._queue: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
         self._stopped = False
         self._closing = threading.Event()
@@ -71,13 +71,13 @@ class Recorder:
         except BaseException:
             os.close(self._fd)
             raise
-        if self._inline:  # at the interpreter's end: whoever emits also writes
+        if self._inline:  # the interpreter is ending: the emitting thread also writes
             self._write_now(_first_line)
         else:
             when_over(self.close)
 
     def __call__(self, event: object) -> None:
-        """Take an event. The time of the call is its time."""
+        """Take an event, with the time of the call."""
         if self._stopped:
             return
         if self._queue.qsize() >= _MAX_WAITING:
@@ -90,9 +90,9 @@ class Recorder:
             self._queue.put(item)
 
     def close(self) -> None:
-        """Write what was taken and close the file. At most ten seconds. May be called twice, from any thread but the recorder's."""
+        """Write what was taken and close the file. Takes at most ten seconds. May be called twice, from any thread but the recorder's."""
         forget_when_over(self.close)
-        if os.getpid() != self._pid:  # in a forked child the thread and the file are the parent's
+        if os.getpid() != self._pid:  # in a forked child the thread and the file belong to the parent
             return
         self._stopped = True
         if self._inline:
@@ -106,7 +106,7 @@ class Recorder:
             logger.warning("the recording %s does not take what is written: its end is missing", self.path)
 
     def forget(self) -> None:
-        """For a forked child: the recording is the parent's. Writes nothing, closes only the child's descriptor."""
+        """For a forked child, because the recording belongs to the parent: writes nothing, closes only the child's descriptor."""
         self._stopped = True
         forget_when_over(self.close)
         self._close_file()
@@ -162,13 +162,13 @@ class Recorder:
 
 @dataclasses.dataclass
 class _Dropped:
-    """The recorder's own event: so many others are missing."""
+    """The recorder's own event: the number of missing events."""
 
     events: int
 
 
 def _filled(path: str) -> str:
-    # Not str.format: other braces in a path are a path's.
+    # Not str.format: other braces belong to the path.
     return path.replace("{pid}", str(os.getpid())).replace("{rank}", str(rank() or 0))
 
 
@@ -179,7 +179,7 @@ def rank() -> int | None:
 
 
 def _create(path: str) -> tuple[str, int]:
-    """A file that was not there before: another process's recording, or an earlier one, is never written to."""
+    """Create a file that did not exist: never writes to the recording of another process, or to an earlier one."""
     stem, suffix = os.path.splitext(path)
     for number in range(_MAX_NAMES):
         name = path if not number else f"{stem}-{number}{suffix}"
@@ -217,7 +217,7 @@ def _line(item: _Item) -> bytes:
 
 
 def _plain(value: object) -> Any:
-    """What JSON can hold. Nothing that an event carries may end the recording."""
+    """Convert a value to one that JSON can hold. No value in an event may end the recording."""
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):

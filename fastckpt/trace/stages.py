@@ -1,4 +1,4 @@
-"""Which stage of a save an event belongs to, and arithmetic on stretches of time. Pure."""
+"""Maps events to the stages of a save; arithmetic on stretches of time. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Span(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """What one event says about a span."""
+    """The information of one event about a span."""
 
     name: str
     span: Span
@@ -64,18 +64,18 @@ def moments(event: Recorded) -> list[Moment]:
 
 
 def raw_span(event: Recorded) -> Span:
-    """Of ChunkEncoded: the time before its span, until the raw bytes were there."""
+    """For ChunkEncoded: the time before its span, until the raw bytes were available."""
     start_s = span_of(event).start_s
     return Span(max(0.0, start_s - event.seconds("raw_s")), start_s)
 
 
 def span_of(event: Recorded, field: str = "seconds") -> Span:
-    """The span of a field of an event."""
+    """The span that ends with an event and is as long as one of its fields."""
     return Span(max(0.0, event.end_s - event.seconds(field)), event.end_s)
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
-    """The same time, in stretches that do not touch, in order."""
+    """The same time as ordered stretches that do not touch."""
     merged: list[Span] = []
     for span in sorted(spans):
         if merged and span.start_s <= merged[-1].end_s:
@@ -86,12 +86,12 @@ def union(spans: Iterable[Span]) -> list[Span]:
 
 
 def covered_s(spans: Iterable[Span]) -> float:
-    """Seconds in which at least one span was."""
+    """Seconds covered by at least one span."""
     return sum(span.seconds for span in union(spans))
 
 
 def lanes(spans: Sequence[Span]) -> list[int]:
-    """A lane for each span, as few as can be, so that no two in one lane overlap. In the order given."""
+    """Number the spans with as few lanes as possible, so that no two spans in one lane overlap. In the order given."""
     busy: list[tuple[float, int]] = []
     free: list[int] = []
     chosen = [0] * len(spans)

@@ -1,4 +1,4 @@
-"""Recordings → saves and loads: what each took, stage by stage, and which stage held the others up. Pure."""
+"""Recordings → saves and loads: the time of each, stage by stage, and the stage that limited the others. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fastckpt.trace.parsing import Recorded, Recording
 from fastckpt.trace.stages import COMMIT, ENCODE, STAGE, STAGES, STALL, UPLOAD, Span, covered_s, raw_span, span_of
 
-_ALIKE = 0.85  # stages that worked nearly as long as the longest are named with it
+_ALIKE = 0.85  # stages that worked at least this share of the longest one's time are named with it
 _STEP_IN_TARGET = re.compile(r"(.*) step (\d{1,15})")
 _OF_SAVES = frozenset(
     [
@@ -30,7 +30,9 @@ _OF_SAVES = frozenset(
     ]
 )
 
-_TICK_S = 1e-9  # of the clock that recordings are made with; a speed in less could be infinite, which JSON cannot hold
+_TICK_S = (
+    1e-9  # smallest step of the recording's clock; a shorter time could give an infinite speed, which JSON cannot hold
+)
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Save:
     process: str
     target: str
     step: int | None
-    """None: a container."""
+    """None: the save of a container."""
     start_s: float
     end_s: float
     state: str = "unfinished"
@@ -56,7 +58,7 @@ class Save:
 
     @property
     def seconds(self) -> float:
-        """From the first sign of it to the last."""
+        """From its first event to its last one."""
         return self.end_s - self.start_s
 
     def busy_s(self, stage: str) -> float:
@@ -68,14 +70,14 @@ class Save:
         return covered_s(self.spans[stage])
 
     def speed(self, stage: str) -> float | None:
-        """Bytes a second of a stage's wall time: stored bytes of uploads, raw bytes of the others. None where nothing was measured."""
+        """Bytes a second of a stage's wall time: stored bytes for uploads, raw bytes for other stages. None if nothing was measured."""
         wall_s = self.wall_s(stage)
         n_bytes = self.stored_bytes if stage in (UPLOAD, COMMIT) else self.raw_bytes
         return n_bytes / wall_s if wall_s >= _TICK_S and stage not in (STALL, COMMIT) else None
 
     @property
     def bottleneck(self) -> str:
-        """What to speed up first, in words; "" where nothing was measured."""
+        """The stage to speed up first, in words; "" if nothing was measured."""
         working = (STAGE, ENCODE, UPLOAD, COMMIT)
         walls = {stage: self.wall_s(stage) for stage in working}
         longest = max(walls.values())
@@ -106,13 +108,13 @@ class Load:
 
 @dataclass
 class Summary:
-    """Of all recordings."""
+    """Saves and loads of all recordings."""
 
     saves: list[Save] = field(default_factory=list)
-    """In the order in which they began."""
+    """Ordered by their beginnings."""
     loads: list[Load] = field(default_factory=list)
     other_stall_s: float = 0.0
-    """Seconds that the training threads were kept outside of the saves above."""
+    """Seconds for which training threads waited outside of the saves above."""
     deferred: int = 0
     """Steps at which a save was due and had to wait for earlier ones."""
 
@@ -128,7 +130,7 @@ def summarize(recordings: Iterable[Recording]) -> Summary:
 
 
 class _Grouping:
-    """One process's events into saves."""
+    """Groups the events of one process into saves."""
 
     def __init__(self, recording: Recording, summary: Summary) -> None:
         self._recording = recording
@@ -150,7 +152,7 @@ class _Grouping:
     def _take(self, event: Recorded) -> None:
         target, step = event.text("target"), event.step()
         found = _STEP_IN_TARGET.fullmatch(target)
-        if found is not None:  # of one rank's upload
+        if found is not None:  # an upload of one rank
             target, step = found[1], int(found[2])
         save = self._current.get((target, step))
         if event.kind == "FenceWaited" and save is None:
@@ -173,7 +175,7 @@ def _add(save: Save, event: Recorded) -> None:
     kind, span = event.kind, span_of(event)
     if kind == "FenceWaited":
         save.spans[STALL].append(span)
-        return  # may come long after the save: no part of its time
+        return  # may come long after the save: not part of its time
     save.end_s = max(save.end_s, event.end_s)
     save.raw_bytes = max(save.raw_bytes, event.n_bytes("raw_bytes"))
     match kind:
@@ -195,11 +197,11 @@ def _add(save: Save, event: Recorded) -> None:
             raw = raw_span(event)
             if (
                 raw.seconds > 0 and not save.has_snapshot
-            ):  # with one it is the wait for a piece, which is a span of its own
+            ):  # with a step it is the wait for a piece, which has a span of its own
                 save.spans[STAGE].append(raw)
         case "ChunkStored":
             span = span_of(event, "write_s")
-            if save.step is None:  # of a repository it is a copy into a pack, or the wait for one
+            if save.step is None:  # in a repository it is a copy into a pack, or the wait for one
                 save.spans[UPLOAD].append(span)
             save.stored_bytes += event.n_bytes("stored_bytes")
         case "PackStored":
@@ -212,7 +214,7 @@ def _add(save: Save, event: Recorded) -> None:
             if event.seconds("durable_s"):
                 save.spans[COMMIT].append(span_of(event, "durable_s"))
             if save.step is None and not save.has_snapshot and event.thread_name == "MainThread":
-                save.spans[STALL].append(span)  # fastckpt.save, called by the thread that trains
+                save.spans[STALL].append(span)  # fastckpt.save, called by the training thread
         case "SaveFailed" | "SnapshotDropped":
             save.state, save.error = "failed", event.text("error")
         case "CheckpointDurable":
@@ -224,7 +226,7 @@ def _add(save: Save, event: Recorded) -> None:
 
 
 def to_json(recordings: Sequence[Recording], summary: Summary) -> dict[str, Any]:
-    """What `--json` prints: seconds, bytes, and times since the epoch."""
+    """The content of `--json`: seconds, bytes, and times since the epoch."""
     return {
         "processes": [
             {

@@ -46,7 +46,9 @@ def check_rules(every: object, keep: object, on_exception: object) -> None:
 
 
 def check_kinds(switches: Mapping[str, object], seconds: Mapping[str, object]) -> None:
-    """TypeError, ValueError. A "no" from a configuration is true; less than no grace would take packs from readers."""
+    """TypeError, ValueError. Types matter: a configuration's text "no" would count as true, and a negative grace would take packs from
+    readers.
+    """
     problems = [
         f"{name} is {value!r}: expected True or False"
         for name, value in switches.items()
@@ -80,7 +82,9 @@ def asked_for(
     meta: Mapping[str, Any] | None,
     last: SaveAsked | None,
 ) -> SaveAsked:
-    """What a call asks for. TypeError for metrics and meta that cannot be written; SaveError for a step before the last one, or none."""
+    """Describe the save that a call asks for. TypeError: metrics or meta cannot be written. SaveError: the step is not a number, or lies
+    before the last one.
+    """
     numbers, copy = checked(metrics, meta)
     if type(step) is not int or not 0 <= step <= MAX_STEP:
         raise SaveError(f"step is {step!r}: expected an integer from 0 to {MAX_STEP}")

@@ -1,4 +1,4 @@
-"""What an object has made of the state that it was given."""
+"""Finds what an object changed in the state that it was given."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastckpt.format.tensor_names import Name, dotted, key_of
 
 
 def changes(given: Any, now: Any, name: Name = ()) -> Iterator[str]:
-    """Words for each tensor and number that is another than the given one. What has gone or been added is not looked at.
+    """Yield a description of each tensor and number that differs from the given one. Members that were removed or added are not compared.
 
-    TypeError for a tensor without memory: nothing was put into it.
+    TypeError for a tensor without memory (meta device): it cannot have taken any values.
     """
     if given is now:
         return

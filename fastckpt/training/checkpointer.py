@@ -1,7 +1,7 @@
 """The training loop's object: saves when a step is due or the machine is about to go, restores in place.
 
-A face over four others: `Saver` begins saves, `Restorer` reads them back, `Fence` keeps optimizers' steps and copies apart, `Ending` has
-what notices, exceptions and `close` ask for. Its 13 attributes are these, and what guards each call.
+A facade over four parts: `Saver` begins saves, `Restorer` reads them back, `Fence` keeps optimizers' steps and copies apart, `Ending`
+handles notices, exceptions and `close`. Its 13 attributes are these parts, and the guards of each call.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from fastckpt.writing.rank import SaveAsked
 class Checkpointer:
     """Saves and restores the objects of a training loop; `help(fastckpt)` shows the loop. Close it, or use `with`.
 
-    Errors of background saves are raised by the next call, and by `close`. No error, no notice and no store that hangs keeps `step`
-    from returning, except for the final save, which has a deadline, and the first save of a run that has not called `restore`: it
+    Errors of background saves are raised by the next call, and by `close`. No error, no notice and no store that hangs keeps `step` from
+    returning, except for the final save, which has a deadline, and the first save of a run that has not called `restore`, because that save
     claims the repository.
 
     Args:
         url: a directory, "s3://bucket/prefix", or a Store.
         state: names → objects with state_dict and load_state_dict, tensors, dicts or lists.
-        every: when to save; None: only `save_now` and notices.
+        every: when to save; None: only `save_now` and notices cause saves.
         keep: which checkpoints stay; None: all.
         spot: "auto", None, or sources of notices (docs/spot.md).
         fresh: begin a new history where there are checkpoints.
@@ -59,17 +59,18 @@ class Checkpointer:
             is claimed (GET, HEAD and LIST are all it needs); `step` and `save_now` are refused.
         on_exception: "save" saves the last step once more when the block is left by an exception, unless the next one had begun to
             change the state.
-        close_timeout_s: seconds that a save in flight gets then.
-        grace_s: seconds that bytes of retired checkpoints stay.
+        close_timeout_s: seconds that a save in flight gets after such an exception.
+        grace_s: seconds for which the bytes of retired checkpoints stay.
         options: every other knob; None: `Options.from_env()`.
 
     Raises:
         TypeError, ValueError: an argument is wrong; all problems are listed.
         StoreError: the store cannot be used.
-        RepositoryError: something else lies at the URL, or, if this only reads, nothing.
+        RepositoryError: something else lies at the URL; or, with `read_only`, nothing lies there.
         SaveError: several ranks; `spill_dir` cannot be written to.
 
-    Threads: used by the thread that trains. `notice`, `exit_code` and `stats` may be read by any; optimizers' hooks may run in others.
+    Threads: used by the thread that trains. Any thread may read `notice`, `exit_code` and `stats`; optimizers' hooks may run in other
+    threads.
     """
 
     def __init__(
@@ -94,19 +95,19 @@ class Checkpointer:
             raise ValueError("read_only=True and fresh=True exclude each other: beginning a new history writes")
         if not read_only:
             refuse_many_ranks()
-        warm_up()  # without native kernels numba compiles for seconds: now, in the background, not when a notice has come
+        warm_up()  # without native kernels numba compiles for seconds: do that now, in the background, and not when a notice has come
         options = options or Options.from_env()
         live = LiveState(state, sampled=options.verify_snapshot != "off")
         self._read_only = read_only
         self._closed, self._pid = False, os.getpid()
         self._broken: PartialRestoreError | None = None
         self._last: SaveAsked | None = None
-        """The last step, and what was said of it: by `step` or `save_now`, or by the checkpoint that was restored."""
+        """The last step with its metrics and meta: as given to `step` or `save_now`, or as stored in the checkpoint that was restored."""
         self._due = Due(every)
         self._stall_s = 0.0
         self.restored: Commit | None = None
-        """The record of the checkpoint that `restore` took: its metrics, meta, time."""
-        with contextlib.ExitStack() as opened:  # what fails below leaves nothing open
+        """The commit record of the checkpoint that `restore` loaded, with its metrics, meta and time."""
+        with contextlib.ExitStack() as opened:  # if a line below fails, this closes what is open
             hurry = in_a_hurry(weakref.ref(self))
             self._engine = Engine.start(url, live, options, keep, grace_s, hurry, hooked=not read_only)
             opened.callback(self._engine.close)
@@ -129,7 +130,7 @@ class Checkpointer:
 
         Args:
             step: a number goes back to it; "latest-valid" passes over damaged ones, with a warning and a record of it.
-            weights_only: False lets the checkpoint run code, for your own only; None is True, unless one of
+            weights_only: False lets the checkpoint run code: use it only for checkpoints of your own. None means True, unless one of
                 TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says otherwise.
 
         Returns:
@@ -137,8 +138,8 @@ class Checkpointer:
 
         Raises:
             CorruptCheckpointError, RefusedStateError, NoCheckpointError, StoreError, TooLargeError, RestoreError: nothing was changed.
-                NoCheckpointError, if this only reads, also where there never was one: nothing is there to be evaluated.
-            PartialRestoreError: an object did not take its state; `step` refuses to go on until a restore succeeds.
+                NoCheckpointError, with `read_only`, also if the repository never had a checkpoint: there is nothing to evaluate.
+            PartialRestoreError: an object did not take its state; `step` raises until a restore succeeds.
         """
         self._require_open()
         if weights_only is None:
@@ -148,7 +149,7 @@ class Checkpointer:
         engine.fence.wait("restore")
         engine.queue.wait_idle()
         self._engine.raise_failures()
-        engine.queue.retaining.halt()  # or it might retire what is being restored
+        engine.queue.retaining.halt()  # otherwise retention might retire the checkpoint that is being restored
         try:
             return self._restore(step, weights_only)
         finally:
@@ -184,8 +185,8 @@ class Checkpointer:
     ) -> bool:
         """Save when due. To be called after each optimizer step.
 
-        A save that was torn (something has changed the state while it was copied, without an optimizer's step) is not raised here: it is
-        logged, and the next step is saved instead, before this returns. `wait` and `close` raise it if nothing newer is durable by then.
+        A torn save (the state changed during its copy, without an optimizer's step) is not raised here. It is logged, and the next step is
+        saved instead, before this returns. `wait` and `close` raise it if no newer step is durable by then.
 
         Args:
             step: the number of steps done.
@@ -196,17 +197,15 @@ class Checkpointer:
             True: a notice has come and the final save is durable: leave the loop, and exit with `exit_code`.
 
         Raises:
-            CheckpointError: what a background save has failed with since the last call. The state and earlier checkpoints are unharmed:
-                catching it and going on is allowed.
+            CheckpointError: the error of a background save that failed since the last call. The state and earlier checkpoints are unharmed:
+                you may catch it and go on.
             SaveError: the step goes backwards, or is no number.
             SupersededError: another incarnation has taken over.
-            PartialRestoreError: the last restore left the objects in between.
+            PartialRestoreError: the last restore changed only some of the objects.
         """
         started = time.monotonic()
         self._require_writing()
-        if (
-            self._ending.notice is None
-        ):  # else there is no next call for which they could wait, and the final save tells them
+        if self._ending.notice is None:  # otherwise no next call will raise them, and the final save reports them
             self._engine.raise_failures()
         asked = asked_for(step, "notice", metrics, meta, self._last)
         if self._ending.left:
@@ -240,8 +239,8 @@ class Checkpointer:
     ) -> CommitHandle:
         """Save this step, due or not. Waits while earlier saves hold the memory that this one needs.
 
-        A step that is being saved, or is the last one saved, is not saved again: if the state is still the same (generators apart), the
-        handle is that save's.
+        A step that is being saved, or was saved last, is not saved again: if the state is still the same (apart from random generators),
+        this returns the handle of that save.
 
         Args:
             step, metrics, meta: as those of `step`.
@@ -250,7 +249,7 @@ class Checkpointer:
             `handle.wait()` blocks until the save is durable.
 
         Raises:
-            SaveError: also if the step is saved already, and the state has changed since: a checkpoint is made once.
+            SaveError: also if the step is saved already and the state has changed since then: a checkpoint of a step is made only once.
             CheckpointError: as `step` does.
         """
         self._require_writing()
@@ -273,7 +272,7 @@ class Checkpointer:
 
     @property
     def notice(self) -> Notice | None:
-        """The notice that ends this run, once there is one; `step` acts on it."""
+        """The notice that ends this run, or None; `step` acts on it."""
         return self._ending.notice
 
     @property
@@ -298,7 +297,7 @@ class Checkpointer:
 
         Raises:
             TimeoutError: saves are still under way after `timeout_s` seconds.
-            CheckpointError: what has failed since the last call, also what was torn.
+            CheckpointError: the error of a save that failed or was torn since the last call.
         """
         self._require_open()
         self.fence()
@@ -316,12 +315,13 @@ class Checkpointer:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Wait until saves under way are durable, then let go of everything. May be called twice.
+        """Wait until saves under way are durable, then release all resources. May be called twice.
 
         Raises:
-            SaveError: saves were not durable after FASTCKPT_EXIT_TIMEOUT_S (600), or what a notice left: a store that hangs must not keep
-                the process.
-            CheckpointError: what has failed since the last call of this object's methods, also if a handle's `wait` has raised it.
+            SaveError: saves were not durable after FASTCKPT_EXIT_TIMEOUT_S (600 s), or after the seconds that a notice left. A store that
+                hangs must not keep the process alive.
+            CheckpointError: the error of a save that failed since the last call of this object's methods, even if a handle's `wait` raised
+                it already.
         """
         with self._closing() as open_yet:
             if open_yet:
@@ -330,7 +330,9 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _closing(self) -> Iterator[bool]:
-        """Around the last waits: afterwards all is closed, and what has failed is raised. False: it is closed already, or the parent's."""
+        """Context around the last waits: at its end everything is closed, and errors of saves are raised. Yields False if the object is
+        closed already, or belongs to the parent process.
+        """
         if self._closed or os.getpid() != self._pid:
             yield False
             return
@@ -347,8 +349,8 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Closes. After a final notice an exception ends in SystemExit(exit_code), with it as the cause and in the log: it is mostly the
-        notice's own consequence, and the launcher must know that the job is to be started again.
+        """Close. If a final notice has come, an exception ends in SystemExit(exit_code), with the exception as its cause and in the log:
+        the exception is mostly a consequence of the notice, and the launcher must know that it has to start the job again.
         """
         notice = self._ending.notice_behind(error)
         if error is None:
@@ -364,11 +366,11 @@ class Checkpointer:
                     if open_yet:
                         self._ending.after_exception(notice, None if self._broken is not None else self._last)
             except Exception as ours:
-                # The first error is the one to see; ours goes with it.
+                # The user's exception is the one to raise; the error of closing is logged beside it.
                 logger.error("closing the Checkpointer after an exception: %s: %s", type(ours).__name__, ours)
                 if sys.version_info >= (3, 11):
                     error.add_note(f"fastckpt: {type(ours).__name__}: {ours}")
-        # Who chooses a status of his own, or only closes a generator, has not failed.
+        # A SystemExit has a status that the user chose, and a GeneratorExit only closes a generator: neither is a failure.
         if notice is not None and error is not None and not isinstance(error, (SystemExit, GeneratorExit)):
             exit_after(notice, error)
 

@@ -1,4 +1,4 @@
-"""The end of a run: by a notice, by an exception, or by `close`."""
+"""The end of a run: after a notice, after an exception, or by `close`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from fastckpt.training.settled import Settled
 from fastckpt.writing.rank import SaveAsked
 
 EXIT_CODE_NOTICE = 75
-"""EX_TEMPFAIL of sysexits.h: the job is not finished, start it again. Every launcher takes it for a failure worth a restart."""
-_SIGNAL_DELAY_S = 1.0  # some ms on a busy machine; an exit by an error can wait that long
+"""EX_TEMPFAIL of sysexits.h: the job is not finished, start it again. Every launcher treats it as a failure that is worth a restart."""
+_SIGNAL_DELAY_S = 1.0  # a signal takes some ms on a busy machine; a process that exits by an error can wait that long
 
 
 class Ending:
@@ -34,7 +34,9 @@ class Ending:
     def __init__(
         self, engine: Engine, saver: Saver, on_exception: Literal["save"] | None, close_timeout_s: float
     ) -> None:
-        """on_exception: "save" saves the last step once more, if its state still stands. close_timeout_s: for saves in flight then."""
+        """on_exception: "save" saves the last step once more, if the objects still have its state. close_timeout_s: the time that saves in
+        flight get then.
+        """
         self._engine, self._saver = engine, saver
         self._on_exception, self._close_timeout_s = on_exception, close_timeout_s
         self._settled = Settled(engine.live.targets, engine.fence.hooks)
@@ -45,29 +47,29 @@ class Ending:
         self._final: Notice | None = None
         self._closed = False
         self.left = False
-        """The final save has been made: the loop is to be left."""
+        """True after the final save: the training loop should end."""
 
     # -- notices -------------------------------------------------------------------------------------------------------
 
     def watch(self, sources: list[NoticeSource]) -> None:
-        """Listen to these from now on."""
+        """Listen to these sources from now on."""
         if sources:
             self._watcher = Watcher(sources, at_signal=self._worker_errors.hold_for_good)
             self._watcher.start()
 
     @property
     def notice(self) -> Notice | None:
-        """The notice that ends this run, once there is one."""
+        """The notice that ends this run, or None."""
         return self._final or (self._watcher.final if self._watcher is not None else None)
 
     @property
     def may_go_early(self) -> bool:
-        """Whether this machine was said to go sooner than others."""
+        """Whether a notice said that this machine will go sooner than others."""
         return self._watcher is not None and self._watcher.early is not None
 
     def notice_after_step(self) -> Notice | None:
-        """The notice that is there when a step has ended. Errors of workers that were kept since the last one are raised if there is
-        none.
+        """The notice that is there when a step ends. If there is none, errors of data-loader workers that were kept since the last step are
+        raised.
         """
         notice = self._watcher.final if self._watcher is not None else None
         if notice is None and self._watcher is not None and self._watcher.takes_signals:
@@ -83,12 +85,12 @@ class Ending:
         if notice is None:
             raise held[0]
         for error in held:
-            self._worker_errors.keep(error)  # for the log
+            self._worker_errors.keep(error)  # kept for the log
         return notice
 
     def notice_behind(self, error: BaseException | None) -> Notice | None:
-        """The one that this exception may be a consequence of, even if it is still on its way: a launcher signals one process after the
-        other, and the kernel may give a signal to a thread that has to wait for its turn. Others of the group have died by then.
+        """The notice that probably caused this exception, even if it is still on its way. A launcher signals one process after the other,
+        and the kernel may deliver a signal to a thread that is not running yet; other processes of the group may already be dead by then.
         """
         if os.getpid() != self._pid:
             return None
@@ -102,17 +104,19 @@ class Ending:
     # -- the state of the last step ------------------------------------------------------------------------------------
 
     def mark_step(self) -> None:
-        """The objects are as a finished step has left them."""
+        """Note that the objects are now as a finished step left them."""
         self._trained_by = threading.current_thread()
         if self._watcher is not None or self._on_exception is not None:
             self._settled.mark()
 
     def forget_step(self) -> None:
-        """The objects are about to change by other means."""
+        """Note that the objects are about to change by something other than a step."""
         self._settled.forget()
 
     def _may_be_saved(self, step: int) -> bool:
-        """Whether the objects are those of the last step, now that an exception has come from somewhere. Says why they are not."""
+        """Whether the objects still have the state of the last step, after an exception of unknown origin. Logs the reason if they do
+        not.
+        """
         moved = self._settled.moved
         if moved is None and not self._settled.sees_steps and self._on_exception != "save":
             moved = "no optimizer was seen to say when it begins a step, so one may have begun"
@@ -123,18 +127,18 @@ class Ending:
     # -- the last saves ------------------------------------------------------------------------------------------------
 
     def save_finally(self, asked: SaveAsked, notice: Notice) -> None:
-        """The final save of a run that a notice ends. Raises if no step could be made durable in time."""
+        """Make the final save of a run that a notice ends. Raises if no step could be made durable in time."""
         self._final = notice
         self._worker_errors.hold_for_good()
         final_save(self._saver, self._engine.queue, notice, asked, self._engine.repository.url)
         self.left = True
 
     def after_exception(self, notice: Notice | None, last: SaveAsked | None) -> None:
-        """What is in flight gets `close_timeout_s`, and nothing new begins unless a notice has come or it was asked for.
+        """Wait up to `close_timeout_s` for saves in flight. A new save begins only if a notice has come, or if `on_exception` asks for it.
 
-        last: the last step that is whole; None: there is none that may be saved.
+        last: the last complete step; None: no step may be saved.
         """
-        # No fence, which may take max_stall_s: until this returns nobody trains.
+        # No fence here: a fence may take max_stall_s, and nobody trains until this returns.
         deadline = Deadline.after(self._close_timeout_s, f"close_timeout_s = {self._close_timeout_s:g} s")
         if notice is not None:
             self._save_last(notice, last)
@@ -151,20 +155,20 @@ class Ending:
         self._end_saves(deadline)
 
     def _save_last(self, notice: Notice, last: SaveAsked | None) -> None:
-        """After an exception that came behind a notice: have the newest step durable that there is."""
+        """After an exception that followed a notice: make the newest step durable that still exists."""
         if self.left:
             return
         queue, saver = self._engine.queue, self._saver
         if last is not None and saver.is_saved(last.step):
             given_up = any(job.step == last.step and job.handle.done() for job in queue.jobs)
-            if given_up:  # interrupted before it was copied; its memory is needed
+            if given_up:  # its copy was interrupted, and its memory is needed
                 queue.wait_fewer(1, notice.deadline.left_s())
         if last is not None and (saver.is_saved(last.step) or self._may_be_saved(last.step)):
             if not saver.is_saved(last.step):
                 self._settled.put_back()
             try:
                 self.save_finally(replace(last, trigger="notice"), notice)
-            except Exception as error:  # a device that was lost takes no further copy; one on its way is complete
+            except Exception as error:  # a lost device allows no new copy; a copy that is already complete on the host can still be saved
                 logger.error("%s: %s: %s", notice.source, type(error).__name__, error)
             else:
                 return
@@ -184,19 +188,19 @@ class Ending:
     # -- waiting for saves ---------------------------------------------------------------------------------------------
 
     def end(self) -> None:
-        """Wait until saves under way are durable, and retention has kept its rules: no longer than the machine stays.
+        """Wait until saves under way are durable and retention has applied its rules, but no longer than the machine stays.
 
-        SaveError after FASTCKPT_EXIT_TIMEOUT_S: a store that hangs must not keep the process.
+        SaveError after FASTCKPT_EXIT_TIMEOUT_S: a store that hangs must not keep the process alive.
         """
         limit = Deadline.after(exit_timeout_s(), f"{ENV_EXIT_TIMEOUT} = {exit_timeout_s():g} s")
         if self.notice is not None:
             limit = limit.sooner(self.notice.deadline)
         self._end_saves(limit)
-        if self.notice is None:  # so that `keep` holds when a run has ended
+        if self.notice is None:  # so that the rules of `keep` hold when a run has ended
             self._engine.queue.retaining.wait_idle(self._close_timeout_s)
 
     def _end_saves(self, deadline: Deadline) -> None:
-        """Wait for them, and give up those that are not durable by then. SaveError in that case."""
+        """Wait for the saves, and give up those that are not durable by the deadline. SaveError in that case."""
         queue = self._engine.queue
         with hurried(), self._engine.fence.attended():
             idle = queue.wait_idle(deadline.left_s())
@@ -208,7 +212,7 @@ class Ending:
             )
 
     def close(self) -> None:
-        """Put signal handlers back and listen no longer. Errors of workers that are still kept are logged. May be called twice."""
+        """Put signal handlers back and stop listening. Kept errors of workers are logged. May be called twice."""
         self._closed = True
         try:
             if self._watcher is not None:
@@ -220,18 +224,20 @@ class Ending:
 
     @property
     def changes_now(self) -> bool:
-        """Whether the main thread should not be interrupted: it updates the state, or is not the one that trains."""
+        """Whether the main thread must not be interrupted now: because it updates the state, or because another thread trains."""
         return self._engine.fence.hooks.begun or self._trained_by is not threading.main_thread()
 
 
 def is_changing(reference: weakref.ref[Ending]) -> bool:
-    """`Ending.changes_now`, for a signal's handler, which does not keep the object."""
+    """`Ending.changes_now` for a signal handler: it holds only a weak reference to the object."""
     living = reference()
     return living is not None and living.changes_now
 
 
 def exit_after(notice: Notice, error: BaseException) -> NoReturn:
-    """End the process with the notice's status, after an exception that came behind it. SystemExit, with the error as its cause."""
+    """End the process with the notice's exit status, after an exception that followed the notice. SystemExit, with the error as its
+    cause.
+    """
     logger.error(
         "%s had told of the end before this exception came: the exit status is %d",
         notice.source,
@@ -247,7 +253,7 @@ class _Noticed(Protocol):
 
 
 def in_a_hurry(reference: weakref.ref[_Noticed]) -> Callable[[], bool]:
-    """Whether a notice has come, or nobody has the object any more, which is not kept."""
+    """Make a function that tells whether a notice has come, or the object was collected. It holds only a weak reference."""
 
     def call() -> bool:
         living = reference()

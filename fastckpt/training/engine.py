@@ -1,4 +1,4 @@
-"""What saves of a run move through: made together, closed together."""
+"""The parts that saves of a run go through: made together, closed together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastckpt.training.torn import TornSaves
 
 
 class Engine(NamedTuple):
-    """See the module. Knows nothing of when a save is due, and of notices only that there is no time for retention then."""
+    """See the module. Does not know when a save is due; of notices it knows only that no time is left for retention then."""
 
     live: LiveState
     fence: Fence
@@ -32,9 +32,9 @@ class Engine(NamedTuple):
     torn: TornSaves
     incarnation: Incarnation
     options: Options
-    """As they are used with this store."""
+    """The options, adapted to this store."""
     owned: Store | None
-    """The store, if it was opened here: then it is closed here."""
+    """The store, if it was opened here and so must be closed here; else None."""
 
     @classmethod
     def start(
@@ -48,8 +48,8 @@ class Engine(NamedTuple):
         *,
         hooked: bool,
     ) -> Engine:
-        """hooked: whether optimizers call the fence: where nothing is saved they need not. StoreError; SaveError if nothing can be written
-        to `spill_dir`.
+        """hooked: whether optimizers call the fence; not needed where nothing is saved. StoreError; SaveError if nothing can be written to
+        `spill_dir`.
         """
         store = url if isinstance(url, Store) else open_store(url)
         owned = None if store is url else store
@@ -79,7 +79,7 @@ class Engine(NamedTuple):
         return self.incarnation.repository
 
     def open(self, *, read_only: bool) -> None:
-        """Read the repository's marker; make it, and probe the store, unless this only reads. RepositoryError, StoreError."""
+        """Read the repository's marker; make it, and probe the store, unless `read_only`. RepositoryError, StoreError."""
         if read_only:
             self.repository.require()
             return
@@ -88,8 +88,8 @@ class Engine(NamedTuple):
             logger.warning("%s: %s (docs/stores.md, Lifecycle rules)", self.repository.url, words)
 
     def raise_failures(self, *, torn: bool = False) -> None:
-        """Raise what has failed since the last call; of several errors the others are logged. torn: also what was torn and has not been
-        made good.
+        """Raise the first error since the last call; further errors are logged. torn: also raise torn saves that no newer save has
+        replaced.
         """
         failures = self.queue.take_failures()
         self.torn.look()
@@ -104,12 +104,12 @@ class Engine(NamedTuple):
         raise first
 
     def close(self) -> None:
-        """Let go of all, whatever fails on the way."""
+        """Close all parts, even if one of them fails to close."""
         with contextlib.ExitStack() as last_first:
             idle = self.queue.retaining.halt(0)
             if (
                 self.owned is not None and idle and not len(self.queue)
-            ):  # what was given up may still be in its last request
+            ):  # a save that was given up may still be in its last request
                 last_first.callback(self.owned.close)
             last_first.callback(self.incarnation.close)
             last_first.callback(self.stager.pool.drop_free)

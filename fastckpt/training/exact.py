@@ -1,7 +1,7 @@
-"""Optimizers get back what was saved, not what `Optimizer.load_state_dict` makes of it.
+"""Gives optimizers back exactly what was saved, not what `Optimizer.load_state_dict` makes of it.
 
 torch casts an optimizer's state to the type of its parameters: float32 moments and byte codes of bfloat16 parameters come back as bfloat16
-numbers, and text as nothing. Between the cast and whatever a subclass or a user's hook does then on purpose, the saved values are put back.
+numbers, and text is lost. The saved values are put back after that cast, but before a subclass or a user's hook changes them on purpose.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from fastckpt.format.tensor_names import Name, dotted, key_of
-from fastckpt.training.placement import Plan
+from fastckpt.training.placement import PlacementPlan
 
 
-def load_exactly(optimizer: torch.optim.Optimizer, state: dict[str, Any], key: str, plan: Plan) -> list[str] | None:
+def load_exactly(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], key: str, plan: PlacementPlan
+) -> list[str] | None:
     """optimizer.load_state_dict(state), exactly.
 
     Args:
@@ -28,8 +30,8 @@ def load_exactly(optimizer: torch.optim.Optimizer, state: dict[str, Any], key: s
         plan: of this restore.
 
     Returns:
-        Words for each parameter whose element type is not the saved one: its floating-point state has followed it, as torch does it.
-        None if torch's own function was not called, so that nothing is known.
+        A description of each parameter whose element type is not the saved one: its floating-point state was cast to the new type, as torch
+        does it. None if torch's own function was not called, so that nothing is known.
 
     Raises:
         What `load_state_dict` raises.
@@ -45,12 +47,13 @@ def load_exactly(optimizer: torch.optim.Optimizer, state: dict[str, Any], key: s
 
 
 def _register(optimizer: Any, restoring: _Restoring) -> list[RemovableHandle]:
-    """Hooks at the optimizer, or at the one that it wraps: accelerate's has torch's class, but not its hooks."""
+    """Register hooks at the optimizer, or at the one that it wraps: accelerate's wrapper has torch's class, but calls no hooks itself."""
     seen = set()
     while isinstance(optimizer, torch.optim.Optimizer) and id(optimizer) not in seen:
         seen.add(id(optimizer))
         try:
-            # The last of these: it sees what the others have made of the state. The first of those: others come to change on purpose.
+            # Registered as the last pre-hook, so that it sees what the other pre-hooks made of the state; and as the first post-hook,
+            # because the other post-hooks change the state on purpose.
             before = optimizer.register_load_state_dict_pre_hook(restoring.take)
             return [before, optimizer.register_load_state_dict_post_hook(restoring.put_back, prepend=True)]
         except AttributeError:  # torch's __init__ was never called
@@ -61,7 +64,7 @@ def _register(optimizer: Any, restoring: _Restoring) -> list[RemovableHandle]:
 @dataclass
 class _Restoring:
     key: str
-    plan: Plan
+    plan: PlacementPlan
     given: Mapping[str, Any] = field(default_factory=dict)
     followed: list[str] = field(default_factory=list)
     done: bool = False
@@ -104,12 +107,14 @@ def _type(tensor: torch.Tensor) -> str:
 class _Parameter:
     tensor: torch.Tensor
     changed: bool
-    """Its element type is not the saved one."""
+    """Whether the parameter's element type is not the saved one."""
     was_on_device: bool
     locations: Mapping[Name, str]
 
     def exact(self, saved: Any, now: Any, name: Name) -> Any:
-        """`now` is what torch has made of `saved`; what is of another kind was made so on purpose."""
+        """Choose the exact value. `now` is what torch made of `saved`; if it has another type, somebody changed it on purpose and it
+        stays.
+        """
         if isinstance(saved, torch.Tensor) and isinstance(now, torch.Tensor):
             return self._tensor(saved, now, name) if type(saved) is type(now) and saved.shape == now.shape else now
         if isinstance(saved, dict) and isinstance(now, dict):
@@ -131,7 +136,7 @@ class _Parameter:
         dtype = now.dtype if follows else saved.dtype
         device, location = now.device, self.locations.get(name)
         if location == "cpu" and self.was_on_device:
-            device = torch.device("cpu")  # kept on the host on purpose
+            device = torch.device("cpu")  # some optimizers keep it on the host on purpose
         elif location not in (None, "cpu", "meta"):
             device = self.tensor.device
         if (now.dtype, now.device) == (dtype, device):

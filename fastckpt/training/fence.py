@@ -1,7 +1,7 @@
-"""Keeps the steps of optimizers and the copies of snapshots apart: what may be left to an optimizer's hook, and what no longer.
+"""Keeps the steps of optimizers and the copies of snapshots apart, and decides which copies may rely on an optimizer's hook.
 
-A snapshot may be copied while forward and backward run, until an optimizer's step. That holds only where each optimizer calls its hook,
-and where nothing else changes the state: both are watched, and trust, once lost, does not come back.
+A snapshot may be copied while forward and backward run, until an optimizer's step. That is safe only if each optimizer calls its hook, and
+if nothing else changes the state. Both are watched; once trust is lost, it does not come back.
 """
 
 from __future__ import annotations
@@ -23,40 +23,40 @@ from fastckpt.training.save_queue import SaveQueue
 
 
 class Permit:
-    """What the next snapshot may leave to the fence."""
+    """What the next snapshot may leave to the fence, which comes later."""
 
     def __init__(self, fenced: FencedTensors | None, probation: Probation | None) -> None:
         self.fenced, self.probation = fenced, probation
         self.eager = fenced is None
-        """The fence comes before the save returns."""
+        """True: the fence has to come before the save returns."""
 
 
 class Fence:
     """See the module. Used by the thread that trains, and by the hooks of its optimizers; several threads may come to the fence."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], queue: SaveQueue, *, proven: bool) -> None:
-        """proven: whether trust needs no quiet interval, from a save to its fence, that was seen before."""
+        """proven: True if trust needs no observed quiet interval (from a save to its fence) first."""
         self._optimizers = optimizers
         self._queue = queue
         self._proven = proven
         self._pid = os.getpid()
         self._snapshot: Snapshot | None = None
-        """The newest one."""
+        """The newest snapshot."""
         self._thread: int | None = None
-        """The thread that asked for it."""
+        """The thread that asked for the snapshot."""
         self._probation: Probation | None = None
         self._told = False
         self.stall_s = 0.0
         """Seconds for which hooks have kept the training thread."""
         self.updated = False
         """Whether an optimizer has updated the state since `forget_updates`."""
-        # An optimizer must not keep what was forgotten without being closed.
+        # Weakly: an optimizer must not keep alive a Checkpointer that was dropped without being closed.
         self.hooks = FenceHooks(optimizers, _weakly(self._before_update))
 
     # -- what a save does with it --------------------------------------------------------------------------------------
 
     def permit(self, taken: Taken) -> Permit:
-        """What may be left to the fence of a snapshot that begins now."""
+        """Decide what a snapshot that begins now may leave to the fence."""
         if not self.hooks.can_be_trusted:
             return Permit(None, None)
         fenced = FencedTensors(self._optimizers)
@@ -67,23 +67,23 @@ class Fence:
         return Permit(fenced, None)
 
     def begun(self, snapshot: Snapshot, permit: Permit) -> None:
-        """This snapshot has begun: hooks wait for it from now on."""
+        """Note that this snapshot has begun: from now on hooks wait for it."""
         self._snapshot, self._thread = snapshot, threading.get_ident()
         permit.eager = permit.eager or snapshot.must_fence
 
     def watch(self, permit: Permit) -> None:
-        """The save has returned to training: what is on probation is compared at the next fence."""
+        """The save has returned to training: tensors on probation are compared at the next fence."""
         self._probation = permit.probation
 
     def fenced(self) -> FencedTensors:
-        """What optimizers alone change, as it is now."""
+        """The tensors that only optimizers change, as they are now."""
         return FencedTensors(self._optimizers)
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
     def wait(self, why: str, deadline: Deadline = NEVER) -> None:
-        """Wait until the state has been copied, `max_stall_s` at most, or until the deadline. May be called again after an interrupt: the
-        snapshot stays until the next one.
+        """Wait until the state has been copied, for `max_stall_s` at most and until the deadline at most. May be called again after an
+        interrupt: the snapshot is kept until the next one begins.
         """
         probation, self._probation = self._probation, None
         if probation is not None:
@@ -98,8 +98,8 @@ class Fence:
 
     @contextlib.contextmanager
     def attended(self) -> Iterator[None]:
-        """Around what waits for a save. If it is the training thread that waits, the state stays as it is meanwhile, and nobody comes to
-        the fence: what is torn must be settled now.
+        """Context around a wait for a save. If the training thread waits, the state does not change meanwhile and nobody reaches the fence:
+        so torn copies must be found now.
         """
         snapshot = self._snapshot
         if snapshot is None or threading.get_ident() != self._thread or os.getpid() != self._pid:
@@ -111,7 +111,7 @@ class Fence:
         self._look_at(snapshot)
 
     def attending(self) -> Callable[[], contextlib.AbstractContextManager[None]]:
-        """`attended` for handles of saves, which do not keep this. While their save is under way its job does."""
+        """`attended` for the handles of saves, which must not keep this object alive. While a save is under way, its job does."""
         reference = weakref.ref(self)
 
         def attended() -> contextlib.AbstractContextManager[None]:
@@ -123,15 +123,15 @@ class Fence:
     # -- trust ---------------------------------------------------------------------------------------------------------
 
     def distrust(self) -> None:
-        """Nothing is left to a hook any more."""
+        """From now on leave nothing to a hook."""
         self.hooks.distrust()
 
     def forget_updates(self) -> None:
-        """Another state has come into the objects."""
+        """Another state was put into the objects: forget the updates seen so far."""
         self.updated = False
 
     def _look_at(self, snapshot: Snapshot) -> None:
-        """Tell of what is wrong with it. Nothing is left to a hook any more once something was torn."""
+        """Report what is wrong with a snapshot. After one torn copy nothing is left to a hook any more."""
         error = snapshot.error
         if error is not None:
             self._queue.fail_now(snapshot, error)
@@ -143,7 +143,7 @@ class Fence:
             self.distrust()
 
     def _distrust_and_tell(self, when: str, outcome: str) -> None:
-        """Told once."""
+        """Stop trusting hooks; reported once."""
         self.distrust()
         if not self._told:
             self._told = True
@@ -156,7 +156,7 @@ class Fence:
 
     def _before_update(self) -> None:
         if os.getpid() != self._pid:
-            return  # a forked child trains a copy; the snapshot is the parent's, and so are the threads that would end this wait
+            return  # a forked child trains a copy; the snapshot and the threads that would end this wait belong to the parent
         started = time.monotonic()
         self.updated = True
         self.wait("optimizer step")
@@ -164,7 +164,7 @@ class Fence:
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:
-    """Calls it while its object is there, and does not keep the object."""
+    """Make a function that calls the method while its object exists, and does not keep the object alive."""
     reference = weakref.WeakMethod(method)
 
     def call() -> None:

@@ -1,8 +1,8 @@
-"""Dictionaries and lists take their state in place, all the way down: who else holds one of them sees the new values.
+"""Dictionaries and lists take their state in place at every level: other holders of these objects see the new values.
 
-So does who holds a tensor of a dictionary. A tensor in a list is replaced, as its position is no name: the next list may have another
-there. What shares memory now, and shared it when it was saved, stays tied. What shares memory now, and did not then, is replaced: a copy
-would write into the other.
+Other holders of a tensor in a dictionary see them too. A tensor in a list is replaced, because its position is no name: the next list may
+have another tensor there. Tensors that share memory now, and shared it when they were saved, stay tied. Tensors that share memory now, but
+did not then, are replaced: a copy into one would change the other.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ from typing import Any
 
 import torch
 
-from fastckpt.training.placement import Plan
+from fastckpt.training.placement import PlacementPlan
 
-_MAX_DEPTH = 100  # deeper ones are replaced whole
+_MAX_DEPTH = 100  # deeper values are replaced as a whole
 
 
 class Filling:
-    """One restore of a dictionary or list."""
+    """One restore of one dictionary or list."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: PlacementPlan) -> None:
         self._plan = plan
         self._made: dict[int, Any] = {}
-        """id() of a loaded object → what stands for it. An object that is there twice stays one."""
+        """id() of a loaded object → the object that stands for it. An object that occurs twice stays one object."""
         self._used: set[int] = set()
-        """id() of live objects that have got a state: for a second one another has to stand."""
+        """id() of live objects that have taken a state. A second state needs another object."""
         self._kept: list[Any] = []
-        """Of both: ids must not be given again meanwhile."""
+        """Holds loaded and live objects, so that their ids are not given to new objects meanwhile."""
 
     def fill(self, live: Any, value: Any, depth: int = 0, *, in_list: bool = False) -> Any:
-        """What is to stand where `live` stood: `live` itself with the content of `value`, if it can take that, else `value`."""
+        """Return the object that shall stand in the place of `live`: `live` itself, filled with `value`, if it can take that; else
+        `value`.
+        """
         if id(value) in self._made:
             return self._made[id(value)]
         takes = type(live) is type(value) and id(live) not in self._used and depth < _MAX_DEPTH
@@ -39,7 +41,7 @@ class Filling:
             content = {key: self.fill(live.get(key), child, depth + 1) for key, child in value.items()}
             live.clear()
             live.update(content)
-            if type(live) is OrderedDict:  # a module's state dict has `_metadata`
+            if type(live) is OrderedDict:  # a module's state dict has an attribute `_metadata`
                 live.__dict__.update(value.__dict__)
             return live
         if takes and type(value) is list:
@@ -54,7 +56,7 @@ class Filling:
         return value
 
     def items(self, live: list[Any], value: list[Any], depth: int = 0) -> list[Any]:
-        """The new content of a list."""
+        """Build the new content of a list."""
         return [
             self.fill(live[n] if n < len(live) else None, child, depth, in_list=True) for n, child in enumerate(value)
         ]
@@ -63,14 +65,14 @@ class Filling:
         return id(live) in self._plan.tied or (id(live) in self._plan.alone and not in_list)
 
     def enter(self, live: Any, value: Any) -> None:
-        """`live` is what stands for `value` from now on."""
+        """From now on `live` stands for `value`."""
         self._made[id(value)] = live
         self._used.add(id(live))
         self._kept += (live, value)
 
 
 def _fits(live: torch.Tensor, value: Any) -> bool:
-    """Whether a copy into `live` makes it what `value` is."""
+    """Whether a copy into `live` makes it equal to `value` in every respect."""
     return (
         type(live) is type(value)
         and type(live) in (torch.Tensor, torch.nn.Parameter)
@@ -85,7 +87,7 @@ def _fits(live: torch.Tensor, value: Any) -> bool:
 
 
 def _has_a_place_for_each_element(tensor: torch.Tensor) -> bool:
-    """False if elements may lie in one another's memory, as an expanded tensor's do."""
+    """False if elements may share memory with one another, as in an expanded tensor."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:

@@ -1,4 +1,4 @@
-"""The last save of a run whose machine is about to go: the newest step that the time allows."""
+"""The last save of a run whose machine is about to go: it makes the newest step durable for which there is time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from fastckpt.writing.rank import SaveAsked
 
 
 def final_save(saver: Saver, queue: SaveQueue, notice: Notice, asked: SaveAsked, target: str) -> None:
-    """Have the newest step durable that the time allows; blocks until it is.
+    """Make the newest step durable for which there is time; blocks until then.
 
     Args:
-        asked: the newest step; its save begins here, unless it is under way or was the last.
+        asked: the newest step; its save begins here, unless it is under way or was the last save.
 
     Raises:
         SaveError: no step could be made durable in time; or the save's own error.
@@ -40,7 +40,7 @@ def final_save(saver: Saver, queue: SaveQueue, notice: Notice, asked: SaveAsked,
         decision = rung_of(left_s, estimate, estimate if len(queue) else 0.0)
     if decision in (Rung.FRESH, Rung.FINISH_THEN_FRESH):
         if decision is Rung.FRESH and not saved:
-            queue.cancel()  # an older step's upload would only take bandwidth from this one
+            queue.cancel()  # the upload of an older step would only take bandwidth from this one
         try:
             handle = saver.begin(asked, notice.deadline)
         except OutOfTime as error:
@@ -53,7 +53,7 @@ def final_save(saver: Saver, queue: SaveQueue, notice: Notice, asked: SaveAsked,
 
 
 def _too_late(queue: SaveQueue, notice: Notice, step: int) -> SaveError:
-    """Gives up what is under way. The error that says so, and what stands."""
+    """Give up the saves under way, and make the error that says so and names the newest durable step."""
     queue.cancel()
     last = queue.last_commit
     stands = "no checkpoint of this run" if last is None else f"step {last.save.step}"
@@ -65,7 +65,7 @@ def _wait_for(handle: CommitHandle, queue: SaveQueue, notice: Notice) -> None:
         with hurried():
             handle.wait(notice.deadline.left_s())
     except TimeoutError as error:
-        if handle.done():  # the save's own
+        if handle.done():  # raises the save's own error
             queue.mark_raised(error)
             raise
         raise _too_late(queue, notice, handle.step) from error

@@ -1,4 +1,4 @@
-"""The objects of a run, looked at as one state again and again: what is saved, and whether they still are what was saved."""
+"""The objects of a run, captured as one state again and again; and whether they still have the state that was saved."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Taken(NamedTuple):
     """None: contents are not compared."""
 
 
-class _Look(NamedTuple):
-    """What tells whether a state is still the same."""
+class _Seen(NamedTuple):
+    """What was seen of a state: enough to tell whether it is still the same."""
 
     identity: Identity
     samples: Sampled | None
 
-    def is_of(self, other: _Look | None) -> bool:
-        """Whether both were the same, as far as that can be seen."""
+    def is_of(self, other: _Seen | None) -> bool:
+        """Whether both describe the same state, as far as can be seen."""
         if other is None or self.identity != other.identity:
             return False
         return self.samples is None or other.samples is None or self.samples.digests == other.samples.digests
@@ -50,20 +50,20 @@ class LiveState:
         generators = {name for name, one in self.targets.items() if isinstance(one, RNGState)}
         self._recapturer, self._cuts, self._sampler = Recapturer(generators), KnownCuts(), Sampler(generators)
         self._sampled = sampled
-        self._saved: tuple[int, _Look] | None = None
+        self._saved: tuple[int, _Seen] | None = None
         """The step of the newest save, and what its state looked like."""
-        self._restored: _Look | None = None
+        self._restored: _Seen | None = None
         """What could be seen of the objects right after the newest restore."""
         self._watch = Watch()
         self._untold: dict[str, list[Name]] = {}
-        """What it has seen since the last save."""
+        """Types that the watch has seen since the last save and that were not reported yet."""
         self._form: object = None
         self.weights_only = True
-        """Of the last restore: what it does not refuse needs no warning."""
+        """`weights_only` of the last restore. If False, restore refuses nothing, and no warning is needed."""
 
     def look(self) -> tuple[Captured, Cuts]:
-        """Look at the objects: nothing is copied but small values. What a restore would refuse is told by the next save, whoever has
-        pickled it.
+        """Capture the objects; only small values are copied. Types that a restore would refuse are remembered, and the next save warns of
+        them.
         """
         captured = self._recapturer.capture(stateful.state_of(self.targets))
         arrays = [] if captured.form is self._form else [e.name for e in captured.tensors if e.kind == "array"]
@@ -72,57 +72,59 @@ class LiveState:
         return captured, self._cuts.of(captured)
 
     def take(self) -> Taken:
-        """As `look`, with a sample of the contents."""
+        """`look`, plus a sample of the contents."""
         captured, cuts = self.look()
         return Taken(captured, cuts, self._sampler.take(captured, cuts) if self._sampled else None)
 
     def remember(self, step: int, taken: Taken) -> None:
-        """That state, the last that was taken, is being saved as `step`."""
-        self._saved = step, _Look(self._recapturer.identity, taken.samples)
+        """Remember that the state taken last is being saved as `step`."""
+        self._saved = step, _Seen(self._recapturer.identity, taken.samples)
 
     def has_changed_since(self, step: int) -> bool | None:
-        """Whether the state is another one than was saved as `step`, generators apart. None: that step was not saved last."""
+        """Whether the state differs from the one saved as `step`, apart from random generators. None: that step was not the last one
+        saved.
+        """
         if self._saved is None or self._saved[0] != step:
             return None
         then = self._saved[1]
         captured, cuts = self.look()
         samples = None if then.samples is None else self._sampler.take(captured, cuts, then.samples.seed)
-        return not then.is_of(_Look(self._recapturer.identity, samples))
+        return not then.is_of(_Seen(self._recapturer.identity, samples))
 
     def remember_restored(self) -> None:
-        """A checkpoint has come into the objects: what was saved before says nothing of them."""
+        """A checkpoint was put into the objects: forget the saved state, and remember how the objects look now."""
         self._saved, self._restored = None, self._look_without_consequences()
 
     def has_changed_since_restore(self) -> bool:
-        """Whether the objects, as far as they can be looked at, are not those of `remember_restored`."""
+        """Whether the objects, as far as they can be inspected, have changed since `remember_restored`."""
         then = self._restored
         return then is not None and not then.is_of(self._look_without_consequences(then))
 
-    def _look_without_consequences(self, before: _Look | None = None) -> _Look | None:
-        """The state of all objects that can be asked for it without consequences; None if they cannot be saved. before: looks where that
-        one has looked.
+    def _look_without_consequences(self, before: _Seen | None = None) -> _Seen | None:
+        """The state of all objects whose `state_dict` has no side effects; None if they cannot be saved. before: sample the same places as
+        that one.
         """
         asked = {name: target for name, target in self.targets.items() if stateful.may_be_looked_at(target)}
         recapturer, sampler = self._recapturer, self._sampler
         try:
             if all(name in asked or isinstance(target, RNGState) for name, target in self.targets.items()):
-                captured, cuts = self.look()  # what is pickled now need not be for the first save
+                captured, cuts = self.look()  # its pickling is not repeated by the first save
             else:
                 recapturer, sampler = Recapturer(), Sampler()
                 captured = recapturer.capture(stateful.state_of(asked))
                 cuts = KnownCuts().of(captured)
-        except Exception as error:  # the next save will say so
+        except Exception as error:  # the next save raises the same error
             logger.info("what was restored cannot be looked at: %s: %s", type(error).__name__, error)
             return None
         samples = None
         if self._sampled:
             seed = None if before is None or before.samples is None else before.samples.seed
             samples = sampler.take(captured, cuts, seed)
-        return _Look(recapturer.identity, samples)
+        return _Seen(recapturer.identity, samples)
 
     def tell_what_is_refused(self, step: int, where: str) -> None:
-        """Warn of types that `restore` refuses, once for each: at the save, not when the machine is gone. Only who saves can choose
-        another type.
+        """Warn once of each type that `restore` refuses. The warning comes at the save, because only then can the user still choose another
+        type.
         """
         found, self._untold = self._untold, {}
         if found and self.weights_only:

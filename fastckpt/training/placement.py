@@ -1,8 +1,8 @@
-"""Where what is loaded goes: a look at the live objects, before anything is read, and for each storage of a checkpoint a place.
+"""Chooses where loaded data goes: inspects the live objects before anything is read, and gives each storage of the checkpoint a location.
 
-Modules and optimizers take their state to where their parameters are, so it is loaded to the host for them. Tensors in dictionaries, lists
-and other objects go to the device of the live tensor of the same name; where there is none, to the one that they were saved from; and if
-this machine does not have that, to the CPU, with a warning.
+Modules and optimizers copy their state to the device of their parameters, so it is loaded to the host for them. Tensors in dictionaries,
+lists and other objects go to the device of the live tensor of the same name. Without such a tensor they go to the device that they were
+saved from, and if this machine does not have that, to the CPU, with a warning.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from fastckpt.training.rng import RNGState
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a restore has to know of the live objects and of the checkpoint. Made before anything is changed."""
+class PlacementPlan:
+    """Facts about the live objects and the checkpoint that a restore needs. Made before anything is changed."""
 
     places: Sequence[str]
-    """Of each storage, a location as torch writes them."""
+    """For each storage its location, in torch's spelling."""
     elsewhere: Mapping[str, str]
-    """Locations that this machine does not have → where their storages go."""
+    """Locations that this machine does not have → the location used instead."""
     entries: Mapping[Name, TensorEntry]
     locations: Mapping[Name, str]
-    """Of each name, where it was saved from."""
+    """For each name the location that it was saved from."""
     live: Mapping[Name, torch.Tensor]
-    """Of modules, tensors, dictionaries and lists."""
+    """Live tensors of modules, tensors, dictionaries and lists, by name."""
     alone: frozenset[int]
-    """id() of live tensors whose memory no other object of the state uses."""
+    """id() of live tensors that share memory with no other object of the state."""
     tied: frozenset[int]
-    """id() of live tensors that share memory with others, which share it in the checkpoint in the same way."""
+    """id() of live tensors that share memory with others, and share it in the checkpoint in the same way."""
 
     @property
     def map_location(self) -> dict[Any, str]:
-        """For tensors that have no storage of their own (wrapper subclasses)."""
+        """torch's `map_location`, for tensors without a storage of their own (wrapper subclasses)."""
         return {**self.elsewhere, **{_device(place): to for place, to in self.elsewhere.items()}}
 
     def saved_parameters(self) -> dict[int, TensorEntry]:
-        """id() of a live tensor of a module → what the checkpoint says of it."""
+        """id() of a live tensor of a module → its entry in the checkpoint."""
         return {id(tensor): self.entries[name] for name, tensor in self.live.items() if name in self.entries}
 
 
 def copies_its_state(target: Any) -> bool:
-    """A module that copies what it is given into its own parameters, as torch's modules do."""
+    """Whether an object is a module that copies a given state into its own parameters, as torch's modules do."""
     return (
         isinstance(target, torch.nn.Module)
         and type(target).load_state_dict is torch.nn.Module.load_state_dict
@@ -62,7 +62,7 @@ def copies_its_state(target: Any) -> bool:
 
 
 def copies_plainly(target: torch.nn.Module) -> bool:
-    """… under the names and in the shapes that it has: no hook and no method of somebody's own lets it take others."""
+    """Whether, in addition, the module keeps its names and shapes: no hook and no overridden method can change what it takes."""
     hooks = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
     return copies_its_state(target) and not any(
         any(getattr(module, name, None) for name in hooks)
@@ -71,8 +71,8 @@ def copies_plainly(target: torch.nn.Module) -> bool:
     )
 
 
-def look(targets: Mapping[str, Any], directory: Directory, source: str) -> Plan:
-    """The plan for a checkpoint. RestoreError if a live object is on the meta device: nothing could be put into it."""
+def plan_placement(targets: Mapping[str, Any], directory: Directory, where: str) -> PlacementPlan:
+    """The plan for a checkpoint. RestoreError if a live object is on the meta device: such an object can hold no values."""
     entries = {entry.name: entry for entry in directory.tensors}
     locations = {entry.name: directory.storages[entry.storage].location for entry in directory.tensors}
     live = {name: tensor for key in targets for name, tensor in _live_tensors(key, targets[key], entries)}
@@ -80,7 +80,7 @@ def look(targets: Mapping[str, Any], directory: Directory, source: str) -> Plan:
     problems = [problem for key in targets for problem in _on_meta(key, targets[key], live, locations)]
     if problems:
         raise RestoreError(
-            f"{source} cannot be restored into tensors without memory (device 'meta'):\n  "
+            f"{where} cannot be restored into tensors without memory (device 'meta'):\n  "
             + "\n  ".join(problems)
             + "\nNothing was changed. Call module.to_empty(device=…) before you make the optimizer and the Checkpointer"
         )
@@ -93,16 +93,16 @@ def look(targets: Mapping[str, Any], directory: Directory, source: str) -> Plan:
         names = sorted({dotted(e.name) for e in directory.tensors if places[e.storage] in elsewhere})
         logger.warning(
             "%s: tensors of %s, which this machine does not have, are restored to the CPU: %s",
-            source,
+            where,
             ", ".join(missing),
             _some(names),
         )
-    return Plan(
+    return PlacementPlan(
         places=[elsewhere.get(place, place) for place in places],
         elsewhere=elsewhere,
         entries=entries,
         locations=locations,
-        # What others have made for their state_dict() need not live on.
+        # Tensors that other objects made for their state_dict() may be temporary.
         live={name: tensor for name, tensor in live.items() if _is_plain(targets[str(name[0])])},
         alone=alone,
         tied=tied,
@@ -114,7 +114,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def parameter_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """An optimizer's groups; none where a wrapper refuses them until its framework has prepared it."""
+    """An optimizer's groups; an empty list if a wrapper refuses them until its framework has prepared it."""
     try:
         return optimizer.param_groups
     except Exception as error:
@@ -123,7 +123,7 @@ def parameter_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def _live_tensors(key: str, target: Any, entries: Mapping[Name, TensorEntry]) -> Iterator[tuple[Name, torch.Tensor]]:
-    """Names as in a checkpoint → tensors that an object has now."""
+    """Names as in a checkpoint → the tensors that an object has now."""
     if isinstance(target, RNGState):
         return
     if isinstance(target, torch.nn.Module):
@@ -142,7 +142,9 @@ def _live_tensors(key: str, target: Any, entries: Mapping[Name, TensorEntry]) ->
     elif may_be_asked(key, target, entries):
         try:
             state = target.state_dict()
-        except Exception as error:  # it may be asked for its state too early; it is going to get one
+        except (
+            Exception
+        ) as error:  # some objects cannot give a state before they have got one; this one is about to get it
             logger.info("%r cannot say yet where its tensors are: %s: %s", key, type(error).__name__, error)
             return
     else:
@@ -153,8 +155,9 @@ def _live_tensors(key: str, target: Any, entries: Mapping[Name, TensorEntry]) ->
 
 
 def may_be_asked(key: str, target: Any, entries: Mapping[Name, TensorEntry]) -> bool:
-    """Whether to ask an object for its state when nothing is saved: it keeps tensors, other than generators do, and is no source of data,
-    which may start workers when it is asked."""
+    """Whether an object may be asked for its state outside of a save. True if it has tensors (random generators apart) and is not a source
+    of data: such a source may start workers when it is asked.
+    """
     return not hasattr(type(target), "__iter__") and any(
         name[0] == key and entry.dtype != "uint8" for name, entry in entries.items()
     )
@@ -177,7 +180,9 @@ def _on_meta(key: str, target: Any, live: Mapping[Name, torch.Tensor], locations
 
 
 def _wanted(targets: Mapping[str, Any], directory: Directory, live: Mapping[Name, torch.Tensor]) -> dict[int, str]:
-    """Number of a storage → place, where that is not the one it was saved from. What anybody wants on a device goes there."""
+    """Number of a storage → its location, where that differs from the one it was saved from. A storage goes to a device if any of its
+    tensors needs it there.
+    """
     wanted: dict[int, str] = {}
     for entry in directory.tensors:
         if directory.storages[entry.storage].extents is None:
@@ -191,7 +196,7 @@ def _wanted(targets: Mapping[str, Any], directory: Directory, live: Mapping[Name
 
 
 def _place(target: Any, name: Name, live: Mapping[Name, torch.Tensor]) -> str | None:
-    """None: where it was saved from."""
+    """The location for one name. None: the location that it was saved from."""
     if isinstance(target, (RNGState, torch.Tensor)):
         return "cpu"
     if copies_its_state(target):
@@ -202,7 +207,7 @@ def _place(target: Any, name: Name, live: Mapping[Name, torch.Tensor]) -> str | 
         and name[1:2] == ("state",)
         and isinstance(name[2], int)
     ):
-        return "cpu"  # it goes to where its parameter is
+        return "cpu"  # the optimizer copies it to the device of its parameter
     tensor = live.get(name)
     return None if tensor is None or tensor.is_meta else str(tensor.device)
 
@@ -210,7 +215,7 @@ def _place(target: Any, name: Name, live: Mapping[Name, torch.Tensor]) -> str | 
 def _is_here(location: str) -> bool:
     try:
         torch.serialization.default_restore_location(UntypedStorage(0), location)
-    except Exception:  # each backend has words of its own for a device that is not there
+    except Exception:  # each backend raises its own exception for a device that is not there
         return False
     return True
 
@@ -218,14 +223,14 @@ def _is_here(location: str) -> bool:
 def _device(location: str) -> Any:
     try:
         return torch.device(location)
-    except RuntimeError:  # no tensor can say that it is there
+    except RuntimeError:  # torch cannot put a tensor there
         return location
 
 
 def _sharing(
     targets: Mapping[str, Any], live: Mapping[Name, torch.Tensor], entries: Mapping[Name, TensorEntry]
 ) -> tuple[frozenset[int], frozenset[int]]:
-    """`alone` and `tied` of a plan."""
+    """Compute `alone` and `tied` of a plan."""
     groups: dict[int, list[tuple[Name, torch.Tensor]]] = defaultdict(list)
     for name, tensor in live.items():
         if _has_plain_memory(tensor):
@@ -241,7 +246,7 @@ def _sharing(
     for storage, group in groups.items():
         if len(group) == 1:
             _, tensor = group[0]
-            # A view of something larger: that is somebody's, who did not give it to us.
+            # A view of a larger storage: the rest of that memory belongs to somebody who did not give it to us.
             if storage not in held and tensor.nbytes == tensor.untyped_storage().nbytes():
                 alone.add(id(tensor))
         elif _is_shared_alike(group, entries):
@@ -250,7 +255,7 @@ def _sharing(
 
 
 def _is_shared_alike(group: Sequence[tuple[Name, torch.Tensor]], entries: Mapping[Name, TensorEntry]) -> bool:
-    """Whether the checkpoint has all of them in one storage too, at the same places."""
+    """Whether the checkpoint, too, has all of these tensors in one storage, at the same places."""
     storages = set()
     for name, tensor in group:
         entry = entries.get(name)
@@ -270,7 +275,7 @@ def _has_plain_memory(tensor: torch.Tensor) -> bool:
 
 
 def _tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    """Parameters and their state."""
+    """An optimizer's parameters and the tensors of their state."""
     state = list(optimizer.state.values())
     parameters = [p for group in parameter_groups(optimizer) for p in group["params"]]
     for named in named_tensors([parameters, state]):

@@ -1,4 +1,4 @@
-"""Chooses a checkpoint, loads it, and claims an epoch that continues from it. The objects are not changed here."""
+"""Chooses a checkpoint, loads it, and claims an epoch that continues from it. The live objects are not changed here."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from fastckpt.repository.catalog import Catalog, Choice, Which
 from fastckpt.state.refused import ARRAYS, described, find
 from fastckpt.training import stateful
 from fastckpt.training.engine import Engine
-from fastckpt.training.placement import Plan, look
+from fastckpt.training.placement import PlacementPlan, plan_placement
 
 _MOST_ROUNDS = 2
-"""Times that a restore loads before it claims."""
+"""How often a restore loads before it claims first."""
 
 
 class Loaded(NamedTuple):
-    """A checkpoint that was read whole, and fits the objects."""
+    """A checkpoint that was read completely and fits the objects."""
 
     commit: Commit
     state: Any
-    plan: Plan
+    plan: PlacementPlan
 
 
 class _Damaged(Exception):
-    """What a load has found, of which checkpoint."""
+    """Damage that a load has found in a checkpoint."""
 
     def __init__(self, commit: Commit, error: CorruptCheckpointError) -> None:
         super().__init__(str(error))
@@ -52,7 +52,7 @@ class Restorer:
         self._live, self._options, self._read_only = engine.live, engine.options, read_only
 
     def restore(self, step: Which, weights_only: bool) -> Loaded | None:
-        """What is to be put into the objects; unless this only reads, an epoch that continues from it is claimed.
+        """Load the state that is to be put into the objects. Unless `read_only`, also claim an epoch that continues from it.
 
         None: nothing was ever committed. Errors as those of `Checkpointer.restore`.
         """
@@ -60,10 +60,10 @@ class Restorer:
         own: set[int] = set()
         rounds = retired = 0
         while True:
-            # A head that moves each time while its checkpoint loads is first made to stand still.
+            # If the newest checkpoint changes each time while one is loading, claim first: then it cannot change any more.
             claims_first = rounds == _MOST_ROUNDS
             choice: Choice | None = None
-            found: Loaded | None = None  # the state of the round before is let go of before the next is read
+            found: Loaded | None = None  # the state of the round before is freed before the next one is read
             try:
                 choice = self._choose(step, known_bad, own, claims_first=claims_first)
                 found = None if choice is None else self._load(choice, weights_only)
@@ -84,10 +84,10 @@ class Restorer:
     def _choose(self, step: Which, known_bad: list[Skipped], own: set[int], *, claims_first: bool) -> Choice | None:
         if self._read_only:
             return Catalog(self._repository).choose(step, known_bad)
-        return (self._incarnation.restore if claims_first else self._incarnation.choose)(step, known_bad, own)
+        return (self._incarnation.choose_and_claim if claims_first else self._incarnation.choose)(step, known_bad, own)
 
     def _pass_over(self, damaged: _Damaged, step: Which, choice: Choice | None) -> list[Skipped]:
-        """What the next round leaves out; the error, unless "latest-valid" was asked for."""
+        """The checkpoints to skip in the next round. Raises the error instead, unless "latest-valid" was asked for."""
         error, checkpoint = damaged.error, damaged.commit.checkpoint
         if step != "latest-valid":
             raise Catalog(self._repository).with_advice(checkpoint, error) from error
@@ -109,12 +109,12 @@ class Restorer:
             if isinstance(found, CorruptCheckpointError):
                 raise _Damaged(commit, found) from error
             raise found from error
-        stateful.check(self._live.targets, loaded, location, plan)
+        stateful.refuse_misfits(self._live.targets, loaded, location, plan)
         return Loaded(commit, loaded, plan)
 
-    def _load_whole(self, reader: Reader, location: str, weights_only: bool) -> tuple[Any, Plan]:
-        plan = look(self._live.targets, reader.directory, location)
-        # Where objects travel over a network, threads wait rather than work: as many as there may be connections.
+    def _load_whole(self, reader: Reader, location: str, weights_only: bool) -> tuple[Any, PlacementPlan]:
+        plan = plan_placement(self._live.targets, reader.directory, location)
+        # Threads wait for the network more than they compute: use as many as there may be connections.
         threads = max(self._options.threads, self._options.connections)
         try:
             loaded = load_object(

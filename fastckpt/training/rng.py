@@ -1,4 +1,4 @@
-"""The random number generators of a process as state to save: without them a restored run is another run."""
+"""The random number generators of a process as state to save: without them a resumed run differs from an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastckpt.events import logger
 class RNGState:
     """Python's `random`, NumPy's global generator, torch's on the CPU and on every device of the current accelerator.
 
-    Give it to a Checkpointer beside model and optimizer. Generators of your own (`torch.Generator`, `numpy.random.Generator`) are not in
-    it. Tensors and plain values only, so that a restricted load reads it. Call from the thread that trains.
+    Give it to a Checkpointer beside model and optimizer. Generators of your own (`torch.Generator`, `numpy.random.Generator`) are not
+    included. The state consists of tensors and plain values, so that a restricted load accepts it. Call from the thread that trains.
     """
 
     def state_dict(self) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class RNGState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Set all of them. Devices that this machine does not have are left out, with a warning."""
+        """Set all generators. Devices that this machine does not have are left out, with a warning."""
         python, numpy = state["python"], state["numpy"]
         random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
         words = numpy["words"].cpu().numpy().astype(np.uint32)
@@ -63,7 +63,7 @@ class RNGState:
 
 @dataclass(frozen=True)
 class Generators:
-    """The same, for a moment of this process: taken in some 20 µs, in no form that could be saved."""
+    """The same generators at one moment, kept within this process: taken in some 20 µs, in a form that cannot be saved."""
 
     python: tuple[Any, ...]
     numpy: dict[str, Any]
@@ -76,7 +76,7 @@ class Generators:
         return cls(random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state(), devices)
 
     def put_back(self) -> None:
-        """From here on the numbers of then are drawn again."""
+        """Set the generators back: they repeat the numbers that followed that moment."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch_cpu)
@@ -85,7 +85,7 @@ class Generators:
 
 
 def _accelerator() -> list[tuple[str, Any]]:
-    """Name and torch module of the current accelerator, if it has generators to save."""
+    """Name and torch module of the current accelerator; empty if it has no generators to save."""
     if not torch.accelerator.is_available():
         return []
     name = torch.accelerator.current_accelerator()

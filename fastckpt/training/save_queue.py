@@ -1,7 +1,7 @@
 """Saves of a Checkpointer in the background: one uploads while the next is staged.
 
-A thread lives only while there is work, and the interpreter's end waits for it: no save is lost at the end of a script, and an idle
-Checkpointer keeps no interpreter alive.
+A thread exists only while there is work, and the interpreter waits for it at exit: no save is lost at the end of a script, and an idle
+Checkpointer does not keep the interpreter alive.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ MAX_JOBS = 2  # one uploads, one is staged
 
 
 class CommitHandle(Handle[Commit]):
-    """A save of a repository under way. `durable` results in the commit record, once it was seen and acknowledged. Any thread.
+    """A save of a repository under way. The result of `durable` is the commit record, after it was seen and acknowledged. Any thread.
 
-    Not waiting for it is allowed: the interpreter waits at its end, and a failure is raised by the next call of the `Checkpointer`.
+    You need not wait for it: the interpreter waits at exit, and the next call of the `Checkpointer` raises a failure.
     """
 
     def __init__(self, step: int, waiting: Waiting = contextlib.nullcontext) -> None:
@@ -46,7 +46,7 @@ class CommitHandle(Handle[Commit]):
 
 @dataclass(eq=False)
 class Job:
-    """One save. `source` a Snapshot, or the state itself: then whoever queued this waits."""
+    """One save. `source` is a Snapshot, or the live state itself: then the thread that queued the job waits for it."""
 
     asked: SaveAsked
     captured: Captured
@@ -54,25 +54,25 @@ class Job:
     handle: CommitHandle
     threads: UploadThreads
     owner: object = None
-    """Kept while this runs: what an optimizer's hook needs to wait for the source."""
+    """Kept alive while the job runs: an optimizer's hook needs it to wait for the source."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     reported: bool = False
-    """Its handle has got its outcome, or is about to. Under the queue's lock."""
+    """The handle has its outcome, or is about to get it. Under the queue's lock."""
     logged: bool = False
-    """Its error has been logged. Under the queue's lock."""
+    """The error was logged. Under the queue's lock."""
 
     @property
     def step(self) -> int:
         return self.asked.step
 
     def has_failed(self) -> bool:
-        """Whether its handle carries an error, though its thread may still wait for the store."""
+        """Whether the handle carries an error, even if the save's thread still waits for the store."""
         return self.handle.done() and self.handle.durable.exception() is not None
 
 
 @dataclass
 class Torn:
-    """A save that failed because the state was changed while it was copied. Whoever trains has another one made."""
+    """A save that failed because the state changed during the copy. The training thread makes another save in its place."""
 
     step: int
     trigger: str
@@ -80,7 +80,7 @@ class Torn:
 
 
 class SaveQueue:
-    """Runs jobs in order. `put`, `wait_idle` and `cancel` are for the training thread; failures are collected, never raised here."""
+    """Runs jobs in order. `put`, `wait_idle` and `cancel` are for the training thread; failures are collected and never raised here."""
 
     def __init__(
         self,
@@ -89,17 +89,17 @@ class SaveQueue:
         grace_s: float,
         in_a_hurry: Callable[[], bool] = lambda: False,
     ) -> None:
-        """in_a_hurry: whether a notice has come: then there is no retention any more."""
+        """in_a_hurry: whether a notice has come; after that no retention runs."""
         self._incarnation = incarnation
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
-        """Under way first; a job leaves when it has ended."""
+        """The running job first. A job leaves when it has ended."""
         self._worker: object = None
-        """Token of the thread that runs jobs; None when there is none. A thread that finds another one here was replaced, and exits."""
+        """Token of the thread that runs jobs; None when there is none. A thread that finds another token here was replaced, and exits."""
         self._failures: list[BaseException] = []
         self._torn: list[Torn] = []
         self.measured_s: float | None = None
-        """What the last save took, from the start of the upload to the acknowledgement: the basis of estimates."""
+        """Seconds of the last save, from the start of the upload to the acknowledgement. Used to estimate the next one."""
         self.last_commit: Commit | None = None
         self.retaining = Retaining(incarnation, keep, grace_s, functools.partial(bool, self._jobs), in_a_hurry)
 
@@ -108,14 +108,14 @@ class SaveQueue:
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """Those not ended, oldest first."""
+        """Jobs that have not ended, oldest first."""
         with self._changed:
             return tuple(self._jobs)
 
     def put(self, job: Job) -> bool:
-        """Queue a job. The caller has looked at `len`. If this raises (no thread can be had, an interrupt), it is not queued.
+        """Queue a job. The caller has checked `len` before. If this raises (no thread can be started, an interrupt), the job is not queued.
 
-        False: the interpreter's end allows no thread, and the caller has to `run_here`.
+        False: the interpreter is ending and allows no new thread; the caller has to call `run_here`.
         """
         with self._changed:
             before = self._worker
@@ -126,30 +126,30 @@ class SaveQueue:
                     return start_thread(functools.partial(self._work, worker), "fastckpt-checkpointer") is not None
                 return True
             except BaseException:
-                self._worker = before  # a thread that has started all the same finds that it is not the one
+                self._worker = before  # if the thread has started nevertheless, it finds another token and exits
                 if job in self._jobs:
                     self._jobs.remove(job)
                 raise
 
     def run_here(self) -> None:
-        """After `put` has said False: run what is queued on this thread. As often as you like."""
+        """Run the queued jobs on this thread, after `put` returned False. May be called several times."""
         if self._worker is not None:
             self._work(self._worker)
 
     def take_failures(self) -> list[BaseException]:
-        """What has gone wrong since the last call."""
+        """Return the failures since the last call."""
         with self._changed:
             failures, self._failures = self._failures, []
         return failures
 
     def take_torn(self) -> list[Torn]:
-        """Saves that were torn since the last call. They are no failures: see `take_failures`."""
+        """Return the torn saves since the last call. They do not count as failures, see `take_failures`."""
         with self._changed:
             torn, self._torn = self._torn, []
         return torn
 
     def mark_raised(self, error: BaseException) -> None:
-        """Forget an error that somebody else has raised."""
+        """Forget an error that another method has raised already."""
         with self._changed:
             self._failures = [failure for failure in self._failures if failure is not error]
             self._torn = [torn for torn in self._torn if torn.error is not error]
@@ -174,7 +174,7 @@ class SaveQueue:
             self._run_jobs(worker)
         finally:
             with self._changed:
-                if self._worker is worker:  # whatever it was that ended this thread
+                if self._worker is worker:  # whatever ended this thread
                     self._worker = None
                     self._changed.notify_all()
 
@@ -195,7 +195,7 @@ class SaveQueue:
             del job, commit
 
     def _save(self, job: Job) -> Commit | None:
-        """None: it has failed, and that was told."""
+        """Run a save. None: it failed, and the failure was reported."""
         try:
             return self._run(job)
         except BaseException as raised:
@@ -207,7 +207,7 @@ class SaveQueue:
                 job.handle.durable.set_exception(error)
             return None
         finally:
-            del error  # its traceback has this frame
+            del error  # its traceback refers to this frame
 
     def _run(self, job: Job) -> Commit:
         started = time.monotonic()
@@ -233,13 +233,13 @@ class SaveQueue:
         return commit
 
     def _finish(self, job: Job, error: BaseException | None = None) -> bool:
-        """Release what the job holds, and take it out of the queue. Returns whether the caller is to set the outcome of its handle:
-        without the lock, as the callbacks of handles are the user's.
+        """Release what the job holds, and take it out of the queue. Returns whether the caller has to set the outcome of its handle. The
+        caller does that without the lock, because a handle's callbacks are the user's code.
         """
         try:
-            job.threads.close()  # if it did not get as far as an upload
+            job.threads.close()  # does nothing if an upload has closed them
             job.source.close()
-        except BaseException as raised:  # after the commit: the save stands, whatever becomes of the memory
+        except BaseException as raised:  # after the commit: the save is valid, even if freeing memory failed
             failure = as_save_error(raised, job.step)
             logger.error("letting go of the snapshot of step %d: %s: %s", job.step, type(failure).__name__, failure)
         with self._changed:
@@ -260,7 +260,9 @@ class SaveQueue:
         return True
 
     def fail_now(self, source: Snapshot | LiveChunks, error: BaseException) -> None:
-        """Fail a save whose chunks have failed while its thread waits for something else, perhaps for ever. Its later end is ignored."""
+        """Fail a save whose chunks have failed while its thread waits for something else, perhaps for ever. Whatever the thread reports
+        later is ignored.
+        """
         for job in self.jobs:
             if job.source is source:
                 job.cancelled.set()
@@ -272,7 +274,7 @@ class SaveQueue:
                     job.handle.durable.set_exception(outcome)
 
     def _log(self, job: Job, error: BaseException) -> None:
-        """Once a save: it may be given up while its thread meets the same error."""
+        """Log an error once for each save: a save may be given up while its thread meets the same error."""
         with self._changed:
             if job.logged:
                 return
@@ -284,8 +286,8 @@ class SaveQueue:
 
 
 def _forget_locals(error: BaseException) -> None:
-    """Of the frames that an error went through: they hold the save's buffers, in a circle that only the cyclic collector breaks, and large
-    trainings switch that off.
+    """Clear the frames that an error went through. They refer to the save's buffers in a reference cycle; only the cyclic collector would
+    free it, and large trainings switch that off.
     """
     seen: set[int] = set()
     at: BaseException | None = error

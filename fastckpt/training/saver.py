@@ -1,4 +1,4 @@
-"""Begins saves: looks at the state, has it copied, and queues its upload."""
+"""Begins saves: captures the state, starts its copy, and queues its upload."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from fastckpt.writing.rank import SaveAsked, UploadThreads
 
 
 class OutOfTime(SaveError):
-    """No room for a save before its deadline."""
+    """Earlier saves held the memory until the deadline."""
 
 
 class Saver:
-    """See the module. Used by the thread that trains. Thirteen attributes: seven are the parts of an `Engine`, by their names."""
+    """See the module. Used by the thread that trains. Seven of its thirteen attributes are the parts of an `Engine`, by their names."""
 
     def __init__(self, engine: Engine, owner: weakref.ref[object], *, fresh: bool) -> None:
-        """owner: kept alive while a save is under way, as its hooks have to wait for the snapshot. fresh: the first save begins a new
+        """owner: kept alive while a save is under way, because its hooks have to wait for the snapshot. fresh: the first save begins a new
         history.
         """
         self._live, self._fence, self._stager, self._queue, self._torn, self._incarnation, self._options, _ = engine
@@ -39,27 +39,27 @@ class Saver:
         self._began = self._prepared = False
         self.counts = Counts()
         self.restored: Commit | None = None
-        """What the objects were restored from last."""
+        """The checkpoint that the objects were restored from last."""
 
     # -- what is saved already -----------------------------------------------------------------------------------------
 
     def is_saved(self, step: int) -> bool:
-        """Whether a step is being saved, or was saved or restored last."""
+        """Whether a step is being saved, or was the last one saved or restored."""
         last = self._incarnation.last
         return self._job_of(step) is not None or (last is not None and last.checkpoint.step == step)
 
     def _job_of(self, step: int) -> Job | None:
-        """The save of a step that is under way, and has not failed."""
+        """The job that saves a step, if it is under way and has not failed."""
         return next((job for job in self._queue.jobs if job.step == step and not job.has_failed()), None)
 
     def _last_commit(self) -> Commit | None:
-        """The checkpoint that the next one follows, if this object has saved or restored it."""
+        """The checkpoint that the next save follows, if this object has saved or restored it."""
         last = self._incarnation.last
         known = (self._queue.last_commit, self.restored)
         return next((c for c in known if c is not None and last is not None and c.checkpoint == last.checkpoint), None)
 
     def _handle_of(self, step: int) -> CommitHandle | None:
-        """Of a step that `is_saved`."""
+        """The handle of a step for which `is_saved` is true."""
         job = self._job_of(step)
         if job is not None:
             return job.handle
@@ -71,12 +71,12 @@ class Saver:
         return handle
 
     def refuse_other_state(self, asked: SaveAsked) -> None:
-        """SaveError if the step is saved and the state is not that save's: a checkpoint of it is not made again, nor replaced."""
+        """SaveError if the step is saved with another state: a checkpoint of a step is made once and never replaced."""
         job, last = self._job_of(asked.step), self._last_commit()
         if job is None and (last is None or last.save.step != asked.step):
             return
         changed = self._live.has_changed_since(asked.step)
-        if changed is None:  # it was restored
+        if changed is None:  # the step was restored
             changed = self.restored is not None and (self._fence.updated or self._live.has_changed_since_restore())
         if changed:
             raise SaveError(
@@ -95,16 +95,16 @@ class Saver:
     # -- beginning -----------------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
-        """Begin a history: there is none that a restore has given. RepositoryError if there are checkpoints."""
+        """Begin a new history, because no restore has given one. RepositoryError if there are checkpoints."""
         self._incarnation.begin(fresh=self.fresh)
         self._began = True
 
     def begins_after(self, *, claimed: bool) -> None:
-        """A restore has chosen what the next save follows. claimed: and an epoch for it."""
+        """A restore has chosen the checkpoint that the next save follows. claimed: whether it has claimed an epoch, too."""
         self._began = claimed
 
     def has_restored(self, commit: Commit, *, looked_at: bool) -> None:
-        """Another state has come into the objects. looked_at: it is to be known later whether they have changed since."""
+        """Another state was put into the objects. looked_at: remember how they look now, so that later changes can be seen."""
         self.restored = commit
         self.counts.begun_s = time.monotonic()
         if looked_at:
@@ -113,8 +113,8 @@ class Saver:
         self._torn.forget()
 
     def prepare(self) -> None:
-        """At the first step, whose optimizers have their state now: the memory of the first save is made while training goes on, and its
-        pickling is done. Whatever goes wrong is the save's to tell.
+        """At the first step, when optimizers have their state: allocate the memory of the first save in the background, and pickle the
+        state. Errors here are left for the save to raise.
         """
         if self._prepared:
             return
@@ -127,11 +127,11 @@ class Saver:
             logger.info("nothing could be prepared for the first save: %s: %s", type(error).__name__, error)
 
     def begin(self, asked: SaveAsked, deadline: Deadline = NEVER) -> CommitHandle:
-        """Begin a save, or find it if the step is saved already. Waits for room.
+        """Begin a save, or find it if the step is saved already. Waits until there is memory for it.
 
         Raises:
-            OutOfTime: there was no room before the deadline.
-            SaveError: a save that was given up still holds the memory; or what the state or the step is refused for.
+            OutOfTime: there was no memory for it before the deadline.
+            SaveError: a save that was given up still holds the memory; or the state or the step is refused.
         """
         handle = self._handle_of(asked.step)
         while handle is None:
@@ -141,7 +141,7 @@ class Saver:
         return handle
 
     def begin_due(self, asked: SaveAsked) -> CommitHandle | None:
-        """Begin a save if there is room for it now; None, counted, if it has to wait for earlier ones."""
+        """Begin a save if there is memory for it now. None if it has to wait for earlier saves, which is counted in `Stats.deferred`."""
         handle = self.try_begin(asked)
         if handle is None:
             self.counts.deferred += 1
@@ -151,10 +151,10 @@ class Saver:
 
     def _wait_for_room(self, step: int, deadline: Deadline) -> None:
         jobs = self._queue.jobs
-        if not jobs:  # the one that held the memory has just ended
+        if not jobs:  # the save that held the memory has just ended
             return
         limit = deadline
-        if jobs[0].handle.done():  # a save that was given up ends when its store does: that may be never
+        if jobs[0].handle.done():  # a save that was given up ends when its request ends, which may be never
             limit = Deadline.after(self._options.max_stall_s, "max_stall_s").sooner(deadline)
         with self._fence.attended():
             if self._queue.wait_fewer(len(jobs), limit.left_s()):
@@ -167,7 +167,7 @@ class Saver:
         )
 
     def try_begin(self, asked: SaveAsked, deadline: Deadline = NEVER) -> CommitHandle | None:
-        """Have the state copied and queue its upload. None if earlier saves leave no room for it now."""
+        """Have the state copied and queue its upload. None if earlier saves hold the memory now."""
         if len(self._queue) >= MAX_JOBS:
             return None
         asked = replace(asked, called_s=time.monotonic())
@@ -183,7 +183,7 @@ class Saver:
             asked, taken, self._fence.permit(taken), CommitHandle(asked.step, self._fence.attending())
         )
         try:
-            with deferred_interrupt():  # slabs, copies under way and the queue's job change hands
+            with deferred_interrupt():  # slabs, running copies and the queue's job change their owner
                 if not self._queue_up(beginning):
                     return None
             self._let_training_go_on(beginning, deadline)
@@ -197,7 +197,7 @@ class Saver:
         return beginning.handle
 
     def _queue_up(self, beginning: _Beginning) -> bool:
-        """Begin the copy and queue the job. False: there is no room now."""
+        """Begin the copy and queue the job. False: there is no memory for it now."""
         asked, taken, alone = beginning.asked, beginning.taken, not len(self._queue)
         try:
             beginning.source = self._stager.begin(
@@ -212,7 +212,8 @@ class Saver:
             self._fence.begun(source, beginning.permit)
         threads: UploadThreads | None = None
         try:
-            # Now, although an earlier save may be under way: if it ends with the interpreter, none can be started any more.
+            # Start them now, even if an earlier save is under way: if that ends while the interpreter exits, no thread can be started any
+            # more.
             threads = UploadThreads.start(taken.captured, self._options)
             job = Job(asked, taken.captured, source, beginning.handle, threads, owner=self._owner())
             beginning.runs_here = not self._queue.put(job)
@@ -226,29 +227,31 @@ class Saver:
         return True
 
     def _let_training_go_on(self, beginning: _Beginning, deadline: Deadline) -> None:
-        """Wait for what cannot be left to the fence before an optimizer's step."""
+        """Wait for the copies that cannot be left to the fence before the next optimizer step."""
         if beginning.runs_here:
             self._queue.run_here()
         if isinstance(beginning.source, LiveChunks):
             self._write_through(beginning, beginning.source, deadline)
-        elif beginning.permit.eager:  # not before it is queued: a ring turns only when somebody takes chunks out of it
+        elif (
+            beginning.permit.eager
+        ):  # only after the job is queued: a ring advances only when somebody takes chunks out of it
             self._fence.wait("save", deadline)
         self._fence.watch(beginning.permit)
 
     def _break_off(self, beginning: _Beginning, error: BaseException) -> None:
-        """After an error or an interrupt: whoever catches it may train on, and no hook would wait for this save."""
+        """Undo a beginning after an error or an interrupt: the caller may catch it and train on, and no hook would wait for this save."""
         source = beginning.source
-        with deferred_interrupt():  # launchers and terminals both pass Ctrl-C on: it comes twice
+        with deferred_interrupt():  # both the launcher and the terminal send Ctrl-C, so it comes twice
             if isinstance(source, LiveChunks) or (source is not None and beginning.permit.eager):
                 ended = SaveError(f"the save of step {beginning.asked.step} was interrupted. Nothing was committed")
                 ended.__cause__ = error
                 source.stop(ended)
                 self._queue.fail_now(source, ended)
-        if beginning.runs_here:  # as a thread would, whatever has come between
+        if beginning.runs_here:  # run it to its end, as a thread would, even after an interrupt
             self._queue.run_here()
 
     def _write_through(self, beginning: _Beginning, source: LiveChunks, deadline: Deadline) -> None:
-        """Not even parts of the state fit the budget: it is uploaded from where it is, and training waits."""
+        """Save a state that does not even fit the budget in parts: it is uploaded from where it lies, and training waits."""
         limit_s = Deadline.after(self._options.max_stall_s, "max_stall_s").sooner(deadline).left_s()
         assert limit_s is not None
         step = beginning.asked.step
@@ -260,9 +263,7 @@ class Saver:
             step,
         )
         try:
-            beginning.handle.durable.exception(
-                limit_s
-            )  # its error is raised by the next call, as that of any other save
+            beginning.handle.durable.exception(limit_s)  # the next call raises its error, as for any other save
         except futures.TimeoutError:
             error = SnapshotStalledError(
                 f"the save of step {step} was given up: it was not uploaded after {limit_s:.3g} s (max_stall_s, or what "
@@ -283,4 +284,4 @@ class _Beginning:
     handle: CommitHandle
     source: Snapshot | LiveChunks | None = None
     runs_here: bool = False
-    """The interpreter's end allows no thread: the caller's runs the job."""
+    """The interpreter is ending and allows no thread: the calling thread runs the job."""

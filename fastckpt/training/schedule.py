@@ -1,4 +1,4 @@
-"""When a step is due to be saved. Pure, but for the function a user brings."""
+"""Decides when a step is due to be saved. Pure, apart from the user's function."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Every:
-    """Save every so many steps, or minutes, or when a function says so; with several, when the first of them is due.
+    """Save every so many steps, or minutes, or when a function says so; with several rules, when the first of them is due.
 
-    steps: whenever a multiple of it was reached since the last call of `Checkpointer.step`; the same steps on every rank and after every
-    restart. minutes: since the last save began. when: called with the step and its metrics on each call; returns True to save.
+    steps: due when a multiple of it was reached since the last call of `Checkpointer.step`; this gives the same steps on every rank and
+    after every restart. minutes: counted from the beginning of the last save. when: a function, called with the step and its metrics on
+    each call; returns True to save.
     """
 
     steps: int | None = None
@@ -36,24 +37,24 @@ class Every:
             raise ValueError("Every: " + "; ".join(problems))
 
     def due(self, before: int | None, step: int, seconds_since_save: float, metrics: Mapping[str, float]) -> bool:
-        """Whether `step` is to be saved. before: the step of the call before this one; None: this is the first."""
+        """Whether `step` is to be saved. before: the step of the previous call; None: this is the first call."""
         by_steps = (
             self.steps is not None and step // self.steps > (step - 1 if before is None else before) // self.steps
         )
         by_time = self.minutes is not None and seconds_since_save >= 60 * self.minutes
-        # The function is asked every time, due or not: it may count.
+        # Call the function every time, due or not: it may count its calls.
         by_function = self.when is not None and bool(self.when(step, metrics))
         return by_steps or by_time or by_function
 
 
 class Due:
-    """Which trigger a call of `step` saves for. Pure, but for `Every.when`."""
+    """Decides which trigger a call of `step` saves for. Pure, apart from `Every.when`."""
 
     def __init__(self, every: Every | None) -> None:
         self._every = every
         self._early_seen = False
         self.trigger: str | None = None
-        """Of a save that is due and has not begun: it may have to wait for an earlier one."""
+        """The trigger of a save that is due and has not begun, because it may have to wait for an earlier one."""
 
     def look(
         self, before: int | None, step: int, seconds_since_save: float, metrics: Mapping[str, float], *, early: bool
@@ -61,7 +62,7 @@ class Due:
         """Set `trigger` if this step is to be saved.
 
         Args:
-            before: the step of the call before this one; None: this is the first.
+            before: the step of the previous call; None: this is the first call.
             early: whether the machine may have to go sooner than others (a rebalance recommendation). It makes one save.
         """
         if self._every is not None and self._every.due(before, step, seconds_since_save, metrics):
@@ -70,7 +71,7 @@ class Due:
             self._early_seen, self.trigger = True, "rebalance"
 
     def repeat(self, trigger: str | None) -> None:
-        """The save that was made for this trigger was torn, and is to be made again. None: there is no such save."""
+        """Make the save of this trigger again, because it was torn. None: nothing to repeat."""
         self.trigger = self.trigger or trigger
 
     def done(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether the objects still are as they were at the last call of `step`: only then may they be saved as that step."""
+"""Tells whether the objects still have the state of the last call of `step`: only then may they be saved as that step."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from fastckpt.snapshot import FenceHooks
 from fastckpt.training.rng import Generators, RNGState
 
 _MAX_LEAVES = 1000
-"""Of plain dicts and lists: looking at them takes some 200 µs in each step. Of larger ones nothing is known."""
+"""Most values of plain dicts and lists: comparing them takes some 200 µs in each step. Larger ones are not compared, and count as unknown.
+"""
 
 
 class Settled:
-    """What can be seen of it for some microseconds a step. Used by the thread that trains.
+    """Sees changes at a cost of some microseconds a step. Used by the thread that trains.
 
-    A forward pass changes statistics of normalisation (buffers) and draws random numbers, the loop's own counters may have moved, and an
-    optimizer may be halfway through the parameters. Random numbers are remembered, and put back. What an object of the user's own changes
-    between `step` and the optimizer's step is not seen.
+    A forward pass changes running statistics of normalisation (buffers) and draws random numbers, the loop's own counters may have moved,
+    and an optimizer may be halfway through the parameters. Random numbers are remembered and put back. Limitation: a change inside an
+    object of the user's own, made between `step` and the optimizer's step, is not seen.
     """
 
     def __init__(self, targets: Mapping[str, Any], hooks: FenceHooks) -> None:
@@ -35,11 +36,11 @@ class Settled:
         self._drawn: Generators | None = None
 
     def mark(self) -> None:
-        """The objects are as a finished step has left them."""
+        """Remember the objects as a finished step left them."""
         if self._buffers is None:
             named = [(name, tensor) for name, module in self._modules for tensor in module.buffers()]
             self._buffers = [(name, tensor) for name, tensor in named if not tensor.is_inference()]
-        self._known = False  # an interrupt in between leaves half of a mark
+        self._known = False  # an interrupt below leaves half of a mark
         self._versions = [version_of(tensor) for _, tensor in self._buffers]
         self._values = [_leaves(one) for _, one in self._plain]
         if self._draws:
@@ -48,12 +49,12 @@ class Settled:
         self._known = True
 
     def forget(self) -> None:
-        """They are about to change by other means."""
+        """The objects are about to change by something other than a step."""
         self._known = False
 
     @property
     def moved(self) -> str | None:
-        """What has changed since the mark, or None. Optimizers that call no hooks: what was seen."""
+        """What has changed since the mark, in words; None if no change was seen. See `sees_steps` for optimizers that call no hooks."""
         if not self._known:
             return "the objects have been changed since"
         if self._hooks.begun:
@@ -68,17 +69,17 @@ class Settled:
 
     @property
     def sees_steps(self) -> bool:
-        """Whether an optimizer's step would be known of."""
+        """Whether an optimizer's step would be noticed."""
         return self._hooks.see_all
 
     def put_back(self) -> None:
-        """The random numbers of the mark."""
+        """Put back the random generators as they were at the mark."""
         if self._drawn is not None:
             self._drawn.put_back()
 
 
 def _leaves(one: Any) -> list[Any] | None:
-    """Values that can be compared: plain ones, versions of tensors, and which objects the others are. None: there are too many."""
+    """Values that can be compared: plain values, versions of tensors, and the identities of other objects. None: there are too many."""
     found: list[Any] = []
     waiting = [one]
     while waiting:

@@ -1,4 +1,4 @@
-"""The objects that a Checkpointer saves and restores: what they look like as plain state, and how they take it back."""
+"""The objects that a Checkpointer saves and restores: reads their state as plain values, and puts a loaded state back into them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fastckpt.format.tensor_names import dotted
 from fastckpt.training.changes import changes
 from fastckpt.training.exact import load_exactly
 from fastckpt.training.filling import Filling
-from fastckpt.training.placement import Plan, copies_plainly, may_be_asked
+from fastckpt.training.placement import PlacementPlan, copies_plainly, may_be_asked
 from fastckpt.training.rng import RNGState
 
 _SHOWN = 3
-_LAZY = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)  # no shape yet
+_LAZY = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)  # these have no shape yet
 
 
 def check_targets(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,21 +55,23 @@ _WITHOUT_CONSEQUENCES = (
 
 
 def may_be_looked_at(target: Any) -> bool:
-    """Whether an object says what its state is and does nothing else: a loader of data may start workers, or draw, when it is asked."""
+    """Whether an object can be asked for its state without side effects: a data loader may start workers, or draw random numbers, when it
+    is asked.
+    """
     return isinstance(target, _WITHOUT_CONSEQUENCES)
 
 
 def state_of(targets: Mapping[str, Any]) -> dict[str, Any]:
-    """What is saved: for each name the state dict, or the tensor, dict or list itself."""
+    """The state to save: for each name the state dict, or the tensor, dict or list itself."""
     return {name: target.state_dict() if _stateful(target) else target for name, target in targets.items()}
 
 
-def apply(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> None:
-    """Put a loaded state that was checked into the objects. What one of them does not take as it was saved is said in a warning.
+def apply(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPlan) -> None:
+    """Put a loaded and checked state into the objects. A warning names each value that an object did not take as it was saved.
 
     PartialRestoreError if an object refuses its state.
     """
-    # Generators last: whatever the others draw while they load must not count.
+    # Generators last: numbers that other objects draw while they load must not count.
     order = sorted(targets, key=lambda name: isinstance(targets[name], RNGState))
     for position, name in enumerate(order):
         try:
@@ -77,24 +79,24 @@ def apply(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> N
         except Exception as error:
             done = ", ".join(order[:position]) or "nothing"
             raise PartialRestoreError(
-                f"{source}: {name!r} did not take its state ({type(error).__name__}: {error}). Restored so far: {done}; the state is a "
+                f"{where}: {name!r} did not take its state ({type(error).__name__}: {error}). Restored so far: {done}; the state is a "
                 "mixture and must not be trained. Make the objects fit the checkpoint, or restore another step"
             ) from error
         if changed:
             more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-            logger.warning("%s: %r is not what was saved: %s%s", source, name, "; ".join(changed[:_SHOWN]), more)
+            logger.warning("%s: %r is not what was saved: %s%s", where, name, "; ".join(changed[:_SHOWN]), more)
 
 
-def check(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> None:
-    """RestoreError if a loaded state cannot fit the objects: other names, or tensors of other shapes. Nothing is touched."""
+def refuse_misfits(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPlan) -> None:
+    """RestoreError if a loaded state does not fit the objects: names or shapes of tensors differ. Nothing is changed."""
     if not isinstance(loaded, dict):
         raise RestoreError(
-            f"{source} holds a {type(loaded).__name__}, not the state of a Checkpointer: fetch it with fastckpt.open"
+            f"{where} holds a {type(loaded).__name__}, not the state of a Checkpointer: fetch it with fastckpt.open"
         )
     missing, unknown = sorted(targets.keys() - loaded.keys()), sorted(map(str, loaded.keys() - targets.keys()))
     if missing or unknown:
         raise RestoreError(
-            f"{source} does not fit the Checkpointer's state: "
+            f"{where} does not fit the Checkpointer's state: "
             + "; ".join(
                 [f"{name!r} is not in the checkpoint" for name in missing]
                 + [f"{name!r} of the checkpoint has no place here" for name in unknown]
@@ -106,13 +108,13 @@ def check(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> N
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise RestoreError(
-            f"{source} does not fit the Checkpointer's state: {'; '.join(wrong[:_SHOWN])}{more}. Nothing was changed. Make the objects as "
+            f"{where} does not fit the Checkpointer's state: {'; '.join(wrong[:_SHOWN])}{more}. Nothing was changed. Make the objects as "
             "they were when it was saved, or restore another step"
         )
 
 
 def _misfits(name: str, target: Any, value: Any) -> list[str]:
-    """What the object would refuse, in words. Only what is certain: hooks may change what an object is given."""
+    """What the object would refuse, in words. Lists only what is certain: a hook may change the state before the object sees it."""
     if isinstance(target, torch.Tensor):
         return _misfit(name, target, value, exact=True)
     if isinstance(target, torch.optim.Optimizer):
@@ -130,7 +132,9 @@ def _misfits(name: str, target: Any, value: Any) -> list[str]:
 def _misfit(place: str, now: Any, saved: Any, *, exact: bool = False) -> list[str]:
     if not isinstance(saved, torch.Tensor) or not isinstance(now, torch.Tensor) or isinstance(now, _LAZY):
         return []
-    if saved.shape != now.shape and (exact or saved.dim() + now.dim() > 1):  # torch takes one number for another
+    if saved.shape != now.shape and (
+        exact or saved.dim() + now.dim() > 1
+    ):  # torch accepts a single number in another shape
         return [f"{place} is {list(now.shape)} here and {list(saved.shape)} in the checkpoint"]
     if exact and saved.dtype != now.dtype:
         return [f"{place} is {now.dtype} here and {saved.dtype} in the checkpoint"]
@@ -155,8 +159,8 @@ def _misfits_of_groups(name: str, target: torch.optim.Optimizer, value: Any) -> 
     return [f"{name} has groups of {now} parameters here and of {saved} in the checkpoint"]
 
 
-def _put(name: str, target: Any, value: Any, plan: Plan) -> list[str]:
-    """Words for what has become another."""
+def _put(name: str, target: Any, value: Any, plan: PlacementPlan) -> list[str]:
+    """Put a value into one object. Returns descriptions of the values that the object changed."""
     if isinstance(target, RNGState):
         target.load_state_dict(value)
     elif isinstance(target, torch.nn.Module):
@@ -192,7 +196,9 @@ def _put(name: str, target: Any, value: Any, plan: Plan) -> list[str]:
 
 
 def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
-    """As `copy_`. Of an expanded tensor's elements, which torch does not write, one stands for all; TypeError if they are not alike."""
+    """`copy_` that also fills an expanded tensor, which torch refuses: one element stands for all that share its memory. TypeError if their
+    values differ.
+    """
     if target.layout is not torch.strided or 0 not in target.stride():
         target.copy_(value)
         return
@@ -202,7 +208,7 @@ def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
         raise TypeError("it is expanded here, and was not when it was saved")
 
 
-def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: Plan) -> list[str]:
+def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: PlacementPlan) -> list[str]:
     module.load_state_dict(value)
     now = {(name, key): t for key, t in (*module.named_parameters(), *module.named_buffers())}
     saved = {key: (plan.entries[key], tensor) for key, tensor in now.items() if key in plan.entries}

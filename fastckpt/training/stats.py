@@ -16,9 +16,9 @@ class Stats:
     deferred: int
     """Calls of `step` at which a save was due and had to wait for an earlier one: back-pressure."""
     stall_s: float
-    """Seconds that `step` and the optimizers' hooks have kept the training thread, final saves apart."""
+    """Seconds for which `step` and the optimizers' hooks kept the training thread waiting, without final saves."""
     snapshot_bytes: int
-    """Host memory that staged states hold now."""
+    """Host memory that snapshots hold now, in bytes."""
 
 
 @dataclass
@@ -28,6 +28,6 @@ class Counts:
     saves: int = 0
     """Saves that have begun."""
     deferred: int = 0
-    """Calls at which a save was due and had to wait."""
+    """Calls of `step` at which a save was due and had to wait."""
     begun_s: float = field(default_factory=time.monotonic)
-    """time.monotonic() when the last save was asked for, or the state was restored."""
+    """time.monotonic() at which the last save was asked for, or the state was restored."""

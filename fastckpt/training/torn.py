@@ -1,4 +1,4 @@
-"""Saves that were torn: what has changed the state while it was copied, without an optimizer's step, has made them fail."""
+"""Torn saves: saves that failed because something changed the state during the copy, without an optimizer's step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from fastckpt.training.save_queue import SaveQueue, Torn
 
 
 class TornSaves:
-    """The newest of them, until a newer step is durable or another state is restored: until then it is made good by another save. Used by
-    the thread that trains.
+    """Remembers the newest torn save until a newer step is durable or another state is restored; until then another save replaces it. Used
+    by the thread that trains.
     """
 
     def __init__(self, queue: SaveQueue, incarnation: Incarnation, distrust: Callable[[], None]) -> None:
-        """distrust: called when one has come."""
+        """distrust: called when a save was torn."""
         self._queue, self._incarnation, self._distrust = queue, incarnation, distrust
         self._newest: Torn | None = None
 
     def look(self) -> None:
-        """Learn of saves that were torn, and forget one after which a newer step is durable."""
+        """Take new torn saves from the queue, and forget one after which a newer step is durable."""
         for torn in self._queue.take_torn():
             self._newest = torn
             self._distrust()
@@ -29,19 +29,19 @@ class TornSaves:
             self._newest = None
 
     def forget(self) -> None:
-        """Another state has been restored."""
+        """Forget the torn save: another state was restored."""
         self._queue.take_torn()
         self._newest = None
 
     def is_lost(self, step: int) -> bool:
-        """Whether the state that a torn save of this step should have held is gone: what is there now is not that step's."""
+        """Whether the state of this step, whose save was torn, no longer exists: the objects have the state of another step now."""
         return self._newest is not None and step <= self._newest.step
 
     def trigger_for(self, step: int) -> str | None:
-        """The trigger of a torn save that this step makes good."""
+        """The trigger of the torn save that a save of this step replaces; None if there is none."""
         return self._newest.trigger if self._newest is not None and step > self._newest.step else None
 
     def take_error(self) -> TornSnapshotError | None:
-        """What was torn and has not been made good. It is told once."""
+        """The error of a torn save that no newer save has replaced. Returned once."""
         newest, self._newest = self._newest, None
         return None if newest is None else newest.error

@@ -69,7 +69,7 @@ def analyze(
     bases = _storages_by_name(older) if older is not None else {}
     groups: dict[tuple[str, str], TensorGroup] = {}
     counted: set[int] = set()
-    room, raw_scratch, base_scratch = (np.empty(MAX_RAW_BYTES, np.uint8) for _ in range(3))
+    out, raw_scratch, base_scratch = (np.empty(MAX_RAW_BYTES, np.uint8) for _ in range(3))
     total, done = sum(chunk.n_bytes for chunk in cuts.chunks), 0
     for chunk in cuts.chunks:
         first = shapes[chunk.pieces[0].storage]
@@ -80,8 +80,8 @@ def analyze(
                 group.tensors += sum(tensor.storage == piece.storage for tensor in captured.tensors)
         raw = _gather(chunk, ((captured, piece.storage) for piece in chunk.pieces), raw_scratch)
         group.raw_bytes += raw.size
-        group.entropy_bytes += _entropy_bytes(raw, chunk.element.rot_lane_bytes)
-        alone = _encode(raw, chunk, None, room, group.alone)
+        group.entropy_bytes += _entropy_bytes(raw, chunk.element.float_lane_bytes)
+        alone = _encode(raw, chunk, None, out, group.alone)
         if older is not None:
             group.delta = group.delta or CodingResult()
             found = [bases.get(shapes[p.storage].name) for p in chunk.pieces]
@@ -94,7 +94,7 @@ def analyze(
                     group.same_bytes += raw.size
                     group.delta.transforms["REF"] += raw.size
                 else:
-                    _encode(raw, chunk, base, room, group.delta)
+                    _encode(raw, chunk, base, out, group.delta)
         done += raw.size
         progress(done, total)
     return sorted(groups.values(), key=lambda g: g.raw_bytes, reverse=True)
@@ -125,10 +125,10 @@ def _base(chunk: Chunk, state: Captured, older: Captured, found: list[int | None
     return _gather(chunk, ((older, number) for number in storages), scratch)
 
 
-def _encode(raw: U8, chunk: Chunk, base: U8 | None, room: U8, result: CodingResult) -> codec.Encoded:
+def _encode(raw: U8, chunk: Chunk, base: U8 | None, out: U8, result: CodingResult) -> codec.Encoded:
     started = time.perf_counter()
     element = chunk.element
-    encoded = codec.encode(raw, element.const_lane_bytes, element.rot_lane_bytes, base=base, room=room[: raw.size])
+    encoded = codec.encode(raw, element.const_lane_bytes, element.float_lane_bytes, base=base, out=out[: raw.size])
     result.seconds += time.perf_counter() - started
     _add(result, encoded, raw.size)
     return encoded

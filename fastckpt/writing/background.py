@@ -21,7 +21,7 @@ def write_now(
 ) -> int:
     """Write the state as a container and commit it; returns its bytes. On any error the sink is abandoned.
 
-    source: where its chunks come from; None: the state itself.
+    source: gives the state's chunks; None: they are read from the state itself.
     """
     with abandoning(sink):
         pool = start_workers(captured, options)
@@ -36,9 +36,11 @@ def write_behind(
     skeleton_s: float,
     source: ChunkSource,
 ) -> None:
-    """Write the source's copy of the state on a thread of its own; `handle` tells how it went. Takes the source, and the sink it opens.
+    """Write the source's copy of the state on a thread of its own; `handle` reports the outcome. Takes ownership of the source, and of the
+    sink that it opens.
 
-    Where the source is the state itself, or the interpreter's end allows no thread, it is written before this returns, and an error raised.
+    If the source is the state itself, or the interpreter is ending and allows no thread, the state is written before this returns, and
+    errors are raised here.
     """
     sink: OrderedSink | None = None
     thread = pool = None
@@ -56,7 +58,7 @@ def write_behind(
         sink.expect(captured.n_bytes)
         pool = start_workers(captured, options)
         if not isinstance(source, LiveChunks):
-            with deferred_interrupt():  # all of it changes hands
+            with deferred_interrupt():  # source, sink and handle change their owner here
                 thread = start_thread(run, "fastckpt-save")
                 if thread is not None:
                     sink.hand_over()
@@ -64,7 +66,7 @@ def write_behind(
             handle.durable.set_result(write(captured, sink, handle.target, options, pool, skeleton_s, source))
         handle.staged.set_result(None)
     except BaseException:
-        if thread is None:  # else it goes on, though nobody gets its handle
+        if thread is None:  # otherwise the thread goes on, although nobody gets its handle
             if pool is not None:
                 pool.close()
             if sink is not None:

@@ -40,14 +40,14 @@ _INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the wo
 
 
 class Payload(Protocol):
-    """Where stored bytes go."""
+    """A place for stored bytes."""
 
     def add(self, stored: Any) -> tuple[int, int]:
         """Take a chunk's stored bytes; returns its file number and offset. On return the caller may reuse the buffer."""
 
 
 class _ContainerPayload:
-    """The payload of a self-contained container: written through to the sink."""
+    """The payload of a self-contained container: stored bytes are written through to the sink."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -61,14 +61,16 @@ class _ContainerPayload:
 
 
 class _Scratch(NamedTuple):
-    """What one chunk under way needs: its raw bytes, unless its source has them, and its stored bytes."""
+    """Buffers for one chunk in flight: one for its raw bytes (unused if the source has them in memory), one for its stored bytes."""
 
     raw: U8
-    room: U8
+    out: U8
 
     @classmethod
     def of(cls, n_bytes: int) -> _Scratch:
-        """Pages of their own: what threads that come and go allocate stays in arenas of the C library, 630 MB after sixty saves."""
+        """Allocate pages straight from the kernel. Memory that short-lived threads allocate by malloc stays in arenas of the C library: 630
+        MB after sixty saves.
+        """
         return cls(fresh_pages(n_bytes), fresh_pages(n_bytes))
 
 
@@ -79,13 +81,13 @@ class _Encoded(NamedTuple):
 
 
 def start_workers(captured: Captured, options: Options, *, background: bool = False) -> WorkerPool | None:
-    """The threads that `write` will use; None if the state is too small to need any, or the interpreter's end allows none. background:
-    nobody waits for them.
+    """Start the threads for `write`. None if the state is too small to need threads, or if the interpreter is ending and allows none.
+    background: nobody waits for these threads, so they run at low priority.
     """
     if captured.n_bytes <= _INLINE_BYTES or options.threads == 1:
         return None
     pool = WorkerPool(options.threads, "fastckpt-save", nice=options.background_nice if background else 0)
-    # Not through the pool: what is submitted ahead may wait for memory that only the one who submits gives back.
+    # Do not submit to a pool that runs inline: a job submitted ahead may wait for memory that only the submitting thread gives back.
     return None if pool.inline else pool
 
 
@@ -100,8 +102,8 @@ def write(
 ) -> int:
     """Write a container to the sink and commit it. Returns its bytes.
 
-    source: the captured state's chunks; None: the state itself. On any error, KeyboardInterrupt included, the sink is abandoned and the
-    error raised. Closes the pool and the source.
+    source: gives the captured state's chunks; None: they are read from the state itself. On any error, KeyboardInterrupt included, the sink
+    is abandoned and the error raised. Closes the pool and the source.
     """
     source = source or LiveChunks(captured)
     started = time.perf_counter()
@@ -163,10 +165,10 @@ class ChunkWriter:
         self.cuts = source.cuts
         self.records = np.zeros(len(self.cuts.chunks), records.LAYOUT)
         self._written: dict[tuple[bytes, int], int] = {}
-        """(digest, raw bytes) of each chunk that is stored → its record."""
+        """(digest, raw bytes) of each chunk that is stored → the number of its record."""
 
     def tell_start(self, skeleton_s: float) -> None:
-        """Emit SaveStarted. skeleton_s: what the capture took."""
+        """Emit SaveStarted. skeleton_s: seconds that the capture took."""
         events.emit(
             events.SaveStarted(
                 target=self._target,
@@ -178,13 +180,17 @@ class ChunkWriter:
         )
 
     def run(self) -> None:
-        """Afterwards `records` is complete and the source has confirmed its bytes. The first error cancels the rest and is raised."""
+        """Encode and store all chunks. Afterwards `records` is complete and the source has confirmed its bytes. The first error cancels the
+        rest and is raised.
+        """
         for number, (chunk, result) in enumerate(zip(self.cuts.chunks, self._encode_all(), strict=True)):
             self._write_chunk(number, chunk, result)
         self._source.confirm()
 
     def _encode_all(self) -> Iterator[_Encoded]:
-        """Results in order. The scratch buffer of each goes back to work once the consumer asks for the next."""
+        """Yield results in the order of the chunks. The scratch buffers of a result are used again once the consumer asks for the next
+        result.
+        """
         if self._pool is None:
             scratch = _Scratch.of(max((chunk.n_bytes for chunk in self.cuts.chunks), default=0))
             for number, chunk in enumerate(self.cuts.chunks):
@@ -213,7 +219,7 @@ class ChunkWriter:
         raw = self._source.raw(number, scratch.raw)
         encode_from = time.perf_counter()
         encoded = codec.encode(
-            raw, element.const_lane_bytes, element.rot_lane_bytes, effort=effort, room=scratch.room[: raw.size]
+            raw, element.const_lane_bytes, element.float_lane_bytes, effort=effort, out=scratch.out[: raw.size]
         )
         now = time.perf_counter()
         if events.enabled():
@@ -239,7 +245,7 @@ class ChunkWriter:
             self.records[number] = self.records[earlier]
         else:
             stored_bytes = len(encoded.stored)
-            row["transform"], row["lane_bytes"], row["pack_width"] = (
+            row["transform"], row["lane_bytes"], row["pack_bits"] = (
                 encoded.transform,
                 encoded.lane_bytes,
                 encoded.pack_bits,
@@ -264,7 +270,7 @@ class ChunkWriter:
         )
 
     def directory(self) -> directory.Directory:
-        """What the index says about storages and tensors. The caller adds step, rank, world and meta."""
+        """Describe storages and tensors for the index. The caller adds step, rank, world and meta."""
         captured = self._captured
         storages = tuple(
             directory.StorageEntry(s.dtype, s.n_bytes, s.location, self.cuts.extents[n] if s.has_data else None)
@@ -280,7 +286,7 @@ class ChunkWriter:
 
 
 def index_and_footer(header: bytes, payload_bytes: int, parts: Sequence[bytes]) -> list[bytes]:
-    """The bytes behind the payload, parts first, footer last. parts: in the order of INDEX_PARTS."""
+    """The bytes that follow the payload: index parts first, footer last. parts: in the order of INDEX_PARTS."""
     position = HEADER_BYTES + payload_bytes
     entries = []
     for part in parts:

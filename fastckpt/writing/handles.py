@@ -1,4 +1,4 @@
-"""What a save that goes on in the background is to its caller."""
+"""Handles: give the caller of a background save its outcome."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Waiting = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class _Durable(Future[T]):
-    """A future that tells when somebody begins to wait for it. It cannot be cancelled: a save that was begun ends by itself."""
+    """A future that opens a context while somebody waits for it. It cannot be cancelled: a save that has begun ends by itself."""
 
     def __init__(self, waiting: Waiting = contextlib.nullcontext) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Durable(Future[T]):
 class Handle(Generic[T]):
     """A save under way. Any thread.
 
-    Not waiting for it is allowed: the interpreter waits at its end, and a failure is logged in any case.
+    You need not wait for it: the interpreter waits at exit, and a failure is logged in any case.
     """
 
     def __init__(self, what: str, waiting: Waiting = contextlib.nullcontext) -> None:
@@ -47,7 +47,7 @@ class Handle(Generic[T]):
         """
         self._what = what
         self.durable: Future[T] = _Durable(waiting)
-        """Done when what was saved is whole and on stable storage. Carries the error if anything failed. Cannot be cancelled."""
+        """Done when the checkpoint is whole and on stable storage. Carries the error if anything failed. Cannot be cancelled."""
 
     def __repr__(self) -> str:
         error = self.durable.exception() if self.durable.done() else None
@@ -55,7 +55,7 @@ class Handle(Generic[T]):
         return f"<{type(self).__name__} of {self._what}: {state}>"
 
     def done(self) -> bool:
-        """Tell whether the save has ended, well or not."""
+        """Tell whether the save has ended, successfully or not."""
         return self.durable.done()
 
     def wait(self, timeout_s: float | None = None) -> T:
@@ -65,25 +65,25 @@ class Handle(Generic[T]):
             timeout_s: seconds; None: as long as it takes.
 
         Returns:
-            What `durable` results in.
+            The result of `durable`.
 
         Raises:
             TimeoutError: it is not durable yet; the save goes on.
-            Exception: the save's own error, as often as this is called.
+            Exception: the save's own error; each call raises it.
         """
         try:
             return self.durable.result(None if timeout_s is None else bounded(timeout_s))
         except futures.TimeoutError:
-            if self.durable.done():  # the save's own error
+            if self.durable.done():  # raises the save's own error
                 raise
-            # Before Python 3.11 it is not the built-in one that callers catch.
+            # Before Python 3.11 the future's TimeoutError is not the built-in one that callers catch.
             raise TimeoutError(f"{self._what} is not durable after {timeout_s} s; the save goes on") from None
 
 
 class SaveHandle(Handle[int]):
-    """What `save_async` returns: a save under way, of one file or object. `durable` results in its size in bytes.
+    """What `save_async` returns: a save under way, of one file or object. The result of `durable` is its size in bytes.
 
-    Any thread. Not waiting for it is allowed: the interpreter waits at its end, and a failure is logged in any case.
+    Any thread. You need not wait for it: the interpreter waits at exit, and a failure is logged in any case.
     """
 
     def __init__(self, target: str) -> None:
@@ -91,4 +91,4 @@ class SaveHandle(Handle[int]):
         super().__init__(target)
         self.target = target
         self.staged: Future[None] = Future()
-        """Done when the state may change again. What can go wrong before that is raised by `save_async` itself."""
+        """Done when the state may change again. Errors before that moment are raised by `save_async` itself."""

@@ -1,4 +1,4 @@
-"""torch's format of before 1.6, but as atomic as ours."""
+"""torch's format from before 1.6, written atomically."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastckpt.writing.target import open_target
 
 
 def save_legacy(obj: object, f: Any, pickle_module: Any, pickle_protocol: int, options: Options) -> None:
-    """What torch.save does with `_use_new_zipfile_serialization=False`. Raises what it raises, and what `open_target` raises."""
+    """Save as torch.save does with `_use_new_zipfile_serialization=False`. Raises what torch.save and `open_target` raise."""
     sink = open_target(f, "save", options)
     with committing(sink):
         if isinstance(f, (str, os.PathLike)):
             file: Any = _SinkFile(sink)
-        else:  # may look at more of the object than `write`
+        else:  # torch's own function may look at more of the object than `write`
             sink.wait()
             file = f
         torch_save(obj, cast(IO[bytes], file), pickle_module, pickle_protocol, False)

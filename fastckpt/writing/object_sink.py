@@ -1,4 +1,4 @@
-"""A container as one object of a store: gathered on this side, then one put."""
+"""A container as one object of a store: gathered on this machine, then sent with one put."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _IN_MEMORY_BYTES = 64 << 20
 
 
 class ObjectSink:
-    """A Sink over one key. What is written is gathered in memory, past 64 MiB in an unnamed temporary file ($TMPDIR); the object appears
-    whole with `commit`.
+    """A Sink over one key. Written bytes are gathered in memory, and beyond 64 MiB in an unnamed temporary file ($TMPDIR); `commit` makes
+    the whole object appear at once.
 
-    One put can be at most 5 GiB on S3; more is refused as soon as it is reached. States larger than that belong into a repository
-    (Checkpointer), whose packs upload while they are encoded. Owns the store if `owns_store`.
+    One put can be at most 5 GiB on S3; a larger object is refused as soon as it passes that size. Save larger states to a repository
+    (Checkpointer), which uploads packs while it encodes. Owns the store if `owns_store`.
     """
 
     def __init__(self, store: Store, key: str, *, owns_store: bool = True) -> None:
@@ -33,7 +33,7 @@ class ObjectSink:
         self._spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # noqa: SIM115 - closed by commit or abandon
 
     def expect(self, raw_bytes: int) -> None:
-        """Warn if a state of so many bytes is likely to be too large: that it is, is known only when most of it is encoded."""
+        """Warn if a state of this size is likely to be too large; the exact size is known only after most of it is encoded."""
         most = self._store.most_put_bytes
         if most is not None and raw_bytes > most:
             logger.warning(
@@ -97,7 +97,9 @@ class ObjectSink:
                 _let_go(error)
                 raise
             finally:
-                with contextlib.suppress(BufferError):  # somebody looks at it still: it is closed when they have done
+                with contextlib.suppress(
+                    BufferError
+                ):  # somebody still uses a view of it: it is closed when they have finished
                     mapped.close()
 
     def _close(self) -> None:
@@ -106,13 +108,13 @@ class ObjectSink:
             self._store.close()
 
     def abandon(self) -> None:
-        with contextlib.suppress(OSError):  # it may try to write the rest, where there is no room
+        with contextlib.suppress(OSError):  # close may try to write the rest, for which there is no space
             self._spool.close()
         self._close()
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Clear the frames of a failed put: their views of the file would occupy the disk for as long as somebody keeps the error."""
+    """Clear the frames of a failed put: their views of the file would occupy the disk as long as somebody keeps the error."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

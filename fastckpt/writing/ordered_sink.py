@@ -18,30 +18,32 @@ from fastckpt.writing.turns import Turn
 
 
 class OrderedSink:
-    """Passes on to another sink. What replaces its target waits at the commit, all else before the first byte."""
+    """Passes everything on to another sink, in its turn. A sink that replaces its target waits at the commit, any other sink before its
+    first byte.
+    """
 
     def __init__(self, sink: Sink, turn: Turn, timeout_s: float) -> None:
-        """timeout_s: how long earlier saves to the target are waited for. The turn ends with the sink."""
+        """timeout_s: how long this save waits for earlier saves to the target. The turn ends with the sink."""
         self._sink, self._turn, self._timeout_s = sink, turn, timeout_s
         self._has_come = False
 
     def wait(self) -> None:
-        """Until it is this save's turn. TargetBusyError, OvertakenError."""
+        """Wait until it is this save's turn. TargetBusyError, OvertakenError."""
         if self._has_come:
             return
         waited = self._turn.wait(self._timeout_s)
         self._has_come = True
         if waited and isinstance(self._sink, DirectFile) and self._sink.empty:
-            # It may hold an earlier save's bytes now, and is replaced then.
+            # A file that was empty may hold an earlier save's bytes now; then it is replaced instead.
             self._sink.abandon()
             self._sink = open_sink(self._sink.absolute_path)
 
     def hand_over(self) -> None:
-        """Another thread goes on with the save."""
+        """Another thread continues the save."""
         self._turn.hand_over()
 
     def expect(self, raw_bytes: int) -> None:
-        """How large the state is, before the first byte."""
+        """Tell the sink the size of the state, before the first byte."""
         if isinstance(self._sink, ObjectSink):
             self._sink.expect(raw_bytes)
 
@@ -61,8 +63,8 @@ class OrderedSink:
 
 
 def keys_of_path(path: str) -> tuple[Hashable, ...]:
-    """What the target of a path is known by: all names of one have a key in common (symbolic links, relative paths, bind mounts of its
-    directory), and so has the same name in a directory that was moved away or removed and made again meanwhile.
+    """Keys that identify the target of a path. All names of one target share a key (symbolic links, relative paths, bind mounts of its
+    directory); so does the same name in a directory that was moved away, or removed and made again, in between.
     """
     if descriptor_of(path) is not None:
         return (_key_of_open_file(os.stat(path)),)
@@ -70,17 +72,19 @@ def keys_of_path(path: str) -> tuple[Hashable, ...]:
     by_name = "path", directory, name
     try:
         found = os.stat(directory)
-    except OSError:  # not there: the save says so
+    except OSError:  # it does not exist: the save itself will say so
         return (by_name,)
     return by_name, ("path", found.st_dev, found.st_ino, name)
 
 
 def keys_of_object(f: Any) -> tuple[Hashable, ...]:
-    """What a file object is known by: itself, and the file that it writes to, which other objects and names of descriptors may share."""
+    """Keys that identify a file object: the object itself, and the file that it writes to, which other objects and descriptors may
+    share.
+    """
     key = "object", id(f)
-    with contextlib.suppress(Exception):  # whatever somebody's object answers: it is its own target then
-        file = f if isinstance(f, io.IOBase) else f.file  # the wrapper of NamedTemporaryFile
-        # Asked for its descriptor, this one would leave memory for a file.
+    with contextlib.suppress(Exception):  # a user's object may raise anything: then it is identified by itself alone
+        file = f if isinstance(f, io.IOBase) else f.file  # NamedTemporaryFile returns a wrapper
+        # A SpooledTemporaryFile that is asked for its descriptor would move from memory to a file.
         if isinstance(file, io.IOBase) and not isinstance(file, tempfile.SpooledTemporaryFile):
             return key, _key_of_open_file(os.fstat(file.fileno()))
     return (key,)

@@ -33,55 +33,59 @@ Buffer = npt.NDArray[np.uint8]
 
 
 def choose_pack_bytes(raw_bytes: int, options: Options) -> int:
-    """Length of the packs of a save: small enough that each connection gets two, and that all buffers fit their part of the budget."""
+    """Choose the length of the packs of a save: small enough that each connection gets two packs, and that all buffers fit their part of
+    the budget.
+    """
     return max(MIN_PACK_BYTES, min(raw_bytes // (2 * options.connections), options.max_pack_bytes))
 
 
 class PackBuffers:
-    """Memory for packs, kept from save to save: its fresh pages would cost three times the copy into them. One save at a time."""
+    """Memory for packs, kept from save to save: allocating fresh pages costs three times as much as the copy into them. Used by one save at
+    a time.
+    """
 
     def __init__(self) -> None:
         self._free: list[Buffer] = []
 
     def take(self, n_bytes: int) -> Buffer:
-        """A buffer of this size at least, and at most twice as large."""
+        """A buffer of at least this size, and at most twice as large."""
         self._free = [one for one in self._free if n_bytes <= one.size <= 2 * n_bytes]
         return self._free.pop() if self._free else fresh_pages(n_bytes)
 
     def give_back(self, buffers: list[Buffer]) -> None:
-        """Take buffers back, which nobody reads any more."""
+        """Take buffers back that nobody reads any more."""
         self._free += buffers
 
     def drop(self) -> None:
-        """Give the memory back; there will be no other save."""
+        """Free the memory; there will be no other save."""
         self._free = []
 
 
 class _Rotation:
-    """The buffers of one save: filled, sent, and filled again. Used by the thread that adds."""
+    """The buffers of one save: filled, sent, and filled again. Used by the thread that adds chunks."""
 
-    def __init__(self, source: PackBuffers, n_bytes: int, most: int) -> None:
-        """source: where they come from and go back to. n_bytes: of each one. most: how many there may be."""
-        self._source, self._n_bytes, self._most = source, n_bytes, most
+    def __init__(self, buffers: PackBuffers, n_bytes: int, most: int) -> None:
+        """buffers: where buffers come from and go back to. n_bytes: size of each buffer. most: largest number of buffers."""
+        self._buffers, self._n_bytes, self._most = buffers, n_bytes, most
         self._taken: list[Buffer] = []
         self._free: list[Buffer] = []
 
     def take(self) -> Buffer | None:
-        """A buffer to be filled; None while all are on their way."""
+        """An empty buffer; None while all are being sent."""
         if self._free:
             return self._free.pop()
         if len(self._taken) == self._most:
             return None
-        self._taken.append(self._source.take(self._n_bytes))
+        self._taken.append(self._buffers.take(self._n_bytes))
         return self._taken[-1]
 
     def put_back(self, buffer: Buffer) -> None:
-        """What was in it has been sent."""
+        """The buffer's content has been sent: it may be filled again."""
         self._free.append(buffer)
 
     def close(self) -> None:
-        """Give all of them back: nobody reads them any more."""
-        self._source.give_back(self._taken)
+        """Give all buffers back: nobody reads them any more."""
+        self._buffers.give_back(self._taken)
         self._taken, self._free = [], []
 
 
@@ -91,12 +95,12 @@ class _Pack:
     def __init__(self, number: int, buffer: Buffer) -> None:
         self.number, self.buffer = number, buffer
         self.n_bytes = 0
-        """How much of the buffer is filled."""
+        """Number of bytes of the buffer that are filled."""
 
     def add(self, view: memoryview) -> int:
         """Append bytes; returns their offset."""
         offset = self.n_bytes
-        np.copyto(self.buffer[offset : offset + view.nbytes], np.frombuffer(view, np.uint8))  # lets go of the GIL
+        np.copyto(self.buffer[offset : offset + view.nbytes], np.frombuffer(view, np.uint8))  # releases the GIL
         self.n_bytes += view.nbytes
         return offset
 
@@ -115,8 +119,8 @@ class PackWriter:
         cancelled: Callable[[], bool] = lambda: False,
         buffers: PackBuffers | None = None,
     ) -> None:
-        """pool: the threads that upload, as many as connections; closed with this. cancelled: asked before every chunk; once it says True,
-        `add` and `finish` raise SaveError.
+        """pool: the uploading threads, one for each connection; closed with this object. cancelled: asked before every chunk; once it says
+        True, `add` and `finish` raise SaveError.
         """
         self._cancelled = cancelled
         self._store = store
@@ -139,7 +143,9 @@ class PackWriter:
         self._buffers.close()
 
     def remove(self) -> None:
-        """After a failure, before there is a vote: delete what was uploaded. What the store keeps is debris, as after a kill."""
+        """After a failure, before there is a vote: delete what was uploaded. Packs that the store does not delete stay as debris, as after
+        a kill.
+        """
         for number in range(self._sealed):
             key = pack_key(self._save, self._rank, number)
             try:
@@ -169,13 +175,13 @@ class PackWriter:
         return buffer
 
     def _collect(self) -> None:
-        """Take back the oldest pack under way; raises what its upload raised."""
+        """Take back the buffer of the oldest pack in flight. Raises the error of its upload."""
         buffer, entry = self._pending.popleft().result()
         self._files.append(entry)
         self._buffers.put_back(buffer)
 
     def _seal(self, pack: _Pack) -> None:
-        """Let a pack be uploaded; nothing is added to it any more."""
+        """Start the upload of a pack; nothing is added to it any more."""
         self._pending.append(self._pool.submit(functools.partial(self._upload, pack)))
         self._sealed += 1
         self._current = None

@@ -1,4 +1,4 @@
-"""One rank's part of a save: its chunks into packs, its index into a vote (docs/guarantees.md, section 3)."""
+"""One rank's part of a save: writes its chunks into packs and its index into a vote (docs/guarantees.md, section 3)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastckpt.writing.vote_builder import build_vote
 
 @dataclass(frozen=True)
 class SaveAsked:
-    """What a save says of itself besides the state: made where it is asked for, and carried whole."""
+    """Everything a save records besides the state. Made where the save is asked for, and passed on as a whole."""
 
     step: int
     _: KW_ONLY
@@ -34,7 +34,7 @@ class SaveAsked:
     metrics: Mapping[str, float] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     called_s: float = field(default_factory=time.monotonic)
-    """When it was asked for, time.monotonic()."""
+    """time.monotonic() at which the save was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,8 @@ class SaveRequest:
 
 
 class UploadThreads(NamedTuple):
-    """All that one upload needs. `upload` starts its own, unless it is given them: a save that waits for another to end may only get to it
-    when the interpreter's end allows no more of them.
+    """The threads of one upload. `upload` starts them itself unless it is given some. They are given to a save that has to wait for an
+    earlier one: by the time it begins, the interpreter may be ending and allow no new threads.
     """
 
     encoders: WorkerPool | None
@@ -58,7 +58,7 @@ class UploadThreads(NamedTuple):
 
     @classmethod
     def start(cls, captured: Captured, options: Options) -> UploadThreads:
-        """RuntimeError if they cannot be had. Takes some 50 µs a thread."""
+        """Start them. RuntimeError if no thread can be started. Takes some 50 µs for each thread."""
         encoders = start_workers(captured, options, background=True)
         try:
             return cls(encoders, WorkerPool(options.connections, "fastckpt-upload", nice=options.background_nice))
@@ -68,7 +68,7 @@ class UploadThreads(NamedTuple):
             raise
 
     def close(self) -> None:
-        """Cancel what has not begun, wait for the rest. May be called twice."""
+        """Cancel jobs that have not begun, and wait for the others. May be called twice."""
         for pool in (self.encoders, self.uploaders):
             if pool is not None:
                 pool.close()
@@ -86,9 +86,9 @@ def upload(
 ) -> Vote:
     """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
 
-    source: the captured state's chunks; None: the state itself. cancelled: asked before every chunk; True ends the save with a SaveError.
-    buffers: kept by the caller for its next save. threads: closed by this.
-    Takes, besides the state, `options.chunks_in_flight` × 16 MiB and `connections + 1` packs.
+    source: gives the captured state's chunks; None: they are read from the state itself. cancelled: asked before every chunk; True ends the
+    save with a SaveError. buffers: kept by the caller for its next save. threads: closed by this function. Memory needed besides the state:
+    `options.chunks_in_flight` × 16 MiB and `connections + 1` packs.
     """
     started = time.perf_counter()
     target = f"{store.url} step {request.save.step}"
@@ -114,12 +114,12 @@ def upload(
         finally:
             threads.close()
         vote, data = _build(chunks, captured, files, request, packs.stored_bytes)
-        if cancelled():  # the last moment at which that can be true of it
+        if cancelled():  # the last moment at which the save can still be cancelled
             raise SaveError(f"the save of step {request.save.step} was cancelled. Nothing was committed")
         store.put(vote_key(vote.name), data)
     except BaseException as error:
         if isinstance(error, StoreFullError) and packs is not None:
-            packs.remove()  # or it takes the room that the next save needs, until its grace is over
+            packs.remove()  # otherwise they take the space that the next save needs, until their grace is over
         events.emit(events.SaveFailed(target=target, error=error))
         raise
     events.emit(
@@ -137,7 +137,7 @@ def upload(
 def _build(
     chunks: ChunkWriter, captured: Captured, files: Sequence[FileEntry], request: SaveRequest, stored_bytes: int
 ) -> tuple[Vote, bytes]:
-    """The vote and its bytes. SaveError if a reader would refuse it."""
+    """Build the vote and its bytes. SaveError if a reader would refuse it."""
     asked = request.asked
     seconds = time.monotonic() - asked.called_s
     info = SaveInfo(

@@ -1,4 +1,4 @@
-"""What a save can write to on this machine, besides a file that it replaces; and which of them a path is."""
+"""Sinks of this machine other than a file that is replaced; and the choice of the sink for a path."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from fastckpt.host.files import AtomicFile, naming
 from fastckpt.host.held import descriptor_of, held_for_writing, held_open, is_own, why_not_replaced
 from fastckpt.host.sink import Sink
 
-_OBJECT_WRITE_BYTES = 4 << 20  # what is copied for one call of a caller's `write`
+_OBJECT_WRITE_BYTES = 4 << 20  # bytes that are copied for one call of a caller's `write`
 
 
 class DirectFile:
-    """A Sink for what lies at a path and cannot be replaced: a device, a pipe, the name of a descriptor, a file without bytes that
-    somebody holds open or whose directory is closed to us (docs/guarantees.md, §6). A file that holds bytes is never written in place.
+    """A Sink for a path whose target cannot be replaced: a device, a pipe, the name of a descriptor, an empty file that somebody holds
+    open, or an empty file in a directory that we may not write to (docs/guarantees.md, §6). A file that holds bytes is never written in
+    place.
 
-    Not atomic: who looks meanwhile sees a part. A file that was empty is emptied again if the save fails.
+    Not atomic: somebody who reads it meanwhile sees a part. A file that was empty is emptied again if the save fails.
     """
 
     def __init__(self, path: str, fd: int | None = None, *, empty: bool = False) -> None:
-        """fd: closed in the end; None: the path is opened at the first write, as opening a pipe waits for its reader. empty: it is a file
-        without bytes."""
+        """fd: an open descriptor, closed at the end; None: the path is opened at the first write, because opening a pipe waits for its
+        reader. empty: the target is a file without bytes.
+        """
         self._path, self._fd, self.empty = path, fd, empty
         self.absolute_path = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
         self._written = False
@@ -66,7 +68,7 @@ class DirectFile:
 
 
 class FileObject:
-    """A Sink for a caller's writable object: needs `write` and `flush`, no seek. It stays open; durability is its owner's."""
+    """A Sink for a caller's writable object: needs `write` and `flush`, no seek. It stays open; its owner makes it durable."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
@@ -74,10 +76,10 @@ class FileObject:
     def write(self, data: Any) -> None:
         view = memoryview(data).cast("B")
         while view.nbytes:
-            # bytes, not a view: writers may keep what they are given, and our buffers are used again.
+            # Pass bytes, not a view: a writer may keep what it is given, and our buffers are used again.
             piece = bytes(view[:_OBJECT_WRITE_BYTES])
             written = self._target.write(piece)
-            if written is None:  # torch accepts writers that return nothing; they have taken it all
+            if written is None:  # torch accepts writers that return nothing; such a writer has taken all bytes
                 written = len(piece)
             if type(written) is not int or not 0 < written <= len(piece):
                 raise SaveError(
@@ -90,11 +92,11 @@ class FileObject:
         self._target.flush()
 
     def abandon(self) -> None:
-        """What was written stays in the object: it cannot be taken back."""
+        """Nothing to do: bytes that were written to the object cannot be taken back."""
 
 
 def open_sink(path: str) -> Sink:
-    """The sink for a path of this machine. OSError, SaveError."""
+    """Choose the sink for a path of this machine. OSError, SaveError."""
     descriptor = descriptor_of(path)
     if descriptor is not None and is_own(descriptor[0]):
         return _of_descriptor(path, descriptor[1])
@@ -103,7 +105,7 @@ def open_sink(path: str) -> Sink:
     except FileNotFoundError:
         return AtomicFile(path)
     if stat.S_ISDIR(found.st_mode):
-        return AtomicFile(path)  # says so
+        return AtomicFile(path)  # raises the error that names the reason
     if not stat.S_ISREG(found.st_mode):
         return DirectFile(path, None if stat.S_ISFIFO(found.st_mode) else _open_to_write(path))
     if descriptor is not None:
@@ -132,7 +134,7 @@ def open_sink(path: str) -> Sink:
 
 
 def _of_descriptor(path: str, number: int) -> Sink:
-    """Through a copy of the descriptor: at its position, whatever becomes of the original meanwhile."""
+    """Write through a copy of the descriptor: at its position, even if the original is closed meanwhile."""
     try:
         flags = fcntl.fcntl(number, fcntl.F_GETFL)
         if flags & os.O_ACCMODE == os.O_RDONLY:

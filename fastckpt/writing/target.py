@@ -1,4 +1,4 @@
-"""Where `save` and `save_async` write: a path, a URL or a file object, and the place of a save among those that go there."""
+"""Opens the target of `save` and `save_async`: a path, a URL or a file object; and takes the save's turn among those to the same target."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastckpt.writing.sinks import FileObject, open_sink
 def open_target(f: Any, verb: str, options: Options) -> OrderedSink:
     """The sink for a path, a URL or a file object, last in the order of the saves to it. verb: "save" or "save_async", for messages.
 
-    OSError, SaveError, StoreError: what can be known of the target before the first byte.
+    OSError, SaveError, StoreError: problems of the target that can be seen before the first byte.
     """
     name = f"{verb} to {describe(f)}"
     if not isinstance(f, (str, os.PathLike)):
@@ -33,7 +33,7 @@ def open_target(f: Any, verb: str, options: Options) -> OrderedSink:
         opened = functools.partial(ObjectSink, store, key)
     else:
         if describe(f).startswith("file:"):
-            make_directories(os.path.dirname(where))  # as a store does
+            make_directories(os.path.dirname(where))  # a directory store does the same
         keys = keys_of_path(where)
         opened = functools.partial(open_sink, where)
     turn = turns.take(keys, name)

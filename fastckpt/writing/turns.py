@@ -1,8 +1,8 @@
 """Saves to one target take effect in the order of their calls.
 
-Each save takes a *turn* at the call, waits for the earlier ones of its target before it touches it, and ends its turn with the save,
-whatever became of it. Within a process: other processes, and writers that are not ours, know nothing of it. A forked child has no turns:
-its parent's saves are not its own.
+Each save takes a *turn* at the call, waits for the earlier ones of its target before it touches it, and ends its turn when the save ends,
+successfully or not. Turns exist within one process: other processes, and other programs that write to the target, do not take part. A
+forked child starts without turns, because its parent's saves are not its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Collection, Hashable, Iterator
 
 from fastckpt.errors import OvertakenError, TargetBusyError
 
-_POLL_S = 1.0  # a turn whose save was cut off (Ctrl-C between two lines) ends when it is collected, which wakes nobody
+_POLL_S = 1.0  # a save that was cut off (Ctrl-C between two lines) ends its turn when the turn is collected, and that wakes nobody
 
 
 class Turn:
@@ -27,18 +27,18 @@ class Turn:
         self.name = name
         self._begun_s = time.monotonic()
         self._thread: int | None = threading.get_ident()
-        """Which thread has it in hand; None: one that is just being started."""
+        """The thread that runs the save; None: a thread that is just being started."""
         self._has_come = False
         self._overtaken_by = ""
 
     def hand_over(self) -> None:
-        """Another thread goes on with it."""
+        """Another thread continues the save."""
         with _changed:
             if self._thread == threading.get_ident():
                 self._thread = None
 
     def wait(self, timeout_s: float) -> bool:
-        """Until all earlier saves to the target have ended; whether there were any.
+        """Wait until all earlier saves to the target have ended. Returns whether there were any.
 
         TargetBusyError after `timeout_s` seconds. OvertakenError if a save in a signal handler of this thread came first.
         """
@@ -59,15 +59,15 @@ class Turn:
                 left_s = end - time.monotonic()
                 if left_s <= 0:
                     error = self._busy(earlier[0], f"has not ended after {timeout_s:g} s of waiting (max_order_wait_s)")
-                    del earlier  # the traceback would keep a turn that nobody ends
+                    del earlier  # a traceback that holds it would keep a turn alive that nobody ends
                     raise error
                 _changed.wait(min(left_s, _POLL_S))
 
     def _earlier(self) -> list[Turn]:
         """The turns that must end first. Called under the lock.
 
-        One of this very thread can end only after us: we are in a signal handler that has interrupted it. It lets us pass, unless it is
-        just putting its bytes in place.
+        An earlier turn of this same thread can end only after ours: we are in a signal handler that interrupted it. It lets us pass, unless
+        it is just putting its bytes in place.
         """
         found = []
         for turn in self._before():
@@ -80,7 +80,7 @@ class Turn:
         return found
 
     def _before(self) -> Iterator[Turn]:
-        """Those that were taken earlier and have a key in common with this one."""
+        """Earlier turns that have a key in common with this one."""
         for key in self._keys:
             for turn in _of(key):
                 if turn is self:
@@ -95,7 +95,7 @@ class Turn:
         )
 
     def end(self) -> None:
-        """The save has ended, well or not. May be called twice."""
+        """The save has ended, successfully or not. May be called twice."""
         with _changed:
             for key in self._keys:
                 turns = _turns.get(key, [])
@@ -110,9 +110,9 @@ _changed = threading.Condition()
 
 
 def take(keys: Collection[Hashable], name: str) -> Turn:
-    """The last place in the order of a target.
+    """Take the last place in the order of a target.
 
-    keys: what it is known by; saves that have one in common have one target. name: of the save, for messages.
+    keys: identify the target; two saves with a common key have the same target. name: of the save, for messages.
     """
     turn = Turn(keys, name)
     try:
@@ -120,7 +120,7 @@ def take(keys: Collection[Hashable], name: str) -> Turn:
             for key in keys:
                 _turns.setdefault(key, []).append(weakref.ref(turn))
         return turn
-    except BaseException:  # Ctrl-C, whose traceback may keep the turn for as long as it is kept
+    except BaseException:  # Ctrl-C: its traceback may keep the turn alive as long as somebody keeps the traceback
         turn.end()
         raise
 

@@ -1,4 +1,4 @@
-"""A rank's index → its vote: built, checked, and not read back (docs/format.md, section 11.2)."""
+"""Builds a rank's vote from its index, and checks it without reading it back (docs/format.md, section 11.2)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from fastckpt.writing.container import index_and_footer
 
 _SAMPLE = 8
 _OF_WRONG_VALUES = (AttributeError, TypeError, ValueError)
-"""What building the texts ends with where a value has another type than it should have."""
+"""Exceptions that building the texts raises if a value has a wrong type."""
 
 
 def build_vote(
     save: SaveId, listed: Directory, files: Sequence[FileEntry], chunks: Records, skeleton: bytes
 ) -> tuple[Vote, bytes]:
-    """The vote, as whoever reads it will find it, and its bytes.
+    """The vote, equal to the one that a reader will get, and its bytes.
 
-    listed: with its member `save`. SaveError if a reader would refuse it, which is a fault of fastckpt: nobody may find that out when the
-    state is gone. What is large is checked by its values, before they are written; what is small is read back by the reader itself.
+    listed: the directory, including its member `save`. SaveError if a reader would refuse the vote. That would be a fault of fastckpt, and
+    it must be found while the state still exists. Large parts are checked by their values before they are written; small parts are read
+    back with the reader's own code.
     """
     where = f"the index of step {save.step} that was built"
     try:
@@ -34,7 +35,7 @@ def build_vote(
         header = container.build_header(read_features=0)
         parts = [directory.build(listed), directory.build_file_table(files), chunks.tobytes(), skeleton]
         data = b"".join([header, *index_and_footer(header, 0, parts)])
-        if not directory_columns.sound(listed, chunks["raw_bytes"]):  # unusual, or wrong: the reader has the words
+        if not directory_columns.sound(listed, chunks["raw_bytes"]):  # unusual or wrong: the reader can say which
             directory_reader.parse(parts[0], chunks["raw_bytes"], where)
         footer = container.parse_footer(data[-FOOTER_BYTES:], len(data), where)
         name = vote_name(save, listed.rank, listed.world, data)
@@ -48,12 +49,14 @@ def build_vote(
 
 
 def _check(listed: Directory, files: Sequence[FileEntry], chunks: Records, where: str) -> Directory:
-    """All but the rows of the directory. Returns its other members as a reader finds them. CorruptCheckpointError."""
+    """Check everything except the rows of the directory. Returns the directory's other members as a reader gets them.
+    CorruptCheckpointError.
+    """
     damage = records.check(chunks, HEADER_BYTES, [file.n_bytes for file in files])
     if damage:
         raise CorruptCheckpointError(where, damage)
     directory.parse_file_table(directory.build_file_table(files), False, where)
-    # With some rows, so that a fault in how rows are written is found too.
+    # With some rows, so that a fault in the way rows are written is found too.
     storages = listed.storages[:_SAMPLE]
     tensors = tuple(entry for entry in listed.tensors[: 8 * _SAMPLE] if entry.storage < len(storages))[:_SAMPLE]
     sample = replace(listed, storages=storages, tensors=tensors)

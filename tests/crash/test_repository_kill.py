@@ -43,7 +43,7 @@ def one_thread() -> Iterator[None]:
 def job(store: Store, report: Callable[[int], None], steps: int = 2) -> None:
     """Restore, save some steps with retention: what a training job does to its repository."""
     run = incarnation(store)
-    choice = run.restore()
+    choice = run.choose_and_claim()
     start = 0 if choice is None else choice.commit.save.step
     for step in range(start + 1, start + 1 + steps):
         run.save(captured(small_state(step)), step)
@@ -78,7 +78,7 @@ def judge(root: Path, acknowledged: int, before: int) -> str:
     store = LocalStore(root)
     check_all(store)
     run = incarnation(store)
-    choice = run.restore()
+    choice = run.choose_and_claim()
     step = 0 if choice is None else choice.commit.save.step
     least = max(acknowledged, before)
     assert step >= least, f"step {least} was acknowledged, a restore finds {step}"

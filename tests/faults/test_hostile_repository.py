@@ -79,7 +79,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Two steps and a pin, as key → bytes."""
     store = LocalStore(tmp_path_factory.mktemp("good"))
     job = Incarnation(Repository(store), OPTIONS)
-    job.restore()
+    job.choose_and_claim()
     for step in (1, 2):
         commit = job.save(captured(small_state(float(step))), SaveAsked(step, metrics={"loss": 0.5}, meta={"a": [1]}))
     reader = Pin(CheckpointId(commit.save.epoch, 1), 1 << 30, "a reader", utc_now())
@@ -200,7 +200,7 @@ KINDS: dict[str, Callable[[random.Random, dict[str, bytes], str], None]] = {
 
 def restore(store: LocalStore) -> Any:
     job = Incarnation(Repository(store), OPTIONS)
-    choice = job.restore()
+    choice = job.choose_and_claim()
     return None if choice is None else load(store, choice.commit)
 
 

@@ -42,13 +42,13 @@ def save_first(store: Store) -> None:
 
 def restore_and_save(store: Store) -> None:
     run = incarnation(store)
-    assert run.restore() is not None
+    assert run.choose_and_claim() is not None
     run.save(captured(small_state(4)), 4)
 
 
 def restore_save_retain(store: Store) -> None:
     run = incarnation(store)
-    run.restore()
+    run.choose_and_claim()
     run.save(captured(small_state(4)), 4)
     for _ in range(3):  # tombstones, then packs
         run.retain(Keep(last=1), grace_s=0.0)
@@ -92,7 +92,7 @@ def test_every_operation_fails_once(scenario: str, mode: Mode) -> None:
             faulty.release()
         # and the next incarnation works
         after = incarnation(store)
-        after.restore()
+        after.choose_and_claim()
         after.save(captured(small_state(9)), 9)
         check_all(store)
         assert history(store)[0].step == 9
@@ -198,7 +198,7 @@ def test_retention_deletes_no_pack_while_a_commit_cannot_be_read() -> None:
     record = store.get(key)
     store.put(key, record[:-2] + b"x\n")
     run = incarnation(store)
-    run.restore()
+    run.choose_and_claim()
     run.save(captured(small_state(4)), 4)
     packs = {info.key for info in store.list(keys.DATA)}
     for _ in range(3):

@@ -48,14 +48,14 @@ def state(seed: int) -> dict[str, Any]:
 def write(store: Store) -> None:
     """Epoch 1: steps 1 (retired), 2, 3. Epoch 2: a rewind to 2; 3, 4. Epoch 3: two ranks, a shared pack, an unfinished save, pins."""
     job = Incarnation(Repository(store), IN_PARALLEL)
-    job.restore()
+    job.choose_and_claim()
     for step in (1, 2, 3):
         job.save(
             captured(state(step)), SaveAsked(step, metrics={"loss": 1 / step, "odd": float("nan")}, meta={"note": "µ"})
         )
         job.retain(Keep(last=2), grace_s=0.0)
     job = Incarnation(Repository(store), IN_PARALLEL)
-    job.restore(2)
+    job.choose_and_claim(2)
     for step in (3, 4):
         commit = job.save(captured(state(10 + step)), step)
     found = Repository(store).commit(CheckpointId(2, 4))

@@ -175,7 +175,7 @@ def _check_record(what: str, r: Record, payload_end: int) -> None:
         raise UnsupportedError("records", f"{what}: transform {r.transform}; known: 1 to {REF}")
     lanes = {RAW: (1,), CONST: (1, 2, 4, 8), CAST: (2,), REF: (1, 2, 4, 8)}.get(r.transform, (2, 4, 8))
     need(r.lane in lanes, "records", f"{what}: lanes of {r.lane} bytes")
-    need(r.pack in ((1, 2, 4, 8) if r.transform == SUBPACK else (0,)), "records", f"{what}: a pack width of {r.pack}")
+    need(r.pack in ((1, 2, 4, 8) if r.transform == SUBPACK else (0,)), "records", f"{what}: pack bits of {r.pack}")
     need(r.zero == 0 and not any(r.zeros), "records", f"{what}: reserved bytes are not zero")
     need(1 <= r.raw <= 4 * MIB and r.raw % r.lane == 0, "records", f"{what}: {r.raw} raw bytes, lanes of {r.lane}")
     need(r.file == 0, "records", f"{what}: names file {r.file} in a self-contained container")

@@ -35,7 +35,7 @@ def decoded(encoded: codec.Encoded, stored: bytes, n_bytes: int, base: U8 | None
 def check(raw: U8, name: str, effort: Effort = Effort.NORMAL, base: U8 | None = None) -> codec.Encoded:
     element = element_type(name)
     assert element is not None
-    encoded = codec.encode(raw, element.const_lane_bytes, element.rot_lane_bytes, effort=effort, base=base)
+    encoded = codec.encode(raw, element.const_lane_bytes, element.float_lane_bytes, effort=effort, base=base)
     stored = bytes(encoded.stored)
     w = element.const_lane_bytes
     constant = raw.tobytes() == raw[:w].tobytes() * (raw.size // w)

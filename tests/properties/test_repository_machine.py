@@ -46,7 +46,7 @@ from tests.support.states import captured, same, small_state
 
 def saver(world: World, run: Incarnation, rng: random.Random) -> None:
     """A job: restores, trains, saves, retains."""
-    choice = run.restore()
+    choice = run.choose_and_claim()
     step = 0 if choice is None else choice.commit.save.step
     if choice is not None:
         value = load(choice.reader)
@@ -77,7 +77,7 @@ def _train(world: World, run: Incarnation, rng: random.Random, step: int, retain
 
 def old_job(world: World, run: Incarnation, rng: random.Random) -> None:
     """A job that goes on for long, whose retention runs beside its saves."""
-    choice = run.restore()
+    choice = run.choose_and_claim()
     assert run.epoch is not None
     step = 0 if choice is None else choice.commit.save.step
     over: list[int] = []
@@ -100,7 +100,7 @@ def old_job(world: World, run: Incarnation, rng: random.Random) -> None:
 
 def hoarder(world: World, run: Incarnation, rng: random.Random) -> None:
     """A job that keeps everything, and leaves the rest to a person."""
-    choice = run.restore()
+    choice = run.choose_and_claim()
     _train(world, run, rng, 0 if choice is None else choice.commit.save.step, retain=False)
 
 
@@ -127,7 +127,7 @@ def rewinder(world: World, run: Incarnation, rng: random.Random) -> None:
     if not steps:
         return
     world.rewinds.append(1)
-    choice = run.restore(rng.choice(steps))
+    choice = run.choose_and_claim(rng.choice(steps))
     assert choice is not None
     _train(world, run, rng, choice.commit.save.step)
 

@@ -50,7 +50,7 @@ def test_two_incarnations_race(s3_server: S3Server, open_store: Callable[..., S3
             run = Incarnation(Repository(stores[i]), OPTIONS)
             try:
                 start.wait()
-                choice = run.restore()
+                choice = run.choose_and_claim()
                 step = 0 if choice is None else choice.commit.save.step
                 assert run.epoch is not None
                 for _ in range(saves):

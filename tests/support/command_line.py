@@ -33,6 +33,6 @@ def rewound(store: LocalStore) -> None:
     """Epoch 1: steps 1 to 3. Epoch 2 goes on from 2 with 4; and one rank of two voted for 9."""
     save_steps(store, [1, 2, 3], {1: {"loss": 3.0}, 2: {"loss": 1.0}, 3: {"loss": float("nan")}})
     job = Incarnation(Repository(store), IN_PARALLEL)
-    job.restore(2)
+    job.choose_and_claim(2)
     job.save(captured(rich_state(4)), SaveAsked(4, metrics={"loss": 2.0}))
     vote(store, 2, 9, 0, 2, rich_state(9))

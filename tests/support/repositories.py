@@ -17,7 +17,7 @@ from fastckpt.format.repository_records import Commit, Epoch, Parent
 from fastckpt.format.vote import Vote, vote_name
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
-from fastckpt.repository.catalog import Catalog, verify
+from fastckpt.repository.catalog import Catalog, open_checked
 from fastckpt.repository.commit import open_vote, try_commit
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
@@ -51,7 +51,7 @@ def save_steps(
 ) -> Incarnation:
     """One incarnation's saves of rich_state(step)."""
     job = Incarnation(Repository(store), IN_PARALLEL)
-    job.restore()
+    job.choose_and_claim()
     for step in steps:
         job.save(captured(rich_state(step)), SaveAsked(step, metrics=(metrics or {}).get(step, {})))
     return job
@@ -139,7 +139,7 @@ def history(store: Store) -> list[CheckpointId]:
 def check_all(store: Store) -> None:
     """G1: whatever is committed is whole, to the last bit."""
     for commit in living(store).values():
-        verify(store, commit)
+        open_checked(store, commit)
         for rank in range(commit.world):
             reader = open_vote(store, commit.vote(rank))
             for number in range(len(reader.records)):

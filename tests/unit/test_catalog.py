@@ -146,7 +146,7 @@ def test_all_are_damaged(store: MemoryStore) -> None:
 
 def test_a_rewind_leaves_a_branch(store: MemoryStore) -> None:
     job = Incarnation(Repository(store), IN_PARALLEL)
-    job.restore(1)
+    job.choose_and_claim(1)
     assert [c.step for c in catalog(store).history()] == [1], "even before its first save"
     job.save(captured(rich_state(9)), 2)
     assert list(catalog(store).history()) == [CheckpointId(2, 2), CheckpointId(1, 1)]

@@ -350,7 +350,7 @@ def test_an_incarnation_that_saved_is_seen_by_one_that_claims_meanwhile(store: H
 
     store.put_if_absent = commit_first  # type: ignore[method-assign]
     new = Incarnation(Repository(store), options)
-    choice = new.restore()
+    choice = new.choose_and_claim()
     assert choice is not None
     assert choice.commit.save.step == 2
 

@@ -218,7 +218,7 @@ def test_a_save_ends_whose_vote_is_gone(store: MemoryStore) -> None:
 
     run = Incarnation(Repository(Taking(store)), OPTIONS, sleep=lambda s: pytest.fail("it waits"))
     run.repository.initialise()
-    run.restore()
+    run.choose_and_claim()
     with pytest.raises(RepositoryError, match="was placed and is gone"):
         run.save(captured(small_state(1.0)), 1)
 

@@ -49,7 +49,7 @@ def test_a_record_is_read_again_only_when_the_list_shows_another_object() -> Non
     now_s = [1e9]
     store = MemoryStore(clock=lambda: now_s[0])
     run = Incarnation(Repository(store), OPTIONS)
-    run.restore()
+    run.choose_and_claim()
     for step in (1, 2):
         run.save(captured(float(step)), step)
     pin = pin_bytes(Pin(ONE, 10, "the test", utc_now()))
@@ -82,7 +82,7 @@ def test_a_record_is_read_again_only_when_the_list_shows_another_object() -> Non
 def test_ls_reads_each_record_once() -> None:
     store = MemoryStore()
     run = Incarnation(Repository(store), OPTIONS)
-    run.restore()
+    run.choose_and_claim()
     for step in (1, 2, 3):
         run.save(captured(float(step)), step)
     run.retain(Keep(last=1))
@@ -96,7 +96,7 @@ def test_ls_reads_each_record_once() -> None:
 def test_a_record_that_is_another_one_since_the_list_is_an_error_or_itself(n_bytes: int) -> None:
     store = MemoryStore()
     run = Incarnation(Repository(store), OPTIONS)
-    run.restore()
+    run.choose_and_claim()
     run.save(captured(1.0), 1)
     known = KnownRecords(store)
     listing = known.list()

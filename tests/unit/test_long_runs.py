@@ -58,7 +58,7 @@ def run_of(seconds_a_save: float, saves: int, watched: set[int]) -> tuple[Counte
     inner = MemoryStore(clock=lambda: now_s[0])
     store = Counted(inner)
     run = Incarnation(Repository(store), OPTIONS)
-    run.restore()
+    run.choose_and_claim()
     state, found = captured(small_state(1.0)), {}
     store.take()
     for step in range(1, saves + 1):
@@ -108,7 +108,7 @@ def test_memory_of_a_run_is_that_of_what_is_there() -> None:
     now_s = [1e9]
     store = MemoryStore(clock=lambda: now_s[0])
     run = Incarnation(Repository(store), OPTIONS)
-    run.restore()
+    run.choose_and_claim()
     sizes = []
     for step in range(1, 201):
         run.save(captured(small_state(1.0)), step)

@@ -23,7 +23,7 @@ from tests.support.states import captured, small_state
 
 def job(store: MemoryStore, steps: list[int]) -> Any:
     run = incarnation(store)
-    run.restore()
+    run.choose_and_claim()
     for step in steps:
         run.save(captured(small_state(step)), step)
     return run
@@ -41,7 +41,7 @@ def test_a_running_job_puts_its_records_back_and_the_next_start_goes_on() -> Non
     assert store.get(keys.MARKER) == marker
     assert store.get("epochs/000001.json") == epoch
     assert [c.step for c in history(store)] == [6, 5]
-    assert incarnation(store).restore().commit.save.step == 6  # type: ignore[union-attr]
+    assert incarnation(store).choose_and_claim().commit.save.step == 6  # type: ignore[union-attr]
     check_all(store)
 
 
@@ -95,7 +95,7 @@ def test_the_history_follows_the_parents_of_commits_where_a_record_is_missing() 
     store = MemoryStore()
     job(store, [1, 2, 3])
     rewound = incarnation(store)
-    rewound.restore(2)
+    rewound.choose_and_claim(2)
     rewound.save(captured(small_state(4.0)), 4)
     store.delete("epochs/000002.json")
     assert [c.step for c in history(store)] == [4, 2, 1], "step 3 was left behind"
@@ -112,7 +112,7 @@ def test_nothing_is_retired_while_the_record_of_a_living_commit_is_missing_and_a
     store.delete("epochs/000001.json")
     store.delete(keys.MARKER)
     with pytest.raises(RepositoryError, match="check --repair"):
-        incarnation(store).restore()
+        incarnation(store).choose_and_claim()
     report = check_repository(Repository(store))
     assert report.history == (CheckpointId(1, 2), CheckpointId(1, 1))
     todo = plan_repair(report, Catalog(Repository(store)).epoch, 0)

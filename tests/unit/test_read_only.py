@@ -210,7 +210,7 @@ def test_a_head_that_moves_while_it_loads_is_loaded_again(moves: int) -> None:
     trained(store, 1).close()
     # Another incarnation, whose saves are not acknowledged any more once ours has claimed: the head moves all the same.
     other = incarnation(store)
-    other.restore()
+    other.choose_and_claim()
     net, left = model(0.0), [moves]
     state = {"model": torch.nn.Linear(3, 3).state_dict()}
 

@@ -21,7 +21,7 @@ from fastckpt.repository.commit import open_vote
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training import stateful
 from fastckpt.training.changes import changes
-from fastckpt.training.placement import look
+from fastckpt.training.placement import plan_placement
 from tests.support.repositories import load
 from tests.support.repositories import restore_once as restore
 from tests.support.repositories import saved_once as saved
@@ -163,7 +163,7 @@ def test_an_optimizer_that_wraps_another_without_being_one(caplog: pytest.LogCap
         assert ckpt.restored is not None
         reader = open_vote(store, ckpt.restored.vote(0))
         wrapped = {"m": second["m"], "o": Wrapper(second["o"])}
-        stateful.apply(wrapped, load(reader), "x", look(wrapped, reader.directory, "x"))
+        stateful.apply(wrapped, load(reader), "x", plan_placement(wrapped, reader.directory, "x"))
     assert equal(first["o"].state_dict(), second["o"].state_dict())
     assert not caplog.records
 
@@ -304,7 +304,7 @@ def test_what_was_saved_from_the_meta_device_has_nothing_to_lose() -> None:
     fastckpt.save({"m": on_meta().state_dict()}, file)
     file.seek(0)
     directory = Reader.open(FileObjectSource(file), alone=True).directory
-    assert set(look({"m": on_meta()}, directory, "x").places) <= {"meta", "cpu"}
+    assert set(plan_placement({"m": on_meta()}, directory, "x").places) <= {"meta", "cpu"}
 
 
 # -- dictionaries and lists --------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def test_history_goes_before_abandoned_branches(store: LocalStore, out: Path) ->
     from fastckpt.repository.incarnation import Incarnation
 
     job = Incarnation(Repository(store), IN_PARALLEL)
-    job.restore(1)
+    job.choose_and_claim(1)
     job.save(captured(rich_state(3)), 3)
     (pack,) = keys_of(store, "data/000002-000000000003-000/")
     store.delete(pack)

@@ -315,5 +315,5 @@ def test_buffers_of_the_encoder_are_no_threads_own() -> None:
     """np.empty in a thread stays in an arena of the C library when the thread ends: 630 MB after sixty saves."""
     scratch = container._Scratch.of(4 * MIB)
     assert scratch.raw.ctypes.data % 4096 == 0
-    assert scratch.room.ctypes.data % 4096 == 0
+    assert scratch.out.ctypes.data % 4096 == 0
     assert container._Scratch.of(0).raw.size == 0

@@ -82,7 +82,7 @@ def store() -> Counting:
 def test_a_save_and_its_retention_read_no_vote(store: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = Counts(store, monkeypatch)
     run = Incarnation(Repository(store), OPTIONS)
-    run.restore()
+    run.choose_and_claim()
     for step in (1, 2, 3):
         run.save(captured(state(step)), step)
         run.retain(Keep(last=2), grace_s=0.0)
@@ -107,7 +107,7 @@ def test_who_only_reads_reads_the_vote_once(store: Counting, monkeypatch: pytest
 
     save_steps(store, [1])
     run = Incarnation(Repository(store), OPTIONS)
-    run.restore()
+    run.choose_and_claim()
     run.save(captured(state(2)), 2)
     counts = Counts(store, monkeypatch)
     counts.take()
@@ -119,7 +119,7 @@ def test_retention_reads_one_range_of_an_earlier_incarnations_vote(
     store: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Incarnation(Repository(store), OPTIONS)
-    run.restore()
+    run.choose_and_claim()
     for step in (1, 2, 3):
         run.save(captured(state(step)), step)
     packs = set(keys_of(store, keys.DATA))

@@ -1,4 +1,4 @@
-"""The kernels in NumPy: the definition of what the others must compute (docs/format.md, sections 1, 4.3 and 4.4)."""
+"""The kernels in NumPy: they define what the other implementations must compute (docs/format.md, sections 1, 4.3 and 4.4)."""
 
 from fastckpt.kernels.reference.crc import crc64nvme, crc_tables
 from fastckpt.kernels.reference.estimate import Estimate, sample

@@ -35,7 +35,7 @@ def _advance_by_8(register: U64) -> U64:
 
 
 def _apply(columns: U64, vectors: U64) -> U64:
-    """A linear map over GF(2), given by the images of the 64 unit vectors, applied to each of `vectors`."""
+    """Apply a linear map over GF(2) to each of `vectors`. The map is given by the images of the 64 unit vectors."""
     bits = (vectors[..., None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
     return np.asarray(
         np.bitwise_xor.reduce(np.where(bits.astype(bool), columns, np.uint64(0)), axis=-1), dtype=np.uint64
@@ -43,7 +43,7 @@ def _apply(columns: U64, vectors: U64) -> U64:
 
 
 def _advance_by_zeros(words: int) -> U64:
-    """The map "8 × words zero bytes pass through the register"."""
+    """The map of a register that reads "8 × words" zero bytes."""
     unit = np.uint64(1) << np.arange(64, dtype=np.uint64)
     result, power = unit, _advance_by_8(unit)
     while words:

@@ -1,4 +1,4 @@
-"""What each way of storing a chunk would take, from a sample of it."""
+"""Estimates the size of a chunk for each way of storing it, from a sample."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from fastckpt.kernels.transform import PACK_BITS
 
 
 class Estimate(NamedTuple):
-    """Bits per lane that each way of storing a chunk would take, from a sample; negative: not possible. In the native kernel's order."""
+    """Estimated bits per lane for each way of storing a chunk; negative: not possible. Fields in the native kernel's order."""
 
     rot: float
     rotu: float
     sub: float
     subpack: tuple[float, float, float, float]
-    """By pack bits 1, 2, 4, 8."""
+    """For 1, 2, 4 and 8 pack bits."""
     rot_dominant: float
-    """Share of the commonest byte in the highest ROT plane."""
+    """Share of the most frequent byte in the highest ROT plane."""
     sub_dominant: float
     lanes: int
-    """Sampled."""
+    """Number of lanes in the sample."""
 
 
 _PIECE, _EVERY = 64, 4096
 
 
 def _symbol_bits(values: U8) -> float:
-    """Bits a symbol as a block of literals has them: 8 at most; a symbol in more than half of the places takes a bit all the same; 0 where
-    all are equal."""
+    """Bits for each symbol in a block of literals. At most 8; a symbol in more than half of the places still takes one bit; 0 if all
+    symbols are equal.
+    """
     counts = np.bincount(values, minlength=256)
     counts = counts[counts > 0]
     if counts.size <= 1:
@@ -51,7 +52,7 @@ def _dominant(values: U8) -> float:
 
 
 def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
-    """Estimate from 64 bytes of every 4 KiB (of small chunks: of every 512 bytes, or all)."""
+    """Estimate from 64 bytes of every 4 KiB (small chunks: of every 512 bytes, or from all bytes)."""
     x = lanes_of(raw, lane_bytes)
     under = x if base is None else lanes_of(base, lane_bytes)
     if under.size != x.size:
@@ -74,7 +75,9 @@ def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
     for bits in PACK_BITS:
         esc = z.dtype.type((1 << bits) - 1)
         values = np.minimum(z, esc).astype(np.uint8)
-        whole = [values[i : i + lanes] for i in range(0, values.size, lanes)]  # bytes do not span pieces
+        whole = [
+            values[i : i + lanes] for i in range(0, values.size, lanes)
+        ]  # bytes do not cross the borders of pieces
         packed = np.concatenate([pack_bits_of(piece[: piece.size * bits // 8 * 8 // bits], bits) for piece in whole])
         far = z[z >= esc] - esc
         escape_bits = sum(_symbol_bits(plane) for plane in planes_of(far)) if far.size else 0.0

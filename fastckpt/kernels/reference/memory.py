@@ -1,4 +1,4 @@
-"""Stretches of memory: joined, sampled, and told apart by numbers."""
+"""Operations on stretches of memory: joining them, sampling them, and computing numbers that tell contents apart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PIECE, _EVERY = 64, 4096
 
 
 def _check_stretches(addresses: U64, lengths: U64) -> None:
-    """ValueError if these cannot be stretches of memory: sums of such lengths would wrap."""
+    """ValueError if addresses and lengths cannot be stretches of memory: the sum of such lengths would overflow."""
     if addresses.size != lengths.size:
         raise ValueError(f"{addresses.size} addresses, {lengths.size} lengths: expected as many")
     if lengths.size * int(lengths.max(initial=0)) >= 1 << 63:
@@ -25,7 +25,7 @@ def _check_stretches(addresses: U64, lengths: U64) -> None:
 
 
 def gather(addresses: U64, lengths: U64, out: U8) -> None:
-    """Join stretches of memory, which the caller keeps alive. ValueError if they are not as long as `out` together."""
+    """Join stretches of memory, which the caller keeps alive. ValueError if their total length is not that of `out`."""
     _check_stretches(addresses, lengths)
     if int(lengths.sum()) != out.size:
         raise ValueError(f"the stretches are not {out.size} bytes together")
@@ -36,19 +36,19 @@ def gather(addresses: U64, lengths: U64, out: U8) -> None:
 
 
 WHOLE_BELOW = 64 << 10
-"""Shorter stretches of memory are sampled whole."""
+"""Stretches shorter than this are sampled completely."""
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def lines_bytes(lengths: U64) -> int:
-    """How long the sample of `lines` is. Of stretches that memory has: together less than 2^63 bytes."""
+    """Length of the sample that `lines` takes. The stretches must be real memory: together less than 2^63 bytes."""
     n = lengths.astype(np.int64)
     return int(np.where(n < WHOLE_BELOW, n, -(-n // _EVERY) * _PIECE).sum())
 
 
 def lines(addresses: U64, lengths: U64, seed: int, out: U8) -> None:
-    """A sample of stretches of memory, which the caller keeps alive: of each 4 KiB one line of 64 bytes, which the seed chooses; what is
-    shorter than 64 KiB whole. seed: 0 … 2^64 - 1. ValueError if it is not as long as `out`.
+    """Sample stretches of memory, which the caller keeps alive: of each 4 KiB one line of 64 bytes, chosen by the seed; stretches shorter
+    than 64 KiB completely. seed: 0 … 2^64 - 1. ValueError if the sample is not as long as `out`.
     """
     _check_stretches(addresses, lengths)
     if not 0 <= seed <= _ALL_ONES:
@@ -72,12 +72,13 @@ def lines(addresses: U64, lengths: U64, seed: int, out: U8) -> None:
 
 
 ROW_WORDS = 4096
-_BLOCK_ROWS = 4  # 128 KiB, and as much again: they stay in the cache
+_BLOCK_ROWS = 4  # 128 KiB, and as much again for results: both stay in the cache
 
 
 def rows(data: Any, keys: U64, out: U64) -> None:
-    """A number for each 32 KiB of bytes, the last ones made up by zeros: the sum of all words, xor the key of their place in the row, each
-    times its own upper half as a signed number, modulo 2^64. ValueError if there are not as many as `out` has.
+    """One number for each row of 32 KiB; the last row is filled up with zeros. Each word is xored with the key of its place in the row, and
+    multiplied by its own upper half as a signed number; the row's number is the sum of these products modulo 2^64. ValueError if the number
+    of rows is not the length of `out`.
     """
     view = np.frombuffer(data, np.uint8)
     if keys.size != ROW_WORDS:

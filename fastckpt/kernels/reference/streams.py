@@ -1,4 +1,4 @@
-"""The transforms: raw bytes into streams and back (docs/format.md, sections 4.3 and 4.4)."""
+"""The transforms: from raw bytes to streams and back (docs/format.md, sections 4.3 and 4.4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STRIPE_LANES = 131072
 
 
 def lanes_of(buffer: Any, lane_bytes: int) -> npt.NDArray[Any]:
-    """A buffer as unsigned integers. ValueError for another width than 2, 4 or 8, or a length that is no multiple of it."""
+    """View a buffer as unsigned integers. ValueError unless lane_bytes is 2, 4 or 8 and the buffer's length is a multiple of it."""
     if lane_bytes not in (2, 4, 8):
         raise ValueError(f"lane_bytes is {lane_bytes}: 2, 4 or 8 are known")
     view = np.frombuffer(buffer, np.uint8)
@@ -24,7 +24,7 @@ def lanes_of(buffer: Any, lane_bytes: int) -> npt.NDArray[Any]:
 
 
 def check_arguments(transform: int, raw: Any, base: Any, pack_bits: int) -> None:
-    """ValueError for what no transform takes."""
+    """ValueError for arguments that no transform accepts."""
     if transform not in (Transform.ROT, Transform.ROTU, Transform.SUB, Transform.SUBPACK):
         raise ValueError(f"transform {transform} has no stream")
     if transform in (Transform.SUB, Transform.SUBPACK):
@@ -39,7 +39,7 @@ def check_arguments(transform: int, raw: Any, base: Any, pack_bits: int) -> None
 
 
 def _ordered(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Floats in the order of integers: m of the format."""
+    """Map floats to integers of the same order: m of the format."""
     top = x.dtype.type(1 << (8 * x.itemsize - 1))
     return np.where(x & top, ~x, x | top)
 
@@ -61,7 +61,7 @@ def _unrotated(y: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def difference(x: npt.NDArray[Any], base: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """z of SUB: how far each lane lies from its base, counted in floats, the sign in the lowest bit."""
+    """z of SUB: the distance of each lane from its base, counted in floats, with the sign in the lowest bit."""
     one, rest = x.dtype.type(1), x.dtype.type(8 * x.itemsize - 1)
     d = _ordered(x) - _ordered(base)
     return np.asarray((d << one) ^ (x.dtype.type(0) - (d >> rest)))
@@ -90,7 +90,7 @@ def pack_bits_of(values: U8, bits: int) -> U8:
 
 
 def unpack_bits_of(packed: U8, n: int, bits: int) -> U8:
-    """The inverse, for n values."""
+    """The inverse of `pack_bits_of`, for n values."""
     wide = np.unpackbits(packed, bitorder="little")[: n * bits].reshape(n, bits)
     return np.packbits(wide, axis=1, bitorder="little").reshape(-1)
 
@@ -104,8 +104,9 @@ def stream_bytes(transform: int, n_lanes: int, lane_bytes: int) -> int:
 
 
 def split(raw: Any, base: Any, transform: int, lane_bytes: int, pack_bits: int, stream: Any) -> int | None:
-    """Raw bytes into the stream of a transform; returns its length, None if it does not fit into `stream` or the transform is not for
-    such numbers (ROTU: a sign bit is set)."""
+    """Transform raw bytes into a stream; returns its length. None if it does not fit into `stream`, or the transform cannot take these
+    numbers (ROTU: a sign bit is set).
+    """
     check_arguments(transform, raw, base, pack_bits)
     x = lanes_of(raw, lane_bytes)
     b = lanes_of(base, lane_bytes) if base is not None and transform in (Transform.SUB, Transform.SUBPACK) else None
@@ -139,7 +140,7 @@ def split(raw: Any, base: Any, transform: int, lane_bytes: int, pack_bits: int, 
 
 
 def merge(stream: Any, base: Any, transform: int, lane_bytes: int, pack_bits: int, raw: Any) -> bool:
-    """A stream into raw bytes. False if it cannot be the stream of such a chunk."""
+    """Transform a stream back into raw bytes. False if it cannot be the stream of such a chunk."""
     check_arguments(transform, raw, base, pack_bits)
     x = lanes_of(raw, lane_bytes)
     b = lanes_of(base, lane_bytes) if base is not None and transform in (Transform.SUB, Transform.SUBPACK) else None
@@ -188,7 +189,7 @@ def _merge_packed(source: U8, base: npt.NDArray[Any], bits: int, out: npt.NDArra
 
 
 def cast(wide: Any, narrow: Any) -> None:
-    """float32 bit patterns rounded to bfloat16: to nearest, ties to even; NaNs stay NaNs (CAST)."""
+    """Round float32 bit patterns to bfloat16: to nearest, ties to even; NaNs stay NaNs (CAST)."""
     u, out = np.frombuffer(wide, "<u4"), np.frombuffer(narrow, "<u2")
     if u.size != out.size:
         raise ValueError(f"{u.nbytes} bytes of float32 are not twice {out.nbytes} of bfloat16")
@@ -200,13 +201,15 @@ def cast(wide: Any, narrow: Any) -> None:
 
 
 def is_constant(raw: Any, lane_bytes: int) -> bool:
-    """Whether all lanes are equal. ValueError for another width than 1, 2, 4 or 8, or a length that is 0 or no multiple of it."""
+    """Whether all lanes are equal. ValueError unless lane_bytes is 1, 2, 4 or 8 and the buffer's length is a multiple of it and not 0."""
     if lane_bytes not in (1, 2, 4, 8):
         raise ValueError(f"lane_bytes is {lane_bytes}: 1, 2, 4 or 8 are known")
     view = np.frombuffer(raw, np.uint8)
     if view.size == 0 or view.size % lane_bytes:
         raise ValueError(f"{view.size} bytes are no whole number of {lane_bytes}-byte lanes, one or more")
     lanes = view.view(f"<u{lane_bytes}")
-    if lanes[0] != lanes[-1] or (lanes[: 1 << 10] != lanes[0]).any():  # the usual answer, without a pass over the chunk
+    if (
+        lanes[0] != lanes[-1] or (lanes[: 1 << 10] != lanes[0]).any()
+    ):  # decides most chunks without a pass over all lanes
         return False
     return bool((lanes == lanes[0]).all())

@@ -1,4 +1,4 @@
-"""Where notices come from: one module for each origin. A new cloud is one more module here and a word in `select.py`."""
+"""Sources of notices, one module for each origin. A new cloud needs one more module here, and a word in `select.py`."""
 
 from fastckpt.spot.sources.base import NoticeSource
 from fastckpt.spot.sources.ec2 import Ec2Source

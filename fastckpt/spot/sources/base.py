@@ -1,4 +1,4 @@
-"""What the watcher asks of a source of notices."""
+"""The interface between the watcher and a source of notices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from fastckpt.spot.notice import Notice
 
 
 class NoticeSource(Protocol):
-    """Something that knows when the machine goes. May raise in `poll`: the watcher then takes it for blind, says so, and asks again."""
+    """An object that knows when the machine will go.
+
+    `poll` may raise: the watcher then treats the source as blind, reports that, and asks again.
+    """
 
     name: str
 

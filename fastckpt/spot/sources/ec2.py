@@ -10,18 +10,18 @@ from collections.abc import Callable
 from fastckpt.spot.notice import Notice
 from fastckpt.spot.sources.imds import ImdsClient, Reply
 
-NOTICE_S = 120.0  # what EC2 gives for stop and terminate, at best
+NOTICE_S = 120.0  # the time that EC2 gives for stop and terminate, at best
 _SANE_SKEW_S = 600.0
 _META = "latest/meta-data/"
 
 
 class Ec2Source:
-    """EC2: interruption notice, rebalance recommendation, the autoscaling group's own decision."""
+    """EC2's interruption notice, its rebalance recommendation, and the decision of an autoscaling group."""
 
     def __init__(self, client: ImdsClient, wall_clock: Callable[[], float] = time.time) -> None:
         self.name = "ec2"
         self.optional = False
-        """Not being on EC2 is no news: say so at the level of information only."""
+        """True: not being on EC2 is expected, so it is logged only as information."""
         self._client = client
         self._wall_clock = wall_clock
         self._seen: set[tuple[str, str]] = set()
@@ -34,7 +34,7 @@ class Ec2Source:
         else:
             old = self._client.get(_META + "spot/termination-time")
             left_s = None if old is None else self._left_s(old.text, old)
-            # Stale past times stay there when EC2 failed to reclaim the machine.
+            # Times in the past stay there if EC2 failed to reclaim the machine.
             if old is not None and left_s is not None and left_s > 0:
                 found.append(
                     ("terminate", old.text, Notice("terminate", self.name, now_s + min(left_s, NOTICE_S), old.text))
@@ -60,17 +60,17 @@ class Ec2Source:
             value = json.loads(reply.text)
             action, when = str(value["action"]), str(value["time"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            # Something is there where nothing is unless the machine goes. Cut short or not, it means that.
+            # The item exists only if the machine will go. So it counts even if its content is cut short.
             action, when = "terminate", ""
         kind = action if action in ("terminate", "stop", "hibernate") else "terminate"
         left_s = self._left_s(when, reply)
         left_s = NOTICE_S if left_s is None else min(max(left_s, 0.0), NOTICE_S)
-        if kind == "hibernate":  # begins at once
+        if kind == "hibernate":  # hibernation begins at once
             left_s = 0.0
         return kind, when, Notice(kind, self.name, now_s + left_s, f"{action[:40]} at {when[:40]}")
 
     def _left_s(self, when: str, reply: Reply) -> float | None:
-        """Seconds until a UTC time; None if it is none."""
+        """Seconds until a UTC time; None if the text is no time."""
         try:
             then = (
                 datetime.datetime.strptime(when, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.timezone.utc).timestamp()
@@ -78,7 +78,8 @@ class Ec2Source:
         except ValueError:
             return None
         here_s = self._wall_clock()
-        # The service's own clock, unless it is so far off that it must be wrong itself: this machine's may have drifted by minutes.
+        # Use the service's clock, because this machine's may have drifted by minutes; unless the difference is so large that the service's
+        # clock must be wrong.
         if reply.date_s is not None and abs(reply.date_s - here_s) <= _SANE_SKEW_S:
             here_s = reply.date_s
         return then - here_s

@@ -1,4 +1,4 @@
-"""A notice that somebody gives by making a file."""
+"""A notice that somebody gives by creating a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastckpt.spot.notice import Notice
 
 
 class FileSource:
-    """A file whose appearance is the notice; its first line may be the seconds left. That it goes away again changes nothing."""
+    """A file whose appearance is the notice; its first line may hold the seconds left. Removing the file does not withdraw the notice."""
 
     def __init__(self, path: str | os.PathLike[str], default_left_s: float | None = None) -> None:
         self._path = os.fspath(path)
@@ -30,5 +30,5 @@ class FileSource:
             value = float(text.splitlines()[0])
             left_s = value if 0 <= value < 1e6 else left_s
         except (ValueError, IndexError):
-            pass  # the file's being there is the notice
+            pass  # the existence of the file is the notice
         return [Notice("file", self.name, None if left_s is None else now_s + left_s, text[:200])]

@@ -1,8 +1,8 @@
 """A client of the EC2 instance metadata service, version 2 only.
 
-Our own, because botocore's falls back to version 1 in silence, obeys http_proxy, fetches a token for every request, and cannot tell
-"no notice" from "stale token". It honours botocore's environment names. Every reply is taken for hostile: capped, timed, parsed
-strictly, never followed.
+Our own, because botocore's falls back to version 1 in silence, obeys http_proxy, fetches a token for every request, and cannot tell "no
+notice" from "stale token". This client uses botocore's environment names. It treats every reply as hostile: size and time are limited,
+parsing is strict, redirects are not followed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fastckpt.host.threads import start
 
 _TOKEN_TTL_S = 21600
-_RENEW_S = 60.0  # before it expires: a poll must not meet a stale token in the two minutes that count
+_RENEW_S = 60.0  # before the token expires: a poll must not meet a stale token in the last two minutes
 _MAX_REPLY_BYTES = 64 << 10
 _TOKEN_HEADER = "X-aws-ec2-metadata-token"
 _TTL_HEADER = "X-aws-ec2-metadata-token-ttl-seconds"
@@ -29,12 +29,12 @@ _IPV4, _IPV6 = "http://169.254.169.254", "http://[fd00:ec2::254]"
 
 
 class MetadataUnavailable(Exception):
-    """The service cannot be asked; the text says why and what to do."""
+    """The service cannot be asked; the text gives the reason and the next step."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Of a GET: the text, and the server's clock (Unix seconds) if it told."""
+    """The answer to a GET: the text, and the server's clock (Unix seconds) if it was given."""
 
     text: str
     date_s: float | None
@@ -76,7 +76,9 @@ class ImdsClient:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> ImdsClient | None:
-        """As the environment says; None if AWS_EC2_METADATA_DISABLED is true. ValueError lists what is wrong with it."""
+        """Make a client as the environment says. None if AWS_EC2_METADATA_DISABLED is true. ValueError lists what is wrong in the
+        environment.
+        """
         if environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
             return None
         mode = environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "").lower()
@@ -104,7 +106,9 @@ class ImdsClient:
                 return reply
             if status == 404:
                 return None
-            if status == 401 and not last:  # expired, or of another instance: this machine was restored from an image
+            if (
+                status == 401 and not last
+            ):  # the token has expired, or belongs to another instance: this machine was restored from an image
                 self._token = None
                 continue
             break
@@ -135,7 +139,7 @@ class ImdsClient:
         return self._token
 
     def _request(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, Reply]:
-        """One request within the time-out, whatever the pace of the reply. No proxies: http.client knows none. No redirects."""
+        """One request, which ends within the time-out even if the reply drips. No proxies: http.client knows none. No redirects."""
         deadline_s = time.monotonic() + self._timeout_s
         connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
         try:
@@ -163,7 +167,9 @@ class ImdsClient:
 
 
 class _WithDeadline:
-    """Reading the head of a reply: http.client reads line by line, and each line may take the whole time-out. A timer cuts that short."""
+    """Limits the time for the head of a reply: http.client reads line by line, and each line may take the whole time-out. A timer closes
+    the socket.
+    """
 
     def __init__(self, connection: http.client.HTTPConnection, deadline_s: float) -> None:
         self._connection, self._deadline_s = connection, deadline_s
@@ -177,8 +183,8 @@ class _WithDeadline:
                 sock.shutdown(socket.SHUT_RDWR)
 
         timer = threading.Timer(max(0.0, self._deadline_s - time.monotonic()), cut)
-        timer.daemon = True  # holds nothing but a socket
-        start(timer)  # at the interpreter's end there is none; each read has its time-out all the same
+        timer.daemon = True  # holds only a socket
+        start(timer)  # does not start if the interpreter is ending; each read still has its time-out
         try:
             return self._connection.getresponse()
         finally:

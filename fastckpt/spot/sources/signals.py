@@ -11,7 +11,7 @@ from fastckpt.events import logger
 from fastckpt.spot import handlers
 from fastckpt.spot.notice import Notice
 
-SLURM_WARNING_S = 60.0  # `sbatch --signal` without a time sends it so long before the end
+SLURM_WARNING_S = 60.0  # `sbatch --signal` without a time sends it this long before the end
 _LONGEST_WARNING_S = 3600.0
 
 
@@ -27,20 +27,24 @@ def _sigterm_grace_s() -> float:
 
 
 class SignalSource:
-    """Signals such as SIGTERM. Only the main thread can set handlers; earlier ones are called after ours, and put back by `close`.
+    """Signals such as SIGTERM. Only the main thread can set handlers. Earlier handlers are called after ours, and `close` puts them back.
 
-    Sources may be closed in any order. One that nobody holds any more counts as closed.
+    Sources may be closed in any order. A source that nobody holds any more counts as closed.
     """
 
     def __init__(self, signals: Sequence[int] = (signal.SIGTERM,), grace_s: float | None = None) -> None:
-        """grace_s: what the launcher gives before it kills; default FASTCKPT_SIGTERM_GRACE_S, or 30, as Kubernetes and torchrun do."""
+        """grace_s: seconds that the launcher gives before it kills; default: FASTCKPT_SIGTERM_GRACE_S, or 30, as with Kubernetes and
+        torchrun.
+        """
         self._watch(signals)
         self._grace_s = _sigterm_grace_s() if grace_s is None else grace_s
         self._received: list[tuple[int, float]] = []
         self._returned = 0
         self.pid = os.getpid()
         self.at_once: Callable[[], None] | None = None
-        """Called in the signal's handler, once it is noted: what cannot wait for the next poll. Takes no lock and raises nothing."""
+        """Called in the signal's handler after the signal was noted, for work that cannot wait for the next poll. Takes no lock and raises
+        nothing.
+        """
 
     def _watch(self, signals: Sequence[int]) -> None:
         self._signals = tuple(signals)
@@ -57,7 +61,7 @@ class SignalSource:
             handlers.install(number, self)
 
     def received(self, number: int, now_s: float) -> None:
-        # Appending is one step of the interpreter: no lock that the interrupted code could hold.
+        # Appending is one step of the interpreter: it needs no lock, which the interrupted code could hold.
         self._received.append((number, now_s))
         if self.at_once is not None:
             self.at_once()
@@ -72,15 +76,15 @@ class SignalSource:
         return [Notice("signal", name, deadline_s, name) for name, deadline_s in names]
 
     def close(self) -> None:
-        """Put the previous handlers back, unless others of ours still want to be told or somebody has set another one since. Outside the
-        main thread the signal is only passed on from now on.
+        """Put the previous handlers back, unless other sources still listen or somebody has set another handler since. Outside the main
+        thread, handlers stay and only pass the signal on.
         """
         for number in self._signals:
             handlers.remove(number, self)
 
 
 class SlurmSource(SignalSource):
-    """SIGTERM, and SIGUSR1 as `sbatch --signal=USR1@seconds` has it sent before: unless the process uses SIGUSR1 for something else."""
+    """SIGTERM, and the earlier SIGUSR1 of `sbatch --signal=USR1@seconds`, unless the process uses SIGUSR1 for something else."""
 
     def install(self) -> None:
         if signal.SIGUSR1 in self._signals and not handlers.is_default(signal.SIGUSR1):
@@ -95,5 +99,5 @@ class SlurmSource(SignalSource):
             left_s = float(os.environ.get("SLURM_JOB_END_TIME", "")) - time.time()
         except ValueError:
             return SLURM_WARNING_S
-        # Sent long before the end, it announces a preemption.
+        # If SIGUSR1 is sent long before the end, it announces a preemption.
         return left_s if 0 < left_s <= _LONGEST_WARNING_S else SLURM_WARNING_S

@@ -77,10 +77,10 @@ class StoredBytes:
         starts, pieces = self._pieces_of(storage)
         done = 0
         while done < out.size:
-            record, first, position, n_bytes = pieces[bisect_right(starts, offset + done) - 1]
+            chunk, first, position, n_bytes = pieces[bisect_right(starts, offset + done) - 1]
             skip = offset + done - position
             n = min(n_bytes - skip, out.size - done)
-            out[done : done + n] = self._chunk(record)[first + skip : first + skip + n]
+            out[done : done + n] = self._chunk(chunk)[first + skip : first + skip + n]
             done += n
 
     def _pieces_of(self, storage: int) -> tuple[list[int], list[StoredPiece]]:

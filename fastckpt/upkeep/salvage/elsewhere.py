@@ -77,10 +77,10 @@ class Elsewhere:
             if entry is not None:
                 same = (entry.dtype, entry.shape, entry.place) == (tensor.dtype, tensor.shape, tensor.place)
                 fits += [(tensor, entry)] if same else []
-        needed = sorted({record for _, entry in fits for record, *_ in reader.pieces(entry.storage)})
+        needed = sorted({chunk for _, entry in fits for chunk, *_ in reader.pieces(entry.storage)})
         bad = bad_chunks(reader, needed, self._options.threads) if needed else {}
         for tensor, entry in fits:
-            if not any(record in bad for record, *_ in reader.pieces(entry.storage)):
+            if not any(chunk in bad for chunk, *_ in reader.pieces(entry.storage)):
                 tensor.found_in = where
 
 

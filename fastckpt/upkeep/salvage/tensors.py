@@ -54,7 +54,7 @@ def _problems(reader: Reader, bad: Mapping[int, Damage]) -> dict[int, tuple[str,
     """Storage → what is wrong with its chunks."""
     found = {}
     for number in range(len(reader.directory.storages)):
-        wrong = [bad[record] for record, *_ in reader.pieces(number) if record in bad] if bad else []
+        wrong = [bad[chunk] for chunk, *_ in reader.pieces(number) if chunk in bad] if bad else []
         if wrong:
             texts = [f"{d.place}: expected {d.expected}, found {d.found}" for d in wrong]
             found[number] = tuple(dict.fromkeys(texts))

@@ -163,7 +163,7 @@ def test_prune_stops_when_a_job_starts(
 
     def then_start(self: Collector, todo: Any, as_epoch: int | None) -> list[CheckpointError]:
         refused = run_pass(self, todo, as_epoch)
-        Incarnation(Repository(store), IN_PARALLEL).restore()
+        Incarnation(Repository(store), IN_PARALLEL).choose_and_claim()
         return refused
 
     monkeypatch.setattr(Collector, "run", then_start)
