@@ -11,6 +11,7 @@
      ├─ UnknownTensorError(KeyError)         a name that is not in the checkpoint
      ├─ SaveError                            the state or the target cannot be saved as asked. Fix the call
      │   ├─ TornSnapshotError                the state changed while it was copied. Nothing was committed
+     │   ├─ AbandonedError                   another rank could not save this step, so no rank does. Nothing was committed
      │   ├─ TargetBusyError                  an earlier save to the same target did not end in time. Nothing was committed
      │   ├─ OvertakenError                   a later save to the same target was written first. This one was not
      │   ├─ OutOfHostMemoryError(MemoryError)  no memory for the copy of the state, or for its upload
@@ -22,6 +23,7 @@
      │   └─ PartialRestoreError              it failed midway: the state is a mixture. Restore again before training
      ├─ RepositoryError                      a directory or prefix that is not what it must be, or is used against its rules
      │   └─ SupersededError                  another incarnation of this job has taken over. Stop this one
+     ├─ RanksError                           ranks of one job disagree, or one is not heard of. Every rank gets the same words
      └─ StoreError                           a store refused, for good
          ├─ StoreFullError                   no room left on the disk, or none of the quota. Free some
          ├─ StoreAccessError                 credentials, permissions, wrong owner
@@ -123,6 +125,15 @@ class TornSnapshotError(SaveError):
     """A tensor changed between the call of `save` and the end of its copy. Nothing was committed."""
 
 
+class AbandonedError(SaveError):
+    """All ranks have abandoned a save because one of them could not make its part."""
+
+    def __init__(self, step: int, why: str) -> None:
+        """why: as it stands on the board; a reason that begins with "!" is another rank's error, others are no failure of anybody."""
+        self.is_failure = why.startswith("!")
+        super().__init__(f"step {step} was abandoned by all ranks: {why.lstrip('!')}. Nothing was committed")
+
+
 class TargetBusyError(SaveError):
     """An earlier save to the same target had not ended after `max_order_wait_s`. Nothing of this one was committed."""
 
@@ -165,6 +176,10 @@ class RepositoryError(CheckpointError):
 
 class SupersededError(RepositoryError):
     """A newer incarnation of this job has claimed the repository: what this one saves will not be restored by default."""
+
+
+class RanksError(CheckpointError):
+    """The ranks of one job disagree, or one of them is not heard of."""
 
 
 class StoreError(CheckpointError):

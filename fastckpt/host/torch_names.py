@@ -236,3 +236,22 @@ def offset_of_local(tensor: Any) -> tuple[int, ...] | None:
     except (RuntimeError, NotImplementedError, ValueError, AssertionError):  # strided or partial placements
         return None
     return tuple(offset)
+
+
+def process_group_store() -> Any:
+    """The store of the default process group, by a connection of its own where torch can make one. Since 1.9; `clone` since 2.9.
+
+    Without a connection of its own a request may have to wait for one of torch's, which wait for other ranks.
+    """
+    try:
+        from torch.distributed.distributed_c10d import _get_default_store
+    except ImportError as error:
+        raise _missing("distributed_c10d._get_default_store", "saves of several ranks") from error
+    store = _get_default_store()
+    clone = getattr(store, "clone", None)
+    if clone is None:
+        return store
+    try:
+        return clone()
+    except (RuntimeError, NotImplementedError):  # a store of somebody's own
+        return store

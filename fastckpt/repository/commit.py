@@ -7,7 +7,7 @@ all build the same bytes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from fastckpt import events
 from fastckpt.errors import (
@@ -145,9 +145,15 @@ def try_commit(store: Store, save: SaveId, own: Vote | None = None) -> Commit | 
                 f"{store.url}/{vote_key(name)} is a vote of this process's rank {name.rank} that it did not place: two processes "
                 "save as one incarnation. Start each with a Checkpointer of its own"
             )
-        vote = own if own is not None and mine else read_vote(store, name)
+        votes.append(own if own is not None and mine else read_vote(store, name))
+    return commit_votes(store, votes)
+
+
+def commit_votes(store: Store, votes: Sequence[Vote]) -> Commit:
+    """Commit a save whose votes are all there, rank 0's first: the record that stands afterwards. Errors as those of `try_commit`."""
+    save = votes[0].name.save
+    for vote in votes:
         _check_packs(store, vote)
-        votes.append(vote)
     record = commit_bytes(commit_of(votes, f"{store.url}/{votes_prefix(save)}"))
     key = commit_key(save.checkpoint)
     try:

@@ -5,18 +5,22 @@ Knows nothing of training; that is the task of `Checkpointer`. Called from one t
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from fastckpt.errors import MissingObjectError, RepositoryError, SaveError, SupersededError
+from fastckpt.errors import AbandonedError, MissingObjectError, RepositoryError, SaveError, SupersededError
 from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, SaveId, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, Tombstone, epoch_bytes
 from fastckpt.format.vote import Vote
 from fastckpt.options import Options
+from fastckpt.ranks.board import BoardLostError
+from fastckpt.ranks.team import Team
 from fastckpt.repository.catalog import Catalog, Choice, Which, complete_pending
 from fastckpt.repository.collector import Collector
 from fastckpt.repository.commit import list_votes, require_vote, try_commit
+from fastckpt.repository.joint_commit import Cancelled, JointCommit, JointTurn, abandon
 from fastckpt.repository.repository import Repository, stands
 from fastckpt.repository.retention import GRACE_S, Keep, RetentionPlan, plan_retention
 from fastckpt.state import Captured
@@ -30,7 +34,7 @@ _random = random.Random()
 
 
 class Incarnation:
-    """See the module. rank and world: this process's place among the processes that save together."""
+    """See the module. rank and world: this process's place among those that save together; rank 0 claims, and the others `adopt`."""
 
     def __init__(
         self,
@@ -39,16 +43,19 @@ class Incarnation:
         *,
         rank: int = 0,
         world: int = 1,
+        team: Team | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """team: the ranks of one job; None: votes of other ranks, if there are any, are waited for by looking for them in the store."""
         self.repository = repository
         self.epoch: Epoch | None = None
         self.last: Parent | None = None
         """The newest checkpoint that this incarnation restored or saw committed."""
         self.in_flight: set[SaveId] = set()
         self._options = options
-        self._rank, self._world = rank, world
+        self._rank, self._world = (rank, world) if team is None else (team.world.rank, team.world.size)
+        self._team = team
         self._attempts: dict[int, int] = {}
         self._collector = Collector(repository)
         self._buffers = PackBuffers()
@@ -149,18 +156,22 @@ class Incarnation:
         source: ChunkSource | None = None,
         cancelled: Callable[[], bool] = lambda: False,
         threads: UploadThreads | None = None,
+        turn: JointTurn | None = None,
     ) -> Commit:
         """Upload, vote, commit, acknowledge. Returns the commit record after it was read back and no newer incarnation was found.
 
-        asked: everything the save records besides the state; a step alone is enough. source, cancelled and threads: see `upload`; the
-        caller closes the threads too. commit_timeout_s: how long to wait for the votes of other ranks.
+        asked: what the save says of itself; a step alone will do. source, cancelled and threads: see `upload`; the caller closes the
+        threads too. commit_timeout_s: how long the votes of other ranks are waited for. turn: of a save that all ranks make.
 
-        SupersededError: the save is committed, but a newer incarnation exists. After any error the earlier checkpoints are unchanged.
+        SupersededError: it is committed, but a newer incarnation exists. AbandonedError: another rank could not make its part. Any error:
+        the earlier checkpoints are as they were.
         """
         asked = asked if isinstance(asked, SaveAsked) else SaveAsked(asked)
-        request = self._request(asked)
+        request = self._request(asked, turn)
         self.in_flight.add(request.save)
         try:
+            if turn is not None:
+                return self._save_jointly(captured, request, turn, commit_timeout_s, source, cancelled, threads)
             vote = upload(
                 captured, self.repository.store, request, self._options, source, cancelled, self._buffers, threads
             )
@@ -174,13 +185,43 @@ class Incarnation:
         finally:
             self.in_flight.discard(request.save)
 
-    def _request(self, asked: SaveAsked) -> SaveRequest:
-        """The next try of a step. SaveError if the step cannot follow the existing ones."""
+    def _save_jointly(
+        self,
+        captured: Captured,
+        request: SaveRequest,
+        turn: JointTurn,
+        commit_timeout_s: float,
+        source: ChunkSource | None,
+        cancelled: Callable[[], bool],
+        threads: UploadThreads | None,
+    ) -> Commit:
+        assert self._team is not None
+        store, fate, step = self.repository.store, turn.fate, request.save.step
+        ends = Cancelled(fate, cancelled, self._clock)
+        try:
+            with contextlib.suppress(BoardLostError):
+                fate.begin(step)
+            vote = upload(captured, store, request, self._options, source, ends, self._buffers, threads)
+            commit = JointCommit(store, self._team, fate, self.acknowledge, cancelled, commit_timeout_s).run(vote)
+        except BaseException as error:
+            if ends.why is not None and not isinstance(error, AbandonedError):
+                raise AbandonedError(step, ends.why) from error
+            abandon(fate, self._rank, error)
+            raise
+        self.last = Parent(commit.checkpoint, commit.digest)
+        return commit
+
+    def adopt(self, epoch: Epoch, last: Parent | None) -> None:
+        """Save under an epoch that rank 0 of this job has claimed. last: what it continues from."""
+        self.epoch, self.last, self._attempts = epoch, last, {}
+
+    def _request(self, asked: SaveAsked, turn: JointTurn | None) -> SaveRequest:
+        """The next try of a step. SaveError if it cannot follow what there is."""
         if self.epoch is None:
             self.begin()
         assert self.epoch is not None
         self.check_step(asked.step)
-        attempt = self._attempts.get(asked.step, 0)
+        attempt = self._attempts.get(asked.step, 0) if turn is None else turn.attempt
         if attempt > MAX_TRY:
             raise SaveError(f"step {asked.step} has been tried {attempt} times: save another step")
         self._attempts[asked.step] = attempt + 1

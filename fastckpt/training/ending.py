@@ -17,8 +17,10 @@ from fastckpt.format.repository_records import Commit
 from fastckpt.host.deadline import Deadline
 from fastckpt.host.threads import ENV_EXIT_TIMEOUT, exit_timeout_s, hurried
 from fastckpt.spot import Notice, NoticeSource, Watcher, WorkerErrors
+from fastckpt.spot.ladder import Rung
 from fastckpt.training.engine import Engine
 from fastckpt.training.final_save import final_save
+from fastckpt.training.save_queue import CommitHandle
 from fastckpt.training.saver import Saver
 from fastckpt.training.settled import Settled
 from fastckpt.writing.rank import SaveAsked
@@ -126,11 +128,18 @@ class Ending:
 
     # -- the last saves ------------------------------------------------------------------------------------------------
 
-    def save_finally(self, asked: SaveAsked, notice: Notice) -> None:
-        """Make the final save of a run that a notice ends. Raises if no step could be made durable in time."""
+    def save_finally(
+        self,
+        asked: SaveAsked,
+        notice: Notice,
+        rung: Rung | None = None,
+        begin: Callable[[SaveAsked, Deadline], CommitHandle] | None = None,
+    ) -> None:
+        """The final save of a run that a notice ends. Raises if no step could be made durable in time. begin, rung: see `final_save`."""
         self._final = notice
         self._worker_errors.hold_for_good()
-        final_save(self._saver, self._engine.queue, notice, asked, self._engine.repository.url)
+        saver, queue = self._saver, self._engine.queue
+        final_save(begin or saver.begin, saver, queue, notice, rung, asked, self._engine.repository.url)
         self.left = True
 
     def after_exception(self, notice: Notice | None, last: SaveAsked | None) -> None:
@@ -158,6 +167,8 @@ class Ending:
         """After an exception that followed a notice: make the newest step durable that still exists."""
         if self.left:
             return
+        if self._engine.team is not None:  # the other ranks may be at another step, or dead
+            last = None
         queue, saver = self._engine.queue, self._saver
         if last is not None and saver.is_saved(last.step):
             given_up = any(job.step == last.step and job.handle.done() for job in queue.jobs)

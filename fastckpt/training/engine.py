@@ -10,6 +10,7 @@ from typing import NamedTuple
 from fastckpt.errors import SupersededError
 from fastckpt.events import logger
 from fastckpt.options import Options
+from fastckpt.ranks.team import Team
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
@@ -34,7 +35,9 @@ class Engine(NamedTuple):
     options: Options
     """The options, adapted to this store."""
     owned: Store | None
-    """The store, if it was opened here and so must be closed here; else None."""
+    """The store, if it was opened here: then it is closed here."""
+    team: Team | None
+    """The ranks that save as one; None: this process trains alone."""
 
     @classmethod
     def start(
@@ -47,9 +50,10 @@ class Engine(NamedTuple):
         in_a_hurry: Callable[[], bool],
         *,
         hooked: bool,
+        team: Team | None = None,
     ) -> Engine:
-        """hooked: whether optimizers call the fence; not needed where nothing is saved. StoreError; SaveError if nothing can be written to
-        `spill_dir`.
+        """team: all ranks of this job; closed with this. hooked: whether optimizers call the fence: where nothing is saved they need not. StoreError; SaveError if nothing can be written
+        to `spill_dir`.
         """
         store = url if isinstance(url, Store) else open_store(url)
         owned = None if store is url else store
@@ -65,14 +69,16 @@ class Engine(NamedTuple):
                 options.verify_snapshot,
                 options.spill_dir,
             )
-            incarnation = Incarnation(Repository(store), options)
+            incarnation = Incarnation(Repository(store), options, team=team)
+            if team is not None and not team.world.leads:
+                keep = None  # rank 0 retires old checkpoints
             queue = SaveQueue(incarnation, keep, grace_s, in_a_hurry)
             # "first" and "off" leave the decision to the user: there is no sample to compare with.
             proven = options.verify_snapshot in ("first", "off")
             fence = Fence(live.optimizers if hooked else [], queue, proven=proven)
             torn = TornSaves(queue, incarnation, fence.distrust)
             failed.pop_all()
-        return cls(live, fence, stager, queue, torn, incarnation, options, owned)
+        return cls(live, fence, stager, queue, torn, incarnation, options, owned, team)
 
     @property
     def repository(self) -> Repository:
@@ -115,3 +121,5 @@ class Engine(NamedTuple):
             last_first.callback(self.stager.pool.drop_free)
             last_first.callback(self.stager.stop_preparing)
             last_first.callback(self.fence.hooks.remove)
+            if self.team is not None:
+                last_first.callback(self.team.close)

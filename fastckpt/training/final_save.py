@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from fastckpt import events
 from fastckpt.errors import SaveError
 from fastckpt.events import logger
+from fastckpt.host.deadline import Deadline
 from fastckpt.host.threads import hurried
 from fastckpt.spot import Notice
 from fastckpt.spot.ladder import Rung, rung_of
@@ -15,11 +17,21 @@ from fastckpt.training.saver import OutOfTime, Saver
 from fastckpt.writing.rank import SaveAsked
 
 
-def final_save(saver: Saver, queue: SaveQueue, notice: Notice, asked: SaveAsked, target: str) -> None:
-    """Make the newest step durable for which there is time; blocks until then.
+def final_save(
+    begin: Callable[[SaveAsked, Deadline], CommitHandle],
+    saver: Saver,
+    queue: SaveQueue,
+    notice: Notice,
+    rung: Rung | None,
+    asked: SaveAsked,
+    target: str,
+) -> None:
+    """Have the newest step durable that the time allows; blocks until it is.
 
     Args:
-        asked: the newest step; its save begins here, unless it is under way or was the last save.
+        begin: begins a save.
+        rung: what the time allows; None: this finds out.
+        asked: the newest step; its save begins here, unless it is under way or was the last.
 
     Raises:
         SaveError: no step could be made durable in time; or the save's own error.
@@ -35,6 +47,8 @@ def final_save(saver: Saver, queue: SaveQueue, notice: Notice, asked: SaveAsked,
     saved = saver.is_saved(asked.step)
     if saved:
         decision = Rung.FRESH
+    elif rung is not None:
+        decision = rung
     else:
         estimate = queue.measured_s
         decision = rung_of(left_s, estimate, estimate if len(queue) else 0.0)
@@ -42,7 +56,7 @@ def final_save(saver: Saver, queue: SaveQueue, notice: Notice, asked: SaveAsked,
         if decision is Rung.FRESH and not saved:
             queue.cancel()  # the upload of an older step would only take bandwidth from this one
         try:
-            handle = saver.begin(asked, notice.deadline)
+            handle = begin(asked, notice.deadline)
         except OutOfTime as error:
             raise _too_late(queue, notice, asked.step) from error
         _wait_for(handle, queue, notice)

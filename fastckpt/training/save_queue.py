@@ -16,11 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastckpt import events
-from fastckpt.errors import TornSnapshotError, as_save_error
+from fastckpt.errors import AbandonedError, TornSnapshotError, as_save_error
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.host.threads import start_thread
 from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.joint_commit import JointTurn
 from fastckpt.repository.retaining import Retaining
 from fastckpt.repository.retention import Keep
 from fastckpt.snapshot import Snapshot
@@ -53,6 +54,8 @@ class Job:
     source: Snapshot | LiveChunks
     handle: CommitHandle
     threads: UploadThreads
+    turn: JointTurn | None = None
+    """Of a save that all ranks make."""
     owner: object = None
     """Kept alive while the job runs: an optimizer's hook needs it to wait for the source."""
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -217,6 +220,7 @@ class SaveQueue:
             source=job.source,
             cancelled=job.cancelled.is_set,
             threads=job.threads,
+            turn=job.turn,
         )
         self.measured_s = time.monotonic() - started
         self.last_commit = commit
@@ -253,7 +257,9 @@ class SaveQueue:
         if job.reported:
             return False
         job.reported = True
-        if isinstance(error, TornSnapshotError):
+        if isinstance(error, AbandonedError) and not error.is_failure:
+            pass  # nothing went wrong here or elsewhere: all ranks save another step
+        elif isinstance(error, TornSnapshotError):
             self._torn.append(Torn(job.step, job.asked.trigger, error))
         elif error is not None:
             self._failures.append(error)
@@ -281,6 +287,8 @@ class SaveQueue:
             job.logged = True
         if isinstance(error, TornSnapshotError):
             logger.warning("step %d was not saved; the next one is, before `step` returns: %s", job.step, error)
+        elif isinstance(error, AbandonedError):
+            logger.warning("%s", error)
         else:
             logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
 

@@ -13,10 +13,12 @@ from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.host.deadline import NEVER, Deadline
 from fastckpt.host.interrupts import deferred_interrupt
+from fastckpt.repository.joint_commit import JointTurn
 from fastckpt.snapshot import DoesNotFit, Snapshot
 from fastckpt.state.chunks import LiveChunks
 from fastckpt.training.engine import Engine
 from fastckpt.training.fence import Permit
+from fastckpt.training.joint_start import claim_jointly
 from fastckpt.training.live_state import Taken
 from fastckpt.training.save_queue import MAX_JOBS, CommitHandle, Job
 from fastckpt.training.stats import Counts
@@ -28,13 +30,13 @@ class OutOfTime(SaveError):
 
 
 class Saver:
-    """See the module. Used by the thread that trains. Seven of its thirteen attributes are the parts of an `Engine`, by their names."""
+    """See the module. Used by the thread that trains. Fourteen attributes: eight are the parts of an `Engine`, by their names."""
 
     def __init__(self, engine: Engine, owner: weakref.ref[object], *, fresh: bool) -> None:
         """owner: kept alive while a save is under way, because its hooks have to wait for the snapshot. fresh: the first save begins a new
         history.
         """
-        self._live, self._fence, self._stager, self._queue, self._torn, self._incarnation, self._options, _ = engine
+        self._live, self._fence, self._stager, self._queue, self._torn, self._incarnation, self._options, _, self._team = engine
         self._owner, self.fresh = owner, fresh
         self._began = self._prepared = False
         self.counts = Counts()
@@ -95,8 +97,11 @@ class Saver:
     # -- beginning -----------------------------------------------------------------------------------------------------
 
     def claim(self) -> None:
-        """Begin a new history, because no restore has given one. RepositoryError if there are checkpoints."""
-        self._incarnation.begin(fresh=self.fresh)
+        """Begin a history: there is none that a restore has given. RepositoryError if there are checkpoints."""
+        if self._team is None:
+            self._incarnation.begin(fresh=self.fresh)
+        else:
+            claim_jointly(self._team, self._incarnation, fresh=self.fresh)
         self._began = True
 
     def begins_after(self, *, claimed: bool) -> None:
@@ -126,8 +131,15 @@ class Saver:
         except Exception as error:
             logger.info("nothing could be prepared for the first save: %s: %s", type(error).__name__, error)
 
-    def begin(self, asked: SaveAsked, deadline: Deadline = NEVER) -> CommitHandle:
-        """Begin a save, or find it if the step is saved already. Waits until there is memory for it.
+    def wait_for_step(self, step: int) -> None:
+        """Wait for the end of a save of this step that is under way. Its error is told as that of any other."""
+        for job in self._queue.jobs:
+            if job.step == step:
+                with self._fence.attended():
+                    job.handle.durable.exception()
+
+    def begin(self, asked: SaveAsked, deadline: Deadline = NEVER, turn: JointTurn | None = None) -> CommitHandle:
+        """Begin a save, or find it if the step is saved already. Waits for room. turn: of a save that all ranks make.
 
         Raises:
             OutOfTime: there was no memory for it before the deadline.
@@ -135,14 +147,14 @@ class Saver:
         """
         handle = self._handle_of(asked.step)
         while handle is None:
-            handle = self.try_begin(asked, deadline)
+            handle = self.try_begin(asked, deadline, turn)
             if handle is None:
                 self._wait_for_room(asked.step, deadline)
         return handle
 
-    def begin_due(self, asked: SaveAsked) -> CommitHandle | None:
-        """Begin a save if there is memory for it now. None if it has to wait for earlier saves, which is counted in `Stats.deferred`."""
-        handle = self.try_begin(asked)
+    def begin_due(self, asked: SaveAsked, turn: JointTurn | None = None) -> CommitHandle | None:
+        """Begin a save if there is room for it now; None, counted, if it has to wait for earlier ones."""
+        handle = self.try_begin(asked, turn=turn)
         if handle is None:
             self.counts.deferred += 1
             url = self._incarnation.repository.url
@@ -166,8 +178,10 @@ class Saver:
             f"memory. Earlier checkpoints are as they were. Look at {self._incarnation.repository.url}"
         )
 
-    def try_begin(self, asked: SaveAsked, deadline: Deadline = NEVER) -> CommitHandle | None:
-        """Have the state copied and queue its upload. None if earlier saves hold the memory now."""
+    def try_begin(
+        self, asked: SaveAsked, deadline: Deadline = NEVER, turn: JointTurn | None = None
+    ) -> CommitHandle | None:
+        """Have the state copied and queue its upload. None if earlier saves leave no room for it now."""
         if len(self._queue) >= MAX_JOBS:
             return None
         asked = replace(asked, called_s=time.monotonic())
@@ -180,7 +194,7 @@ class Saver:
         taken = self._live.take()
         self._live.tell_what_is_refused(asked.step, self._incarnation.repository.url)
         beginning = _Beginning(
-            asked, taken, self._fence.permit(taken), CommitHandle(asked.step, self._fence.attending())
+            asked, taken, self._fence.permit(taken), CommitHandle(asked.step, self._fence.attending()), turn
         )
         try:
             with deferred_interrupt():  # slabs, running copies and the queue's job change their owner
@@ -215,7 +229,7 @@ class Saver:
             # Start them now, even if an earlier save is under way: if that ends while the interpreter exits, no thread can be started any
             # more.
             threads = UploadThreads.start(taken.captured, self._options)
-            job = Job(asked, taken.captured, source, beginning.handle, threads, owner=self._owner())
+            job = Job(asked, taken.captured, source, beginning.handle, threads, beginning.turn, self._owner())
             beginning.runs_here = not self._queue.put(job)
         except BaseException:
             if threads is not None:
@@ -282,6 +296,7 @@ class _Beginning:
     taken: Taken
     permit: Permit
     handle: CommitHandle
+    turn: JointTurn | None
     source: Snapshot | LiveChunks | None = None
     runs_here: bool = False
     """The interpreter is ending and allows no thread: the calling thread runs the job."""

@@ -1,0 +1,207 @@
+"""Where ranks tell each other small things: keys and bytes, seen by all of a job.
+
+Nothing here waits for another rank: whoever expects a key looks again. So a rank that dies keeps nobody waiting, and one connection serves
+all threads of a rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from fastckpt.errors import CheckpointError
+
+T = TypeVar("T")
+ANSWER_S = 2.0
+"""How long a store may take for one answer. It takes 0.1 ms; a machine whose cores are all busy, some 100 ms."""
+_AT_ONCE = 1024
+"""Keys of one request."""
+
+
+class BoardLostError(CheckpointError):
+    """The board does not answer: its host is gone, or cannot be reached."""
+
+
+def member_key(group: str, member: int) -> str:
+    """The key of one member of a group."""
+    return f"{group}/{member}"
+
+
+class Board(Protocol):
+    """See the module. Any thread. Every method may raise BoardLostError; then it is not known whether a write was seen."""
+
+    def put(self, key: str, value: bytes) -> None:
+        """Write a key, which may have been written before."""
+        ...
+
+    def put_once(self, key: str, value: bytes) -> bytes:
+        """Write a key unless somebody has: the value that stands, of whoever was first."""
+        ...
+
+    def get(self, key: str) -> bytes | None:
+        """The value of a key; None where there is none yet."""
+        ...
+
+    def get_all(self, keys: Sequence[str]) -> list[bytes] | None:
+        """Values of keys; None if one of them is not there yet."""
+        ...
+
+    def join(self, group: str, member: int, value: bytes) -> None:
+        """Write the key `member_key(group, member)`, which is then counted. Written again, it may be counted again."""
+        ...
+
+    def n_joined(self, group: str) -> int:
+        """How many members have joined a group: exact or, after answers that were lost, too many."""
+        ...
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Remove keys that nobody reads any more."""
+        ...
+
+
+class StoreBoard:
+    """A board on a store of torch.distributed. Its requests run in a thread of its own, which is left behind if the store hangs."""
+
+    def __init__(self, store: Any, prefix: str, answer_s: float = ANSWER_S) -> None:
+        """Begin to use a store.
+
+        Args:
+            store: of torch.distributed; used by nobody else from now on, or safe to be used by several threads.
+            prefix: of all keys: a job may have several boards in one store.
+            answer_s: seconds after which a request that has no answer is given up.
+        """
+        self._store, self._prefix, self._answer_s = store, prefix, answer_s
+        self._requests: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._stuck = threading.Event()
+        """A request was given up and has had no answer yet: those behind it would wait for it."""
+        threading.Thread(target=_serve, args=(self._requests,), name="fastckpt-board", daemon=True).start()
+        self._end = weakref.finalize(self, self._requests.put, None)
+
+    def put(self, key: str, value: bytes) -> None:
+        self._ask(lambda store: store.set(self._prefix + key, value))
+
+    def put_once(self, key: str, value: bytes) -> bytes:
+        # A key that is not there equals "", and nobody writes an empty value.
+        return bytes(self._ask(lambda store: store.compare_set(self._prefix + key, "", value)))
+
+    def get(self, key: str) -> bytes | None:
+        found = self.get_all([key])
+        return None if found is None else found[0]
+
+    def get_all(self, keys: Sequence[str]) -> list[bytes] | None:
+        found: list[bytes] = []
+        for first in range(0, len(keys), _AT_ONCE):
+            part = [self._prefix + key for key in keys[first : first + _AT_ONCE]]
+            values = self._ask(functools.partial(_values, keys=part))
+            if values is None:
+                return None
+            found += values
+        return found
+
+    def join(self, group: str, member: int, value: bytes) -> None:
+        self.put(member_key(group, member), value)
+        self._ask(lambda store: store.add(f"{self._prefix}{group}/joined", 1))
+
+    def n_joined(self, group: str) -> int:
+        return int(self._ask(lambda store: store.add(f"{self._prefix}{group}/joined", 0)))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        self._ask(lambda store: [store.delete_key(self._prefix + key) for key in keys])
+
+    def close(self) -> None:
+        """End the thread, after what it is doing. May be called twice."""
+        self._end()
+
+    def _ask(self, request: Callable[[Any], T]) -> T:
+        if self._stuck.is_set():
+            raise BoardLostError("the store of the process group has not answered an earlier request yet")
+        done = threading.Event()
+        answer: list[T] = []
+        error: list[BaseException] = []
+        given_up: list[bool] = []
+
+        def run() -> None:
+            try:
+                answer.append(request(self._store))
+            except BaseException as raised:
+                error.append(raised)
+            done.set()
+            if given_up:
+                self._stuck.clear()
+
+        self._requests.put(run)
+        if not done.wait(self._answer_s):
+            given_up.append(True)
+            if not done.is_set():
+                self._stuck.set()
+                if done.is_set():  # it came between the two
+                    self._stuck.clear()
+                raise BoardLostError(f"the store of the process group has not answered within {self._answer_s:g} s")
+        if error:
+            raise BoardLostError(
+                f"the store of the process group does not answer: {type(error[0]).__name__}: {error[0]}"
+            ) from error[0]
+        return answer[0]
+
+
+def _serve(requests: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (request := requests.get()) is not None:
+        request()
+
+
+def _values(store: Any, keys: list[str]) -> list[bytes] | None:
+    # `get` waits for a key that is not there, and with it everybody who uses this connection.
+    return [bytes(value) for value in store.multi_get(keys)] if store.check(keys) else None
+
+
+class MemoryBoard:
+    """A board for ranks that are threads of one process: for tests and simulations."""
+
+    def __init__(self) -> None:
+        """Make an empty one."""
+        self._lock = threading.Lock()
+        self._values: dict[str, bytes] = {}
+        self.requests = 0
+        """How many there have been."""
+
+    def put(self, key: str, value: bytes) -> None:
+        with self._lock:
+            self.requests += 1
+            self._values[key] = value
+
+    def put_once(self, key: str, value: bytes) -> bytes:
+        with self._lock:
+            self.requests += 1
+            return self._values.setdefault(key, value)
+
+    def get(self, key: str) -> bytes | None:
+        with self._lock:
+            self.requests += 1
+            return self._values.get(key)
+
+    def get_all(self, keys: Sequence[str]) -> list[bytes] | None:
+        with self._lock:
+            self.requests += 1
+            found = [self._values[key] for key in keys if key in self._values]
+        return found if len(found) == len(keys) else None
+
+    def join(self, group: str, member: int, value: bytes) -> None:
+        self.put(member_key(group, member), value)
+
+    def n_joined(self, group: str) -> int:
+        with self._lock:
+            self.requests += 1
+            return sum(1 for key in self._values if key.startswith(f"{group}/"))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        with self._lock:
+            self.requests += 1
+            for key in keys:
+                self._values.pop(key, None)
+
+    def close(self) -> None:
+        """Nothing to do."""

@@ -1,0 +1,59 @@
+"""Which ranks live: each one counts up on the board every few seconds while others may wait for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from fastckpt.ranks.board import Board
+from fastckpt.ranks.world import World
+
+def beat_s(size: int) -> float:
+    """Seconds between two beats of a rank: 2, and from 4,096 ranks on more, so that all together stay below 2,048 in a second."""
+    return min(8.0, max(2.0, size / 2048))
+
+
+def silent_s(size: int) -> float:
+    """Seconds after which a rank that has said nothing is taken for dead: seven beats; three where beats are slow. No survivor waits
+    longer than 30 s for a decision.
+    """
+    return max(15.0, 3 * beat_s(size))
+
+
+class Pulse:
+    """This rank's beat. For the thread beside training."""
+
+    def __init__(self, world: World, board: Board, clock: Callable[[], float] = time.monotonic) -> None:
+        self._world, self._board, self._clock = world, board, clock
+        self._beats = 0
+        self._last_s: float | None = None
+
+    def beat(self) -> None:
+        """Count up, if it is time to. BoardLostError."""
+        now_s = self._clock()
+        if self._last_s is None or now_s - self._last_s >= beat_s(self._world.size):
+            self._beats += 1
+            self._last_s = now_s
+            self._board.put(f"pulse/{self._world.rank}", b"%d" % self._beats)
+
+
+class Listener:
+    """Hears the beats of others, by its own clock: clocks of machines differ. For one thread."""
+
+    def __init__(self, world: World, board: Board, clock: Callable[[], float] = time.monotonic) -> None:
+        self._board, self._clock, self._limit_s = board, clock, silent_s(world.size)
+        self._heard: dict[int, tuple[bytes | None, float]] = {}
+        """Rank → its last beat, and when that was new."""
+
+    def silent(self, ranks: Iterable[int]) -> list[int]:
+        """Those that have been heard of last, or listened for first, too long ago. BoardLostError."""
+        found = []
+        for rank in ranks:
+            beat = self._board.get(f"pulse/{rank}")
+            now_s = self._clock()
+            known = self._heard.get(rank)
+            if known is None or known[0] != beat:
+                self._heard[rank] = (beat, now_s)
+            elif now_s - known[1] > self._limit_s:
+                found.append(rank)
+        return found
