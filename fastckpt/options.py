@@ -101,6 +101,9 @@ class Options:
     training need not wait for it. "": none."""
     connections: int = 8
     """Uploads and downloads under way at once, for stores. One connection to S3 gives some 80 MB/s; each holds one pack of up to 32 MiB."""
+    join_timeout_s: float = 300.0
+    """How much later than the first one the last rank of a job may come to where all ranks meet: when their Checkpointers are made, at a
+    restore, at the first save. Longer: slow nodes may come; shorter: a rank that never comes is told sooner."""
     max_load_bytes: int = 0
     """Largest state that load will allocate host memory for. 0: this machine's (or cgroup's) memory.
     Protects against files of a few kilobytes that say they hold terabytes."""
@@ -112,7 +115,7 @@ class Options:
         problems = [f"{name} is {value!r}: it must be {expected}" for name, value, expected in wrong if expected]
         if problems:
             raise ValueError("; ".join(problems))
-        for name in ("max_stall_s", "max_order_wait_s"):
+        for name in ("max_stall_s", "max_order_wait_s", "join_timeout_s"):
             object.__setattr__(self, name, bounded(getattr(self, name)))
         if not self.threads:
             object.__setattr__(self, "threads", min(_cpus(), 16))
@@ -140,6 +143,21 @@ class Options:
     def snapshot_bytes(self) -> int:
         """What the budget has left for snapshots once encoders and uploads have their part. 0: nothing."""
         return max(0, self.host_budget_bytes - self.encoder_bytes - (self.connections + 1) * self.max_pack_bytes)
+
+    def shared_by(self, n: int) -> Options:
+        """These, for one of `n` processes of a machine, which share cores, memory and link as far as those were left to the defaults."""
+        if n == 1:
+            return self
+        default = Options()
+        shares = {"threads": 1, "host_budget_bytes": 1 << 20, "max_load_bytes": 1 << 20, "connections": 2}
+        return replace(
+            self,
+            **{
+                name: max(least, getattr(self, name) // n)
+                for name, least in shares.items()
+                if getattr(self, name) == getattr(default, name)
+            },
+        )
 
     def for_store(self, useful_connections: int | None) -> Options:
         """These, with no more connections than a store can make use of: each one takes memory."""

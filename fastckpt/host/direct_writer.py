@@ -10,8 +10,8 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from fastckpt._types import U8
 from fastckpt.host.pages import fresh_pages
 from fastckpt.host.threads import WorkerPool
 
@@ -40,7 +40,7 @@ class DirectWriter:
         self._fd = fd
         self._direct: bool | None = None
         """None: direct writing was not tried yet."""
-        self._rooms: list[U8] = []
+        self._rooms: list[NDArray[np.uint8]] = []
         self._filled = 0
         self._writer: WorkerPool | None = None
         self._pending: Future[None] | None = None

@@ -11,16 +11,17 @@ Pure but for the board, and with the caller's clock: `turn` is called again and 
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from fastckpt.events import logger
 from fastckpt.ranks.board import Board, member_key
 from fastckpt.ranks.world import World
 
+logger = logging.getLogger("fastckpt")
 MAX_HOLD_S = 5.0
 """Longest that a call of `step` waits for a decision. An answer takes one look at the board, 2 s at most."""
 HOLD_SHARE = 0.05
@@ -82,11 +83,12 @@ class Agreement:
         self,
         world: World,
         board: Board,
-        estimate: Callable[[], Estimate] = lambda: Estimate(None, 0.0),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """estimate: of this rank's saves, asked for every answer; any thread. clock: seconds."""
-        self._world, self._board, self._estimate, self._clock = world, board, estimate, clock
+        """clock: seconds."""
+        self._world, self._board, self._clock = world, board, clock
+        self.estimate: Callable[[], Estimate] = lambda: Estimate(None, 0.0)
+        """Of this rank's saves, asked for every answer; any thread."""
         self.changed = threading.Condition()
         """Notified when `must_wait` may have become False."""
         self.calls = 0
@@ -109,7 +111,9 @@ class Agreement:
     def wish(self, wish: Wish) -> None:
         """Have all ranks save soon. Returns at once."""
         with self.changed:
-            comes = any(d.wish.ends_run or not wish.ends_run for d in self._due)  # a save that was agreed on, and will do
+            comes = any(
+                d.wish.ends_run or not wish.ends_run for d in self._due
+            )  # a save that was agreed on, and will do
             if not comes and not any(w.trigger == wish.trigger for w in self._wishes):
                 self._wishes.append(wish)
 
@@ -180,7 +184,7 @@ class Agreement:
                 self.heard = wish
             self._held, self._held_since_s = (self.calls + 1, hold_s), None
             calls = self.calls
-        estimate = self._estimate()
+        estimate = self.estimate()
         answer = {"calls": calls, "fresh_s": estimate.fresh_s, "in_flight_s": estimate.in_flight_s}
         self._board.join(f"answer/{number}", self._world.rank, _to_bytes(answer))
         self._answered_s = self._clock()

@@ -1,9 +1,9 @@
 """What becomes of one save of all ranks: committed, or abandoned. Whoever writes a save's fate first on the board has decided it.
 
-    begun   rank → the step that it saves at this call
-    votes   rank → a summary of its vote, which is durable by then
-    fate    "commit", by a rank that has seen all votes, or why the save is abandoned, by any rank; never both
-    done    the outcome, by the rank that has put the commit record
+begun   rank → the step that it saves at this call
+votes   rank → a summary of its vote, which is durable by then
+fate    "commit", by a rank that has seen all votes, or why the save is abandoned, by any rank; never both
+done    the outcome, by the rank that has put the commit record
 """
 
 from __future__ import annotations

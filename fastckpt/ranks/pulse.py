@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from fastckpt.ranks.board import Board
 from fastckpt.ranks.world import World
 
+
 def beat_s(size: int) -> float:
     """Seconds between two beats of a rank: 2, and from 4,096 ranks on more, so that all together stay below 2,048 in a second."""
     return min(8.0, max(2.0, size / 2048))

@@ -6,7 +6,7 @@ import builtins
 import json
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from fastckpt import errors
 from fastckpt.errors import CheckpointError, RanksError
@@ -14,7 +14,6 @@ from fastckpt.ranks.board import Board, member_key
 from fastckpt.ranks.pulse import Listener, silent_s
 from fastckpt.ranks.world import World
 
-T = TypeVar("T")
 _SHOWN = 20
 
 
@@ -35,7 +34,7 @@ class Roll:
         self._listener, self._silent_s = Listener(world, board, clock), silent_s(world.size)
         self._number = 0
 
-    def decide(self, what: str, said: Any, judge: Callable[[list[Any]], T]) -> T:
+    def decide(self, what: str, said: Any, judge: Callable[[list[Any]], Any]) -> Any:
         """Have rank 0 judge what all ranks say, and return what it found, on every rank.
 
         Args:
@@ -87,7 +86,9 @@ class Roll:
                 return found
             waited_s = self._clock() - started_s
             if waited_s > self._silent_s / 2 and self._gone(ranks, waited_s):
-                raise RanksError(f"{why} for {waited_s:.0f} s. Every rank has to make the same calls of its Checkpointer")
+                raise RanksError(
+                    f"{why} for {waited_s:.0f} s. Every rank has to make the same calls of its Checkpointer"
+                )
             pause_s = self._pause(pause_s)
 
     def _gone(self, ranks: list[int], waited_s: float) -> list[int]:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import collections
 import itertools
+import logging
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from fastckpt.events import logger
 from fastckpt.host.threads import start
 from fastckpt.host.torch_names import process_group_store
-from fastckpt.ranks.agreement import Agreement, Estimate
+from fastckpt.ranks.agreement import Agreement
 from fastckpt.ranks.board import Board, BoardLostError, StoreBoard
 from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.pulse import Pulse
 from fastckpt.ranks.roll import Roll
 from fastckpt.ranks.world import World
 
+logger = logging.getLogger("fastckpt")
 _numbers = itertools.count()
 """Teams of this process: all ranks make their Checkpointers in the same order."""
 
@@ -46,8 +47,7 @@ class Team:
         """come_s: see `Roll`. The thread beside training begins with `start`."""
         self.world, self.board = world, board
         self.clock, self.sleep = clock, sleep
-        self.estimate: Callable[[], Estimate] = lambda: Estimate(None, 0.0)
-        self.agreement = Agreement(world, board, lambda: self.estimate(), clock)
+        self.agreement = Agreement(world, board, clock=clock)
         self.roll = Roll(world, board, come_s, clock, sleep)
         self.pulse = Pulse(world, board, clock)
         self._stop, self._woken = threading.Event(), threading.Event()

@@ -345,3 +345,8 @@ def describe(commit: Commit) -> dict[str, Any]:
         if commit.parent is None
         else {"epoch": commit.parent.checkpoint.epoch, "step": commit.parent.checkpoint.step},
     }
+
+
+def open_rank(store: Store, commit: Commit, rank: int) -> Reader:
+    """A rank's part of a checkpoint. UnreadableError, StoreError."""
+    return open_vote(store, commit.vote(rank))

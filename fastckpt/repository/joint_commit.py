@@ -151,7 +151,9 @@ class JointCommit:
         why = self._reason_to_give_up(vote, waited_s)
         if why is not None:
             self._raise_if_abandoned(vote.info.save.step, self._fate.abandon(why))
-        if waited_s >= silent_s(self._world.size) and self._fate.is_committed():  # whoever decided so has died before the put
+        if (
+            waited_s >= silent_s(self._world.size) and self._fate.is_committed()
+        ):  # whoever decided so has died before the put
             commit = try_commit(self._store, vote.info.save, vote)
             if commit is not None:
                 self._acknowledge(commit)
@@ -173,7 +175,17 @@ class JointCommit:
             raise
         outcome: dict[str, Any] = {
             name: getattr(commit, name)
-            for name in ("digest", "trigger", "metrics", "meta", "raw_bytes", "stored_bytes", "seconds", "utc", "writer")
+            for name in (
+                "digest",
+                "trigger",
+                "metrics",
+                "meta",
+                "raw_bytes",
+                "stored_bytes",
+                "seconds",
+                "utc",
+                "writer",
+            )
         }
         try:
             self._acknowledge(commit)
@@ -238,7 +250,8 @@ class JointCommit:
             )
         if isinstance(found, Tombstone):
             raise AbandonedError(
-                save.step, f"ranks cannot reach each other any more, and not all votes were placed within {silent_s(self._world.size):.0f} s"
+                save.step,
+                f"ranks cannot reach each other any more, and not all votes were placed within {silent_s(self._world.size):.0f} s",
             )
         if found is not None:
             self._acknowledge(found)
@@ -258,10 +271,8 @@ class Cancelled:
         now_s = self._clock()
         if now_s - self._asked_s >= _ASK_S:  # asked before every chunk
             self._asked_s = now_s
-            try:
+            with contextlib.suppress(BoardLostError):
                 self.why = self.why or self._fate.abandoned()
-            except BoardLostError:
-                pass
         return self.why is not None or self._cancelled()
 
 

@@ -17,8 +17,10 @@ _said: set[str] = set()
 """Clouds for which this process has already warned that their notices are not read."""
 
 
-def open_sources(spec: Any) -> list[NoticeSource]:
-    """None, False or "off": none. "auto": EC2's metadata service unless it is disabled or this is another cloud, SIGTERM, under SLURM
+def open_sources(spec: Any, *, leads_node: bool = True) -> list[NoticeSource]:
+    """leads_node: whether this process asks what tells the whole node. With "auto" the others only listen to their own signals.
+
+    None, False or "off": none. "auto": EC2's metadata service unless it is disabled or this is another cloud, SIGTERM, under SLURM
     SIGUSR1, and the file that FASTCKPT_NOTICE_FILE names. "ec2", "signal" (SIGTERM), "SIGUSR1" and the like, "file:/path", joined by
     commas; or a list of sources. ValueError names what is wrong.
     """
@@ -38,7 +40,7 @@ def open_sources(spec: Any) -> list[NoticeSource]:
             f'spot is {spec!r}: expected "auto", "off", "ec2", "signal", "file:/path", or a list of sources'
         )
     if spec == "auto":
-        return _auto()
+        return _auto() if leads_node else [source for source in _auto() if isinstance(source, SignalSource)]
     found: list[NoticeSource] = []
     problems = []
     for word in (part.strip() for part in spec.split(",")):

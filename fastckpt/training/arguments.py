@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from fastckpt.errors import SaveError
 from fastckpt.format.keys import MAX_STEP
 from fastckpt.format.repository_records import metrics_to_json
@@ -65,14 +63,6 @@ def check_kinds(switches: Mapping[str, object], seconds: Mapping[str, object]) -
     ]
     if negative:
         raise ValueError("; ".join(negative))
-
-
-def refuse_many_ranks() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise SaveError(
-            "Checkpointer saves the state of one process; this version does not yet coordinate several ranks"
-        )
 
 
 def asked_for(

@@ -12,7 +12,6 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -23,20 +22,21 @@ from fastckpt.host.deadline import Deadline, bounded
 from fastckpt.host.threads import hurried
 from fastckpt.kernels import warm_up
 from fastckpt.options import Options
+from fastckpt.ranks.team import Team
+from fastckpt.ranks.world import current_world
 from fastckpt.repository.catalog import Which
 from fastckpt.repository.retention import GRACE_S, Keep
 from fastckpt.spot import Notice, open_sources
 from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
-from fastckpt.training import stateful
-from fastckpt.training.arguments import asked_for, check_kinds, check_rules, refuse_many_ranks
+from fastckpt.training.arguments import asked_for, check_kinds, check_rules
 from fastckpt.training.ending import EXIT_CODE_NOTICE, Ending, exit_after, in_a_hurry
 from fastckpt.training.engine import Engine
+from fastckpt.training.joint import decisions_of, restorer_of
 from fastckpt.training.live_state import LiveState
-from fastckpt.training.restorer import Restorer
 from fastckpt.training.save_queue import CommitHandle
 from fastckpt.training.saver import Saver
-from fastckpt.training.schedule import Due, Every
+from fastckpt.training.schedule import Every
 from fastckpt.training.stats import Stats
 from fastckpt.writing.rank import SaveAsked
 
@@ -93,31 +93,37 @@ class Checkpointer:
         check_kinds({"fresh": fresh, "read_only": read_only}, {"close_timeout_s": close_timeout_s, "grace_s": grace_s})
         if read_only and fresh:
             raise ValueError("read_only=True and fresh=True exclude each other: beginning a new history writes")
-        if not read_only:
-            refuse_many_ranks()
+        world = current_world()
+        if on_exception is not None and not world.is_alone:
+            raise ValueError(
+                'on_exception="save" is for one process: after an exception of one rank the others are at another step'
+            )
         warm_up()  # without native kernels numba compiles for seconds: do that now, in the background, and not when a notice has come
-        options = options or Options.from_env()
+        options = (options or Options.from_env()).shared_by(world.local_size)
         live = LiveState(state, sampled=options.verify_snapshot != "off")
         self._read_only = read_only
         self._closed, self._pid = False, os.getpid()
         self._broken: PartialRestoreError | None = None
         self._last: SaveAsked | None = None
         """The last step with its metrics and meta: as given to `step` or `save_now`, or as stored in the checkpoint that was restored."""
-        self._due = Due(every)
         self._stall_s = 0.0
         self.restored: Commit | None = None
         """The commit record of the checkpoint that `restore` loaded, with its metrics, meta and time."""
         with contextlib.ExitStack() as opened:  # if a line below fails, this closes what is open
             hurry = in_a_hurry(weakref.ref(self))
-            self._engine = Engine.start(url, live, options, keep, grace_s, hurry, hooked=not read_only)
+            team = None if world.is_alone else Team.of_process_group(world, options.join_timeout_s)
+            self._engine = Engine.start(url, live, options, keep, grace_s, hurry, hooked=not read_only, team=team)
             opened.callback(self._engine.close)
             self._saver = Saver(self._engine, weakref.ref(self), fresh=fresh)
-            self._restorer = Restorer(self._engine, read_only=read_only)
+            self._restorer = restorer_of(self._engine, read_only=read_only)
             self._ending = Ending(self._engine, self._saver, on_exception, bounded(close_timeout_s))
+            self._decisions = decisions_of(self._engine, self._saver, self._ending, every)
             opened.callback(self._ending.close)
-            self._engine.open(read_only=read_only)
+            self._engine.open(
+                {"state": sorted(live.targets), "every": repr(every), "fresh": fresh}, read_only=read_only
+            )
             if not read_only:
-                self._ending.watch(open_sources(spot))
+                self._ending.watch(open_sources(spot, leads_node=world.leads_node))
             self._opened = opened.pop_all()
 
     # -- restoring -----------------------------------------------------------------------------------------------------
@@ -166,9 +172,7 @@ class Checkpointer:
         commit = found.commit
         self._ending.forget_step()
         try:
-            stateful.apply(
-                self._engine.live.targets, found.state, self._engine.repository.location(commit.checkpoint), found.plan
-            )
+            self._restorer.put_in(found)
         except PartialRestoreError as error:
             self._broken = error
             raise
@@ -205,34 +209,28 @@ class Checkpointer:
         """
         started = time.monotonic()
         self._require_writing()
-        if self._ending.notice is None:  # otherwise no next call will raise them, and the final save reports them
+        decisions = self._decisions
+        if (
+            self._ending.notice is None and decisions.raises_first
+        ):  # otherwise no next call will raise them, and the final save reports them
             self._engine.raise_failures()
         asked = asked_for(step, "notice", metrics, meta, self._last)
         if self._ending.left:
             return True
         before, self._last = self._last, asked
         self._ending.mark_step()
-        notice = self._ending.notice_after_step()
-        if notice is not None:
-            self._ending.save_finally(asked, notice)
+        decisions.begin_call()
+        final = decisions.final()
+        if final is not None:
+            self._ending.save_finally(asked, final.notice, final.rung, decisions.begin)
             return True
-        self._save_if_due(before, asked, started)
+        decisions.save_if_due(before, asked, started)
+        if not decisions.raises_first:
+            self._engine.raise_failures()
         self._saver.prepare()
         self._engine.fence.hooks.next_step()
         self._stall_s += time.monotonic() - started
         return False
-
-    def _save_if_due(self, before: SaveAsked | None, asked: SaveAsked, now_s: float) -> None:
-        due, torn = self._due, self._engine.torn
-        since_s = now_s - self._saver.counts.begun_s
-        due.look(
-            None if before is None else before.step, asked.step, since_s, asked.metrics, early=self._ending.may_go_early
-        )
-        due.repeat(torn.trigger_for(asked.step))
-        if due.trigger is None or torn.is_lost(asked.step) or self._saver.is_saved(asked.step):
-            return
-        if self._saver.begin_due(replace(asked, trigger=due.trigger)) is not None:
-            due.done()
 
     def save_now(
         self, step: int, *, metrics: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
@@ -255,8 +253,7 @@ class Checkpointer:
         self._require_writing()
         self._engine.raise_failures()
         asked = asked_for(step, "manual", metrics, meta, self._last)
-        self._saver.refuse_other_state(asked)
-        handle = self._saver.begin(asked)
+        handle = self._decisions.save_now(asked)
         self._last = asked
         return handle
 

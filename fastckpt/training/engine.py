@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastckpt.errors import SupersededError
 from fastckpt.events import logger
@@ -18,6 +18,7 @@ from fastckpt.snapshot import Stager
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
 from fastckpt.training.fence import Fence
+from fastckpt.training.joint_start import compare, share_repository
 from fastckpt.training.live_state import LiveState
 from fastckpt.training.save_queue import SaveQueue
 from fastckpt.training.torn import TornSaves
@@ -52,8 +53,9 @@ class Engine(NamedTuple):
         hooked: bool,
         team: Team | None = None,
     ) -> Engine:
-        """team: all ranks of this job; closed with this. hooked: whether optimizers call the fence: where nothing is saved they need not. StoreError; SaveError if nothing can be written
-        to `spill_dir`.
+        """team: all ranks of this job; closed with this. hooked: whether optimizers call the fence; not needed where nothing is saved.
+
+        StoreError; SaveError if nothing can be written to `spill_dir`.
         """
         store = url if isinstance(url, Store) else open_store(url)
         owned = None if store is url else store
@@ -84,12 +86,20 @@ class Engine(NamedTuple):
     def repository(self) -> Repository:
         return self.incarnation.repository
 
-    def open(self, *, read_only: bool) -> None:
+    def open(self, said: dict[str, Any], *, read_only: bool) -> None:
         """Read the repository's marker; make it, and probe the store, unless `read_only`. RepositoryError, StoreError."""
+        if self.team is not None:
+            self.team.start()
+            compare(self.team, {**said, "read_only": read_only})
         if read_only:
             self.repository.require()
             return
-        self.repository.initialise()
+        if self.team is not None:
+            share_repository(self.team, self.repository)
+            if not self.team.world.leads:
+                return
+        else:
+            self.repository.initialise()
         for words in self.repository.store.harmful_rules():
             logger.warning("%s: %s (docs/stores.md, Lifecycle rules)", self.repository.url, words)
 

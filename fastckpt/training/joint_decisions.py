@@ -1,7 +1,7 @@
 """What a call of `step` or `save_now` comes to for one rank of several: all ranks save at the same call, or none does.
 
-By steps every rank decides alone, and alike. All else is a *wish* of one rank, of which the agreement makes a call at which all save. A rank
-that cannot make its part of a save has it abandoned by all.
+By steps every rank decides alone, and alike. All else is a *wish* of one rank, of which the agreement makes a call at which all save. If
+one rank cannot make its part of a save, all abandon it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class JointDecisions:
         """Step → saves of it so far, by the same rule on every rank."""
         self._named = -1
         """The highest step of which a save was due: it is due once."""
-        self._team.estimate = self._estimate
+        self._team.agreement.estimate = self._estimate
 
     def _estimate(self) -> Estimate:
         measured_s = self._queue.measured_s

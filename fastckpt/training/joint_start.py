@@ -5,10 +5,9 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from fastckpt._version import __version__
 from fastckpt.errors import CheckpointError, ObjectNotFoundError, RanksError
 from fastckpt.format.keys import epoch_key
-from fastckpt.format.repository_records import Epoch, Parent, epoch_bytes, parse_epoch_record
+from fastckpt.format.repository_records import Epoch, Parent, epoch_bytes, parse_epoch_record, writer
 from fastckpt.format.repository_records import parent_to_json as parent_json
 from fastckpt.ranks.team import Team
 from fastckpt.repository.incarnation import Incarnation
@@ -19,7 +18,7 @@ _SHOWN = 5
 
 def compare(team: Team, said: dict[str, Any]) -> None:
     """RanksError on every rank, with all differences, unless all say the same. said: what JSON can hold, by what it is called."""
-    said = {"number of ranks": team.world.size, "version of fastckpt": __version__, **said}
+    said = {"number of ranks": team.world.size, "version of fastckpt": writer()["version"], **said}
 
     def judge(all_said: list[dict[str, Any]]) -> None:
         differences = [words for what in said for words in _difference(what, [one.get(what) for one in all_said])]
@@ -66,8 +65,8 @@ def share_repository(team: Team, repository: Repository) -> None:
         if found:
             rank, words = next(iter(found.items()))
             raise RanksError(
-                f"{len(found)} of {team.world.size} ranks do not share the repository of rank 0, {shared['url']}; rank {rank}: {words}. All "
-                "ranks save to one place: a directory that all nodes mount, or an object store"
+                f"{len(found)} of {team.world.size} ranks do not share the repository of rank 0, {shared['url']}; rank {rank}: {words}. "
+                "All ranks save to one place: a directory that all nodes mount, or an object store"
             )
 
     team.roll.decide("opening the repository", problem, judge)
@@ -110,6 +109,3 @@ def adopt(team: Team, incarnation: Incarnation, told: dict[str, Any]) -> None:
     number, record = told["number"], told["record"].encode()
     epoch = parse_epoch_record(record, number, f"{incarnation.repository.url}/{epoch_key(number)}")
     incarnation.adopt(epoch, epoch.parent)
-
-
-

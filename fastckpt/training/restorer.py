@@ -15,15 +15,16 @@ from fastckpt.errors import (
 )
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit, Skipped
+from fastckpt.ranks.world import ALONE
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
-from fastckpt.repository.catalog import Catalog, Choice, Which
+from fastckpt.repository.catalog import Catalog, Choice, Which, open_rank
 from fastckpt.state.refused import ARRAYS, described, find
 from fastckpt.training import stateful
 from fastckpt.training.engine import Engine
 from fastckpt.training.placement import PlacementPlan, plan_placement
 
-_MOST_ROUNDS = 2
+MOST_ROUNDS = 2
 """How often a restore loads before it claims first."""
 
 
@@ -35,7 +36,7 @@ class Loaded(NamedTuple):
     plan: PlacementPlan
 
 
-class _Damaged(Exception):
+class Damaged(Exception):
     """Damage that a load has found in a checkpoint."""
 
     def __init__(self, commit: Commit, error: CorruptCheckpointError) -> None:
@@ -50,6 +51,7 @@ class Restorer:
         """read_only: nothing is claimed, completed or written."""
         self._incarnation, self._repository = engine.incarnation, engine.repository
         self._live, self._options, self._read_only = engine.live, engine.options, read_only
+        self._world = ALONE if engine.team is None else engine.team.world
 
     def restore(self, step: Which, weights_only: bool) -> Loaded | None:
         """Load the state that is to be put into the objects. Unless `read_only`, also claim an epoch that continues from it.
@@ -61,32 +63,40 @@ class Restorer:
         rounds = retired = 0
         while True:
             # If the newest checkpoint changes each time while one is loading, claim first: then it cannot change any more.
-            claims_first = rounds == _MOST_ROUNDS
+            claims_first = rounds == MOST_ROUNDS
             choice: Choice | None = None
             found: Loaded | None = None  # the state of the round before is freed before the next one is read
             try:
                 choice = self._choose(step, known_bad, own, claims_first=claims_first)
-                found = None if choice is None else self._load(choice, weights_only)
+                found = None if choice is None else self._load(choice.commit, weights_only, choice.reader)
             except RetiredError:
                 retired += 1
                 if not isinstance(step, str) or retired > 1:
                     raise
                 continue
-            except _Damaged as damaged:
+            except Damaged as damaged:
                 known_bad = self._pass_over(damaged, step, choice)
                 continue
-            if self._read_only and found is None:
-                raise NoCheckpointError(f"{self._repository.url} has no checkpoint yet: there is nothing to read")
             if self._read_only or claims_first or self._incarnation.claim(choice, step, own):
-                return found
+                return self._found(found)
             rounds += 1
+
+    def _found(self, found: Loaded | None) -> Loaded | None:
+        if self._read_only and found is None:
+            raise NoCheckpointError(f"{self._repository.url} has no checkpoint yet: there is nothing to read")
+        return found
+
+    def put_in(self, found: Loaded) -> None:
+        """Put a loaded state into the objects. PartialRestoreError if one of them refuses its part."""
+        where = self._repository.location(found.commit.checkpoint)
+        stateful.apply(self._live.targets, found.state, where, found.plan)
 
     def _choose(self, step: Which, known_bad: list[Skipped], own: set[int], *, claims_first: bool) -> Choice | None:
         if self._read_only:
             return Catalog(self._repository).choose(step, known_bad)
         return (self._incarnation.choose_and_claim if claims_first else self._incarnation.choose)(step, known_bad, own)
 
-    def _pass_over(self, damaged: _Damaged, step: Which, choice: Choice | None) -> list[Skipped]:
+    def _pass_over(self, damaged: Damaged, step: Which, choice: Choice | None) -> list[Skipped]:
         """The checkpoints to skip in the next round. Raises the error instead, unless "latest-valid" was asked for."""
         error, checkpoint = damaged.error, damaged.commit.checkpoint
         if step != "latest-valid":
@@ -94,20 +104,21 @@ class Restorer:
         logger.warning("step %d is passed over: %s", checkpoint.step, error)
         return [*(() if choice is None else choice.skipped), Skipped(checkpoint, str(error)[:500])]
 
-    def _load(self, choice: Choice, weights_only: bool) -> Loaded:
-        commit = choice.commit
+    def _load(self, commit: Commit, weights_only: bool, reader: Reader | None = None) -> Loaded:
+        """reader: of this rank's part, if it was opened before."""
         location = self._repository.location(commit.checkpoint)
-        if commit.world != 1:
+        if commit.world != self._world.size:
             raise RestoreError(
                 f"{location} was saved by {commit.world} ranks; this version restores those of one. "
                 "`fastckpt restore --rank` exports each rank's state"
             )
         try:
-            loaded, plan = self._load_whole(choice.reader, location, weights_only)
+            reader = reader or open_rank(self._repository.store, commit, self._world.rank)
+            loaded, plan = self._load_whole(reader, location, weights_only)
         except (CorruptCheckpointError, ObjectNotFoundError) as error:
             found = Catalog(self._repository).blame(commit.checkpoint, error)
             if isinstance(found, CorruptCheckpointError):
-                raise _Damaged(commit, found) from error
+                raise Damaged(commit, found) from error
             raise found from error
         stateful.refuse_misfits(self._live.targets, loaded, location, plan)
         return Loaded(commit, loaded, plan)

@@ -36,7 +36,17 @@ class Saver:
         """owner: kept alive while a save is under way, because its hooks have to wait for the snapshot. fresh: the first save begins a new
         history.
         """
-        self._live, self._fence, self._stager, self._queue, self._torn, self._incarnation, self._options, _, self._team = engine
+        (
+            self._live,
+            self._fence,
+            self._stager,
+            self._queue,
+            self._torn,
+            self._incarnation,
+            self._options,
+            _,
+            self._team,
+        ) = engine
         self._owner, self.fresh = owner, fresh
         self._began = self._prepared = False
         self.counts = Counts()

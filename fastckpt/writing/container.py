@@ -9,7 +9,6 @@ error cancels the rest, abandons the sink and reaches the caller.
 from __future__ import annotations
 
 import functools
-import platform
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,10 +21,10 @@ import torch
 
 from fastckpt import codec, events
 from fastckpt._types import U8
-from fastckpt._version import __version__
 from fastckpt.format import container, directory, records
 from fastckpt.format.container import HEADER_BYTES, PartEntry
 from fastckpt.format.digest import digest
+from fastckpt.format.repository_records import writer
 from fastckpt.host import cycle_collector
 from fastckpt.host.pages import fresh_pages
 from fastckpt.host.sink import Sink, committing
@@ -276,13 +275,14 @@ class ChunkWriter:
             directory.StorageEntry(s.dtype, s.n_bytes, s.location, self.cuts.extents[n] if s.has_data else None)
             for n, s in enumerate(captured.storages)
         )
-        writer = {
-            "name": "fastckpt",
-            "version": __version__,
+        ours = writer()  # without the host: a container depends on none
+        made_by = {
+            "name": ours["name"],
+            "version": ours["version"],
             "torch": str(torch.__version__),
-            "python": platform.python_version(),
+            "python": ours["python"],
         }
-        return directory.Directory(storages, tuple(captured.tensors), writer=writer)
+        return directory.Directory(storages, tuple(captured.tensors), writer=made_by)
 
 
 def index_and_footer(header: bytes, payload_bytes: int, parts: Sequence[bytes]) -> list[bytes]:

@@ -184,7 +184,7 @@ def test_a_training_that_goes_back_saves_the_steps_after_it() -> None:
         ckpt.fence()
         assert ckpt.restore(step=1) == 1
         job.step()
-        ckpt._due.trigger = "interval"
+        ckpt._decisions._due.trigger = "interval"
         ckpt.step(2)
         ckpt.wait()
     assert committed(store) == [1, 2]

@@ -1,0 +1,25 @@
+"""Which parts a Checkpointer is made of: those of a process that trains alone, or those of one rank of several."""
+
+from __future__ import annotations
+
+from fastckpt.training.decisions import Decisions, OwnDecisions
+from fastckpt.training.ending import Ending
+from fastckpt.training.engine import Engine
+from fastckpt.training.joint_decisions import JointDecisions
+from fastckpt.training.joint_restorer import JointRestorer
+from fastckpt.training.restorer import Restorer
+from fastckpt.training.saver import Saver
+from fastckpt.training.schedule import Every
+
+
+def restorer_of(engine: Engine, *, read_only: bool) -> Restorer:
+    """What restores for this process."""
+    if engine.team is None:
+        return Restorer(engine, read_only=read_only)
+    return JointRestorer(engine, engine.team, read_only=read_only)
+
+
+def decisions_of(engine: Engine, saver: Saver, ending: Ending, every: Every | None) -> Decisions:
+    """What decides for this process at each call."""
+    made = OwnDecisions if engine.team is None else JointDecisions
+    return made(engine, saver, ending, every)

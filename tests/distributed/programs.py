@@ -1,0 +1,115 @@
+"""What ranks run in these tests. Functions of this module are called in processes of their own (`tests.support.ranks`)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fastckpt
+from fastckpt import Every, Options
+
+OPTIONS = {"threads": 1, "connections": 2, "host_budget_bytes": 256 << 20}
+
+
+class Net(nn.Module):
+    """A few layers that every kind of parallelism can divide, evenly and not."""
+
+    def __init__(self, width: int = 30, hidden: int = 50, layers: int = 2) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"a": nn.Linear(width, hidden), "b": nn.Linear(hidden, width)}) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer["b"](torch.relu(layer["a"](x)))
+        return self.norm(x)
+
+
+class Training:
+    """A model under some parallelism, with AdamW; `mode`: plain, ddp, fsdp, tp, fsdp_tp, hsdp."""
+
+    def __init__(self, mode: str, seed: int = 0, **sizes: int) -> None:
+        torch.manual_seed(seed)
+        self.model = parallel(Net(**sizes), mode)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.state = {"model": self.model, "optimizer": self.optimizer, "rng": fastckpt.RNGState()}
+
+    def step(self, number: int) -> None:
+        generator = torch.Generator().manual_seed(1000 * number + dist.get_rank() % 7)
+        first = next(m for m in self.model.modules() if isinstance(m, nn.LayerNorm))
+        x = torch.randn(8, first.normalized_shape[0], generator=generator)
+        self.optimizer.zero_grad()
+        self.model(x).pow(2).mean().backward()
+        self.optimizer.step()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """This rank's own bytes of everything."""
+        found = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for number, one in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{number}.{name}": t for name, t in one.items()}
+        return {name: local(t).detach().clone() for name, t in found.items()}
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def parallel(model: nn.Module, mode: str) -> nn.Module:
+    if mode == "plain":
+        return model
+    if mode == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    world = dist.get_world_size()
+    blocks: Any = model.layers
+
+    def tensor_parallel(mesh: Any) -> None:
+        for block in blocks:
+            parallelize_module(block, mesh, {"a": ColwiseParallel(), "b": RowwiseParallel()})
+
+    if mode == "fsdp":
+        mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif mode == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("r", "s"))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif mode == "tp":
+        tensor_parallel(init_device_mesh("cpu", (world,), mesh_dim_names=("tp",)))
+    elif mode == "fsdp_tp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+        tensor_parallel(mesh["tp"])
+        for block in blocks:
+            fully_shard(block, mesh=mesh["dp"])
+        fully_shard(model, mesh=mesh["dp"])
+    return model
+
+
+def checkpointer(url: str, training: Training, **settings: Any) -> fastckpt.Checkpointer:
+    logging.basicConfig(level=logging.INFO)
+    settings = {"every": Every(steps=5), "spot": None, "options": Options(**OPTIONS), **settings}
+    return fastckpt.Checkpointer(url, training.state, **settings)
+
+
+def train(url: str, mode: str, steps: int, every: int) -> dict[str, torch.Tensor]:
+    """Train from what was saved, if there is anything. Returns this rank's tensors at the end, and the step that it began with."""
+    training = Training(mode, seed=os.getpid())
+    with checkpointer(url, training, every=Every(steps=every)) as ckpt:
+        start = ckpt.restore()
+        for step in range(start, steps):
+            training.step(step)
+            ckpt.step(step + 1)
+    return {"start": torch.tensor(start), **training.tensors()}
