@@ -12,6 +12,7 @@ DATA = "data/"
 VOTES = "votes/"
 COMMITS = "commits/"
 PINS = "pins/"
+NOTICES = "notices/"
 
 MAX_EPOCH = 10**6 - 1
 MAX_STEP = 10**12 - 1
@@ -22,6 +23,7 @@ _EPOCH = re.compile(r"epochs/(\d{6})\.json")
 _COMMIT = re.compile(r"commits/(\d{6})-(\d{12})\.json")
 _VOTE = re.compile(r"votes/(\d{6})-(\d{12})-(\d{3})/r(\d{5})-of-(\d{5})\.(0|[1-9]\d{0,18})\.([0-9a-f]{32})")
 _PACK = re.compile(r"data/(\d{6})-(\d{12})-(\d{3})/r(\d{5})/(\d{6})\.pack")
+_NOTICE = re.compile(r"notices/\d{6}/[a-z]+(/\d+){1,2}")
 _PIN = re.compile(r"pins/([A-Za-z0-9_-]{1,64})\.json")
 
 
@@ -82,6 +84,18 @@ def pack_key(save: SaveId, rank: int, number: int) -> str:
 
 def pin_key(name: str) -> str:
     return f"{PINS}{name}.json"
+
+
+def notices_prefix(epoch: int) -> str:
+    return f"{NOTICES}{epoch:06}/"
+
+
+def notice_key(epoch: int, name: str) -> str:
+    return f"{notices_prefix(epoch)}{name}"
+
+
+def is_notice(key: str) -> bool:
+    return _NOTICE.fullmatch(key) is not None
 
 
 def parse_epoch(key: str) -> int | None:

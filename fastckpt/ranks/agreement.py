@@ -59,6 +59,8 @@ class Estimate(NamedTuple):
     """A save of the next step."""
     in_flight_s: float | None
     """What an earlier one still takes; 0: there is none."""
+    has_room: bool = True
+    """Whether a save can begin now, beside earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,23 @@ class Decision:
     in_flight_s: float | None = 0.0
     why: str = ""
     """Why it was given up."""
+    lacks_room: bool = False
+    """It was given up because a rank had no room for a save."""
+
+
+@dataclass
+class _Round:
+    """What this rank has done in the round under way."""
+
+    number: int
+    answer: bytes = b""
+    answered_s: float | None = None
+    had_room: bool = True
+    held_from: int | None = None
+    """The first call that waits for the decision."""
+    hold_s: float = 0.0
+    """For how long, at most."""
+    held_since_s: float | None = None
 
 
 class Agreement:
@@ -93,18 +112,13 @@ class Agreement:
         """Notified when `must_wait` may have become False."""
         self.calls = 0
         """Calls that have begun."""
-        self._round = 0
-        self._wishes: list[Wish] = []
-        self._answered_s: float | None = None
-        """When this rank answered in the round under way; None: not yet."""
-        self._held: tuple[int, float] | None = None
-        """The first call that waits, and seconds that it does so at most."""
-        self._held_since_s: float | None = None
-        self._due: list[Decision] = []
-        self.heard: Wish | None = None
-        """The last wish that ends the run: all ranks know of it before it is decided."""
         self.given_up: Decision | None = None
         """The last round that ended without a call, if it was to end the run."""
+        self.postponed: str | None = None
+        """The trigger of a save that could not begin, because this rank had no room for it."""
+        self._round = _Round(0)
+        self._wishes: list[Wish] = []
+        self._due: list[Decision] = []
 
     # -- any thread ----------------------------------------------------------------------------------------------------
 
@@ -120,7 +134,7 @@ class Agreement:
     @property
     def is_open(self) -> bool:
         """Whether a round is under way here, or a wish waits for one."""
-        return bool(self._wishes) or self._answered_s is not None
+        return bool(self._wishes) or self._round.answered_s is not None
 
     # -- the thread that trains ----------------------------------------------------------------------------------------
 
@@ -128,19 +142,20 @@ class Agreement:
         """One more call of `step` has begun."""
         with self.changed:
             self.calls += 1
-            self._held_since_s = None
+            self._round.held_since_s = None
 
     def must_wait(self) -> float:
         """Seconds for which the call that has begun waits for a decision, at most; 0: it goes on."""
         with self.changed:
-            if self._held is None or self.calls < self._held[0]:
+            here = self._round
+            if here.held_from is None or self.calls < here.held_from:
                 return 0.0
             now_s = self._clock()
-            if self._held_since_s is None:
-                self._held_since_s = now_s
-            left_s = self._held_since_s + self._held[1] - now_s
+            if here.held_since_s is None:
+                here.held_since_s = now_s
+            left_s = here.held_since_s + here.hold_s - now_s
             if left_s <= 0:  # once a round: training goes on
-                self._held = None
+                here.held_from = None
             return max(0.0, left_s)
 
     def due(self) -> tuple[Decision | None, list[Decision]]:
@@ -160,39 +175,44 @@ class Agreement:
 
     def turn(self) -> bool:
         """Look at the board once, and do what is to be done. Returns whether a round is under way. BoardLostError."""
-        number = self._round
-        said = self._board.get(f"wish/{number}")
+        here = self._round
+        said = self._board.get(f"wish/{here.number}")
         if said is None:
             if not self._wishes:
                 return False
-            said = self._board.put_once(f"wish/{number}", _to_bytes(asdict(self._wishes[0])))
+            said = self._board.put_once(f"wish/{here.number}", _to_bytes(asdict(self._wishes[0])))
         wish = Wish(**json.loads(said))
-        if self._answered_s is None:
-            self._answer(number, wish)
-        decided = self._board.get(f"decision/{number}")
+        if here.answered_s is None:
+            self._answer(here, wish)
+        decided = self._board.get(f"decision/{here.number}")
         if decided is None:
-            decided = self._decide(number, wish)
+            decided = self._decide(here.number, wish)
         if decided is None:
             return True
         self._take(_decision(decided))
         return False
 
-    def _answer(self, number: int, wish: Wish) -> None:
-        hold_s = MAX_HOLD_S if wish.left_s is None else min(MAX_HOLD_S, HOLD_SHARE * wish.left_s)
-        with self.changed:
-            if wish.ends_run:
-                self.heard = wish
-            self._held, self._held_since_s = (self.calls + 1, hold_s), None
-            calls = self.calls
+    def _answer(self, here: _Round, wish: Wish) -> None:
         estimate = self.estimate()
-        answer = {"calls": calls, "fresh_s": estimate.fresh_s, "in_flight_s": estimate.in_flight_s}
-        self._board.join(f"answer/{number}", self._world.rank, _to_bytes(answer))
-        self._answered_s = self._clock()
+        with self.changed:
+            here.hold_s = MAX_HOLD_S if wish.left_s is None else min(MAX_HOLD_S, HOLD_SHARE * wish.left_s)
+            here.held_from, here.held_since_s, here.had_room = self.calls + 1, None, estimate.has_room
+            here.answer = _to_bytes({"calls": self.calls, **estimate._asdict()})
+        self.repeat_answer()
+        here.answered_s = self._clock()
+
+    def repeat_answer(self) -> None:
+        """Give the answer of this round once more, as it was: it may have gone where not all look. BoardLostError."""
+        self._board.join(f"answer/{self._round.number}", self._world.rank, self._round.answer)
+
+    def waits_s(self) -> float:
+        """Seconds since this rank has answered in the round under way; 0: there is none."""
+        answered_s = self._round.answered_s
+        return 0.0 if answered_s is None else self._clock() - answered_s
 
     def _decide(self, number: int, wish: Wish) -> bytes | None:
         """The decision that stands, if this rank is to make it and can."""
-        assert self._answered_s is not None
-        waited_s = self._clock() - self._answered_s
+        waited_s = self.waits_s()
         rank, size = self._world.rank, self._world.size
         if rank >= N_DECIDERS or waited_s < rank:
             return None
@@ -213,16 +233,18 @@ class Agreement:
     def _take(self, decision: Decision) -> None:
         wish = decision.wish
         if decision.calls is None:
-            logger.warning("ranks did not agree on a step to save (%s): %s", wish.trigger, decision.why)
+            level = logging.INFO if decision.lacks_room else logging.WARNING
+            logger.log(level, "ranks did not agree on a step to save (%s): %s", wish.trigger, decision.why)
         with self.changed:
-            self._round += 1
-            self._answered_s = self._held = self._held_since_s = None
+            had_room, self._round = self._round.had_room, _Round(decision.number + 1)
             # Whoever only wants a save gets one; a run is ended by nothing but a wish that ends it.
             self._wishes = [w for w in self._wishes if w.ends_run and not wish.ends_run]
             if decision.calls is not None:
                 self._due.append(decision)
             elif wish.ends_run:
                 self.given_up = decision
+            elif decision.lacks_room and not had_room:
+                self.postponed = wish.trigger
             self.changed.notify_all()
         if self._world.leads:  # whoever is slow finds the decision
             group = f"answer/{decision.number}"
@@ -230,7 +252,11 @@ class Agreement:
 
 
 def _decided(number: int, wish: Wish, answers: list[dict[str, Any]]) -> Decision:
-    """The call after the furthest, and the estimates of the slowest."""
+    """The call after the furthest, and the estimates of the slowest; no call if a rank has no room, and the run goes on."""
+    full = [rank for rank, answer in enumerate(answers) if not answer["has_room"]]
+    if full and not wish.ends_run:
+        why = f"ranks {_some(full)} have no room for a save beside earlier ones"
+        return Decision(number, wish, None, why=why, lacks_room=True)
     fresh = [answer["fresh_s"] for answer in answers]
     in_flight = [answer["in_flight_s"] for answer in answers]
     return Decision(

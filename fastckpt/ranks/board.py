@@ -18,6 +18,8 @@ from fastckpt.errors import CheckpointError
 T = TypeVar("T")
 ANSWER_S = 2.0
 """How long a store may take for one answer. It takes 0.1 ms; a machine whose cores are all busy, some 100 ms."""
+SLOW_S = 1.0
+"""Seconds between two looks for the same key on the second board."""
 _AT_ONCE = 1024
 """Keys of one request."""
 
@@ -156,6 +158,84 @@ def _serve(requests: queue.SimpleQueue[Callable[[], None] | None]) -> None:
 def _values(store: Any, keys: list[str]) -> list[bytes] | None:
     # `get` waits for a key that is not there, and with it everybody who uses this connection.
     return [bytes(value) for value in store.multi_get(keys)] if store.check(keys) else None
+
+
+class FallbackBoard:
+    """A board, and a slower one for when it is lost. For one thread.
+
+    A rank that still reaches the first one cannot know that another does not: if it lacks answers, it is in `doubt`, and uses both.
+    """
+
+    def __init__(self, first: Board, second: Board, clock: Callable[[], float]) -> None:
+        """clock: seconds."""
+        self._first, self._second, self._clock = first, second, clock
+        self.doubts = False
+        """Whether the second one is used as well."""
+        self._asked_s: dict[str, float] = {}
+        """Keys that were not on the second board, and when that was found."""
+        self._missed: list[Callable[[Board], object]] = []
+        """What was written to the second board alone: rounds are counted, and whoever was not cut off has to count them too."""
+
+    def put(self, key: str, value: bytes) -> None:
+        self._write(lambda board: board.put(key, value))
+
+    def put_once(self, key: str, value: bytes) -> bytes:
+        return self._write(lambda board: board.put_once(key, value))
+
+    def join(self, group: str, member: int, value: bytes) -> None:
+        self._write(lambda board: board.join(group, member, value))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        self._write(lambda board: board.delete(keys))
+
+    def get(self, key: str) -> bytes | None:
+        lost = None
+        try:
+            self._catch_up()
+            found = self._first.get(key)
+        except BoardLostError as error:
+            found, lost = None, error
+        if found is None and (lost or self.doubts):
+            found = self._slowly(key)
+        return found
+
+    def get_all(self, keys: Sequence[str]) -> list[bytes] | None:
+        found = [self.get(key) for key in keys]
+        return None if None in found else [value for value in found if value is not None]
+
+    def n_joined(self, group: str) -> int:
+        try:
+            found = self._first.n_joined(group)
+        except BoardLostError:
+            return self._second.n_joined(group)
+        # Some may have joined here and some there: who reads them all finds out.
+        return found + self._second.n_joined(group) if self.doubts else found
+
+    def _write(self, write: Callable[[Board], T]) -> T:
+        try:
+            self._catch_up()
+            result = write(self._first)
+        except BoardLostError:
+            result = write(self._second)
+            self._missed.append(write)
+            return result
+        if self.doubts:
+            write(self._second)
+        return result
+
+    def _catch_up(self) -> None:
+        while self._missed:
+            self._missed[0](self._first)
+            self._missed.pop(0)
+
+    def _slowly(self, key: str) -> bytes | None:
+        """From the second board, whose requests cost money."""
+        now_s = self._clock()
+        if now_s - self._asked_s.get(key, -SLOW_S) < SLOW_S:
+            return None
+        found = self._second.get(key)
+        self._asked_s = {} if found is not None or len(self._asked_s) > _AT_ONCE else {**self._asked_s, key: now_s}
+        return found
 
 
 class MemoryBoard:

@@ -14,13 +14,15 @@ from typing import Any
 from fastckpt.host.threads import start
 from fastckpt.host.torch_names import process_group_store
 from fastckpt.ranks.agreement import Agreement
-from fastckpt.ranks.board import Board, BoardLostError, StoreBoard
+from fastckpt.ranks.board import Board, BoardLostError, FallbackBoard, StoreBoard
 from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.pulse import Pulse
 from fastckpt.ranks.roll import Roll
 from fastckpt.ranks.world import World
 
 logger = logging.getLogger("fastckpt")
+_LATE_S = 3.0
+"""Answers come within two looks at the board: 0.2 s for 8 ranks."""
 _numbers = itertools.count()
 """Teams of this process: all ranks make their Checkpointers in the same order."""
 
@@ -40,14 +42,16 @@ class Team:
         world: World,
         board: Board,
         *,
+        objects: Board | None = None,
         come_s: float = 300.0,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """come_s: see `Roll`. The thread beside training begins with `start`."""
+        """objects: for agreement, where the board is lost. come_s: see `Roll`. The thread beside training begins with `start`."""
         self.world, self.board = world, board
         self.clock, self.sleep = clock, sleep
-        self.agreement = Agreement(world, board, clock=clock)
+        self._board_of_agreement = FallbackBoard(board, objects, clock) if objects is not None else None
+        self.agreement = Agreement(world, self._board_of_agreement or board, clock)
         self.roll = Roll(world, board, come_s, clock, sleep)
         self.pulse = Pulse(world, board, clock)
         self._stop, self._woken = threading.Event(), threading.Event()
@@ -55,9 +59,10 @@ class Team:
         self._lost_told = False
 
     @classmethod
-    def of_process_group(cls, world: World, come_s: float) -> Team:
+    def of_process_group(cls, world: World, objects: Board, come_s: float) -> Team:
         """The team of torch's default process group."""
-        return cls(world, StoreBoard(process_group_store(), f"fastckpt/{next(_numbers)}/"), come_s=come_s)
+        board = StoreBoard(process_group_store(), f"fastckpt/{next(_numbers)}/")
+        return cls(world, board, objects=objects, come_s=come_s)
 
     def fate(self, name: str) -> Fate:
         """Of the save of this name."""
@@ -77,27 +82,49 @@ class Team:
 
     def turn(self) -> float:
         """Do what is to be done once. Seconds until the next time."""
+        pause_s = look_s(self.world.size)
         try:
             while self._later:
                 self._later.popleft()()
             self.pulse.beat()
-            under_way = self.agreement.turn()
+            self._lost_told = False
         except BoardLostError as error:
+            pause_s = max(1.0, pause_s)
             if not self._lost_told:
                 self._lost_told = True
-                logger.warning("ranks cannot reach each other: %s", error)
-            return 1.0
-        self._lost_told = False
-        pause_s = look_s(self.world.size)
+                logger.warning("ranks cannot reach each other as usual: %s", error)
+        try:
+            under_way = self.agreement.turn()
+            self._doubt()
+        except BoardLostError as error:
+            logger.info("ranks cannot agree now: %s", error)
+            return max(1.0, pause_s)
         return pause_s / 2 if under_way else pause_s
+
+    def _doubt(self) -> None:
+        """Where answers are late, some ranks may have lost the board: look for them in the objects too."""
+        board = self._board_of_agreement
+        if board is None:
+            return
+        late = self.agreement.waits_s() > _LATE_S
+        if late and not board.doubts:
+            board.doubts = True
+            self.agreement.repeat_answer()
+        elif not late:
+            board.doubts = False
 
     def begin_call(self) -> None:
         """One more call of `step` has begun: wait, if all are about to agree on one. MAX_HOLD_S at most."""
         agreement = self.agreement
         agreement.begin_call()
-        with agreement.changed:
-            while (left_s := agreement.must_wait()) > 0:
-                agreement.changed.wait(min(left_s, 0.1))
+        while (left_s := agreement.must_wait()) > 0:
+            self.hold(left_s)
+
+    def hold(self, seconds: float) -> None:
+        """Wait for what the thread beside training may have learned, so many seconds at most."""
+        with self.agreement.changed:
+            if self.agreement.must_wait() > 0:
+                self.agreement.changed.wait(min(seconds, 0.1))
 
     def close(self) -> None:
         """Speak no more. May be called twice."""

@@ -71,7 +71,7 @@ def inventory_of(infos: Iterable[ObjectInfo]) -> Inventory:
             epochs.append(epoch)
         elif (pin := keys.parse_pin(key)) is not None:
             pins[pin] = info
-        elif key not in (keys.MARKER, keys.README):
+        elif key not in (keys.MARKER, keys.README) and not keys.is_notice(key):
             unknown.append(key)
     return Inventory(
         by_key,

@@ -22,7 +22,6 @@ from fastckpt.host.deadline import Deadline, bounded
 from fastckpt.host.threads import hurried
 from fastckpt.kernels import warm_up
 from fastckpt.options import Options
-from fastckpt.ranks.team import Team
 from fastckpt.ranks.world import current_world
 from fastckpt.repository.catalog import Which
 from fastckpt.repository.retention import GRACE_S, Keep
@@ -111,8 +110,7 @@ class Checkpointer:
         """The commit record of the checkpoint that `restore` loaded, with its metrics, meta and time."""
         with contextlib.ExitStack() as opened:  # if a line below fails, this closes what is open
             hurry = in_a_hurry(weakref.ref(self))
-            team = None if world.is_alone else Team.of_process_group(world, options.join_timeout_s)
-            self._engine = Engine.start(url, live, options, keep, grace_s, hurry, hooked=not read_only, team=team)
+            self._engine = Engine.start(url, live, options, keep, grace_s, hurry, hooked=not read_only, world=world)
             opened.callback(self._engine.close)
             self._saver = Saver(self._engine, weakref.ref(self), fresh=fresh)
             self._restorer = restorer_of(self._engine, read_only=read_only)

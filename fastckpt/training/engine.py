@@ -11,7 +11,9 @@ from fastckpt.errors import SupersededError
 from fastckpt.events import logger
 from fastckpt.options import Options
 from fastckpt.ranks.team import Team
+from fastckpt.ranks.world import ALONE, World
 from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.object_board import ObjectBoard
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.snapshot import Stager
@@ -51,9 +53,9 @@ class Engine(NamedTuple):
         in_a_hurry: Callable[[], bool],
         *,
         hooked: bool,
-        team: Team | None = None,
+        world: World = ALONE,
     ) -> Engine:
-        """team: all ranks of this job; closed with this. hooked: whether optimizers call the fence; not needed where nothing is saved.
+        """world: this process's place among the ranks of its job. hooked: whether optimizers call the fence; not if nothing is saved.
 
         StoreError; SaveError if nothing can be written to `spill_dir`.
         """
@@ -71,8 +73,13 @@ class Engine(NamedTuple):
                 options.verify_snapshot,
                 options.spill_dir,
             )
+            team = None
+            if not world.is_alone:
+                objects = ObjectBoard(store, lambda: None if incarnation.epoch is None else incarnation.epoch.number)
+                team = Team.of_process_group(world, objects, options.join_timeout_s)
+                failed.callback(team.close)
             incarnation = Incarnation(Repository(store), options, team=team)
-            if team is not None and not team.world.leads:
+            if not world.leads:
                 keep = None  # rank 0 retires old checkpoints
             queue = SaveQueue(incarnation, keep, grace_s, in_a_hurry)
             # "first" and "off" leave the decision to the user: there is no sample to compare with.

@@ -39,8 +39,6 @@ class JointDecisions:
         self._by_steps = Due(None if every is None or every.steps is None else Every(steps=every.steps))
         others = every if every is None or every.steps is None else replace_steps(every)
         self._by_rank_0 = Due(others if self._team.world.leads else None)
-        self._postponed: str | None = None
-        """The trigger of a save that this rank had no room for."""
         self._wished_end = False
         self._decided: Decision | None = None
         """For the call under way."""
@@ -54,7 +52,7 @@ class JointDecisions:
 
     def _estimate(self) -> Estimate:
         measured_s = self._queue.measured_s
-        return Estimate(measured_s, measured_s if len(self._queue) else 0.0)
+        return Estimate(measured_s, measured_s if len(self._queue) else 0.0, len(self._queue) < MAX_JOBS)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -93,7 +91,7 @@ class JointDecisions:
         self._named = asked.step
         with self.turn(asked.step) as turn:
             if self._saver.begin_due(replace(asked, trigger=trigger), turn) is None:
-                self._postponed = trigger
+                self._team.agreement.postponed = trigger
                 rank = self._team.world.rank
                 self._team.later(lambda: turn.fate.abandon(f"rank {rank} had no room for it beside earlier saves"))
 
@@ -105,12 +103,14 @@ class JointDecisions:
         due.look(before_step, asked.step, since_s, asked.metrics, early=self._ending.may_go_early)
         triggers = [due.trigger, self._torn.trigger_for(asked.step) and "torn"]
         if len(self._queue) < MAX_JOBS:
-            triggers.append(self._postponed)
-            self._postponed = None
+            triggers.append(agreement.postponed)
+            agreement.postponed = None
+        else:
+            triggers = [None]  # after the end of an earlier save
         for trigger in triggers:
             if trigger is not None and self._decided is None:
                 agreement.wish(Wish(trigger, rank))
-        due.done()
+                due.done()
 
     def save_now(self, asked: SaveAsked) -> CommitHandle:
         """Every rank has to call it, for the same step."""

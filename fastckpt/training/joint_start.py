@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from typing import Any
 
-from fastckpt.errors import CheckpointError, ObjectNotFoundError, RanksError
+from fastckpt.errors import CheckpointError, ObjectNotFoundError, RanksError, StoreError
 from fastckpt.format.keys import epoch_key
 from fastckpt.format.repository_records import Epoch, Parent, epoch_bytes, parse_epoch_record, writer
 from fastckpt.format.repository_records import parent_to_json as parent_json
 from fastckpt.ranks.team import Team
 from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.object_board import remove_old_notices
 from fastckpt.repository.repository import Repository
 
 _SHOWN = 5
@@ -105,6 +107,8 @@ def claimed(epoch: Epoch, last: Parent | None) -> dict[str, Any]:
 def adopt(team: Team, incarnation: Incarnation, told: dict[str, Any]) -> None:
     """Save under the epoch that rank 0 has told of."""
     if team.world.leads:
+        with contextlib.suppress(StoreError):  # without the right to delete they stay: some hundred bytes
+            remove_old_notices(incarnation.repository.store, told["number"])
         return
     number, record = told["number"], told["record"].encode()
     epoch = parse_epoch_record(record, number, f"{incarnation.repository.url}/{epoch_key(number)}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tests.support.forked import _context
 
@@ -78,9 +79,7 @@ def started(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        store = (
-            torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent_store else None
-        )
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if agent_store else None
         port = store.port if store is not None else _free_port()
         ranks = []
         for number in range(n):

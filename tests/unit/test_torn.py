@@ -15,6 +15,7 @@ from fastckpt.snapshot import Sampler, host_copies
 from fastckpt.state import Captured, Recapturer, chunking
 from fastckpt.state.chunks import cuts_of
 from fastckpt.store.memory import MemoryStore
+from fastckpt.training.decisions import OwnDecisions
 from tests.support.swaps import MIB, OPTIONS, SHORT_S, Job, committed, open_on
 
 RING = Options(threads=1, connections=1, compress=False, host_budget_bytes=24 * MIB, max_stall_s=SHORT_S)
@@ -184,7 +185,9 @@ def test_a_training_that_goes_back_saves_the_steps_after_it() -> None:
         ckpt.fence()
         assert ckpt.restore(step=1) == 1
         job.step()
-        ckpt._decisions._due.trigger = "interval"
+        decisions = ckpt._decisions
+        assert isinstance(decisions, OwnDecisions)
+        decisions._due.trigger = "interval"
         ckpt.step(2)
         ckpt.wait()
     assert committed(store) == [1, 2]

@@ -179,7 +179,7 @@ def test_an_interrupt_anywhere_in_save_now(late: torch.device) -> None:
 
 def test_an_interrupt_anywhere_in_step(late: torch.device) -> None:
     def call(run: Run) -> None:
-        run.ckpt._due.trigger = "interval"
+        run.ckpt._decisions._due.trigger = "interval"
         run.ckpt.step(run.done)
 
     interrupted_everywhere(late, random.randrange(1 << 30), 40, call)

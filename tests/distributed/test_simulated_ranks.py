@@ -1,0 +1,115 @@
+"""Many saves of ranks with wrong clocks, slow links, lost stores and deaths, under virtual time."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastckpt import Every
+from tests.distributed.simulated import Simulation
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_saves_by_time_with_skewed_clocks_and_one_slow_link(seed: int) -> None:
+    """200 saves and more; the rank with a tenth of the others' rate holds all of them up. Takes some 20 s: 4 ranks, 12 threads."""
+    world = Simulation(
+        4, seed=seed, every=Every(minutes=0.1), step_s=0.5, upload_s=lambda rank: 4.0 if rank == 2 else 0.4
+    )
+    world.run(calls=3300)
+    began = len({step for one in world.ranks for _, step in one.outcomes})
+    print(seed, began, world.committed)
+    assert began >= 200
+    assert world.committed >= 0.9 * began
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_link_that_is_too_slow_for_the_interval(seed: int) -> None:
+    """Ranks do not agree on a save for which one has no room: the slow link is always busy, and nothing is copied in vain."""
+    world = Simulation(
+        4, seed=seed, every=Every(minutes=0.1), step_s=0.5, upload_s=lambda rank: 14.0 if rank == 1 else 1.0
+    )
+    world.run(calls=800)
+    began = len({step for one in world.ranks for _, step in one.outcomes})
+    print(seed, began, world.committed)
+    assert world.committed == began >= 26
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_by_steps_a_rank_without_room_has_a_save_abandoned_by_all(seed: int) -> None:
+    world = Simulation(4, seed=seed, every=Every(steps=12), step_s=0.5, upload_s=lambda rank: 14.0 if rank == 1 else 1.0)
+    world.run(calls=400)
+    began = len({step for one in world.ranks for _, step in one.outcomes})
+    print(seed, began, world.committed)
+    assert 12 <= world.committed < began
+
+
+def test_by_steps_no_round_is_needed() -> None:
+    world = Simulation(3, seed=3, every=Every(steps=10), step_s=0.2, upload_s=lambda rank: 0.3)
+    world.run(calls=200)
+    assert world.committed == 20
+    assert all(one.team.agreement._round.number == 0 for one in world.ranks)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_rank_dies_at_any_moment(seed: int) -> None:
+    """The others decide within 30 s what becomes of the save under way."""
+    world = Simulation(4, seed=seed, every=Every(steps=20), step_s=0.2, upload_s=lambda rank: 1.0)
+    victim, moment_s = world.ranks[seed % 4], 4.0 * world.dice.randint(2, 5) + world.dice.uniform(0, 2.5)
+    waited: list[float] = []
+
+    def kill() -> None:
+        world.time.sleep(moment_s)
+        victim.dead = True
+        while any(one.jobs for one in world.ranks if not one.dead):
+            world.time.sleep(0.1)
+        waited.append(world.time.now_s - moment_s)
+
+    world.time.spawn(kill)
+    world.run(calls=150)
+    print(seed, waited, world.ranks[(seed + 1) % 4].outcomes)
+    assert waited[0] <= 30
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_board_is_lost_for_all(seed: int) -> None:
+    """The host of the store has died: votes in the repository decide, then and later."""
+    world = Simulation(4, seed=seed, every=Every(minutes=0.1), step_s=0.5, upload_s=lambda rank: 1.0)
+    from_s = 20 + world.dice.uniform(0, 10)
+    for one in world.ranks:
+        one.team.board.lost = lambda: world.time.now_s > from_s  # type: ignore[attr-defined]
+    world.run(calls=200)
+    print(seed, world.committed, world.tombstones())
+    assert world.committed >= 5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_board_is_lost_for_one_rank_for_a_while(seed: int) -> None:
+    world = Simulation(4, seed=seed, every=Every(minutes=0.1), step_s=0.5, upload_s=lambda rank: 1.0)
+    one, from_s = world.ranks[seed % 4], 20 + world.dice.uniform(0, 10)
+    one.team.board.lost = lambda: from_s < world.time.now_s < from_s + 25  # type: ignore[attr-defined]
+    world.run(calls=200)
+    print(seed, world.committed, world.tombstones())
+    assert world.committed >= 10
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_notice_ends_all_ranks_at_one_step(seed: int) -> None:
+    """Also where the board is lost to all from the moment of the notice."""
+    from fastckpt.spot import Notice
+
+    world = Simulation(4, seed=seed, every=None, step_s=0.5, upload_s=lambda rank: 1.0)
+    told = world.ranks[world.dice.randrange(4)]
+
+    def tell() -> None:
+        world.time.sleep(10)
+        if seed % 2:
+            for one in world.ranks:
+                one.team.board.lost = lambda: True  # type: ignore[attr-defined]
+        told.notice = Notice("terminate", "test", None)
+
+    world.time.spawn(tell)
+    world.run(calls=400)
+    left = {one.left_at for one in world.ranks}
+    print(seed, left)
+    assert len(left) == 1
+    assert None not in left
+    assert world.committed == 1
