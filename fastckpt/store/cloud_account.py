@@ -47,14 +47,15 @@ class Account:
         return all(_stamp(path) == stamp for path, stamp in self.files)
 
 
-_kept: dict[bytes, Account] = {}
+known_accounts: dict[bytes, Account] = {}
+"""The answers of boto3 by a digest of the configuration, oldest first. Under `_lock`."""
 _lock = threading.Lock()
 
 
 def _in_forked_child() -> None:
     global _lock  # noqa: PLW0603 - the parent may have held it
     _lock = threading.Lock()
-    _kept.clear()
+    known_accounts.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -67,17 +68,17 @@ def account(session: Any, endpoint_url: str | None, timeout_s: float, *, anonymo
     StoreAccessError without credentials, unless anonymous; StoreError for a configuration that cannot be used. Any thread.
     """
     if session is not None:
-        return _proven(_ask(session, endpoint_url, timeout_s), anonymous)
+        return _proven(ask_boto3(session, endpoint_url, timeout_s), anonymous)
     key = _key(endpoint_url, timeout_s)
     with _lock:
-        found = _kept.get(key)
+        found = known_accounts.get(key)
     if found is None or not found.is_current():
-        found = _proven(_ask(None, endpoint_url, timeout_s), anonymous)
+        found = _proven(ask_boto3(None, endpoint_url, timeout_s), anonymous)
         with _lock:
-            _kept.pop(key, None)
-            _kept[key] = found
-            while len(_kept) > _MOST_KEPT:
-                del _kept[next(iter(_kept))]
+            known_accounts.pop(key, None)
+            known_accounts[key] = found
+            while len(known_accounts) > _MOST_KEPT:
+                del known_accounts[next(iter(known_accounts))]
     return _proven(found, anonymous)
 
 
@@ -105,7 +106,8 @@ def botocore_client(session: Any, **settings: Any) -> Any:
     )
 
 
-def _ask(session: Any, endpoint_url: str | None, timeout_s: float) -> Account:
+def ask_boto3(session: Any, endpoint_url: str | None, timeout_s: float) -> Account:
+    """The account of a session (None: of a new one), without a look at `known_accounts`. StoreError."""
     problem: Exception | None = None
     try:
         import botocore.session
