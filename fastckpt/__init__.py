@@ -61,7 +61,7 @@ if (
 
 from fastckpt.host.cycle_collector import held_off as _held_off
 
-with _held_off():  # a collection that falls into this would walk all of torch: 0.08 s of 0.14
+with _held_off():  # a collection during this import would walk all of torch: 0.08 s of 0.14
     from fastckpt import errors, events
     from fastckpt._version import __version__
     from fastckpt.api import SaveHandle, get_unsafe_globals, load, open, release_memory, save, save_async
@@ -151,7 +151,7 @@ __all__ = [
 
 
 def _refuse_namesake() -> None:
-    """The distribution called fastckpt on PyPI is another project with a package of the same name; ours is fastckpt-engine."""
+    """Refuse another package of the same name: the distribution called fastckpt on PyPI is another project; ours is fastckpt-engine."""
     try:
         other = _metadata.version("fastckpt")
     except _metadata.PackageNotFoundError:

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 U8: TypeAlias = npt.NDArray[np.uint8]
-"""Bytes as an array. One dimension, where nothing else is said."""
+"""Bytes as an array; one-dimensional, unless something else is said."""
 
 U64: TypeAlias = npt.NDArray[np.uint64]
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called now and then with what is done and what there is to do, both in bytes."""
+"""Called now and then with the amount done and the total, both in bytes."""

@@ -1,4 +1,4 @@
-"""save, load, save_async, open: torch.save's and torch.load's shapes. What they do is elsewhere."""
+"""save, load, save_async, open: the same arguments as torch.save and torch.load. The work is done in other modules."""
 
 from __future__ import annotations
 
@@ -42,18 +42,19 @@ def save(
 ) -> None:
     """Save an object as one self-describing container. The arguments are those of torch.save.
 
-    Saves to one target take effect in the order of their calls (docs/guarantees.md, §6): an earlier `save_async` to it, in this process, is
-    waited for, `Options.max_order_wait_s` at most.
+    Saves to one target take effect in the order of their calls (docs/guarantees.md, §6): this waits for an earlier `save_async` to it in
+    this process, for `Options.max_order_wait_s` at most.
 
-    Threads: blocks until done, and the state must not change meanwhile. May be called from any thread.
+    Threads: blocks until the save is done; the state must not change meanwhile. May be called from any thread.
 
     Args:
-        obj: what torch.save takes: tensors, modules' state dicts, containers of them, whatever `pickle_module` can pickle.
-        f: where to. A path: when this returns, the file is whole and on stable storage; if it raises or the process dies, the old file
-            or the new one is there, whole (the new one only if the very last step failed, the fsync of the directory). What cannot be
-            replaced (a device, a pipe, the name of a descriptor, an empty file that somebody holds open) is written like a file object.
-            A URL, "s3://bucket/key": when this returns, the object is whole and durable; if it raises, see docs/guarantees.md, S4.
-            A file object with `write` and `flush`: it stays open, and to make it durable is its owner's task.
+        obj: any object that torch.save accepts: tensors, modules' state dicts, containers of them, everything that `pickle_module` can
+            pickle.
+        f: the target. A path: when this returns, the file is whole and on stable storage; if it raises or the process dies, either the old
+            file or the new one is there, whole (the new one only if the very last step failed, the fsync of the directory). A target that
+            cannot be replaced (a device, a pipe, the name of a descriptor, an empty file that somebody holds open) is written like a file
+            object. A URL, "s3://bucket/key": when this returns, the object is whole and durable; if it raises, see docs/guarantees.md, S4.
+            A file object with `write` and `flush`: it stays open; its owner has to make it durable.
         pickle_module: as for torch.save.
         pickle_protocol: as for torch.save.
         _use_new_zipfile_serialization: False writes torch's legacy format instead of a container.
@@ -62,11 +63,11 @@ def save(
     Threads, compression and memory are those of `Options.from_env()`.
 
     Raises:
-        OSError: of the target, where it is a path or a file object.
-        SaveError: the target cannot be written. TargetBusyError: an earlier save to it does not end. OvertakenError: a signal's handler
-            interrupted this save with one of its own to the same target.
-        StoreError: of the store, where the target is a URL.
-        Exception: what torch.save raises for the object.
+        OSError: an error of the target, if that is a path or a file object.
+        SaveError: the target cannot be written. TargetBusyError: an earlier save to it does not end. OvertakenError: a signal handler
+            interrupted this save, and saved to the same target.
+        StoreError: an error of the store, if the target is a URL.
+        Exception: the error that torch.save raises for the object.
     """
     check_dill(pickle_module)
     check_can_write(f)
@@ -88,27 +89,27 @@ def save_async(
 ) -> SaveHandle:
     """Copy the state to host memory, return, and write it in the background.
 
-    Saves to one target (a file by whatever name, a URL, a file object) take effect in the order of their calls, in a process. An older
-    save is not dropped for a newer one: its bytes are at the target, whole, before the newer ones replace them. A failed one holds nobody
-    up; one that does not end makes the newer fail with TargetBusyError after `options.max_order_wait_s`. `load` reads what is at the
-    target and waits for nobody, and what others do there (os.remove, torch.save) has no place in the order: wait for the handle first.
+    Within a process, saves to one target (a file under any of its names, a URL, a file object) take effect in the order of their calls. An
+    older save is not dropped for a newer one: its bytes are at the target, whole, before the newer ones replace them. A failed save delays
+    nobody; if a save does not end, newer ones fail with TargetBusyError after `options.max_order_wait_s`. `load` reads the present target
+    without waiting, and other functions (os.remove, torch.save) do not take part in the order: wait for the handle before you use them.
 
-    Threads: may be called from any thread; one of its own writes.
+    Threads: may be called from any thread; a background thread writes.
 
     Args:
-        obj: as for `save`. It may change again once this has returned.
+        obj: as for `save`. It may change as soon as this has returned.
         f: as for `save`. A file object must be left alone until `handle.durable` is done.
         pickle_module: as for torch.save.
         pickle_protocol: as for torch.save.
         options: None: `Options.from_env()`.
 
     Returns:
-        The handle of the save; its `staged` is done. Where the copy does not fit `options.host_budget_bytes`, or the interpreter's end
-        allows no threads, the file is written before this returns, and `durable` is done too.
+        The handle of the save; its `staged` is done. If the copy does not fit `options.host_budget_bytes`, or the interpreter is ending and
+        allows no threads, the file is written before this returns, and `durable` is done, too.
 
     Raises:
-        Exception: what can be known at once, as `save` raises it (an object that cannot be pickled, a directory that does not exist).
-            Everything later reaches `handle.durable` and the log.
+        Exception: an error that can be seen at once, as in `save` (an object that cannot be pickled, a directory that does not exist).
+            Later errors are in `handle.durable` and in the log.
     """
     check_can_write(f)
     options = options or Options.from_env()
@@ -124,14 +125,14 @@ def save_async(
 def release_memory() -> int:
     """Give back the memory that `save_async` keeps for its next call.
 
-    `save_async` copies a state into memory that it takes once: as much as the saves under way at once need, within `host_budget_bytes`. It
-    stays with the process, so that the next call need not wait for fresh pages. Saves under way keep theirs. A `Checkpointer` has memory
-    of its own, which it gives back when it is closed.
+    `save_async` copies a state into memory that it allocates once: as much as simultaneous saves need, within `host_budget_bytes`. The
+    process keeps it, so that the next call need not wait for fresh pages. Saves under way keep their memory. A `Checkpointer` has memory of
+    its own, and frees it when it is closed.
 
     Threads: may be called from any thread.
 
     Returns:
-        How many bytes were given back.
+        The number of bytes that were freed.
     """
     return kept.release()
 
@@ -149,12 +150,12 @@ def load(
 
     Every byte of fastckpt's own files is verified.
 
-    Threads: may be called from any thread; several of its own read and decode.
+    Threads: may be called from any thread; several background threads read and decode.
 
     Args:
-        f: a path, a URL, or a file object that can seek, which is left behind the object. The path or URL of a repository means its newest
-            checkpoint, read beside whatever job writes there (`Checkpointer(read_only=True)` restores into objects); an object of the
-            same name comes first.
+        f: a path, a URL, or a file object that can seek; afterwards its position is behind the loaded object. The path or URL of a
+            repository means its newest checkpoint; a job may write there meanwhile (`Checkpointer(read_only=True)` restores into objects).
+            If an object has the same name, it is loaded instead.
         map_location: as for torch.load. "meta" reads no tensor data.
         pickle_module: as for torch.load.
         weights_only: as for torch.load. None and True run no foreign code.
@@ -162,16 +163,16 @@ def load(
         **pickle_load_args: as for torch.load.
 
     Returns:
-        The object: what was saved, its tensors of the same dtypes, shapes and strides, where `map_location` has them.
+        The saved object. Its tensors have the same dtypes, shapes and strides, and are where `map_location` puts them.
 
     Raises:
-        CorruptCheckpointError: with the list of all damage.
+        CorruptCheckpointError: it lists all damage.
         UnsupportedFormatError: written by a newer fastckpt.
-        NotACheckpointError: of no known format.
+        NotACheckpointError: the file has no known format.
         TooLargeError: larger than `Options.max_load_bytes`.
-        NoCheckpointError: a repository without any.
-        pickle.UnpicklingError: what `weights_only` refuses, in torch's words.
-        OSError: of the path. StoreError: of the URL.
+        NoCheckpointError: the repository has no checkpoint.
+        pickle.UnpicklingError: `weights_only` refuses something; the text is torch's.
+        OSError: the path cannot be read. StoreError: the URL cannot be read.
     """
     with closing(locate(f)) as found:
         if not isinstance(found, Store) and not is_ours(found):
@@ -200,7 +201,7 @@ def load(
 def _how_to_load(
     map_location: Any, pickle_module: Any, weights_only: bool | None, load_args: dict[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of `load_object` for those of `load`, checked as torch.load does."""
+    """The arguments of `load_object`, made from those of `load`, which are checked as torch.load does it."""
     restricted = resolve_weights_only(weights_only, pickle_module)
     check_dill(pickle_module)
     if load_args and restricted:
@@ -222,12 +223,12 @@ def get_unsafe_globals(f: Any) -> list[str]:
         f: a path, a URL of a container, or a file object that can seek.
 
     Returns:
-        Their names, "module.name", sorted; empty: `load` takes the checkpoint as it is.
+        Their names, "module.name", sorted; empty if `load` accepts the checkpoint as it is.
 
     Raises:
         CorruptCheckpointError: the pickle stream cannot be read.
-        NotACheckpointError: of no known format.
-        OSError: of the path. StoreError: of the URL.
+        NotACheckpointError: the file has no known format.
+        OSError: the path cannot be read. StoreError: the URL cannot be read.
     """
     with closing(open_source(f)) as source:
         if not is_ours(source):
@@ -245,21 +246,21 @@ def get_unsafe_globals(f: Any) -> list[str]:
 
 
 def open(f: Any, *, step: int | None = None) -> TensorReader:
-    """Open a checkpoint to look at names, shapes and dtypes and to fetch single tensors. No pickle is read.
+    """Open a checkpoint to inspect names, shapes and dtypes, and to read single tensors. No pickle is read.
 
-    Threads: may be called from any thread; a reader is used by one.
+    Threads: may be called from any thread; each reader must be used by one thread.
 
     Args:
         f: as for `load`; files of torch.save and safetensors are refused.
-        step: of a repository: which checkpoint; None: the newest.
+        step: for a repository: the step of the checkpoint; None: the newest.
 
     Returns:
-        A reader: use it as a context manager, or call its `close`.
+        A reader. Use it as a context manager, or call its `close`.
 
     Raises:
-        NotACheckpointError: no container; or a `step` is given, and `f` is no repository.
+        NotACheckpointError: `f` is no container; or a `step` is given, and `f` is no repository.
         NoCheckpointError: the repository has no such checkpoint.
-        Exception: as `load` raises it.
+        Exception: other errors, as for `load`.
     """
     source = locate(f, repository=step is not None)
     if isinstance(source, Store):

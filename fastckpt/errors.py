@@ -33,8 +33,8 @@
          └─ ObjectExistsError                create-if-absent met an object
 
 Operating system errors (OSError: no such file, disk full, permission denied) and torch's own (UnpicklingError for a refused global,
-RuntimeError for a device that is not there) pass through as they are, so that code written for torch.save and torch.load keeps working.
-A Checkpointer's saves wrap what memory and devices fail with: see `as_save_error`.
+RuntimeError for a device that is not there) pass through as they are, so that code written for torch.save and torch.load keeps working. A
+Checkpointer's saves wrap errors of memory and devices: see `as_save_error`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Damage:
     expected: str
     found: str
     tensors: tuple[str, ...] = field(default=())
-    """Dotted names of the tensors that cannot be restored because of it."""
+    """Dotted names of the tensors that cannot be restored because of this damage."""
 
     def __str__(self) -> str:
         text = f"{self.part}, {self.place}: expected {self.expected}, found {self.found}"
@@ -151,11 +151,11 @@ class OutOfHostMemoryError(SaveError, MemoryError):
 
 
 class RestoreError(CheckpointError):
-    """A restore that cannot be done as asked. The state was not touched, unless this is a PartialRestoreError."""
+    """A restore cannot be done as requested. The state was not changed, unless this is a PartialRestoreError."""
 
 
 class NoCheckpointError(RestoreError):
-    """The repository has no checkpoint that fits what was asked for."""
+    """The repository has no checkpoint that matches the request."""
 
 
 class RetiredError(NoCheckpointError):
@@ -167,7 +167,7 @@ class RefusedStateError(RestoreError, pickle.UnpicklingError):
 
 
 class PartialRestoreError(RestoreError):
-    """Loading the state into its objects failed midway: they are a mixture of old and new. Training must not go on from here."""
+    """Loading the state into its objects failed halfway: they are a mixture of old and new values. Training must not continue from here."""
 
 
 class RepositoryError(CheckpointError):
@@ -175,7 +175,7 @@ class RepositoryError(CheckpointError):
 
 
 class SupersededError(RepositoryError):
-    """A newer incarnation of this job has claimed the repository: what this one saves will not be restored by default."""
+    """A newer incarnation of this job has claimed the repository: checkpoints of this one will not be restored by default."""
 
 
 class RanksError(CheckpointError):
@@ -187,34 +187,34 @@ class StoreError(CheckpointError):
 
 
 class StoreAccessError(StoreError):
-    """The store does not allow it: credentials, permissions, the bucket's owner."""
+    """The store refuses access: because of the credentials, the permissions, or the bucket's owner."""
 
 
 class StoreFullError(StoreError):
-    """The store has no room for it. Nothing of the object was written."""
+    """The store has no space for the object. Nothing of the object was written."""
 
 
 class StoreUnavailableError(StoreError):
     """The store did not answer, or asked to come back later. A write that ends like this may have been done."""
 
     refused = False
-    """It is known not to have been done: the request was never sent, or the answer said so."""
+    """True: the operation was certainly not done, because the request was never sent, or the answer said so."""
 
 
 class ObjectNotFoundError(StoreError):
-    """No object of that key."""
+    """There is no object with that key."""
 
 
 class MissingObjectError(UnreadableError, ObjectNotFoundError):
-    """An object that a repository needs is not there: a record, or a rank's index."""
+    """An object that a repository needs is missing: a record, or a rank's index."""
 
 
 class ObjectExistsError(StoreError):
-    """`put_if_absent` met an object."""
+    """`put_if_absent` found an existing object."""
 
 
 def as_save_error(error: BaseException, step: int) -> BaseException:
-    """What a Checkpointer's save raises where the machine raised `error`: a SaveError with it as the cause.
+    """Convert an error of the machine into the one that a Checkpointer's save raises: a SaveError with `error` as its cause.
 
     Returned unchanged: fastckpt's own errors, OSErrors other than ENOMEM, KeyboardInterrupt and SystemExit, and exception classes that
     other libraries define.
@@ -222,9 +222,7 @@ def as_save_error(error: BaseException, step: int) -> BaseException:
     if isinstance(error, CheckpointError):
         return error
     words = f"the save of step {step} failed: "
-    stands = (
-        "It was not acknowledged; earlier checkpoints are as they were"  # the error may have come behind the commit
-    )
+    stands = "It was not acknowledged; earlier checkpoints are as they were"  # the error may have come after the commit
     found: SaveError
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         detail = f": {error}" if str(error) else ""
@@ -234,7 +232,7 @@ def as_save_error(error: BaseException, step: int) -> BaseException:
     elif type(error) is RuntimeError or (
         isinstance(error, RuntimeError) and type(error).__module__.startswith("torch")
     ):
-        # torch's, of a device; Python's, of threads. Subclasses of others are for those who made them.
+        # torch's errors of devices, Python's of threads. Subclasses of RuntimeError from other libraries are left for their authors.
         found = SaveError(
             f"{words}{type(error).__name__}: {str(error).partition(chr(10))[0]}. {stands}. If a device has failed, start the process again"
         )

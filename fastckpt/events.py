@@ -6,12 +6,12 @@
     with fastckpt.events.record("run.jsonl"):        # or FASTCKPT_TRACE=run.jsonl in the environment
         fastckpt.save(state, "x.fckpt")              # then: fastckpt trace run.jsonl
 
-A subscriber is called on the thread where the event happens (several threads may call it at once) and must be quick. What it
-raises is logged and never reaches the save: nothing that merely watches may harm a checkpoint. New record types and new fields may be
-added; existing ones keep their meaning.
+A subscriber is called on the thread where the event happens (several threads may call it at once) and must be quick. An exception in it is
+logged and never reaches the save: an observer must not harm a checkpoint. New record types and new fields may be added; existing ones keep
+their meaning.
 
-An event that has `seconds` tells of a span that ended when the event was emitted; where its class does not say otherwise, the span was
-spent on the thread that emits it. `target` is a container's path or URL, a repository's URL, or, of one rank's upload, URL and step.
+An event with `seconds` describes a span that ended when the event was emitted. Unless its class says otherwise, the span was spent on the
+thread that emits it. `target` is a container's path or URL, a repository's URL or, for the upload of one rank, URL and step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SnapshotStarted(Event):
 
     target: str
     step: int | None
-    """None where a save has no step (`save_async`)."""
+    """None for saves without a step (`save_async`)."""
     raw_bytes: int
     storages: int
 
@@ -55,7 +55,7 @@ class PieceStaged(Event):
     raw_bytes: int
     seconds: float
     device: str
-    """Where the bytes came from: "cpu", "cuda:0"."""
+    """The device that held the bytes: "cpu", "cuda:0"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class SnapshotStaged(Event):
     step: int | None
     raw_bytes: int
     seconds: float
-    """From SnapshotStarted on, whichever threads copied."""
+    """Since SnapshotStarted; several threads may have copied."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +85,9 @@ class FenceWaited(Event):
     target: str
     step: int | None
     seconds: float
-    """Host time. 0 or nearly so is the usual case, and need not be emitted."""
+    """Host time. It is usually near 0; such an event need not be emitted."""
     why: str
-    """What waited: "optimizer step", "fence()", "save" or "restore"."""
+    """The waiting call: "optimizer step", "fence()", "save" or "restore"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,11 +110,11 @@ class ChunkEncoded(Event):
     transform: str
     raw_bytes: int
     stored_bytes: int
-    """Before chunks that are equal are found: see ChunkStored."""
+    """Size before equal chunks are recognised: see ChunkStored."""
     seconds: float
-    """Without `raw_s`."""
+    """Does not include `raw_s`."""
     raw_s: float = 0.0
-    """Before that, on the same thread: until the raw bytes were there. A copy of them, or the wait for a snapshot's."""
+    """Time before that on the same thread, until the raw bytes were available: copying them, or waiting for a snapshot's copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +128,9 @@ class ChunkStored(Event):
     stored_bytes: int
     """0 for a chunk that needs no bytes of its own (CONST, or equal to an earlier one)."""
     encode_s: float
-    """On another thread, and earlier; `seconds` and `raw_s` of its ChunkEncoded."""
+    """Time on another thread, earlier; the sum of `seconds` and `raw_s` of its ChunkEncoded."""
     write_s: float
-    """Handing over; of a repository's packs with the wait for a free one."""
+    """Time of handing over the bytes; in a repository it includes the wait for a free pack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ class PackStored(Event):
     key: str
     stored_bytes: int
     seconds: float
-    """Of the put, with its checksum and all tries."""
+    """Time of the put, including its checksum and all tries."""
     step: int | None = None
 
 
@@ -186,7 +186,7 @@ class CheckpointDurable(Event):
     raw_bytes: int
     stored_bytes: int
     seconds: float
-    """From the call of save on."""
+    """Since the call of save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ class SaveDeferred(Event):
     target: str
     step: int
     waiting: int
-    """Saves under way."""
+    """Number of saves under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ class FinalSave(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Retired(Event):
-    """A checkpoint no longer exists; its bytes go later."""
+    """A checkpoint no longer exists; its bytes are deleted later."""
 
     target: str
     epoch: int
@@ -242,7 +242,7 @@ class ChunkLoaded(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class LoadFinished(Event):
-    """The object is there, verified. `seconds`: since LoadStarted."""
+    """The object is complete and verified. `seconds`: since LoadStarted."""
 
     source: str
     raw_bytes: int
@@ -251,21 +251,21 @@ class LoadFinished(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class StoreRetry(Event):
-    """An operation of a store failed for now and is tried again after a pause of `pause_s` seconds."""
+    """An operation of a store has failed, and is tried again after a pause of `pause_s` seconds."""
 
     target: str
     verb: str
     """The method of the store: "put", "get_into", …"""
     key: str
     attempt: int
-    """How many tries have failed, this one included."""
+    """Number of failed tries, including this one."""
     pause_s: float
     error: BaseException
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoticeReceived(Event):
-    """A source of notices says that this machine is going to go, or may."""
+    """A source of notices says that this machine will go, or may go."""
 
     kind: str
     """As in `fastckpt.Notice`."""
@@ -289,10 +289,10 @@ _recorder_of_environment: Recorder | None = None
 
 
 def _read_environment(event: Event) -> None:
-    """The first subscriber of every process: at the first event it gives its place to a recorder, if FASTCKPT_TRACE asks for one."""
+    """The first subscriber of every process. At the first event it is replaced by a recorder, if FASTCKPT_TRACE asks for one."""
     global _subscribers, _recorder_of_environment  # noqa: PLW0603 - as in `subscribe`
     with _lock:
-        if _read_environment in _subscribers:  # else another thread was faster
+        if _read_environment in _subscribers:  # otherwise another thread was faster
             recorder = _recorder_of_environment = _open_recorder(os.environ.get("FASTCKPT_TRACE"))
             others = tuple(one for one in _subscribers if one is not _read_environment)
             _subscribers = others if recorder is None else (recorder, *others)
@@ -306,7 +306,7 @@ def _open_recorder(path: str | None) -> Recorder | None:
         return None
     try:
         return Recorder(os.path.expanduser(path))
-    except Exception as error:  # a wish to watch is no reason to fail
+    except Exception as error:  # a failing recorder is no reason to fail
         logger.warning("FASTCKPT_TRACE: events are not recorded: %s: %s", type(error).__name__, error)
         return None
 
@@ -315,9 +315,9 @@ _subscribers: tuple[Subscriber, ...] = (_read_environment,)
 
 
 def _in_forked_child() -> None:
-    """Recordings are the parent's; a child that saves opens one of its own, if the environment asks for it."""
+    """Recordings belong to the parent; a child that saves opens its own, if the environment asks for it."""
     global _lock, _subscribers, _recorder_of_environment  # noqa: PLW0603 - there is one thread
-    _lock = threading.Lock()  # somebody may have held it
+    _lock = threading.Lock()  # another thread of the parent may have held it
     for subscriber in _subscribers:
         if isinstance(subscriber, Recorder):
             subscriber.forget()
@@ -346,11 +346,11 @@ def subscribe(subscriber: Subscriber) -> Iterator[None]:
 
 @contextlib.contextmanager
 def record(path: str | os.PathLike[str]) -> Iterator[Recorder]:
-    """Write every event of this process to a new file while the context is open: what `fastckpt trace` reads. Gives the recorder.
+    """Write every event of this process to a new file while the context is open, for `fastckpt trace`. Yields the recorder.
 
-    path: `{pid}` and `{rank}` ($RANK, or 0) are replaced; where there is a file already, a number is added (`run.jsonl`, `run-1.jsonl`);
-    `recorder.path` has the name. OSError if none can be made. Later troubles (a full disk, 128 MiB written) end the recording with one
-    warning and nothing else. Saves still under way at the end of the context are recorded only so far.
+    path: `{pid}` and `{rank}` ($RANK, or 0) are replaced; if the file exists, a number is added (`run.jsonl`, `run-1.jsonl`);
+    `recorder.path` has the name. OSError if no file can be made. Later problems (a full disk, 128 MiB written) end the recording with one
+    warning and have no other effect. Saves still under way at the end of the context are recorded only up to that moment.
     """
     recorder = Recorder(path)
     try:
@@ -361,7 +361,7 @@ def record(path: str | os.PathLike[str]) -> Iterator[Recorder]:
 
 
 def enabled() -> bool:
-    """Whether anybody listens: what costs more than a microsecond to find out may be left out where nobody does."""
+    """Whether there are subscribers. Without them, information that takes more than a microsecond to compute may be left out."""
     return bool(_subscribers) or logger.isEnabledFor(logging.DEBUG)
 
 

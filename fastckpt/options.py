@@ -1,4 +1,7 @@
-"""Every knob, with its unit, default and trade-off. Argument beats environment beats default; validated once, when built."""
+"""Every knob, with its unit, default and trade-off. Validated once, when built.
+
+An argument overrides the environment, which overrides the default.
+"""
 
 from __future__ import annotations
 
@@ -35,22 +38,22 @@ OTHER_VARIABLES = frozenset(
         ),
     )
 )
-"""What is read besides the knobs below: names that are no slips of the pen."""
+"""Variables that are read besides the knobs below, so their names are no typing errors."""
 _CLOSE = (
     0.7  # MAX_LOAD for MAX_LOAD_BYTES is one (0.73), a name of somebody's own such as TEST_URL for TEST_S3 none (0.67)
 )
 _told_of_unknown = False
 
 _MIB = 1 << 20
-# Scratch of one chunk in flight: raw copy, ROT stream, frame (≤ 4 MiB each) and the finished bytes waiting for the writer. Native kernels
-# need the first and the last only.
+# Scratch memory of one chunk in flight: raw copy, ROT stream, frame (≤ 4 MiB each) and the finished bytes waiting for the writer. Native
+# kernels need only the first and the last.
 CHUNK_IN_FLIGHT_BYTES = 16 * _MIB
-MIN_PACK_BYTES = MAX_RAW_BYTES  # a chunk never spans packs
+MIN_PACK_BYTES = MAX_RAW_BYTES  # a chunk never crosses the border of a pack
 MAX_PACK_BYTES = 32 * _MIB
 
 
 def _physical_memory_bytes() -> int:
-    """What this process may use: the machine's memory, or its cgroup's limit if that is lower."""
+    """Memory that this process may use: the machine's, or its cgroup's limit if that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -126,12 +129,12 @@ class Options:
 
     @property
     def chunks_in_flight(self) -> int:
-        """How many chunks may be between the state and the file: two a thread keep all busy. At most a quarter of the budget."""
+        """Number of chunks that may be between the state and the file: two for each thread, and at most a quarter of the budget."""
         return max(1, min(2 * self.threads, self.host_budget_bytes // 4 // _chunk_in_flight_bytes()))
 
     @property
     def max_pack_bytes(self) -> int:
-        """The longest pack: all buffers together take a quarter of the budget, or as little as they can."""
+        """Length of the longest pack: all buffers together take a quarter of the budget, or the minimum if that is more."""
         return max(MIN_PACK_BYTES, min(self.host_budget_bytes // 4 // (self.connections + 1), MAX_PACK_BYTES))
 
     @property
@@ -141,7 +144,7 @@ class Options:
 
     @property
     def snapshot_bytes(self) -> int:
-        """What the budget has left for snapshots once encoders and uploads have their part. 0: nothing."""
+        """The part of the budget that is left for snapshots, after encoders and uploads have theirs. 0: nothing."""
         return max(0, self.host_budget_bytes - self.encoder_bytes - (self.connections + 1) * self.max_pack_bytes)
 
     def shared_by(self, n: int) -> Options:
@@ -160,14 +163,14 @@ class Options:
         )
 
     def for_store(self, useful_connections: int | None) -> Options:
-        """These, with no more connections than a store can make use of: each one takes memory."""
+        """These options, with no more connections than the store can use: each one takes memory."""
         if useful_connections is None or useful_connections >= self.connections:
             return self
         return replace(self, connections=useful_connections)
 
     @classmethod
     def from_env(cls) -> Options:
-        """The defaults, with what the environment says. ValueError lists every bad variable."""
+        """The defaults, changed by the environment. ValueError lists every bad variable."""
         _tell_of_unknown_variables(cls)
         found: dict[str, Any] = {}
         problems = []
@@ -193,7 +196,7 @@ def variable(name: str) -> str:
 
 
 def _expected(name: str, kind: Any, value: Any) -> str | None:
-    """What a knob must be, in words, if it is not that."""
+    """The requirement that a value violates, in words; None if it is right."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind == "int" and not (number and isinstance(value, int) and value >= 0):
         return "an integer ≥ 0"
@@ -215,9 +218,9 @@ def _expected(name: str, kind: Any, value: Any) -> str | None:
 
 
 def _tell_of_unknown_variables(cls: type[Options]) -> None:
-    """One warning, once in a process: a knob whose name is mistyped would be left at its default without a word.
+    """Warn once in a process of mistyped variables: otherwise such a knob would silently keep its default.
 
-    Only of names close to a known one: FASTCKPT_ may well be the beginning of somebody's own.
+    Only for names close to a known one: other programs may use variables that begin with FASTCKPT_.
     """
     global _told_of_unknown  # noqa: PLW0603 - told twice at worst
     if _told_of_unknown:

@@ -1,4 +1,4 @@
-"""analyze: what compression and deltas would gain on a user's own state."""
+"""analyze: measures how much compression and deltas would gain on a user's own state."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def _state(text: str, arguments: argparse.Namespace) -> Captured:
 
 
 def _capture(text: str, load: Callable[[], Any], arguments: argparse.Namespace) -> Captured:
-    """Capture what is loaded. WrongUsageError: --trust-pickle would load it; NotACheckpointError: nothing would."""
+    """Capture the loaded state. WrongUsageError: --trust-pickle would load it; NotACheckpointError: no option would."""
     try:
         return capture(load(), pickle, 2)
     except (CheckpointError, OSError, MemoryError):
         raise
-    except Exception as error:  # damage, or code that the file brings, makes torch's unpickler raise anything
+    except Exception as error:  # damage, or code in the file, can make torch's unpickler raise anything
         lines = str(error).splitlines() or [""]
-        # Of a page of torch's advice, the line that names the global.
+        # From torch's page of advice, the line that names the global.
         reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
         reason = f"{type(error).__name__}: {reason}"
         if isinstance(error, pickle.UnpicklingError) and not arguments.trust_pickle:

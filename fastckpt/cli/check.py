@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check all paths. A path that is no checkpoint does not keep the others from being checked."""
+    """Check all paths. The other paths are checked even if one is no checkpoint."""
     reports, errors, checked = [], [], []
     for path in arguments.paths:
         try:
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             reports.append(_check_container(path, arguments.endpoint_url))
         except StoreError:
             raise
-        except CheckpointError as error:  # the others are still worth checking
+        except CheckpointError as error:  # the other paths are still worth checking
             errors.append((path, error))
     if arguments.json:
         failed = [{"path": path, "error": type(e).__name__, "message": str(e)} for path, e in errors]
@@ -83,14 +83,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclasses.dataclass
 class _Checked:
-    """A report, and what was or was not repaired."""
+    """A report, and the outcome of the repair."""
 
     report: RepositoryReport
     plan: repairing.RepairPlan | None = None
     repaired: list[repairing.Repaired] = dataclasses.field(default_factory=list)
 
     unanswered: bool = False
-    """There was something to repair, and nobody to say yes."""
+    """There was something to repair, but nobody could confirm it."""
 
     @property
     def status(self) -> int:
@@ -101,7 +101,7 @@ class _Checked:
 
 
 def _check_repository(repository: Repository, arguments: argparse.Namespace) -> _Checked:
-    """Read everything, say what is wrong, and complete what can be completed if that is wanted."""
+    """Read everything, print all findings, and repair if that is wanted."""
     steps = None if arguments.step is None else {arguments.step}
     report = checking.check_repository(
         repository, bar(repository.url), steps=steps, quick=arguments.quick, options=options()
@@ -142,7 +142,7 @@ def _plan_of(repository: Repository, report: RepositoryReport) -> repairing.Repa
 
 
 def _looked_into(report: RepositoryReport) -> bool:
-    """Whether there was any checkpoint to check. A wrong prefix must not pass for a sound repository."""
+    """Whether any checkpoint was checked. A wrong prefix must not count as a sound repository."""
     return any(one.state != "not checked" for one in report.checkpoints)
 
 

@@ -31,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """List everything that is there. What is damaged gets a row that says so."""
+    """List all checkpoints. A damaged one gets a row that says so."""
     files, found = [], []
     for text in arguments.paths:
         with maybe_repository(text, arguments.endpoint_url) as repository:
             if repository is not None:
                 found.append(list_repository(repository))
             elif local_path(text) is None:
-                with open_repository(text, arguments.endpoint_url):  # says that it is none
+                with open_repository(text, arguments.endpoint_url):  # raises the error that it is none
                     pass
             else:
                 files += _list_files(text)
@@ -60,7 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def list_repository(repository: Repository) -> dict[str, Any]:
-    """A member of `repositories` of `fastckpt.ls/1`, newest checkpoint first. Reads records, each with one request, and names, no index."""
+    """A member of `repositories` of `fastckpt.ls/1`, newest checkpoint first. Reads names, and records with one request each, but no
+    index.
+    """
     records = KnownRecords(repository.store)
     catalog = Catalog(records)
     found = records.read_all(catalog.listing)
@@ -79,7 +81,7 @@ def list_repository(repository: Repository) -> dict[str, Any]:
 
 
 def commit_row(commit: Commit, inside: list[CheckpointId] | None) -> dict[str, Any]:
-    """What `ls` and `show` say of a checkpoint. inside: the history; None if it cannot be known."""
+    """The row of a checkpoint in `ls` and `show`. inside: the history; None if it cannot be known."""
     checkpoint = commit.checkpoint
     branch = "unknown" if inside is None else "history" if checkpoint in inside else "abandoned"
     row = {**describe(commit), "metrics": metrics_to_json(commit.metrics), "branch": branch, "error": None}

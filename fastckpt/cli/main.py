@@ -1,6 +1,6 @@
 """The command line: fastckpt ls | show | check | analyze | prune | restore | salvage | trace (docs/cli.md).
 
-Data goes to stdout, talk to stderr; `--json` is a contract.
+Data goes to stdout, messages to stderr; `--json` is a contract.
 
 exit status
   0    done; nothing wrong
@@ -36,19 +36,19 @@ from fastckpt.errors import CheckpointError, StoreError
 
 
 class Command(Protocol):
-    """What the module of each command has."""
+    """The interface of each command's module."""
 
     HELP: str
     """One line, for the list of commands and for its own help."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the command's arguments; --json is there already."""
+        """Add the command's arguments; --json was added before."""
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Do it. Returns the exit status; errors are raised."""
+        """Run the command. Returns the exit status; errors are raised."""
 
 
-# In the order in which the help lists them.
+# In the order of the help.
 COMMANDS: dict[str, Command] = {
     "ls": ls,
     "show": show,

@@ -1,4 +1,4 @@
-"""Output of the commands: statuses, tables, JSON, bars, questions. No text out of a checkpoint reaches the terminal unescaped."""
+"""Output of the commands: statuses, tables, JSON, bars, questions. Text from a checkpoint never reaches the terminal unescaped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 OK, FOUND_DAMAGE, USAGE, BAD_CHECKPOINT, OS_ERROR, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
-# C0, DEL, C1; what turns the direction of text or hides in it; line separators; halves of surrogate pairs.
+# C0, DEL, C1; characters that change the direction of text or are invisible; line separators; halves of surrogate pairs.
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
 )
@@ -21,7 +21,7 @@ class WrongUsageError(Exception):
 
 
 def clean(text: object, *, keep_lines: bool = False) -> str:
-    """Escape whatever a terminal would obey. keep_lines: leave line ends, which belong to our own messages of several lines."""
+    """Escape all characters that control a terminal. keep_lines: leave line ends, for our own messages of several lines."""
 
     def escape(found: re.Match[str]) -> str:
         code = ord(found[0])
@@ -43,7 +43,7 @@ def note(text: object) -> None:
 
 
 def print_json(name: str, value: dict[str, Any]) -> None:
-    """Print one object to stdout. Characters that JSON allows and terminals obey are escaped as JSON escapes."""
+    """Print one object to stdout. Characters that JSON allows but that control terminals are escaped in JSON's way."""
 
     def escape(found: re.Match[str]) -> str:
         return json.dumps(found[0])[1:-1].replace("\x7f", "\\u007f")
@@ -61,7 +61,7 @@ def human(n_bytes: float) -> str:
 
 
 def table(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
-    """Print columns to stdout. right: numbers of the columns that are aligned to the right."""
+    """Print columns to stdout. right: numbers of the right-aligned columns."""
     cells = [[clean(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for row in cells:
@@ -70,7 +70,7 @@ def table(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
 
 
 def bar(label: str) -> Callable[[int, int], None]:
-    """Make a progress callback that draws a bar on stderr, if that is a terminal. It takes what is done and what there is in all."""
+    """Make a progress callback that draws a bar on stderr, if that is a terminal. Its arguments are the amount done and the total."""
     if not sys.stderr.isatty():
         return lambda done, total: None
     shown = -1
@@ -92,7 +92,7 @@ def bar(label: str) -> Callable[[int, int], None]:
 
 
 def confirm(question: str, *, yes: bool, json_only: bool) -> bool | None:
-    """Ask whether to go on: True for --yes, or for "y" typed at a terminal. None: nobody can be asked; the status is USAGE then."""
+    """Ask whether to go on: True for --yes, or for "y" typed at a terminal. None: nobody can be asked; then the status is USAGE."""
     if yes:
         return True
     if json_only or not sys.stdin.isatty():

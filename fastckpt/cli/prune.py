@@ -1,4 +1,4 @@
-"""prune: retention for a run that a person says is stopped. The plan, exact to the byte, is shown first, then carried out."""
+"""prune: retention for a run that, as a person confirms, is stopped. The plan is shown first, exact to the byte, and then carried out."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fastckpt.repository.retention import Keep, RepositoryView, RetentionPlan, T
 
 HELP = "remove checkpoints that no rule keeps, and debris; shows its plan first"
 
-_PREFIXES = (keys.COMMITS, keys.DATA, keys.VOTES, keys.PINS)  # whatever is deleted lies here
-_MOST_PASSES = 100  # three are enough; a bound so that a bug cannot turn into deleting forever
+_PREFIXES = (keys.COMMITS, keys.DATA, keys.VOTES, keys.PINS)  # everything that may be deleted lies here
+_MOST_PASSES = 100  # three are enough; the bound ensures that a bug cannot delete for ever
 
 Needs = Mapping[CheckpointId, frozenset[str] | None]
 """The packs that each living checkpoint names. None: its index cannot be read."""
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="show the plan only")
     parser.add_argument("--yes", action="store_true", help="do not ask")
-    # argparse knows no "one of them, or both".
+    # argparse cannot express "at least one of them".
     parser.usage = (
         "%(prog)s [-h] [--json] [--endpoint-url URL] --keep-last N [--keep-every K] [--keep-best METRIC:min|max]\n"
         "                      [--branches] [--grace SECONDS] (--run-is-stopped | --dry-run) [--yes] URL"
@@ -62,18 +62,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass
 class Forecast:
-    """What all passes of a prune will do, known before the first."""
+    """The work of all passes of a prune, known before the first one."""
 
     retire: list[tuple[CheckpointId, str]] = field(default_factory=list)
     delete: list[str] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
-    """Packs that go only once their grace is over: another prune, or the job's retention, deletes them."""
+    """Packs that may be deleted only after their grace: by another prune, or by the job's retention."""
     kept: list[CheckpointId] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def forecast(view: RepositoryView, needs: Needs, keep: Keep, grace_s: float, branches: bool) -> Forecast:
-    """Predict what repeated passes will do. Pure."""
+    """Predict the work of repeated passes. Pure."""
     result = Forecast()
     for _ in range(_MOST_PASSES):
         todo = plan_retention(view, keep, (), grace_s, abandoned=branches, stopped=True)
@@ -163,7 +163,7 @@ def keep_of(arguments: argparse.Namespace) -> Keep:
 
 
 def needs_of(repository: Repository, view: RepositoryView) -> Needs:
-    """Read which packs each living checkpoint names. StoreError."""
+    """Read the packs that each living checkpoint names. StoreError."""
     return {checkpoint: _packs(repository, commit) for checkpoint, commit in view.living.items()}
 
 
@@ -177,7 +177,7 @@ def _packs(repository: Repository, commit: Commit) -> frozenset[str] | None:
 def _carry_out(
     repository: Repository, collector: Collector, view: RepositoryView, keep: Keep, arguments: argparse.Namespace
 ) -> int:
-    """Pass after pass until nothing is left to do. Returns how many objects were deleted."""
+    """Run passes until nothing is left to do. Returns the number of deleted objects."""
     deleted, last = 0, None
     refused: list[CheckpointError] = []
     draw = bar(repository.url)

@@ -1,4 +1,4 @@
-"""restore: one rank of a checkpoint, out of a repository, as a file that fastckpt.load reads."""
+"""restore: writes one rank of a checkpoint of a repository as a file that fastckpt.load reads."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _restore(repository: Repository, arguments: argparse.Namespace) -> int:
 
 
 def _wanted(repository: Repository, catalog: Catalog, arguments: argparse.Namespace) -> Which:
-    """--step and --epoch for `Catalog.choose`."""
+    """The argument of `Catalog.choose` for --step and --epoch."""
     if arguments.epoch is None and arguments.step is None:
         others = catalog.branches() if not safe_history(catalog) else []
         if not others:

@@ -1,4 +1,4 @@
-"""salvage: everything that can still be read of a damaged checkpoint, as files."""
+"""salvage: writes everything that can still be read of a damaged checkpoint to files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _salvage(repository: Repository, arguments: argparse.Namespace) -> int:
 
 
 def _any(repository: Repository, catalog: Catalog, arguments: argparse.Namespace) -> CheckpointId:
-    """The checkpoint that is meant, or a save that was never committed: a person asks for what is there."""
+    """The chosen checkpoint, or a save that was never committed: the user wants whatever is there."""
     votes = {vote.save for info in repository.store.list(keys.VOTES) if (vote := keys.parse_vote(info.key)) is not None}
     known = {*catalog.listing.commits, *(save.checkpoint for save in votes)}
     return find(repository.url, safe_history(catalog), sorted(known), arguments.step, arguments.epoch)

@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show_repository(repository: Repository, arguments: argparse.Namespace) -> int:
-    """A commit record, its ranks and their tensors. What cannot be read is said, and the status is BAD_CHECKPOINT."""
+    """A commit record, its ranks and their tensors. If something cannot be read, that is printed, and the status is BAD_CHECKPOINT."""
     catalog = Catalog(repository)
     inside = safe_history(catalog)
     checkpoint = find(repository.url, inside, _living(catalog), arguments.step, arguments.epoch)
@@ -67,7 +67,7 @@ def _show_repository(repository: Repository, arguments: argparse.Namespace) -> i
 
 
 def _living(catalog: Catalog) -> list[CheckpointId]:
-    """Checkpoints that are not retired, damaged ones too."""
+    """Checkpoints that are not retired, damaged ones included."""
     found = []
     for checkpoint in catalog.listing.commits:
         try:
@@ -103,7 +103,7 @@ def _rank(repository: Repository, commit: Commit, rank: int) -> dict[str, Any]:
 
 
 def _shared_bytes(reader: Reader, save: SaveId) -> int:
-    """Stored bytes that the rank needs of packs which earlier saves wrote."""
+    """Stored bytes that the rank needs from packs of earlier saves."""
     own = f"data/{save}/"
     foreign = {n for n, file in enumerate(reader.files, 1) if not file.key.startswith(own)}
     places = {

@@ -1,4 +1,4 @@
-"""What an argument is: a file, a folder of files, or a repository. And which checkpoint of a repository is meant."""
+"""Interprets an argument: a file, a folder of files, or a repository; and finds the chosen checkpoint of a repository."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def options() -> Options:
 
 
 def require_environment() -> None:
-    """Refuse bad variables before the work begins: the command may use them late, or not at all. WrongUsageError."""
+    """Refuse bad variables before the work begins, even if the command uses them late or not at all. WrongUsageError."""
     options()
     try:
-        kernels(0)  # of no bytes: numba is not imported for a mere look
+        kernels(0)  # 0 bytes, so that numba is not imported just for this check
     except (ValueError, ImportError) as error:
         raise WrongUsageError(str(error)) from None
 
@@ -53,7 +53,7 @@ def require_endpoint(url: str | None) -> None:
     try:
         parts = urllib.parse.urlsplit(url)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number, half an IPv6 address
+    except ValueError:  # a port that is not a number, or half an IPv6 address
         good = False
     if not good:
         raise WrongUsageError(
@@ -71,7 +71,7 @@ def local_path(text: str) -> Path | None:
 
 
 def _store(url: str, endpoint_url: str | None, *, single_object: bool = False) -> Store:
-    """Open a store. WrongUsageError: the URL names no place; StoreError: the place cannot be used."""
+    """Open a store. WrongUsageError: the URL is invalid; StoreError: the store cannot be used."""
     settings: dict[str, Any] = {}
     try:
         if location(url).startswith("s3://"):
@@ -108,13 +108,13 @@ def maybe_repository(text: str, endpoint_url: str | None) -> Iterator[Repository
 
 @contextmanager
 def open_repository(text: str, endpoint_url: str | None) -> Iterator[Repository]:
-    """The repository at a path or URL, which must be there. A missing or damaged marker is noted only.
+    """The repository at a path or URL; it must exist. A missing or damaged marker only causes a message.
 
     FileNotFoundError, RepositoryError, StoreError.
     """
     path = local_path(text)
     if path is not None:
-        os.stat(path)  # "no such file" rather than "no repository"
+        os.stat(path)  # so that the error is "no such file", not "no repository"
     with maybe_repository(text, endpoint_url) as repository:
         if repository is None:
             raise RepositoryError(
@@ -147,7 +147,7 @@ def open_source(text: str, endpoint_url: str | None) -> Source:
 
 @contextmanager
 def open_container(text: str, endpoint_url: str | None) -> Iterator[Source]:
-    """A file, or an object of a store, that is a container or was one. NotACheckpointError: it never was one, so nothing is damaged."""
+    """A file, or an object of a store, that is a container, or was one before it was damaged. NotACheckpointError: it never was one."""
     source = open_source(text, endpoint_url)
     try:
         if source.n_bytes == 0:
@@ -191,10 +191,10 @@ def safe_history(catalog: Catalog) -> list[CheckpointId] | None:
 def find(
     url: str, history: Sequence[CheckpointId] | None, known: Sequence[CheckpointId], step: int | None, epoch: int | None
 ) -> CheckpointId:
-    """The checkpoint that --step and --epoch mean. Pure. NoCheckpointError.
+    """The checkpoint chosen by --step and --epoch. Pure. NoCheckpointError.
 
-    If several checkpoints have this step, the one in the history is taken, then the one of the highest epoch.
-    history: newest first; None if it cannot be known. known: all checkpoints that are there.
+    If several checkpoints have this step, the one in the history is taken, then the one of the highest epoch. history: newest first; None
+    if it cannot be known. known: all existing checkpoints.
     """
     inside = list(history or ())
     rest = sorted(set(known) - set(inside), reverse=True)

@@ -98,7 +98,7 @@ def _write_trace(path: Path, recordings: Sequence[Recording]) -> None:
 
 
 def _write_png(path: Path, summary: Summary, recordings: Sequence[Recording]) -> bool:
-    """Draw the picture. Returns False, and says why, if matplotlib is missing."""
+    """Draw the picture. If matplotlib is missing, print that and return False."""
     try:
         picture = draw(summary, ", ".join(recording.name for recording in recordings)[:120])
     except ImportError:

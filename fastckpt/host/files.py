@@ -61,7 +61,7 @@ def _warn_of_directories(path: str, error: OSError) -> None:
         )
 
 
-def _rename_if_absent(source: str, target: str) -> None:
+def rename_if_absent(source: str, target: str) -> None:
     """renameat2(2) with RENAME_NOREPLACE: FileExistsError if there is something at `target`. OSError if the system or the file system lacks
     this call.
     """
@@ -229,7 +229,7 @@ class AtomicFile:
     def _rename_exclusively(self, no_link: OSError) -> None:
         try:
             self._give_name(self._temporary)
-            _rename_if_absent(self._temporary, self._target)
+            rename_if_absent(self._temporary, self._target)
         except FileExistsError:
             raise
         except OSError as error:

@@ -85,7 +85,7 @@ def _own_descriptor(found: os.stat_result, but: int, least: int) -> int | None:
 def why_not_replaced(path: str, found: os.stat_result) -> tuple[int, str] | None:
     """The error number and a reason in words, if no other file can be put in the place of the one at the resolved `path`; else None."""
     directory = os.path.dirname(path)
-    if path in _mount_points():
+    if path in mount_points():
         return errno.EBUSY, "it is a mount point"
     above = os.stat(directory)
     if above.st_mode & stat.S_ISVTX and os.geteuid() not in (0, found.st_uid, above.st_uid):
@@ -99,7 +99,8 @@ def why_not_replaced(path: str, found: os.stat_result) -> tuple[int, str] | None
     return None
 
 
-def _mount_points() -> set[str]:
+def mount_points() -> set[str]:
+    """All mount points of this process; empty if there is no /proc."""
     try:
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:

@@ -48,7 +48,8 @@ class Kernels(NamedTuple):
 
 
 @functools.cache
-def _load(name: str) -> Kernels:
+def load(name: str) -> Kernels:
+    """One implementation by its name. ImportError if it is not installed."""
     from fastckpt.kernels import reference as r
 
     if name == "native":
@@ -83,54 +84,58 @@ def _load(name: str) -> Kernels:
 
 
 @functools.cache
-def _native_available() -> bool:
+def native_is_available() -> bool:
+    """Whether the native extension can be imported."""
     try:
-        _load("native")
+        load("native")
     except ImportError:
         return False
     return True
 
 
 @functools.cache
-def _numba_available() -> bool:
+def numba_is_available() -> bool:
+    """Whether numba can be imported."""
     try:
-        _load("numba")
+        load("numba")
     except ImportError:  # numba follows new Python versions with some delay
         return False
     return True
 
 
-class _Compiling:
-    """The thread that compiles the numba kernels."""
+class Compiling:
+    """The thread that compiles the numba kernels; `thread` is None before it was started."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Start the thread, once."""
         with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="fastckpt-compile", daemon=True)
-                start(self._thread)  # if the interpreter is ending, no thread starts, and compiling would be useless
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._run, name="fastckpt-compile", daemon=True)
+                start(self.thread)  # if the interpreter is ending, no thread starts, and compiling would be useless
 
     def under_way(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        """Whether the thread is still compiling."""
+        return self.thread is not None and self.thread.is_alive()
 
     @staticmethod
     def _run() -> None:
-        if _numba_available():
+        if numba_is_available():
             from fastckpt.kernels import numba_cpu
 
             numba_cpu.warm_up()
 
 
-_compiling = _Compiling()
+compiling = Compiling()
 
 
 def warm_up() -> None:
     """Compile the numba kernels on a thread of their own, if they will be used. Returns at once; NumPy is used until they are ready."""
-    if os.environ.get(ENV, "auto") == "auto" and not _native_available():
-        _compiling.start()
+    if os.environ.get(ENV, "auto") == "auto" and not native_is_available():
+        compiling.start()
 
 
 def kernels(n_bytes: int = 1 << 62) -> Kernels:
@@ -143,13 +148,13 @@ def kernels(n_bytes: int = 1 << 62) -> Kernels:
         raise ValueError(f"{ENV} is {choice!r}: expected one of {', '.join(_CHOICES)}")
     if choice != "auto":
         try:
-            return _load(choice)
+            return load(choice)
         except ImportError as error:
             raise ImportError(
                 f"{ENV} is {choice!r}, and these kernels are not installed ({error}): expected auto, or others of {', '.join(_CHOICES)}"
             ) from error
-    if _native_available():
-        return _load("native")
-    if n_bytes >= _NUMBA_FROM_BYTES and not _compiling.under_way() and _numba_available():
-        return _load("numba")
-    return _load("reference")
+    if native_is_available():
+        return load("native")
+    if n_bytes >= _NUMBA_FROM_BYTES and not compiling.under_way() and numba_is_available():
+        return load("numba")
+    return load("reference")

@@ -85,19 +85,22 @@ class FenceHooks:
         if any(is_capturing(device) for device in self._devices[number]):
             self._distrusted = True  # from now on the graph updates the parameters, and calls no hook
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
-            return (args[0], self._fencing(args[1]), *args[2:]), kwargs
+            return (args[0], fence_after(args[1], self._fence), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._fencing(kwargs["closure"])}
+            return args, {**kwargs, "closure": fence_after(kwargs["closure"], self._fence)}
         self._fence()
         return None
 
-    def _fencing(self, closure: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            result = closure(*args, **kwargs)
-            self._fence()
-            return result
 
-        return run
+def fence_after(closure: Callable[..., Any], fence: Callable[[], None]) -> Callable[..., Any]:
+    """The closure, followed by the fence."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = closure(*args, **kwargs)
+        fence()
+        return result
+
+    return run
 
 
 def _devices(optimizer: torch.optim.Optimizer) -> list[torch.device]:

@@ -37,7 +37,7 @@ class HostCopies:
         """Make one copy, or give it to a thread. The caller holds the lock."""
         copy.stage = Stage.GIVEN_OUT
         if copy.n_bytes < _INLINE_BYTES:
-            self._copy(copy)
+            self.make(copy)
             return
         if self._threads is None:
             self._threads = WorkerPool(self._n_threads, "fastckpt-stage")
@@ -51,7 +51,7 @@ class HostCopies:
     def _copy_in_thread(self, copy: Copy) -> None:
         try:
             if self._progress.error is None:
-                self._copy(copy)
+                self.make(copy)
         except BaseException as error:
             self._progress.fail(error)
         with self._progress.changed:
@@ -59,7 +59,8 @@ class HostCopies:
             self._awaited.discard(copy.number)
             self._progress.changed.notify_all()
 
-    def _copy(self, copy: Copy) -> None:
+    def make(self, copy: Copy) -> None:
+        """Make one copy on this thread, and compare it with the state at the call of save."""
         started_s = time.perf_counter()
         self._read(copy)
         torn = self._watch.is_torn(copy, self._ring.content(copy))

@@ -38,7 +38,8 @@ def _nothing() -> None:
 empty_host_cache: Callable[[], None] = getattr(torch.accelerator, "empty_host_cache", _nothing)
 
 
-def _pageable(n_bytes: int) -> torch.Tensor:
+def pageable(n_bytes: int) -> torch.Tensor:
+    """Host memory that is not pinned. MemoryError."""
     return torch.from_numpy(fresh_pages(n_bytes))
 
 
@@ -185,7 +186,7 @@ class SlabPool:
                         n_bytes,
                         str(error).partition("\n")[0],
                     )
-        tensor = _pageable(n_bytes)
+        tensor = pageable(n_bytes)
         return Slab(n_bytes, tensor, tensor.numpy(), for_device, False)
 
     def give_back(self, slabs: Iterable[Slab]) -> None:

@@ -46,7 +46,7 @@ class Plain:
 
     @property
     def opcodes(self) -> memoryview:
-        """The stream without its frame header and end."""
+        """The stream without its first operation (PROTO) and its last one (STOP)."""
         return memoryview(self.form)[2:-1]
 
     @classmethod

@@ -3,7 +3,7 @@
     from fastckpt.store import open_store
     store = open_store("s3://bucket/prefix", endpoint_url="https://minio.example")
 
-What people may use lies here; modules below are where it is made.
+This module holds the public names; the modules below implement them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastckpt.store.cloud import S3Store, open_s3
     from fastckpt.store.cloud_bucket import BucketReport, check_bucket
 
-# Who saves to a directory need not import what S3 takes.
+# Imported on demand: saving to a directory does not need S3's libraries.
 _S3 = {
     "BucketReport": "fastckpt.store.cloud_bucket",
     "S3Store": "fastckpt.store.cloud",

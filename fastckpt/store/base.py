@@ -1,11 +1,11 @@
-"""The contract that every store keeps. `fastckpt.testing.store_contract` is the same contract as tests.
+"""The contract of every store. `fastckpt.testing.store_contract` tests it.
 
-A store has the verbs of object storage and no more. What it must guarantee (docs/guarantees.md builds on nothing else):
+A store has only the verbs of object storage. It must guarantee the following (docs/guarantees.md relies on nothing else):
 
 S1  An object is whole or absent: no reader ever sees a part of a `put`.
 S2  When `put` or `put_if_absent` has returned, the object is durable, and every later `get`, `head` and `list` of any client sees it.
-S3  Of several `put_if_absent` of one key, exactly one succeeds, whatever the others are told.
-S4  An error of a write says nothing: the object may be there, now or a moment later.
+S3  Of several `put_if_absent` of one key, exactly one succeeds, whatever the others return.
+S4  After an error of a write the result is unknown: the object may be there, now or a moment later.
 S5  When `delete` has returned, every later operation of any client sees the key as absent.
 """
 
@@ -27,18 +27,18 @@ _NAME_SEGMENT = re.compile(r"[^\x00-\x1f\x7f-\x9f/]+")
 
 @dataclass(frozen=True, slots=True, order=True)
 class ObjectInfo:
-    """What a store knows about an object without reading it."""
+    """Facts about an object that a store knows without reading it."""
 
     key: str
     n_bytes: int
     modified_s: float
-    """When it was written, by the store's own clock: seconds since 1970. Never compared with another clock."""
+    """The time of writing, by the store's own clock, in seconds since 1970. It is never compared with another clock."""
 
 
 def check_key(key: str) -> str:
-    """The key itself, if it is one: segments of `A–Z a–z 0–9 . _ -`, separated by `/`, none of them `.` or `..`. StoreError.
+    """Return the key if it is valid: segments of `A–Z a–z 0–9 . _ -`, separated by `/`, none of them `.` or `..`. Otherwise StoreError.
 
-    Every store checks every key: what a hostile record names must not leave the root.
+    Every store checks every key: a key in a hostile record must not lead out of the root.
     """
     segments = key.split("/")
     if len(key) > MAX_KEY_BYTES or not all(_SEGMENT.fullmatch(s) and s not in (".", "..") for s in segments):
@@ -49,9 +49,9 @@ def check_key(key: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """The name itself, if an object that others named, or a user, can have it: wider than a key. StoreError.
+    """Return the name if it is valid for an object that a user or another program has named: a wider set than keys. Otherwise StoreError.
 
-    Everything that S3 takes, but for control characters, empty segments, and those that are `.` or `..`.
+    Allows everything that S3 allows, except control characters, empty segments, and the segments `.` and `..`.
     """
     segments = name.split("/")
     try:
@@ -67,7 +67,7 @@ def check_name(name: str) -> str:
 
 
 def check_prefix(prefix: str) -> str:
-    """The prefix itself, if it is "" or a key with a `/` behind it. StoreError otherwise."""
+    """Return the prefix if it is "" or a key followed by `/`. Otherwise StoreError."""
     if prefix:
         if not prefix.endswith("/"):
             raise StoreError(f"{prefix!r} is no prefix to list: it must end with /")
@@ -80,39 +80,39 @@ class Store(abc.ABC):
 
     Threads: every method blocks, and may be called from several threads at once.
 
-    Raises: every method raises StoreError, or one of its subclasses, and nothing else, but for the EOFError of `get_into`:
+    Raises: every method raises StoreError or one of its subclasses, and nothing else, except the EOFError of `get_into`:
 
-    * StoreUnavailableError: no answer, or "later"; another try may help. Of a write: it may have been done.
+    * StoreUnavailableError: no answer, or "later"; another try may help. If it was a write, it may have been done.
     * StoreAccessError: the credentials, or the permissions, do not allow it.
     * StoreFullError: there is no room for the object, on the disk or by a quota. Nothing of it was written.
     * ObjectNotFoundError: of `get`, `get_into` and `head`.
     * ObjectExistsError: of `put_if_absent`.
-    * StoreError itself: anything else (a key that is none, a closed store); another try will not help.
+    * StoreError itself: anything else (an invalid key, a closed store); another try will not help.
     """
 
     url: str
-    """For messages and logs: where it is, never a secret."""
+    """The store's location, for messages and logs; never contains a secret."""
     useful_connections: int | None = None
-    """More requests at once than this gain nothing. None: the more the better."""
+    """More simultaneous requests than this gain nothing. None: no limit is known."""
 
     most_put_bytes: int | None = None
     """The largest object that one `put` can write. None: not limited."""
 
     @abc.abstractmethod
     def put(self, key: str, data: Any) -> None:
-        """Write an object whole, over whatever is there.
+        """Write a whole object, and replace an existing one.
 
         Args:
             key: what `check_key` accepts.
-            data: one contiguous buffer (bytes, memoryview, NumPy array). The caller leaves it alone until this returns.
+            data: one contiguous buffer (bytes, memoryview, NumPy array). The caller must not change it until this returns.
 
         Raises:
-            StoreError: as the class says. The object may be there all the same, now or a moment later (S4).
+            StoreError: as the class says. The object may be there nevertheless, now or a moment later (S4).
         """
 
     @abc.abstractmethod
     def put_if_absent(self, key: str, data: Any) -> None:
-        """Write an object if there is none. Of several callers at once, exactly one succeeds (S3).
+        """Write an object if there is none. Of several simultaneous callers, exactly one succeeds (S3).
 
         Args:
             key: what `check_key` accepts.
@@ -125,7 +125,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def get(self, key: str) -> bytes:
-        """Return the whole object. For small ones: the caller has looked at the size.
+        """Return the whole object. For small objects: the caller has checked the size before.
 
         Raises:
             ObjectNotFoundError: there is none.
@@ -139,7 +139,7 @@ class Store(abc.ABC):
         Args:
             key: what `check_key` accepts.
             offset: first byte of the object to read.
-            out: writable, contiguous buffer; as many bytes are read as it has. Written in part where this raises.
+            out: writable, contiguous buffer; its length is the number of bytes to read. After an error it may be partly written.
 
         Raises:
             EOFError: the object ends before `out` is full.
@@ -161,32 +161,32 @@ class Store(abc.ABC):
         """List objects in ascending order of their keys.
 
         Args:
-            prefix: "" for all; else the start of their keys, with a / at its end.
+            prefix: "" for all objects; else the beginning of their keys, ending in /.
 
         Returns:
-            An iterator; what it has not come to yet may be asked for later, and raise then.
+            An iterator. It may request further objects later, and raise then.
 
         Raises:
-            StoreError: as the class says. Nothing that starts with `prefix` is no error.
+            StoreError: as the class says. It is no error if no object starts with `prefix`.
         """
 
     @abc.abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object. None there is no error.
+        """Remove an object. It is no error if there is none.
 
         Raises:
             StoreError: as the class says.
         """
 
     def harmful_rules(self) -> tuple[str, ...]:
-        """Sentences for a person about rules of the place itself that delete what is written here, or put it out of reach.
+        """Sentences for a person about rules of the storage service itself that delete objects of this store, or make them unreadable.
 
-        Advice: at most one request and some seconds, and where it cannot be found out, nothing. Raises nothing.
+        This is only advice: it takes at most one request and some seconds, and returns nothing if the rules cannot be read. Raises nothing.
         """
         return ()
 
     def close(self) -> None:  # noqa: B027 - most stores have nothing to let go of
-        """Let go of connections. Nothing may be called afterwards. May be called twice."""
+        """Close connections. Nothing may be called afterwards. May be called twice."""
 
     def __enter__(self) -> Store:
         return self

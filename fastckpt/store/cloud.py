@@ -1,8 +1,8 @@
-"""S3 and what speaks its protocol. boto3 says who we are, where, and with which key; the bytes move through `cloud_http.py`.
+"""A store on S3, or on a server with its protocol. boto3 supplies account, endpoint and keys; the bytes go through `cloud_http.py`.
 
 One method is one HTTP request (`list`: one per 1,000 objects), tried once: the only retries are those of `store/wrap.py`. Two exceptions: a
-refused HEAD, whose answer has no body, is asked again as a GET that has a reason; and a PUT is sent once more, with an MD5, where the
-server does not take the header of a checksum, or misses one. docs/stores.md has what users should know; here is why it is so.
+refused HEAD, whose answer has no body, is repeated as a GET, whose answer has a reason; and a PUT is sent once more, with an MD5, if the
+server refuses the checksum header, or requires one. docs/stores.md describes what users should know; here are the reasons.
 
 * **Checksums.** Over https each body goes with its CRC64NVME, which S3 verifies and keeps; the payload is not signed (SHA-256 costs
   0.77 s of CPU per GiB, CRC64NVME 0.10). Over plain http nothing else protects the body, and servers that ignore checksum headers
@@ -38,10 +38,10 @@ MAX_PUT_BYTES = 5 << 30
 _PAGE = 1000  # S3's own limit
 _MOST_PAGE_BYTES = 16 << 20
 _MOST_RULES_BYTES = 2 << 20  # S3 takes 1,000 rules, some 500 bytes each
-_ADVICE_S = 2.0  # without progress: nobody waits longer for what is only said
+_ADVICE_S = 2.0  # without progress; nobody should wait longer for mere advice
 _RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
 _MOST_EMPTY_PAGES = 10_000
-"""In a row. S3 sends some where it has passed over what was deleted."""
+"""Limit of empty pages in a row. S3 sends empty pages where it skips deleted objects."""
 
 
 class S3Store(Store):
@@ -64,7 +64,9 @@ class S3Store(Store):
         self._put("put", key, data, {})
 
     def put_if_absent(self, key: str, data: Any) -> None:
-        """As the contract says. ObjectExistsError is S3's 412; its 409, which a race of two writers can cause, is worth another try."""
+        """As the contract says. ObjectExistsError is S3's status 412. Its 409, which a race of two writers can cause, is worth another
+        try.
+        """
         self._put("put_if_absent", key, data, {"if-none-match": "*"})
 
     def _put(self, doing: str, key: str, data: Any, headers: dict[str, str]) -> None:
@@ -74,7 +76,7 @@ class S3Store(Store):
             raise StoreError(
                 f"{doing} {self.url}/{key}: {view.nbytes} bytes; one PUT carries at most {self.most_put_bytes}"
             )
-        body = view.cast("B") if view.nbytes else memoryview(b"")  # a view of nothing cannot be cast
+        body = view.cast("B") if view.nbytes else memoryview(b"")  # an empty view cannot be cast
         if self.connection.sse:
             headers["x-amz-server-side-encryption"] = self.connection.sse
         if self.connection.sse_kms_key_id:
@@ -114,11 +116,11 @@ class S3Store(Store):
             )
 
     def get_into(self, key: str, offset: int, out: Any) -> None:
-        """As the contract says. The bytes go from the connection to where they belong."""
+        """As the contract says. The bytes go directly from the connection into `out`."""
         self._check(key)
         view = memoryview(out)
         if not view.nbytes:
-            self.head(key)  # absent is absent even when nothing is wanted of it; S3 has no range of 0 bytes
+            self.head(key)  # a missing object is an error even if no byte of it is wanted; S3 has no range of 0 bytes
             return
         view = view.cast("B")
         end = offset + view.nbytes
@@ -154,8 +156,8 @@ class S3Store(Store):
             if isinstance(error, ObjectNotFoundError) and self._requests.bucket_seen:
                 raise
             problem = error
-        # The answer to a HEAD has no body: a missing bucket looks like a missing object, and a wrong key like an expired token or a
-        # wrong clock. A GET tells, and the refusal of a HEAD is no everyday matter.
+        # The answer to a HEAD has no body: a missing bucket looks like a missing object, and a wrong key like an expired token or a wrong
+        # clock. A GET tells the reason. Refused HEADs are rare, so the extra request does not matter.
         with (
             contextlib.suppress(BeyondEndError),
             self._requests.ask("head", key, "GET", headers={"range": "bytes=0-0"}),
@@ -164,7 +166,7 @@ class S3Store(Store):
         raise problem
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """As the contract says. Objects whose key is none of ours (`check_key`) are left out: no method could be given it."""
+        """As the contract says. Objects whose keys are not valid (`check_key`) are left out, because no method would accept them."""
         check_prefix(prefix)
         return self._listed(prefix)
 
@@ -218,9 +220,9 @@ class S3Store(Store):
         return True
 
     def delete(self, key: str) -> None:
-        """As the contract says. In a versioned bucket this adds a delete marker; older versions stay, and cost."""
+        """As the contract says. In a versioned bucket this adds a delete marker; older versions stay, and cost money."""
         self._check(key)
-        # Some servers answer 404 where S3 answers 204. A missing bucket is another error.
+        # Some servers answer 404 where S3 answers 204. For a missing bucket the error is another one.
         with contextlib.suppress(ObjectNotFoundError), self._requests.ask("delete", key, "DELETE") as response:
             if response.status != 204 and response.read(1):
                 raise StoreUnavailableError(
@@ -239,7 +241,7 @@ class S3Store(Store):
         except (
             StoreError,
             NotRulesError,
-        ) as error:  # not allowed, not known there, none set, too slow: nobody asked for it
+        ) as error:  # not allowed, not known to the server, not set, too slow: advice only, so no error
             logger.debug("%s: lifecycle rules are not known: %s", self.url, error)
             return ()
         finally:
@@ -279,17 +281,18 @@ def open_s3(
 ) -> S3Store:
     """The store at `s3://bucket/prefix`. Nothing is sent to S3 yet; missing credentials are a StoreAccessError.
 
-    `session`: a boto3 (or botocore) session; by default a new one, with boto3's whole chain. It also gives the region, the endpoint
-        (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, the profile's; `endpoint_url` goes first), the addressing style and the CA bundle.
-    `sse`: "AES256" or "aws:kms" (then `sse_kms_key_id` may name the key); by default what the bucket is set to.
-    `expected_bucket_owner`: 12 digits; requests to a bucket of another AWS account are refused by S3.
+    `session`: a boto3 (or botocore) session; by default a new one, with boto3's whole credential chain. It also gives the region, the
+        endpoint (AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, the profile's; `endpoint_url` goes first), the addressing style and the CA bundle.
+    `sse`: "AES256" or "aws:kms" (then `sse_kms_key_id` may name the key); by default the bucket's setting.
+    `expected_bucket_owner`: 12 digits; S3 refuses requests to a bucket of another AWS account.
     `anonymous`: requests without a signature, for public buckets. None: whether AWS_NO_SIGN_REQUEST is true.
     `request_payer`: the reader of a Requester Pays bucket agrees to pay. None: whether AWS_REQUEST_PAYER is "requester".
-    `checksum`: of each body, "crc64nvme" or "md5". None: the former over https, unless AWS_REQUEST_CHECKSUM_CALCULATION (or the profile's
-        request_checksum_calculation) is when_required, then the latter; over http the payload is signed, and none is sent.
-    `stall_timeout_s`: a request without progress ends with StoreUnavailableError; a PUT has its size / `slowest_bytes_per_s` longer.
-    `connections`: how many stay open between requests. Requests are as many as there are callers.
-    `any_names`: keys may be all that `check_name` takes, for single objects; a repository needs none of that.
+    `checksum`: of each body, "crc64nvme" or "md5". None: over https crc64nvme, or md5 if AWS_REQUEST_CHECKSUM_CALCULATION (or the
+        profile's request_checksum_calculation) is when_required; over http no checksum, because the payload is signed.
+    `stall_timeout_s`: a request without progress for so long ends with StoreUnavailableError; a PUT gets its size /
+        `slowest_bytes_per_s` in addition.
+    `connections`: number of connections kept open between requests. The number of simultaneous requests is not limited.
+    `any_names`: allow all names that `check_name` allows, for single objects; a repository does not need this.
     """
     return S3Store(
         connect(

@@ -1,8 +1,8 @@
-"""Who we are to S3 and where it is, asked of boto3 once for each configuration of a process: asking takes 0.1 to 0.2 s.
+"""Account and endpoint for S3. boto3 is asked once for each configuration of a process: that takes 0.1 to 0.2 s.
 
-Kept for sessions that boto3 makes by itself; one that is given is asked every time. The configuration is the environment, boto3's files
-and the arguments: what is kept is used again while none of them has changed. Keys that run out are renewed by the kept credentials
-themselves, those that are replaced at their place by `SessionCredentials.renewed_since`.
+The answer is cached for sessions that boto3 makes itself; a session given by the caller is asked every time. The cached answer is used
+while the configuration (environment, boto3's files, arguments) is unchanged. Keys that expire are renewed by the cached credentials
+themselves; keys that were replaced at their source are renewed by `SessionCredentials.renewed_since`.
 """
 
 from __future__ import annotations
@@ -25,36 +25,37 @@ _Stamp = tuple[int, int, int] | None
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What boto3 says."""
+    """boto3's answers."""
 
     credentials: SessionCredentials
-    """Asked for only when they are needed."""
+    """Keys are requested only when they are needed."""
     session: Any = field(repr=False)
-    """botocore's."""
+    """botocore's session."""
     endpoint: str
     region: str
     addressing_style: str | None
-    """The profile's, if it says."""
+    """The profile's setting, if there is one."""
     checksums: str
     """"when_supported" or "when_required"."""
     ca_bundle: bytes | None = field(repr=False)
-    """Certificates to trust, if they are not the system's."""
+    """Certificates to trust instead of the system's; None: the system's."""
     files: tuple[tuple[str, _Stamp], ...] = field(repr=False)
-    """What it was read from."""
+    """The files that the answers were read from."""
 
     def is_current(self) -> bool:
-        """Whether the files are still those that were read."""
+        """Whether these files are unchanged."""
         return all(_stamp(path) == stamp for path, stamp in self.files)
 
 
-_kept: dict[bytes, Account] = {}
+known_accounts: dict[bytes, Account] = {}
+"""The answers of boto3 by a digest of the configuration, oldest first. Under `_lock`."""
 _lock = threading.Lock()
 
 
 def _in_forked_child() -> None:
     global _lock  # noqa: PLW0603 - the parent may have held it
     _lock = threading.Lock()
-    _kept.clear()
+    known_accounts.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -62,22 +63,22 @@ if hasattr(os, "register_at_fork"):
 
 
 def account(session: Any, endpoint_url: str | None, timeout_s: float, *, anonymous: bool = False) -> Account:
-    """The account that a session stands for; None: boto3's whole chain. timeout_s: for connections of boto3's own.
+    """The account of a session; None: boto3's whole credential chain. timeout_s: for connections that boto3 makes itself.
 
     StoreAccessError without credentials, unless anonymous; StoreError for a configuration that cannot be used. Any thread.
     """
     if session is not None:
-        return _proven(_ask(session, endpoint_url, timeout_s), anonymous)
+        return _proven(ask_boto3(session, endpoint_url, timeout_s), anonymous)
     key = _key(endpoint_url, timeout_s)
     with _lock:
-        found = _kept.get(key)
+        found = known_accounts.get(key)
     if found is None or not found.is_current():
-        found = _proven(_ask(None, endpoint_url, timeout_s), anonymous)
+        found = _proven(ask_boto3(None, endpoint_url, timeout_s), anonymous)
         with _lock:
-            _kept.pop(key, None)
-            _kept[key] = found
-            while len(_kept) > _MOST_KEPT:
-                del _kept[next(iter(_kept))]
+            known_accounts.pop(key, None)
+            known_accounts[key] = found
+            while len(known_accounts) > _MOST_KEPT:
+                del known_accounts[next(iter(known_accounts))]
     return _proven(found, anonymous)
 
 
@@ -105,13 +106,14 @@ def botocore_client(session: Any, **settings: Any) -> Any:
     )
 
 
-def _ask(session: Any, endpoint_url: str | None, timeout_s: float) -> Account:
+def ask_boto3(session: Any, endpoint_url: str | None, timeout_s: float) -> Account:
+    """The account of a session (None: of a new one), without a look at `known_accounts`. StoreError."""
     problem: Exception | None = None
     try:
         import botocore.session
 
         core = getattr(session, "_session", session) or botocore.session.Session()
-        # It only says where S3 is. With keys of its own it looks for none.
+        # This client is only used to find the endpoint. It gets dummy keys, so that it does not look for keys.
         client = botocore_client(
             core,
             endpoint_url=endpoint_url,
@@ -136,7 +138,7 @@ def _ask(session: Any, endpoint_url: str | None, timeout_s: float) -> Account:
         raise
     except ImportError as error:
         raise StoreError(f"s3:// needs boto3: pip install boto3 ({error})") from error
-    except Exception as error:  # a broken profile, an endpoint that is no URL, a bundle that cannot be read
+    except Exception as error:  # a broken profile, an invalid endpoint URL, a certificate bundle that cannot be read
         problem = error
     raise StoreError(f"the AWS configuration cannot be used: {type(problem).__name__}: {problem}") from harmless(
         problem, ()
@@ -144,13 +146,13 @@ def _ask(session: Any, endpoint_url: str | None, timeout_s: float) -> Account:
 
 
 def _region(session: Any) -> str:
-    """botocore reads AWS_DEFAULT_REGION only; every other SDK, and AWS's own documents, AWS_REGION."""
+    """The region. botocore reads only AWS_DEFAULT_REGION; all other SDKs, and AWS's own documents, use AWS_REGION."""
     given = session.instance_variables().get("region")
     return str(given or os.environ.get("AWS_REGION") or session.get_config_variable("region") or DEFAULT_REGION)
 
 
 def _checksums(session: Any) -> str:
-    """boto3 before 1.36 does not know the setting, other SDKs do."""
+    """The checksum setting. boto3 before 1.36 does not know it, other SDKs do."""
     name = "request_checksum_calculation"
     found = session.get_config_variable(name) or os.environ.get(f"AWS_{name.upper()}") or "when_supported"
     if str(found).lower() not in ("when_supported", "when_required"):
@@ -159,7 +161,7 @@ def _checksums(session: Any) -> str:
 
 
 def _key(endpoint_url: str | None, timeout_s: float) -> bytes:
-    """Of all that boto3 looks at before it opens files. A digest: keys of the environment need not lie about twice."""
+    """A digest of everything that boto3 reads before it opens files. A digest, so that keys in the environment are not stored twice."""
     names = sorted(name for name in os.environ if name.startswith("AWS_") or name in ("HOME", "BOTO_CONFIG"))
     parts = [str(endpoint_url), repr(timeout_s), *(f"{name}={os.environ[name]}" for name in names)]
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).digest()

@@ -1,4 +1,4 @@
-"""A look at a bucket's settings: what would delete our data, hide it, or show it to everybody. Advice for a person, never a condition.
+"""Inspects a bucket's settings: which of them would delete our data, hide it, or publish it. Advice for a person, never a condition.
 
     report = check_bucket(open_s3("s3://bucket/prefix"))
     report.warnings        # sentences; () is good
@@ -34,7 +34,7 @@ _NOT_SET = frozenset(
 
 @dataclass(frozen=True)
 class BucketReport:
-    """What `check_bucket` found."""
+    """The result of `check_bucket`."""
 
     versioning: str | None
     """"Enabled", "Suspended", "Off"; None: not known."""
@@ -43,16 +43,16 @@ class BucketReport:
 
 
 def check_bucket(store: S3Store) -> BucketReport:
-    """Asks for versioning, lifecycle rules, policy and access list. Four requests, one try each."""
+    """Check versioning, lifecycle rules, policy and access list. Four requests, one try each."""
     connection, bucket = store.connection, store.connection.bucket
     unknown: list[str] = []
     warnings: list[str] = []
 
     def ask(what: str, question: Callable[[], Any]) -> Any:
-        """The answer; {} if nothing is set; None if it is not known."""
+        """The answer; {} if nothing is set; None if it could not be found out."""
         try:
             return question()
-        except Exception as error:  # whatever it is, it must not keep anybody from saving
+        except Exception as error:  # no error here may keep anybody from saving
             code = getattr(error, "response", {}).get("Error", {}).get("Code", "")
             if code in _NOT_SET:
                 return {}

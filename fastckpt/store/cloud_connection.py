@@ -1,4 +1,4 @@
-"""Where an S3 store is and how it is spoken to: what `s3://bucket/prefix` and boto3's configuration mean."""
+"""Endpoint and settings of an S3 store: interprets `s3://bucket/prefix` and boto3's configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastckpt.store.cloud_socket import Server, check_bundle
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _IN_A_HOST = re.compile(r"[a-z0-9][a-z0-9-]{1,61}[a-z0-9]")
-"""Bucket names that can stand in a host's name. One with dots can, but no wildcard certificate covers it."""
+"""Bucket names that can be part of a host name. Names with dots could be, too, but no wildcard certificate covers them."""
 _REGION = re.compile(r"[A-Za-z0-9-]+")
 _AWS_HOST = re.compile(r"(^|\.)s3[.-]([a-z0-9.-]*\.)?amazonaws\.com(\.cn)?$")
 _KMS_KEY = re.compile(r"[!-~]+")
@@ -30,18 +30,18 @@ _OWNER = re.compile(r"[0-9]{12}")
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Everything that a request needs to know, decided once. Its 14 attributes are options, as in `open_s3`."""
+    """Everything that requests need to know, decided once. Its 14 attributes are options, as in `open_s3`."""
 
     bucket: str
     prefix: str
     """"" or segments without a / at either end."""
     server: Server
-    """Its endpoint has the bucket's name in it if `virtual_host`."""
+    """Its endpoint contains the bucket's name if `virtual_host`."""
     region: str
     virtual_host: bool
     credentials: SessionCredentials
     session: Any = field(repr=False)
-    """botocore's."""
+    """botocore's session."""
     service_url: str
     """The endpoint without the bucket's name."""
     sse: str | None = None
@@ -50,25 +50,25 @@ class Connection:
     anonymous: bool = False
     request_payer: bool = False
     checksum: str | None = None
-    """Of a body, in a header: "crc64nvme", "md5" or None."""
+    """The checksum header for a body: "crc64nvme", "md5" or None."""
 
     @property
     def endpoint(self) -> str:
-        """Where requests go: http:// or https://, host, perhaps a port and a path."""
+        """The URL of requests: http:// or https://, host, optionally a port and a path."""
         return self.server.endpoint
 
     @property
     def encrypted(self) -> bool:
-        """https?"""
+        """Whether the endpoint uses https."""
         return self.endpoint.startswith("https://")
 
     @property
     def is_aws(self) -> bool:
-        """One of Amazon's own endpoints?"""
+        """Whether the endpoint is one of Amazon's own."""
         return _AWS_HOST.search(urlsplit(self.service_url).hostname or "") is not None
 
     def boto3_client(self) -> Any:
-        """A new botocore client that speaks to the same place with the same credentials: for questions about the bucket."""
+        """A new botocore client for the same place with the same credentials: for questions about the bucket."""
         frozen = self.credentials.frozen()
         return botocore_client(
             self.session,
@@ -82,7 +82,7 @@ class Connection:
         )
 
     def keys(self) -> Keys | None:
-        """What to sign with now; None: nothing. StoreAccessError, StoreUnavailableError."""
+        """The keys to sign with now; None: requests are not signed. StoreAccessError, StoreUnavailableError."""
         if self.anonymous:
             return None
         frozen = self.credentials.frozen()
@@ -158,7 +158,7 @@ def connect(
             "%s is reached without encryption: whoever is on the way to %s can read the checkpoints", url, host
         )
     if checksum is None and (encrypted or anonymous):
-        # Over http the payload is signed instead: servers that know no checksums in headers verify that.
+        # Over http the payload is signed instead: servers without checksum headers verify that.
         checksum = "crc64nvme" if who.checksums == "when_supported" else "md5"
     return Connection(
         bucket=bucket,
@@ -179,12 +179,12 @@ def connect(
 
 
 def _check_account(who: Account) -> None:
-    """StoreError for what no request could be made of."""
+    """StoreError for an account with which no request can be made."""
     try:
         parts = urlsplit(who.endpoint)
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         good = good and re.search(r"[^!-~]", who.endpoint) is None
-    except ValueError:  # a port that is no number, half an IPv6 address
+    except ValueError:  # a port that is not a number, or half an IPv6 address
         good = False
     if not good:
         raise StoreError(
@@ -228,12 +228,14 @@ def _check_numbers(**numbers: float) -> None:
 def _address(who: Account, bucket: str) -> tuple[str, bool]:
     """Endpoint, and whether the bucket's name is in its host.
 
-    AWS wants the name in the host. Everything else gets it in the path: a private server's name has seldom a wildcard in DNS and in
-    its certificate. So does a bucket whose name a host cannot have, or with dots, which no wildcard certificate covers. The profile's
-    `s3 = addressing_style` goes before the former, as with boto3 not before the latter.
+    AWS needs the bucket's name in the host. Other servers get it in the path, because a private server rarely has a wildcard in DNS and in
+    its certificate. Names that a host cannot have, or with dots (no wildcard certificate covers them), are always in the path. The
+    profile's `s3 = addressing_style` overrides the rule for servers; as with boto3, it does not override the rule for names.
     """
     parts = urlsplit(who.endpoint)
-    if parts.netloc == "s3.amazonaws.com":  # botocore names the old global endpoint, but sends to the regional one
+    if (
+        parts.netloc == "s3.amazonaws.com"
+    ):  # botocore returns the old global endpoint, but sends requests to the regional one
         parts = parts._replace(netloc=f"s3.{DEFAULT_REGION}.amazonaws.com")
     host = parts.hostname or ""
     if who.addressing_style in ("virtual", "path"):

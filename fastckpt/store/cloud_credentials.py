@@ -1,7 +1,7 @@
-"""Who we are to S3: boto3's whole chain (environment, profile, assumed role, web identity, container, instance).
+"""Credentials for S3, from boto3's whole chain (environment, profile, assumed role, web identity, container, instance).
 
-It is asked before every request, a call of 0.1 ms: a role's key has as little as 10 minutes left when botocore hands it out, and botocore
-renews it in good time.
+The chain is asked before every request, which takes 0.1 ms: a role's key may be valid for only 10 more minutes when botocore returns it,
+and botocore renews it in time.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _TRANSIENT = (
 
 
 class SessionCredentials:
-    """The credentials of a boto3 session as they are now. Any thread; its text form shows no secret."""
+    """The present credentials of a boto3 session. Any thread; its text form shows no secret."""
 
     def __init__(self, session: Any) -> None:
         self._chain = getattr(session, "_session", session)
-        """botocore's session; boto3's holds it in `_session`."""
+        """botocore's session; boto3's session holds it in `_session`."""
         self._lock = threading.Lock()
         self._found: Any = None
         self._generation = 0
@@ -50,12 +50,12 @@ class SessionCredentials:
 
     @property
     def generation(self) -> int:
-        """Counts how often the chain was walked anew. Note it before a request, give it to `renewed_since` after a refusal."""
+        """Number of times that the chain was searched anew. Note it before a request, and pass it to `renewed_since` after a refusal."""
         return self._generation
 
     @property
     def secrets(self) -> list[str]:
-        """All secret keys and session tokens handed out so far, longest first: what must not occur in a message."""
+        """All secret keys and session tokens returned so far, longest first: none of them may occur in a message."""
         with self._lock:
             return sorted(self._seen, key=len, reverse=True)
 
@@ -66,7 +66,7 @@ class SessionCredentials:
             if self._found is None:
                 self._found = self._chain.get_credentials()
             frozen = self._found.get_frozen_credentials() if self._found is not None else None
-        except Exception as error:  # botocore's own kinds, and what a user's credential_process or plug-in raises
+        except Exception as error:  # botocore's own errors, and those of a user's credential_process or plug-in
             problem = error
         if problem is not None:
             raise self._explain(problem) from harmless(problem, self.secrets)
@@ -84,11 +84,11 @@ class SessionCredentials:
         return StoreAccessError(f"AWS credentials could not be had: {text}. {_NEXT_STEP}")
 
     def renewed_since(self, generation: int) -> bool:
-        """After a refusal: walk the chain anew, unless that was done since `generation`. Are the credentials others than before?
+        """After a refusal: search the chain anew, unless that was done since `generation`. Returns whether the credentials have changed.
 
-        botocore renews a role's by itself, but reads the environment and the profile's files only once; a key that was replaced
-        there while training ran is found here. Only the place where the present ones come from counts: keys that were given to the
-        session by hand, or lie elsewhere in the chain, may be another person's.
+        botocore renews a role's credentials itself, but it reads the environment and the profile's files only once. A key that was replaced
+        there during the training is found here. Only the source of the present credentials is read again: keys from elsewhere in the chain,
+        or given to the session by hand, may belong to another person.
         """
         with self._lock:
             if self._generation != generation:
@@ -100,7 +100,7 @@ class SessionCredentials:
                 found = self._chain.get_component("credential_provider").load_credentials()
                 if found is None or found.method != before.method or _same(found, before):
                     return False
-            except Exception:  # the refusal itself is what is reported; a chain that now fails adds nothing to it
+            except Exception:  # the refusal is reported; an error of the chain would add nothing to it
                 return False
             self._found = found
             self._generation += 1
@@ -112,7 +112,7 @@ _alive: weakref.WeakSet[SessionCredentials] = weakref.WeakSet()
 
 def _in_forked_child() -> None:
     for one in list(_alive):
-        one._lock = threading.Lock()  # a thread of the parent may have held it, while it asked for keys
+        one._lock = threading.Lock()  # a thread of the parent may have held it while it asked for keys
 
 
 if hasattr(os, "register_at_fork"):
@@ -120,7 +120,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _check_form(frozen: Any) -> None:
-    """StoreAccessError for keys that were copied with white space: S3 would only call the signature wrong."""
+    """StoreAccessError for keys that contain white space, mostly from copying: S3 would only call the signature wrong."""
     bad = [
         what
         for what, text, good in (
@@ -154,7 +154,7 @@ class _OfThisThread(logging.Filter):
 
 @contextmanager
 def no_debug_logs() -> Iterator[None]:
-    """While it lasts, botocore logs nothing at DEBUG about this thread's requests: it would log the session token."""
+    """Context in which botocore writes no DEBUG logs about this thread's requests: they would contain the session token."""
     import botocore.session  # noqa: F401 # its loggers exist once it is imported
 
     names = [

@@ -1,9 +1,9 @@
-"""What S3 answers, said in this project's words: one of StoreError's subclasses, with bucket, key, status and next step.
+"""Translates S3's answers into StoreError's subclasses, with bucket, key, status and next step.
 
-An answer that is not understood counts as "no answer": another try is bounded, a save given up for nothing is not.
+An answer that is not understood counts as "no answer": the number of tries is limited, but a save that is given up without need is lost.
 
 No secret leaves this module: S3's answer to a wrong signature repeats the request with its session token, and its answer to an expired
-token repeats the token. So S3's text is never passed on whole; only its code, its first sentence and the request id are.
+token repeats the token. So S3's text is never passed on as a whole, only its code, its first sentence and the request id.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CREDENTIAL_CODES = frozenset(
         "TokenRefreshRequired",
     }
 )
-"""Refusals that other credentials would cure."""
+"""Refusals that other credentials would avoid."""
 
 _AGAIN_CODES = frozenset(
     {
@@ -53,17 +53,17 @@ _AGAIN_CODES = frozenset(
 )
 _DAMAGED_CODES = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"})
 _FULL_CODES = frozenset({"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"})
-"""Ceph's for a quota of a user or a bucket, MinIO's for its disks and its quotas."""
+"""Codes for "full": Ceph's for quotas of users and buckets; MinIO's for its disks and quotas."""
 _FULL_STEP = (
     "Free some space or raise the quota, or keep fewer checkpoints (keep=) and retired ones for a shorter time (grace_s=): these stay "
     "until their grace is over"
 )
 _AGAIN_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _OWN_STATUSES = 520
-"""From here on what stands before servers has numbers of its own: Cloudflare's for a server that does not answer it."""
+"""From here on, proxies use numbers of their own: Cloudflare's for a server that does not answer."""
 _REFUSED_STATUSES = frozenset(
     {408, 409, 425, 429, 503}
-)  # 500, 502, 504: something behind the one who answers may have done it
+)  # 500, 502, 504: a server behind the answering one may have done it
 _NEXT_STEPS = {
     "AccessDenied": "Check the policies of user, bucket and KMS key (docs/stores.md has minimal ones); where the reader pays "
     "(Requester Pays), set AWS_REQUEST_PAYER=requester or request_payer=True",
@@ -88,7 +88,7 @@ class BeyondEndError(StoreError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What could be read from the text of an exception. Empty fields were not there."""
+    """The facts that could be read from the text of an exception. Missing ones are empty."""
 
     status: int = 0
     code: str = ""
@@ -96,11 +96,11 @@ class Answer:
     request_id: str = ""
     region: str = ""
     location: str = ""
-    """Where a redirect leads."""
+    """Target of a redirect."""
 
     @property
     def elsewhere(self) -> bool:
-        """Does it say that the bucket is in another region?"""
+        """Whether the answer says that the bucket is in another region."""
         return self.code in _ELSEWHERE_CODES or (self.status in (301, 307) and (bool(self.region) or not self.location))
 
     def __str__(self) -> str:
@@ -115,7 +115,7 @@ def _tag(name: str, text: str) -> str:
 
 
 def read_answer(status: int, headers: Mapping[str, str], body: bytes) -> Answer:
-    """The facts in an answer that is no success."""
+    """Read the facts from an answer that is not a success."""
     text = body.decode("utf-8", "replace")
     return Answer(
         status=status,
@@ -132,23 +132,23 @@ def cut_secrets(text: str, secrets: Iterable[str]) -> str:
     for secret in secrets:
         if secret:
             text = text.replace(secret, _CUT)
-    # What a server repeats of a request may be an older token than those known here.
+    # A server may repeat an older token than those known here.
     return re.sub(r"(?is)(x-amz-security-token['\"]?\s*[:=]\s*|<Token-?\d*>)[^\s<&\"']+", rf"\1{_CUT}", text)
 
 
 def harmless(error: BaseException, secrets: Iterable[str]) -> BaseException:
-    """The same kind of exception, without a trace and without secrets: to be kept as the cause."""
+    """An exception of the same type without traceback and secrets, to be kept as the cause."""
     text = cut_secrets(str(error), secrets)
     try:
         return type(error)(text)
-    except Exception:  # a type with a constructor of its own: its name and text are what matters
+    except Exception:  # a type with its own constructor: its name and text are enough
         return RuntimeError(f"{type(error).__name__}: {text}")
 
 
 def translate(answer: Answer, doing: str, where: str, secrets: Iterable[str], region: str) -> StoreError:
     """The StoreError for an answer that ended `doing` ("get", "put", …) at the URL `where`.
 
-    `region`: the one that was signed for; named when S3 says that the bucket is elsewhere.
+    `region`: the signed region; named in the error if S3 says that the bucket is in another one.
     """
     kind, text = _classify(answer, region)
     found = kind(cut_secrets(f"{doing} {where}: {text}", secrets))
@@ -158,12 +158,12 @@ def translate(answer: Answer, doing: str, where: str, secrets: Iterable[str], re
 
 
 def refuses_checksum(answer: Answer) -> bool:
-    """Is it the header with the body's checksum that the server does not take? R2 answers 501, Backblaze B2 400; both name the header."""
+    """Whether the server refuses the header with the body's checksum. R2 answers 501, Backblaze B2 400; both name the header."""
     return answer.status in (400, 501) and "x-amz-checksum" in answer.message.lower()
 
 
 def wants_checksum(answer: Answer) -> bool:
-    """Does it miss one? S3 does in buckets with Object Lock, and names the header that all servers know."""
+    """Whether the server requires a checksum. S3 does in buckets with Object Lock, and names the header that all servers know."""
     return answer.status == 400 and "content-md5" in answer.message.lower()
 
 

@@ -1,8 +1,8 @@
-"""HTTP/1.1 to one server: connections that are kept, time-outs that measure progress. Nothing is followed, nothing is tried again.
+"""HTTP/1.1 to one server, with persistent connections and time-outs that measure progress. No redirects, no retries.
 
-Plain sockets, for what the libraries do not give together: seeing how far the body of a PUT is, no redirect that makes a GET of a PUT, the
-headers of a refusal, and connections that a forked process may open anew. Bytes move in pieces of a MiB, outside the GIL: 0.2 s of CPU per
-GiB, over TLS 0.9, which is less than the Rust client took that was here before.
+Uses plain sockets, because no library offers all of this: progress of a PUT's body, no redirect that turns a PUT into a GET, the headers of
+a refusal, and new connections in a forked process. Bytes move in pieces of a MiB, outside the GIL: 0.2 s of CPU per GiB, over TLS 0.9,
+which is less than the Rust client took that was here before.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from fastckpt.events import logger
 from fastckpt.store.cloud_proxy import proxy_of
 from fastckpt.store.cloud_socket import Connection, HttpError, PlainSocket, Server, Watch, tls_context, words_of
 
-_MOST_UNREAD_BYTES = 64 << 10  # of an answer: more is not read for the sake of a connection
+_MOST_UNREAD_BYTES = 64 << 10  # rest of an answer: more is not read just to keep a connection
 _MOST_TRAILERS = 100
 _CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
 _LENGTH = re.compile(r"[0-9]{1,18}")
-_IDLE_S = 15.0  # shorter than what servers grant an idle connection, so that a request rarely meets one that is just being closed
+_IDLE_S = (
+    15.0  # less than servers allow for an idle connection, so that a request rarely meets one that is just being closed
+)
 _TELL_AGAIN_S = 30.0
 
 
@@ -40,21 +42,23 @@ class HttpClient:
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if self._tls else 80)
         self._proxy = proxy_of(server.endpoint)
-        # A deque needs no lock, which a fork could find taken.
+        # A deque needs no lock; a fork could leave a lock locked.
         self._idle: collections.deque[tuple[int, float, Connection]] = collections.deque()
         self._closed = False
         self._told_s = -_TELL_AGAIN_S
 
     @property
     def place(self) -> str:
-        """For messages."""
+        """The server, for messages."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"{host}:{self._port}" + (f" (by the proxy {self._proxy[0]}:{self._proxy[1]})" if self._proxy else "")
 
     def request(
         self, method: str, target: str, headers: Mapping[str, str], body: memoryview | None = None
     ) -> HttpResponse:
-        """Send it, and wait for the head of the answer. HttpError. `target`: path and query, quoted. Content-Length is added for a body."""
+        """Send a request and wait for the head of the answer. HttpError. `target`: path and query, quoted. Content-Length is added if there
+        is a body.
+        """
         connection = self._connection()
         try:
             if self._proxy and not self._tls:
@@ -81,7 +85,7 @@ class HttpClient:
             if body is not None:
                 connection.send(body, watch)
         except OSError:
-            # A server may refuse before it has read everything, and close: its answer is worth more than the broken pipe.
+            # A server may refuse and close before it has read everything: its answer is worth more than the broken pipe.
             connection.send_failed = True
             try:
                 return HttpResponse(self, connection, watch, method)
@@ -94,7 +98,7 @@ class HttpClient:
         return Watch(self.server, self.place, method, connection, body_bytes, self._tell)
 
     def _tell(self, text: str) -> None:
-        """A warning that something takes long, not more than one in 30 s."""
+        """Warn that something takes long, at most once in 30 s."""
         now = time.monotonic()
         if now - self._told_s >= _TELL_AGAIN_S:
             self._told_s = now
@@ -113,14 +117,14 @@ class HttpClient:
             connection.close()
 
     def keep(self, connection: Connection) -> None:
-        """Take back a connection whose answer was read to its end."""
+        """Take back a connection whose answer was read completely."""
         if self._closed or len(self._idle) >= self.server.connections:
             connection.close()
         else:
             self._idle.append((os.getpid(), time.monotonic(), connection))
 
     def close(self) -> None:
-        """Requests under way go on."""
+        """Close idle connections; requests in flight go on."""
         self._closed = True
         while self._idle:
             self._idle.pop()[2].close()
@@ -143,7 +147,7 @@ class HttpClient:
         except BaseException as error:
             if plain is not None:
                 plain.close()
-            if isinstance(error, (OSError, UnicodeError)):  # the latter: a name that DNS cannot have
+            if isinstance(error, (OSError, UnicodeError)):  # UnicodeError: a name that DNS cannot have
                 raise self._no_connection(error) from error
             raise
 
@@ -184,7 +188,7 @@ class HttpClient:
 
 
 class HttpResponse:
-    """An answer: its head has come. To be used with `with`: a connection whose answer was not read to its end is closed."""
+    """An answer whose head has arrived. Use it with `with`: a connection whose answer was not read completely is closed."""
 
     def __init__(self, client: HttpClient, connection: Connection, watch: Watch, method: str) -> None:
         self._client, self._connection, self._watch = client, connection, watch
@@ -194,14 +198,14 @@ class HttpResponse:
         if length is not None and not _LENGTH.fullmatch(length.strip()):
             raise HttpError(f"the answer of {client.place} is no HTTP: {length[:40]!r} is no length")
         self.n_bytes = None if length is None else int(length)
-        """Of the object, as the head has it. None: not said."""
+        """Length of the body according to the head. None: not given."""
         self._left: int | None = None if self._chunked else self.n_bytes
         if method == "HEAD" or self.status in (204, 304):
             self._left, self._chunked = 0, False
         self._in_chunk = False
 
     def read_into(self, view: memoryview) -> int:
-        """As many of the next bytes as come; 0: the end. HttpError if the connection ends before."""
+        """Read the next available bytes; returns their number, 0 at the end. HttpError if the connection ends too early."""
         try:
             return self._read_into(view)
         except OSError as error:
@@ -239,7 +243,7 @@ class HttpResponse:
         return bool(size)
 
     def read(self, most_bytes: int) -> bytes:
-        """The rest, or its first `most_bytes`."""
+        """Read the rest, at most `most_bytes`."""
         out = bytearray()
         piece = memoryview(bytearray(min(most_bytes, 64 << 10)))
         while len(out) < most_bytes and (n := self.read_into(piece[: most_bytes - len(out)])):

@@ -1,4 +1,4 @@
-"""A bucket's lifecycle rules: which of them would delete a repository's objects, or put them out of reach. Nothing is asked here."""
+"""Finds lifecycle rules of a bucket that would delete a repository's objects, or make them unreadable. Sends no requests."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 Rule = Mapping[str, Any]
-"""As boto3 has it: ID, Status, Prefix or Filter, Expiration, Transitions."""
+"""A rule in boto3's form: ID, Status, Prefix or Filter, Expiration, Transitions."""
 
-_ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")  # reading back takes hours and a request of its own
+_ARCHIVES = ("GLACIER", "DEEP_ARCHIVE")  # reading back takes hours and needs a special request
 
 
 class NotRulesError(ValueError):
-    """The answer is something else: a login page, a listing of a server that knows no such question."""
+    """The answer is something else: a login page, or the listing of a server that does not know this question."""
 
 
 def read_rules(data: bytes) -> list[Rule]:
-    """The answer to GetBucketLifecycleConfiguration: of each rule what `harms` looks at. NotRulesError."""
+    """Parse the answer to GetBucketLifecycleConfiguration: for each rule the members that `harms` needs. NotRulesError."""
     try:
         root = Xml.fromstring(data)
     except Xml.ParseError as error:
@@ -50,7 +50,7 @@ def _tag(selection: Xml.Element, name: str) -> dict[str, Any]:
 
 
 def concerns(rule: Rule, prefix: str) -> bool:
-    """Can the rule hit an object under `prefix`? Our objects have no tags."""
+    """Whether the rule can apply to an object under `prefix`. Our objects have no tags."""
     if rule.get("Status") != "Enabled":
         return False
     selection = rule.get("Filter") or {}
@@ -63,7 +63,7 @@ def concerns(rule: Rule, prefix: str) -> bool:
 
 
 def harms(rules: Iterable[Rule], prefix: str) -> Iterator[str]:
-    """Sentences: what the rules would do to a repository under `prefix`, and what to do about it."""
+    """Sentences about the rules' effects on a repository under `prefix`, with advice."""
     for rule in rules:
         if not concerns(rule, prefix):
             continue

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 class NotAListingError(ValueError):
-    """The answer is something else: a login page, an error with status 200, XML that was cut off."""
+    """The answer is something else: a login page, an error with status 200, incomplete XML."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Page:
     objects: list[tuple[str, int, float]]
     """Name, bytes, seconds since 1970."""
     next_token: str | None
-    """Of the next page. None: this is the last one."""
+    """Token of the next page. None: this is the last page."""
 
 
 def read_page(data: bytes) -> Page:
@@ -28,9 +28,9 @@ def read_page(data: bytes) -> Page:
         Xml.ParseError,
         LookupError,
         ValueError,
-    ) as error:  # the latter two: an encoding that it names and nobody knows
+    ) as error:  # the latter two: the XML names an encoding that nobody knows
         raise NotAListingError(f"it is no XML ({error})") from None
-    # Servers differ in the namespace: its version, or whether there is one.
+    # Servers differ in the namespace, or send none.
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
     if root.tag != "ListBucketResult":
@@ -52,11 +52,11 @@ def read_page(data: bytes) -> Page:
 
 def _object(entry: Xml.Element, quoted: bool) -> tuple[str, int, float]:
     name = entry.findtext("Key", "")
-    # Whole seconds, as in the answer to a HEAD: one object has one time.
+    # Whole seconds, as in the answer to a HEAD: an object must have only one time.
     text = entry.findtext("LastModified", "")
     if text[10:11] != "T":
         raise ValueError(f"LastModified is {text!r}")
-    at = datetime.datetime.fromisoformat(text[:19])  # strptime takes longer than all else of an entry
+    at = datetime.datetime.fromisoformat(text[:19])  # strptime would take longer than everything else here
     return (
         urllib.parse.unquote_plus(name) if quoted else name,
         int(entry.findtext("Size", "")),

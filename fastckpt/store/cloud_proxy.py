@@ -1,4 +1,4 @@
-"""Which proxy leads to a server, as the environment has it, and what requests call the server."""
+"""Finds the proxy for a server in the environment, and the Host header for the server."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastckpt.errors import StoreError
 
 
 def proxy_of(endpoint: str) -> tuple[str, int, dict[str, str]] | None:
-    """Host, port and headers of the proxy that the environment names for an endpoint; None: straight on. StoreError.
+    """Host, port and headers of the proxy that the environment names for an endpoint; None: no proxy. StoreError.
 
-    What boto3 obeys, and besides it networks in NO_PROXY ("10.0.0.0/8"), which many other programs know.
+    Follows the same variables as boto3, and also accepts networks in NO_PROXY ("10.0.0.0/8"), as many other programs do.
     """
     parts = urllib.parse.urlsplit(endpoint)
     proxies = urllib.request.getproxies()
@@ -27,7 +27,7 @@ def proxy_of(endpoint: str) -> tuple[str, int, dict[str, str]] | None:
     )
     try:
         found = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-    except ValueError as error:  # whose text may hold the password
+    except ValueError as error:  # its text may contain the password
         raise StoreError(unusable.format("")) from (None if "@" in url else error)
     try:
         port = found.port or 80
@@ -57,7 +57,7 @@ def _in_network(host: str, no_proxy: str) -> bool:
 
 
 def host_header(endpoint: str) -> str:
-    """Of requests to the endpoint."""
+    """The Host header of requests to the endpoint."""
     parts = urllib.parse.urlsplit(endpoint)
     host = parts.netloc.rpartition("@")[2]
     return host.removesuffix(":443" if parts.scheme == "https" else ":80")

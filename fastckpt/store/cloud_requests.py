@@ -31,7 +31,7 @@ _NOT_SIGNED = {"accept-encoding": "identity", "user-agent": f"fastckpt/{__versio
 
 
 class ChecksumError(StoreError):
-    """The server does not take the header of the body's checksum, or misses one. Stays inside the store."""
+    """The server refuses the header with the body's checksum, or requires one. Stays inside the store."""
 
 
 class Requests:
@@ -46,7 +46,7 @@ class Requests:
         self._closed = False
 
     def _path(self, name: str) -> str:
-        """Quoted; `name`: within the bucket."""
+        """The quoted path. `name`: within the bucket."""
         connection = self._connection
         base = urlsplit(connection.endpoint).path.rstrip("/")
         bucket = "" if connection.virtual_host else f"/{connection.bucket}"
@@ -67,9 +67,10 @@ class Requests:
         body: memoryview | None = None,
         http: HttpClient | None = None,
     ) -> Iterator[HttpResponse]:
-        """The answer to one request, if it is a success; else StoreError's subclass. `query` for the bucket, else the object `key`.
+        """Send one request and return its answer, if that is a success; else raise a subclass of StoreError. With `query` the request is
+        for the bucket, else for the object `key`.
 
-        http: another client than the store's, with less patience.
+        http: a client with shorter time-outs, to be used instead of the store's.
         """
         if self._closed:
             raise StoreError(f"{self.url} is closed")
@@ -148,13 +149,13 @@ class Requests:
         return found
 
     def close(self) -> None:
-        """Nothing is asked any more. Requests under way go on."""
+        """Send nothing more. Requests in flight go on."""
         self._closed = True
         self._http.close()
 
 
 def fill(response: HttpResponse, view: memoryview) -> None:
-    """HttpError if another number of bytes comes."""
+    """Fill the view with the body. HttpError if it has another length."""
     at = 0
     while at < view.nbytes:
         n = response.read_into(view[at:])

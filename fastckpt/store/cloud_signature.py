@@ -1,4 +1,4 @@
-"""Signature version 4 of a request to S3: who asks, what, and when."""
+"""Signature version 4 of a request to S3."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_PAYLOAD = hashlib.sha256().hexdigest()
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """Credentials as they are now."""
+    """The present credentials."""
 
     access_key: str
     secret_key: str = field(repr=False)
@@ -23,12 +23,12 @@ class Keys:
 
 
 def quoted_path(path: str) -> str:
-    """As S3 wants it in the request and in the signature."""
+    """The path, quoted as S3 needs it in the request and in the signature."""
     return urllib.parse.quote(path, safe="/-_.~")
 
 
 def quoted_query(query: Mapping[str, str]) -> str:
-    """Sorted and quoted."""
+    """The query, sorted and quoted."""
     pairs = sorted((urllib.parse.quote(k, safe="-_.~"), urllib.parse.quote(v, safe="-_.~")) for k, v in query.items())
     return "&".join(f"{name}={value}" for name, value in pairs)
 
@@ -43,10 +43,10 @@ def signed(
     region: str,
     now: datetime.datetime,
 ) -> dict[str, str]:
-    """The headers with those of the signature. Pure.
+    """The headers, including those of the signature. Pure.
 
     path, query: quoted. headers: names in lower case, `host` among them; all get signed. payload: hex SHA-256 of the body, or
-    UNSIGNED_PAYLOAD. keys: None for nobody, whose requests carry no signature. now: UTC.
+    UNSIGNED_PAYLOAD. keys: None for anonymous requests, which have no signature. now: UTC.
     """
     if keys is None:
         return dict(headers)

@@ -1,9 +1,9 @@
-"""One connection to an HTTP/1.1 server: a socket with or without TLS, what was read from it too early, and how long it may stand still.
+"""One connection to an HTTP/1.1 server: a socket with or without TLS, bytes that were read ahead, and a time-out that measures progress.
 
-**Progress.** A piece counts as sent when the other side has acknowledged it, where the system tells (Linux), and not when it lies in a
-buffer of this machine. So a line may be as slow as it likes, while a server that hangs is found: a request ends when nothing has moved
-for `stall_timeout_s`, though a body gets at least `stall_timeout_s` plus its size / `slowest_bytes_per_s`, the time that a server may
-take to store what it has.
+**Progress.** If the system can tell (Linux), bytes count as sent when the other side has acknowledged them, not when they are in a buffer
+of this machine. So a slow line is tolerated, but a server that hangs is found: a request ends when there was no progress for
+`stall_timeout_s`. A request with a body gets at least `stall_timeout_s` plus its size / `slowest_bytes_per_s`, because a server may need
+that time to store it.
 """
 
 from __future__ import annotations
@@ -27,39 +27,41 @@ _MOST_HEAD_BYTES = 64 << 10
 _MOST_INTERIM = 20
 _STATUS = re.compile(rb"[1-9][0-9]{2}")
 _INTERIM = re.compile(rb"HTTP/1\.[0-9] +1[0-9][0-9]\b")
-_SLICE_S = 1.0  # how often a wait looks for progress
-_HIDDEN_BYTES = 8 << 20  # what a proxy may have acknowledged and not yet passed on: Linux lets 6 MiB wait to be read
-_TELL_S = 3.0  # of silence
+_SLICE_S = 1.0  # interval at which a wait checks for progress
+_HIDDEN_BYTES = (
+    8 << 20
+)  # bytes that a proxy may have acknowledged and not yet passed on: Linux lets 6 MiB wait to be read
+_TELL_S = 3.0  # seconds of silence before a warning
 
 
 class HttpError(Exception):
-    """No whole answer came."""
+    """There was no complete answer."""
 
     def __init__(self, text: str, *, never_sent: bool = False, untrusted: bool = False) -> None:
         super().__init__(text)
         self.never_sent = never_sent
-        """No byte of the request has left."""
+        """No byte of the request was sent."""
         self.untrusted = untrusted
         """The server's certificate was refused: another try will not help."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where to, and with which patience."""
+    """The address of a server, and the time-outs for it."""
 
     endpoint: str
-    """http:// or https://, host, port. A path is not looked at."""
+    """http:// or https://, host, port. A path is ignored."""
     ca_bundle: bytes | None = field(default=None, repr=False)
-    """Certificates to trust besides the system's."""
+    """Additional certificates to trust, besides the system's."""
     connect_timeout_s: float = 4.0
     stall_timeout_s: float = 20.0
     slowest_bytes_per_s: int = 256 << 10
     connections: int = 16
-    """Kept open between requests."""
+    """Number of connections kept open between requests."""
 
 
 class Watch:
-    """Of one request: when did something move last, and is it too long ago?"""
+    """Watches one request: the time of the last progress, and whether that was too long ago."""
 
     def __init__(
         self,
@@ -70,11 +72,11 @@ class Watch:
         body_bytes: int,
         tell: Callable[[str], None],
     ) -> None:
-        """place: of the server, for messages. tell: warns that something takes long."""
+        """place: the server, for messages. tell: called to warn that something takes long."""
         self._server, self._place, self._tell = server, place, tell
         self._method, self._connection, self._body_bytes = method, connection, body_bytes
         self._started_s = self._moved_s = time.monotonic()
-        self._taken_bytes = 0  # by the system
+        self._taken_bytes = 0  # bytes that the system has taken
         self._acknowledged_bytes = 0
 
     def sent(self, n_bytes: int) -> None:
@@ -92,14 +94,14 @@ class Watch:
             self._moved_s = time.monotonic()
 
     def waited(self) -> None:
-        """Nothing came for a slice of time. HttpError if it was the last one."""
+        """Nothing has arrived for one interval. HttpError if that was the last one allowed."""
         server, now = self._server, time.monotonic()
         self._look()
         silent_s = now - self._moved_s
         if silent_s > _TELL_S:
             self._tell(f"{self._method} to {self._place}: nothing has moved for {silent_s:.0f} s; still waiting")
-        # At the speed seen so far, as long as a proxy needs for what it holds. That speed is too high by what it has swallowed: behind one
-        # that held 2.6 of 4 MiB, sending seemed to take 95 s, and the answer came 170 s later.
+        # The time that a proxy needs for the bytes it holds, at the speed seen so far. That speed is too high because of these bytes:
+        # behind a proxy that held 2.6 of 4 MiB, sending seemed to take 95 s, and the answer came 170 s later.
         moving_s = self._moved_s - self._started_s
         hidden_s = (
             3 * moving_s * min(1.0, _HIDDEN_BYTES / max(1, self._acknowledged_bytes)) if self._body_bytes else 0.0
@@ -118,7 +120,7 @@ class Watch:
 
 
 class PlainSocket(socket.socket):
-    """Python warns of a socket that nobody has closed; here that is the connection kept by a store that nobody has closed."""
+    """Does not warn if nobody closed it: here that only means that nobody closed the store which keeps the connection."""
 
     def __del__(self) -> None:
         self.close()
@@ -130,7 +132,7 @@ class _TlsSocket(ssl.SSLSocket):
 
 
 class Connection:
-    """A socket, and what has been read from it too early. Used by one thread at a time."""
+    """A socket, and the bytes read ahead from it. Used by one thread at a time."""
 
     def __init__(self, found: socket.socket, stall_timeout_s: float) -> None:
         self._socket = found
@@ -142,13 +144,13 @@ class Connection:
         self._socket.close()
 
     def is_quiet(self) -> bool:
-        """Nothing has come since: neither the end nor bytes that nobody asked for."""
+        """Whether nothing has arrived on the idle connection: neither its end nor unexpected bytes."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return not self._early and not poll.poll(0)
 
     def unacknowledged_bytes(self) -> int | None:
-        """Bytes that have left this process and have not arrived. None: the system does not tell."""
+        """Bytes that were sent but not acknowledged. None: the system cannot tell."""
         try:
             return int(struct.unpack("i", fcntl.ioctl(self._socket.fileno(), termios.TIOCOUTQ, struct.pack("i", 0)))[0])
         except OSError:
@@ -160,16 +162,16 @@ class Connection:
             try:
                 n = self._socket.send(view[at : at + _PIECE_BYTES])
             except TimeoutError:
-                if self._has_answered():  # and reads no more, as a refusal's sender may: the rest has nowhere to go
+                if self._has_answered():  # a server that refuses may read nothing more: the rest cannot be sent
                     self.send_failed = True
                     return
-                watch.waited()  # the next try has the same piece, as TLS wants it
+                watch.waited()  # the next try sends the same piece, as TLS requires
             else:
                 at += n
                 watch.sent(n)
 
     def _has_answered(self) -> bool:
-        """Whether the head of an answer, other than an interim one, or the end has come already. Does not wait."""
+        """Whether the head of a final answer, or the end of the connection, has arrived. Does not wait."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         if poll.poll(0):
@@ -177,7 +179,7 @@ class Connection:
             self._socket.settimeout(0)
             try:
                 piece = self._socket.recv(8192)
-            except (BlockingIOError, ssl.SSLWantReadError):  # TLS has messages of its own
+            except (BlockingIOError, ssl.SSLWantReadError):  # TLS sends messages of its own
                 return False
             finally:
                 self._socket.settimeout(waiting_s)
@@ -189,7 +191,7 @@ class Connection:
         return b"\r\n\r\n" in self._early
 
     def recv_into(self, view: memoryview, watch: Watch) -> int:
-        """0: the end."""
+        """Receive bytes; returns their number, 0 at the end."""
         if self._early:
             n = min(view.nbytes, len(self._early))
             view[:n] = self._early[:n]
@@ -250,7 +252,7 @@ def words_of(error: OSError) -> str:
 
 @functools.lru_cache(maxsize=16)
 def tls_context(ca_bundle: bytes | None) -> ssl.SSLContext:
-    """Trusts what the system and botocore trust, and the bundle. Takes 20 ms: made once."""
+    """A context that trusts the system's and botocore's certificates, and the bundle. Takes 20 ms, so it is made once."""
     import botocore.httpsession
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -264,10 +266,10 @@ def tls_context(ca_bundle: bytes | None) -> ssl.SSLContext:
 
 
 if hasattr(os, "register_at_fork"):
-    # A context has locks, which another thread of the parent may have held.
+    # The context contains locks, which another thread of the parent may have held.
     os.register_at_fork(after_in_child=tls_context.cache_clear)
 
 
 def check_bundle(ca_bundle: bytes) -> None:
-    """ssl.SSLError, ValueError: what is wrong with it."""
+    """Raises ssl.SSLError or ValueError if the bundle is wrong."""
     tls_context(ca_bundle)

@@ -1,4 +1,4 @@
-"""A directory as a store: every object a file, whole or absent, and on stable storage when a write returns."""
+"""A directory as a store: every object is a file, whole or absent, and on stable storage when a write returns."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
 from fastckpt.store.location import is_url, location
 
 _PUT_TRIES = (
-    100  # a put into a directory that a concurrent delete keeps removing; each round needs another delete to lose
+    100  # tries of a put into a directory that a concurrent delete keeps removing; each failure needs another delete
 )
 _MAX_READ_BYTES = 1 << 30
-_STALE_S = 24 * 3600.0  # a writer that lives writes more often, whatever the clock of a file server says
+_STALE_S = 24 * 3600.0  # an active writer writes more often than this, even if a file server's clock is wrong
 
 
-_Infos = list[ObjectInfo]  # inside of the class, `list` is the method
+_Infos = list[ObjectInfo]  # inside of the class, `list` means the method
 
 
 class LocalStore(Store):
-    """Keys are paths under `root`, which is made when the first object is.
+    """Keys are paths under `root`, which is created with the first object.
 
     A put is a new file, fsynced, renamed into place (or linked, for `put_if_absent`), and an fsync of its directory. Unfinished files are
     named ".….tmp" and never listed; on file systems with unnamed files (O_TMPFILE) a killed writer leaves none. Symbolic links below the
     root are not followed. Network file systems: `put_if_absent` is as atomic as their link(2).
     """
 
-    useful_connections = 2  # one writes while the other syncs; eight took no less time and four times the memory
+    useful_connections = (
+        2  # one request writes while the other syncs; eight took no less time and four times the memory
+    )
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         path = location(root)
@@ -66,7 +68,7 @@ class LocalStore(Store):
             yield
         except OSError as error:
             raise self._translate(error, key, doing) from error
-        except SaveError as error:  # AtomicFile's words for a directory that went away
+        except SaveError as error:  # AtomicFile's error for a directory that was removed
             raise StoreError(f"{doing} {self.url}/{key} failed: {error}") from error
 
     def _translate(self, error: OSError, key: str, doing: str) -> StoreError:
@@ -105,7 +107,7 @@ class LocalStore(Store):
                     make_directories(os.path.dirname(path))
                     with committing(AtomicFile(path, exclusive=exclusive)) as file:
                         file.write(view)
-                except (FileNotFoundError, SaveError):  # a delete has just removed the empty directory
+                except (FileNotFoundError, SaveError):  # a concurrent delete has just removed the empty directory
                     if not left:
                         raise
                 else:
@@ -152,7 +154,7 @@ class LocalStore(Store):
         found = _Infos()
         with self._mapped(prefix, "listing"):
             self._walk(prefix, found)
-        # Sorted whole: in the order of keys, "a-b/c" comes before "a/c", which no walk of directories does.
+        # Sorted completely: in the order of keys, "a-b/c" comes before "a/c"; no directory walk gives that order.
         return iter(sorted(found))
 
     def _walk(self, prefix: str, found: _Infos) -> None:
@@ -172,7 +174,7 @@ class LocalStore(Store):
                 elif entry.is_file(follow_symlinks=False) and not _is_temporary(entry.name):
                     info = entry.stat(follow_symlinks=False)
                     found.append(ObjectInfo(key, info.st_size, info.st_mtime))
-            except (StoreError, FileNotFoundError):  # not ours, or gone since
+            except (StoreError, FileNotFoundError):  # not our file, or deleted meanwhile
                 continue
 
     def delete(self, key: str) -> None:
@@ -181,15 +183,15 @@ class LocalStore(Store):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 remove_file(path)
             directory = os.path.dirname(path)
-            with contextlib.suppress(OSError):  # gone, or not ours to change
+            with contextlib.suppress(OSError):  # deleted meanwhile, or not permitted
                 self._remove_debris(directory)
             remove_empty_directories(directory, self._root)
 
     def _remove_debris(self, directory: str) -> None:
         """Remove unfinished files of killed writers, if nothing else is left in the directory.
 
-        They lie only where the file system has no unnamed files, and would keep the directory of a save for ever. The look ends at the
-        first other entry, so deleting all objects of a directory stays cheap.
+        Such files exist only where the file system has no unnamed files; they would keep a save's directory for ever. The search ends at
+        the first other entry, so deleting all objects of a directory stays cheap.
         """
         stale = []
         with os.scandir(directory) as entries:

@@ -1,7 +1,7 @@
-"""What a caller's text or path object names: a path of this machine, or a URL.
+"""Interprets a caller's text or path object: a path of this machine, or a URL.
 
-pathlib joins slashes: `Path("s3://bucket/run")` is `s3:/bucket/run`. Taken for a path, that is a directory "s3:" on the local disk, and the
-checkpoints in it are lost with the machine. So the schemes of stores are understood with one slash too.
+pathlib joins slashes: `Path("s3://bucket/run")` is `s3:/bucket/run`. As a path, that would be a directory "s3:" on the local disk, and its
+checkpoints would be lost with the machine. So the URL schemes of stores are accepted with one slash, too.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from fastckpt.errors import StoreError
 _SCHEMES = "s3|s3a|gs|gcs|az|abfs|abfss|azure|memory|file|http|https|hdfs|hf"
 _COLLAPSED = re.compile(rf"({_SCHEMES}):(?:/(?!/)(.+))?", re.DOTALL)
 _MISTYPED = re.compile(r"(s3|s3a|s3n|gs|gcs|az|abfs|abfss|hdfs)(//|:(?!/))(.+)", re.DOTALL)
-"""A URL that lacks its colon or its slashes."""
+"""A URL without its colon or its slashes."""
 _INSIDE = re.compile(rf"(.*/)({_SCHEMES}):/+(?=.)", re.DOTALL)
 
 
 def location(target: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
-    """The path or URL that `target` names, as text; a file URL as the path that it means.
+    """The path or URL of `target`, as text; for a file URL its path.
 
-    A path object whose text is a URL is that URL, and so is a URL of which pathlib has left one slash. StoreError for a file URL without
-    an absolute path, and for a URL that was made absolute as if it were a path (`Path("s3://bucket/run").resolve()`), unless a directory of
+    A path object whose text is a URL counts as that URL, even if pathlib has left only one slash. StoreError for a file URL without an
+    absolute path, and for a URL that was made absolute as if it were a path (`Path("s3://bucket/run").resolve()`), unless a directory of
     that odd name is there already.
     """
     text = os.fsdecode(os.fspath(target))
     collapsed = _COLLAPSED.fullmatch(text)
     if collapsed:
-        # "file:/dir" needs its third slash back, "s3:/bucket" its second.
+        # "file:/dir" gets back its third slash, "s3:/bucket" its second.
         slash = "/" if collapsed[1] == "file" and collapsed[2] else ""
         text = f"{collapsed[1]}://{slash}{collapsed[2] or ''}"
     scheme, separator, rest = text.partition("://")
@@ -42,14 +42,14 @@ def location(target: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str
 
 
 def describe(target: Any) -> str:
-    """How messages call what a caller gave: a path or a URL by its own text, a file object by its name or type."""
+    """The name of a caller's target in messages: a path or URL by its own text, a file object by its name or type."""
     if isinstance(target, (str, os.PathLike)):
         return os.fsdecode(os.fspath(target))
     return str(getattr(target, "name", None) or f"<{type(target).__name__}>")
 
 
 def is_url(text: str) -> bool:
-    """Whether what `location` returned is a URL."""
+    """Whether a result of `location` is a URL."""
     scheme, separator, _ = text.partition("://")
     return bool(separator) and "/" not in scheme
 

@@ -1,4 +1,4 @@
-"""A store in this process's memory: for tests, and the simplest reading of the contract."""
+"""A store in this process's memory: for tests, and as the simplest implementation of the contract."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
 
 
 class MemoryStore(Store):
-    """Objects in a dict of this process. For tests; `open_store("memory://name")` gives the same one for the same name."""
+    """Objects in a dict of this process. For tests; `open_store("memory://name")` gives the same store for the same name."""
 
     def __init__(self, clock: Callable[[], float] = time.time, name: str = "memory") -> None:
         """Make an empty store.

@@ -1,4 +1,4 @@
-"""URL → store."""
+"""Opens the store at a URL."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _memory_lock = threading.Lock()
 
 
 def open_object(url: str, **settings: Any) -> tuple[Store, str]:
-    """The store and the key of the one object that a URL names, whose name others may have given it. The caller closes the store.
+    """The store and the key of the single object that a URL names; any program may have named it. The caller closes the store.
 
     url: as `location` returned it. settings, errors: those of `open_store`. SaveError or StoreError for a URL that names no object.
     """
@@ -34,9 +34,9 @@ def open_object(url: str, **settings: Any) -> tuple[Store, str]:
 def open_store(url: str | os.PathLike[str], **settings: Any) -> Store:
     """The store at a URL: a path or file://, s3://bucket/prefix, memory://name (this process only). The caller closes it.
 
-    A path object may carry a URL, also one of which pathlib has left one slash (`Path("s3://bucket/run")`).
-    settings: those of `fastckpt.store.cloud.open_s3`, for s3:// only. StoreError for a URL that cannot be one; for S3 also what its
-    first look at bucket and credentials finds. Nothing is written.
+    A path object may hold a URL, even if pathlib has left only one slash of it (`Path("s3://bucket/run")`). settings: those of
+    `fastckpt.store.cloud.open_s3`, for s3:// only. StoreError for an invalid URL; for S3 also for missing credentials or a wrong
+    configuration. Nothing is written.
     """
     url = location(url)
     if not url:

@@ -1,4 +1,4 @@
-"""Stores around stores, and the only retries that there are: those of the clients below are off."""
+"""Stores that wrap stores. All retries are made here; those of the clients below are switched off."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ T = TypeVar("T")
 
 
 _TELL_S = 4.0
-"""Of trying, until it is told: within 5 s, as a person would wonder then."""
+"""Seconds of trying before a message: it comes within 5 s, when a person would begin to wonder."""
 _TELL_AGAIN_S = 30.0
 
-# A generator of our own: drawing from the global one would change what training draws.
+# A generator of our own: drawing from the global one would change the numbers that training draws.
 _random = random.Random()
 
 
 class Wrapper(Store):
-    """Passes every operation on to `inner`. Base of stores around stores: override `_call` to do something around each operation."""
+    """Passes every operation on to `inner`. Base class of wrapping stores: override `_call` to add something around each operation."""
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
@@ -49,14 +49,14 @@ class Wrapper(Store):
         return self._call("head", key, lambda: self.inner.head(key))
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        # A page that fails in the middle of a listing fails all of it: it is short beside what it protects.
+        # If a page fails in the middle of a listing, the whole listing fails and is repeated: that costs little.
         return iter(self._call("list", prefix, lambda: list(self.inner.list(prefix))))
 
     def delete(self, key: str) -> None:
         self._call("delete", key, lambda: self.inner.delete(key))
 
     def harmful_rules(self) -> tuple[str, ...]:
-        return self.inner.harmful_rules()  # no operation on objects, and not worth a second try
+        return self.inner.harmful_rules()  # not an operation on objects, and not worth a second try
 
     def close(self) -> None:
         self.inner.close()
@@ -66,10 +66,11 @@ class Wrapper(Store):
 
 
 class Retrying(Wrapper):
-    """Tries again what ended in StoreUnavailableError, with growing random pauses, until `give_up_s` have passed since the first try.
+    """Repeats operations that ended in StoreUnavailableError, with growing random pauses, until `give_up_s` have passed since the first
+    try.
 
-    A create that meets an object after a try of its own that ended without an answer is read back: equal bytes are ours. A put without an
-    answer is noted (`late_writes`): it may still arrive.
+    If an earlier try of a create ended without an answer, and the next one meets an object, the object is read back: equal bytes count as
+    ours. A put without an answer is noted (`late_writes`), because it may still arrive.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Retrying(Wrapper):
                 return operation()
             except StoreUnavailableError as error:
                 attempt += 1
-                # Full jitter: clients that were turned away together must not come back together.
+                # Full jitter: clients that were turned away together must not return together.
                 pause_s = self._jitter() * min(self._longest_pause_s, self._first_pause_s * 2**attempt)
                 if self._clock() - started + pause_s > self._give_up_s:
                     raise StoreUnavailableError(
@@ -134,7 +135,7 @@ class Retrying(Wrapper):
                         target=self.url, verb=verb, key=key, attempt=attempt, pause_s=pause_s, error=error
                     )
                 )
-                # Before a pause that would end later than that.
+                # The message comes before a pause that would end later than this.
                 if self._clock() - started + pause_s >= _TELL_S:
                     self._tell(error, attempt, self._clock() - started)
                 self._sleep(pause_s)

@@ -1,1 +1,1 @@
-"""What this project's tests use and other people's tests may: the store contract, faulty stores, a fault proxy, a metadata server."""
+"""Test tools of this project that other projects may use, too: the store contract, faulty stores, a fault proxy, a metadata server."""

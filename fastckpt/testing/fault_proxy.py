@@ -1,4 +1,4 @@
-"""An HTTP proxy that does to an object store what networks and servers do to it on bad days. Standard library only.
+"""An HTTP proxy that causes the faults of networks and servers between a client and an object store. Standard library only.
 
     with FaultProxy("127.0.0.1", 9000) as proxy:
         proxy.add(Fault.LOST_ACK, method="PUT", match=r"/commits/")      # the first such request; then all is well again
@@ -7,9 +7,9 @@
         assert proxy.requests("PUT")[0].fault is Fault.LOST_ACK
 
 It listens on 127.0.0.1, speaks HTTP/1.1 to both sides (with `tls` over TLS to the client), and passes requests on unchanged (Host and
-signature included) but for `Expect: 100-continue`, which it answers itself. Each connection has a thread of its own. A rule is tried
-in the order of adding; the first one that fits a request is used, and used up after `count` requests. All methods may be called from any
-thread.
+signature included), except `Expect: 100-continue`, which it answers itself. Each connection has a thread of its own. Rules are tried in the
+order in which they were added; the first one that matches a request is applied, and removed after `count` requests. All methods may be
+called from any thread.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ _NO_BODY = frozenset({204, 304})
 
 
 class FaultProxy:
-    """Listens from the constructor to `close`. `url` goes where the server's would. Its 14 attributes: the faults to play, and counts."""
+    """Listens from the constructor until `close`. Use its `url` in place of the server's. Its 14 attributes: the faults to play, and
+    counts.
+    """
 
     def __init__(
         self,
@@ -45,8 +47,9 @@ class FaultProxy:
         delay_s: float = 0.0,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """In front of http://host:port. `bytes_per_s`: of all connections together, both directions; `bytes_per_s_each`: of each;
-        0: no limit. `delay_s`: before each request is passed on. All three may be changed at any time. `tls`: a server's context."""
+        """Make a proxy in front of http://host:port. `bytes_per_s`: of all connections together, both directions; `bytes_per_s_each`: of
+        each; 0: no limit. `delay_s`: before each request is passed on. All three may be changed at any time. `tls`: a server's context.
+        """
         self.bytes_per_s = bytes_per_s
         self.bytes_per_s_each = bytes_per_s_each
         self.delay_s = delay_s
@@ -59,7 +62,9 @@ class FaultProxy:
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        if bytes_per_s or bytes_per_s_each:  # or what waits here to be read would hide the limit from the client
+        if (
+            bytes_per_s or bytes_per_s_each
+        ):  # otherwise the kernel's receive buffer would hide the limit from the client
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 128 << 10)
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
         self._acceptor = threading.Thread(target=self._accept, name="fault-proxy", daemon=True)
@@ -67,7 +72,7 @@ class FaultProxy:
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """The port on which it listens."""
         return int(self.url.rpartition(":")[2])
 
     def add(
@@ -83,23 +88,24 @@ class FaultProxy:
         detail: str = "",
         headers: dict[str, str] | None = None,
     ) -> Rule:
-        """A rule for `count` requests whose method is `method` and whose path and query contain the expression `match` ("": any), after
-        `skip` such requests went by. For Fault.ANSWER: `status`, `code` (of the XML body; "": no body), `detail` (XML beside the code) and
-        `headers`."""
+        """Add a rule for `count` requests whose method is `method` and whose path and query match the expression `match` ("": any), after
+        `skip` such requests. For Fault.ANSWER: `status`, `code` (of the XML body; "": no body), `detail` (XML beside the code) and
+        `headers`.
+        """
         rule = Rule(fault, method, match, count, skip, status, code, detail, headers or {})
         self._script.add(rule)
         return rule
 
     def clear(self) -> None:
-        """Forget rules and log; stalled requests go on."""
+        """Forget rules and log; let stalled requests continue."""
         self._script.clear()
 
     def requests(self, method: str = "") -> list[Exchange]:
-        """What has come so far."""
+        """All requests so far."""
         return self._script.exchanges(method)
 
     def close(self) -> None:
-        """Ends every connection and waits for the threads."""
+        """End every connection and wait for the threads."""
         self._closing.set()
         with self._lock:
             open_sockets, threads = list(self._sockets), list(self._threads)
@@ -136,7 +142,7 @@ class FaultProxy:
         if self._tls is not None:
             try:
                 client = self._tls.wrap_socket(client, server_side=True)
-            except OSError:  # ssl.SSLError is one: the client does not trust us, or went away
+            except OSError:  # includes ssl.SSLError: the client does not trust us, or has closed
                 client.close()
                 return
         connection = _Connection(self, client)
@@ -144,7 +150,7 @@ class FaultProxy:
             while not self._closing.is_set() and connection.one_request():
                 pass
         except (OSError, EOFError, ValueError, IndexError):
-            pass  # either side went away or spoke no HTTP: the connection ends, as with any proxy
+            pass  # a side has closed, or sent no HTTP: the connection ends, as with any proxy
         finally:
             connection.close()
 
@@ -158,7 +164,7 @@ class FaultProxy:
         return upstream
 
     def _pace(self, n_bytes: int, connection: _Connection) -> None:
-        """Sleeps as long as the limits want for `n_bytes`."""
+        """Sleep as long as the limits require for `n_bytes`."""
         now = time.monotonic()
         wait_s = 0.0
         if self.bytes_per_s > 0:
@@ -173,7 +179,7 @@ class FaultProxy:
 
 
 class _Connection:
-    """One client's connection and, when needed, one to the server. Used by one thread."""
+    """One client's connection and, if needed, one to the server. Used by one thread."""
 
     def __init__(self, proxy: FaultProxy, client: socket.socket) -> None:
         self._proxy = proxy
@@ -202,7 +208,7 @@ class _Connection:
         return self._server
 
     def one_request(self) -> bool:
-        """Passes one request and its answer. Can there be another on this connection?"""
+        """Pass on one request and its answer. Returns whether this connection can have another one."""
         try:
             head, headers = self._client.head()
         except EOFError:
@@ -226,7 +232,7 @@ class _Connection:
         return self._answer(rule, exchange)
 
     def _before_the_server(self, rule: Rule, exchange: Exchange, head: bytes, headers: dict[str, str]) -> bool:
-        """Does what the rule wants done while the request comes in. Shall the server see the request?"""
+        """Do the rule's work while the request arrives. Returns whether the server shall see the request."""
         fault = rule.fault
         if fault is Fault.STALL:
             rule.release.wait()
@@ -242,7 +248,7 @@ class _Connection:
             return False
         if fault in (Fault.INTERNAL_ERROR, Fault.RESET):
             half = int(headers.get("content-length") or 0) // 2
-            if half:  # a request without a body would be carried out
+            if half:  # a request without a body would be carried out by the server
                 upstream = self._upstream()
                 upstream.socket.sendall(head)
                 self._copy(self._client.body(headers), upstream.socket.sendall, stop_at=half)
@@ -250,7 +256,7 @@ class _Connection:
                 self._reset_client()
                 return False
             self._say(exchange, 500, "InternalError")
-            # Closing with unread bytes would send RST, which can overtake the answer: read the rest first.
+            # Closing with unread bytes would send RST, which can overtake the answer. So read the rest first.
             self._client.socket.shutdown(socket.SHUT_WR)
             while self._client.socket.recv(PIECE_BYTES):
                 pass
@@ -308,7 +314,7 @@ class _Connection:
         stop_at: int | None = None,
         then: Callable[[], object] | None = None,
     ) -> None:
-        """Pass a body on. `stop_at`: after so many bytes, do `then` and go on, or without `then` end."""
+        """Pass a body on. `stop_at`: after this many bytes call `then` and go on, or end if there is no `then`."""
         passed = 0
         for whole in body:
             piece = bytearray(whole)

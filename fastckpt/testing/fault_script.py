@@ -1,4 +1,4 @@
-"""What a FaultProxy is told to do, and what it has seen."""
+"""The rules of a FaultProxy, and the log of its requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 
 class Fault(enum.Enum):
-    """What a rule does to a request."""
+    """The effect of a rule on a request."""
 
     SLOW_DOWN = "503 SlowDown; the server sees nothing"
     INTERNAL_ERROR = (
@@ -28,7 +28,7 @@ class Fault(enum.Enum):
 
 @dataclass
 class Rule:
-    """Made by `FaultProxy.add`."""
+    """A rule, made by `FaultProxy.add`."""
 
     fault: Fault
     method: str
@@ -40,27 +40,27 @@ class Rule:
     detail: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     reached: threading.Event = field(default_factory=threading.Event)
-    """Set when the rule met its first request: waiting for it replaces a sleep."""
+    """Set when the rule has met its first request: wait for this instead of sleeping."""
     release: threading.Event = field(default_factory=threading.Event)
     """Set it to end a stall. Closing the proxy sets it too."""
 
 
 @dataclass
 class Exchange:
-    """One request as it went through, in the order of arrival."""
+    """One request, in the order of arrival."""
 
     method: str
     target: str
     """Path and query."""
     headers: dict[str, str]
-    """Of the request; names in lower case."""
+    """Headers of the request; names in lower case."""
     fault: Fault | None
     status: int = 0
-    """Of the server's answer, or the fault's; 0: none was sent."""
+    """Status of the server's answer, or of the fault's; 0: none was sent."""
 
 
 class Script:
-    """The rules, and the requests that have come. Any thread."""
+    """The rules, and all requests so far. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -72,7 +72,7 @@ class Script:
             self._rules.append(rule)
 
     def pick(self, exchange: Exchange) -> Rule | None:
-        """Logs the request and uses up a rule for it."""
+        """Log the request and use up a rule for it."""
         with self._lock:
             self._log.append(exchange)
             for rule in self._rules:
@@ -90,14 +90,14 @@ class Script:
             return [exchange for exchange in self._log if method in ("", exchange.method)]
 
     def release(self) -> None:
-        """Stalled requests go on."""
+        """Let stalled requests continue."""
         with self._lock:
             rules = list(self._rules)
         for rule in rules:
             rule.release.set()
 
     def clear(self) -> None:
-        """Forget rules and log; stalled requests go on."""
+        """Forget rules and log; let stalled requests continue."""
         self.release()
         with self._lock:
             self._rules, self._log = [], []

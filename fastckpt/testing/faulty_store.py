@@ -1,4 +1,4 @@
-"""A store that does what the contract allows and nobody hopes for."""
+"""A store that uses the freedom of the contract: it fails in every way that the contract allows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ Mode = Literal["before", "after", "delayed"]
 class FaultyStore(Wrapper):
     """Counts operations and makes chosen ones fail. Any thread; the count is one for all of them.
 
-    before: the operation is not done. after: it is done and its reply lost. delayed: a write that is not done now, but when `release` is
-    called: a request that was still on its way (guarantees.md, A1). Each ends in StoreUnavailableError, or in what `error` makes.
+    before: the operation is not done. after: it is done, but its reply is lost. delayed: a write that is not done now, but when `release`
+    is called, like a request that was still on its way (guarantees.md, A1). Each ends in StoreUnavailableError, or in the error that
+    `error` makes.
     """
 
     def __init__(
@@ -30,7 +31,9 @@ class FaultyStore(Wrapper):
         error: Callable[[str], BaseException] = StoreUnavailableError,
         hook: Callable[[int, str, str, str], None] = lambda number, verb, key, when: None,
     ) -> None:
-        """fail: told number (from 0), verb and key of each operation. hook: called "before" and "after" each; may end the process."""
+        """fail: called with number (from 0), verb and key of each operation; True makes it fail. hook: called with "before" and "after"
+        around each operation; may end the process.
+        """
         super().__init__(inner)
         self._fail, self._mode, self._error, self._hook = fail, mode, error, hook
         self._lock = threading.Lock()
@@ -45,7 +48,7 @@ class FaultyStore(Wrapper):
         if not self._fail(number, verb, key):
             try:
                 return operation()
-            finally:  # a refusal is an answer too
+            finally:  # also after a refusal, which is an answer, too
                 self._hook(number, verb, key, "after")
         if self._mode == "after":
             operation()
@@ -53,7 +56,7 @@ class FaultyStore(Wrapper):
             self._late.append(operation)
         raise self._error(f"operation {number}, {verb} {key}, was made to fail ({self._mode})")
 
-    # The data of a delayed write must be that of the time of the call.
+    # A delayed write must have the data of the time of the call.
     def put(self, key: str, data: Any) -> None:
         copy = bytes(memoryview(data).cast("B")) if self._mode == "delayed" else data
         super().put(key, copy)
@@ -63,10 +66,10 @@ class FaultyStore(Wrapper):
         super().put_if_absent(key, copy)
 
     def release(self) -> None:
-        """Let the delayed writes take effect; what the store answers to them reaches nobody."""
+        """Let the delayed writes take effect; the store's answers to them are ignored."""
         late, self._late = self._late, []
         for operation in late:
             try:
                 operation()
-            except Exception:  # nobody is there any more to be told
+            except Exception:  # nobody is left to be told
                 continue

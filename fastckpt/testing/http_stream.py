@@ -1,4 +1,4 @@
-"""HTTP/1.1 messages read from a socket, piece by piece: what `fault_proxy` needs of the protocol and no more."""
+"""Reads HTTP/1.1 messages from a socket piece by piece: just the part of the protocol that `fault_proxy` needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class HttpStream:
         self._rest = b""
 
     def some(self, most: int) -> bytes:
-        """1 to `most` bytes. EOFError."""
+        """Read 1 to `most` bytes. EOFError."""
         piece = self._rest[:most] if self._rest else self.socket.recv(min(most, PIECE_BYTES))
         self._rest = self._rest[len(piece) :]
         if not piece:
@@ -25,7 +25,7 @@ class HttpStream:
         return piece
 
     def until(self, mark: bytes) -> bytes:
-        """Everything up to and with `mark`. EOFError."""
+        """Read up to and including `mark`. EOFError."""
         while mark not in self._rest:
             piece = self.socket.recv(PIECE_BYTES)
             if not piece or len(self._rest) > _MAX_HEAD:
@@ -36,14 +36,14 @@ class HttpStream:
         return found
 
     def head(self) -> tuple[bytes, dict[str, str]]:
-        """Start line and headers as sent, and parsed."""
+        """Read start line and headers; returns them as sent, and parsed."""
         raw = self.until(b"\r\n\r\n")
         lines = raw.decode("latin-1").split("\r\n")[1:]
         pairs = (line.split(":", 1) for line in lines if ":" in line)
         return raw, {name.strip().lower(): value.strip() for name, value in pairs}
 
     def body(self, headers: dict[str, str]) -> Iterator[bytes]:
-        """The body's bytes as sent (a chunked one with its framing)."""
+        """Yield the body's bytes as sent (a chunked body with its framing)."""
         if headers.get("transfer-encoding", "").lower() == "chunked":
             while True:
                 line = self.until(b"\r\n")

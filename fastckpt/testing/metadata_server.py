@@ -6,8 +6,8 @@
 
     python -m fastckpt.testing.metadata_server --port 1338 --notice-after 60
 
-Version 2 only: token by PUT with a TTL header, 401 without a valid one, 404 for what is absent, text/plain, a Date header. A notice has
-one fixed deadline. `fault` makes every reply wrong in one way until it is taken back.
+Version 2 only: token by PUT with a TTL header, 401 without a valid token, 404 for absent items, text/plain, a Date header. A notice has one
+fixed deadline. `fault` makes every reply wrong in one way until it is reset.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any
 
 FAULTS = (
-    "hop-limit",  # PUT is accepted and never answered
+    "hop-limit",  # PUT is accepted but never answered
     "off",  # 403 for everything
     "throttled",  # 503
     "reset",  # the connection is reset
@@ -42,7 +42,7 @@ _META = "/latest/meta-data/"
 
 
 class MetadataServer:
-    """Starts with `with`. All methods may be called from any thread."""
+    """Starts on entering `with`. All methods may be called from any thread."""
 
     def __init__(self, port: int = 0, clock: Callable[[], float] = time.time) -> None:
         self.items: dict[str, str] = {
@@ -50,7 +50,7 @@ class MetadataServer:
             "instance-id": "i-0123456789abcdef0",
             "instance-type": "g5.xlarge",
         }
-        """Path below latest/meta-data/ → text. What is not here is 404."""
+        """Path below latest/meta-data/ → text. Other paths are 404."""
         self.fault: str | None = None
         self.requests: list[tuple[str, str]] = []
         """(method, path) of every request."""
@@ -58,7 +58,7 @@ class MetadataServer:
         self.released = threading.Event()
         """Ends replies that a fault keeps waiting."""
         self.skew_s = 0.0
-        """How far the server's Date is off."""
+        """Error of the server's clock in its Date header, in seconds."""
         self._clock = clock
         owner = self
 
@@ -89,28 +89,28 @@ class MetadataServer:
         return then.strftime("%Y-%m-%dT%H:%M:%SZ")
 
     def post_notice(self, action: str = "terminate", in_s: float = 120.0) -> None:
-        """The interruption notice, with a deadline that does not move."""
+        """Post the interruption notice, with a fixed deadline."""
         when = self.utc(in_s)
         self.items["spot/instance-action"] = json.dumps({"action": action, "time": when})
         if action == "terminate":
             self.items["spot/termination-time"] = when
 
     def post_rebalance(self) -> None:
-        """The early warning."""
+        """Post the rebalance recommendation, an early warning."""
         self.items["events/recommendations/rebalance"] = json.dumps({"noticeTime": self.utc()})
 
     def post_lifecycle_end(self) -> None:
-        """The autoscaling group has decided."""
+        """Post the autoscaling group's decision to end the instance."""
         self.items["autoscaling/target-lifecycle-state"] = "Terminated"
 
     def expire_tokens(self) -> None:
-        """Every token so far is stale."""
+        """Make all tokens stale that were given out so far."""
         self.tokens.clear()
 
 
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections that a fault or the client has broken are what is wanted here."""
+        """Ignore: connections that a fault or the client has broken are expected here."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -175,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"H")
                 self.wfile.flush()
         except OSError:
-            pass  # the client has had enough
+            pass  # the client has closed the connection
         self.close_connection = True
 
     def do_PUT(self) -> None:
@@ -216,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """A server to point a training job at; a notice appears after a while."""
+    """Run a server for a training job; a notice appears after a while."""
     parser = argparse.ArgumentParser(description="A fake EC2 metadata service on 127.0.0.1")
     parser.add_argument("--port", type=int, default=1338)
     parser.add_argument("--notice-after", type=float, metavar="SECONDS", help="post a termination notice after so long")

@@ -1,4 +1,4 @@
-"""The contract of a store as tests. For a store of your own:
+"""The contract of a store as tests. Use it for a store of your own:
 
     class TestMyStore(StoreContract):
         @pytest.fixture
@@ -6,7 +6,7 @@
             with MyStore(...) as store:      # empty
                 yield store
 
-Each test is one clause of fastckpt/store/base.py. `many` may be lowered where a request takes long.
+Each test is one clause of fastckpt/store/base.py. `many` may be lowered if requests are slow.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ KINDS += [lambda data: np.frombuffer(data, np.uint8), lambda data: np.frombuffer
 
 
 class StoreContract:
-    """Derive from it, with a fixture `store` that gives an empty store."""
+    """Base class of tests; needs a fixture `store` that gives an empty store."""
 
     many = 1100
-    """Objects in the test of long listings: more than a page of S3."""
+    """Number of objects in the test of long listings: more than one page of S3."""
     rounds = 50
-    """Races of creates."""
+    """Number of races of creates."""
 
     @pytest.mark.parametrize("n_bytes", [0, 1, 1000, (5 << 20) + 1])
     def test_bytes_come_back(self, store: Store, n_bytes: int) -> None:

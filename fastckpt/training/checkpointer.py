@@ -43,9 +43,8 @@ from fastckpt.writing.rank import SaveAsked
 class Checkpointer:
     """Saves and restores the objects of a training loop; `help(fastckpt)` shows the loop. Close it, or use `with`.
 
-    Errors of background saves are raised by the next call, and by `close`. No error, no notice and no store that hangs keeps `step` from
-    returning, except for the final save, which has a deadline, and the first save of a run that has not called `restore`, because that save
-    claims the repository.
+    Errors of background saves are raised by the next call, and by `close`. Errors, notices and hanging stores never keep `step` from
+    returning, with two exceptions: the final save (it has a deadline), and the first save without a `restore` (it claims the repository).
 
     Args:
         url: a directory, "s3://bucket/prefix", or a Store.
@@ -68,8 +67,7 @@ class Checkpointer:
         RepositoryError: something else lies at the URL; or, with `read_only`, nothing lies there.
         SaveError: several ranks; `spill_dir` cannot be written to.
 
-    Threads: used by the thread that trains. Any thread may read `notice`, `exit_code` and `stats`; optimizers' hooks may run in other
-    threads.
+    Threads: used by the training thread. Any thread may read `notice`, `exit_code` and `stats`; optimizers' hooks may run in others.
     """
 
     def __init__(

@@ -112,8 +112,8 @@ class _Parameter:
     locations: Mapping[Name, str]
 
     def exact(self, saved: Any, now: Any, name: Name) -> Any:
-        """Choose the exact value. `now` is what torch made of `saved`; if it has another type, somebody changed it on purpose and it
-        stays.
+        """Choose the exact value. `now` is what torch made of `saved`; if it has another type or shape, somebody changed it on
+        purpose, and it stays.
         """
         if isinstance(saved, torch.Tensor) and isinstance(now, torch.Tensor):
             return self._tensor(saved, now, name) if type(saved) is type(now) and saved.shape == now.shape else now

@@ -99,7 +99,7 @@ class Fence:
     @contextlib.contextmanager
     def attended(self) -> Iterator[None]:
         """Context around a wait for a save. If the training thread waits, the state does not change meanwhile and nobody reaches the fence:
-        so torn copies must be found now.
+        so torn copies must be dealt with now.
         """
         snapshot = self._snapshot
         if snapshot is None or threading.get_ident() != self._thread or os.getpid() != self._pid:

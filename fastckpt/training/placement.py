@@ -155,8 +155,8 @@ def _live_tensors(key: str, target: Any, entries: Mapping[Name, TensorEntry]) ->
 
 
 def may_be_asked(key: str, target: Any, entries: Mapping[Name, TensorEntry]) -> bool:
-    """Whether an object may be asked for its state outside of a save. True if it has tensors (random generators apart) and is not a source
-    of data: such a source may start workers when it is asked.
+    """Whether an object may be asked for its state outside of a save. True if the checkpoint has tensors of it (random
+    generators apart) and it is not a source of data: such a source may start workers when it is asked.
     """
     return not hasattr(type(target), "__iter__") and any(
         name[0] == key and entry.dtype != "uint8" for name, entry in entries.items()
@@ -223,7 +223,7 @@ def _is_here(location: str) -> bool:
 def _device(location: str) -> Any:
     try:
         return torch.device(location)
-    except RuntimeError:  # torch cannot put a tensor there
+    except RuntimeError:  # not the name of a device
         return location
 
 

@@ -1,1 +1,1 @@
-"""What a person does with containers and repositories: check, repair, export, salvage, analyze."""
+"""Work of a person on containers and repositories: check, repair, export, salvage, analyze."""

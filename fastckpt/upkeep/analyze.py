@@ -1,9 +1,9 @@
-"""What the codec would make of a state, and what a delta against an older one would gain: measured on its own bytes.
+"""Measures, on a state's own bytes, how well the codec would compress it, and how much deltas against an older state would gain.
 
     state ─→ chunks as a save cuts them ─→ encoded, timed, thrown away ─→ sums for each group of tensors
     older state ─→ bases, by name ──────┘
 
-Nothing is written. Groups are element type × role (`exp_avg`, `step`, …; parameters have none).
+Nothing is written. A group is a pair of element type and role (`exp_avg`, `step`, …; parameters have none).
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ class CodingResult:
 
 @dataclass
 class TensorGroup:
-    """All tensors of one element type and role, with what was measured on them."""
+    """All tensors of one element type and role, with their measurements."""
 
     dtype: str
     role: str
     tensors: int = 0
     raw_bytes: int = 0
     entropy_bytes: float = 0.0
-    """Order-0 entropy of the byte planes, summed over chunks: what an ideal coder of single bytes would take."""
+    """Order-0 entropy of the byte planes, summed over chunks: the size with an ideal coder of single bytes."""
     alone: CodingResult = field(default_factory=CodingResult)
     delta: CodingResult | None = None
     """The cost as a delta against the older state. None: there is no older state."""
     based_bytes: int = 0
     """Raw bytes whose older version is known: the same name, type and size."""
     same_bytes: int = 0
-    """Those of `based_bytes` that lie in chunks which have not changed at all."""
+    """The part of `based_bytes` in chunks that have not changed at all."""
 
 
 def analyze(
@@ -58,7 +58,7 @@ def analyze(
 ) -> list[TensorGroup]:
     """Encode everything once, and once more against an older state if there is one. Returns the groups, the largest first.
 
-    Runs on one thread, because the speeds are those of one. Takes some 20 MiB besides the states.
+    Runs on one thread, because speeds are given for one thread. Takes some 20 MiB besides the states.
 
     Args:
         older: None measures no delta.
@@ -113,7 +113,7 @@ def _gather(chunk: Chunk, sources: Iterator[tuple[Captured, int]], scratch: U8) 
 
 
 def _base(chunk: Chunk, state: Captured, older: Captured, found: list[int | None], scratch: U8) -> U8 | None:
-    """Gather the same stretches from the older state's storages. None: some are missing, or of another type or size."""
+    """Gather the same stretches from the older state's storages. None: a tensor is missing, or has another type or size."""
     storages: list[int] = []
     for piece, number in zip(chunk.pieces, found, strict=True):
         if number is None:

@@ -1,8 +1,9 @@
-"""A committed rank → one self-contained container, its stored bytes copied as they are: nothing is decoded, nothing encoded.
+"""Exports a committed rank as one self-contained container. Stored bytes are copied unchanged: nothing is decoded or encoded.
 
     vote ─→ lay_out: where each chunk goes ─→ ranged reads × connections ─→ crc64nvme ─→ sink, in order ─→ index ─→ footer
 
-What comes out is what `fastckpt.save` could have written (docs/format.md, section 1): it loads, shows and checks like any other.
+The result is a container as `fastckpt.save` could have written it (docs/format.md, section 1); it can be loaded, shown and checked like any
+other.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.writing.container import index_and_footer
 
-# A quarter of a second of one S3 connection: longer reads gain nothing, shorter ones cost requests.
+# A quarter of a second of one S3 connection: longer reads gain nothing, shorter ones cost more requests.
 _READ_BYTES = 16 << 20
 
 
 class RangeRead(NamedTuple):
-    """One ranged read: chunks that lie back to back in a pack and will in the container."""
+    """One ranged read: chunks that are adjacent in a pack, and will be adjacent in the container."""
 
     file: int
     offset: int
@@ -49,16 +50,16 @@ class RangeRead(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every stored chunk goes in the container."""
+    """The place of every stored chunk in the container."""
 
     records: Records
     runs: tuple[RangeRead, ...]
-    """In the order of the payload, without gaps: together they are all of it."""
+    """The reads in the order of the payload; together they cover all of it, without gaps."""
     payload_bytes: int
 
 
 def lay_out(old: Records) -> Layout:
-    """Lay out a self-contained container from the records of a vote. Chunks that are equal in all but their place are stored once. Pure."""
+    """Lay out a self-contained container from the records of a vote. Chunks that differ only in their place are stored once. Pure."""
     new, bare = old.copy(), old.copy()
     new["file"] = bare["file"] = bare["offset"] = 0
     placed: dict[bytes, int] = {}
@@ -77,7 +78,7 @@ def lay_out(old: Records) -> Layout:
 
 
 def _append(runs: list[RangeRead], run: RangeRead) -> None:
-    """Add a read, as part of the last one where it continues that."""
+    """Add a read; joins it to the last one if it continues that."""
     if runs:
         last = runs[-1]
         n_bytes = last.n_bytes + run.n_bytes
@@ -143,7 +144,7 @@ def _write(reader: Reader, store: Store, sink: Sink, options: Options, progress:
     for run, data in _read_ahead(reader, store, layout.runs, options):
         found = _verify(reader, layout, store, run, data)
         damage += found
-        if not damage:  # after the first finding only to list the others
+        if not damage:  # after the first finding, reading goes on only to list further ones
             sink.write(data)
         done += run.n_bytes
         progress(done, layout.payload_bytes)
@@ -169,7 +170,7 @@ def _read_ahead(
             if len(pending) == buffers:
                 first, future = pending.popleft()
                 yield first, future.result()
-                del future  # its bytes, before the next are asked for
+                del future  # free its bytes before the next are read
             read = functools.partial(_read, store, reader.files[run.file - 1].key, run.offset, run.n_bytes)
             pending.append((run, pool.submit(read)))
         while pending:
@@ -189,7 +190,7 @@ def _read(store: Store, key: str, offset: int, n_bytes: int) -> U8 | None:
 
 
 def _verify(reader: Reader, layout: Layout, store: Store, run: RangeRead, data: U8 | None) -> list[Damage]:
-    """Verify the chunks of a run. If it could not be read as a whole, each chunk is read by itself. Returns all damage."""
+    """Verify the chunks of a read. If it failed as a whole, read each chunk by itself. Returns all damage."""
     key = reader.files[run.file - 1].key
     found, position = [], 0
     for chunk in run.chunks:
@@ -208,7 +209,7 @@ def _verify(reader: Reader, layout: Layout, store: Store, run: RangeRead, data: 
 
 
 def _users(reader: Reader, layout: Layout, chunk: int) -> tuple[str, ...]:
-    """Names of the tensors that need a chunk, or another chunk that would share its bytes."""
+    """Names of the tensors that need a chunk, or another chunk that shares its bytes."""
     same = layout.records["offset"] == layout.records["offset"][chunk]
     chunks = np.flatnonzero(same & (layout.records["stored_bytes"] > 0)).tolist()
     return tuple(dict.fromkeys(name for other in chunks for name in reader.tensors_of(other)))

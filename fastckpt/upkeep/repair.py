@@ -1,4 +1,4 @@
-"""Repair of a repository: commits saves whose votes are all there, as the next start of the job would, and makes missing records again.
+"""Repairs a repository: commits saves whose votes are all there, as the next start of the job would do, and makes missing records anew.
 
 report of a check ─→ plan_repair ─→ repair
 """
@@ -19,25 +19,25 @@ from fastckpt.upkeep.check.report import RepositoryReport
 
 @dataclass(frozen=True)
 class Completion:
-    """A save that can be committed, and what it becomes then."""
+    """A save that can be committed, and the checkpoint's place afterwards."""
 
     save: SaveId
     becomes: str
-    """"newest" (what the next restore takes), "history" or "abandoned"."""
+    """"newest" (the next restore takes it), "history" or "abandoned"."""
 
 
 @dataclass(frozen=True)
 class RepairPlan:
-    """What `repair` will do, and what cannot be repaired."""
+    """The work of `repair`, and the problems that cannot be repaired."""
 
     complete: tuple[Completion, ...]
     left: tuple[str, ...]
     records: tuple[int, ...] = ()
-    """Numbers of epochs whose records are to be made again; 0 stands for the marker. Only those that commits need."""
+    """Numbers of epochs whose records will be made anew; 0 stands for the marker. Only records that commits need."""
 
 
 def plan_repair(report: RepositoryReport, epoch_of: Callable[[int], Epoch | None], newest_epoch: int) -> RepairPlan:
-    """Decide which saves to commit: the oldest first, one try of each step. Pure, but for `epoch_of`, which may read."""
+    """Decide which saves to commit: the oldest first, one try of each step. Pure, except that `epoch_of` may read."""
     complete: dict[CheckpointId, SaveId] = {}
     for unfinished in sorted(report.unfinished, key=lambda one: one.save):
         if unfinished.state == "completable":
@@ -61,7 +61,7 @@ def plan_repair(report: RepositoryReport, epoch_of: Callable[[int], Epoch | None
 
 @dataclass(frozen=True)
 class Repaired:
-    """What became of one completion."""
+    """The outcome of one completion."""
 
     save: SaveId
     commit: Commit | None
@@ -69,9 +69,9 @@ class Repaired:
 
 
 def repair(repository: Repository, plan: RepairPlan) -> list[Repaired]:
-    """Carry out a plan. What fails is listed, and the others are still done. It may be stopped anywhere and begun again.
+    """Carry out a plan. A failure is listed, and the other steps are still done. May be stopped anywhere and started again.
 
-    StoreAccessError and other errors of the store are raised: they would meet the others too.
+    StoreAccessError and other errors of the store are raised, because they would hit the other steps, too.
     """
     for number in plan.records:
         if not number:
@@ -79,7 +79,7 @@ def repair(repository: Repository, plan: RepairPlan) -> list[Repaired]:
             continue
         catalog = Catalog(repository)
         epoch = catalog.stand_in(number)
-        if epoch is None:  # its oldest commits are gone: what it continued from is not known
+        if epoch is None:  # the epoch's oldest commits are gone, so its parent is unknown
             newer = next((c for c in catalog.listing.commits if c.epoch == number), None)
             raise RepositoryError(
                 f"{repository.url}/{epoch_key(number)} cannot be made again: what its oldest checkpoint {newer} continued from is not "

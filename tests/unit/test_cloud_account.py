@@ -29,20 +29,20 @@ def configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setattr(cloud_account, "_kept", {})
+    monkeypatch.setattr(cloud_account, "known_accounts", {})
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """One entry for each time that boto3 is asked."""
     calls: list[object] = []
-    ask = cloud_account._ask
+    ask = cloud_account.ask_boto3
 
     def counted(session: object, endpoint_url: str | None, timeout_s: float) -> cloud_account.Account:
         calls.append(endpoint_url)
         return ask(session, endpoint_url, timeout_s)
 
-    monkeypatch.setattr(cloud_account, "_ask", counted)
+    monkeypatch.setattr(cloud_account, "ask_boto3", counted)
     return calls
 
 
@@ -104,15 +104,15 @@ def test_missing_credentials_are_not_kept(asked: list[object], tmp_path: Path) -
         with pytest.raises(StoreAccessError, match="no AWS credentials"):
             found()
     assert len(asked) == 2
-    assert not cloud_account._kept
+    assert not cloud_account.known_accounts
 
 
 def test_only_so_many_are_kept(asked: list[object]) -> None:
     for port in range(20):
         found(endpoint_url=f"http://127.0.0.1:{port + 1}")
-    assert len(cloud_account._kept) == 16
+    assert len(cloud_account.known_accounts) == 16
 
 
 def test_no_secret_lies_in_what_is_kept() -> None:
     found()
-    assert "s1" not in repr(cloud_account._kept)
+    assert "s1" not in repr(cloud_account.known_accounts)

@@ -59,7 +59,7 @@ def test_without_links_files_are_saved_and_repositories_work_where_a_rename_can_
 def test_without_any_atomic_create_a_repository_is_refused_with_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(files, "_rename_if_absent", failing(number))
+    monkeypatch.setattr(files, "rename_if_absent", failing(number))
     with pytest.raises(StoreError, match=r"cannot hold a repository.*neither hard links.*nor a rename.*s3://"):
         fastckpt.Checkpointer(tmp_path / "run", {"a": torch.zeros(1)}, spot=None)
     assert not [name for _, _, names in os.walk(tmp_path) for name in names]

@@ -410,11 +410,11 @@ def test_the_metadata_service_can_be_asked(end: End) -> None:
 
 
 def test_kernels_are_not_compiled_then(ended: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(select, "_compiling", select._Compiling())
-    monkeypatch.setattr(select, "_native_available", lambda: False)
+    monkeypatch.setattr(select, "compiling", select.Compiling())
+    monkeypatch.setattr(select, "native_is_available", lambda: False)
     monkeypatch.delenv(select.ENV, raising=False)
     select.warm_up()
-    assert not select._compiling.under_way()
+    assert not select.compiling.under_way()
 
 
 def test_who_is_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,7 +67,7 @@ ACTS = st.lists(
 def test_slabs_are_counted_exactly(budget: int, acts: list[tuple[Any, Any, Any]]) -> None:
     memory = Memory()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool_module, "_pageable", memory.pageable)
+        patch.setattr(pool_module, "pageable", memory.pageable)
         patch.setattr(pool_module, "empty_host_cache", lambda: None)  # there may be no device whose cache it is
         _check_slabs(SlabPool(budget, memory.pinned), memory, acts)
 

@@ -119,7 +119,7 @@ def test_without_host_memory_the_save_fails_at_its_caller(store: HeldStore, monk
             raise MemoryError(f"{n_bytes} bytes, as the test wants it")
 
         with monkeypatch.context() as patch:
-            patch.setattr(pool_module, "_pageable", none_left)
+            patch.setattr(pool_module, "pageable", none_left)
             training.step()
             with pytest.raises(MemoryError, match="as the test wants"):
                 ckpt.step(2)
@@ -136,7 +136,7 @@ def test_without_host_memory_the_save_fails_at_its_caller(store: HeldStore, monk
 
 def test_a_ring_that_finds_no_memory_midway_fails(store: HeldStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the training thread has what the first slabs need; what a background thread asks for later is refused."""
-    training, made = Training(64), pool_module._pageable
+    training, made = Training(64), pool_module.pageable
     one = options(host_budget_bytes=32 * MIB)
 
     def for_main_only(n_bytes: int) -> torch.Tensor:
@@ -151,7 +151,7 @@ def test_a_ring_that_finds_no_memory_midway_fails(store: HeldStore, monkeypatch:
         ckpt.step(training.step())
         ckpt.wait(SHORT_S)
         with monkeypatch.context() as patch:
-            patch.setattr(pool_module, "_pageable", for_main_only)
+            patch.setattr(pool_module, "pageable", for_main_only)
             patch.setattr(SlabPool, "give_back", keep_none)
             ckpt.step(training.step())
             training.step()  # its fence ends with the snapshot

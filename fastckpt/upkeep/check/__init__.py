@@ -1,1 +1,1 @@
-"""Everything that can be known about a container or a repository without loading it."""
+"""Checks of a container or a repository: everything that can be found out without loading it."""

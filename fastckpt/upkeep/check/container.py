@@ -1,4 +1,4 @@
-"""Everything that can be known about a container without loading it: every checksum, every chunk decoded, every finding listed."""
+"""Checks a container without loading it: every checksum, every chunk decoded, every finding listed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ContainerReport:
     raw_bytes: int = 0
     damage: list[Damage] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
-    """Sentences about what this version cannot read, so cannot vouch for."""
+    """Sentences about parts that this version cannot read, and so cannot vouch for."""
 
     @property
     def ok(self) -> bool:
@@ -36,7 +36,8 @@ class ContainerReport:
 
 
 def check_container(source: Source, progress: Callable[[int, int], None] = lambda done, total: None) -> ContainerReport:
-    """Read and verify every byte of a container. Damage is reported, never raised. Takes 8 MiB besides the index, whatever the size.
+    """Read and verify every byte of a container. Damage is reported, never raised. Takes 8 MiB besides the index, for any size of
+    container.
 
     Args:
         progress: called on this thread with chunks done and chunks in all.

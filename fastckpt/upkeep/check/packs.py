@@ -1,9 +1,9 @@
-"""Every pack that checkpoints use, read once: crc64nvme of the whole, and every chunk decoded out of memory.
+"""Checks every pack that checkpoints use, reading it once: crc64nvme of the whole pack, and every chunk decoded from memory.
 
     votes of a checkpoint ─→ uses: which rank has which chunks in which pack ─→ what is not known yet ─→ read on workers ─→ findings
 
-Checkpoints share packs. What the first one has shown to be right is not read again for the next; what it has shown to be damaged is
-listed again, for that checkpoint.
+Checkpoints share packs. Chunks that were right for one checkpoint are not read again for the next; chunks that were damaged are listed
+again for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from fastckpt.repository.commit import read_vote_bytes
 from fastckpt.store.base import Store
 from fastckpt.upkeep.check.report import ReportBuilder
 
-_LARGE_PACK_BYTES = 64 << 20  # twice what our writer makes; a larger one is kept in memory only if the budget has room
+_LARGE_PACK_BYTES = (
+    64 << 20
+)  # twice the size that our writer makes; a larger pack is kept in memory only if the budget allows it
 
 
 def check_packs(
@@ -44,10 +46,10 @@ def check_packs(
     found: ReportBuilder,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Read all packs of these checkpoints and enter what is damaged. Their votes have been checked.
+    """Read all packs of these checkpoints and report damage. Their votes were checked before.
 
-    commits: the oldest first; the save that wrote a pack uses all of it, so what later ones share is known by then. sizes: length in
-    bytes of every object that is there, by key. needed_bytes: of the packs that will be read, for `progress`, which is called on this
+    commits: oldest first. The save that wrote a pack uses all of it, so later checkpoints share only chunks that are known by then. sizes:
+    length in bytes of every existing object, by key. needed_bytes: of the packs that will be read, for `progress`, which is called on this
     thread.
     """
     pool = WorkerPool(options.threads, "fastckpt-check")
@@ -78,19 +80,19 @@ class _BadChunk(NamedTuple):
 
 
 class _Result(NamedTuple):
-    """What a worker found in a pack."""
+    """A worker's findings in a pack."""
 
     n_bytes: int
     crc: int | None
     """Checksum of the whole pack. None: it was not read as a whole."""
     too_large: bool
     good: list[bytes]
-    """Identities of the chunks that are right."""
+    """Identities of the right chunks."""
     bad: list[_BadChunk]
 
 
 class _Verdicts:
-    """What is known of packs, by key, and of chunks, by an identity of 16 bytes: some 100 bytes for each chunk."""
+    """Known results: of packs by key, and of chunks by an identity of 16 bytes; some 100 bytes for each chunk."""
 
     def __init__(self) -> None:
         self.crcs: dict[str, int | None] = {}
@@ -98,7 +100,7 @@ class _Verdicts:
         self._bad: dict[bytes, Damage] = {}
 
     def enter(self, result: _Result) -> None:
-        """Remember what reading a pack has shown of its chunks."""
+        """Remember the results for the chunks of a pack that was read."""
         self._good.update(result.good)
         self._bad.update((chunk.identity, chunk.damage) for chunk in result.bad)
 
@@ -108,7 +110,7 @@ class _Verdicts:
         return True if identity in self._good else False if identity in self._bad else None
 
     def damage(self, use: _Use, number: int) -> Damage:
-        """The damage of a chunk that is known to be bad; it names the tensors of the index that it was found by."""
+        """The damage of a chunk that is known to be bad. It names the tensors of the index in which it was found."""
         return self._bad[_identity(use.entry.key, use.reader.records[number])]
 
 
@@ -134,11 +136,11 @@ class _PackCheck:
         self._verdicts = _Verdicts()
 
     def check(self, commit: Commit) -> None:
-        """Enter all damage of one checkpoint's packs. StoreError, except for objects that are missing."""
+        """Report all damage of one checkpoint's packs. StoreError, except for missing objects."""
         pending = []
         for key, uses in self._uses(commit).items():
             if key and key not in self._sizes:
-                continue  # missing: listed with all that it takes along
+                continue  # missing: listed together with the tensors that are lost with it
             known = [[self._verdicts.is_good(use, number) for number in use.numbers] for use in uses]
             self._repeat(commit, uses, known)
             if key in self._verdicts.crcs and not any(None in one for one in known):
@@ -153,13 +155,13 @@ class _PackCheck:
             self._enter(commit, key, uses, future.result())
 
     def _uses(self, commit: Commit) -> dict[str, list[_Use]]:
-        """Packs by key. Key "": chunks that store nothing, as they are constant."""
+        """Uses of packs, by key. Key "": chunks without stored bytes (constant ones)."""
         uses: dict[str, list[_Use]] = defaultdict(list)
         for rank in range(commit.world):
             try:
                 reader = self._open(commit, rank)
             except (CorruptCheckpointError, UnsupportedFormatError, ObjectNotFoundError):
-                continue  # listed by the check of the votes
+                continue  # the check of the votes has listed it
             unread = set(records.unsupported(reader.records))
             by_file: dict[int, list[int]] = defaultdict(list)
             for number, file in enumerate(reader.records["file"].tolist()):
@@ -171,13 +173,13 @@ class _PackCheck:
         return uses
 
     def _open(self, commit: Commit, rank: int) -> Reader:
-        """A vote whose packs are read from this thread's memory where they are held there."""
+        """Open a vote. Its packs are read from this thread's memory, if the thread holds them."""
         name = commit.vote(rank)
         source = BytesSource(read_vote_bytes(self._store, name), f"{self._store.url}/{keys.vote_key(name)}")
         return Reader.open_vote(source, self._held.source)
 
     def _repeat(self, commit: Commit, uses: Sequence[_Use], known: Sequence[Sequence[bool | None]]) -> None:
-        """List the damage that an earlier checkpoint has shown, with the tensors of this one."""
+        """List damage that is known from an earlier checkpoint, with the tensors of this one."""
         for use, verdicts in zip(uses, known, strict=True):
             for number, verdict in zip(use.numbers, verdicts, strict=True):
                 if verdict is False:
@@ -185,7 +187,7 @@ class _PackCheck:
                     self._found.add(use.entry.key, [again], commit.checkpoint, rank=use.rank)
 
     def _read_pack(self, key: str, uses: Sequence[_Use]) -> _Result:
-        """On a worker: read a pack whole, then decode its chunks out of memory."""
+        """Runs on a worker: read a pack as a whole, then decode its chunks from memory."""
         n_bytes = self._sizes[key] if key else 0
         too_large = n_bytes > self._large_bytes
         crc = self._held.hold(key, n_bytes) if key and not too_large else None
@@ -205,7 +207,7 @@ class _PackCheck:
         return _Result(n_bytes, crc, too_large, good, bad)
 
     def _enter(self, commit: Commit, key: str, uses: Sequence[_Use], result: _Result) -> None:
-        """Remember what a worker found, and list it."""
+        """Remember and report a worker's findings."""
         report = self._found.report
         self._verdicts.enter(result)
         for chunk in result.bad:
@@ -226,7 +228,7 @@ class _PackCheck:
         self._compare_crcs(commit, key, uses, {chunk.rank for chunk in result.bad})
 
     def _compare_crcs(self, commit: Commit, key: str, uses: Sequence[_Use], bad_ranks: Collection[int]) -> None:
-        """Compare the checksum of a whole pack. If no chunk is hurt, the damage lies in bytes that this checkpoint does not use."""
+        """Compare the checksum of a whole pack. If all chunks are right, the damage lies in bytes that this checkpoint does not use."""
         crc = self._verdicts.crcs[key]
         for use in uses:
             if crc is not None and crc != use.entry.crc64nvme and self._sizes[key] == use.entry.n_bytes:
@@ -237,14 +239,14 @@ class _PackCheck:
 
 
 def _identity(key: str, record: Any) -> bytes:
-    """Identity of a chunk in a pack: a digest of key, place and everything that the chunk is checked against."""
+    """Identity of a chunk in a pack: a digest of key, place and all values that the chunk is checked against."""
     bare = record.copy()
     bare["file"] = 0
     return digest(key.encode() + bare.tobytes())
 
 
 class HeldPack:
-    """The pack whose chunks a thread is checking, in its memory: a pack is one request, however many chunks it has."""
+    """The pack whose chunks a thread is checking, in memory: a pack costs one request, for any number of chunks."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -255,7 +257,7 @@ class HeldPack:
         return HeldSource(self._store, file, self._local)
 
     def hold(self, key: str, n_bytes: int) -> int | None:
-        """Read a pack whole into this thread's memory. Returns its crc64nvme; None if it went or shrank meanwhile."""
+        """Read a pack whole into this thread's memory. Returns its crc64nvme; None if it was deleted or became shorter meanwhile."""
         data = np.empty(n_bytes, np.uint8)
         try:
             self._store.get_into(key, 0, data)

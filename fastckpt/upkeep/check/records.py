@@ -1,4 +1,4 @@
-"""The small objects of a repository: marker, epochs, commits and tombstones, pins. What they say of each other."""
+"""Checks the small objects of a repository: marker, epochs, commits and tombstones, pins; and whether they agree with each other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastckpt.upkeep.check.report import ReportBuilder
 
 @dataclass
 class Records:
-    """The records that could be read, and the checkpoints whose record could not."""
+    """The records that could be read, and the checkpoints whose records could not."""
 
     epochs: dict[int, Epoch] = field(default_factory=dict)
     commits: dict[CheckpointId, Commit] = field(default_factory=dict)
@@ -39,7 +39,7 @@ def check_marker(store: Store, inventory: Inventory, found: ReportBuilder) -> No
 
 
 def read_records(repository: Repository, inventory: Inventory, found: ReportBuilder) -> Records:
-    """Read every epoch record, and what stands at every commit key."""
+    """Read every epoch record, and the record at every commit key."""
     read = Records()
     _read_epochs(repository, inventory, read, found)
     for checkpoint in inventory.commits:
@@ -66,7 +66,7 @@ def _read_epochs(repository: Repository, inventory: Inventory, read: Records, fo
 
 
 def _commit_or_gone(repository: Repository, checkpoint: CheckpointId) -> Commit | Tombstone | Literal["gone"]:
-    """What stands at a commit key. "gone": nothing any more; it was a tombstone that retention has deleted since the LIST."""
+    """Read the record at a commit key. "gone": it does not exist any more; it was a tombstone that retention has deleted since the LIST."""
     try:
         return repository.commit(checkpoint)
     except ObjectNotFoundError:
@@ -74,7 +74,7 @@ def _commit_or_gone(repository: Repository, checkpoint: CheckpointId) -> Commit 
 
 
 def check_parents(read: Records, found: ReportBuilder) -> None:
-    """Compare the digest by which each record names its parent with the parent's record, where that is there."""
+    """Compare each record's digest of its parent with the parent's record, if that exists."""
     parents: list[tuple[str, Parent | None]] = [(keys.epoch_key(n), e.parent) for n, e in read.epochs.items()]
     parents += [(keys.commit_key(c), commit.parent) for c, commit in read.commits.items()]
     for key, parent in parents:
@@ -85,7 +85,7 @@ def check_parents(read: Records, found: ReportBuilder) -> None:
 
 
 def check_pins(store: Store, inventory: Inventory, read: Records, found: ReportBuilder) -> None:
-    """Read every pin. A pin that is gone since the LIST was taken back: that is not damage."""
+    """Read every pin. A pin that is missing since the LIST was removed by its owner: that is not damage."""
     for info in inventory.pins.values():
         key, modified_s = info.key, info.modified_s
         try:

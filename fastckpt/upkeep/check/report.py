@@ -1,4 +1,4 @@
-"""What a check of a repository reports, and the builder that its stages report to."""
+"""The report of a repository's check, and the builder that collects it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong."""
+    """One problem that was found."""
 
     key: str
     damage: Damage
@@ -75,16 +75,16 @@ class RepositoryReport:
     repository: str | None = None
     findings: list[Finding] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
-    """Sentences about what this version cannot read, so cannot vouch for."""
+    """Sentences about objects that this version cannot read, and so cannot vouch for."""
     notes: list[str] = field(default_factory=list)
-    """Sentences about what is not damage, but good to know."""
+    """Sentences about facts that are not damage, but good to know."""
     checkpoints: list[CheckpointState] = field(default_factory=list)
     """Newest first."""
     unfinished: list[UnfinishedSave] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
     history: tuple[CheckpointId, ...] = ()
     packs: int = 0
-    """How many packs were read whole. `pack_bytes` and `chunks` count what was in them. 0 for a quick check."""
+    """Number of packs that were read as a whole. `pack_bytes` and `chunks` count their content. 0 for a quick check."""
     pack_bytes: int = 0
     chunks: int = 0
 
@@ -94,7 +94,7 @@ class RepositoryReport:
 
 
 class ReportBuilder:
-    """Collects what the stages of one check find. One thread: workers hand their results to the thread that waits for them."""
+    """Collects the findings of one check's stages. One thread: workers hand their results to the thread that waits for them."""
 
     def __init__(self, report: RepositoryReport) -> None:
         self.report = report
@@ -109,11 +109,11 @@ class ReportBuilder:
         rank: int | None = None,
         rank_lost: bool = False,
     ) -> None:
-        """Enter damage of one object as findings."""
+        """Add damage of one object as findings."""
         self.report.findings += [Finding(key, item, checkpoint, rank, rank_lost) for item in damage]
 
     def add_unsupported(self, words: str, checkpoint: CheckpointId | None = None) -> None:
-        """Enter what only a newer version reads. checkpoint: the one that needs it."""
+        """Report an object that only a newer version can read. checkpoint: the one that needs it."""
         self.report.not_checked.append(words)
         if checkpoint is not None:
             self._unsupported.add(checkpoint)
@@ -127,7 +127,7 @@ class ReportBuilder:
         rank: int | None = None,
         rank_lost: bool = False,
     ) -> T | None:
-        """The value of `read`. If the object is missing, damaged or unsupported, that is entered and None is returned."""
+        """Return the result of `read`. If the object is missing, damaged or unsupported, report that and return None."""
         try:
             return read()
         except ObjectNotFoundError:
@@ -148,8 +148,8 @@ class ReportBuilder:
     ) -> RepositoryReport:
         """Enter the state of every checkpoint, from the findings.
 
-        chosen: those that were looked into. inside: the history; None if it cannot be known. retired_since: asked for each damaged
-        checkpoint; a running job's retention may delete a checkpoint while it is checked, and that is not damage.
+        chosen: the checked ones. inside: the history; None if it cannot be known. retired_since: asked for each damaged checkpoint; a
+        running job's retention may delete a checkpoint while it is checked, and that is not damage.
         """
         report = self.report
         by_checkpoint: dict[CheckpointId, list[Finding]] = defaultdict(list)

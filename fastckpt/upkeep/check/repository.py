@@ -1,4 +1,4 @@
-"""Everything that can be known about a repository: every record, every vote, every byte of every pack, and what does not belong.
+"""Checks a repository: every record, every vote, every byte of every pack, and objects that do not belong there.
 
     LIST ─→ records ─→ votes (indexes, lengths of packs) ─→ packs, each once: crc64nvme of the whole, every chunk decoded ─→ report
 
@@ -40,7 +40,7 @@ def check_repository(
 
     Args:
         progress: called on this thread with the bytes of packs that are read and the bytes of all of them.
-        steps: look into checkpoints of these steps only; None for all. Records are read all the same.
+        steps: check only checkpoints of these steps; None for all. Records are read in any case.
         quick: check packs by their length only.
         options: None for the defaults.
 
@@ -49,7 +49,7 @@ def check_repository(
     """
     store = repository.store
     found = ReportBuilder(RepositoryReport(repository.url, quick))
-    # One LIST in the order of keys: commits before data before votes. A commit that it shows has its packs in it too.
+    # One LIST in the order of keys: commits before data before votes. So the packs of each listed commit are listed, too.
     inventory = take_inventory(store)
     sizes = inventory.sizes
     check_marker(store, inventory, found)

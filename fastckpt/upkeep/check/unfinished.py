@@ -1,4 +1,6 @@
-"""What belongs to no checkpoint: saves without a commit record, leftovers of retired and superseded ones, and objects of others."""
+"""Finds objects that belong to no checkpoint: saves without a commit record, leftovers of retired and superseded saves, and foreign
+objects.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def check_unfinished(
         commit = read.commits.get(save.checkpoint)
         if save.checkpoint not in taken:
             if _is_committed_or_unreadable(repository, save):
-                continue  # since the LIST
+                continue  # committed since the LIST
             state, why = _completable(repository.store, save, votes, inventory, named)
         elif commit is not None and commit.save == save:
             continue
@@ -38,8 +40,8 @@ def check_unfinished(
             packs = tuple(key for key in packs if key not in named)
             state, why = "superseded", f"try {commit.save.attempt} of this step was committed"
         elif save.checkpoint in read.unreadable:
-            continue  # the votes of a damaged record: `salvage` reads them
-        else:  # retired: the next passes of retention delete these
+            continue  # votes of a damaged commit record, for `salvage`
+        else:  # retired: the next passes of retention delete these objects
             waiting_bytes += _n_bytes(inventory, [key for key in packs if key not in named], votes)
             continue
         if votes or packs:
@@ -59,7 +61,7 @@ def _n_bytes(inventory: Inventory, packs: Sequence[str], votes: Sequence[VoteNam
 
 
 def _is_committed_or_unreadable(repository: Repository, save: SaveId) -> bool:
-    """Whether there is a commit record by now. Asks the store again."""
+    """Whether a commit record exists by now. Asks the store again."""
     try:
         repository.commit(save.checkpoint)
     except ObjectNotFoundError:
@@ -72,7 +74,7 @@ def _is_committed_or_unreadable(repository: Repository, save: SaveId) -> bool:
 def _completable(
     store: Store, save: SaveId, votes: Sequence[VoteName], inventory: Inventory, named: set[str]
 ) -> tuple[str, str]:
-    """State of a save without a commit record, and why. Adds the packs that its votes name to `named`."""
+    """The state of a save without a commit record, and the reason. Adds the packs that its votes name to `named`."""
     try:
         names = complete_set(votes, str(save))
     except RepositoryError as error:
@@ -102,7 +104,7 @@ def note_leftovers(
 ) -> None:
     """Enter notes about objects that no checkpoint needs. named: keys of all packs that are needed by something.
 
-    all_steps: every checkpoint was looked into, so that a pack which is not named really belongs to none.
+    all_steps: every checkpoint was checked, so a pack that is not named really belongs to none.
     """
     notes = found.report.notes
     for key in inventory.unknown:

@@ -1,4 +1,4 @@
-"""The votes of a checkpoint: each index checked whole, the packs that it names by length, and the commit record that follows from them."""
+"""Checks the votes of a checkpoint: each index completely, the lengths of its packs, and the commit record that follows from the votes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fastckpt.upkeep.check.report import ReportBuilder
 
 
 def check_votes(store: Store, commit: Commit, sizes: Mapping[str, int], found: ReportBuilder) -> set[str]:
-    """Check all votes of a checkpoint. Returns the keys of the packs that they name, missing ones too.
+    """Check all votes of a checkpoint. Returns the keys of the packs that they name, missing packs included.
 
-    sizes: length in bytes of every object that is there, by key.
+    sizes: length in bytes of every existing object, by key.
     """
     checkpoint = commit.checkpoint
     named: set[str] = set()
@@ -54,14 +54,14 @@ def _check_lengths(commit: Commit, rank: int, reader: Reader, sizes: Mapping[str
         n_bytes = sizes.get(file.key)
         if n_bytes != file.n_bytes:
             what = "no such object" if n_bytes is None else f"{n_bytes} bytes"
-            # Which tensors are lost of a pack that is there is found chunk by chunk, unless the check is quick.
+            # For an existing pack, lost tensors are found chunk by chunk, unless the check is quick.
             lost = reader.tensors_of_file(number) if n_bytes is None or found.report.quick else ()
             damage = Damage("pack", "length", f"{file.n_bytes} bytes", what, lost)
             found.add(file.key, [damage], commit.checkpoint, rank=rank)
 
 
 def _compare(commit: Commit, votes: Sequence[Vote], found: ReportBuilder) -> None:
-    """Compare the commit record with the one that follows from the votes: it follows from them alone, so any difference is damage."""
+    """Compare the commit record with the one that follows from the votes. It follows from the votes alone, so any difference is damage."""
     key = keys.commit_key(commit.checkpoint)
     expected = found.read(key, lambda: commit_of(votes, key), commit.checkpoint)
     if expected is None or _without_digest(expected) == _without_digest(commit):
@@ -75,7 +75,7 @@ def _without_digest(commit: Commit) -> bytes:
 
 
 def _differ(a: Any, b: Any) -> bool:
-    """Whether two values of a record differ. NaN is equal to itself here."""
+    """Whether two values of a record differ. NaN counts as equal to NaN here."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() != b.keys() or any(_differ(a[key], b[key]) for key in a)
     both_nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)

@@ -1,4 +1,4 @@
-"""What can still be read of a damaged checkpoint: every tensor that verifies, and for each that does not, where an older one is.
+"""Saves what can still be read of a damaged checkpoint: every tensor that verifies; and finds older versions of the others.
 
     votes (by the commit record, or by listing) ─→ every chunk read once ─→ good tensors → container, lost ones → report
 

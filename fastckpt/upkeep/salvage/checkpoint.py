@@ -1,6 +1,6 @@
-"""Salvage of one checkpoint, rank by rank.
+"""Salvages one checkpoint, rank by rank.
 
-The packs are read twice: once to find out which chunks are good, once to write them. So no tensor is ever in memory as a whole.
+The packs are read twice: once to find the good chunks, once to write them. So no whole tensor is ever in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def salvage(
     options: Options | None = None,
     progress: Progress = lambda done, total: None,
 ) -> SalvageReport:
-    """Write every tensor that verifies to `directory`/rank-00000.fckpt …, and the rest to `directory`/report.json.
+    """Write every tensor that verifies to `directory`/rank-00000.fckpt …, and a report of the others to `directory`/report.json.
 
     Each file is a container of {dotted name: tensor}. Existing files of these names are replaced. The repository is not changed. Takes
     12 MiB for each of `options.threads` and 64 MiB more, and the index of one rank. Damage is reported, never raised.

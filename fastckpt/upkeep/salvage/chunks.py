@@ -1,4 +1,4 @@
-"""Chunks of a stored index: which of them are damaged, and their bytes when a new container is written from them."""
+"""Chunks of a stored index: finds the damaged ones, and supplies the bytes of the others for a new container."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bad_chunks(
 ) -> dict[int, Damage]:
     """Read and decode chunks on several threads. Returns the damage of each chunk that is damaged, missing or unsupported.
 
-    progress: called on any of the threads, one at a time, with chunks done and chunks in all.
+    progress: called on any of the threads, but only on one at a time, with chunks done and chunks in all.
     """
     unread = set(records.unsupported(reader.records))
     bad: dict[int, Damage] = {}
@@ -64,7 +64,7 @@ def bad_chunks(
 
 
 class StoredBytes:
-    """The bytes of storages, by number, out of the chunks that hold them. The last few chunks are kept. Any thread."""
+    """The bytes of storages, by number, from the chunks that hold them. Keeps the last few chunks. Any thread."""
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
@@ -84,7 +84,7 @@ class StoredBytes:
             done += n
 
     def _pieces_of(self, storage: int) -> tuple[list[int], list[StoredPiece]]:
-        """Where in the storage each of its pieces starts, and the pieces (`Reader.pieces`)."""
+        """The start of each piece of a storage, and the pieces (`Reader.pieces`)."""
         with self._lock:
             found = self._pieces.get(storage)
             if found is None:
@@ -99,7 +99,7 @@ class StoredBytes:
                 return self._chunks[number]
         out = np.empty(int(self._reader.records["raw_bytes"][number]), np.uint8)
         damage = self._reader.read_chunk(number, out)
-        if damage is not None:  # it was right a moment ago
+        if damage is not None:  # the chunk was right a moment ago
             raise CorruptCheckpointError(self._reader.source.name, [damage], "Run `fastckpt salvage` once more")
         with self._lock:
             self._chunks[number] = out
@@ -120,7 +120,7 @@ class SalvagedChunks:
         self._stored_as = stored_as
 
     def raw(self, number: int, scratch: U8) -> U8:
-        """A chunk's bytes, in `scratch`. CorruptCheckpointError if they are not right any more."""
+        """A chunk's bytes, in `scratch`. CorruptCheckpointError if they have become damaged."""
         chunk = self.cuts.chunks[number]
         raw, position = scratch[: chunk.n_bytes], 0
         for piece in chunk.pieces:

@@ -1,4 +1,4 @@
-"""Where else a lost tensor is: the other checkpoints of the repository."""
+"""Finds lost tensors in the other checkpoints of the repository."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from fastckpt.upkeep.salvage.report import FoundIn, LostTensor
 
 
 class Elsewhere:
-    """Searches the other living checkpoints: those of the history first, the newest first. Indexes are read when they are needed."""
+    """Searches the other living checkpoints: first those of the history, each time from the newest to the oldest. Reads indexes when they
+    are needed.
+    """
 
     def __init__(self, repository: Repository, but: CheckpointId, world: int, options: Options) -> None:
         self._repository = repository
@@ -41,7 +43,9 @@ class Elsewhere:
         return iter(self._commits)
 
     def _readers(self, commit: Commit, rank: int) -> Iterator[tuple[int, Reader]]:
-        """The same rank's index. If the number of ranks differs, those of all ranks: a shard's place in the whole says which one it is."""
+        """Open the same rank's index. If the number of ranks differs, open those of all ranks: a shard is identified by its place in the
+        whole tensor.
+        """
         for other in [rank] if commit.world == self._world else range(commit.world):
             try:
                 yield other, open_vote(self._repository.store, commit.vote(other))
@@ -49,7 +53,7 @@ class Elsewhere:
                 _raise_if_store_failed(error)
 
     def expected(self, rank: int, why: tuple[str, ...]) -> list[LostTensor]:
-        """Guess what a rank without an index has lost: the tensors that it has in the newest other checkpoint of as many ranks."""
+        """Guess the losses of a rank without an index: the rank's tensors in the newest other checkpoint with as many ranks."""
         for commit in self._others():
             if commit.world == self._world:
                 for _, reader in self._readers(commit, rank):
@@ -60,7 +64,7 @@ class Elsewhere:
         return []
 
     def find(self, rank: int, lost: Sequence[LostTensor]) -> None:
-        """Search for lost tensors, verify them there, and enter where each was found."""
+        """Search for lost tensors, verify them there, and note where each was found."""
         missing = [tensor for tensor in lost if tensor.found_in is None]
         for commit in self._others() if missing else ():
             for other, reader in self._readers(commit, rank):
@@ -85,7 +89,9 @@ class Elsewhere:
 
 
 def _raise_if_store_failed(error: CheckpointError) -> None:
-    """A checkpoint that cannot be read is passed over; a store that does not answer is not the checkpoint's fault."""
+    """Raise if the store failed: a checkpoint that cannot be read is skipped, but a store without an answer is not the checkpoint's
+    fault.
+    """
     if isinstance(error, StoreError) and not isinstance(error, ObjectNotFoundError):
         raise error
 

@@ -1,4 +1,4 @@
-"""What a salvage reports, and how it is written down."""
+"""The report of a salvage, and its file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastckpt.host.sink import committing
 
 @dataclass(frozen=True)
 class FoundIn:
-    """Another checkpoint that has a whole tensor of the same name, shape and type."""
+    """Another checkpoint that has an undamaged tensor of the same name, shape and type."""
 
     checkpoint: CheckpointId
     rank: int
@@ -31,25 +31,25 @@ class LostTensor:
     shape: tuple[int, ...]
     why: tuple[str, ...]
     found_in: FoundIn | None = None
-    """The newest living checkpoint that has it, where the history goes before all others. None: no checkpoint has it."""
+    """The newest living checkpoint that has it; checkpoints of the history come first. None: no checkpoint has it."""
     assumed: bool = False
-    """The index is lost: another checkpoint shows that there must have been such a tensor."""
+    """The index is lost; another checkpoint shows that this tensor must have existed."""
     place: GlobalPlace | None = None
 
 
 @dataclass
 class SalvagedRank:
-    """What became of one rank."""
+    """The result for one rank."""
 
     rank: int
     file: str | None = None
     """The container with the tensors that were saved. None: no tensor could be saved."""
     saved: list[str] = field(default_factory=list)
-    """Keys of the dictionary in `file`: dotted names. Names that look alike get #2, #3, … at their end."""
+    """Keys of the dictionary in `file`: dotted names. Names that look the same get #2, #3, … at their end."""
     saved_bytes: int = 0
     lost: list[LostTensor] = field(default_factory=list)
     lost_whole: bool = False
-    """The rank's index is lost, and with it everything."""
+    """The rank's index is lost, and with it all tensors."""
     object_whole: bool = True
     """Whether the pickled object around the tensors (Python state) is undamaged; it is not part of `file`."""
     notes: list[str] = field(default_factory=list)
@@ -57,14 +57,14 @@ class SalvagedRank:
 
 @dataclass
 class SalvageReport:
-    """What `salvage` did. `nothing_lost`: all tensors of all ranks asked for were written."""
+    """The result of `salvage`. `nothing_lost`: all tensors of all requested ranks were written."""
 
     url: str
     checkpoint: CheckpointId
     attempt: int
     world: int
     commit: str
-    """"whole", or what is wrong with the commit record."""
+    """"whole", or the problem of the commit record."""
     ranks: list[SalvagedRank] = field(default_factory=list)
 
     @property
@@ -73,7 +73,7 @@ class SalvageReport:
 
     @property
     def lost(self) -> list[tuple[int, LostTensor]]:
-        """(rank, tensor) of every tensor that is lost."""
+        """(rank, tensor) of every lost tensor."""
         return [(rank.rank, tensor) for rank in self.ranks for tensor in rank.lost]
 
 

@@ -1,7 +1,7 @@
-"""Tensors of a damaged index: which of them can be saved, and the container that they are written to.
+"""Tensors of a damaged index: finds those that can be saved, and writes them to a container.
 
-No tensor is ever in memory as a whole, however large. The object that is pickled holds shells: tensors of the right form over memory that
-is reserved and never touched. The bytes come chunk by chunk from the stored ones (`SalvagedChunks`).
+No whole tensor is ever in memory. The pickled object holds shells: tensors of the right form over memory that is reserved but never
+touched. The bytes come chunk by chunk from the stored chunks (`SalvagedChunks`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastckpt.writing.background import write_now
 
 
 def sort_out(reader: Reader, bad: Mapping[int, Damage], result: SalvagedRank) -> list[TensorEntry]:
-    """Enter in `result` what is lost. Returns the tensors that can be written.
+    """Note the lost tensors in `result`. Returns the tensors that can be written.
 
     bad: the damage of every damaged chunk, by number.
     """
@@ -51,7 +51,7 @@ def sort_out(reader: Reader, bad: Mapping[int, Damage], result: SalvagedRank) ->
 
 
 def _problems(reader: Reader, bad: Mapping[int, Damage]) -> dict[int, tuple[str, ...]]:
-    """Storage → what is wrong with its chunks."""
+    """Number of a storage → problems of its chunks."""
     found = {}
     for number in range(len(reader.directory.storages)):
         wrong = [bad[chunk] for chunk, *_ in reader.pieces(number) if chunk in bad] if bad else []
@@ -62,7 +62,7 @@ def _problems(reader: Reader, bad: Mapping[int, Damage]) -> dict[int, tuple[str,
 
 
 def _cannot_write(reader: Reader, entry: TensorEntry) -> tuple[str, ...]:
-    """Why a tensor whose bytes are right cannot be written as one."""
+    """Reasons why a tensor with undamaged bytes cannot be written as a tensor."""
     if entry.kind == "quantized":
         return ("its bytes are right, but its scales are in the pickled object: load that with fastckpt restore",)
     storage = reader.directory.storages[entry.storage]
@@ -87,7 +87,7 @@ def _array_type(entry: TensorEntry) -> np.dtype[Any]:
 
 
 def _order(entry: TensorEntry) -> str | None:
-    """C or F, if the array is contiguous."""
+    """ "C" or "F" if the array is contiguous, else None."""
     for order in ("C", "F"):
         sizes = entry.shape if order == "F" else entry.shape[::-1]
         expected, step = [], 1
@@ -102,9 +102,9 @@ def _order(entry: TensorEntry) -> str | None:
 def write_tensors(
     reader: Reader, good: Sequence[TensorEntry], path: str, result: SalvagedRank, options: Options
 ) -> None:
-    """Write {dotted name: tensor} as a container, and enter it in `result`.
+    """Write {dotted name: tensor} as a container, and note it in `result`.
 
-    CorruptCheckpointError: a chunk is not right any more; TooLargeError, StoreError, OSError, SaveError.
+    CorruptCheckpointError: a chunk has become damaged; TooLargeError, StoreError, OSError, SaveError.
     """
     storages = {entry.storage for entry in good}
     n_bytes = sum(reader.directory.storages[n].n_bytes for n in storages if _has_data(reader, n))
@@ -128,7 +128,7 @@ def _has_data(reader: Reader, number: int) -> bool:
 
 
 def _unused(name: str, taken: Mapping[str, Any]) -> str:
-    """The name, or with #2, #3, … where another tensor's looks the same."""
+    """The name; with #2, #3, … if the name of another tensor looks the same."""
     unused, n = name, 2
     while unused in taken:
         unused, n = f"{name}#{n}", n + 1
@@ -136,7 +136,7 @@ def _unused(name: str, taken: Mapping[str, Any]) -> str:
 
 
 class _Shells:
-    """Makes tensors and arrays of the right form, over memory that is reserved but never touched, so that it takes no room."""
+    """Makes tensors and arrays of the right form over memory that is reserved but never touched, so that it occupies nothing."""
 
     def __init__(self, reader: Reader, stored: StoredBytes) -> None:
         self._reader = reader
@@ -150,7 +150,7 @@ class _Shells:
         dtype = getattr(torch, entry.dtype)
         if not _has_data(self._reader, entry.storage):
             return torch.empty_strided(entry.shape, entry.stride, dtype=dtype, device="meta")
-        # One for each element type: pickling refuses several views of one memory that differ in it.
+        # One for each element type: pickling refuses several views of the same memory with different types.
         storage = self._storages.get((entry.storage, entry.dtype))
         if storage is None:
             storage = self._storages[entry.storage, entry.dtype] = self._reserve(entry.storage)
@@ -164,6 +164,6 @@ class _Shells:
 
     def _array(self, entry: TensorEntry) -> Any:
         array = np.empty(entry.shape, _array_type(entry), "F" if _order(entry) == "F" else "C")
-        if not is_plain_array(array):  # it is pickled with its bytes, so those must be there
+        if not is_plain_array(array):  # it is pickled with its bytes, so the bytes must be there
             self._stored.read_into(entry.storage, 0, array.reshape(-1, order="A").view(np.uint8))
         return array

@@ -1,4 +1,4 @@
-"""The votes that make up a checkpoint, as far as they can be found and read."""
+"""Finds and reads the votes of a checkpoint, as far as possible."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def find_votes(repository: Repository, checkpoint: CheckpointId) -> Votes:
 def choose_try(names: Iterable[VoteName], commit: str) -> Votes | None:
     """Choose a try's votes without a commit record. Pure.
 
-    The first try that is complete; if none is, the one with votes of the most ranks. None: there are no votes.
-    commit: what is wrong with the commit record.
+    Takes the first complete try; without one, the try with votes of the most ranks. None: there are no votes. commit: the problem of the
+    commit record.
     """
     tries: dict[SaveId, list[VoteName]] = defaultdict(list)
     for name in names:
@@ -99,14 +99,16 @@ def _complete(names: Sequence[VoteName]) -> bool:
 
 @dataclass
 class OpenedIndex:
-    """A rank's index, or why there is none."""
+    """A rank's index, or the reason why there is none."""
 
     reader: Reader | None
     why: tuple[str, ...] = ()
 
 
 def open_index(store: Store, name: VoteName | None) -> OpenedIndex:
-    """Open a vote. If only its skeleton is damaged, open it without: each part has a digest of its own. None: the rank has no vote."""
+    """Open a vote. If only its skeleton is damaged, open it without the skeleton: each part has its own digest. name None: the rank has no
+    vote.
+    """
     if name is None:
         return OpenedIndex(None, ("this rank has not voted",))
     try:
@@ -124,7 +126,7 @@ def open_index(store: Store, name: VoteName | None) -> OpenedIndex:
 
 
 def _without_skeleton(store: Store, name: VoteName) -> Reader:
-    """Open a damaged vote whose directory, file table and records are as their digests say."""
+    """Open a damaged vote whose directory, file table and records agree with their digests."""
     key = keys.vote_key(name)
     source = f"{store.url}/{key}"
     if not container.MIN_BYTES <= store.head(key).n_bytes <= MAX_VOTE_BYTES:
@@ -134,7 +136,7 @@ def _without_skeleton(store: Store, name: VoteName) -> Reader:
     parts = []
     for part in INDEX_PARTS[:-1]:
         entry = footer.parts[part]
-        # From the end: the footer may belong to a container that is shorter than the object.
+        # Counted from the end: the footer may belong to a container that is shorter than the object.
         start = len(data) - footer.container_bytes + entry.offset
         found = data[start : start + entry.n_bytes]
         if digest(found) != entry.digest:

@@ -288,7 +288,7 @@ def test_an_optimizer_that_writes_host_memory_by_pointers_is_refused(caplog: pyt
     view = weight.detach().numpy()
     raw = np.frombuffer(view.data, np.float32)
     verified = Options(threads=1, connections=1, host_budget_bytes=256 << 20, verify_snapshot="always")
-    original = HostCopies._copy
+    original = HostCopies.make
 
     def after_the_write(self: HostCopies, copy: Copy) -> None:
         raw.flags.writeable = True
@@ -296,7 +296,7 @@ def test_an_optimizer_that_writes_host_memory_by_pointers_is_refused(caplog: pyt
         original(self, copy)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HostCopies, "_copy", after_the_write)
+        patch.setattr(HostCopies, "make", after_the_write)
         saved = train(job.state, job.step, steps=4, options=verified)
     committed = sorted(found.step for found in Catalog(Repository(saved.store)).history())
     assert committed == [1, 3, 4], "nothing of the first was left to a hook"
@@ -319,9 +319,9 @@ def test_a_fence_before_the_closure_has_run_costs_the_whole_copy(
 ) -> None:
     ours = stall_us(gpu, closure(gpu))
 
-    def early(self: FenceHooks, number: int, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._fired.add(number)
-        self._fence()
+    def early(closure: Callable[..., Any], fence: Callable[[], None]) -> Callable[..., Any]:
+        fence()
+        return closure
 
-    monkeypatch.setattr(FenceHooks, "_before_step", early)
+    monkeypatch.setattr("fastckpt.snapshot.hooks.fence_after", early)
     assert stall_us(gpu, closure(gpu)) > 2 * ours + 100
