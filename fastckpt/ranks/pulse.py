@@ -14,11 +14,14 @@ def beat_s(size: int) -> float:
     return min(8.0, max(2.0, size / 2048))
 
 
+SILENT_S = 15.0
+
+
 def silent_s(size: int) -> float:
     """Seconds after which a rank that has said nothing is taken for dead: seven beats; three where beats are slow. No survivor waits
     longer than 30 s for a decision.
     """
-    return max(15.0, 3 * beat_s(size))
+    return max(SILENT_S, 3 * beat_s(size))
 
 
 class Pulse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import logging
 import threading
@@ -23,6 +24,7 @@ from fastckpt.ranks.world import World
 logger = logging.getLogger("fastckpt")
 _LATE_S = 3.0
 """Answers come within two looks at the board: 0.2 s for 8 ranks."""
+FAREWELL_S = 3.0
 _numbers = itertools.count()
 """Teams of this process: all ranks make their Checkpointers in the same order."""
 
@@ -127,9 +129,16 @@ class Team:
                 self.agreement.changed.wait(min(seconds, 0.1))
 
     def close(self) -> None:
-        """Speak no more. May be called twice."""
+        """Speak no more. May be called twice. Rank 0, whose process may hold the board, lets the others read it: FAREWELL_S at most."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         self._woken.set()
+        with contextlib.suppress(BoardLostError):
+            self.board.join("gone", self.world.rank, b"1")
+            end_s = self.clock() + FAREWELL_S
+            while self.world.leads and self.board.n_joined("gone") < self.world.size and self.clock() < end_s:
+                self.sleep(0.02)
         close: Any = getattr(self.board, "close", None)
         if close is not None:
             close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Any
 
 import torch
@@ -113,3 +114,58 @@ def train(url: str, mode: str, steps: int, every: int) -> dict[str, torch.Tensor
             training.step(step)
             ckpt.step(step + 1)
     return {"start": torch.tensor(start), **training.tensors()}
+
+
+def hurry(silent_s: float = 4.0) -> None:
+    """Ranks are taken for dead sooner: a test cannot wait as long as people can."""
+    from fastckpt.ranks import pulse
+
+    pulse.SILENT_S = silent_s
+
+
+def train_until_killed(url: str, mode: str, pause_s: float = 0.05) -> None:
+    """Saves each step, and says which are durable."""
+    hurry()
+    training = Training(mode)
+    with checkpointer(url, training, every=Every(steps=1), close_timeout_s=25.0) as ckpt:
+        start = ckpt.restore()
+        said = start
+        for step in range(start, 100_000):
+            training.step(step)
+            if ckpt.step(step + 1):
+                return
+            durable = ckpt.stats.durable_step or 0
+            if durable > said:
+                said = durable
+                print(f"durable {durable}", flush=True)
+            time.sleep(pause_s)
+
+
+def die_before_commit(url: str, moment: str) -> int:
+    """One save; rank 0 dies when it has seen all votes. moment: before the fate is decided, before the commit record is put, or after it."""
+    hurry()
+    import signal
+
+    from fastckpt.ranks.fate import Fate
+    from fastckpt.repository import joint_commit
+
+    def die(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if dist.get_rank() == 0:
+        if moment == "before the fate":
+            Fate.commit = die  # type: ignore[method-assign]
+        elif moment == "before the put":
+            joint_commit.commit_votes = die  # type: ignore[assignment]
+        else:
+            Fate.finish = die  # type: ignore[method-assign]
+    training = Training("plain")
+    with checkpointer(url, training, every=None) as ckpt:
+        ckpt.restore()
+        return ckpt.save_now(1).wait().save.step
+
+
+def restored_step(url: str, mode: str) -> int:
+    training = Training(mode)
+    with checkpointer(url, training, every=None) as ckpt:
+        return ckpt.restore()

@@ -35,7 +35,9 @@ def test_a_link_that_is_too_slow_for_the_interval(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_by_steps_a_rank_without_room_has_a_save_abandoned_by_all(seed: int) -> None:
-    world = Simulation(4, seed=seed, every=Every(steps=12), step_s=0.5, upload_s=lambda rank: 14.0 if rank == 1 else 1.0)
+    world = Simulation(
+        4, seed=seed, every=Every(steps=12), step_s=0.5, upload_s=lambda rank: 14.0 if rank == 1 else 1.0
+    )
     world.run(calls=400)
     began = len({step for one in world.ranks for _, step in one.outcomes})
     print(seed, began, world.committed)
