@@ -10,11 +10,14 @@ from typing import Any
 
 from fastckpt import errors
 from fastckpt.errors import CheckpointError, RanksError
-from fastckpt.ranks.board import Board, member_key
+from fastckpt.ranks.board import Board, member_key, missing_members
 from fastckpt.ranks.pulse import Listener, silent_s
+from fastckpt.ranks.roles import share_s
 from fastckpt.ranks.world import World
 
 _SHOWN = 20
+_LISTENED_TO = 64
+"""Of more missing ranks only these: one that is dead is enough."""
 
 
 class Roll:
@@ -69,7 +72,7 @@ class Roll:
                     return [json.loads(value) for value in found]
             waited_s = self._clock() - started_s
             if waited_s > self._silent_s / 2:
-                missing = [rank for rank, key in enumerate(members) if self._board.get(key) is None]
+                missing = missing_members(self._board, group, self._world.size, _LISTENED_TO)
                 gone = self._gone(missing, waited_s)
                 if gone:
                     raise RanksError(
@@ -79,7 +82,7 @@ class Roll:
             pause_s = self._pause(pause_s)
 
     def _wait(self, why: str, key: str, ranks: list[int]) -> bytes:
-        started_s, pause_s = self._clock(), 0.002
+        started_s, pause_s = self._clock(), max(0.002, share_s(self._world.size, 65536))
         while True:
             found = self._board.get(key)
             if found is not None:
@@ -98,7 +101,7 @@ class Roll:
 
     def _pause(self, pause_s: float) -> float:
         self._sleep(pause_s)
-        return min(0.25, 1.5 * pause_s)
+        return min(max(0.25, share_s(self._world.size, 8192)), 1.5 * pause_s)
 
 
 def _error_bytes(error: BaseException) -> bytes:

@@ -20,7 +20,7 @@ from fastckpt.ranks.team import Team
 from fastckpt.repository.catalog import Catalog, Choice, Which, complete_pending
 from fastckpt.repository.collector import Collector
 from fastckpt.repository.commit import list_votes, require_vote, try_commit
-from fastckpt.repository.joint_commit import Cancelled, JointCommit, JointTurn, abandon
+from fastckpt.repository.joint_commit import Cancelled, JointCommit, JointTurn, abandon, begin
 from fastckpt.repository.repository import Repository, stands
 from fastckpt.repository.retention import GRACE_S, Keep, RetentionPlan, plan_retention
 from fastckpt.state import Captured
@@ -197,16 +197,18 @@ class Incarnation:
     ) -> Commit:
         assert self._team is not None
         store, fate, step = self.repository.store, turn.fate, request.save.step
-        ends = Cancelled(fate, cancelled, self._clock)
+        ends = Cancelled(fate, cancelled, self._clock, self._world)
         try:
-            with contextlib.suppress(BoardLostError):
-                fate.begin(step)
+            begin(fate, self._rank, step)
             vote = upload(captured, store, request, self._options, source, ends, self._buffers, threads)
             commit = JointCommit(store, self._team, fate, self.acknowledge, cancelled, commit_timeout_s).run(vote)
         except BaseException as error:
             if ends.why is not None and not isinstance(error, AbandonedError):
                 raise AbandonedError(step, ends.why) from error
             abandon(fate, self._rank, error)
+            if self._rank == 0:
+                with contextlib.suppress(BoardLostError):
+                    fate.forget()
             raise
         self.last = Parent(commit.checkpoint, commit.digest)
         return commit
