@@ -130,22 +130,23 @@ class CountingBoard(MemoryBoard):
         super().__init__()
         self._now, self._lost_from_s = now, lost_from_s
         self.of_second: Counter[tuple[str, int]] = Counter()
-        self.bytes_of_second: Counter[int] = Counter()
+        self.told_of_second: Counter[tuple[str, int]] = Counter()
+        """Those that nobody waits for: `set`."""
         self._known: set[int] = set()
         self._from_s: dict[str, float] = {}
 
-    def _ask(self, n: int) -> None:
+    def _ask(self, n: int, *, answered: bool = True) -> None:
         now = self._now
         if now.s >= self._lost_from_s:
             if now.rank not in self._known:  # later ones fail at once: the first is still without an answer
                 self._known.add(now.rank)
                 now.busy_s += ANSWER_S
             raise BoardLostError("its host is gone")
-        self.of_second[now.activity, int(now.s)] += n
+        (self.of_second if answered else self.told_of_second)[now.activity, int(now.s)] += n
         now.busy_s += n * OF_BOARD_S
 
     def put(self, key: str, value: bytes) -> None:
-        self._ask(1)
+        self._ask(1, answered=False)
         self._values[key] = value
         self._from_s.setdefault(key, self._now.s)
 
@@ -195,12 +196,14 @@ class CountingBoard(MemoryBoard):
         for key in keys:
             self._values.pop(key, None)
 
-    def peak(self) -> float:
-        """Most requests in one second."""
-        totals: Counter[int] = Counter()
-        for (_, second), n in self.of_second.items():
+
+def in_a_second(counted: Counter[tuple[str, int]], *names: str) -> int:
+    """Most requests in one second; of these activities or verbs, or of all."""
+    totals: Counter[int] = Counter()
+    for (name, second), n in counted.items():
+        if not names or name in names:
             totals[second] += n
-        return max(totals.values(), default=0)
+    return max(totals.values(), default=0)
 
 
 @dataclass
@@ -368,9 +371,8 @@ class Save:
     def _knows(self, rank: int, what: str) -> None:
         self.knew_s[rank], self.outcomes[rank] = self.now.s, what
         self.waiting.discard(rank)
-        if what == "abandoned" and rank == 0:
-            with contextlib.suppress(BoardLostError):
-                self.teams[0].fate("7.0").forget()
+        with contextlib.suppress(BoardLostError):
+            self.teams[rank].fate("7.0").forget()
 
     def _made(self, rank: int) -> Vote:
         """A vote whose summary has the size of a real one's."""
@@ -398,13 +400,12 @@ class Save:
         outcomes = {self.outcomes[rank] for rank in living}
         assert len(outcomes) == 1, f"ranks do not agree: {Counter(self.outcomes.values())}"
         of_rank = self.store.of_rank.get("commit", Counter())
-        began_s = max([*self.voted_s.values(), *self.dead.values()]) if outcomes == {"committed"} else None
         key = commit_key(self.save.checkpoint)
         with contextlib.suppress(commit_module.ObjectNotFoundError):
             self.now.event_s = LIMIT_S
         record = MemoryStore.get(self.store, key) if key in self.store._objects else b""
         read = sum(self.store.of_rank.get("votes", Counter()).values())
-        since_s = began_s if began_s is not None else max(self._trouble_s(), 0.0)
+        since_s = max(*self.voted_s.values(), *self.dead.values(), self._lost_s())
         return {
             "ranks": self.plan.size,
             "outcome": outcomes.pop(),
@@ -414,10 +415,11 @@ class Save:
             "store requests by verb": {
                 verb: n for (what, verb), n in sorted(self.store.of_verb.items()) if what == "commit"
             },
-            "most GET and HEAD in a second": self._most("GET", "HEAD", "GET of votes"),
-            "most PUT in a second": self._most("PUT"),
-            "most LIST pages in a second": self._most("LIST"),
-            "board requests in the busiest second": self.board.peak(),
+            "most GET and HEAD in a second": in_a_second(self.store.of_second, "GET", "HEAD", "GET of votes"),
+            "most PUT in a second": in_a_second(self.store.of_second, "PUT"),
+            "most LIST pages in a second": in_a_second(self.store.of_second, "LIST"),
+            "board requests in the busiest second": in_a_second(self.board.of_second),
+            "board sets in the busiest second": in_a_second(self.board.told_of_second),
             "board requests per second, mean": round(sum(self.board.of_second.values()) / max(self.knew_s.values())),
             "seconds until all know": round(max(self.knew_s[rank] for rank in living) - since_s, 1),
             "seconds until half know": round(
@@ -428,15 +430,8 @@ class Save:
             "board keys left": len(self.board._values),
         }
 
-    def _trouble_s(self) -> float:
-        return min([self.plan.lost_from_s, *self.dead.values()])
-
-    def _most(self, *verbs: str) -> int:
-        totals: Counter[int] = Counter()
-        for (verb, second), n in self.store.of_second.items():
-            if verb in verbs:
-                totals[second] += n
-        return max(totals.values(), default=0)
+    def _lost_s(self) -> float:
+        return 0.0 if self.plan.lost_from_s == float("inf") else self.plan.lost_from_s
 
 
 SCENARIOS: dict[str, Callable[[int], Plan]] = {

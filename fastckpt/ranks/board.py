@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import queue
+import random
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ T = TypeVar("T")
 ANSWER_S = 2.0
 """How long a store may take for one answer. It takes 0.1 ms; a machine whose cores are all busy, some 100 ms."""
 SLOW_S = 1.0
+_random = random.Random()  # of our own: drawing from the global one would change what training draws
 _AT_ONCE = 1024
 """Keys of one request."""
 _DELETED_AT_ONCE = 256
@@ -280,6 +282,10 @@ class FallbackBoard:
     def _slowly(self, key: str) -> bytes | None:
         """From the second board, whose requests cost money."""
         now_s = self._clock()
+        if (
+            self._slow_s > SLOW_S and key not in self._asked_s
+        ):  # thousands of ranks have lost the first at the same moment
+            self._asked_s[key] = now_s - self._slow_s * _random.random()
         if now_s - self._asked_s.get(key, -self._slow_s) < self._slow_s:
             return None
         found = self._second.get(key)

@@ -83,6 +83,5 @@ class Fate:
         return None if found is None else json.loads(found)
 
     def forget(self) -> None:
-        """Remove what nobody reads any more, some hundred bytes for each rank: fate and outcome stay, for a rank that is slow."""
-        ranks = range(self._world.size)
-        self._board.delete([member_key(f"{self._at}/{group}", rank) for group in ("begun", "votes") for rank in ranks])
+        """Remove what this rank has told, some hundred bytes. Fate and outcome stay, for ranks that are slow."""
+        self._board.delete([member_key(f"{self._at}/{group}", self._world.rank) for group in ("begun", "votes")])

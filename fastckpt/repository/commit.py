@@ -113,7 +113,10 @@ def read_commit(store: Store, checkpoint: CheckpointId, listed: ObjectInfo | Non
 
 
 def poll_commit(store: Store, checkpoint: CheckpointId) -> Commit | Tombstone | None:
-    """The record at the commit key of a save of one's own job, if there is one: one request, for thousands of ranks may ask. UnreadableError."""
+    """The record at the commit key of a save of one's own job, if there is one: by one request, as thousands of ranks may ask.
+
+    UnreadableError.
+    """
     key = commit_key(checkpoint)
     try:
         data = store.get(key)

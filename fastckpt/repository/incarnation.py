@@ -16,6 +16,7 @@ from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, T
 from fastckpt.format.vote import Vote
 from fastckpt.options import Options
 from fastckpt.ranks.board import BoardLostError
+from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.team import Team
 from fastckpt.repository.catalog import Catalog, Choice, Which, complete_pending
 from fastckpt.repository.collector import Collector
@@ -59,6 +60,8 @@ class Incarnation:
         self._attempts: dict[int, int] = {}
         self._collector = Collector(repository)
         self._buffers = PackBuffers()
+        self._told: Fate | None = None
+        """Of the last save that all ranks made."""
         self._sleep, self._clock = sleep, clock
 
     def choose_and_claim(
@@ -199,6 +202,12 @@ class Incarnation:
         store, fate, step = self.repository.store, turn.fate, request.save.step
         ends = Cancelled(fate, cancelled, self._clock, self._world)
         try:
+            earlier, self._told = self._told, fate
+            if (
+                earlier is not None
+            ):  # every rank has learned its outcome, or will not: nobody waits for more than a save
+                with contextlib.suppress(BoardLostError):
+                    earlier.forget()
             begin(fate, self._rank, step)
             vote = upload(captured, store, request, self._options, source, ends, self._buffers, threads)
             commit = JointCommit(store, self._team, fate, self.acknowledge, cancelled, commit_timeout_s).run(vote)
@@ -206,9 +215,6 @@ class Incarnation:
             if ends.why is not None and not isinstance(error, AbandonedError):
                 raise AbandonedError(step, ends.why) from error
             abandon(fate, self._rank, error)
-            if self._rank == 0:
-                with contextlib.suppress(BoardLostError):
-                    fate.forget()
             raise
         self.last = Parent(commit.checkpoint, commit.digest)
         return commit

@@ -45,6 +45,8 @@ _SHOWN = 20
 _MAX_PAUSE_S = 0.25
 _ASK_S = 1.0
 _MAX_PAUSE_OF_OBJECTS_S = 8.0
+_READING_S = 10.0
+"""What it takes to read the votes of 16,384 ranks from a store."""
 UNFINISHED = "abandoned: a rank gave no vote"
 _random = random.Random()  # of our own: drawing from the global one would change what training draws
 
@@ -157,7 +159,8 @@ class JointCommit:
                 since.lost_s = now_s
                 self._pause_s = max(0.5, min(_MAX_PAUSE_OF_OBJECTS_S, share_s(size, 128)))
                 logger.warning("step %d: %s. Its votes are looked for in the store", vote.info.save.step, error)
-                return self._pause_s * _random.uniform(0.5, 1)  # not all at the same time
+                # Not all at the same time; and those that commit before those that wait for it.
+                return self._pause_s * _random.uniform(0.5, 1) * (1 if self._turn is not None else 2)
             commit = self._look_at_objects(vote, now_s - since.lost_s)
         if commit is not None:
             return commit
@@ -176,7 +179,7 @@ class JointCommit:
         outcome = self._fate.outcome() if is_decided else None
         if outcome is not None:
             return self._learnt(vote, outcome)
-        if self._is_my_turn(self._fate.all_voted):
+        if self._is_my_turn(self._fate.all_voted, max(_TURN_S, share_s(self._team.world.size, 4096))):
             summaries = self._fate.votes()
             if summaries is not None:
                 return self._commit(vote, summaries)
@@ -187,7 +190,7 @@ class JointCommit:
             self._raise_if_abandoned(vote.info.save.step, self._fate.abandon(why))
         return None
 
-    def _is_my_turn(self, all_voted: Callable[[], bool]) -> bool:
+    def _is_my_turn(self, all_voted: Callable[[], bool], apart_s: float) -> bool:
         """Whether all votes have been there for so long that whoever comes before this rank would have committed."""
         if self._turn is None:
             return False
@@ -195,8 +198,7 @@ class JointCommit:
             if not all_voted():
                 return False
             self._since.complete_s = self._team.clock()
-        turn_s = self._turn * max(_TURN_S, share_s(self._team.world.size, 4096))
-        return self._team.clock() - self._since.complete_s >= turn_s
+        return self._team.clock() - self._since.complete_s >= self._turn * apart_s
 
     def _look_after_deaths(self, vote: Vote, waited_s: float) -> Commit | None:
         """It was decided to commit, and nothing came of it: if all that may commit have died, the repository alone decides."""
@@ -204,7 +206,7 @@ class JointCommit:
         size = self._team.world.size
         if waited_s - self._since.decided_s < silent_s(size) + N_COMMITTERS * _TURN_S:
             return None
-        return self._look_at_objects(vote, silent_s(size))
+        return self._look_at_objects(vote, float("inf"))
 
     def _commit(self, vote: Vote, summaries: list[dict[str, Any]]) -> Commit:
         save, world = vote.info.save, self._team.world
@@ -240,8 +242,6 @@ class JointCommit:
             raise
         finally:
             self._fate.finish(outcome)
-            with contextlib.suppress(BoardLostError):
-                self._fate.forget()
         return commit
 
     def _learnt(self, vote: Vote, outcome: dict[str, Any]) -> Commit:
@@ -283,9 +283,13 @@ class JointCommit:
 
     def _look_at_objects(self, vote: Vote, lost_s: float) -> Commit | None:
         """lost_s: for how long the board has been lost."""
-        save, limit_s = vote.info.save, silent_s(self._team.world.size)
+        save, size = vote.info.save, self._team.world.size
+        limit_s = silent_s(size) + min(_READING_S, share_s(size, 1024))
         found = poll_commit(self._store, save.checkpoint)
-        if found is None and self._is_my_turn(lambda: self._turn == 0 or has_all_votes(self._store, save)):
+        if found is None and self._is_my_turn(
+            lambda: self._turn == 0 or has_all_votes(self._store, save),
+            max(_TURN_S, min(_READING_S, share_s(size, 1024))),
+        ):
             found = try_commit(self._store, save, vote)
         if found is None and lost_s >= limit_s:
             key = commit_key(save.checkpoint)
