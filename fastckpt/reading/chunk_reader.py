@@ -18,10 +18,19 @@ from fastckpt import codec
 from fastckpt._types import U8
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
 from fastckpt.format import container, directory, directory_reader, records
-from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, INDEX_PARTS, MAGIC, MIN_BYTES, READ_SELF_CONTAINED
+from fastckpt.format.container import (
+    FOOTER_BYTES,
+    HEADER_BYTES,
+    INDEX_PARTS,
+    MAGIC,
+    MIN_BYTES,
+    READ_SELF_CONTAINED,
+    READ_SHARED,
+)
 from fastckpt.format.digest import crc64nvme, digest
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.element_types import NUMPY_PREFIX
+from fastckpt.format.shares import shared_numbers, stretch_of
 from fastckpt.format.tensor_names import dotted
 from fastckpt.host import cycle_collector
 from fastckpt.kernels.transform import HAS_BASE, Transform, transform_name
@@ -69,6 +78,7 @@ class Reader:
         self._check_records()
         with cycle_collector.held_off():
             self.directory = directory_reader.parse(parts["directory"], self.records["raw_bytes"], source.name)
+        self._check_shares()
         self._scratch = threading.local()
 
     @classmethod
@@ -125,6 +135,13 @@ class Reader:
         if damage:
             raise CorruptCheckpointError(self.source.name, damage)
 
+    def _check_shares(self) -> None:
+        shared, features = shared_numbers(self.directory.storages), self.footer.header.read_features
+        if bool(shared) != bool(features & READ_SHARED):
+            expected = f"{'' if shared else 'not '}SHARED (storages with shares: {len(shared)})"
+            damage = Damage("header", "read features", expected, f"{features:#x}")
+            raise CorruptCheckpointError(self.source.name, [damage])
+
     @property
     def holds_arrays(self) -> bool:
         """Whether some storages are NumPy arrays."""
@@ -143,16 +160,17 @@ class Reader:
             )
 
     def pieces(self, storage: int) -> Iterator[StoredPiece]:
-        """What a storage is made of, in order."""
-        raw = self.records["raw_bytes"]
-        position = 0
-        for extent in self.directory.storages[storage].extents or ():
+        """What a storage is made of, in order; of one with shares, what this rank has of it."""
+        raw, entry = self.records["raw_bytes"], self.directory.storages[storage]
+        start, own_bytes = stretch_of(entry.shares, self.directory.rank, entry.n_bytes)
+        position = start
+        for extent in entry.extents or ():
             chunk, offset, left = extent
             while left:
                 n_bytes = min(left, int(raw[chunk]) - offset)
                 yield StoredPiece(chunk, offset, position, n_bytes)
                 chunk, offset, left, position = chunk + 1, 0, left - n_bytes, position + n_bytes
-        assert position in (0, self.directory.storages[storage].n_bytes), storage
+        assert position in (start, start + own_bytes), storage
 
     @cached_property
     def _storages_of_chunk(self) -> list[list[int]]:
