@@ -67,8 +67,8 @@ def some_shares(rng: random.Random) -> list[StorageEntry]:
 def duplicated(rng: random.Random, text: str) -> str:
     """A member twice in one object."""
     members = [
-        '"bytes":1,', '"name":["x"],', '"shares":[[1,16]],', '"print":"",', '"offset":0,', '"step":7,', '"byteorder":"little",', '"storages":[],',
-        '"a":1,"a":1,',
+        '"bytes":1,', '"name":["x"],', '"shares":[[1,16]],', '"print":"",', '"offset":0,', '"step":7,', '"byteorder":"little",',
+        '"storages":[],', '"a":1,"a":1,',
     ]  # fmt: skip
     return insert_after(rng, text, "{", rng.choice(members))
 
