@@ -105,23 +105,23 @@ class Claims:
         self._claimed_by: dict[Claim, int] = {}
         """Bit r: rank r claims it."""
 
-    def add(self, listed: Directory) -> None:
-        """Enter what one rank's vote says."""
-        for claim in claims_of(listed):
-            self._claimed_by[claim] = self._claimed_by.get(claim, 0) | 1 << listed.rank
+    def add(self, rank: int, listed: Directory) -> None:
+        """Enter what one rank's vote says. One that says it is another rank's claims nothing: its extents are of another share."""
+        for claim in claims_of(listed) if listed.rank == rank else ():
+            self._claimed_by[claim] = self._claimed_by.get(claim, 0) | 1 << rank
 
-    def unmet(self, but: Collection[int] = ()) -> list[UnmetClaim]:
-        """Shares that their owners' votes do not have. but: ranks whose votes could not be read, which says nothing of them."""
+    def unmet(self) -> list[UnmetClaim]:
+        """Shares that no vote of their owners has."""
         return [
             UnmetClaim(claim, share.rank, _ranks(ranks))
             for claim, ranks in self._claimed_by.items()
             for share in claim.shares
-            if not ranks >> share.rank & 1 and share.rank not in but
+            if not ranks >> share.rank & 1
         ]
 
-    def others(self, listed: Directory) -> dict[int, tuple[int, ...]]:
+    def others(self, rank: int, listed: Directory) -> dict[int, tuple[int, ...]]:
         """For each of a vote's storages with shares, by number, the other ranks that hold it, and lose it with this one."""
-        own = ~(1 << listed.rank)
+        own = ~(1 << rank)
         return {number: _ranks(self._claimed_by.get(claim, 0) & own) for claim, number in claims_of(listed).items()}
 
 
@@ -142,10 +142,11 @@ def print_conflicts(directories: Iterable[Directory]) -> list[str]:
 
 def _conflict(claim: Claim, found: Mapping[str, Sequence[int]]) -> str:
     groups = sorted(map(sorted, found.values()))
-    shown = "; ".join(_some(ranks) for ranks in groups[:4]) + (f"; … of {len(groups)}" if len(groups) > 4 else "")
+    shown = "; ".join(some_ranks(ranks) for ranks in groups[:4]) + (f"; … of {len(groups)}" if len(groups) > 4 else "")
     return f"{dotted(claim.name)}: ranks that should hold the same bytes do not: those of {shown} are different"
 
 
-def _some(ranks: Sequence[int]) -> str:
+def some_ranks(ranks: Sequence[int]) -> str:
+    """A few ranks, in words."""
     shown = ", ".join(map(str, ranks[:8])) + (f" … ({len(ranks)})" if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

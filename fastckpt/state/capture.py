@@ -84,11 +84,9 @@ class Captured:
     """See `whole`: cheaper than making one."""
     form: object = field(default_factory=object)
     """The same object for two states that differ in nothing but bytes, addresses and what stands in the skeleton."""
-    rank: int = 0
-    """Whose state this is. Only `shares` depend on it."""
+    rank: int = 0  # whose state this is: matters for `shares` alone
     shares: dict[int, tuple[Share, ...]] = field(default_factory=dict)
-    """By a storage's number, who writes which stretch of it; where there is nothing, all of it is this rank's own. Each of these storages
-    has a first name of its own (`format.shares`)."""
+    """By a storage's number, who writes which stretch of it; where nothing stands, this rank all. Each has a first name of its own."""
     prints: dict[int, str] = field(default_factory=dict)
     """By the number of a storage with shares, what its vote says of all of its bytes: see `format.directory.StorageEntry.print`."""
     _bytes: dict[int, torch.Tensor] = field(default_factory=dict)

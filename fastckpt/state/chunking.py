@@ -78,7 +78,7 @@ def cut(storages: Iterable[StorageShape]) -> Cuts:
     ordered = sorted(storages, key=_order)
     groups: list[tuple[Chunk, ...]] = []
     first_of_group: list[tuple[bool, object, int]] = []
-    bundles: dict[tuple[str, str, bool, str], list[StorageShape]] = defaultdict(list)
+    bundles: dict[tuple[str, str, bool, str, bool], list[StorageShape]] = defaultdict(list)
     for storage in ordered:
         _, own_bytes = storage.stretch
         if not own_bytes:
@@ -87,7 +87,8 @@ def cut(storages: Iterable[StorageShape]) -> Cuts:
             groups.append(tuple(_cut_one(storage)))
             first_of_group.append(_order(storage))
         else:
-            bundles[storage.element.name, storage.role, storage.requires_grad, storage.location].append(storage)
+            alike = storage.element.name, storage.role, storage.requires_grad, storage.location
+            bundles[(*alike, storage.own is not None)].append(storage)  # others need not read what is this rank's alone
     for members in bundles.values():
         for bundle in _fill(members):
             pieces = tuple(Piece(storage.number, 0, storage.n_bytes) for storage in bundle)

@@ -128,7 +128,9 @@ def test_shards_are_cut_where_the_whole_is(element: ElementType, rows: int, row:
     splits=st.lists(st.integers(1, 8), min_size=1, max_size=3, unique=True),
 )
 @settings(deadline=None, max_examples=80)
-def test_shares_are_cut_where_the_whole_is(element: ElementType, n_elements: int, first: int, splits: list[int]) -> None:
+def test_shares_are_cut_where_the_whole_is(
+    element: ElementType, n_elements: int, first: int, splits: list[int]
+) -> None:
     width, step = element.n_bytes, chunk_bytes(element)
     n_bytes = n_elements * width
 
@@ -137,7 +139,8 @@ def test_shares_are_cut_where_the_whole_is(element: ElementType, n_elements: int
         assert sum(extent.n_bytes for extent in cuts.extents[7]) == (n_bytes if own is None else own[1])
         return [(piece.offset, piece.n_bytes) for chunk in cuts.chunks for piece in chunk.pieces]
 
-    inside = sorted({at * step - first * width % step for at in splits} & set(range(1, n_bytes)))
+    places = {at * step - first * width % step for at in splits}
+    inside = sorted(place for place in places if 0 < place < n_bytes)
     borders = [0, *inside, n_bytes]
     parts = [pieces((start, stop - start)) for start, stop in itertools.pairwise(borders)]
     assert list(itertools.chain(*parts)) == pieces(None)
