@@ -94,6 +94,10 @@ class UnmetClaim(NamedTuple):
     owner: int
     needed_by: tuple[int, ...]
 
+    def __str__(self) -> str:
+        needed_by = some_ranks(self.needed_by)
+        return f"{dotted(self.claim.name)} ({self.claim}) of {needed_by}: the vote of rank {self.owner} has no such storage"
+
 
 class Claims:
     """What all votes of a save say of their shares, entered one by one: some 500 bytes for each storage that ranks hold alike.

@@ -165,7 +165,7 @@ def test_large_storages_are_split_at_chunks_and_balanced() -> None:
 # -- what is wrong -----------------------------------------------------------------------------------------------------
 
 
-def votes_that_differ(store: MemoryStore, what: str) -> Commit:
+def votes_that_differ(store: MemoryStore, what: str) -> None:
     """Rank 1 says something else than rank 0 of what rank 1 writes."""
     begin(store, 2)
     mine = {"model": {"weight": torch.arange(100.0), "tied": torch.arange(3.0)}}
@@ -182,13 +182,38 @@ def votes_that_differ(store: MemoryStore, what: str) -> Commit:
     name = "model.other" if what == "another name" else "model.weight"
     shares: dict[str, list[tuple[int, int]]] = {} if what == "its own" else {name: weight}
     states = [shared(mine, 0, {"model.weight": [(0, 200), (1, 200)]}), shared(theirs, 1, shares)]
-    return save_shared(store, 1, 1, states)
+    for state in states:
+        vote_shared(store, 1, 1, 2, state)
+
+
+def commit_all_the_same(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> Commit:
+    """As a writer would that does not look at shares."""
+    with monkeypatch.context() as patch:
+        patch.setattr("fastckpt.format.vote.unmet_shares", lambda votes: [])
+        commit = try_commit(store, SaveId(1, 1, 0))
+    assert commit is not None
+    return commit
 
 
 @pytest.mark.parametrize("what", ["another type", "another length", "other shares", "another name", "its own"])
-def test_what_does_not_fit_is_refused_with_both_sides(what: str) -> None:
+def test_what_does_not_fit_is_not_committed(what: str) -> None:
     store = MemoryStore()
-    commit = votes_that_differ(store, what)
+    votes_that_differ(store, what)
+    with pytest.raises(
+        CorruptCheckpointError, match=r"model\.weight .* of rank 0: the vote of rank 1 has no such storage"
+    ):
+        try_commit(store, SaveId(1, 1, 0))
+    assert keys_of(store, "commits/") == []
+    (unfinished,) = check_repository(Repository(store)).unfinished
+    assert unfinished.state == "damaged"
+    assert "the vote of rank 1 has no such storage" in unfinished.why
+
+
+@pytest.mark.parametrize("what", ["another type", "another length", "other shares", "another name", "its own"])
+def test_what_does_not_fit_is_refused_with_both_sides(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore()
+    votes_that_differ(store, what)
+    commit = commit_all_the_same(store, monkeypatch)
     with pytest.raises(CorruptCheckpointError) as caught:
         open_rank(store, commit, 0)
     (damage,) = caught.value.damage

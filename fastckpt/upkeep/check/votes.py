@@ -54,10 +54,11 @@ def check_votes(store: Store, commit: Commit, sizes: Mapping[str, int], found: R
             found.add_unsupported(words, checkpoint)
     for rank, reader in short:
         _check_lengths(commit, rank, reader, sizes, claims, found)
-    for lost in found.read(keys.commit_key(checkpoint), lambda: lost_shares(store, commit, claims, unreadable)) or ():
+    losses = found.read(keys.commit_key(checkpoint), lambda: lost_shares(store, commit, claims, unreadable)) or ()
+    for lost in losses:
         key = keys.vote_key(commit.vote(lost.owner)) if lost.owner < commit.world else keys.commit_key(checkpoint)
         found.add(key, [lost.damage], checkpoint, rank=lost.owner, also_ranks=lost.needed_by)
-    if len(votes) == commit.world:
+    if len(votes) == commit.world and not losses:
         _compare(commit, votes, found)
     return named
 
