@@ -69,6 +69,12 @@ class Merging:
         self.rank = own.directory.rank
         self.needed = owners_needed(own.directory)
         self._claims = {number: claim for claim, number in claims_of(own.directory).items()}
+        self._numbers: dict[int, list[int]] = {rank: [] for rank in self.needed}
+        """The storages that have bytes in each of these votes."""
+        for number, claim in self._claims.items():
+            for share in claim.shares:
+                if share.rank != self.rank:
+                    self._numbers[share.rank].append(number)
         self._chunks: list[Records] = [own.records]
         self._files, self._sources = [*own.files], [*own.sources]
         self._origins: list[tuple[int, int]] = []
@@ -87,7 +93,8 @@ class Merging:
         theirs = claims_of(other.directory)
         by_name: dict[Name, Claim] = {claim.name: claim for claim in theirs}
         found: dict[int, tuple[Extent, ...]] = {}
-        for number, claim in self._of(rank):
+        for number in self._numbers[rank]:
+            claim = self._claims[number]
             there = theirs.get(claim)
             if there is None:
                 what = by_name.get(claim.name)
@@ -99,16 +106,12 @@ class Merging:
 
     def lose(self, rank: int, why: CorruptCheckpointError | str) -> None:
         """Remember that a rank's vote cannot be had."""
-        for number, _ in self._of(rank):
+        for number in self._numbers[rank]:
             if isinstance(why, str):
                 self._lose(number, rank, "its vote", why)
             else:
                 for item in why.damage:
                     self._lose(number, rank, item.expected, f"{item.found} ({item.part}, {item.place} of {why.source})")
-
-    def _of(self, rank: int) -> list[tuple[int, Claim]]:
-        """Storages that have bytes in a rank's vote."""
-        return [(n, claim) for n, claim in self._claims.items() if any(share.rank == rank for share in claim.shares)]
 
     def _lose(self, number: int, rank: int, expected: str, found: str) -> None:
         damage = Damage("vote", f"{dotted(self._claims[number].name)}, the share of rank {rank}", expected, found)
