@@ -142,7 +142,7 @@ def train_until_killed(url: str, mode: str, pause_s: float = 0.05) -> None:
 
 
 def die_before_commit(url: str, moment: str) -> int:
-    """One save; rank 0 dies when it has seen all votes. moment: before the fate is decided, before the commit record is put, or after it."""
+    """One save; rank 0 dies when it has seen all votes: before the fate is decided, before the commit record is put, or after it."""
     hurry()
     import signal
 
