@@ -210,27 +210,39 @@ def has_storage(tensor: torch.Tensor) -> bool:
     return torch._C._has_storage(tensor)
 
 
-def local_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A DTensor's own shard; None for other tensors. Since 2.5 (`to_local` takes part in autograd, this does not).
+def dtensor_class() -> Any:
+    """torch's DTensor; None where no program has imported it, so that there can be none. Importing it takes 0.5 s. Since 2.5."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
-    There can be DTensors only once their module was imported; importing it takes 0.5 s.
-    """
-    module = sys.modules.get("torch.distributed.tensor")
-    kind = getattr(module, "DTensor", None)
+
+def known_placements() -> tuple[type, ...]:
+    """Placements that cut as torch.chunk does: `Shard`, and the one of what FSDP has cut after tensor parallelism. Since 2.5."""
+    found = (
+        getattr(sys.modules.get("torch.distributed.tensor.placement_types"), name, None)
+        for name in ("Shard", "_StridedShard")
+    )
+    return tuple(kind for kind in found if kind is not None)
+
+
+def local_of(tensor: Any) -> torch.Tensor | None:
+    """A DTensor's own shard; None for other tensors. Since 2.5 (`to_local` takes part in autograd, this does not)."""
+    kind = dtensor_class()
     if kind is None or not isinstance(tensor, kind):
         return None
     local: torch.Tensor = tensor._local_tensor
     return local
 
 
-def offset_of_local(tensor: Any) -> tuple[int, ...] | None:
-    """Where a DTensor's shard begins in the whole; None where it is no single block of it, or torch does not tell. Since 2.5."""
-    try:
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-    except ImportError:
-        return None
-    try:
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    except (RuntimeError, NotImplementedError, ValueError, AssertionError):  # strided or partial placements
-        return None
-    return tuple(offset)
+def dtensor_around(local: torch.Tensor, like: Any) -> Any:
+    """A DTensor, without gradients, whose shard is `local`, spread as another one is. No collectives. `from_local` since 2.5.
+
+    It would move a shard that is offloaded from the mesh's devices: such a one goes by the constructor, with a `_spec`, as since 2.5.
+    """
+    kind, mesh = dtensor_class(), like.device_mesh
+    whole: Any = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    local = local.detach()
+    with torch.no_grad():
+        if local.device.type == mesh.device_type or local.is_meta:
+            return kind.from_local(local, mesh, like.placements, **whole)
+        shell = kind.from_local(torch.empty_like(local, device="meta"), mesh, like.placements, **whole)
+        return kind(local, shell._spec, requires_grad=False)
