@@ -215,6 +215,11 @@ def dtensor_class() -> Any:
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
+def sharded_tensor_class() -> Any:
+    """What came before DTensor, and still is in states of FSDP1 and torchrec. None where no program has imported it. Since 1.11."""
+    return getattr(sys.modules.get("torch.distributed._shard.sharded_tensor.api"), "ShardedTensor", None)
+
+
 def known_placements() -> tuple[type, ...]:
     """Placements that cut as torch.chunk does: `Shard`, and the one of what FSDP has cut after tensor parallelism. Since 2.5."""
     found = (

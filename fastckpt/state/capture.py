@@ -8,7 +8,7 @@ import io
 import pickle
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from fastckpt.host import cycle_collector
 from fastckpt.host.torch_names import class_of, identity, skips_data, untyped_of
 from fastckpt.kernels import kernels
 from fastckpt.state.naming import Named, Reduction, named_tensors
+from fastckpt.state.shards import Shard, placed
 
 # Smaller arrays stay in the pickle: a record, a storage entry and a range read cost more than they save.
 _ARRAY_BYTES = 64 * 1024
@@ -81,6 +82,8 @@ class Captured:
     """Storages and arrays, kept alive until `release`."""
     wholes: dict[int, torch.Tensor] = field(default_factory=dict)
     """See `whole`: cheaper than making one."""
+    shards: dict[Name, Shard] = field(default_factory=dict)
+    """Of each name that stands for a DTensor."""
     form: object = field(default_factory=object)
     """The same object for two states that differ in nothing but bytes, addresses and what stands in the skeleton."""
     _bytes: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -180,7 +183,10 @@ def is_plain_array(value: object) -> bool:
 class StorageNumbers:
     """The `persistent_id` of one save: gives numbers to the storages that pickling meets."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtensors: Mapping[int, Any] | None = None) -> None:
+        """dtensors: those of a `LocalState`."""
+        self.dtensors = dtensors or {}
+        self.shards: dict[Name, Shard] = {}
         self.storages: list[CapturedStorage] = []
         self.addresses: list[int] = []
         self.owners: list[Any] = []
@@ -305,8 +311,18 @@ def pickled(obj: object, numbers: StorageNumbers, pickle_module: Any, pickle_pro
 
 def entries(obj: object, numbers: StorageNumbers, prefix: Name = ()) -> list[TensorEntry]:
     """What the directory says of the tensors in an object that has been pickled."""
-    found = (_entry(named, numbers) for named in named_tensors(obj, prefix, numbers.reductions))
-    return [entry for entry in found if entry is not None]
+    found: list[TensorEntry] = []
+    dtensors = numbers.dtensors
+    for named in named_tensors(obj, prefix, numbers.reductions):
+        entry = _entry(named, numbers)
+        if entry is None:
+            continue
+        if dtensors and id(named.value) in dtensors:
+            numbers.shards[entry.name], rows = placed(entry, dtensors[id(named.value)])
+            found += rows
+        else:
+            found.append(entry)
+    return found
 
 
 def _has_a_say(kind: type) -> bool:

@@ -103,6 +103,14 @@ def has_partial_sums(tensor: Any) -> bool:
     return any(placement.is_partial() for placement in tensor.placements)
 
 
+def partial_sum(tensor: Any) -> str:
+    """Words for who has brought a DTensor that `has_partial_sums`."""
+    return (
+        f"a DTensor with placements {tuple(tensor.placements)} is a partial sum: its values are spread over several ranks. "
+        "Call redistribute(placements=[Replicate(), …]) first"
+    )
+
+
 def _local(tensor: Any) -> torch.Tensor:
     local = local_of(tensor)
     assert local is not None, f"{type(tensor).__name__} is no DTensor"
@@ -112,10 +120,7 @@ def _local(tensor: Any) -> torch.Tensor:
 def _cuts_of(tensor: Any) -> tuple[_Cut, ...] | None:
     """Of this rank, in the order of the mesh. None for placements of an unknown kind."""
     if has_partial_sums(tensor):
-        raise TypeError(
-            f"a DTensor with placements {tuple(tensor.placements)} is a partial sum: its values are spread over several ranks. "
-            "Call redistribute(placements=[Replicate(), …]) first"
-        )
+        raise TypeError(partial_sum(tensor))
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     cuts = []

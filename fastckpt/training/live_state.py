@@ -65,7 +65,7 @@ class LiveState:
         """Look at the objects: nothing is copied but small values. What a restore would refuse is told by the next save, whoever has
         pickled it.
         """
-        captured = self._recapturer.capture(stateful.state_of(self.targets))
+        captured = self._recapturer.capture(*stateful.state_of(self.targets))
         arrays = [] if captured.form is self._form else [e.name for e in captured.tensors if e.kind == "array"]
         self._form = captured.form
         self._untold |= self._watch.new_in(self._recapturer.pickled, arrays)
@@ -109,7 +109,7 @@ class LiveState:
                 captured, cuts = self.look()  # what is pickled now need not be for the first save
             else:
                 recapturer, sampler = Recapturer(), Sampler()
-                captured = recapturer.capture(stateful.state_of(asked))
+                captured = recapturer.capture(*stateful.state_of(asked))
                 cuts = KnownCuts().of(captured)
         except Exception as error:  # the next save will say so
             logger.info("what was restored cannot be looked at: %s: %s", type(error).__name__, error)

@@ -10,6 +10,7 @@ import torch
 from fastckpt.errors import PartialRestoreError, RestoreError
 from fastckpt.events import logger
 from fastckpt.format.tensor_names import dotted
+from fastckpt.state.local_state import LocalState, localised
 from fastckpt.training.changes import changes
 from fastckpt.training.exact import load_exactly
 from fastckpt.training.filling import Filling
@@ -59,9 +60,16 @@ def may_be_looked_at(target: Any) -> bool:
     return isinstance(target, _WITHOUT_CONSEQUENCES)
 
 
-def state_of(targets: Mapping[str, Any]) -> dict[str, Any]:
-    """What is saved: for each name the state dict, or the tensor, dict or list itself."""
-    return {name: target.state_dict() if _stateful(target) else target for name, target in targets.items()}
+def state_of(targets: Mapping[str, Any]) -> LocalState:
+    """What is saved: for each name the state dict, or the tensor, dict or list itself, with this process's parts of DTensors.
+
+    SaveError for what has no such part.
+    """
+    return localised({name: _state_of(target) for name, target in targets.items()})
+
+
+def _state_of(target: Any) -> Any:
+    return target.state_dict() if _stateful(target) else target
 
 
 def apply(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> None:
