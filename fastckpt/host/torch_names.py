@@ -251,3 +251,23 @@ def dtensor_around(local: torch.Tensor, like: Any) -> Any:
             return kind.from_local(local, mesh, like.placements, **whole)
         shell = kind.from_local(torch.empty_like(local, device="meta"), mesh, like.placements, **whole)
         return kind(local, shell._spec, requires_grad=False)
+
+
+def replicated_like(tensor: torch.Tensor, like: Any) -> Any:
+    """A DTensor that each rank of another one's mesh has all of. No collectives. `from_local` without placements since 2.5."""
+    return dtensor_class().from_local(tensor, like.device_mesh, run_check=False)
+
+
+# -- modules -------------------------------------------------------------------------------------------------------------
+
+METADATA = "_metadata"
+"""The attribute of a module's state dict that has versions of classes, by paths. Since 0.4."""
+
+
+def compiled_module_attribute(module: torch.nn.Module) -> str | None:
+    """Under which name a module that torch.compile has made has the one that it was given; None for others. Since 2.0.
+
+    There can be such modules only once theirs was imported; importing it takes 1 s.
+    """
+    kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+    return "_orig_mod" if kind is not None and isinstance(module, kind) else None

@@ -44,7 +44,7 @@ def localised(state: Any, prefix: Name = (), *, exact: bool = True) -> LocalStat
             same object each time.
 
     Raises:
-        SaveError: DTensors that are partial sums, and ShardedTensors, all by name.
+        SaveError: DTensors that are partial sums, and ShardedTensors, all by name; only if `exact`.
     """
     kinds = tuple(kind for kind in (dtensor_class(), sharded_tensor_class()) if kind is not None)
     if not kinds:
@@ -126,12 +126,13 @@ class _Walk:
 
     def _plain(self, tensor: Any, name: Name) -> Any:
         local = local_of(tensor)
-        if local is None:
+        if local is None and self._exact:
             self.problems.append(
                 f"{dotted(name)} is a ShardedTensor, which takes part in collectives when it is saved: use DTensor, FSDP2 (fully_shard) say"
             )
+        if local is None:
             return tensor
-        if has_partial_sums(tensor):
+        if has_partial_sums(tensor) and self._exact:
             self.problems.append(f"{dotted(name)}: {partial_sum(tensor)}")
             return tensor
         plain = _as(local, tensor) if self._exact else local

@@ -10,12 +10,15 @@ import torch
 from fastckpt.errors import PartialRestoreError, RestoreError
 from fastckpt.events import logger
 from fastckpt.format.tensor_names import dotted
+from fastckpt.host.torch_names import local_of
 from fastckpt.state.local_state import LocalState, localised
+from fastckpt.state.wrappers import names_inside
 from fastckpt.training.changes import changes
 from fastckpt.training.exact import load_exactly
 from fastckpt.training.filling import Filling
-from fastckpt.training.placement import Plan, copies_plainly, may_be_asked
+from fastckpt.training.placement import Plan, copies_plainly, may_be_asked, saved_names
 from fastckpt.training.rng import RNGState
+from fastckpt.training.sharded import into_dtensors, misfits, without_pattern
 
 _SHOWN = 3
 _LAZY = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)  # no shape yet
@@ -65,11 +68,15 @@ def state_of(targets: Mapping[str, Any]) -> LocalState:
 
     SaveError for what has no such part.
     """
-    return localised({name: _state_of(target) for name, target in targets.items()})
+    return localised({name: _state_of(name, target) for name, target in targets.items()})
 
 
-def _state_of(target: Any) -> Any:
-    return target.state_dict() if _stateful(target) else target
+def _state_of(name: str, target: Any) -> Any:
+    if not _stateful(target):
+        return target
+    state = target.state_dict()
+    names = names_inside(target) if isinstance(target, torch.nn.Module) else None
+    return state if names is None else names.to_inside(state, repr(name))
 
 
 def apply(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> None:
@@ -110,12 +117,23 @@ def check(targets: Mapping[str, Any], loaded: Any, source: str, plan: Plan) -> N
             + f". Give the Checkpointer a state of {', '.join(map(repr, loaded))}, or take single tensors out: `fastckpt restore` makes a "
             "file of a checkpoint, fastckpt.open reads it"
         )
-    wrong = [words for name in targets for words in _misfits(name, targets[name], loaded[name])]
+    optimizers = [name for name, target in targets.items() if isinstance(target, torch.optim.Optimizer)]
+    wrong = misfits(plan.sharded, plan.live, plan.entries, optimizers)
+    wrong += [words for name in targets for words in _misfits(name, targets[name], loaded[name])]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise RestoreError(
             f"{source} does not fit the Checkpointer's state: {'; '.join(wrong[:_SHOWN])}{more}. Nothing was changed. Make the objects as "
             "they were when it was saved, or restore another step"
+        )
+    plain = without_pattern(plan.sharded, plan.entries)
+    if plain:
+        logger.warning(
+            "%s: of %s, DTensors when they were saved, plain tensors are restored: this process's parts. No DTensor is there now that says "
+            "how they are spread",
+            source,
+            ", ".join(map(dotted, plain[:_SHOWN]))
+            + (f" and {len(plain) - _SHOWN} more" if len(plain) > _SHOWN else ""),
         )
 
 
@@ -128,6 +146,10 @@ def _misfits(name: str, target: Any, value: Any) -> list[str]:
     if not (isinstance(target, torch.nn.Module) and isinstance(value, dict) and copies_plainly(target)):
         return []
     live = target.state_dict()
+    names = names_inside(target)
+    if names is not None:
+        value = names.to_inside(names.to_own(value, live), repr(name))
+        live = names.to_inside(live, repr(name))
     return [
         *(f"{name}.{key} is not in the checkpoint" for key in live if key not in value),
         *(f"{name}.{key} of the checkpoint has no place here" for key in value if key not in live),
@@ -138,7 +160,10 @@ def _misfits(name: str, target: Any, value: Any) -> list[str]:
 def _misfit(place: str, now: Any, saved: Any, *, exact: bool = False) -> list[str]:
     if not isinstance(saved, torch.Tensor) or not isinstance(now, torch.Tensor) or isinstance(now, _LAZY):
         return []
-    if saved.shape != now.shape and (exact or saved.dim() + now.dim() > 1):  # torch takes one number for another
+    is_part = local_of(now) is not None and local_of(saved) is None  # which one is the business of `misfits`
+    if (
+        not is_part and saved.shape != now.shape and (exact or saved.dim() + now.dim() > 1)
+    ):  # torch takes one number for another
         return [f"{place} is {list(now.shape)} here and {list(saved.shape)} in the checkpoint"]
     if exact and saved.dtype != now.dtype:
         return [f"{place} is {now.dtype} here and {saved.dtype} in the checkpoint"]
@@ -165,6 +190,7 @@ def _misfits_of_groups(name: str, target: torch.optim.Optimizer, value: Any) -> 
 
 def _put(name: str, target: Any, value: Any, plan: Plan) -> list[str]:
     """Words for what has become another."""
+    value = into_dtensors(value, (name,), plan.sharded)
     if isinstance(target, RNGState):
         target.load_state_dict(value)
     elif isinstance(target, torch.nn.Module):
@@ -200,7 +226,12 @@ def _put(name: str, target: Any, value: Any, plan: Plan) -> list[str]:
 
 
 def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
-    """As `copy_`. Of an expanded tensor's elements, which torch does not write, one stands for all; TypeError if they are not alike."""
+    """As `copy_`; of a DTensor, this process's part. Of an expanded tensor's elements, which torch does not write, one stands for all:
+    TypeError if they are not alike.
+    """
+    part, content = local_of(target), local_of(value)
+    if part is not None and content is not None:
+        target, value = part, content
     if target.layout is not torch.strided or 0 not in target.stride():
         target.copy_(value)
         return
@@ -211,8 +242,10 @@ def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: Plan) -> list[str]:
-    module.load_state_dict(value)
-    now = {(name, key): t for key, t in (*module.named_parameters(), *module.named_buffers())}
+    names = names_inside(module)
+    module.load_state_dict(value if names is None else names.to_own(value, module.state_dict()))
+    name_of = saved_names(name, module, plan.entries)
+    now = {(name, name_of(key)): t for key, t in (*module.named_parameters(), *module.named_buffers())}
     saved = {key: (plan.entries[key], tensor) for key, tensor in now.items() if key in plan.entries}
     empty = [dotted(key) for key, (_, tensor) in saved.items() if tensor.is_meta and plan.locations[key] != "meta"]
     if empty:

@@ -169,18 +169,15 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.norm = nn.Linear(4, 7), nn.BatchNorm1d(7)
 
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.norm(self.a(x))
-
 
 def sharded() -> tuple[Net, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = Net()
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-    model(torch.randn(3, 4)).square().sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 0.5)
     optimizer.step()
-    optimizer.zero_grad()
     return model, optimizer
 
 
