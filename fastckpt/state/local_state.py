@@ -46,7 +46,7 @@ def localised(state: Any, prefix: Name = (), *, exact: bool = True) -> LocalStat
     Raises:
         SaveError: DTensors that are partial sums, and ShardedTensors, all by name; only if `exact`.
     """
-    kinds = tuple(kind for kind in (dtensor_class(), sharded_tensor_class()) if kind is not None)
+    kinds = _kinds()
     if not kinds:
         return LocalState(state, NO_DTENSORS)
     walk = _Walk(kinds, exact)
@@ -55,6 +55,20 @@ def localised(state: Any, prefix: Name = (), *, exact: bool = True) -> LocalStat
         more = f" and {len(walk.problems) - _SHOWN} more" if len(walk.problems) > _SHOWN else ""
         raise SaveError(f"{'; '.join(walk.problems[:_SHOWN])}{more}. Nothing was committed")
     return LocalState(found, walk.dtensors)
+
+
+def problems_in(state: Any, prefix: Name) -> list[str]:
+    """Words for each tensor that `localised` refuses."""
+    kinds = _kinds()
+    if not kinds:
+        return []
+    walk = _Walk(kinds, exact=True)
+    walk.replaced(state, prefix, 0)
+    return walk.problems
+
+
+def _kinds() -> tuple[Any, ...]:
+    return tuple(kind for kind in (dtensor_class(), sharded_tensor_class()) if kind is not None)
 
 
 class _Walk:

@@ -14,6 +14,7 @@ from fastckpt.host.torch_names import local_of
 from fastckpt.state.local_state import LocalState, localised
 from fastckpt.state.wrappers import names_inside
 from fastckpt.training.changes import changes
+from fastckpt.training.collective import refusals
 from fastckpt.training.exact import load_exactly
 from fastckpt.training.filling import Filling
 from fastckpt.training.placement import Plan, copies_plainly, may_be_asked, saved_names
@@ -38,8 +39,10 @@ def check_targets(state: Mapping[str, Any]) -> dict[str, Any]:
             problems.append(
                 f"{name!r} is {type(target).__name__}: expected an object with state_dict and load_state_dict, a tensor, a dict or a list"
             )
+        else:
+            problems += refusals(name, target)
     if problems:
-        raise TypeError("this state cannot be restored in place: " + "; ".join(problems))
+        raise TypeError("this state cannot be saved and restored in place: " + "; ".join(problems))
     return dict(state)
 
 
