@@ -29,7 +29,7 @@ LAYERS = (
     ("kernels", "trace"),
     ("events", "options"),
     ("codec", "format", "store"),
-    ("state", "spot"),
+    ("state", "spot", "ranks"),
     ("snapshot", "reading", "writing"),
     ("repository",),
     ("upkeep", "training", "api"),

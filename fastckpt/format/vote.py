@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastckpt.format.directory import Directory, FileEntry
 from fastckpt.format.fields import Findings, JsonFields
 from fastckpt.format.keys import MAX_EPOCH, MAX_TRY, SaveId, VoteName
 from fastckpt.format.repository_records import Commit, Parent, VoteEntry, metrics_to_json, parent_to_json, parse_parent
+from fastckpt.format.shares import print_conflicts
 
 
 def vote_name(save: SaveId, rank: int, world: int, data: bytes) -> VoteName:
@@ -45,6 +46,11 @@ class Vote:
     """Offset and bytes of each part of the index."""
     files: tuple[FileEntry, ...]
     """The packs that it names."""
+
+
+def replica_conflicts(votes: Iterable[Vote]) -> list[str]:
+    """What ranks of one save ought to have held alike and did not, in words: as far as their votes have prints of it."""
+    return print_conflicts(vote.directory for vote in votes)
 
 
 def part_ranges(footer: Footer) -> dict[str, tuple[int, int]]:

@@ -25,9 +25,11 @@ from fastckpt.events import logger
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId
 from fastckpt.format.repository_records import Commit, Epoch, Skipped, Tombstone
+from fastckpt.format.shares import Claims
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote, try_commit
 from fastckpt.repository.inventory import Inventory, take_inventory
+from fastckpt.repository.rank_reader import lost_shares
 from fastckpt.repository.record_reader import RecordReader
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
@@ -248,13 +250,14 @@ class Catalog:
 
 
 def verify(store: Store, commit: Commit) -> Reader:
-    """Check all that can be checked without reading packs: votes by length and digest, indexes, lengths of packs.
+    """Check all that can be checked without reading packs: votes by length and digest, indexes, shares, lengths of packs.
 
     Returns rank 0's index: those of thousands of ranks would not fit into memory. CorruptCheckpointError lists everything that is wrong or
     missing; StoreError.
     """
     damage: list[Damage] = []
     first: Reader | None = None
+    claims, unread = Claims(), set[int]()
     sizes = _sizes(store, {commit.save})
     for rank in range(commit.world):
         name = commit.vote(rank)
@@ -263,10 +266,13 @@ def verify(store: Store, commit: Commit) -> Reader:
             reader = open_vote(store, name)
         except MissingObjectError:
             damage.append(Damage("vote", key, f"{name.n_bytes} bytes", "no such object"))
+            unread.add(rank)
             continue
         except CorruptCheckpointError as error:
             damage.extend(error.damage)
+            unread.add(rank)
             continue
+        claims.add(rank, reader.directory)
         first = reader if rank == 0 else first
         for file in reader.files:
             if file.key not in sizes:
@@ -276,6 +282,7 @@ def verify(store: Store, commit: Commit) -> Reader:
                 lost = reader.tensors_of_file(reader.files.index(file) + 1)
                 what = "no such object" if found is None else f"{found} bytes"
                 damage.append(Damage("pack", file.key, f"{file.n_bytes} bytes", what, lost))
+    damage += [lost.damage for lost in lost_shares(store, commit, claims, unread)]
     if damage:
         raise CorruptCheckpointError(f"{store.url}/{keys.commit_key(commit.checkpoint)}", damage)
     assert first is not None  # a commit has a rank 0

@@ -18,8 +18,9 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from fastckpt._types import U8
 from fastckpt.errors import SaveError
-from fastckpt.format.directory import TensorEntry
+from fastckpt.format.directory import Share, TensorEntry
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
+from fastckpt.format.shares import stretch_of
 from fastckpt.format.tensor_names import Name
 from fastckpt.host import cycle_collector
 from fastckpt.host.torch_names import class_of, identity, skips_data, untyped_of
@@ -86,6 +87,11 @@ class Captured:
     """Of each name that stands for a DTensor."""
     form: object = field(default_factory=object)
     """The same object for two states that differ in nothing but bytes, addresses and what stands in the skeleton."""
+    rank: int = 0  # whose state this is: matters for `shares` alone
+    shares: dict[int, tuple[Share, ...]] = field(default_factory=dict)
+    """By a storage's number, who writes which stretch of it; where nothing stands, this rank all. Each has a first name of its own."""
+    prints: dict[int, str] = field(default_factory=dict)
+    """By the number of a storage with shares, what its vote says of all of its bytes: see `format.directory.StorageEntry.print`."""
     _bytes: dict[int, torch.Tensor] = field(default_factory=dict)
     """All bytes of storages on devices, as far as they were asked for."""
 
@@ -163,6 +169,16 @@ class Captured:
     def n_bytes(self) -> int:
         """Raw bytes of all storages that have data."""
         return sum(storage.n_bytes for storage in self.storages if storage.has_data)
+
+    @property
+    def own_bytes(self) -> int:
+        """Those of them that this rank writes."""
+        others = sum(self.storages[number].n_bytes - self.stretch(number)[1] for number in self.shares)
+        return self.n_bytes - others
+
+    def stretch(self, number: int) -> tuple[int, int]:
+        """First byte and length of what this rank writes of a storage."""
+        return stretch_of(self.shares.get(number, ()), self.rank, self.storages[number].n_bytes)
 
 
 def is_plain_array(value: object) -> bool:

@@ -82,7 +82,7 @@ def start_workers(captured: Captured, options: Options, *, background: bool = Fa
     """The threads that `write` will use; None if the state is too small to need any, or the interpreter's end allows none. background:
     nobody waits for them.
     """
-    if captured.n_bytes <= _INLINE_BYTES or options.threads == 1:
+    if captured.own_bytes <= _INLINE_BYTES or options.threads == 1:
         return None
     pool = WorkerPool(options.threads, "fastckpt-save", nice=options.background_nice if background else 0)
     # Not through the pool: what is submitted ahead may wait for memory that only the one who submits gives back.
@@ -170,7 +170,7 @@ class ChunkWriter:
         events.emit(
             events.SaveStarted(
                 target=self._target,
-                raw_bytes=self._captured.n_bytes,
+                raw_bytes=self._captured.own_bytes,
                 chunks=len(self.cuts.chunks),
                 storages=len(self._captured.storages),
                 skeleton_s=skeleton_s,
@@ -267,7 +267,14 @@ class ChunkWriter:
         """What the index says about storages and tensors. The caller adds step, rank, world and meta."""
         captured = self._captured
         storages = tuple(
-            directory.StorageEntry(s.dtype, s.n_bytes, s.location, self.cuts.extents[n] if s.has_data else None)
+            directory.StorageEntry(
+                s.dtype,
+                s.n_bytes,
+                s.location,
+                self.cuts.extents[n] if s.has_data else None,
+                captured.shares.get(n, ()),
+                captured.prints.get(n, ""),
+            )
             for n, s in enumerate(captured.storages)
         )
         writer = {

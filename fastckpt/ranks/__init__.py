@@ -1,0 +1,1 @@
+"""What the ranks of a job decide alike without a word to each other."""
