@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copyreg
-import functools
 import io
 import pickle
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +24,9 @@ from fastckpt.format.tensor_names import Name
 from fastckpt.host import cycle_collector
 from fastckpt.host.torch_names import class_of, identity, skips_data, untyped_of
 from fastckpt.kernels import kernels
-from fastckpt.state.naming import Named, Reduction, named_tensors
-from fastckpt.state.shards import Shard, placed
+from fastckpt.state.naming import Reduction
+from fastckpt.state.rows import entries, name_of, order_of
+from fastckpt.state.shards import Shard
 
 # Smaller arrays stay in the pickle: a record, a storage entry and a range read cost more than they save.
 _ARRAY_BYTES = 64 * 1024
@@ -266,7 +266,7 @@ class StorageNumbers:
         return len(self.storages) - 1
 
     def _array_id(self, array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        order = _order(array)
+        order = order_of(array)
         number = self.number_of_array.get(id(array))
         if number is None:
             flat = np.asarray(array, order=order).reshape(-1, order=order)
@@ -276,13 +276,8 @@ class StorageNumbers:
         return ("storage", UntypedStorage, str(number), "cpu", array.nbytes, "ndarray", array.dtype.str, shape, order)
 
 
-@functools.cache
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _storage_info(storage: UntypedStorage, dtype: torch.dtype, n_bytes: int, location: str) -> CapturedStorage:
-    name = _name_of(dtype)
+    name = name_of(dtype)
     if element_type(name) is None:
         raise SaveError(f"a storage of element type {name} cannot be saved: format version 1 has no such type")
     device = storage.device
@@ -325,22 +320,6 @@ def pickled(obj: object, numbers: StorageNumbers, pickle_module: Any, pickle_pro
     return buffer.getvalue()
 
 
-def entries(obj: object, numbers: StorageNumbers, prefix: Name = ()) -> list[TensorEntry]:
-    """What the directory says of the tensors in an object that has been pickled."""
-    found: list[TensorEntry] = []
-    dtensors = numbers.dtensors
-    for named in named_tensors(obj, prefix, numbers.reductions):
-        entry = _entry(named, numbers)
-        if entry is None:
-            continue
-        if dtensors and id(named.value) in dtensors:
-            numbers.shards[entry.name], rows = placed(entry, dtensors[id(named.value)])
-            found += rows
-        else:
-            found.append(entry)
-    return found
-
-
 def _has_a_say(kind: type) -> bool:
     """Whether objects of this class decide how they are pickled, so that their attributes need not be what is."""
     if issubclass(kind, (type, torch.Tensor, np.ndarray, np.generic, *_STANDARD)) or kind in copyreg.dispatch_table:
@@ -351,66 +330,3 @@ def _has_a_say(kind: type) -> bool:
         or kind.__reduce__ is not object.__reduce__
         or getattr(kind, "__getstate__", None) is not of_object
     )
-
-
-def _entry(named: Named, state: StorageNumbers) -> TensorEntry | None:
-    name, value, kind, place, _ = named
-    if isinstance(value, np.ndarray):
-        number = state.number_of_array.get(id(value))
-        if number is None:  # a small array: it is in the pickle
-            return None
-        order = _order(value)
-        dtype = NUMPY_PREFIX + value.dtype.str
-        return TensorEntry(name, dtype, value.shape, _strides(value.shape, order), 0, number, kind, False)
-    number = state.number_of_storage.get(identity(value.untyped_storage()))
-    if number is None:  # reached by name only: pickling went another way
-        return None
-    dtype = _name_of(value.dtype)
-    storage = state.storages[number]
-    if storage.dtype == "uint8" and dtype != "uint8":
-        element = element_type(dtype)
-        if element is not None and storage.n_bytes % element.n_bytes == 0:
-            storage.dtype = (
-                dtype  # torch writes its newer types through untyped storages; their width matters for the cuts
-            )
-    if storage.device is not None and covers(value, storage.n_bytes):
-        state.wholes[number] = value
-    return TensorEntry(
-        name,
-        dtype,
-        tuple(value.shape),
-        tuple(value.stride()),
-        int(value.storage_offset()),
-        number,
-        kind,
-        value.requires_grad,
-        place,
-    )
-
-
-def covers(tensor: torch.Tensor, n_bytes: int) -> bool:
-    """Whether a tensor is all of its storage's bytes, in order, so that it can stand for them."""
-    return (
-        tensor.nbytes == n_bytes
-        and not tensor.storage_offset()
-        and not tensor.is_nested
-        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and not tensor.is_quantized
-        and not tensor.is_complex()
-        and not tensor.is_neg()
-        and tensor.is_contiguous()
-    )
-
-
-def _order(array: np.ndarray[Any, Any]) -> Literal["C", "F"]:
-    """The order that pickling an array keeps."""
-    return "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-
-
-def _strides(shape: tuple[int, ...], order: str) -> tuple[int, ...]:
-    """Element strides of a contiguous array."""
-    strides, step = [], 1
-    for size in shape if order == "F" else reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(strides if order == "F" else reversed(strides))

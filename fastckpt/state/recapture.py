@@ -28,13 +28,12 @@ from fastckpt.state.capture import (
     Captured,
     CapturedStorage,
     StorageNumbers,
-    covers,
-    entries,
     pickled,
     refuse_skipping_data,
 )
 from fastckpt.state.form import PROTOCOL, Look, Plain, look_at
 from fastckpt.state.local_state import NO_DTENSORS
+from fastckpt.state.rows import covers, entries
 from fastckpt.state.shards import Shard
 
 _MAX_SPLIT = 64  # a part more costs as much as ten tensors
