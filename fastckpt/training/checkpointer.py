@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -57,8 +57,11 @@ class Checkpointer:
             is claimed (GET, HEAD and LIST are all it needs); `step` and `save_now` are refused.
         on_exception: "save" saves the last step once more when the block is left by an exception, unless the next one had begun to
             change the state.
-        close_timeout_s: seconds that a save in flight gets after such an exception.
-        grace_s: seconds for which the bytes of retired checkpoints stay.
+        close_timeout_s: seconds that a save in flight gets then.
+        replicated: of several ranks, dotted names of what is the same on all of them, beside DTensors and DistributedDataParallel, whose
+            replicas are known: ("model", "optim.state") is the object "model", and all names that begin with "optim.state.". It is
+            written once. Nobody checks it: if it is not the same, what a restore brings back is a mixture.
+        grace_s: seconds that bytes of retired checkpoints stay.
         options: every other knob; None: `Options.from_env()`.
 
     Raises:
@@ -82,6 +85,7 @@ class Checkpointer:
         read_only: bool = False,
         on_exception: Literal["save"] | None = None,
         close_timeout_s: float = 30.0,
+        replicated: Sequence[str] = (),
         grace_s: float = GRACE_S,
         options: Options | None = None,
     ) -> None:
@@ -97,7 +101,7 @@ class Checkpointer:
             )
         warm_up()  # without native kernels numba compiles for seconds: do that now, in the background, and not when a notice has come
         options = (options or Options.from_env()).shared_by(world.local_size)
-        live = LiveState(state, sampled=options.verify_snapshot != "off")
+        live = LiveState(state, sampled=options.verify_snapshot != "off", replicated=replicated)
         self._read_only = read_only
         self._closed, self._pid = False, os.getpid()
         self._broken: PartialRestoreError | None = None

@@ -33,6 +33,7 @@ from fastckpt.repository.rank_reader import open_rank
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.writing.container import index_and_footer
+from fastckpt.writing.sinks import open_sink
 
 # A quarter of a second of one S3 connection: longer reads gain nothing, shorter ones cost more requests.
 _READ_BYTES = 16 << 20
@@ -86,6 +87,18 @@ def _append(runs: list[RangeRead], run: RangeRead) -> None:
             runs[-1] = RangeRead(last.file, last.offset, n_bytes, last.chunks + run.chunks)
             return
     runs.append(run)
+
+
+def export_to(
+    path: str,
+    repository: Repository,
+    commit: Commit,
+    rank: int,
+    options: Options | None = None,
+    progress: Progress = lambda done, total: None,
+) -> int:
+    """Write a rank's state to a path, which is replaced. As `export`."""
+    return export(repository, commit, rank, open_sink(path), options, progress)
 
 
 def export(
