@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastckpt.format.directory import Directory, Share, StorageEntry, TensorEntry
 from fastckpt.format.tensor_names import Name, canonical, dotted
@@ -85,6 +85,43 @@ def claims_of(listed: Directory) -> dict[Claim, int]:
         storage = listed.storages[number]
         found[Claim(first.name, storage.dtype, storage.n_bytes, storage.shares)] = number
     return found
+
+
+class GroupClaim(NamedTuple):
+    """What one rank holds alike with others, all of it: equal on each of them, or their votes do not fit together."""
+
+    ranks: tuple[int, ...]
+    """Ascending, this one among them."""
+    digest: str
+    """Of names, types, sizes and shares of the storages; and of their bytes, if replicas are verified."""
+
+
+def group_to_json(claim: GroupClaim) -> list[Any]:
+    """As short as it can be: there may be 16,384 ranks, and as many summaries."""
+    ranks = claim.ranks
+    step = ranks[1] - ranks[0] if len(ranks) > 1 else 1
+    even = range(ranks[0], ranks[0] + step * len(ranks), step)
+    return [[even.start, even.stop, even.step] if tuple(even) == ranks else [list(ranks)], claim.digest]
+
+
+def group_of_json(value: list[Any]) -> GroupClaim:
+    """The other way."""
+    ranks, digest = value
+    return GroupClaim(tuple(range(*ranks) if len(ranks) == 3 else ranks[0]), digest)
+
+
+def groups_at_odds(groups: Sequence[Sequence[GroupClaim]]) -> tuple[int, int] | None:
+    """Two ranks that do not hold alike what they should; None if all do. groups: of each rank, by rank."""
+    claimed: dict[tuple[int, ...], dict[int, str]] = {}
+    for rank, own in enumerate(groups):
+        for claim in own:
+            claimed.setdefault(claim.ranks, {})[rank] = claim.digest
+    for ranks, digests in claimed.items():
+        first = min(digests)
+        for rank in ranks:
+            if rank != first and digests.get(rank) != digests[first]:
+                return first, rank
+    return None
 
 
 class UnmetClaim(NamedTuple):

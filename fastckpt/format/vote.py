@@ -13,7 +13,7 @@ from fastckpt.format.directory import Directory, FileEntry
 from fastckpt.format.fields import Findings, JsonFields
 from fastckpt.format.keys import MAX_EPOCH, MAX_TRY, SaveId, VoteName
 from fastckpt.format.repository_records import Commit, Parent, VoteEntry, metrics_to_json, parent_to_json, parse_parent
-from fastckpt.format.shares import Claims, print_conflicts
+from fastckpt.format.shares import Claims, GroupClaim, print_conflicts
 
 
 def vote_name(save: SaveId, rank: int, world: int, data: bytes) -> VoteName:
@@ -46,6 +46,8 @@ class Vote:
     """Offset and bytes of each part of the index."""
     files: tuple[FileEntry, ...]
     """The packs that the vote names."""
+    groups: tuple[GroupClaim, ...] = ()
+    """What its rank holds alike with others, if it was built here: one that is read has its directory to tell."""
 
 
 def replica_conflicts(votes: Iterable[Vote]) -> list[str]:

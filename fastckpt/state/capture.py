@@ -19,7 +19,7 @@ from fastckpt._types import U8
 from fastckpt.errors import SaveError
 from fastckpt.format.directory import Share, TensorEntry
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
-from fastckpt.format.shares import stretch_of
+from fastckpt.format.shares import GroupClaim, stretch_of
 from fastckpt.format.tensor_names import Name
 from fastckpt.host import cycle_collector
 from fastckpt.host.torch_names import class_of, identity, skips_data, untyped_of
@@ -91,6 +91,8 @@ class Captured:
     rank: int = 0  # whose state this is: matters for `shares` alone
     shares: dict[int, tuple[Share, ...]] = field(default_factory=dict)
     """By a storage's number, who writes which stretch of it; where nothing stands, this rank all. Each has a first name of its own."""
+    groups: tuple[GroupClaim, ...] = ()
+    """What this rank holds alike with others, all of it."""
     prints: dict[int, str] = field(default_factory=dict)
     """By the number of a storage with shares, what its vote says of all of its bytes: see `format.directory.StorageEntry.print`."""
     _bytes: dict[int, torch.Tensor] = field(default_factory=dict)

@@ -44,11 +44,14 @@ class _Seen(NamedTuple):
 class LiveState:
     """See the module. Used by the thread that trains."""
 
-    def __init__(self, state: Mapping[str, Any], *, sampled: bool, replicated: Sequence[str] = ()) -> None:
+    def __init__(
+        self, state: Mapping[str, Any], *, sampled: bool, replicated: Sequence[str] = (), verify_replicas: bool = False
+    ) -> None:
         """TypeError lists every object that cannot be restored in place. sampled: whether contents are compared. replicated: names of
-        what the user says is the same on all ranks; ValueError for those of no object.
+        what the user says is the same on all ranks; ValueError for those of no object. verify_replicas: whether that is checked.
         """
         self.targets = stateful.check_targets(state)
+        self._verify_replicas = verify_replicas
         self._replicas = Replicas(self.targets, check_replicated(replicated, self.targets))
         self.optimizers = [one for one in self.targets.values() if isinstance(one, torch.optim.Optimizer)]
         generators = {name for name, one in self.targets.items() if isinstance(one, RNGState)}
@@ -79,6 +82,8 @@ class LiveState:
     def take(self) -> Taken:
         """`look`, plus a sample of the contents."""
         captured, cuts = self.look()
+        if self._verify_replicas:
+            self._replicas.verify(captured)
         return Taken(captured, cuts, self._sampler.take(captured, cuts) if self._sampled else None)
 
     def remember(self, step: int, taken: Taken) -> None:

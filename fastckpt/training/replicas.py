@@ -16,12 +16,15 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fastckpt.events import logger
+from fastckpt.format.digest import digest
 from fastckpt.format.directory import Share, TensorEntry
 from fastckpt.format.element_types import element_type
+from fastckpt.format.shares import GroupClaim
 from fastckpt.format.tensor_names import Name, canonical, dotted
 from fastckpt.ranks.ownership import Replicated, share_out
 from fastckpt.state import Captured
@@ -71,6 +74,13 @@ class Replicas:
         self._targets, self._declared = targets, tuple(declared)
         self._form: object = None
         self._shares: dict[int, tuple[Share, ...]] = {}
+        self._groups: dict[tuple[int, ...], list[int]] = {}
+        """Ranks → the numbers of the storages that they hold alike with this one."""
+        self._claims: tuple[GroupClaim, ...] = ()
+        self._names: dict[int, Any] = {}
+        """Of those storages."""
+        self._broadcast: set[int] = set()
+        """Those that differ from rank to rank until the next forward: buffers."""
         self._unmatched = set(declared)
 
     def share(self, captured: Captured) -> None:
@@ -80,7 +90,26 @@ class Replicas:
             return
         if captured.form is not self._form:
             self._shares, self._form = self._decide(captured, rank, world), captured.form
+            self._claims = tuple(self._claim(captured, ranks) for ranks in self._groups)
         captured.rank, captured.shares = rank, self._shares
+        captured.groups = self._claims
+
+    def verify(self, captured: Captured) -> None:
+        """Enter in a captured state, shared by now, the digests of all bytes that other ranks should hold alike. Reads all of them."""
+        for numbers in self._groups.values():
+            for number in [number for number in numbers if number not in self._broadcast]:
+                data = np.empty(captured.storages[number].n_bytes, np.uint8)
+                captured.read([(number, 0, data.size)], data)
+                captured.prints[number] = digest(data).hex()
+        captured.groups = tuple(self._claim(captured, ranks) for ranks in self._groups)
+
+    def _claim(self, captured: Captured, ranks: tuple[int, ...]) -> GroupClaim:
+        rows = [
+            f"{self._names[number]!r} {captured.storages[number].dtype} {captured.storages[number].n_bytes} "
+            f"{[tuple(share) for share in self._shares[number]]} {captured.prints.get(number, '')}"
+            for number in self._groups[ranks]
+        ]
+        return GroupClaim(ranks, digest("\n".join(sorted(rows)).encode()).hex())
 
     def _decide(self, captured: Captured, rank: int, world: int) -> dict[int, tuple[Share, ...]]:
         views: dict[int, list[TensorEntry]] = defaultdict(list)
@@ -103,6 +132,12 @@ class Replicas:
         names = Counter(one.key for one in found)
         unique = [n for n, one in enumerate(found) if names[one.key] == 1 and not _has_text_for_people(one.key)]
         shares = share_out([found[n] for n in unique])
+        self._groups, self._names = {}, {}
+        self._broadcast = {numbers[n] for n in unique if found[n].only_first}
+        for n, own in zip(unique, shares, strict=True):
+            if own:
+                self._groups.setdefault(found[n].group, []).append(numbers[n])
+                self._names[numbers[n]] = found[n].key
         return {numbers[n]: own for n, own in zip(unique, shares, strict=True) if own}
 
     def _holders(self, captured: Captured, world: int) -> dict[Name, _Holders]:

@@ -114,6 +114,7 @@ def upload(
         finally:
             threads.close()
         vote, data = _build(chunks, captured, files, request, packs.stored_bytes)
+        vote = replace(vote, groups=captured.groups)
         if cancelled():  # the last moment at which the save can still be cancelled
             raise SaveError(f"the save of step {request.save.step} was cancelled. Nothing was committed")
         store.put(vote_key(vote.name), data)

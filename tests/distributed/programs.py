@@ -17,19 +17,29 @@ from fastckpt import Every, Options
 OPTIONS = {"threads": 1, "connections": 2, "host_budget_bytes": 256 << 20}
 
 
+class Block(nn.Module):
+    """What is sharded together."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.b(torch.relu(self.a(x)))
+        return found
+
+
 class Net(nn.Module):
     """A few layers that every kind of parallelism can divide, evenly and not."""
 
     def __init__(self, width: int = 30, hidden: int = 50, layers: int = 2) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"a": nn.Linear(width, hidden), "b": nn.Linear(hidden, width)}) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(Block(width, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            x = x + layer["b"](torch.relu(layer["a"](x)))
+            x = x + layer(x)
         return self.norm(x)
 
 
@@ -38,12 +48,15 @@ class Training:
 
     def __init__(self, mode: str, seed: int = 0, **sizes: int) -> None:
         torch.manual_seed(seed)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        # Ranks that hold parts of one layer see the same data.
+        self.data_rank = {"tp": 0, "fsdp_tp": rank // max(1, world // 2)}.get(mode, rank)
         self.model = parallel(Net(**sizes), mode)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.state = {"model": self.model, "optimizer": self.optimizer, "rng": fastckpt.RNGState()}
 
     def step(self, number: int) -> None:
-        generator = torch.Generator().manual_seed(1000 * number + dist.get_rank() % 7)
+        generator = torch.Generator().manual_seed(1000 * number + self.data_rank)
         first = next(m for m in self.model.modules() if isinstance(m, nn.LayerNorm))
         x = torch.randn(8, first.normalized_shape[0], generator=generator)
         self.optimizer.zero_grad()
@@ -105,15 +118,17 @@ def checkpointer(url: str, training: Training, **settings: Any) -> fastckpt.Chec
     return fastckpt.Checkpointer(url, training.state, **settings)
 
 
-def train(url: str, mode: str, steps: int, every: int) -> dict[str, torch.Tensor]:
-    """Train from what was saved, if there is anything. Returns this rank's tensors at the end, and the step that it began with."""
-    training = Training(mode, seed=os.getpid())
+def train(
+    url: str, mode: str, steps: int, every: int, seed: int, sizes: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """Train from what was saved, if there is anything: this rank's tensors at the end, and where it began."""
+    training = Training(mode, seed=seed, **(sizes or {}))
     with checkpointer(url, training, every=Every(steps=every)) as ckpt:
         start = ckpt.restore()
         for step in range(start, steps):
             training.step(step)
             ckpt.step(step + 1)
-    return {"start": torch.tensor(start), **training.tensors()}
+    return {"start": start, "tensors": training.tensors(), "rng": torch.get_rng_state()}
 
 
 def hurry(silent_s: float = 4.0) -> None:
