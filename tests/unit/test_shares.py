@@ -10,6 +10,7 @@ import torch
 
 import fastckpt
 from fastckpt.errors import CorruptCheckpointError, SaveError
+from fastckpt.format.digest import digest
 from fastckpt.format.keys import CheckpointId, SaveId, commit_key, vote_key
 from fastckpt.format.repository_records import Commit
 from fastckpt.format.shares import owners_needed
@@ -26,6 +27,7 @@ from fastckpt.repository.rank_reader import open_rank
 from fastckpt.repository.repository import Repository
 from fastckpt.state.chunking import chunk_bytes
 from fastckpt.state.chunks import storage_shapes
+from fastckpt.state.prints import prints_of
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.upkeep.check.repository import check_repository
@@ -34,6 +36,7 @@ from fastckpt.upkeep.salvage import salvage
 from tests.support.repositories import begin, check_all, commit_of, keys_of, load, save_shared, shared, vote_shared
 from tests.support.states import same
 
+MIB = 1 << 20
 WORLD = 4
 # Alike on all ranks; alike on ranks 0 and 2, and on 1 and 3; each rank's own.
 SHARES: dict[int, dict[str, list[tuple[int, int]]]] = {
@@ -316,13 +319,21 @@ def test_what_cannot_be_found_by_name_is_not_saved() -> None:
         vote_shared(store, 1, 1, 2, state)
 
 
+def test_a_print_is_the_digest_of_all_bytes() -> None:
+    values = torch.randint(-9, 9, (3 * MIB,), dtype=torch.int32)
+    state = shared({"w": values, "none": torch.empty(0)}, 1, {"w": [(0, 12 * MIB)]})
+    assert prints_of(state, [0, 1]) == {0: digest(values.numpy()).hex(), 1: digest(b"").hex()}
+
+
 def test_prints_tell_replicas_that_differ() -> None:
     store = MemoryStore()
     begin(store, 3)
     for rank in range(3):
-        prints = {"a": "0" * 32, "b": str(rank // 2) * 32}
-        state = {"a": torch.arange(5.0), "b": torch.arange(7.0), "c": torch.arange(9.0)}
-        vote_shared(store, 1, 1, 3, shared(state, rank, {name: [(0, len(state[name]) * 4)] for name in "abc"}, prints))
+        values = {"a": torch.arange(5.0), "b": torch.arange(7.0) + rank // 2, "c": torch.arange(9.0)}
+        state = shared(values, rank, {name: [(0, len(values[name]) * 4)] for name in "abc"})
+        named = {entry.storage: entry.name[0] for entry in state.tensors}
+        state.prints = prints_of(state, [number for number, name in named.items() if name != "c"])
+        vote_shared(store, 1, 1, 3, state)
     commit = try_commit(store, SaveId(1, 1, 0))
     assert commit is not None
     words = replica_conflicts([read_vote(store, commit.vote(rank)) for rank in range(3)])
