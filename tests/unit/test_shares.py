@@ -26,7 +26,7 @@ from fastckpt.repository.commit import open_vote, read_vote, try_commit
 from fastckpt.repository.rank_reader import open_rank
 from fastckpt.repository.repository import Repository
 from fastckpt.state.chunking import chunk_bytes
-from fastckpt.state.chunks import storage_shapes
+from fastckpt.state.chunks import shareable
 from fastckpt.state.prints import prints_of
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
@@ -34,7 +34,7 @@ from fastckpt.upkeep.check.repository import check_repository
 from fastckpt.upkeep.export import export
 from fastckpt.upkeep.salvage import salvage
 from tests.support.repositories import begin, check_all, commit_of, keys_of, load, save_shared, shared, vote_shared
-from tests.support.states import same
+from tests.support.states import captured, same
 
 MIB = 1 << 20
 WORLD = 4
@@ -153,7 +153,7 @@ def test_large_storages_are_split_at_chunks_and_balanced() -> None:
     states = []
     for rank in range(2):
         state = shared({**alike, "rank": torch.tensor([rank] * 1000)}, rank, {})
-        shapes = [s for s in storage_shapes(state) if s.name is not None and s.name != ("rank",)]
+        shapes = [shape for shape in shareable(state).values() if shape.name != ("rank",)]
         wanted = [Replicated(canonical(s.name or ()), s.n_bytes, chunk_bytes(s.element), (0, 1)) for s in shapes]
         state.shares = dict(zip((s.number for s in shapes), share_out(wanted), strict=True))
         states.append(state)
@@ -317,6 +317,16 @@ def test_what_cannot_be_found_by_name_is_not_saved() -> None:
     state.tensors = []
     with pytest.raises(SaveError, match="storage 0, first name: expected one of its own"):
         vote_shared(store, 1, 1, 2, state)
+
+
+def test_what_has_no_first_name_of_its_own_is_not_shareable() -> None:
+    tied = torch.arange(3.0)
+    state = captured({"a": tied, "b": tied, "c": torch.arange(4.0), "d": torch.arange(5.0), "empty": torch.empty(0)})
+    assert [shape.name for shape in shareable(state).values()] == [("a",), ("c",), ("d",)]
+    state.tensors = [entry._replace(name=("c",)) if entry.name == ("d",) else entry for entry in state.tensors]
+    assert [shape.name for shape in shareable(state).values()] == [("a",)]
+    state.tensors = []
+    assert shareable(state) == {}
 
 
 def test_a_print_is_the_digest_of_all_bytes() -> None:
