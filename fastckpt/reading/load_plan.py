@@ -21,10 +21,6 @@ class LoadPlan:
     def __init__(self, reader: Reader, wanted: Sequence[int] | None = None) -> None:
         """wanted: the only storages to load, in this order; None: all, in the order of the directory."""
         storages = reader.directory.storages
-        if any(storage.shares for storage in storages):  # what it lacks would be whatever lay in fresh memory
-            raise ValueError(
-                f"{reader.source.name} has only shares of some storages: merge it with the votes of their owners"
-            )
         self.order: Sequence[int] = range(len(storages)) if wanted is None else wanted
         self.n_bytes = sum(storages[number].n_bytes for number in self.order if storages[number].extents is not None)
         """Bytes of all these storages that have data."""
@@ -33,6 +29,10 @@ class LoadPlan:
         self.chunks: dict[int, list[int]] = {}
         """Number of a storage → numbers of the chunks that it needs, in the order of its bytes."""
         for number in self.order:
+            if storages[number].shares:  # what it lacks would be whatever lay in fresh memory
+                raise ValueError(
+                    f"{reader.source.name} has shares of storages only: merge it with the votes of their owners"
+                )
             chunks = self.chunks[number] = []
             for chunk, offset, position, n_bytes in reader.pieces(number):
                 self.pieces[chunk].append((number, offset, position, n_bytes))

@@ -176,8 +176,8 @@ class Captured:
     @property
     def own_bytes(self) -> int:
         """Those of them that this rank writes."""
-        others = sum(self.storages[number].n_bytes - self.stretch(number)[1] for number in self.shares)
-        return self.n_bytes - others
+        shared = ((self.storages[number], self.stretch(number)[1]) for number in self.shares)
+        return self.n_bytes - sum(storage.n_bytes - own for storage, own in shared if storage.has_data)
 
     def stretch(self, number: int) -> tuple[int, int]:
         """First byte and length of what this rank writes of a storage."""

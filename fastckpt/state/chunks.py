@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import Protocol
 
 from fastckpt._types import U8
@@ -125,6 +126,15 @@ def storage_shapes(captured: Captured) -> list[StorageShape]:
             role, grad, location = _role(first.name), first.requires_grad, storage.location
             shapes.append(StorageShape(number, n_bytes, element, first.name, role, grad, location, place, own))
     return shapes
+
+
+def shareable(captured: Captured) -> dict[int, StorageShape]:
+    """The storages that ranks can share, by number: those with bytes, and with a first name that no other storage has."""
+    shapes = storage_shapes(captured)
+    n_named = Counter(shape.name for shape in shapes)
+    return {
+        shape.number: shape for shape in shapes if shape.n_bytes and shape.name is not None and n_named[shape.name] == 1
+    }
 
 
 def _first_global_element(tensor: TensorEntry) -> int:

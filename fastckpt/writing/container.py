@@ -277,7 +277,7 @@ class ChunkWriter:
                 s.n_bytes,
                 s.location,
                 self.cuts.extents[n] if s.has_data else None,
-                captured.shares.get(n, ()),
+                captured.shares.get(n, ()) if s.has_data else (),
                 captured.prints.get(n, ""),
             )
             for n, s in enumerate(captured.storages)

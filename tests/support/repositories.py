@@ -80,9 +80,7 @@ def vote(
     return upload(captured(obj), store, request, IN_PARALLEL)
 
 
-def shared(
-    obj: Any, rank: int, shares: Mapping[str, Sequence[tuple[int, int]]], prints: Mapping[str, str] | None = None
-) -> Captured:
+def shared(obj: Any, rank: int, shares: Mapping[str, Sequence[tuple[int, int]]]) -> Captured:
     """A rank's state, of which tensors of these (dotted) first names are shared out."""
     found = captured(obj)
     found.rank = rank
@@ -90,7 +88,6 @@ def shared(
         name = dotted(first.name)
         if name in shares:
             found.shares[number] = tuple(Share(*one) for one in shares[name])
-            found.prints |= {number: prints[name]} if prints and name in prints else {}
     return found
 
 

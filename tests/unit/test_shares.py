@@ -10,6 +10,7 @@ import torch
 
 import fastckpt
 from fastckpt.errors import CorruptCheckpointError, SaveError
+from fastckpt.format.digest import digest
 from fastckpt.format.keys import CheckpointId, SaveId, commit_key, vote_key
 from fastckpt.format.repository_records import Commit
 from fastckpt.format.shares import owners_needed
@@ -25,15 +26,17 @@ from fastckpt.repository.commit import open_vote, read_vote, try_commit
 from fastckpt.repository.rank_reader import open_rank
 from fastckpt.repository.repository import Repository
 from fastckpt.state.chunking import chunk_bytes
-from fastckpt.state.chunks import storage_shapes
+from fastckpt.state.chunks import shareable
+from fastckpt.state.prints import prints_of
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.upkeep.check.repository import check_repository
 from fastckpt.upkeep.export import export
 from fastckpt.upkeep.salvage import salvage
 from tests.support.repositories import begin, check_all, commit_of, keys_of, load, save_shared, shared, vote_shared
-from tests.support.states import same
+from tests.support.states import captured, same
 
+MIB = 1 << 20
 WORLD = 4
 # Alike on all ranks; alike on ranks 0 and 2, and on 1 and 3; each rank's own.
 SHARES: dict[int, dict[str, list[tuple[int, int]]]] = {
@@ -150,7 +153,7 @@ def test_large_storages_are_split_at_chunks_and_balanced() -> None:
     states = []
     for rank in range(2):
         state = shared({**alike, "rank": torch.tensor([rank] * 1000)}, rank, {})
-        shapes = [s for s in storage_shapes(state) if s.name is not None and s.name != ("rank",)]
+        shapes = [shape for shape in shareable(state).values() if shape.name != ("rank",)]
         wanted = [Replicated(canonical(s.name or ()), s.n_bytes, chunk_bytes(s.element), (0, 1)) for s in shapes]
         state.shares = dict(zip((s.number for s in shapes), share_out(wanted), strict=True))
         states.append(state)
@@ -316,13 +319,31 @@ def test_what_cannot_be_found_by_name_is_not_saved() -> None:
         vote_shared(store, 1, 1, 2, state)
 
 
+def test_what_has_no_first_name_of_its_own_is_not_shareable() -> None:
+    tied = torch.arange(3.0)
+    state = captured({"a": tied, "b": tied, "c": torch.arange(4.0), "d": torch.arange(5.0), "empty": torch.empty(0)})
+    assert [shape.name for shape in shareable(state).values()] == [("a",), ("c",), ("d",)]
+    state.tensors = [entry._replace(name=("c",)) if entry.name == ("d",) else entry for entry in state.tensors]
+    assert [shape.name for shape in shareable(state).values()] == [("a",)]
+    state.tensors = []
+    assert shareable(state) == {}
+
+
+def test_a_print_is_the_digest_of_all_bytes() -> None:
+    values = torch.randint(-9, 9, (3 * MIB,), dtype=torch.int32)
+    state = shared({"w": values, "none": torch.empty(0)}, 1, {"w": [(0, 12 * MIB)]})
+    assert prints_of(state, [0, 1]) == {0: digest(values.numpy()).hex(), 1: digest(b"").hex()}
+
+
 def test_prints_tell_replicas_that_differ() -> None:
     store = MemoryStore()
     begin(store, 3)
     for rank in range(3):
-        prints = {"a": "0" * 32, "b": str(rank // 2) * 32}
-        state = {"a": torch.arange(5.0), "b": torch.arange(7.0), "c": torch.arange(9.0)}
-        vote_shared(store, 1, 1, 3, shared(state, rank, {name: [(0, len(state[name]) * 4)] for name in "abc"}, prints))
+        values = {"a": torch.arange(5.0), "b": torch.arange(7.0) + rank // 2, "c": torch.arange(9.0)}
+        state = shared(values, rank, {name: [(0, len(values[name]) * 4)] for name in "abc"})
+        named = {entry.storage: entry.name[0] for entry in state.tensors}
+        state.prints = prints_of(state, [number for number, name in named.items() if name != "c"])
+        vote_shared(store, 1, 1, 3, state)
     commit = try_commit(store, SaveId(1, 1, 0))
     assert commit is not None
     words = replica_conflicts([read_vote(store, commit.vote(rank)) for rank in range(3)])
