@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from fastckpt import Checkpointer
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training.live_state import LiveState
+from tests.support.ranks import each_on_its_own
 
 
 class Layer(nn.Module):
@@ -119,7 +119,7 @@ def check_alone(state: dict[str, Any], fresh: dict[str, Any]) -> None:
     for turn in range(world):
         if turn == rank:
             # What this rank alone writes: its own state, as if it were the only one.
-            with mock.patch("fastckpt.training.replicas.rank_and_world", return_value=(0, 1)):
+            with each_on_its_own():
                 store = MemoryStore()
                 with Checkpointer(store, state, every=None, spot=None) as ckpt:
                     ckpt.save_now(1).wait()
@@ -134,13 +134,12 @@ def play(rank: int, world: int, folder: Path) -> None:
     """One rank. Of two, all in one dimension; of four, in two."""
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
-    with mock.patch("fastckpt.training.checkpointer.refuse_many_ranks"):
-        for build in (plain, sharded) if world == 2 else (hybrid, in_two_dimensions):
-            torch.manual_seed(0)
-            state = trained(build(mesh))
-            check_places(state)
-            if build in (plain, hybrid):
-                check_replicas(state)
-            torch.manual_seed(1)
-            fresh = build(mesh)
-            check_alone(state, {"model": fresh, "optim": torch.optim.AdamW(fresh.parameters())})
+    for build in (plain, sharded) if world == 2 else (hybrid, in_two_dimensions):
+        torch.manual_seed(0)
+        state = trained(build(mesh))
+        check_places(state)
+        if build in (plain, hybrid):
+            check_replicas(state)
+        torch.manual_seed(1)
+        fresh = build(mesh)
+        check_alone(state, {"model": fresh, "optim": torch.optim.AdamW(fresh.parameters())})

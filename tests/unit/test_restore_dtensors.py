@@ -20,14 +20,13 @@ from fastckpt.errors import RestoreError
 from fastckpt.host.torch_names import dtensor_around
 from fastckpt.state.local_state import LocalState
 from fastckpt.store.memory import MemoryStore
-from tests.support.ranks import as_rank
+from tests.support.ranks import as_rank, each_on_its_own
 
 
 @pytest.fixture(autouse=True)
-def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def rank() -> Iterator[None]:
     """Of two, the second, with a repository of its own."""
-    monkeypatch.setattr("fastckpt.training.checkpointer.refuse_many_ranks", lambda: None)
-    with as_rank(1, 2):
+    with as_rank(1, 2), each_on_its_own():
         yield
 
 
