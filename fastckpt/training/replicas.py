@@ -23,6 +23,7 @@ from fastckpt.events import logger
 from fastckpt.format.directory import Share, TensorEntry
 from fastckpt.format.element_types import element_type
 from fastckpt.format.tensor_names import Name, canonical, dotted
+from fastckpt.host.torch_names import gradient_hooks
 from fastckpt.ranks.ownership import Replicated, share_out
 from fastckpt.state import Captured
 from fastckpt.state.chunking import chunk_bytes
@@ -147,7 +148,7 @@ def _in_data_parallel(key: str, module: torch.nn.Module) -> Iterator[tuple[Name,
     """Names in a checkpoint of what DistributedDataParallel modules keep alike, in a module or around it."""
     inside = names_inside(module)
     for path, one in module.named_modules(remove_duplicate=False):
-        if not isinstance(one, DistributedDataParallel) or inside is None:
+        if not isinstance(one, DistributedDataParallel) or inside is None or not _averages_over_all(one):
             continue
         group = tuple(sorted(torch.distributed.get_process_group_ranks(one.process_group)))
         tensors = [(name, tensor, False) for name, tensor in one.module.named_parameters(remove_duplicate=False)]
@@ -157,6 +158,16 @@ def _in_data_parallel(key: str, module: torch.nn.Module) -> Iterator[tuple[Name,
             if name not in one.parameters_to_ignore:
                 own = f"{path}.module.{name}" if path else f"module.{name}"
                 yield (key, inside.name(own)), tensor, _Holders(group, only_first)
+
+
+def _averages_over_all(module: DistributedDataParallel) -> bool:
+    """Whether its parameters are alike after each step. With hooks of somebody's own, or those of local SGD, they need not be."""
+    known = "torch.distributed.algorithms.ddp_comm_hooks."
+    unlike = (f"{known}post_localSGD_hook", f"{known}debugging_hooks")
+    return all(
+        getattr(hook, "__module__", "").startswith(known) and hook.__module__ not in unlike
+        for hook in gradient_hooks(module)
+    )
 
 
 def _says_its_state_plainly(optimizer: torch.optim.Optimizer) -> bool:
