@@ -311,3 +311,27 @@ def test_a_part_that_is_offloaded_stays_where_it_is() -> None:
     made = dtensor_around(torch.ones(2, dtype=torch.bfloat16), like)
     assert made._local_tensor.device.type == "cpu"
     assert (made.dtype, made.shape, made.placements) == (torch.bfloat16, (4,), like.placements)
+
+
+def test_scalars_empty_parts_and_ranks_outside_of_the_mesh() -> None:
+    def build(value: float) -> dict[str, Any]:
+        mesh = init_device_mesh("cpu", (2,))
+        elsewhere = DeviceMesh("cpu", [0])
+        nothing = torch.empty(0, 3)
+        return {
+            "scalar": DTensor.from_local(torch.tensor(value), mesh, [Replicate()]),
+            "empty": DTensor.from_local(nothing, mesh, [Shard(0)], shape=torch.Size([1, 3]), stride=(3, 1)),
+            "none": DTensor.from_local(nothing, mesh, [Replicate()]),
+            "outside": DTensor.from_local(
+                torch.full((2, 3), value), elsewhere, [Shard(0)], shape=torch.Size([2, 3]), stride=(3, 1)
+            ),
+        }
+
+    first, second, module = build(1.5), build(0.0), nn.Module()
+    for name, tensor in build(0.0).items():
+        module.register_buffer(name, tensor)
+    store = saved({"d": first, "m": module})
+    restore(store, {"d": second, "m": module})
+    assert equal(parts(second), parts(first))
+    assert kinds(second) == kinds(first)
+    assert parts(second["outside"]).shape == (0,)
