@@ -285,10 +285,15 @@ METADATA = "_metadata"
 """The attribute of a module's state dict that has versions of classes, by paths. Since 0.4."""
 
 
-def compiled_module_attribute(module: torch.nn.Module) -> str | None:
-    """Under which name a module that torch.compile has made has the one that it was given; None for others. Since 2.0.
+def compiled_module_attribute(kind: type) -> str | None:
+    """Under which name modules that torch.compile has made have the one that it was given; None for other classes. Since 2.0.
 
     There can be such modules only once theirs was imported; importing it takes 1 s.
     """
-    kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
-    return "_orig_mod" if kind is not None and isinstance(module, kind) else None
+    made = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+    return "_orig_mod" if made is not None and issubclass(kind, made) else None
+
+
+def gradient_hooks(module: torch.nn.parallel.DistributedDataParallel) -> list[Any]:
+    """What averages the gradients in place of torch's own way; [] where nothing does. A list of the module since 2.0."""
+    return [hook for hook, _ in getattr(module, "_comm_hooks", ())]

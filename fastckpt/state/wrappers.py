@@ -18,16 +18,17 @@ from fastckpt.host.torch_names import METADATA, compiled_module_attribute
 _SHOWN = 3
 
 
-def inside_attribute(module: torch.nn.Module) -> str | None:
-    """Under which name a wrapper has its module; None for one that is no wrapper."""
-    if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+def inside_attribute(kind: type) -> str | None:
+    """Under which name modules of this class have the one that they wrap; None for a class that is no wrapper."""
+    if issubclass(kind, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
         return "module"
-    return compiled_module_attribute(module)
+    return compiled_module_attribute(kind)
 
 
 def names_inside(module: torch.nn.Module) -> InsideNames | None:
     """None where the module and those in it are no wrappers: all names stay as they are."""
-    if not any(inside_attribute(one) is not None for one in module.modules()):
+    kinds = set(map(type, module.modules()))  # few
+    if all(inside_attribute(kind) is None for kind in kinds):
         return None
     return InsideNames(module)
 
@@ -41,7 +42,7 @@ class InsideNames:
         self._wrapped: set[str] = set()
         """Paths of modules in wrappers: the last part of each is the wrapper's name for it."""
         for path, one in module.named_modules(remove_duplicate=False):
-            attribute = inside_attribute(one)
+            attribute = inside_attribute(type(one))
             if attribute is not None:
                 self._wrapped.add(f"{path}.{attribute}" if path else attribute)
         self._inside: dict[str, str] = {"": ""}

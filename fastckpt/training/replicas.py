@@ -12,11 +12,11 @@ All else is a rank's own: also a storage without a name, and one that is only in
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,10 +26,13 @@ from fastckpt.format.directory import Share, TensorEntry
 from fastckpt.format.element_types import element_type
 from fastckpt.format.shares import GroupClaim
 from fastckpt.format.tensor_names import Name, canonical, dotted
+from fastckpt.host.torch_names import gradient_hooks
 from fastckpt.ranks.ownership import Replicated, share_out
+from fastckpt.ranks.world import current_world
 from fastckpt.state import Captured
 from fastckpt.state.chunking import chunk_bytes
 from fastckpt.state.chunks import storage_shapes
+from fastckpt.state.prints import prints_of
 from fastckpt.state.shards import is_box
 from fastckpt.state.wrappers import names_inside
 from fastckpt.training.placement import parameter_groups
@@ -58,14 +61,6 @@ def check_replicated(replicated: Any, targets: Collection[str]) -> tuple[str, ..
     return tuple(replicated)
 
 
-def rank_and_world() -> tuple[int, int]:
-    """Of this process; 0 of 1 where torch.distributed is not in use."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
 class Replicas:
     """Used by the thread that trains."""
 
@@ -85,22 +80,22 @@ class Replicas:
 
     def share(self, captured: Captured) -> None:
         """Say in a captured state who writes what of it. Decided anew only when its form has changed."""
-        rank, world = rank_and_world()
-        if world == 1:
+        here = current_world()
+        if here.is_alone:
             return
         if captured.form is not self._form:
-            self._shares, self._form = self._decide(captured, rank, world), captured.form
+            self._shares, self._form = self._decide(captured, here.rank, here.size), captured.form
             self._claims = tuple(self._claim(captured, ranks) for ranks in self._groups)
-        captured.rank, captured.shares = rank, self._shares
+        captured.rank, captured.shares = here.rank, self._shares
         captured.groups = self._claims
 
     def verify(self, captured: Captured) -> None:
         """Enter in a captured state, shared by now, the digests of all bytes that other ranks should hold alike. Reads all of them."""
-        for numbers in self._groups.values():
-            for number in [number for number in numbers if number not in self._broadcast]:
-                data = np.empty(captured.storages[number].n_bytes, np.uint8)
-                captured.read([(number, 0, data.size)], data)
-                captured.prints[number] = digest(data).hex()
+        padded = {
+            entry.storage for entry in captured.tensors if entry.name in captured.shards and _is_padded(entry, captured)
+        }
+        checked = [n for numbers in self._groups.values() for n in numbers if n not in self._broadcast | padded]
+        captured.prints = prints_of(captured, checked)
         captured.groups = tuple(self._claim(captured, ranks) for ranks in self._groups)
 
     def _claim(self, captured: Captured, ranks: tuple[int, ...]) -> GroupClaim:
@@ -174,6 +169,12 @@ class Replicas:
         return bool(matching)
 
 
+def _is_padded(entry: TensorEntry, captured: Captured) -> bool:
+    """Whether a storage holds more than its tensor: what lies there means nothing, and differs."""
+    element = element_type(entry.dtype)
+    return element is None or math.prod(entry.shape) * element.n_bytes < captured.storages[entry.storage].n_bytes
+
+
 def _is_in(name: str, beginning: str) -> bool:
     return name == beginning or name.startswith(f"{beginning}.")
 
@@ -182,7 +183,7 @@ def _in_data_parallel(key: str, module: torch.nn.Module) -> Iterator[tuple[Name,
     """Names in a checkpoint of what DistributedDataParallel modules keep alike, in a module or around it."""
     inside = names_inside(module)
     for path, one in module.named_modules(remove_duplicate=False):
-        if not isinstance(one, DistributedDataParallel) or inside is None:
+        if not isinstance(one, DistributedDataParallel) or inside is None or not _averages_over_all(one):
             continue
         group = tuple(sorted(torch.distributed.get_process_group_ranks(one.process_group)))
         tensors = [(name, tensor, False) for name, tensor in one.module.named_parameters(remove_duplicate=False)]
@@ -192,6 +193,16 @@ def _in_data_parallel(key: str, module: torch.nn.Module) -> Iterator[tuple[Name,
             if name not in one.parameters_to_ignore:
                 own = f"{path}.module.{name}" if path else f"module.{name}"
                 yield (key, inside.name(own)), tensor, _Holders(group, only_first)
+
+
+def _averages_over_all(module: DistributedDataParallel) -> bool:
+    """Whether its parameters are alike after each step. With hooks of somebody's own, or those of local SGD, they need not be."""
+    known = "torch.distributed.algorithms.ddp_comm_hooks."
+    unlike = (f"{known}post_localSGD_hook", f"{known}debugging_hooks")
+    return all(
+        getattr(hook, "__module__", "").startswith(known) and hook.__module__ not in unlike
+        for hook in gradient_hooks(module)
+    )
 
 
 def _says_its_state_plainly(optimizer: torch.optim.Optimizer) -> bool:

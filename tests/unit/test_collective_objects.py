@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from fastckpt import Checkpointer
 from fastckpt.store.memory import MemoryStore
-from tests.support.fake_ranks import as_rank
+from tests.support.fake_ranks import as_rank, each_on_its_own
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's own, of torch.jit
@@ -25,9 +25,8 @@ with warnings.catch_warnings():
 
 
 @pytest.fixture(autouse=True)
-def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("fastckpt.training.checkpointer.refuse_many_ranks", lambda: None)
-    with as_rank(0, 2):
+def rank() -> Iterator[None]:
+    with as_rank(0, 2), each_on_its_own():
         yield
 
 

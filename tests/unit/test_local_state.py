@@ -24,7 +24,7 @@ from fastckpt.state.local_state import localised
 from fastckpt.state.shards import Shard as KnownShard
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training.live_state import LiveState
-from tests.support.fake_ranks import as_rank
+from tests.support.fake_ranks import as_rank, each_on_its_own
 from tests.support.repositories import commit_of
 
 
@@ -52,11 +52,10 @@ def rows(live: LiveState) -> dict[Any, TensorEntry]:
     return {entry.name: entry for entry in live.look()[0].tensors}
 
 
-def saved(state: dict[str, Any], monkeypatch: pytest.MonkeyPatch, step: int = 1) -> Reader:
+def saved(state: dict[str, Any], step: int = 1) -> Reader:
     """What one rank of several writes, in a repository of its own."""
-    monkeypatch.setattr("fastckpt.training.checkpointer.refuse_many_ranks", lambda: None)
     store = MemoryStore()
-    with Checkpointer(store, state, every=None, spot=None) as ckpt:
+    with each_on_its_own(), Checkpointer(store, state, every=None, spot=None) as ckpt:
         ckpt.save_now(step).wait()
     return open_vote(store, commit_of(store, step).vote(0))
 
@@ -127,14 +126,14 @@ def test_partial_sums_and_sharded_tensors_are_refused_by_name(rank: None, monkey
     assert "redistribute" in words
 
 
-def test_the_directory_has_plain_names_and_places(rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_directory_has_plain_names_and_places(rank: None) -> None:
     strided = around(torch.arange(8.0).view(4, 2), _StridedShard(0, split_factor=2), whole=(8, 2))
     state = {
         "s": {"w": around(torch.ones(2, 3)), "p": nn.Parameter(around(torch.ones(3, 1)))},
         "r": [around(torch.ones(4), Replicate(), whole=(4,))],
         "b": strided,
     }
-    reader = saved(state, monkeypatch)
+    reader = saved(state)
     assert b"torch.distributed" not in reader.skeleton
     found = {entry.name: entry for entry in reader.directory.tensors}
     assert set(found) == {("s", "w"), ("s", "p"), ("r", 0), ("b",), ("b", "box", 0), ("b", "box", 1)}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import post_localSGD_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -94,6 +98,44 @@ def test_ddp_over_some_ranks_without_buffers_and_with_what_it_ignores() -> None:
     assert set(ranks[0]) == {("m", f"1.{name}") for name in kept}
     assert owners(ranks[0]["m", "1.large.weight"]) == {0, 2}
     assert owners(ranks[1]["m", "1.large.weight"]) == {1, 3}
+
+
+def own(state: Any, bucket: Any) -> Any:
+    """A hook of the user's own: who knows what it does."""
+    raise NotImplementedError
+
+
+own.__annotations__ = {}  # torch looks at them, and not at texts
+
+
+@pytest.mark.parametrize(
+    ("hook", "alike"),
+    [
+        (default_hooks.allreduce_hook, True),
+        (default_hooks.fp16_compress_hook, True),
+        (own, False),
+        (post_localSGD_hook, False),
+        (noop_hook, False),
+    ],
+)
+def test_ddp_whose_gradients_somebody_else_averages(hook: Any, alike: bool) -> None:
+    def build() -> tuple[dict[str, Any], tuple[str, ...]]:
+        model = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+        model.register_comm_hook(None, hook)
+        return {"m": model}, ()
+
+    assert [bool(one) for one in shared(build)] == [alike] * WORLD
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_ddp_with_other_wrappers(inner: bool) -> None:
+    def build() -> tuple[dict[str, Any], tuple[str, ...]]:
+        ddp: Any = nn.parallel.DistributedDataParallel
+        compiled: Any = partial(torch.compile, backend="eager")
+        model = ddp(compiled(Net())) if inner else compiled(ddp(Net()))
+        return {"m": nn.Sequential(model)}, ()
+
+    assert set(shared(build)[0]) == {("m", f"0.{name}") for name in Net().state_dict()}
 
 
 def test_hybrid_sharding() -> None:

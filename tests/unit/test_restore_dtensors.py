@@ -20,14 +20,13 @@ from fastckpt.errors import RestoreError
 from fastckpt.host.torch_names import dtensor_around
 from fastckpt.state.local_state import LocalState
 from fastckpt.store.memory import MemoryStore
-from tests.support.fake_ranks import as_rank
+from tests.support.fake_ranks import as_rank, each_on_its_own
 
 
 @pytest.fixture(autouse=True)
-def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def rank() -> Iterator[None]:
     """Of two, the second, with a repository of its own."""
-    monkeypatch.setattr("fastckpt.training.checkpointer.refuse_many_ranks", lambda: None)
-    with as_rank(1, 2):
+    with as_rank(1, 2), each_on_its_own():
         yield
 
 
@@ -312,3 +311,27 @@ def test_a_part_that_is_offloaded_stays_where_it_is() -> None:
     made = dtensor_around(torch.ones(2, dtype=torch.bfloat16), like)
     assert made._local_tensor.device.type == "cpu"
     assert (made.dtype, made.shape, made.placements) == (torch.bfloat16, (4,), like.placements)
+
+
+def test_scalars_empty_parts_and_ranks_outside_of_the_mesh() -> None:
+    def build(value: float) -> dict[str, Any]:
+        mesh = init_device_mesh("cpu", (2,))
+        elsewhere = DeviceMesh("cpu", [0])
+        nothing = torch.empty(0, 3)
+        return {
+            "scalar": DTensor.from_local(torch.tensor(value), mesh, [Replicate()]),
+            "empty": DTensor.from_local(nothing, mesh, [Shard(0)], shape=torch.Size([1, 3]), stride=(3, 1)),
+            "none": DTensor.from_local(nothing, mesh, [Replicate()]),
+            "outside": DTensor.from_local(
+                torch.full((2, 3), value), elsewhere, [Shard(0)], shape=torch.Size([2, 3]), stride=(3, 1)
+            ),
+        }
+
+    first, second, module = build(1.5), build(0.0), nn.Module()
+    for name, tensor in build(0.0).items():
+        module.register_buffer(name, tensor)
+    store = saved({"d": first, "m": module})
+    restore(store, {"d": second, "m": module})
+    assert equal(parts(second), parts(first))
+    assert kinds(second) == kinds(first)
+    assert parts(second["outside"]).shape == (0,)

@@ -14,16 +14,15 @@ from fastckpt.errors import RestoreError, SaveError
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training import stateful
 from fastckpt.training.live_state import LiveState
-from tests.support.fake_ranks import as_rank
+from tests.support.fake_ranks import as_rank, each_on_its_own
 from tests.support.repositories import restore_once as restore
 from tests.support.repositories import saved_once as saved
 
 
 @pytest.fixture(autouse=True)
-def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def rank() -> Iterator[None]:
     """DistributedDataParallel wants a process group."""
-    monkeypatch.setattr("fastckpt.training.checkpointer.refuse_many_ranks", lambda: None)
-    with as_rank(0, 2):
+    with as_rank(0, 2), each_on_its_own():
         yield
 
 
