@@ -84,16 +84,21 @@ class Choice:
     """A checkpoint to restore, and the checkpoints that were passed over before it."""
 
     commit: Commit
-    reader: Reader = field(repr=False, compare=False)
-    """Rank 0's checked index: the caller need not read it again to load the checkpoint."""
+    reader: Reader | None = field(repr=False, compare=False)
+    """Rank 0's checked index: the caller need not read it again to load the checkpoint. None: nothing but the record was looked at."""
     skipped: tuple[Skipped, ...] = ()
 
 
 class Catalog:
     """The result of one reading of a repository's names. Records are read when they are needed, each once."""
 
-    def __init__(self, repository: RecordReader, listing: Inventory | None = None) -> None:
-        self.repository = repository
+    def __init__(
+        self, repository: RecordReader, listing: Inventory | None = None, *, checks_votes: bool = True
+    ) -> None:
+        """checks_votes: whether a checkpoint is chosen only after all its votes and packs have been looked at. Many ranks look at their own
+        ones instead: one rank would need an hour for thousands.
+        """
+        self.repository, self._checks_votes = repository, checks_votes
         self.listing = repository.list() if listing is None else listing
         self._epochs: dict[int, Epoch] = {}
         self._commits: dict[CheckpointId, Commit | Tombstone] = {}
@@ -210,12 +215,12 @@ class Catalog:
             f"{self.repository.url} has no checkpoint of step {step}; newest: {shown}. `fastckpt ls` lists all"
         )
 
-    def _opened(self, checkpoint: CheckpointId) -> tuple[Commit, Reader]:
+    def _opened(self, checkpoint: CheckpointId) -> tuple[Commit, Reader | None]:
         try:
             commit = self.commit(checkpoint)
             if isinstance(commit, Tombstone):
                 raise self._was_retired(checkpoint)
-            return commit, open_checked(self.repository.store, commit)
+            return commit, open_checked(self.repository.store, commit) if self._checks_votes else None
         except (CorruptCheckpointError, MissingObjectError) as error:
             raise self.blame(checkpoint, error) from error
 

@@ -61,6 +61,7 @@ def summary_of(vote: Vote) -> dict[str, Any]:
     """What the others need to know of a vote, for JSON."""
     own = f"{DATA}{vote.name.save}/"
     found: dict[str, Any] = {
+        "of": list(vote.name.save),
         "bytes": vote.name.n_bytes,
         "digest": vote.name.digest,
         "parts": dict(vote.parts),
@@ -94,6 +95,21 @@ def vote_of(summary: dict[str, Any], save: SaveId, rank: int, world: int) -> Vot
 
 def _groups(summary: dict[str, Any]) -> tuple[GroupClaim, ...]:
     return tuple(map(group_of_json, summary["groups"]))
+
+
+def _of_others(save: SaveId, summaries: list[dict[str, Any]]) -> str | None:
+    """Why votes of one call are not votes of one save, in words for every rank."""
+    for rank, summary in enumerate(summaries):
+        other = SaveId(*summary["of"])
+        if other != save:
+            first = SaveId(*summaries[0]["of"])
+            what = (
+                f"step {other.step}, and rank 0 step {first.step}"
+                if other.step != first.step
+                else f"{other}, and rank 0 {first}"
+            )
+            return f"!ranks disagree: rank {rank} saves {what}, at the same call"
+    return None
 
 
 class JointCommit:
@@ -169,8 +185,10 @@ class JointCommit:
 
     def _commit(self, vote: Vote, summaries: list[dict[str, Any]]) -> Commit:
         save, size = vote.info.save, self._world.size
-        votes = [vote_of(summary, save, rank, size) for rank, summary in enumerate(summaries)]
-        problem = self._problem(votes)
+        problem, votes = _of_others(save, summaries), []
+        if problem is None:
+            votes = [vote_of(summary, save, rank, size) for rank, summary in enumerate(summaries)]
+            problem = self._problem(votes)
         self._raise_if_abandoned(save.step, self._fate.commit() if problem is None else self._fate.abandon(problem))
         try:
             commit = commit_votes(self._store, votes)
@@ -235,14 +253,14 @@ class JointCommit:
         others = {rank: other for rank, other in steps.items() if other != step}
         if others:
             rank, other = next(iter(sorted(others.items())))
-            return f"ranks disagree: rank {rank} saves step {other}, and rank {self._world.rank} step {step}, at the same call"
+            return f"!ranks disagree: rank {rank} saves step {other}, and rank {self._world.rank} step {step}, at the same call"
         dead = self._listener.silent(missing[:_MAX_LISTENED_TO])
         if dead:
-            return f"nothing was heard of rank {dead[0]} for {silent_s(self._world.size):.0f} s"
+            return f"!nothing was heard of rank {dead[0]} for {silent_s(self._world.size):.0f} s"
         if waited_s >= self._timeout_s:
             idle = [rank for rank in missing if rank not in steps]
             what = f", and ranks {idle[:20]} have not even begun it" if idle else ""
-            return f"no vote of ranks {missing[:20]} after {self._timeout_s:.0f} s{what}"
+            return f"!no vote of ranks {missing[:20]} after {self._timeout_s:.0f} s{what}"
         return None
 
     def _raise_if_abandoned(self, step: int, why: str | None) -> None:
@@ -270,7 +288,7 @@ class JointCommit:
         if isinstance(found, Tombstone):
             raise AbandonedError(
                 save.step,
-                f"ranks cannot reach each other any more, and not all votes were placed within {silent_s(self._world.size):.0f} s",
+                f"!ranks cannot reach each other any more, and not all votes were placed within {silent_s(self._world.size):.0f} s",
             )
         if found is not None:
             self._acknowledge(found)

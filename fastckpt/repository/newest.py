@@ -57,6 +57,7 @@ def _read(store: Store, step: Which, read: Callable[[Reader], T]) -> T:
             "`fastckpt restore --rank` exports each rank's state"
         )
     try:
+        assert choice.reader is not None
         return read(merge(choice.reader, {}))  # its own shares, which one rank has all of
     except (CorruptCheckpointError, ObjectNotFoundError) as error:
         raise catalog.blame(commit.checkpoint, error) from error

@@ -19,7 +19,7 @@ from fastckpt.repository.commit import open_vote
 from fastckpt.store.base import Store
 
 _VOTES_AHEAD = (
-    4  # there may be 128 owners: each vote takes two requests, and with 10,000 tensors 10 MB until it is merged
+    4  # there may be 32 owners: each vote takes two requests, and with 10,000 tensors 10 MB until it is merged
 )
 
 

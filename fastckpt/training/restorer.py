@@ -94,7 +94,7 @@ class Restorer:
 
     def _choose(self, step: Which, known_bad: list[Skipped], own: set[int], *, claims_first: bool) -> Choice | None:
         if self._read_only:
-            return Catalog(self._repository).choose(step, known_bad)
+            return Catalog(self._repository, checks_votes=self._world.is_alone).choose(step, known_bad)
         return (self._incarnation.choose_and_claim if claims_first else self._incarnation.choose)(step, known_bad, own)
 
     def _pass_over(self, damaged: Damaged, step: Which, choice: Choice | None) -> list[Skipped]:

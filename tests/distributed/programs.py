@@ -184,3 +184,49 @@ def restored_step(url: str, mode: str) -> int:
     training = Training(mode)
     with checkpointer(url, training, every=None) as ckpt:
         return ckpt.restore()
+
+
+def save_and_tell(url: str, mode: str, changed_on: int | None, settings: dict[str, Any]) -> str:
+    """One save. changed_on: on this rank a replicated parameter has another value. The error, or "" if it is durable."""
+    training = Training(mode)
+    training.step(0)
+    if changed_on == dist.get_rank():
+        with torch.no_grad():
+            next(p for p in training.model.parameters() if p.dim() == 1).add_(1e-6)
+    try:
+        with checkpointer(url, training, every=None, **settings) as ckpt:
+            ckpt.restore()
+            ckpt.save_now(1).wait()
+    except fastckpt.CheckpointError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def begin_otherwise(url: str, what: str) -> str:
+    """Ranks that do not begin alike. Returns the error of each."""
+    rank = dist.get_rank()
+    training = Training("plain")
+    settings: dict[str, Any] = {"every": Every(steps=5)}
+    options = dict(OPTIONS, join_timeout_s=5.0)
+    hurry(2.0)
+    if what == "keys" and rank == 1:
+        training.state["ema"] = torch.zeros(3)
+    if what == "every" and rank == 1:
+        settings["every"] = Every(steps=6)
+    if what == "repository":
+        url = f"{url}-of-node-{rank}"
+    if what == "never comes" and rank == 1:
+        time.sleep(25)
+        return ""
+    try:
+        with checkpointer(url, training, options=Options(**options), **settings) as ckpt:
+            ckpt.restore()
+            ckpt.step(4)
+            if what == "step":
+                ckpt.step(5 + rank)
+                ckpt.wait()
+            if what == "never saves" and rank == 0:
+                ckpt.save_now(4).wait(20)
+    except (fastckpt.CheckpointError, TimeoutError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
