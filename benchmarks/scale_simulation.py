@@ -26,6 +26,7 @@ from fastckpt.events import logger
 from fastckpt.format.directory import Directory
 from fastckpt.format.keys import VOTES, SaveId, VoteName, commit_key, vote_key
 from fastckpt.format.repository_records import Commit, parse_commit_record
+from fastckpt.format.shares import GroupClaim
 from fastckpt.format.vote import SaveInfo, Vote, save_to_json
 from fastckpt.ranks.agreement import Wish
 from fastckpt.ranks.board import ANSWER_S, BoardLostError, MemoryBoard
@@ -244,7 +245,8 @@ class Save:
         self.real_s: Counter[int] = Counter()
         """Of this machine's processor, by rank."""
         self.dead = dict(plan.dead)
-        self.waiting = set(range(plan.size))
+        self.everybody = tuple(range(plan.size))
+        self.waiting = set(self.everybody)
         """Ranks that live and do not know what has become of the save."""
 
     def _team(self, rank: int) -> Team:
@@ -391,7 +393,14 @@ class Save:
         parts = {
             part: (1_000_000 + n, 123_456) for n, part in enumerate(("directory", "file table", "records", "skeleton"))
         }
-        return Vote(name, info, directory, parts, ())
+        pair = rank - rank % RANKS_OF_A_NODE
+        groups = (
+            GroupClaim(self.everybody, "0" * 32),  # as in DistributedDataParallel
+            GroupClaim(
+                tuple(range(pair, min(pair + RANKS_OF_A_NODE, self.plan.size))), "1" * 32
+            ),  # as in hybrid shards
+        )
+        return Vote(name, info, directory, parts, (), groups)
 
     # -- what it took --------------------------------------------------------------------------------------------------
 

@@ -32,20 +32,9 @@ def test_what_communicates_is_counted(tmp_path: Path) -> None:
         assert "torch.distributed.send" in words or "torch.distributed.recv" in words
 
 
-def supported(mode: str) -> bool:
-    """Whether a Checkpointer takes parts of DTensors, as these ways of training have them."""
-    if mode in ("plain", "ddp"):
-        return True
-    try:
-        from fastckpt.state import sharding  # type: ignore[attr-defined]  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_collective_between_the_call_of_save_and_durable(tmp_path: Path, mode: str) -> None:
-    if not supported(mode):
-        pytest.skip(f"{mode}: a Checkpointer does not save parts of DTensors yet")
     for found in run_ranks(4 if mode in ("hsdp", "fsdp_tp") else 2, collectives.saves, f"{tmp_path}/run", mode):
         assert found == {"save_now": {}, "step": {}, "wait": {}}
