@@ -32,8 +32,6 @@ def test_what_communicates_is_counted(tmp_path: Path) -> None:
         assert "torch.distributed.send" in words or "torch.distributed.recv" in words
 
 
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_no_collective_between_the_call_of_save_and_durable(tmp_path: Path, mode: str) -> None:
     for found in run_ranks(4 if mode in ("hsdp", "fsdp_tp") else 2, collectives.saves, f"{tmp_path}/run", mode):

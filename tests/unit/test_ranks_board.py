@@ -166,7 +166,7 @@ def test_a_late_answer_brings_the_board_back() -> None:
     with pytest.raises(BoardLostError):
         board.get("a")
     store.may_answer.set()
-    board._requests.put(store.asked.clear)  # type: ignore[arg-type]
+    board._requests.put(store.asked.clear)
     end = threading.Event()
     board._requests.put(end.set)
     assert end.wait(LIMIT_S)  # the thread is past the late request
