@@ -31,7 +31,9 @@ class Roll:
         """come_s: seconds that ranks may come later than each other; after that they have to be heard of all the time."""
         self._world, self._board, self._come_s = world, board, come_s
         self._clock, self._sleep = clock, sleep
-        self._listener, self._silent_s = Listener(world, board, clock), silent_s(world.size)
+        self._listener = Listener(world, board, clock)
+        self._patience_s = min(come_s, silent_s(world.size) / 2)
+        """After which it is looked for who is missing."""
         self._number = 0
 
     def decide(self, what: str, said: Any, judge: Callable[[list[Any]], Any]) -> Any:
@@ -43,17 +45,16 @@ class Roll:
             judge: called on rank 0 with what all have said, by rank. What it raises is raised on every rank.
 
         Raises:
-            RanksError: a rank does not come, or is silent.
+            RanksError: a rank does not come, is silent, or does something else.
         """
         self._number += 1
         group = f"roll/{self._number}"
-        self._board.join(group, self._world.rank, json.dumps(said).encode())
+        self._board.join(group, self._world.rank, json.dumps({"what": what, "said": said}).encode())
         if not self._world.leads:
             return _verdict(self._wait(f"{what}: nothing was heard of rank 0", f"{group}/verdict", [0]))
         try:
             members = [member_key(group, rank) for rank in range(self._world.size)]
-            values = self._wait_all(what, group, members)
-            verdict = judge(values)
+            verdict = judge(_alike(what, self._wait_all(what, group, members)))
         except BaseException as error:
             self._board.put(f"{group}/verdict", _error_bytes(error))
             raise
@@ -68,7 +69,7 @@ class Roll:
                 if found is not None:
                     return [json.loads(value) for value in found]
             waited_s = self._clock() - started_s
-            if waited_s > self._silent_s / 2:
+            if waited_s > self._patience_s:
                 missing = [rank for rank, key in enumerate(members) if self._board.get(key) is None]
                 gone = self._gone(missing, waited_s)
                 if gone:
@@ -85,7 +86,7 @@ class Roll:
             if found is not None:
                 return found
             waited_s = self._clock() - started_s
-            if waited_s > self._silent_s / 2 and self._gone(ranks, waited_s):
+            if waited_s > self._patience_s and self._gone(ranks, waited_s):
                 raise RanksError(
                     f"{why} for {waited_s:.0f} s. Every rank has to make the same calls of its Checkpointer"
                 )
@@ -93,12 +94,23 @@ class Roll:
 
     def _gone(self, ranks: list[int], waited_s: float) -> list[int]:
         """Those that have died, or that have never come."""
-        silent = self._listener.silent(ranks)
-        return [rank for rank in silent if waited_s > self._come_s or self._board.get(f"pulse/{rank}") is not None]
+        silent, late = self._listener.silent(ranks), waited_s > self._come_s
+        return [rank for rank in ranks if (late if self._board.get(f"pulse/{rank}") is None else rank in silent)]
 
     def _pause(self, pause_s: float) -> float:
         self._sleep(pause_s)
         return min(0.25, 1.5 * pause_s)
+
+
+def _alike(what: str, values: list[dict[str, Any]]) -> list[Any]:
+    """What each rank has said, if all do the same. RanksError."""
+    for rank, value in enumerate(values):
+        if value["what"] != what:
+            raise RanksError(
+                f"ranks do not make the same calls of their Checkpointers: rank 0 is {what}, and rank {rank} is {value['what']}. "
+                "Every rank has to make the same calls, in the same order"
+            )
+    return [value["said"] for value in values]
 
 
 def _error_bytes(error: BaseException) -> bytes:
