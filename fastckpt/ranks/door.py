@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastckpt.errors import RanksError
 from fastckpt.ranks.board import Board, member_key
@@ -83,7 +83,7 @@ class Door:
         return self._inside.get_all([member_key("here", rank) for rank in range(1, self._size)]) is None
 
     def _answer(self, keys: list[str]) -> None:
-        knocks = self._lobby.get_all(keys) or [self._lobby.get(key) for key in keys]
+        knocks: Sequence[bytes | None] = self._lobby.get_all(keys) or [self._lobby.get(key) for key in keys]
         for key, name in zip(keys, knocks, strict=True):
             if name is not None and self._answered.get(key) != name:
                 self._lobby.put(f"answer/{name.decode()}", self._session.encode())
