@@ -16,7 +16,7 @@ from fastckpt.kernels import kernels
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog
-from fastckpt.repository.commit import open_vote
+from fastckpt.repository.rank_reader import open_rank
 from fastckpt.state import Captured, capture
 from fastckpt.upkeep.analyze import CodingResult, TensorGroup, analyze
 
@@ -61,7 +61,7 @@ def _state(text: str, arguments: argparse.Namespace) -> Captured:
             choice = Catalog(repository).choose()
             if choice is None:
                 raise NoCheckpointError(f"{repository.url} has no checkpoint yet")
-            reader = open_vote(repository.store, choice.commit.vote(0))
+            reader = open_rank(repository.store, choice.commit, 0)
             return _capture(text, lambda: _load(reader, arguments), arguments)
     path = local_path(text)
     if path is not None:

@@ -243,7 +243,7 @@ def _rest(state: CheckpointState) -> dict[str, Any]:
 def _finding_to_json(finding: Finding) -> dict[str, Any]:
     where = None if finding.checkpoint is None else _where(finding.checkpoint)
     value = {"key": finding.key, **dataclasses.asdict(finding.damage), "checkpoint": where}
-    return {**value, "rank": finding.rank, "rank_lost": finding.rank_lost}
+    return {**value, "rank": finding.rank, "rank_lost": finding.rank_lost, "also_ranks": finding.also_ranks}
 
 
 # Files.

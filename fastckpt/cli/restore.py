@@ -19,8 +19,7 @@ from fastckpt.cli.target import (
 from fastckpt.errors import NoCheckpointError
 from fastckpt.repository.catalog import Catalog, Which
 from fastckpt.repository.repository import Repository
-from fastckpt.upkeep.export import export
-from fastckpt.writing.sinks import open_sink
+from fastckpt.upkeep.export import export_to
 
 HELP = "write one rank of a checkpoint as a file that fastckpt.load reads"
 
@@ -52,8 +51,7 @@ def _restore(repository: Repository, arguments: argparse.Namespace) -> int:
     if choice is None:
         raise NoCheckpointError(f"{repository.url} has no checkpoint yet: nothing was ever committed")
     commit = choice.commit
-    sink = open_sink(out)
-    n_bytes = export(repository, commit, arguments.rank, sink, options(), bar(out))
+    n_bytes = export_to(out, repository, commit, arguments.rank, options(), bar(out))
     checkpoint = {"epoch": commit.save.epoch, "step": commit.save.step, "rank": arguments.rank, "world": commit.world}
     if arguments.json:
         print_json("restore", {"url": repository.url, **checkpoint, "path": out, "container_bytes": n_bytes})

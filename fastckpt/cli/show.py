@@ -16,6 +16,7 @@ from fastckpt.format.directory import TensorEntry
 from fastckpt.format.keys import CheckpointId, SaveId
 from fastckpt.format.records import transform_of
 from fastckpt.format.repository_records import Commit, Tombstone
+from fastckpt.format.shares import owners_needed
 from fastckpt.format.tensor_names import dotted, to_json
 from fastckpt.format.vote import save_info
 from fastckpt.reading.chunk_reader import Reader, storage_bytes, summary
@@ -92,6 +93,8 @@ def _rank(repository: Repository, commit: Commit, rank: int) -> dict[str, Any]:
         "rank": rank,
         "error": None,
         "raw_bytes": info.raw_bytes,
+        "held_bytes": storage_bytes(reader),
+        "owners": sorted(owners_needed(reader.directory)),
         "stored_bytes": info.stored_bytes,
         "shared_bytes": _shared_bytes(reader, commit.save),
         "seconds": info.seconds,
@@ -136,11 +139,14 @@ def _print_ranks(ranks: list[dict[str, Any]]) -> None:
     good = [rank for rank in ranks if rank["error"] is None]
     if not good:
         return
-    rows: list[list[object]] = [["rank", "state", "stored", "of earlier saves", "packs", "tensors", "seconds"]]
+    shares = any(one["raw_bytes"] != one["held_bytes"] for one in good)
+    names = ["held", "written"] if shares else ["state"]
+    members = [*(["held_bytes"] if shares else []), "raw_bytes", "stored_bytes", "shared_bytes"]
+    rows: list[list[object]] = [["rank", *names, "stored", "of earlier saves", "packs", "tensors", "seconds"]]
     for one in good:
-        sizes = [human(one[member]) for member in ("raw_bytes", "stored_bytes", "shared_bytes")]
+        sizes = [human(one[member]) for member in members]
         rows.append([one["rank"], *sizes, one["packs"], len(one["tensors"]), f"{one['seconds']:.1f}"])
-    table(rows, right=range(7))
+    table(rows, right=range(len(rows[0])))
     say()
     tensors: list[list[object]] = [["rank", "tensor", "type", "shape", "kind"]]
     for one in good:

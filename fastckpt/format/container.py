@@ -19,7 +19,8 @@ MIN_BYTES = HEADER_BYTES + FOOTER_BYTES
 
 READ_SELF_CONTAINED = 1 << 0
 READ_MAPPABLE = 1 << 1
-_KNOWN_READ_FEATURES = READ_SELF_CONTAINED
+READ_SHARED = 1 << 2
+_KNOWN_READ_FEATURES = READ_SELF_CONTAINED | READ_SHARED
 _KNOWN_CHECK_FEATURES = 0
 
 INDEX_PARTS = ("directory", "file table", "records", "skeleton")
@@ -115,6 +116,9 @@ def parse_header(data: bytes, source: str) -> Header:
         )
     if zeros != bytes(16):
         raise CorruptCheckpointError(source, [Damage("header", "reserved, bytes 40–56", "zeros", zeros.hex())])
+    if read & READ_SHARED and read & READ_SELF_CONTAINED:
+        damage.append(Damage("header", "read features", "not both SELF_CONTAINED and SHARED", f"{read:#x}"))
+        raise CorruptCheckpointError(source, damage)
     return Header(version, read, write, check)
 
 

@@ -38,6 +38,13 @@ class Extent(NamedTuple):
     n_bytes: int
 
 
+class Share(NamedTuple):
+    """A stretch of a storage's bytes, and the rank whose vote has it."""
+
+    rank: int
+    n_bytes: int
+
+
 class StorageEntry(NamedTuple):
     """One storage. extents None: it has no data (storage of a meta tensor)."""
 
@@ -45,6 +52,10 @@ class StorageEntry(NamedTuple):
     n_bytes: int
     location: str
     extents: tuple[Extent, ...] | None
+    shares: tuple[Share, ...] = ()
+    """Who has which stretch of the bytes, in order: `extents` are of this rank's own. (): all bytes are this index's own."""
+    print: str = ""
+    """Of a storage with shares: the digest of all its bytes as this rank held them, in hex digits; "" if none was taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +108,8 @@ def build(directory: Directory) -> bytes:
         **({"save": directory.save} if directory.save is not None else {}),
     }
     storages = ",".join(
-        f'{{"dtype":{_text(s.dtype)},"bytes":{s.n_bytes},"location":{_text(s.location)},"extents":{_extents_text(s.extents)}}}'
+        f'{{"dtype":{_text(s.dtype)},"bytes":{s.n_bytes},"location":{_text(s.location)},"extents":{_extents_text(s.extents)}'
+        f"{_shares_text(s) if s.shares else ''}}}"
         for s in directory.storages
     )
     forms: dict[Any, tuple[str, str]] = {}
@@ -114,6 +126,11 @@ def _extents_text(extents: tuple[Extent, ...] | None) -> str:
     if extents is None:
         return "null"
     return f"[{','.join([f'[{record},{offset},{n_bytes}]' for record, offset, n_bytes in extents])}]"
+
+
+def _shares_text(storage: StorageEntry) -> str:
+    shares = ",".join([f"[{rank},{n_bytes}]" for rank, n_bytes in storage.shares])
+    return f',"shares":[{shares}]' + (f',"print":{_text(storage.print)}' if storage.print else "")
 
 
 def _tensor_text(entry: TensorEntry, forms: dict[Any, tuple[str, str]]) -> str:

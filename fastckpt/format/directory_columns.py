@@ -16,12 +16,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastckpt.format.directory import KINDS, Directory, Extent, GlobalPlace, StorageEntry, TensorEntry
+from fastckpt.format.directory import KINDS, Directory, Extent, GlobalPlace, Share, StorageEntry, TensorEntry
 from fastckpt.format.element_types import element_type
-from fastckpt.format.fields import MAX_DIMS
+from fastckpt.format.fields import HEX32, MAX_DIMS
+from fastckpt.format.shares import problems_of_names
 from fastckpt.format.tensor_names import ReprKey, from_json
 
 _STORAGE_MEMBERS = ("dtype", "bytes", "location", "extents")
+_SHARED_MEMBERS = (*_STORAGE_MEMBERS, "shares")
+_PRINTED_MEMBERS = (*_SHARED_MEMBERS, "print")
+_NO_SHARES: tuple[Share, ...] = ()
 _TENSOR_MEMBERS = ("name", "dtype", "shape", "stride", "offset", "storage", "kind", "requires_grad")
 _SHARD_MEMBERS = (*_TENSOR_MEMBERS, "global")
 _SMALL = 1 << 40  # far below 2^63: sums and products of such numbers fit into 64 bits
@@ -30,6 +34,7 @@ _SPACED = (b'" ', b'"\t', b'"\r', b'"\n')  # possibly a member's name that is fo
 
 # Makes an Extent without a Python-level call for each.
 _EXTENT = functools.partial(tuple.__new__, Extent)
+_SHARE = functools.partial(tuple.__new__, Share)
 _STORAGE = functools.partial(tuple.__new__, StorageEntry)
 _TENSOR = functools.partial(tuple.__new__, TensorEntry)
 
@@ -55,10 +60,11 @@ def sound(directory: Directory, raw_bytes: npt.NDArray[Any]) -> bool:
     try:
         names, *columns, places = _columns(directory.tensors, 9)
         return (
-            _sound_storages(_columns(directory.storages, 4), raw_bytes)
+            _sound_storages(_columns(directory.storages, 6), raw_bytes, directory.rank, directory.world)
             and _sound_keys(itertools.chain.from_iterable(names))
             and _sound_tensors(columns, directory.storages)
             and all(_small_array(place.shape + place.offset) is not None for place in places if place is not None)
+            and not any(problems_of_names(directory.storages, directory.tensors))
         )
     except (AttributeError, TypeError, ValueError):  # values with wrong types
         return False
@@ -79,14 +85,16 @@ def _of(value: Any, data: bytes, raw_bytes: npt.NDArray[Any]) -> Columns | None:
     storage_rows, tensor_rows = value.get("storages"), value.get("tensors")
     if type(storage_rows) is not list or type(tensor_rows) is not list:
         return None
-    storages = _storages(storage_rows, raw_bytes)
+    storages = _storages(storage_rows, raw_bytes, value.get("rank"), value.get("world"))
     found = None if storages is None else _tensors(tensor_rows, storages)
     if storages is None or found is None:
         return None
     tensors, n_tensor_members = found
-    # `":` follows each member's name, and may occur elsewhere. If it occurs exactly as often as there are members, no member came twice.
+    if any(problems_of_names(storages, tensors)):
+        return None
+    # `":` stands behind each member's name, and perhaps elsewhere: as many as there are members means that no member came twice.
     others = {name: member for name, member in value.items() if name not in ("storages", "tensors")}
-    n_members = 2 + _members(others) + len(_STORAGE_MEMBERS) * len(storages) + n_tensor_members
+    n_members = 2 + _members(others) + sum(map(len, storage_rows)) + n_tensor_members
     return (value, storages, tensors) if n_members == data.count(b'":') else None
 
 
@@ -99,27 +107,49 @@ def _members(value: Any) -> int:
     return sum(map(_members, value)) if type(value) is list else 0
 
 
-def _storages(rows: list[Any], raw_bytes: npt.NDArray[Any]) -> tuple[StorageEntry, ...] | None:
-    if not _all(dict, rows) or not set(map(tuple, rows)) <= {_STORAGE_MEMBERS}:
+def _storages(
+    rows: list[Any], raw_bytes: npt.NDArray[Any], rank: object, world: object
+) -> tuple[StorageEntry, ...] | None:
+    if not _all(dict, rows):
         return None
-    dtypes, lengths, locations, extents = columns = _columns(map(dict.values, rows), 4)
+    members = set(map(tuple, rows))
+    if not members <= {_STORAGE_MEMBERS, _SHARED_MEMBERS, _PRINTED_MEMBERS}:
+        return None
+    if members <= {_STORAGE_MEMBERS}:
+        columns = [*_columns(map(dict.values, rows), 4), [_NO_SHARES] * len(rows), [""] * len(rows)]
+    else:
+        columns = _columns(map(_with_shares, rows), 6)
+    dtypes, lengths, locations, extents, shares, prints = columns
     lists = [value for value in extents if value is not None]
     if not _all(list, lists) or not _all(list, list(itertools.chain.from_iterable(lists))):
         return None
-    if not _sound_storages(columns, raw_bytes):
+    if not _sound_storages(columns, raw_bytes, rank, world):
         return None
     if all(some is not None and len(some) == 1 for some in extents):
         values: Iterable[Any] = zip(map(_EXTENT, itertools.chain.from_iterable(lists)), strict=True)
     else:
         values = [None if some is None else tuple(map(_EXTENT, some)) for some in extents]
-    return tuple(map(_STORAGE, zip(dtypes, lengths, locations, values, strict=True)))
+    return tuple(map(_STORAGE, zip(dtypes, lengths, locations, values, shares, prints, strict=True)))
 
 
-def _sound_storages(columns: Sequence[Any], raw_bytes: npt.NDArray[Any]) -> bool:
-    """columns: dtypes, lengths, locations and extents."""
-    dtypes, lengths, locations, extents = columns
+def _with_shares(row: dict[str, Any]) -> Iterable[Any]:
+    """All six members of a row. ValueError for shares or a print that are there and not as usual."""
+    dtype, n_bytes, location, extents, *rest = row.values()
+    shares: tuple[Share, ...] = _NO_SHARES
+    if rest:
+        if type(rest[0]) is not list or not rest[0] or not _all(list, rest[0]) or not all(rest):
+            raise ValueError("no shares")
+        shares = tuple(map(_SHARE, rest[0]))
+    return dtype, n_bytes, location, extents, shares, rest[1] if len(rest) > 1 else ""
+
+
+def _sound_storages(columns: Sequence[Any], raw_bytes: npt.NDArray[Any], rank: object, world: object) -> bool:
+    """columns: dtypes, lengths, locations, extents, shares and prints."""
+    dtypes, lengths, locations, extents, shares, prints = columns
     n_bytes = _small_array(lengths)
-    if n_bytes is None or not (_all(str, dtypes) and _all(str, locations)):
+    if n_bytes is None or not (_all(str, dtypes) and _all(str, locations) and _all(str, prints)):
+        return False
+    if not _all(tuple, shares):
         return False
     if any(element_type(dtype) is None for dtype in set(dtypes)):
         return False
@@ -140,7 +170,35 @@ def _sound_storages(columns: Sequence[Any], raw_bytes: npt.NDArray[Any]) -> bool
     totals = np.zeros(len(lengths), np.int64)
     np.add.at(totals, np.repeat(np.arange(len(extents)), [len(some or ()) for some in extents]), size)
     has_data = np.array([some is not None for some in extents], bool)
+    if any(shares) or any(prints):
+        own = _own_bytes(n_bytes, shares, prints, rank, world)
+        has_shares = np.array(list(map(bool, shares)), bool)
+        return own is not None and bool((totals == own)[has_data].all() and has_data[has_shares].all())
     return bool((totals == n_bytes)[has_data].all())
+
+
+def _own_bytes(
+    lengths: npt.NDArray[np.int64], shares: Sequence[Any], prints: Sequence[Any], rank: object, world: object
+) -> npt.NDArray[np.int64] | None:
+    """How many bytes of each storage are in this rank's vote; None if the shares or prints are not right."""
+    if type(rank) is not int or type(world) is not int or not 0 <= rank < world < _SMALL:
+        return None
+    if any(text and not (some and HEX32.fullmatch(text)) for text, some in zip(prints, shares, strict=True)):
+        return None
+    places = [place for some in shares for place in some]
+    flat = _small_array(list(itertools.chain.from_iterable(places)))
+    if flat is None or not set(map(len, places)) <= {2}:
+        return None
+    ranks, sizes = flat.reshape(-1, 2).T
+    of = np.repeat(np.arange(len(shares)), list(map(len, shares)))
+    ascending = (np.diff(ranks) > 0) | (np.diff(of) > 0)
+    if not ((ranks < world) & (sizes >= 1)).all() or not ascending.all():
+        return None
+    totals, own = lengths.copy(), lengths.copy()
+    totals[of] = own[of] = 0
+    np.add.at(totals, of, sizes)
+    np.add.at(own, of[ranks == rank], sizes[ranks == rank])
+    return own if (totals == lengths).all() else None
 
 
 def _tensors(rows: list[Any], storages: Sequence[StorageEntry]) -> tuple[tuple[TensorEntry, ...], int] | None:

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fastckpt.format import directory_columns
-from fastckpt.format.directory import KINDS, Directory, Extent, GlobalPlace, StorageEntry, TensorEntry
+from fastckpt.format.directory import KINDS, Directory, Extent, GlobalPlace, Share, StorageEntry, TensorEntry
 from fastckpt.format.element_types import element_type
-from fastckpt.format.fields import MAX_INTEGER, Findings, JsonFields
+from fastckpt.format.fields import HEX32, MAX_INTEGER, Findings, JsonFields
 from fastckpt.format.json_text import load_json
+from fastckpt.format.shares import problems_of_names, stretch_of
 from fastckpt.format.tensor_names import dotted, from_json
 
 
@@ -45,9 +46,12 @@ def _parse_rows(data: bytes, raw_bytes: npt.NDArray[Any], source: str) -> Direct
         findings.raise_damage()
     top = JsonFields(value, findings, "top level")
     _check_byte_order(top)
-    findings.raise_unsupported()  # with another byte order the rest may have another meaning
-    storages = _storages(top.array("storages"), raw_bytes, findings)
-    found = _top(top, storages, _tensors(top.array("tensors"), storages, findings))
+    findings.raise_unsupported()  # the rest of another byte order's may mean something else
+    storages = _storages(top, raw_bytes)
+    tensors = _tensors(top.array("tensors"), storages, findings)
+    for number, found_name in problems_of_names(storages, tensors):
+        findings.add_text(f"storage {number}, first name", "one of its own (it has shares)", found_name)
+    found = _top(top, storages, tensors)
     findings.raise_damage()
     findings.raise_unsupported()
     return found
@@ -81,10 +85,12 @@ def _element_bytes(row: JsonFields) -> tuple[str, int]:
     return name, 1 if known is None else known.n_bytes
 
 
-def _storages(values: list[Any], raw_bytes: npt.NDArray[Any], findings: Findings) -> tuple[StorageEntry, ...]:
+def _storages(top: JsonFields, raw_bytes: npt.NDArray[Any]) -> tuple[StorageEntry, ...]:
+    findings = top.findings
+    rank, world = (value if type(value) is int else 0 for value in map(top.raw, ("rank", "world")))
     ends = np.cumsum(raw_bytes, dtype=np.int64)
     storages = []
-    for number, value in enumerate(values):
+    for number, value in enumerate(top.array("storages")):
         row = JsonFields(value, findings, f"storage {number}")
         if not isinstance(value, dict):
             continue
@@ -97,11 +103,36 @@ def _storages(values: list[Any], raw_bytes: npt.NDArray[Any], findings: Findings
         checked = None if extents is None else tuple(_extents(extents, row.place, raw_bytes, ends, findings))
         right = (checked is None) == (location == "meta")
         row.demand(right, "extents", 'null if the location is "meta", otherwise an array', extents)
+        shares = _shares(row, value["shares"], n_bytes, world) if "shares" in value else ()
+        print_text = value.get("print", "") if shares else ""
+        if shares:
+            row.demand(checked is not None, "extents", "an array (it has shares)", extents)
+            right = "print" not in value or (isinstance(print_text, str) and HEX32.fullmatch(print_text) is not None)
+            row.demand(right, "print", "32 hex digits", print_text)
         if checked is not None:
-            total = sum(extent.n_bytes for extent in checked)
-            row.demand(total == n_bytes, "extents", f"{n_bytes} bytes in all", total)
-        storages.append(StorageEntry(dtype, n_bytes, location, checked))
+            total, (_, own) = sum(extent.n_bytes for extent in checked), stretch_of(shares, rank, n_bytes)
+            whose = f" (the share of rank {rank})" if shares else ""
+            row.demand(total == own, "extents", f"{own} bytes in all{whose}", total)
+        storages.append(StorageEntry(dtype, n_bytes, location, checked, shares, str(print_text)))
     return tuple(storages)
+
+
+def _shares(row: JsonFields, values: Any, n_bytes: int, world: int) -> tuple[Share, ...]:
+    """The member `shares`, which is there; () where it is not right."""
+    if not isinstance(values, list) or not values or not all(map(_is_share, values)):
+        row.demand(False, "shares", "an array of [rank, bytes ≥ 1]", values)
+        return ()
+    shares = tuple(Share(*value) for value in values)
+    ranks, total = [share.rank for share in shares], sum(share.n_bytes for share in shares)
+    ascending = ranks == sorted(set(ranks)) and ranks[-1] < world
+    row.demand(ascending, "shares", f"ranks in ascending order, below world ({world})", values)
+    row.demand(total == n_bytes, "shares", f"{n_bytes} bytes in all", total)
+    return shares if ascending and total == n_bytes else ()
+
+
+def _is_share(value: Any) -> bool:
+    whole = isinstance(value, list) and len(value) == 2 and all(type(item) is int for item in value)
+    return whole and 0 <= value[0] <= MAX_INTEGER and 1 <= value[1] <= MAX_INTEGER
 
 
 def _extents(

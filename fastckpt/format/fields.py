@@ -14,7 +14,7 @@ from fastckpt.format.keys import MAX_EPOCH, MAX_STEP, CheckpointId
 MAX_INTEGER = (1 << 63) - 1
 MAX_DIMS = 64
 
-_HEX32 = re.compile(r"[0-9a-f]{32}")
+HEX32 = re.compile(r"[0-9a-f]{32}")
 _SPECIAL = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -101,7 +101,7 @@ class JsonFields:
 
     def hex32(self, member: str) -> str:
         def right(value: Any) -> bool:
-            return isinstance(value, str) and _HEX32.fullmatch(value) is not None
+            return isinstance(value, str) and HEX32.fullmatch(value) is not None
 
         return str(self._get(member, right, "32 hex digits", "0" * 32))
 

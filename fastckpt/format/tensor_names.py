@@ -30,6 +30,9 @@ class ReprKey:
 Key = str | int | ReprKey
 Name = tuple[Key, ...]
 
+BOX = "box"
+"""The last key but one of the rows for single blocks of a shard (docs/format.md, section 5)."""
+
 
 def key_of(value: object, position: int | None = None) -> Key:
     """The typed key for any Python dictionary key. Runs no code of the key's class: a parameter's `repr`, for example, would copy it from

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastckpt.format.directory import Directory, FileEntry
 from fastckpt.format.fields import Findings, JsonFields
 from fastckpt.format.keys import MAX_EPOCH, MAX_TRY, SaveId, VoteName
 from fastckpt.format.repository_records import Commit, Parent, VoteEntry, metrics_to_json, parent_to_json, parse_parent
+from fastckpt.format.shares import Claims, GroupClaim, print_conflicts
 
 
 def vote_name(save: SaveId, rank: int, world: int, data: bytes) -> VoteName:
@@ -45,6 +46,21 @@ class Vote:
     """Offset and bytes of each part of the index."""
     files: tuple[FileEntry, ...]
     """The packs that the vote names."""
+    groups: tuple[GroupClaim, ...] = ()
+    """What its rank holds alike with others, if it was built here: one that is read has its directory to tell."""
+
+
+def replica_conflicts(votes: Iterable[Vote]) -> list[str]:
+    """What ranks of one save ought to have held alike and did not, in words: as far as their votes have prints of it."""
+    return print_conflicts(vote.directory for vote in votes)
+
+
+def unmet_shares(votes: Iterable[Vote]) -> list[str]:
+    """Shares that ranks of one save count on and no vote has, in words."""
+    claims = Claims()
+    for vote in votes:
+        claims.add(vote.name.rank, vote.directory)
+    return list(map(str, claims.unmet()))
 
 
 def part_ranges(footer: Footer) -> dict[str, tuple[int, int]]:
@@ -88,13 +104,21 @@ def save_info(directory: Directory, name: VoteName, source: str) -> SaveInfo:
 
 
 def commit_of(votes: Sequence[Vote], source: str) -> Commit:
-    """The commit record of a try, from the votes of all ranks, rank 0's first. The same votes always give the same record."""
+    """The commit record of a try, from the votes of all ranks, rank 0's first. The same votes give the same record.
+
+    CorruptCheckpointError where they are not of one save, or a share that one rank counts on is in no vote: nothing may come of that.
+    """
     name, first, directory = votes[0].name, votes[0].info, votes[0].directory
     for i, vote in enumerate(votes):
         expected = (first.save, first.parent, i)
         found = (vote.info.save, vote.info.parent, vote.name.rank)
         if expected != found:
             raise CorruptCheckpointError(source, [Damage("votes", f"vote {i}", str(expected), str(found))])
+    unmet = unmet_shares(votes)
+    if unmet:
+        raise CorruptCheckpointError(
+            source, [Damage("votes", "shares", "each in the vote of its rank", w) for w in unmet]
+        )
     return Commit(
         save=name.save,
         world=name.world,

@@ -212,30 +212,32 @@ def has_storage(tensor: torch.Tensor) -> bool:
     return torch._C._has_storage(tensor)
 
 
-def local_of(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A DTensor's own shard; None for other tensors. Since 2.5 (`to_local` takes part in autograd, this does not).
+def dtensor_class() -> Any:
+    """torch's DTensor; None where no program has imported it, so that there can be none. Importing it takes 0.5 s. Since 2.5."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
-    DTensors exist only after their module was imported; importing it takes 0.5 s.
-    """
-    module = sys.modules.get("torch.distributed.tensor")
-    kind = getattr(module, "DTensor", None)
+
+def sharded_tensor_class() -> Any:
+    """What came before DTensor, and still is in states of FSDP1 and torchrec. None where no program has imported it. Since 1.11."""
+    return getattr(sys.modules.get("torch.distributed._shard.sharded_tensor.api"), "ShardedTensor", None)
+
+
+def known_placements() -> tuple[type, ...]:
+    """Placements that cut as torch.chunk does: `Shard`, and the one of what FSDP has cut after tensor parallelism. Since 2.5."""
+    found = (
+        getattr(sys.modules.get("torch.distributed.tensor.placement_types"), name, None)
+        for name in ("Shard", "_StridedShard")
+    )
+    return tuple(kind for kind in found if kind is not None)
+
+
+def local_of(tensor: Any) -> torch.Tensor | None:
+    """A DTensor's own shard; None for other tensors. Since 2.5 (`to_local` takes part in autograd, this does not)."""
+    kind = dtensor_class()
     if kind is None or not isinstance(tensor, kind):
         return None
     local: torch.Tensor = tensor._local_tensor
     return local
-
-
-def offset_of_local(tensor: Any) -> tuple[int, ...] | None:
-    """Where a DTensor's shard begins in the whole tensor. None if the shard is not a single block, or torch does not tell. Since 2.5."""
-    try:
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-    except ImportError:
-        return None
-    try:
-        _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    except (RuntimeError, NotImplementedError, ValueError, AssertionError):  # strided or partial placements
-        return None
-    return tuple(offset)
 
 
 def process_group_store() -> Any:
@@ -255,3 +257,43 @@ def process_group_store() -> Any:
         return clone()
     except (RuntimeError, NotImplementedError):  # a store of somebody's own
         return store
+
+
+def dtensor_around(local: torch.Tensor, like: Any) -> Any:
+    """A DTensor, without gradients, whose shard is `local`, spread as another one is. No collectives. `from_local` since 2.5.
+
+    It would move a shard that is offloaded from the mesh's devices: such a one goes by the constructor, with a `_spec`, as since 2.5.
+    """
+    kind, mesh = dtensor_class(), like.device_mesh
+    whole: Any = {"shape": like.shape, "stride": like.stride(), "run_check": False}
+    local = local.detach()
+    with torch.no_grad():
+        if local.device.type == mesh.device_type or local.is_meta:
+            return kind.from_local(local, mesh, like.placements, **whole)
+        shell = kind.from_local(torch.empty_like(local, device="meta"), mesh, like.placements, **whole)
+        return kind(local, shell._spec, requires_grad=False)
+
+
+def replicated_like(tensor: torch.Tensor, like: Any) -> Any:
+    """A DTensor that each rank of another one's mesh has all of. No collectives. `from_local` without placements since 2.5."""
+    return dtensor_class().from_local(tensor, like.device_mesh, run_check=False)
+
+
+# -- modules -------------------------------------------------------------------------------------------------------------
+
+METADATA = "_metadata"
+"""The attribute of a module's state dict that has versions of classes, by paths. Since 0.4."""
+
+
+def compiled_module_attribute(kind: type) -> str | None:
+    """Under which name modules that torch.compile has made have the one that it was given; None for other classes. Since 2.0.
+
+    There can be such modules only once theirs was imported; importing it takes 1 s.
+    """
+    made = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
+    return "_orig_mod" if made is not None and issubclass(kind, made) else None
+
+
+def gradient_hooks(module: torch.nn.parallel.DistributedDataParallel) -> list[Any]:
+    """What averages the gradients in place of torch's own way; [] where nothing does. A list of the module since 2.0."""
+    return [hook for hook, _ in getattr(module, "_comm_hooks", ())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import xxhash
@@ -12,6 +13,14 @@ from fastckpt.kernels.select import kernels
 def digest(data: Any) -> bytes:
     """XXH3-128 of raw bytes, 16 bytes, canonical order."""
     return xxhash.xxh3_128_digest(data)
+
+
+def digest_of(parts: Iterable[Any]) -> bytes:
+    """As `digest`, of bytes that come in parts, one after another."""
+    found = xxhash.xxh3_128()
+    for part in parts:
+        found.update(part)
+    return found.digest()
 
 
 def crc64nvme(data: Any) -> int:

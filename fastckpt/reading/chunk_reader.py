@@ -18,10 +18,19 @@ from fastckpt import codec
 from fastckpt._types import U8
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
 from fastckpt.format import container, directory, directory_reader, records
-from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, INDEX_PARTS, MAGIC, MIN_BYTES, READ_SELF_CONTAINED
+from fastckpt.format.container import (
+    FOOTER_BYTES,
+    HEADER_BYTES,
+    INDEX_PARTS,
+    MAGIC,
+    MIN_BYTES,
+    READ_SELF_CONTAINED,
+    READ_SHARED,
+)
 from fastckpt.format.digest import crc64nvme, digest
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.element_types import NUMPY_PREFIX
+from fastckpt.format.shares import shared_numbers, stretch_of
 from fastckpt.format.tensor_names import dotted
 from fastckpt.host import cycle_collector
 from fastckpt.kernels.transform import HAS_BASE, Transform, transform_name
@@ -65,10 +74,12 @@ class Reader:
         self.records = records.unpack(parts["records"])
         self.files = directory.parse_file_table(parts["file table"], open_file is None, source.name)
         """Other files that hold chunks."""
-        self._sources = [source, *(open_file(file) for file in self.files)] if open_file else [source]
+        self.sources = [source, *(open_file(file) for file in self.files)] if open_file else [source]
+        """Where stored bytes are read: that of the index itself, then one for each of `files`."""
         self._check_records()
         with cycle_collector.held_off():
             self.directory = directory_reader.parse(parts["directory"], self.records["raw_bytes"], source.name)
+        _check_shares(self)
         self._scratch = threading.local()
 
     @classmethod
@@ -143,20 +154,21 @@ class Reader:
             )
 
     def pieces(self, storage: int) -> Iterator[StoredPiece]:
-        """The pieces of a storage, in order."""
-        raw = self.records["raw_bytes"]
-        position = 0
-        for extent in self.directory.storages[storage].extents or ():
-            chunk, offset, left_bytes = extent
-            while left_bytes:
-                n_bytes = min(left_bytes, int(raw[chunk]) - offset)
+        """What a storage is made of, in order; of one with shares, what this rank has of it."""
+        raw, entry = self.records["raw_bytes"], self.directory.storages[storage]
+        start, own_bytes = stretch_of(entry.shares, self.directory.rank, entry.n_bytes)
+        position = start
+        for extent in entry.extents or ():
+            chunk, offset, left = extent
+            while left:
+                n_bytes = min(left, int(raw[chunk]) - offset)
                 yield StoredPiece(chunk, offset, position, n_bytes)
-                chunk, offset, position = chunk + 1, 0, position + n_bytes
-                left_bytes -= n_bytes
-        assert position in (0, self.directory.storages[storage].n_bytes), storage
+                chunk, offset, left, position = chunk + 1, 0, left - n_bytes, position + n_bytes
+        assert position in (start, start + own_bytes), storage
 
     @cached_property
-    def _storages_of_chunk(self) -> list[list[int]]:
+    def storages_of_chunk(self) -> list[list[int]]:
+        """Numbers of the storages that need each chunk."""
         found: list[list[int]] = [[] for _ in range(len(self.records))]
         for storage in range(len(self.directory.storages)):
             for piece in self.pieces(storage):
@@ -164,16 +176,21 @@ class Reader:
         return found
 
     @cached_property
-    def _names_of_storage(self) -> list[list[str]]:
+    def names_of_storage(self) -> list[list[str]]:
+        """Dotted names of each storage's tensors; "storage 7" for one without a name."""
         found: list[list[str]] = [[] for _ in self.directory.storages]
         for tensor in self.directory.tensors:
             found[tensor.storage].append(dotted(tensor.name))
-        return found
+        return [names or [f"storage {number}"] for number, names in enumerate(found)]
 
     def tensors_of(self, chunk: int) -> tuple[str, ...]:
-        """Dotted names of the tensors that need a chunk; storages without a name appear as "storage 7"."""
-        storages = sorted(set(self._storages_of_chunk[chunk]))
-        return tuple(name for n in storages for name in self._names_of_storage[n] or [f"storage {n}"])
+        """Dotted names of the tensors that need a chunk; storages without a name as "storage 7"."""
+        storages = sorted(set(self.storages_of_chunk[chunk]))
+        return tuple(name for n in storages for name in self.names_of_storage[n])
+
+    def chunk_name(self, number: int) -> str:
+        """What people call a chunk."""
+        return f"chunk {number}"
 
     def tensors_of_file(self, file: int) -> tuple[str, ...]:
         """Names of the tensors that need a file of the file table. file: its number; the first is 1."""
@@ -188,7 +205,7 @@ class Reader:
         """
         record = self.records[chunk]
         transform = Transform(int(record["transform"]))
-        place = f"chunk {chunk}"
+        place = self.chunk_name(chunk)
         n_stored = int(record["stored_bytes"])
         if n_stored:
             first, file = int(record["offset"]), int(record["file"])
@@ -242,7 +259,7 @@ class Reader:
 
     def _read_stored(self, record: Any, out: U8) -> None:
         file, offset = int(record["file"]), int(record["offset"])
-        self._sources[file].read_into(offset if file else self.start + offset, out)
+        self.sources[file].read_into(offset if file else self.start + offset, out)
 
     def prefetch(self, first: int, last: int) -> None:
         """A hint: the stored bytes of the chunks from `first` to `last` will be needed soon. Any thread."""
@@ -263,6 +280,15 @@ class Reader:
         if buffer is None or buffer.size < n_bytes:
             buffer = self._scratch.buffer = np.empty(n_bytes, np.uint8)
         return buffer[:n_bytes]
+
+
+def _check_shares(reader: Reader) -> None:
+    shared, features = shared_numbers(reader.directory.storages), reader.footer.header.read_features
+    if bool(shared) != bool(features & READ_SHARED):
+        expected = f"{'' if shared else 'not '}SHARED (storages with shares: {len(shared)})"
+        raise CorruptCheckpointError(
+            reader.source.name, [Damage("header", "read features", expected, f"{features:#x}")]
+        )
 
 
 def is_container(source: Source) -> bool:

@@ -29,6 +29,10 @@ class LoadPlan:
         self.chunks: dict[int, list[int]] = {}
         """Number of a storage → numbers of the chunks that it needs, in the order of its bytes."""
         for number in self.order:
+            if storages[number].shares:  # what it lacks would be whatever lay in fresh memory
+                raise ValueError(
+                    f"{reader.source.name} has shares of storages only: merge it with the votes of their owners"
+                )
             chunks = self.chunks[number] = []
             for chunk, offset, position, n_bytes in reader.pieces(number):
                 self.pieces[chunk].append((number, offset, position, n_bytes))

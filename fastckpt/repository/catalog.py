@@ -25,9 +25,11 @@ from fastckpt.events import logger
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId
 from fastckpt.format.repository_records import Commit, Epoch, Skipped, Tombstone
+from fastckpt.format.shares import Claims
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote, try_commit
 from fastckpt.repository.inventory import Inventory, take_inventory
+from fastckpt.repository.rank_reader import lost_shares
 from fastckpt.repository.record_reader import RecordReader
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
@@ -82,16 +84,21 @@ class Choice:
     """A checkpoint to restore, and the checkpoints that were passed over before it."""
 
     commit: Commit
-    reader: Reader = field(repr=False, compare=False)
-    """Rank 0's checked index: the caller need not read it again to load the checkpoint."""
+    reader: Reader | None = field(repr=False, compare=False)
+    """Rank 0's checked index: the caller need not read it again to load the checkpoint. None: nothing but the record was looked at."""
     skipped: tuple[Skipped, ...] = ()
 
 
 class Catalog:
     """The result of one reading of a repository's names. Records are read when they are needed, each once."""
 
-    def __init__(self, repository: RecordReader, listing: Inventory | None = None) -> None:
-        self.repository = repository
+    def __init__(
+        self, repository: RecordReader, listing: Inventory | None = None, *, checks_votes: bool = True
+    ) -> None:
+        """checks_votes: whether a checkpoint is chosen only after all its votes and packs have been looked at. Many ranks look at their own
+        ones instead: one rank would need an hour for thousands.
+        """
+        self.repository, self._checks_votes = repository, checks_votes
         self.listing = repository.list() if listing is None else listing
         self._epochs: dict[int, Epoch] = {}
         self._commits: dict[CheckpointId, Commit | Tombstone] = {}
@@ -208,12 +215,12 @@ class Catalog:
             f"{self.repository.url} has no checkpoint of step {step}; newest: {shown}. `fastckpt ls` lists all"
         )
 
-    def _opened(self, checkpoint: CheckpointId) -> tuple[Commit, Reader]:
+    def _opened(self, checkpoint: CheckpointId) -> tuple[Commit, Reader | None]:
         try:
             commit = self.commit(checkpoint)
             if isinstance(commit, Tombstone):
                 raise self._was_retired(checkpoint)
-            return commit, open_checked(self.repository.store, commit)
+            return commit, open_checked(self.repository.store, commit) if self._checks_votes else None
         except (CorruptCheckpointError, MissingObjectError) as error:
             raise self.blame(checkpoint, error) from error
 
@@ -250,13 +257,14 @@ class Catalog:
 
 
 def open_checked(store: Store, commit: Commit) -> Reader:
-    """Check all that can be checked without reading packs: votes by length and digest, indexes, lengths of packs.
+    """Check all that can be checked without reading packs: votes by length and digest, indexes, shares, lengths of packs.
 
     Returns rank 0's index only: the indexes of thousands of ranks would not fit into memory. CorruptCheckpointError lists everything that
     is wrong or missing; StoreError.
     """
     damage: list[Damage] = []
     first: Reader | None = None
+    claims, unread = Claims(), set[int]()
     sizes = _sizes(store, {commit.save})
     for rank in range(commit.world):
         name = commit.vote(rank)
@@ -265,10 +273,13 @@ def open_checked(store: Store, commit: Commit) -> Reader:
             reader = open_vote(store, name)
         except MissingObjectError:
             damage.append(Damage("vote", key, f"{name.n_bytes} bytes", "no such object"))
+            unread.add(rank)
             continue
         except CorruptCheckpointError as error:
             damage.extend(error.damage)
+            unread.add(rank)
             continue
+        claims.add(rank, reader.directory)
         first = reader if rank == 0 else first
         for file in reader.files:
             if file.key not in sizes:
@@ -278,6 +289,7 @@ def open_checked(store: Store, commit: Commit) -> Reader:
                 lost = reader.tensors_of_file(reader.files.index(file) + 1)
                 what = "no such object" if found is None else f"{found} bytes"
                 damage.append(Damage("pack", file.key, f"{file.n_bytes} bytes", what, lost))
+    damage += [lost.damage for lost in lost_shares(store, commit, claims, unread)]
     if damage:
         raise CorruptCheckpointError(f"{store.url}/{keys.commit_key(commit.checkpoint)}", damage)
     assert first is not None  # each commit has a rank 0
@@ -345,8 +357,3 @@ def describe(commit: Commit) -> dict[str, Any]:
         if commit.parent is None
         else {"epoch": commit.parent.checkpoint.epoch, "step": commit.parent.checkpoint.step},
     }
-
-
-def open_rank(store: Store, commit: Commit, rank: int) -> Reader:
-    """A rank's part of a checkpoint. UnreadableError, StoreError."""
-    return open_vote(store, commit.vote(rank))

@@ -84,9 +84,9 @@ class Incarnation:
         StoreError.
         """
         self.repository.initialise()
-        catalog = Catalog(self.repository)
+        catalog = Catalog(self.repository, checks_votes=self._team is None)
         if isinstance(step, str) and complete_pending(self.repository, catalog):
-            catalog = Catalog(self.repository)
+            catalog = Catalog(self.repository, checks_votes=self._team is None)
         return catalog.choose(step, known_bad, own)
 
     def claim(self, choice: Choice | None, step: Which, own: set[int]) -> bool:

@@ -28,12 +28,13 @@ from fastckpt.events import logger
 from fastckpt.format.directory import Directory, FileEntry
 from fastckpt.format.keys import DATA, SaveId, VoteName, commit_key
 from fastckpt.format.repository_records import Commit, Tombstone, parse_commit_record, tombstone_bytes, utc_now
-from fastckpt.format.vote import Vote, save_info, save_to_json
+from fastckpt.format.shares import GroupClaim, group_of_json, group_to_json, groups_at_odds
+from fastckpt.format.vote import Vote, replica_conflicts, save_info, save_to_json, unmet_shares
 from fastckpt.ranks.board import BoardLostError
 from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.pulse import Listener, silent_s
 from fastckpt.ranks.team import Team
-from fastckpt.repository.commit import commit_votes, create, read_commit, try_commit
+from fastckpt.repository.commit import commit_votes, create, read_commit, read_vote, try_commit
 from fastckpt.store.base import Store
 
 _N_COMMITTERS = 3
@@ -60,10 +61,12 @@ def summary_of(vote: Vote) -> dict[str, Any]:
     """What the others need to know of a vote, for JSON."""
     own = f"{DATA}{vote.name.save}/"
     found: dict[str, Any] = {
+        "of": list(vote.name.save),
         "bytes": vote.name.n_bytes,
         "digest": vote.name.digest,
         "parts": dict(vote.parts),
         "save": save_to_json(vote.info),
+        "groups": [group_to_json(claim) for claim in vote.groups],
         "foreign": [list(file) for file in vote.files if not file.key.startswith(own)],
     }
     if vote.name.rank == 0:
@@ -86,7 +89,27 @@ def vote_of(summary: dict[str, Any], save: SaveId, rank: int, world: int) -> Vot
     )
     info = save_info(directory, name, f"the summary of rank {rank}'s vote for step {save.step}")
     parts = {part: (offset, n_bytes) for part, (offset, n_bytes) in summary["parts"].items()}
-    return Vote(name, info, directory, parts, tuple(FileEntry(*file) for file in summary["foreign"]))
+    files = tuple(FileEntry(*file) for file in summary["foreign"])
+    return Vote(name, info, directory, parts, files, _groups(summary))
+
+
+def _groups(summary: dict[str, Any]) -> tuple[GroupClaim, ...]:
+    return tuple(map(group_of_json, summary["groups"]))
+
+
+def _of_others(save: SaveId, summaries: list[dict[str, Any]]) -> str | None:
+    """Why votes of one call are not votes of one save, in words for every rank."""
+    for rank, summary in enumerate(summaries):
+        other = SaveId(*summary["of"])
+        if other != save:
+            first = SaveId(*summaries[0]["of"])
+            what = (
+                f"step {other.step}, and rank 0 step {first.step}"
+                if other.step != first.step
+                else f"{other}, and rank 0 {first}"
+            )
+            return f"!ranks disagree: rank {rank} saves {what}, at the same call"
+    return None
 
 
 class JointCommit:
@@ -161,12 +184,12 @@ class JointCommit:
         return None
 
     def _commit(self, vote: Vote, summaries: list[dict[str, Any]]) -> Commit:
-        save = vote.info.save
-        self._raise_if_abandoned(save.step, self._fate.commit())
-        votes = [
-            vote if rank == self._world.rank else vote_of(summary, save, rank, self._world.size)
-            for rank, summary in enumerate(summaries)
-        ]
+        save, size = vote.info.save, self._world.size
+        problem, votes = _of_others(save, summaries), []
+        if problem is None:
+            votes = [vote_of(summary, save, rank, size) for rank, summary in enumerate(summaries)]
+            problem = self._problem(votes)
+        self._raise_if_abandoned(save.step, self._fate.commit() if problem is None else self._fate.abandon(problem))
         try:
             commit = commit_votes(self._store, votes)
         except CheckpointError as error:
@@ -196,6 +219,20 @@ class JointCommit:
             self._fate.finish(outcome)
         return commit
 
+    def _problem(self, votes: list[Vote]) -> str | None:
+        """Why votes that are all there must not be committed, in words for every rank."""
+        first = votes[0].info
+        for vote in votes:
+            if vote.info.parent != first.parent:
+                return f"!ranks disagree: rank 0 continues from {first.parent}, and rank {vote.name.rank} from {vote.info.parent}"
+        odd = groups_at_odds([vote.groups for vote in votes])
+        if odd is None:
+            return None
+        two = [read_vote(self._store, votes[rank].name) for rank in odd]
+        words = [*replica_conflicts(two), *unmet_shares(two)] or ["their names, types or sizes differ"]
+        more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+        return f"!ranks {odd[0]} and {odd[1]} do not hold alike what they should: {'; '.join(words[:3])}{more}"
+
     def _learnt(self, vote: Vote, outcome: dict[str, Any]) -> Commit:
         step = vote.info.save.step
         if "failed" in outcome:
@@ -216,14 +253,14 @@ class JointCommit:
         others = {rank: other for rank, other in steps.items() if other != step}
         if others:
             rank, other = next(iter(sorted(others.items())))
-            return f"ranks disagree: rank {rank} saves step {other}, and rank {self._world.rank} step {step}, at the same call"
+            return f"!ranks disagree: rank {rank} saves step {other}, and rank {self._world.rank} step {step}, at the same call"
         dead = self._listener.silent(missing[:_MAX_LISTENED_TO])
         if dead:
-            return f"nothing was heard of rank {dead[0]} for {silent_s(self._world.size):.0f} s"
+            return f"!nothing was heard of rank {dead[0]} for {silent_s(self._world.size):.0f} s"
         if waited_s >= self._timeout_s:
             idle = [rank for rank in missing if rank not in steps]
             what = f", and ranks {idle[:20]} have not even begun it" if idle else ""
-            return f"no vote of ranks {missing[:20]} after {self._timeout_s:.0f} s{what}"
+            return f"!no vote of ranks {missing[:20]} after {self._timeout_s:.0f} s{what}"
         return None
 
     def _raise_if_abandoned(self, step: int, why: str | None) -> None:
@@ -251,7 +288,7 @@ class JointCommit:
         if isinstance(found, Tombstone):
             raise AbandonedError(
                 save.step,
-                f"ranks cannot reach each other any more, and not all votes were placed within {silent_s(self._world.size):.0f} s",
+                f"!ranks cannot reach each other any more, and not all votes were placed within {silent_s(self._world.size):.0f} s",
             )
         if found is not None:
             self._acknowledge(found)

@@ -14,6 +14,7 @@ from fastckpt.errors import (
 )
 from fastckpt.format import keys
 from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.merged_reader import merge
 from fastckpt.repository.catalog import Catalog, Which
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
@@ -56,6 +57,7 @@ def _read(store: Store, step: Which, read: Callable[[Reader], T]) -> T:
             "`fastckpt restore --rank` exports each rank's state"
         )
     try:
-        return read(choice.reader)
+        assert choice.reader is not None
+        return read(merge(choice.reader, {}))  # its own shares, which one rank has all of
     except (CorruptCheckpointError, ObjectNotFoundError) as error:
         raise catalog.blame(commit.checkpoint, error) from error

@@ -51,7 +51,7 @@ def plan_copies(
     """
     chunks = cuts.chunks
     n_bytes = [chunk.n_bytes for chunk in chunks]
-    for_device = any(storage.device is not None for storage in captured.storages)
+    for_device = any(captured.storages[chunk.pieces[0].storage].device is not None for chunk in chunks)
     limit = slab_limit(budget_bytes, MAX_RAW_BYTES if sum(n_bytes) > MAX_RAW_BYTES else max(n_bytes, default=1))
     if not limit:
         raise DoesNotFit

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from fastckpt.host.torch_names import local_of, version_of
+from fastckpt.state.sharding import owns_storage
 
 
 class FencedTensors:
@@ -35,7 +36,10 @@ class FencedTensors:
                 if address:
                     self._tensors.append(tensor)
                     self._addresses.append(address)
-                    if tensor.nbytes != storage.nbytes() or not tensor.is_contiguous():
+                    if owned is not tensor:  # what is done to a DTensor counts for itself, not for its local tensor
+                        self._tensors.append(owned)
+                        self._addresses.append(address)
+                    if not _owns_storage(owned, tensor, storage.nbytes()):
                         in_part.add(address)
         self._versions = [version_of(tensor) for tensor in self._tensors]
         self.addresses = set(self._addresses)
@@ -48,7 +52,7 @@ class FencedTensors:
         """
         owned: dict[int, list[torch.Tensor]] = {address: [] for address in in_part}
         for tensor, address in zip(self._tensors, self._addresses, strict=True):
-            if address in in_part:
+            if address in in_part and local_of(tensor) is None:
                 owned[address].append(tensor)
         return {address for address, tensors in owned.items() if not _cover(tensors)}
 
@@ -69,6 +73,13 @@ class FencedTensors:
         if versions == self._versions:
             return None
         return next(a for a, now, then in zip(self._addresses, versions, self._versions, strict=True) if now != then)
+
+
+def _owns_storage(owned: torch.Tensor, tensor: torch.Tensor, n_bytes: int) -> bool:
+    """Whether a tensor is all of a storage. FSDP pads the storages of uneven shards; nobody else has anything there."""
+    if tensor.nbytes == n_bytes and tensor.is_contiguous():
+        return True
+    return owned is not tensor and owns_storage(owned)
 
 
 def _cover(tensors: Sequence[torch.Tensor]) -> bool:

@@ -89,7 +89,7 @@ def stage(captured: Captured, target: str, options: Options) -> Snapshot | LiveC
         return snapshot
     logger.warning(
         "the copy of %d bytes does not fit the budget of %d, or what earlier saves leave of it: %s is written before save_async returns",
-        captured.n_bytes,
+        captured.own_bytes,
         options.host_budget_bytes,
         target,
     )

@@ -60,6 +60,7 @@ class Progress:
         """All chunks have been read, and none was wrong."""
         self.closed = False
         self._captured = captured
+        self._to_copy_bytes = captured.own_bytes
         self._there_bytes = 0
         self._began_s = 0.0
 
@@ -70,7 +71,7 @@ class Progress:
             events.SnapshotStarted(
                 target=self.target,
                 step=self.step,
-                raw_bytes=self._captured.n_bytes,
+                raw_bytes=self._to_copy_bytes,
                 storages=len(self._captured.storages),
             )
         )
@@ -111,7 +112,7 @@ class Progress:
                 return
             copy.stage = Stage.THERE
             self._there_bytes += copy.n_bytes
-            if self._there_bytes < self._captured.n_bytes:
+            if self._there_bytes < self._to_copy_bytes:
                 return
             self._captured.release()
         events.emit(

@@ -136,12 +136,16 @@ class Sampler:
         """leave_out: see `SamplePlan`."""
         self._leave_out = leave_out
         self._form: object = None
-        self._plan = SamplePlan(Captured(b""), Cuts([], {}))
+        self._cuts = Cuts([], {})
+        self._plan = SamplePlan(Captured(b""), self._cuts)
 
     def take(self, captured: Captured, cuts: Cuts, seed: int | None = None) -> Sampled:
-        """Sample the part of a state that lies in host memory, as it is now. seed: see `Sampled`."""
-        if captured.form is not self._form:
-            self._plan, self._form = SamplePlan(captured, cuts, self._leave_out), captured.form
+        """Sample all of a state that lies in host memory, as it is now. seed: see `Sampled`."""
+        if (
+            captured.form is not self._form or cuts is not self._cuts
+        ):  # of one form, ranks may come to share it otherwise
+            self._plan = SamplePlan(captured, cuts, self._leave_out)
+            self._form, self._cuts = captured.form, cuts
         sampled = Sampled(captured, self._plan, seed)
         for number in self._plan:
             sampled.take(number)

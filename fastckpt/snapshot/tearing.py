@@ -24,7 +24,11 @@ class TearWatch:
         """fenced: with the versions of the call of save. fingerprints: taken before any copy is left for later."""
         self._captured, self._fingerprints, self._step = captured, fingerprints, step
         self._fenced = fenced or FencedTensors()
-        self._fenced.keep_only(captured.addresses)
+        others = {
+            number for number in captured.shares if not captured.stretch(number)[1]
+        }  # what others write is theirs to watch
+        addresses = captured.addresses
+        self._fenced.keep_only([a for n, a in enumerate(addresses) if n not in others] if others else addresses)
         self.torn_name: str | None = None
         """The first tensor that was seen to be torn, whether or not its copy could be repeated."""
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copyreg
-import functools
 import io
 import pickle
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +17,16 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from fastckpt._types import U8
 from fastckpt.errors import SaveError
-from fastckpt.format.directory import TensorEntry
+from fastckpt.format.directory import Share, TensorEntry
 from fastckpt.format.element_types import NUMPY_PREFIX, element_type
+from fastckpt.format.shares import GroupClaim, stretch_of
 from fastckpt.format.tensor_names import Name
 from fastckpt.host import cycle_collector
 from fastckpt.host.torch_names import class_of, identity, skips_data, untyped_of
 from fastckpt.kernels import kernels
-from fastckpt.state.naming import Named, Reduction, named_tensors
+from fastckpt.state.naming import Reduction
+from fastckpt.state.rows import entries, name_of, order_of
+from fastckpt.state.shards import Shard
 
 # Smaller arrays stay in the pickle: a record, a storage entry and a ranged read would cost more than they save.
 _ARRAY_BYTES = 64 * 1024
@@ -81,9 +83,18 @@ class Captured:
     owners: list[Any] = field(default_factory=list)
     """Storages and arrays, kept alive until `release`."""
     wholes: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Cache of tensors for `whole`: cheaper than making new ones."""
+    """See `whole`: cheaper than making one."""
+    shards: dict[Name, Shard] = field(default_factory=dict)
+    """Of each name that stands for a DTensor."""
     form: object = field(default_factory=object)
-    """The same object for two states that differ only in bytes, addresses and values inside the skeleton."""
+    """The same object for two states that differ in nothing but bytes, addresses and what stands in the skeleton."""
+    rank: int = 0  # whose state this is: matters for `shares` alone
+    shares: dict[int, tuple[Share, ...]] = field(default_factory=dict)
+    """By a storage's number, who writes which stretch of it; where nothing stands, this rank all. Each has a first name of its own."""
+    groups: tuple[GroupClaim, ...] = ()
+    """What this rank holds alike with others, all of it."""
+    prints: dict[int, str] = field(default_factory=dict)
+    """By the number of a storage with shares, what its vote says of all of its bytes: see `format.directory.StorageEntry.print`."""
     _bytes: dict[int, torch.Tensor] = field(default_factory=dict)
     """Byte tensors over whole storages on devices, made when they are first asked for."""
 
@@ -162,6 +173,16 @@ class Captured:
         """Raw bytes of all storages that have data."""
         return sum(storage.n_bytes for storage in self.storages if storage.has_data)
 
+    @property
+    def own_bytes(self) -> int:
+        """Those of them that this rank writes."""
+        shared = ((self.storages[number], self.stretch(number)[1]) for number in self.shares)
+        return self.n_bytes - sum(storage.n_bytes - own for storage, own in shared if storage.has_data)
+
+    def stretch(self, number: int) -> tuple[int, int]:
+        """First byte and length of what this rank writes of a storage."""
+        return stretch_of(self.shares.get(number, ()), self.rank, self.storages[number].n_bytes)
+
 
 def is_plain_array(value: object) -> bool:
     """Whether a value is a NumPy array that is stored like a tensor. Other arrays are pickled together with their bytes.
@@ -183,7 +204,10 @@ def is_plain_array(value: object) -> bool:
 class StorageNumbers:
     """The `persistent_id` of one save: numbers the storages that pickling meets."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtensors: Mapping[int, Any] | None = None) -> None:
+        """dtensors: those of a `LocalState`."""
+        self.dtensors = dtensors or {}
+        self.shards: dict[Name, Shard] = {}
         self.storages: list[CapturedStorage] = []
         self.addresses: list[int] = []
         self.owners: list[Any] = []
@@ -247,7 +271,7 @@ class StorageNumbers:
         return len(self.storages) - 1
 
     def _array_id(self, array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        order = _order(array)
+        order = order_of(array)
         number = self.number_of_array.get(id(array))
         if number is None:
             flat = np.asarray(array, order=order).reshape(-1, order=order)
@@ -257,13 +281,8 @@ class StorageNumbers:
         return ("storage", UntypedStorage, str(number), "cpu", array.nbytes, "ndarray", array.dtype.str, shape, order)
 
 
-@functools.cache
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _storage_info(storage: UntypedStorage, dtype: torch.dtype, n_bytes: int, location: str) -> CapturedStorage:
-    name = _name_of(dtype)
+    name = name_of(dtype)
     if element_type(name) is None:
         raise SaveError(f"a storage of element type {name} cannot be saved: format version 1 has no such type")
     device = storage.device
@@ -306,12 +325,6 @@ def pickled(obj: object, numbers: StorageNumbers, pickle_module: Any, pickle_pro
     return buffer.getvalue()
 
 
-def entries(obj: object, numbers: StorageNumbers, prefix: Name = ()) -> list[TensorEntry]:
-    """The directory's entries for the tensors in an object that has been pickled."""
-    found = (_entry(named, numbers) for named in named_tensors(obj, prefix, numbers.reductions))
-    return [entry for entry in found if entry is not None]
-
-
 def _has_a_say(kind: type) -> bool:
     """Whether a class controls how its objects are pickled, so that the pickle may differ from their attributes."""
     if issubclass(kind, (type, torch.Tensor, np.ndarray, np.generic, *_STANDARD)) or kind in copyreg.dispatch_table:
@@ -322,66 +335,3 @@ def _has_a_say(kind: type) -> bool:
         or kind.__reduce__ is not object.__reduce__
         or getattr(kind, "__getstate__", None) is not of_object
     )
-
-
-def _entry(named: Named, state: StorageNumbers) -> TensorEntry | None:
-    name, value, kind, place, _ = named
-    if isinstance(value, np.ndarray):
-        number = state.number_of_array.get(id(value))
-        if number is None:  # a small array, which is in the pickle
-            return None
-        order = _order(value)
-        dtype = NUMPY_PREFIX + value.dtype.str
-        return TensorEntry(name, dtype, value.shape, _strides(value.shape, order), 0, number, kind, False)
-    number = state.number_of_storage.get(identity(value.untyped_storage()))
-    if number is None:  # pickling has not reached it, only naming has
-        return None
-    dtype = _name_of(value.dtype)
-    storage = state.storages[number]
-    if storage.dtype == "uint8" and dtype != "uint8":
-        element = element_type(dtype)
-        if element is not None and storage.n_bytes % element.n_bytes == 0:
-            storage.dtype = (
-                dtype  # torch writes its newer types through untyped storages; the element size matters for the cuts
-            )
-    if storage.device is not None and covers(value, storage.n_bytes):
-        state.wholes[number] = value
-    return TensorEntry(
-        name,
-        dtype,
-        tuple(value.shape),
-        tuple(value.stride()),
-        int(value.storage_offset()),
-        number,
-        kind,
-        value.requires_grad,
-        place,
-    )
-
-
-def covers(tensor: torch.Tensor, n_bytes: int) -> bool:
-    """Whether a tensor covers all bytes of its storage in order, so that it can be used in place of the storage."""
-    return (
-        tensor.nbytes == n_bytes
-        and not tensor.storage_offset()
-        and not tensor.is_nested
-        and type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and not tensor.is_quantized
-        and not tensor.is_complex()
-        and not tensor.is_neg()
-        and tensor.is_contiguous()
-    )
-
-
-def _order(array: np.ndarray[Any, Any]) -> Literal["C", "F"]:
-    """The memory order that pickling an array preserves."""
-    return "F" if array.flags.f_contiguous and not array.flags.c_contiguous else "C"
-
-
-def _strides(shape: tuple[int, ...], order: str) -> tuple[int, ...]:
-    """Element strides of a contiguous array."""
-    strides, step = [], 1
-    for size in shape if order == "F" else reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(strides if order == "F" else reversed(strides))

@@ -31,7 +31,14 @@ class StorageShape(NamedTuple):
     location: str = ""
     """Its location. A bundle never mixes devices, so that its copy is one transfer."""
     first_element: int = 0
-    """Its offset in the flattened global tensor, if it is a contiguous part of one."""
+    """Where it starts in the flat order of its global tensor, if it is a contiguous part of one."""
+    own: tuple[int, int] | None = None
+    """First byte and length of what is cut of it: this rank's share. None: all of it."""
+
+    @property
+    def stretch(self) -> tuple[int, int]:
+        """First byte and length of what is cut."""
+        return (0, self.n_bytes) if self.own is None else self.own
 
 
 class Piece(NamedTuple):
@@ -55,7 +62,7 @@ class Chunk(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """Chunks in the order of their records, and the extents of each storage, by its number."""
+    """Chunks in the order of their records, and by its number the extents of each storage, or of this rank's share of it."""
 
     chunks: list[Chunk]
     extents: dict[int, tuple[Extent, ...]]
@@ -71,13 +78,17 @@ def cut(storages: Iterable[StorageShape]) -> Cuts:
     ordered = sorted(storages, key=_order)
     groups: list[tuple[Chunk, ...]] = []
     first_of_group: list[tuple[bool, object, int]] = []
-    bundles: dict[tuple[str, str, bool, str], list[StorageShape]] = defaultdict(list)
+    bundles: dict[tuple[str, str, bool, str, bool], list[StorageShape]] = defaultdict(list)
     for storage in ordered:
-        if storage.n_bytes >= BUNDLE_BYTES:
+        _, own_bytes = storage.stretch
+        if not own_bytes:
+            continue
+        if storage.n_bytes >= BUNDLE_BYTES or own_bytes < storage.n_bytes:
             groups.append(tuple(_cut_one(storage)))
             first_of_group.append(_order(storage))
-        elif storage.n_bytes:
-            bundles[storage.element.name, storage.role, storage.requires_grad, storage.location].append(storage)
+        else:
+            alike = storage.element.name, storage.role, storage.requires_grad, storage.location
+            bundles[(*alike, storage.own is not None)].append(storage)  # others need not read what is this rank's alone
     for members in bundles.values():
         for bundle in _fill(members):
             pieces = tuple(Piece(storage.number, 0, storage.n_bytes) for storage in bundle)
@@ -93,11 +104,12 @@ def _order(storage: StorageShape) -> tuple[bool, object, int]:
 
 def _cut_one(storage: StorageShape) -> Iterator[Chunk]:
     step = chunk_bytes(storage.element)
-    start = 0
-    # Cut at multiples of the step in the global tensor, so that the cuts do not depend on the number of ranks.
-    stop = step - (storage.first_element * storage.element.n_bytes) % step
-    while start < storage.n_bytes:
-        stop = min(stop, storage.n_bytes)
+    start, own_bytes = storage.stretch
+    end = start + own_bytes
+    # Multiples of the step in the global order: another number of ranks then cuts at the same places.
+    stop = start + step - (storage.first_element * storage.element.n_bytes + start) % step
+    while start < end:
+        stop = min(stop, end)
         yield Chunk((Piece(storage.number, start, stop - start),), storage.element)
         start, stop = stop, stop + step
 
@@ -120,7 +132,7 @@ def _extents(storages: Iterable[StorageShape], chunks: Sequence[Chunk]) -> dict[
     for record, chunk in enumerate(chunks):
         offset = 0
         for piece in chunk.pieces:
-            if piece.offset == 0:
+            if not extents[piece.storage]:
                 extents[piece.storage] = (Extent(record, offset, piece.n_bytes),)
             else:  # the next chunk of a large storage: its record follows the previous one, so the extent just grows
                 (extent,) = extents[piece.storage]

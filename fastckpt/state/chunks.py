@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Protocol
+from collections import Counter
+from typing import Protocol
 
 from fastckpt._types import U8
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import element_type
-from fastckpt.format.tensor_names import Name, canonical
+from fastckpt.format.shares import first_entries
+from fastckpt.format.tensor_names import Name
 from fastckpt.host import cycle_collector
 from fastckpt.state import Captured, chunking
 from fastckpt.state.chunking import Cuts, StorageShape
@@ -85,16 +87,18 @@ def cuts_of(captured: Captured) -> Cuts:
 
 
 class KnownCuts:
-    """Cuts the states of a run; computes new cuts only when the state's form has changed."""
+    """Where the states of a run are cut: decided anew only when their form has changed, or who writes what."""
 
     def __init__(self) -> None:
         self._form: object = None
+        self._shares: object = None
         self._cuts = Cuts([], {})
 
     def of(self, captured: Captured) -> Cuts:
-        """Like `cuts_of`."""
-        if captured.form is not self._form:
-            self._cuts, self._form = cuts_of(captured), captured.form
+        """As `cuts_of`."""
+        shares = captured.rank, captured.shares
+        if captured.form is not self._form or shares != self._shares:
+            self._cuts, self._form, self._shares = cuts_of(captured), captured.form, shares
         return self._cuts
 
 
@@ -104,12 +108,8 @@ def _role(name: Name) -> str:
 
 
 def storage_shapes(captured: Captured) -> list[StorageShape]:
-    """The input of `chunking.cut` for each storage."""
-    names: dict[int, Any] = {}
-    for tensor in captured.tensors:
-        best = names.get(tensor.storage)
-        if best is None or canonical(tensor.name) < canonical(best.name):
-            names[tensor.storage] = tensor
+    """What `chunking.cut` wants to know about each storage."""
+    names = first_entries(captured.tensors)
     shapes = []
     for number, storage in enumerate(captured.storages):
         element = element_type(storage.dtype)
@@ -118,15 +118,23 @@ def storage_shapes(captured: Captured) -> list[StorageShape]:
             element = element._replace(n_bytes=1, float_lane_bytes=0)
         first = names.get(number)
         n_bytes = storage.n_bytes if storage.has_data else 0
+        own = captured.stretch(number) if number in captured.shares else None
         if first is None:
-            shapes.append(StorageShape(number, n_bytes, element, location=storage.location))
+            shapes.append(StorageShape(number, n_bytes, element, location=storage.location, own=own))
         else:
             place = _first_global_element(first)
-            role = _role(first.name)
-            shapes.append(
-                StorageShape(number, n_bytes, element, first.name, role, first.requires_grad, storage.location, place)
-            )
+            role, grad, location = _role(first.name), first.requires_grad, storage.location
+            shapes.append(StorageShape(number, n_bytes, element, first.name, role, grad, location, place, own))
     return shapes
+
+
+def shareable(captured: Captured) -> dict[int, StorageShape]:
+    """The storages that ranks can share, by number: those with bytes, and with a first name that no other storage has."""
+    shapes = storage_shapes(captured)
+    n_named = Counter(shape.name for shape in shapes)
+    return {
+        shape.number: shape for shape in shapes if shape.n_bytes and shape.name is not None and n_named[shape.name] == 1
+    }
 
 
 def _first_global_element(tensor: TensorEntry) -> int:

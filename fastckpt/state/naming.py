@@ -17,7 +17,8 @@ import torch
 
 from fastckpt.format.directory import GlobalPlace
 from fastckpt.format.tensor_names import Name, key_of
-from fastckpt.host.torch_names import has_storage, offset_of_local, without_subclasses
+from fastckpt.host.torch_names import has_storage, local_of, without_subclasses
+from fastckpt.state.sharding import boxes_of, has_partial_sums
 
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device})
 _OPAQUE = (
@@ -219,8 +220,8 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _global_place(tensor: torch.Tensor) -> GlobalPlace | None:
-    """The place of a DTensor's local part in the whole tensor, if it is a single block."""
-    if not hasattr(tensor, "placements") or not hasattr(tensor, "device_mesh"):
+    """Where a DTensor's local part lies in the whole, if it is one block of it."""
+    if local_of(tensor) is None or has_partial_sums(tensor):
         return None
-    offset = offset_of_local(tensor)
-    return None if offset is None else GlobalPlace(tuple(tensor.shape), offset)
+    boxes = boxes_of(tensor)
+    return GlobalPlace(tuple(tensor.shape), boxes[0].offset) if len(boxes) == 1 else None

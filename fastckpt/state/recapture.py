@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,12 +28,13 @@ from fastckpt.state.capture import (
     Captured,
     CapturedStorage,
     StorageNumbers,
-    covers,
-    entries,
     pickled,
     refuse_skipping_data,
 )
 from fastckpt.state.form import PROTOCOL, Look, Plain, look_at
+from fastckpt.state.local_state import NO_DTENSORS
+from fastckpt.state.rows import covers, entries
+from fastckpt.state.shards import Shard
 
 _MAX_SPLIT = 64  # one more part costs as much as ten tensors
 _DEPTH = 2  # parts are the values in this many levels of dictionaries: an optimizer's moments and its learning rates are two parts
@@ -90,39 +91,46 @@ class Recapturer:
         """
         self._tensors: list[TensorEntry] = []
         self._form: object = None
+        self._layouts: list[tuple[Any, ...]] = []
+        """Of the DTensors of the last capture, and what its directory says of them."""
+        self._shards: dict[Name, Shard] = {}
         self.pickled: list[tuple[Name, bytes]] = []
         """Names and streams of the parts that the last capture had to pickle."""
 
-    def capture(self, state: dict[str, Any]) -> Captured:
-        """Like `fastckpt.state.capture`. SaveError, which names the value, if something cannot be pickled."""
+    def capture(self, state: dict[str, Any], dtensors: Mapping[int, Any] = NO_DTENSORS) -> Captured:
+        """As `fastckpt.state.capture`. SaveError, with its name, for what cannot be pickled. The arguments are a `LocalState`."""
         refuse_skipping_data()
+        layouts = [(one.shape, one.placements, one.device_mesh) for one in dtensors.values()]
         self.pickled = []
         parts = dict(_parts(state, (), _DEPTH))
         looks = {path: look_at(value) for path, value in parts.items()}
         captured = None
-        if self._form is not None and list(self._parts) == list(parts):
+        if self._form is not None and list(self._parts) == list(parts) and layouts == self._layouts:
             try:
-                captured = self._again(parts, looks)
+                captured = self._again(parts, looks, dtensors)
             except _Changed:
                 captured = None
         if captured is None:
             with cycle_collector.held_off():
-                captured = self._anew(parts, looks)
+                captured = self._anew(parts, looks, dtensors)
+                self._layouts = layouts
         captured.skeleton = b"".join([b"\x80\x02", *self._joined(state, (), _DEPTH), b"."])
-        self.identity = self._identity(looks)
+        self.identity = self._identity(looks, list(dtensors.values()))
         return captured
 
-    def _identity(self, looks: dict[_Path, Look | Plain | None]) -> Identity:
+    def _identity(self, looks: dict[_Path, Look | Plain | None], dtensors: list[torch.Tensor]) -> Identity:
         counted = [path for path in self._parts if path[:1] == () or path[0] not in self._no_identity]
-        versions: list[int] = []
+        versions = _versions(dtensors)  # what is done to a DTensor counts for itself, not for its local tensor
         for path in counted:
             look = looks[path]
             if look is not None:
                 versions += _versions(look.tensors)
         return Identity(self._tensors, [self._parts[path].digest for path in counted], versions)
 
-    def _anew(self, parts: dict[_Path, Any], looks: dict[_Path, Look | Plain | None]) -> Captured:
-        numbers = StorageNumbers()
+    def _anew(
+        self, parts: dict[_Path, Any], looks: dict[_Path, Look | Plain | None], dtensors: Mapping[int, Any]
+    ) -> Captured:
+        numbers = StorageNumbers(dtensors)
         self._parts, self._form = {}, None
         for path, value in parts.items():
             first = len(numbers.storages)
@@ -140,13 +148,15 @@ class Recapturer:
             listed = _entries(path, value, numbers)
             self._parts[path] = _Part(form, stream[2:-1], digest(stream), listed, known, own, wholes)
         self._form = object()
-        self._storages = numbers.storages
+        self._storages, self._shards = numbers.storages, numbers.shards
         self._tensors = [entry for part in self._parts.values() for entry in part.entries]
         return self._captured(numbers)
 
-    def _again(self, parts: dict[_Path, Any], looks: dict[_Path, Look | Plain | None]) -> Captured:
-        """Capture with the known streams. _Changed if more has changed than bytes and values inside streams."""
-        numbers = _Renumbered(self._storages)
+    def _again(
+        self, parts: dict[_Path, Any], looks: dict[_Path, Look | Plain | None], dtensors: Mapping[int, Any]
+    ) -> Captured:
+        """_Changed if more has changed than bytes and what stands in streams."""
+        numbers = _Renumbered(self._storages, dtensors)
         number_of = numbers.number_of_storage
         to_pickle = []
         for path in parts:
@@ -191,7 +201,14 @@ class Recapturer:
     def _captured(self, numbers: StorageNumbers) -> Captured:
         assert self._form is not None
         return Captured(
-            b"", self._storages, self._tensors, numbers.addresses, numbers.owners, numbers.wholes, form=self._form
+            b"",
+            self._storages,
+            self._tensors,
+            numbers.addresses,
+            numbers.owners,
+            numbers.wholes,
+            shards=self._shards,
+            form=self._form,
         )
 
     def _joined(self, value: Any, path: _Path, depth: int) -> Iterator[bytes | memoryview]:
@@ -212,8 +229,8 @@ class Recapturer:
 class _Renumbered(StorageNumbers):
     """Gives a part's storages the numbers of the previous time, in the order in which they are met."""
 
-    def __init__(self, known: Sequence[CapturedStorage]) -> None:
-        super().__init__()
+    def __init__(self, known: Sequence[CapturedStorage], dtensors: Mapping[int, Any]) -> None:
+        super().__init__(dtensors)
         self._known = known
         self.storages = list(known)
         self.addresses, self.owners = [0] * len(known), [None] * len(known)

@@ -30,6 +30,26 @@ def checked(
     return numbers, copy
 
 
+def check_settings(
+    every: object,
+    keep: object,
+    on_exception: object,
+    switches: Mapping[str, object],
+    seconds: Mapping[str, object],
+    *,
+    alone: bool,
+) -> None:
+    """Refuse what a `Checkpointer` cannot be made with. alone: whether there is no other rank. TypeError, ValueError."""
+    check_rules(every, keep, on_exception)
+    check_kinds(switches, seconds)
+    if switches.get("read_only") and switches.get("fresh"):
+        raise ValueError("read_only=True and fresh=True exclude each other: beginning a new history writes")
+    if on_exception is not None and not alone:
+        raise ValueError(
+            'on_exception="save" is for one process: after an exception of one rank the others are at another step'
+        )
+
+
 def check_rules(every: object, keep: object, on_exception: object) -> None:
     """Refuse what would fail in the training loop, or in the background at every save."""
     problems = []

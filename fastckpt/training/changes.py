@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastckpt.format.tensor_names import Name, dotted, key_of
+from fastckpt.host.torch_names import local_of
 
 
 def changes(given: Any, now: Any, name: Name = ()) -> Iterator[str]:
@@ -18,7 +19,8 @@ def changes(given: Any, now: Any, name: Name = ()) -> Iterator[str]:
     if given is now:
         return
     if isinstance(given, torch.Tensor) and isinstance(now, torch.Tensor):
-        yield from _tensor_changes(given, now, dotted(name))
+        # Comparing two DTensors is a collective.
+        yield from _tensor_changes(_own(given), _own(now), dotted(name))
     elif isinstance(given, dict) and isinstance(now, dict):
         for key in given:
             if key in now:
@@ -43,6 +45,12 @@ def _tensor_changes(given: torch.Tensor, now: torch.Tensor, name: str) -> Iterat
         yield f"{name}: shape {list(given.shape)} became {list(now.shape)}"
     elif _comparable(given) and _comparable(now) and not _equal(given, now.to(given.device)):
         yield f"{name}: other values"
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a DTensor; other tensors as they are."""
+    local = local_of(tensor)
+    return tensor if local is None else local
 
 
 def _type(tensor: torch.Tensor) -> str:

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from fastckpt.repository.retention import GRACE_S, Keep
 from fastckpt.spot import Notice, open_sources
 from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
-from fastckpt.training.arguments import asked_for, check_kinds, check_rules
+from fastckpt.training.arguments import asked_for, check_settings
 from fastckpt.training.ending import EXIT_CODE_NOTICE, Ending, exit_after, in_a_hurry
 from fastckpt.training.engine import Engine
 from fastckpt.training.joint import decisions_of, restorer_of
@@ -57,8 +57,13 @@ class Checkpointer:
             is claimed (GET, HEAD and LIST are all it needs); `step` and `save_now` are refused.
         on_exception: "save" saves the last step once more when the block is left by an exception, unless the next one had begun to
             change the state.
-        close_timeout_s: seconds that a save in flight gets after such an exception.
-        grace_s: seconds for which the bytes of retired checkpoints stay.
+        close_timeout_s: seconds that a save in flight gets then.
+        replicated: of several ranks, dotted names of what is the same on all of them, beside DTensors and DistributedDataParallel, whose
+            replicas are known: ("model", "optim.state") is the object "model", and all names that begin with "optim.state.". It is
+            written once. If it is not the same, a restore brings back a mixture: see `verify_replicas`.
+        verify_replicas: compare, at each save, what several ranks should hold alike, and commit nothing if it differs. Reads all of it
+            before `step` returns: for a few saves of a new setup.
+        grace_s: seconds that bytes of retired checkpoints stay.
         options: every other knob; None: `Options.from_env()`.
 
     Raises:
@@ -82,22 +87,20 @@ class Checkpointer:
         read_only: bool = False,
         on_exception: Literal["save"] | None = None,
         close_timeout_s: float = 30.0,
+        replicated: Sequence[str] = (),
+        verify_replicas: bool = False,
         grace_s: float = GRACE_S,
         options: Options | None = None,
     ) -> None:
         """Read the repository's marker, or make it and probe the store. Arguments and errors: see the class."""
-        check_rules(every, keep, on_exception)
-        check_kinds({"fresh": fresh, "read_only": read_only}, {"close_timeout_s": close_timeout_s, "grace_s": grace_s})
-        if read_only and fresh:
-            raise ValueError("read_only=True and fresh=True exclude each other: beginning a new history writes")
         world = current_world()
-        if on_exception is not None and not world.is_alone:
-            raise ValueError(
-                'on_exception="save" is for one process: after an exception of one rank the others are at another step'
-            )
+        switches = {"fresh": fresh, "read_only": read_only, "verify_replicas": verify_replicas}
+        seconds = {"close_timeout_s": close_timeout_s, "grace_s": grace_s}
+        check_settings(every, keep, on_exception, switches, seconds, alone=world.is_alone)
         warm_up()  # without native kernels numba compiles for seconds: do that now, in the background, and not when a notice has come
         options = (options or Options.from_env()).shared_by(world.local_size)
-        live = LiveState(state, sampled=options.verify_snapshot != "off")
+        sampled = options.verify_snapshot != "off"
+        live = LiveState(state, sampled=sampled, replicated=replicated, verify_replicas=verify_replicas)
         self._read_only = read_only
         self._closed, self._pid = False, os.getpid()
         self._broken: PartialRestoreError | None = None
@@ -115,9 +118,8 @@ class Checkpointer:
             self._ending = Ending(self._engine, self._saver, on_exception, bounded(close_timeout_s))
             self._decisions = decisions_of(self._engine, self._saver, self._ending, every)
             opened.callback(self._ending.close)
-            self._engine.open(
-                {"state": sorted(live.targets), "every": repr(every), "fresh": fresh}, read_only=read_only
-            )
+            alike = {"keys of the state": sorted(live.targets), "every": repr(every), "replicated": list(replicated)}
+            self._engine.open({**alike, **switches}, read_only=read_only)
             if not read_only:
                 self._ending.watch(open_sources(spot, leads_node=world.leads_node))
             self._opened = opened.pop_all()
@@ -247,7 +249,8 @@ class Checkpointer:
             CheckpointError: as `step` does.
         """
         self._require_writing()
-        self._engine.raise_failures()
+        if self._decisions.raises_first:
+            self._engine.raise_failures()
         asked = asked_for(step, "manual", metrics, meta, self._last)
         handle = self._decisions.save_now(asked)
         self._last = asked
@@ -276,14 +279,8 @@ class Checkpointer:
     @property
     def stats(self) -> Stats:
         """What saving has cost so far."""
-        counts, durable = self._saver.counts, self._ending.durable
-        return Stats(
-            saves=counts.saves,
-            durable_step=None if durable is None else durable.save.step,
-            deferred=counts.deferred,
-            stall_s=self._stall_s + self._engine.fence.stall_s,
-            snapshot_bytes=self._engine.stager.pool.used_bytes,
-        )
+        stall_s = self._stall_s + self._engine.fence.stall_s
+        return self._saver.counts.stats(self._ending.durable, stall_s, self._engine.stager.pool.used_bytes)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Wait until all saves have ended, and, unless a notice has come, the retention behind them.

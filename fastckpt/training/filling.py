@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastckpt.host.torch_names import local_of
 from fastckpt.training.placement import PlacementPlan
 
 _MAX_DEPTH = 100  # deeper values are replaced as a whole
@@ -48,11 +49,13 @@ class Filling:
             self.enter(live, value)
             live[:] = self.items(live, value, depth + 1)
             return live
-        if isinstance(live, torch.Tensor) and self._may_be_filled(live, in_list) and _fits(live, value):
-            self.enter(live, value)
-            with torch.no_grad():
-                live.copy_(value)
-            return live
+        if isinstance(live, torch.Tensor):
+            into, content = _memory_of(live, value)
+            if self._may_be_filled(into, in_list) and _fits(into, content):
+                self.enter(live, value)
+                with torch.no_grad():
+                    into.copy_(content)
+                return live
         return value
 
     def items(self, live: list[Any], value: list[Any], depth: int = 0) -> list[Any]:
@@ -69,6 +72,15 @@ class Filling:
         self._made[id(value)] = live
         self._used.add(id(live))
         self._kept += (live, value)
+
+
+def _memory_of(live: torch.Tensor, value: Any) -> tuple[torch.Tensor, Any]:
+    """Of two DTensors that are alike, the parts; else the tensors."""
+    into, content = local_of(live), local_of(value)
+    if into is None or content is None:
+        return live, value
+    alike = isinstance(live, torch.nn.Parameter) == isinstance(value, torch.nn.Parameter)
+    return (into, content) if alike and live.requires_grad == value.requires_grad else (live, value)
 
 
 def _fits(live: torch.Tensor, value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from fastckpt.state.chunking import Cuts
 from fastckpt.state.chunks import KnownCuts
 from fastckpt.state.refused import Watch, described
 from fastckpt.training import stateful
+from fastckpt.training.replicas import Replicas, check_replicated
 from fastckpt.training.rng import RNGState
 
 
@@ -43,9 +44,15 @@ class _Seen(NamedTuple):
 class LiveState:
     """See the module. Used by the thread that trains."""
 
-    def __init__(self, state: Mapping[str, Any], *, sampled: bool) -> None:
-        """TypeError lists every object that cannot be restored in place. sampled: whether contents are compared."""
+    def __init__(
+        self, state: Mapping[str, Any], *, sampled: bool, replicated: Sequence[str] = (), verify_replicas: bool = False
+    ) -> None:
+        """TypeError lists every object that cannot be restored in place. sampled: whether contents are compared. replicated: names of
+        what the user says is the same on all ranks; ValueError for those of no object. verify_replicas: whether that is checked.
+        """
         self.targets = stateful.check_targets(state)
+        self._verify_replicas = verify_replicas
+        self._replicas = Replicas(self.targets, check_replicated(replicated, self.targets))
         self.optimizers = [one for one in self.targets.values() if isinstance(one, torch.optim.Optimizer)]
         generators = {name for name, one in self.targets.items() if isinstance(one, RNGState)}
         self._recapturer, self._cuts, self._sampler = Recapturer(generators), KnownCuts(), Sampler(generators)
@@ -65,7 +72,8 @@ class LiveState:
         """Capture the objects; only small values are copied. Types that a restore would refuse are remembered, and the next save warns of
         them.
         """
-        captured = self._recapturer.capture(stateful.state_of(self.targets))
+        captured = self._recapturer.capture(*stateful.state_of(self.targets))
+        self._replicas.share(captured)
         arrays = [] if captured.form is self._form else [e.name for e in captured.tensors if e.kind == "array"]
         self._form = captured.form
         self._untold |= self._watch.new_in(self._recapturer.pickled, arrays)
@@ -74,6 +82,8 @@ class LiveState:
     def take(self) -> Taken:
         """`look`, plus a sample of the contents."""
         captured, cuts = self.look()
+        if self._verify_replicas:
+            self._replicas.verify(captured)
         return Taken(captured, cuts, self._sampler.take(captured, cuts) if self._sampled else None)
 
     def remember(self, step: int, taken: Taken) -> None:
@@ -111,7 +121,7 @@ class LiveState:
                 captured, cuts = self.look()  # its pickling is not repeated by the first save
             else:
                 recapturer, sampler = Recapturer(), Sampler()
-                captured = recapturer.capture(stateful.state_of(asked))
+                captured = recapturer.capture(*stateful.state_of(asked))
                 cuts = KnownCuts().of(captured)
         except Exception as error:  # the next save raises the same error
             logger.info("what was restored cannot be looked at: %s: %s", type(error).__name__, error)

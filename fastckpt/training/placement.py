@@ -8,7 +8,7 @@ saved from, and if this machine does not have that, to the CPU, with a warning.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,12 @@ from fastckpt.errors import RestoreError
 from fastckpt.events import logger
 from fastckpt.format.directory import Directory, TensorEntry
 from fastckpt.format.tensor_names import Name, dotted
-from fastckpt.host.torch_names import has_storage, identity
+from fastckpt.host.torch_names import dtensor_class, has_storage, identity, local_of
 from fastckpt.state.naming import named_tensors
+from fastckpt.state.shards import is_box
+from fastckpt.state.wrappers import names_inside
 from fastckpt.training.rng import RNGState
+from fastckpt.training.sharded import dtensors_in, patterns_of_state
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,11 @@ class PlacementPlan:
     locations: Mapping[Name, str]
     """For each name the location that it was saved from."""
     live: Mapping[Name, torch.Tensor]
-    """Live tensors of modules, tensors, dictionaries and lists, by name."""
+    """Of modules, tensors, dictionaries and lists."""
+    sharded: Mapping[Name, Any]
+    """The DTensors among the tensors of all objects; for state that an optimizer does not have yet, how it is to be spread."""
     alone: frozenset[int]
-    """id() of live tensors that share memory with no other object of the state."""
+    """id() of live tensors whose memory no other object of the state uses; of a DTensor, of its local tensor."""
     tied: frozenset[int]
     """id() of live tensors that share memory with others, and share it in the checkpoint in the same way."""
 
@@ -76,6 +81,7 @@ def plan_placement(targets: Mapping[str, Any], directory: Directory, where: str)
     entries = {entry.name: entry for entry in directory.tensors}
     locations = {entry.name: directory.storages[entry.storage].location for entry in directory.tensors}
     live = {name: tensor for key in targets for name, tensor in _live_tensors(key, targets[key], entries)}
+    sharded = {name: tensor for key in targets for name, tensor in _sharded(key, targets[key], live, entries)}
     alone, tied = _sharing(targets, live, entries)
     problems = [problem for key in targets for problem in _on_meta(key, targets[key], live, locations)]
     if problems:
@@ -104,6 +110,7 @@ def plan_placement(targets: Mapping[str, Any], directory: Directory, where: str)
         locations=locations,
         # Tensors that other objects made for their state_dict() may be temporary.
         live={name: tensor for name, tensor in live.items() if _is_plain(targets[str(name[0])])},
+        sharded=sharded,
         alone=alone,
         tied=tied,
     )
@@ -127,12 +134,13 @@ def _live_tensors(key: str, target: Any, entries: Mapping[Name, TensorEntry]) ->
     if isinstance(target, RNGState):
         return
     if isinstance(target, torch.nn.Module):
+        name_of = saved_names(key, target, entries)
         for name, tensor in (
             *target.named_parameters(remove_duplicate=False),
             *target.named_buffers(remove_duplicate=False),
         ):
             if not torch.nn.parameter.is_lazy(tensor):
-                yield (key, name), tensor
+                yield (key, name_of(name)), tensor
         return
     if isinstance(target, torch.optim.Optimizer):
         groups = [{word: value for word, value in g.items() if word != "params"} for g in parameter_groups(target)]
@@ -149,9 +157,32 @@ def _live_tensors(key: str, target: Any, entries: Mapping[Name, TensorEntry]) ->
             return
     else:
         return
-    for named in named_tensors(state, (key,)):
-        if isinstance(named.value, torch.Tensor):
-            yield named.name, named.value
+    yield from dtensors_in(state, (key,))
+
+
+def saved_names(key: str, module: torch.nn.Module, entries: Mapping[Name, TensorEntry]) -> Callable[[str], str]:
+    """A module's own names → those of a checkpoint: without wrappers, or as older checkpoints have them."""
+    inside = names_inside(module)
+    if inside is None:
+        return str
+    names = inside
+
+    def name_of(own: str) -> str:
+        without = names.name(own)
+        return own if (key, own) in entries and (key, without) not in entries else without
+
+    return name_of
+
+
+def _sharded(
+    key: str, target: Any, live: Mapping[Name, torch.Tensor], entries: Mapping[Name, TensorEntry]
+) -> Iterator[tuple[Name, Any]]:
+    if dtensor_class() is None:
+        return
+    yield from ((name, tensor) for name, tensor in live.items() if name[0] == key and local_of(tensor) is not None)
+    if isinstance(target, torch.optim.Optimizer):
+        parameters = [p for group in parameter_groups(target) for p in group["params"]]
+        yield from patterns_of_state(key, parameters, getattr(target, "state", {}), entries)
 
 
 def may_be_asked(key: str, target: Any, entries: Mapping[Name, TensorEntry]) -> bool:
@@ -185,7 +216,7 @@ def _wanted(targets: Mapping[str, Any], directory: Directory, live: Mapping[Name
     """
     wanted: dict[int, str] = {}
     for entry in directory.tensors:
-        if directory.storages[entry.storage].extents is None:
+        if directory.storages[entry.storage].extents is None or is_box(entry):
             continue
         place = _place(targets.get(str(entry.name[0])) if entry.name else None, entry.name, live)
         if place is None:
@@ -232,7 +263,9 @@ def _sharing(
 ) -> tuple[frozenset[int], frozenset[int]]:
     """Compute `alone` and `tied` of a plan."""
     groups: dict[int, list[tuple[Name, torch.Tensor]]] = defaultdict(list)
-    for name, tensor in live.items():
+    for name, whole in live.items():
+        local = local_of(whole)
+        tensor = whole if local is None else local
         if _has_plain_memory(tensor):
             groups[identity(tensor.untyped_storage())].append((name, tensor))
     held = {

@@ -18,7 +18,8 @@ from fastckpt.format.repository_records import Commit, Skipped
 from fastckpt.ranks.world import ALONE
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
-from fastckpt.repository.catalog import Catalog, Choice, Which, open_rank
+from fastckpt.repository.catalog import Catalog, Choice, Which
+from fastckpt.repository.rank_reader import open_rank, with_owners
 from fastckpt.state.refused import ARRAYS, described, find
 from fastckpt.training import stateful
 from fastckpt.training.engine import Engine
@@ -93,7 +94,7 @@ class Restorer:
 
     def _choose(self, step: Which, known_bad: list[Skipped], own: set[int], *, claims_first: bool) -> Choice | None:
         if self._read_only:
-            return Catalog(self._repository).choose(step, known_bad)
+            return Catalog(self._repository, checks_votes=self._world.is_alone).choose(step, known_bad)
         return (self._incarnation.choose_and_claim if claims_first else self._incarnation.choose)(step, known_bad, own)
 
     def _pass_over(self, damaged: Damaged, step: Which, choice: Choice | None) -> list[Skipped]:
@@ -113,7 +114,8 @@ class Restorer:
                 "`fastckpt restore --rank` exports each rank's state"
             )
         try:
-            reader = reader or open_rank(self._repository.store, commit, self._world.rank)
+            store, rank = self._repository.store, self._world.rank
+            reader = open_rank(store, commit, rank) if reader is None else with_owners(store, commit, reader)
             loaded, plan = self._load_whole(reader, location, weights_only)
         except (CorruptCheckpointError, ObjectNotFoundError) as error:
             found = Catalog(self._repository).blame(commit.checkpoint, error)

@@ -10,11 +10,16 @@ import torch
 from fastckpt.errors import PartialRestoreError, RestoreError
 from fastckpt.events import logger
 from fastckpt.format.tensor_names import dotted
+from fastckpt.host.torch_names import local_of
+from fastckpt.state.local_state import LocalState, localised
+from fastckpt.state.wrappers import names_inside
 from fastckpt.training.changes import changes
+from fastckpt.training.collective import refusals
 from fastckpt.training.exact import load_exactly
 from fastckpt.training.filling import Filling
-from fastckpt.training.placement import PlacementPlan, copies_plainly, may_be_asked
+from fastckpt.training.placement import PlacementPlan, copies_plainly, may_be_asked, saved_names
 from fastckpt.training.rng import RNGState
+from fastckpt.training.sharded import into_dtensors, misfits, without_pattern
 
 _SHOWN = 3
 _LAZY = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)  # these have no shape yet
@@ -34,8 +39,10 @@ def check_targets(state: Mapping[str, Any]) -> dict[str, Any]:
             problems.append(
                 f"{name!r} is {type(target).__name__}: expected an object with state_dict and load_state_dict, a tensor, a dict or a list"
             )
+        else:
+            problems += refusals(name, target)
     if problems:
-        raise TypeError("this state cannot be restored in place: " + "; ".join(problems))
+        raise TypeError("this state cannot be saved and restored in place: " + "; ".join(problems))
     return dict(state)
 
 
@@ -61,9 +68,20 @@ def may_be_looked_at(target: Any) -> bool:
     return isinstance(target, _WITHOUT_CONSEQUENCES)
 
 
-def state_of(targets: Mapping[str, Any]) -> dict[str, Any]:
-    """The state to save: for each name the state dict, or the tensor, dict or list itself."""
-    return {name: target.state_dict() if _stateful(target) else target for name, target in targets.items()}
+def state_of(targets: Mapping[str, Any]) -> LocalState:
+    """What is saved: for each name the state dict, or the tensor, dict or list itself, with this process's parts of DTensors.
+
+    SaveError for what has no such part.
+    """
+    return localised({name: _state_of(name, target) for name, target in targets.items()})
+
+
+def _state_of(name: str, target: Any) -> Any:
+    if not _stateful(target):
+        return target
+    state = target.state_dict()
+    names = names_inside(target) if isinstance(target, torch.nn.Module) else None
+    return state if names is None else names.to_inside(state, repr(name))
 
 
 def apply(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPlan) -> None:
@@ -104,12 +122,23 @@ def refuse_misfits(targets: Mapping[str, Any], loaded: Any, where: str, plan: Pl
             + f". Give the Checkpointer a state of {', '.join(map(repr, loaded))}, or take single tensors out: `fastckpt restore` makes a "
             "file of a checkpoint, fastckpt.open reads it"
         )
-    wrong = [words for name in targets for words in _misfits(name, targets[name], loaded[name])]
+    optimizers = [name for name, target in targets.items() if isinstance(target, torch.optim.Optimizer)]
+    wrong = misfits(plan.sharded, plan.live, plan.entries, optimizers)
+    wrong += [words for name in targets for words in _misfits(name, targets[name], loaded[name])]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise RestoreError(
             f"{where} does not fit the Checkpointer's state: {'; '.join(wrong[:_SHOWN])}{more}. Nothing was changed. Make the objects as "
             "they were when it was saved, or restore another step"
+        )
+    plain = without_pattern(plan.sharded, plan.entries)
+    if plain:
+        logger.warning(
+            "%s: of %s, DTensors when they were saved, plain tensors are restored: this process's parts. No DTensor is there now that says "
+            "how they are spread",
+            where,
+            ", ".join(map(dotted, plain[:_SHOWN]))
+            + (f" and {len(plain) - _SHOWN} more" if len(plain) > _SHOWN else ""),
         )
 
 
@@ -122,6 +151,10 @@ def _misfits(name: str, target: Any, value: Any) -> list[str]:
     if not (isinstance(target, torch.nn.Module) and isinstance(value, dict) and copies_plainly(target)):
         return []
     live = target.state_dict()
+    names = names_inside(target)
+    if names is not None:
+        value = names.to_inside(names.to_own(value, live), repr(name))
+        live = names.to_inside(live, repr(name))
     return [
         *(f"{name}.{key} is not in the checkpoint" for key in live if key not in value),
         *(f"{name}.{key} of the checkpoint has no place here" for key in value if key not in live),
@@ -132,9 +165,10 @@ def _misfits(name: str, target: Any, value: Any) -> list[str]:
 def _misfit(place: str, now: Any, saved: Any, *, exact: bool = False) -> list[str]:
     if not isinstance(saved, torch.Tensor) or not isinstance(now, torch.Tensor) or isinstance(now, _LAZY):
         return []
-    if saved.shape != now.shape and (
-        exact or saved.dim() + now.dim() > 1
-    ):  # torch accepts a single number in another shape
+    is_part = local_of(now) is not None and local_of(saved) is None  # which one is the business of `misfits`
+    if (
+        not is_part and saved.shape != now.shape and (exact or saved.dim() + now.dim() > 1)
+    ):  # torch takes one number for another
         return [f"{place} is {list(now.shape)} here and {list(saved.shape)} in the checkpoint"]
     if exact and saved.dtype != now.dtype:
         return [f"{place} is {now.dtype} here and {saved.dtype} in the checkpoint"]
@@ -160,7 +194,8 @@ def _misfits_of_groups(name: str, target: torch.optim.Optimizer, value: Any) -> 
 
 
 def _put(name: str, target: Any, value: Any, plan: PlacementPlan) -> list[str]:
-    """Put a value into one object. Returns descriptions of the values that the object changed."""
+    """Words for what has become another."""
+    value = into_dtensors(value, (name,), plan.sharded)
     if isinstance(target, RNGState):
         target.load_state_dict(value)
     elif isinstance(target, torch.nn.Module):
@@ -196,9 +231,12 @@ def _put(name: str, target: Any, value: Any, plan: PlacementPlan) -> list[str]:
 
 
 def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
-    """`copy_` that also fills an expanded tensor, which torch refuses: one element stands for all that share its memory. TypeError if their
-    values differ.
+    """As `copy_`; of a DTensor, this process's part. Of an expanded tensor's elements, which torch does not write, one stands for all:
+    TypeError if they are not alike.
     """
+    part, content = local_of(target), local_of(value)
+    if part is not None and content is not None:
+        target, value = part, content
     if target.layout is not torch.strided or 0 not in target.stride():
         target.copy_(value)
         return
@@ -209,8 +247,10 @@ def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: PlacementPlan) -> list[str]:
-    module.load_state_dict(value)
-    now = {(name, key): t for key, t in (*module.named_parameters(), *module.named_buffers())}
+    names = names_inside(module)
+    module.load_state_dict(value if names is None else names.to_own(value, module.state_dict()))
+    name_of = saved_names(name, module, plan.entries)
+    now = {(name, name_of(key)): t for key, t in (*module.named_parameters(), *module.named_buffers())}
     saved = {key: (plan.entries[key], tensor) for key, tensor in now.items() if key in plan.entries}
     empty = [dotted(key) for key, (_, tensor) in saved.items() if tensor.is_meta and plan.locations[key] != "meta"]
     if empty:

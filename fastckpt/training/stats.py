@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from fastckpt.format.repository_records import Commit
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -31,3 +33,8 @@ class Counts:
     """Calls of `step` at which a save was due and had to wait."""
     begun_s: float = field(default_factory=time.monotonic)
     """time.monotonic() at which the last save was asked for, or the state was restored."""
+
+    def stats(self, durable: Commit | None, stall_s: float, snapshot_bytes: int) -> Stats:
+        """What these come to, with what others know. durable: the newest checkpoint."""
+        step = None if durable is None else durable.save.step
+        return Stats(self.saves, step, self.deferred, stall_s, snapshot_bytes)

@@ -29,10 +29,11 @@ from fastckpt.host.sink import Sink, committing
 from fastckpt.host.threads import WorkerPool
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
-from fastckpt.repository.commit import open_vote
+from fastckpt.repository.rank_reader import open_rank
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.writing.container import index_and_footer
+from fastckpt.writing.sinks import open_sink
 
 # A quarter of a second of one S3 connection: longer reads gain nothing, shorter ones cost more requests.
 _READ_BYTES = 16 << 20
@@ -88,6 +89,18 @@ def _append(runs: list[RangeRead], run: RangeRead) -> None:
     runs.append(run)
 
 
+def export_to(
+    path: str,
+    repository: Repository,
+    commit: Commit,
+    rank: int,
+    options: Options | None = None,
+    progress: Progress = lambda done, total: None,
+) -> int:
+    """Write a rank's state to a path, which is replaced. As `export`."""
+    return export(repository, commit, rank, open_sink(path), options, progress)
+
+
 def export(
     repository: Repository,
     commit: Commit,
@@ -124,10 +137,12 @@ def export(
 def _open(store: Store, commit: Commit, rank: int) -> Reader:
     name = commit.vote(rank)
     try:
-        reader = open_vote(store, name)
+        reader = open_rank(store, commit, rank)
     except ObjectNotFoundError as error:
         damage = Damage("vote", vote_key(name), f"{name.n_bytes} bytes", "no such object")
         raise CorruptCheckpointError(f"{store.url}/{vote_key(name)}", [damage], _ADVICE) from error
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(error.source, error.damage, _ADVICE) from error
     reader.require_readable()
     return reader
 
@@ -197,7 +212,7 @@ def _verify(reader: Reader, layout: Layout, store: Store, run: RangeRead, data: 
         n_bytes, offset = int(reader.records["stored_bytes"][chunk]), run.offset + position
         stored = _read(store, key, offset, n_bytes) if data is None else data[position : position + n_bytes]
         position += n_bytes
-        place = f"chunk {chunk}, bytes {offset}–{offset + n_bytes} of {key}"
+        place = f"{reader.chunk_name(chunk)}, bytes {offset}–{offset + n_bytes} of {key}"
         if stored is None:
             found.append(Damage("payload", place, f"{n_bytes} stored bytes", "none", _users(reader, layout, chunk)))
             continue

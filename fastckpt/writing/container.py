@@ -83,7 +83,7 @@ def start_workers(captured: Captured, options: Options, *, background: bool = Fa
     """Start the threads for `write`. None if the state is too small to need threads, or if the interpreter is ending and allows none.
     background: nobody waits for these threads, so they run at low priority.
     """
-    if captured.n_bytes <= _INLINE_BYTES or options.threads == 1:
+    if captured.own_bytes <= _INLINE_BYTES or options.threads == 1:
         return None
     pool = WorkerPool(options.threads, "fastckpt-save", nice=options.background_nice if background else 0)
     # Do not submit to a pool that runs inline: a job submitted ahead may wait for memory that only the submitting thread gives back.
@@ -171,7 +171,7 @@ class ChunkWriter:
         events.emit(
             events.SaveStarted(
                 target=self._target,
-                raw_bytes=self._captured.n_bytes,
+                raw_bytes=self._captured.own_bytes,
                 chunks=len(self.cuts.chunks),
                 storages=len(self._captured.storages),
                 skeleton_s=skeleton_s,
@@ -272,7 +272,14 @@ class ChunkWriter:
         """Describe storages and tensors for the index. The caller adds step, rank, world and meta."""
         captured = self._captured
         storages = tuple(
-            directory.StorageEntry(s.dtype, s.n_bytes, s.location, self.cuts.extents[n] if s.has_data else None)
+            directory.StorageEntry(
+                s.dtype,
+                s.n_bytes,
+                s.location,
+                self.cuts.extents[n] if s.has_data else None,
+                captured.shares.get(n, ()) if s.has_data else (),
+                captured.prints.get(n, ""),
+            )
             for n, s in enumerate(captured.storages)
         )
         ours = writer()  # without the host: a container depends on none

@@ -96,7 +96,7 @@ def upload(
     try:
         threads = threads or UploadThreads.start(captured, options)
         try:
-            pack_bytes = choose_pack_bytes(captured.n_bytes, options)
+            pack_bytes = choose_pack_bytes(captured.own_bytes, options)
             with PackWriter(
                 store,
                 request.save,
@@ -114,6 +114,7 @@ def upload(
         finally:
             threads.close()
         vote, data = _build(chunks, captured, files, request, packs.stored_bytes)
+        vote = replace(vote, groups=captured.groups)
         if cancelled():  # the last moment at which the save can still be cancelled
             raise SaveError(f"the save of step {request.save.step} was cancelled. Nothing was committed")
         store.put(vote_key(vote.name), data)
@@ -125,7 +126,7 @@ def upload(
     events.emit(
         events.SaveFinished(
             target=target,
-            raw_bytes=captured.n_bytes,
+            raw_bytes=captured.own_bytes,
             file_bytes=packs.stored_bytes + len(data),
             seconds=time.perf_counter() - started,
             durable_s=0.0,
@@ -145,7 +146,7 @@ def _build(
         request.parent,
         asked.trigger,
         asked.metrics,
-        captured.n_bytes,
+        captured.own_bytes,
         stored_bytes,
         seconds,
         utc_now(),

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from fastckpt.errors import CorruptCheckpointError, Damage, SaveError, UnsupportedFormatError
 from fastckpt.format import container, directory, directory_columns, directory_reader, records
-from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES
-from fastckpt.format.directory import Directory, FileEntry
+from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, READ_SHARED
+from fastckpt.format.directory import Directory, FileEntry, StorageEntry, TensorEntry
 from fastckpt.format.keys import SaveId
 from fastckpt.format.records import Records
+from fastckpt.format.shares import first_entries, shared_numbers
 from fastckpt.format.tensor_names import canonical
 from fastckpt.format.vote import Vote, part_ranges, save_info, vote_name
 from fastckpt.writing.container import index_and_footer
@@ -32,7 +33,7 @@ def build_vote(
     where = f"the index of step {save.step} that was built"
     try:
         head = _check(listed, files, chunks, where)
-        header = container.build_header(read_features=0)
+        header = container.build_header(READ_SHARED if shared_numbers(listed.storages) else 0)
         parts = [directory.build(listed), directory.build_file_table(files), chunks.tobytes(), skeleton]
         data = b"".join([header, *index_and_footer(header, 0, parts)])
         if not directory_columns.sound(listed, chunks["raw_bytes"]):  # unusual or wrong: the reader can say which
@@ -56,9 +57,8 @@ def _check(listed: Directory, files: Sequence[FileEntry], chunks: Records, where
     if damage:
         raise CorruptCheckpointError(where, damage)
     directory.parse_file_table(directory.build_file_table(files), False, where)
-    # With some rows, so that a fault in the way rows are written is found too.
-    storages = listed.storages[:_SAMPLE]
-    tensors = tuple(entry for entry in listed.tensors[: 8 * _SAMPLE] if entry.storage < len(storages))[:_SAMPLE]
+    # With some rows, so that a fault in how rows are written is found too.
+    storages, tensors = _sample(listed)
     sample = replace(listed, storages=storages, tensors=tensors)
     found = directory_reader.parse(directory.build(sample), chunks["raw_bytes"], where)
     if found.storages != storages or found.tensors != tuple(sorted(tensors, key=lambda entry: canonical(entry.name))):
@@ -66,3 +66,19 @@ def _check(listed: Directory, files: Sequence[FileEntry], chunks: Records, where
         damage = [Damage("directory", "first rows", expected, f"{found.storages!r:.200} and {found.tensors!r:.200}")]
         raise CorruptCheckpointError(where, damage)
     return found
+
+
+def _sample(listed: Directory) -> tuple[tuple[StorageEntry, ...], tuple[TensorEntry, ...]]:
+    """Some rows of a directory that are one themselves: of storages with shares, which must have names, at least one."""
+    shared = shared_numbers(listed.storages)
+    numbers = list(range(min(_SAMPLE, len(listed.storages))))
+    numbers += sorted(shared.difference(numbers))[:1]
+    place = {number: i for i, number in enumerate(numbers)}
+    plain = place.keys() - shared
+    tensors = [entry for entry in listed.tensors[: 8 * _SAMPLE] if entry.storage in plain][:_SAMPLE]
+    if shared:
+        tensors += first_entries(listed.tensors, shared & place.keys()).values()
+    return (
+        tuple(listed.storages[number] for number in numbers),
+        tuple(entry._replace(storage=place[entry.storage]) for entry in tensors),
+    )

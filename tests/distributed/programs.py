@@ -17,19 +17,29 @@ from fastckpt import Every, Options
 OPTIONS = {"threads": 1, "connections": 2, "host_budget_bytes": 256 << 20}
 
 
+class Block(nn.Module):
+    """What is sharded together."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.b(torch.relu(self.a(x)))
+        return found
+
+
 class Net(nn.Module):
     """A few layers that every kind of parallelism can divide, evenly and not."""
 
     def __init__(self, width: int = 30, hidden: int = 50, layers: int = 2) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({"a": nn.Linear(width, hidden), "b": nn.Linear(hidden, width)}) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(Block(width, hidden) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            x = x + layer["b"](torch.relu(layer["a"](x)))
+            x = x + layer(x)
         return self.norm(x)
 
 
@@ -38,12 +48,15 @@ class Training:
 
     def __init__(self, mode: str, seed: int = 0, **sizes: int) -> None:
         torch.manual_seed(seed)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        # Ranks that hold parts of one layer see the same data.
+        self.data_rank = {"tp": 0, "fsdp_tp": rank // max(1, world // 2)}.get(mode, rank)
         self.model = parallel(Net(**sizes), mode)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.state = {"model": self.model, "optimizer": self.optimizer, "rng": fastckpt.RNGState()}
 
     def step(self, number: int) -> None:
-        generator = torch.Generator().manual_seed(1000 * number + dist.get_rank() % 7)
+        generator = torch.Generator().manual_seed(1000 * number + self.data_rank)
         first = next(m for m in self.model.modules() if isinstance(m, nn.LayerNorm))
         x = torch.randn(8, first.normalized_shape[0], generator=generator)
         self.optimizer.zero_grad()
@@ -105,15 +118,17 @@ def checkpointer(url: str, training: Training, **settings: Any) -> fastckpt.Chec
     return fastckpt.Checkpointer(url, training.state, **settings)
 
 
-def train(url: str, mode: str, steps: int, every: int) -> dict[str, torch.Tensor]:
-    """Train from what was saved, if there is anything. Returns this rank's tensors at the end, and the step that it began with."""
-    training = Training(mode, seed=os.getpid())
+def train(
+    url: str, mode: str, steps: int, every: int, seed: int, sizes: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """Train from what was saved, if there is anything: this rank's tensors at the end, and where it began."""
+    training = Training(mode, seed=seed, **(sizes or {}))
     with checkpointer(url, training, every=Every(steps=every)) as ckpt:
         start = ckpt.restore()
         for step in range(start, steps):
             training.step(step)
             ckpt.step(step + 1)
-    return {"start": torch.tensor(start), **training.tensors()}
+    return {"start": start, "tensors": training.tensors(), "rng": torch.get_rng_state()}
 
 
 def hurry(silent_s: float = 4.0) -> None:
@@ -142,7 +157,7 @@ def train_until_killed(url: str, mode: str, pause_s: float = 0.05) -> None:
 
 
 def die_before_commit(url: str, moment: str) -> int:
-    """One save; rank 0 dies when it has seen all votes. moment: before the fate is decided, before the commit record is put, or after it."""
+    """One save; rank 0 dies when it has seen all votes: before the fate is decided, before the commit record is put, or after it."""
     hurry()
     import signal
 
@@ -169,3 +184,49 @@ def restored_step(url: str, mode: str) -> int:
     training = Training(mode)
     with checkpointer(url, training, every=None) as ckpt:
         return ckpt.restore()
+
+
+def save_and_tell(url: str, mode: str, changed_on: int | None, settings: dict[str, Any]) -> str:
+    """One save. changed_on: on this rank a replicated parameter has another value. The error, or "" if it is durable."""
+    training = Training(mode)
+    training.step(0)
+    if changed_on == dist.get_rank():
+        with torch.no_grad():
+            next(p for p in training.model.parameters() if p.dim() == 1).add_(1e-6)
+    try:
+        with checkpointer(url, training, every=None, **settings) as ckpt:
+            ckpt.restore()
+            ckpt.save_now(1).wait()
+    except fastckpt.CheckpointError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def begin_otherwise(url: str, what: str) -> str:
+    """Ranks that do not begin alike. Returns the error of each."""
+    rank = dist.get_rank()
+    training = Training("plain")
+    settings: dict[str, Any] = {"every": Every(steps=5)}
+    options = dict(OPTIONS, join_timeout_s=5.0)
+    hurry(2.0)
+    if what == "keys" and rank == 1:
+        training.state["ema"] = torch.zeros(3)
+    if what == "every" and rank == 1:
+        settings["every"] = Every(steps=6)
+    if what == "repository":
+        url = f"{url}-of-node-{rank}"
+    if what == "never comes" and rank == 1:
+        time.sleep(25)
+        return ""
+    try:
+        with checkpointer(url, training, options=Options(**options), **settings) as ckpt:
+            ckpt.restore()
+            ckpt.step(4)
+            if what == "step":
+                ckpt.step(5 + rank)
+                ckpt.wait()
+            if what == "never saves" and rank == 0:
+                ckpt.save_now(4).wait(20)
+    except (fastckpt.CheckpointError, TimeoutError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""

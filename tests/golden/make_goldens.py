@@ -1650,6 +1650,14 @@ def reject_directory() -> None:
     table("file_table_not_an_array", "an object", b"{}")
 
 
+def reject_shares(good: bytes) -> None:
+    """What only votes may have (make_shares.py), in a self-contained container."""
+    reject("shared_and_self_contained", CORRUPT, "header", "SHARED and SELF_CONTAINED", patch_header(good, 16, u64(5)))
+    d = simple()
+    d.storages[0]["shares"] = [[0, 16]]
+    reject("shares_without_feature", CORRUPT, "header", "a storage with shares, SHARED not set", d)
+
+
 def reject_sizes() -> None:
     """Small files that claim more memory than a reader should take without being told to."""
     for name, records, extents in (("claims_8_gib", 2048, 1), ("claims_8_tib", 512, 4096)):
@@ -1700,6 +1708,7 @@ def make_must_reject() -> None:
     reject_bases()
     reject_payload()
     reject_directory()
+    reject_shares(good)
     reject_sizes()
     reject_skeletons()
 

@@ -31,7 +31,7 @@ except ImportError:  # then no digest is verified
     xxh3_128_digest = None  # type: ignore[assignment]
 
 MAGIC = b"FASTCKPT"
-SELF_CONTAINED = 1
+SELF_CONTAINED, SHARED = 1, 4
 MAX_DEPTH = 128  # of the JSON parts: far beyond any real directory, far below any parser's recursion limit
 STRIPE = 131072
 MIB = 1 << 20
@@ -368,7 +368,7 @@ def _check_members(directory: dict[str, Any]) -> None:
     need(rank < _integer(directory.get("world"), "world"), "directory", "rank must be below world")
 
 
-def _check_storage(what: str, storage: Any, records: list[Record], starts: list[int]) -> None:
+def check_storage(what: str, storage: Any, records: list[Record], starts: list[int], own: int | None = None) -> None:
     _member(storage, "dtype", str, what)
     location = _member(storage, "location", str, what)
     size, left = _integer(storage.get("bytes"), f"{what}: bytes"), 0
@@ -383,7 +383,7 @@ def _check_storage(what: str, storage: Any, records: list[Record], starts: list[
         ends = starts[place[0]] + place[1] + place[2] <= starts[-1]
         need(ends, "directory", f"{what}: an extent runs past the last record")
         left += place[2]
-    need(left == size, "directory", f"{what}: extents of {left} bytes, but {size} bytes long")
+    need(left == (size if own is None else own), "directory", f"{what}: {left} bytes of extents, {size} long")
 
 
 def _storage(storage: Any, starts: list[int], raw: bytes) -> bytes | None:
@@ -435,8 +435,9 @@ def read(source: str | PathLike[str] | bytes, *, verify_crc: bool = True, limit:
     for what, found in (("version", version), ("digest algorithm", algorithm)):
         if found != 1:
             raise UnsupportedError("header", f"{what} {found}; known: 1")
-    if read_features & ~SELF_CONTAINED:
-        raise UnsupportedError("header", f"read features {read_features:#x}; known: {SELF_CONTAINED:#x}")
+    if read_features & ~(SELF_CONTAINED | SHARED):
+        raise UnsupportedError("header", f"read features {read_features:#x}; known: {SELF_CONTAINED | SHARED:#x}")
+    need(read_features != SELF_CONTAINED | SHARED, "header", "both SELF_CONTAINED and SHARED")
     if not read_features & SELF_CONTAINED:
         raise UnsupportedError("header", "not self-contained: its chunks are in other files")
     need(not any(data[40:56]), "header", "reserved bytes are not zero")
@@ -471,7 +472,8 @@ def read(source: str | PathLike[str] | bytes, *, verify_crc: bool = True, limit:
     _check_tiling(records, payload_end)
     starts = list(accumulate((r.raw for r in records), initial=0))
     for i, storage in enumerate(directory["storages"]):
-        _check_storage(f"storage {i}", storage, records, starts)
+        check_storage(f"storage {i}", storage, records, starts)
+        need("shares" not in storage, "header", f"storage {i} has shares, but SHARED is not set")
     total = starts[-1] + sum(storage["bytes"] for storage in directory["storages"] if storage["extents"] is not None)
     need(total <= limit, "directory", f"{total} bytes of chunks and storages, more than the limit of {limit}")
 
@@ -488,7 +490,6 @@ def read(source: str | PathLike[str] | bytes, *, verify_crc: bool = True, limit:
 
 
 def main() -> None:
-    """Print the tensors of the file named on the command line."""
     for name, array in read(sys.argv[1]).tensors.items():
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
         keys = [{"repr": key.text} if isinstance(key, Repr) else key for key in name]

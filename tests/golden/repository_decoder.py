@@ -1,4 +1,4 @@
-"""A second reader of repositories, written from docs/format.md §11 and docs/guarantees.md §3 alone. Shares no code with fastckpt.
+"""A second reader of repositories, written from docs/format.md §5, §11 and docs/guarantees.md §3 alone. Shares no code with fastckpt.
 
 python tests/golden/repository_decoder.py DIRECTORY     the history, and what each checkpoint holds
 """
@@ -9,9 +9,10 @@ import json
 import re
 import struct
 import sys
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 from numpy.typing import NDArray
@@ -75,43 +76,119 @@ class Repository:
     def read(self, checkpoint: Checkpoint, rank: int = 0) -> dict[tuple[Any, ...], NDArray[Any]]:
         """All tensors of a rank, every byte verified."""
         commit = self.commits[checkpoint]
+        data = self._vote(commit, rank)
+        own = open_vote(self.root, data, commit["votes"][rank]["parts"])
+        return tensors_of(own, lambda other: open_vote(self.root, self._vote(commit, other)))
+
+    def _vote(self, commit: dict[str, Any], rank: int) -> bytes:
         name = f"{commit['epoch']:06}-{commit['step']:012}-{commit['try']:03}"
         vote = commit["votes"][rank]
         file = f"r{rank:05}-of-{commit['world']:05}.{vote['bytes']}.{vote['digest']}"
         data = (self.root / "votes" / name / file).read_bytes()
         one.need(len(data) == vote["bytes"], "vote", "another length than its name says")
         one.need(xxhash.xxh3_128(data).hexdigest() == vote["digest"], "vote", "another digest than its name says")
-        return self._tensors(data, vote["parts"])
+        return data
 
-    def _tensors(self, data: bytes, parts: dict[str, list[int]]) -> dict[tuple[Any, ...], NDArray[Any]]:
-        read_features = struct.unpack_from("<Q", data, 16)[0]
-        one.need(read_features == 0 and data[-96:-32] == data[:64], "header", "not that of a vote")
-        cut = {}
-        for i, part in enumerate(one.CAPS):
-            start, size, digest = struct.unpack_from("<QQ16s", data, len(data) - 256 + 32 * i)
-            one.need([start, size] == parts[part], part, "not where the commit record has it")
-            cut[part] = data[start : start + size]
-            one._check_digest(part, "the part", cut[part], digest)
-        directory, files = json.loads(cut["directory"]), json.loads(cut["file table"])
-        packs = []
-        for entry in files:
-            pack = (self.root / entry["key"]).read_bytes()
-            one.need(len(pack) == entry["bytes"], "pack", "another length than the file table says")
-            one.need(
-                f"{one.crc64nvme(pack):016x}" == entry["crc64nvme"], "pack", "another crc than the file table says"
-            )
-            packs.append(pack)
-        records = [one.Record(*fields) for fields in struct.iter_unpack("<BBBBIQII16sQ8s8s", cut["records"])]
-        starts = list(accumulate((r.raw for r in records), initial=0))
-        one.check_bases(records)
-        raw = one.chunks(records, lambda r: packs[r.file - 1] if r.file else b"", True)
-        storages = [one._storage(storage, starts, raw) for storage in directory["storages"]]
-        tensors = {}
-        for i, tensor in enumerate(directory["tensors"]):
-            array = one._tensor(f"tensor {i}", tensor, directory, storages)
-            if array is not None:
-                tensors[one._name(tensor["name"], f"tensor {i}")] = array
-        return tensors
+
+class Vote(NamedTuple):
+    """An index whose chunks are in packs: its directory, where each record's raw bytes begin, and these bytes."""
+
+    directory: dict[str, Any]
+    starts: list[int]
+    raw: bytes
+
+
+def open_vote(root: Path, data: bytes, parts: dict[str, list[int]] | None = None) -> Vote:
+    """Read and verify a vote and the packs below `root` that it names. parts: where its commit record has its parts."""
+    features = struct.unpack_from("<Q", data, 16)[0]
+    one.need(features in (0, one.SHARED) and data[-96:-32] == data[:64], "header", "not that of a vote")
+    cut = {}
+    for i, part in enumerate(one.CAPS):
+        start, size, digest = struct.unpack_from("<QQ16s", data, len(data) - 256 + 32 * i)
+        one.need(parts is None or [start, size] == parts[part], part, "not where the commit record has it")
+        cut[part] = data[start : start + size]
+        one._check_digest(part, "the part", cut[part], digest)
+    directory, files = json.loads(cut["directory"]), json.loads(cut["file table"])
+    one._check_members(directory)
+    packs = []
+    for entry in files:
+        pack = (root / entry["key"]).read_bytes()
+        one.need(len(pack) == entry["bytes"], "pack", "another length than the file table says")
+        one.need(f"{one.crc64nvme(pack):016x}" == entry["crc64nvme"], "pack", "another crc than the file table says")
+        packs.append(pack)
+    records = [one.Record(*fields) for fields in struct.iter_unpack("<BBBBIQII16sQ8s8s", cut["records"])]
+    starts = list(accumulate((r.raw for r in records), initial=0))
+    one.check_bases(records)
+    for i, storage in enumerate(directory["storages"]):
+        place = directory["rank"], directory["world"]
+        own = own_bytes(f"storage {i}", storage, *place) if "shares" in storage else None
+        one.check_storage(f"storage {i}", storage, records, starts, own)
+    shared = [i for i, storage in enumerate(directory["storages"]) if "shares" in storage]
+    one.need(bool(shared) == bool(features), "header", "SHARED, and no storage has shares, or the other way round")
+    firsts = first_names(directory)
+    one.need(len(firsts) == len(shared), "directory", "storages with shares and without a first name of their own")
+    return Vote(directory, starts, one.chunks(records, lambda r: packs[r.file - 1] if r.file else b"", True))
+
+
+def own_bytes(what: str, storage: Any, rank: int, world: int) -> int:
+    """Check the shares of a storage that has some; how many bytes are this rank's."""
+    shares, last, own, total = storage["shares"], -1, 0, 0
+    one.need(storage.get("extents") is not None, "directory", f"{what}: no data, but shares")
+    one.need(isinstance(shares, list) and shares, "directory", f"{what}: shares must be an array, not empty")
+    for share in shares:
+        pair = one._integers(share, f"{what}: a share")
+        one.need(len(pair) == 2 and pair[1] >= 1, "directory", f"{what}: a share is not [rank, bytes ≥ 1]")
+        one.need(last < pair[0] < world, "directory", f"{what}: ranks of shares do not ascend, or reach {world}")
+        last, total, own = pair[0], total + pair[1], own + (pair[1] if pair[0] == rank else 0)
+    one.need(total == storage["bytes"], "directory", f"{what}: shares of {total} bytes, but {storage['bytes']} long")
+    if "print" in storage:
+        text = storage["print"]
+        right = isinstance(text, str) and re.fullmatch("[0-9a-f]{32}", text)
+        one.need(bool(right), "directory", f"{what}: print is not 32 hex digits")
+    return own
+
+
+def first_names(directory: dict[str, Any]) -> dict[str, int]:
+    """First names, as JSON, of the storages with shares, and their numbers."""
+
+    def order(name: list[Any]) -> list[tuple[int, int, str]]:
+        parts = ((0, k, "") if type(k) is int else (1, 0, k) if type(k) is str else (2, 0, k["repr"]) for k in name)
+        return list(parts)
+
+    names: dict[int, list[list[Any]]] = {}
+    for tensor in directory["tensors"]:
+        if "shares" in directory["storages"][tensor["storage"]]:
+            names.setdefault(tensor["storage"], []).append(tensor["name"])
+    return {json.dumps(min(some, key=order)): number for number, some in names.items()}
+
+
+def tensors_of(own: Vote, open_other: Callable[[int], Vote]) -> dict[tuple[Any, ...], NDArray[Any]]:
+    """All tensors of a rank. open_other: the vote of another rank."""
+    directory, others = own.directory, {own.directory["rank"]: own}
+    numbers = {number: name for name, number in first_names(directory).items()}
+    storages = []
+    for number, storage in enumerate(directory["storages"]):
+        if "shares" not in storage:
+            storages.append(one._storage(storage, own.starts, own.raw))
+            continue
+        data = b""
+        for rank, _ in storage["shares"]:
+            other = others[rank] if rank in others else others.setdefault(rank, open_other(rank))
+            there = first_names(other.directory).get(numbers[number])
+            one.need(there is not None, "vote", f"rank {rank} has no storage with shares of the name {numbers[number]}")
+            found = other.directory["storages"][there]
+            for member in ("dtype", "bytes", "shares"):
+                one.need(
+                    found[member] == storage[member], "vote", f"rank {rank}: another {member} of {numbers[number]}"
+                )
+            data += one._storage(found, other.starts, other.raw) or b""
+        storages.append(data)
+    tensors = {}
+    for i, tensor in enumerate(directory["tensors"]):
+        array = one._tensor(f"tensor {i}", tensor, directory, storages)
+        if array is not None:
+            tensors[one._name(tensor["name"], f"tensor {i}")] = array
+    return tensors
 
 
 def main() -> None:

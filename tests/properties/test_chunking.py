@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastckpt.format.element_types import ElementType, element_type
 from fastckpt.format.tensor_names import ReprKey
-from fastckpt.state.chunking import BUNDLE_BYTES, Cuts, StorageShape, chunk_bytes, cut
+from fastckpt.state.chunking import BUNDLE_BYTES, Cuts, Piece, StorageShape, chunk_bytes, cut
 
 TYPES = [
     found
@@ -118,3 +119,43 @@ def test_shards_are_cut_where_the_whole_is(element: ElementType, rows: int, row:
     whole, left, right = ends(0, rows * row), ends(0, at * row), ends(at * row, (rows - at) * row)
     assert whole == set(range(0, rows * row * width, step))
     assert left | right == whole | {at * row * width}
+
+
+@given(
+    element=st.sampled_from(TYPES),
+    n_elements=st.integers(2 << 20, 9 << 20),
+    first=st.integers(0, 3 << 20),
+    splits=st.lists(st.integers(1, 8), min_size=1, max_size=3, unique=True),
+)
+@settings(deadline=None, max_examples=80)
+def test_shares_are_cut_where_the_whole_is(
+    element: ElementType, n_elements: int, first: int, splits: list[int]
+) -> None:
+    width, step = element.n_bytes, chunk_bytes(element)
+    n_bytes = n_elements * width
+
+    def pieces(own: tuple[int, int] | None) -> list[tuple[int, int]]:
+        cuts = cut([StorageShape(7, n_bytes, element, ("w",), first_element=first, own=own)])
+        assert sum(extent.n_bytes for extent in cuts.extents[7]) == (n_bytes if own is None else own[1])
+        return [(piece.offset, piece.n_bytes) for chunk in cuts.chunks for piece in chunk.pieces]
+
+    places = {at * step - first * width % step for at in splits}
+    inside = sorted(place for place in places if 0 < place < n_bytes)
+    borders = [0, *inside, n_bytes]
+    parts = [pieces((start, stop - start)) for start, stop in itertools.pairwise(borders)]
+    assert list(itertools.chain(*parts)) == pieces(None)
+
+
+def test_what_others_write_is_not_cut() -> None:
+    element = TYPES[0]
+    sizes = {0: 400, 1: 400, 2: 8 << 20, 3: 8 << 20, 4: 12}
+    own = {0: (0, 0), 2: (0, 0), 4: (8, 4)}
+    cuts = cut([StorageShape(n, size, element, (n,), own=own.get(n)) for n, size in sizes.items()])
+    assert {piece for chunk in cuts.chunks for piece in chunk.pieces} == {
+        Piece(1, 0, 400),
+        Piece(3, 0, 4 << 20),
+        Piece(3, 4 << 20, 4 << 20),
+        Piece(4, 8, 4),
+    }
+    assert cuts.extents[0] == cuts.extents[2] == ()
+    assert sum(extent.n_bytes for extent in cuts.extents[4]) == 4

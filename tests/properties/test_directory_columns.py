@@ -12,8 +12,9 @@ import pytest
 
 from fastckpt.errors import CheckpointError
 from fastckpt.format import directory, directory_columns, directory_reader
-from fastckpt.format.directory import Directory, Extent, GlobalPlace, StorageEntry, TensorEntry
+from fastckpt.format.directory import Directory, Extent, GlobalPlace, Share, StorageEntry, TensorEntry
 
+RANK = 1
 RAW_BYTES = np.full(6, 640, np.uint32)
 SEEDS = range(40)
 
@@ -24,11 +25,16 @@ def some_directory(rng: random.Random, odd: bool) -> Directory:
         record, offset = rng.randrange(6), 16 * rng.randrange(40)
         n_bytes = 16 * rng.randrange(1, 1 + (640 * (6 - record) - offset) // 16)
         storages.append(StorageEntry("float32", n_bytes, "cpu", (Extent(record, offset, n_bytes),)))
+    shared = rng.random() < 0.5
+    if shared:
+        storages += some_shares(rng)
     if odd and rng.random() < 0.5:
         storages.append(StorageEntry("bool", 9, "meta", None))
         storages.append(StorageEntry("bool", 0, "cpu", ()))
     for number in range(rng.randrange(8)):
         storage = rng.randrange(len(storages))
+        if storages[storage].shares:
+            continue  # has its name below
         room = storages[storage].n_bytes // 4
         size = rng.randrange(1 + room) if room else 0
         name: tuple[Any, ...] = ("model", number, rng.choice(["weight", "bias:", "µ"]))
@@ -38,14 +44,31 @@ def some_directory(rng: random.Random, odd: bool) -> Directory:
         tensors.append(
             TensorEntry(name, "float32", (size, 1), (1, 5), offset, storage, kind, rng.random() < 0.5, place)
         )
+    for number, entry in enumerate(storages):
+        if entry.shares:
+            tensors.append(TensorEntry(("shared", number), "float32", (1,), (1,), 0, number, "tensor", False))
     meta = {"a": [1, {"b": 0.5}], "note": rng.choice(["plain", '":', "\\", "\n", '"'])} if odd else {"epoch": 3}
-    return Directory(tuple(storages), tuple(tensors), rng.choice([None, 7]), 0, 1, {"name": "fastckpt"}, meta)
+    place = (RANK, 4) if shared else (0, 1)
+    return Directory(tuple(storages), tuple(tensors), rng.choice([None, 7]), *place, {"name": "fastckpt"}, meta)
+
+
+def some_shares(rng: random.Random) -> list[StorageEntry]:
+    found = []
+    for _ in range(rng.randrange(1, 4)):
+        ranks = sorted(rng.sample(range(4), rng.randrange(1, 4)))
+        shares = tuple(Share(rank, 16 * rng.randrange(1, 5)) for rank in ranks)
+        own = sum(share.n_bytes for share in shares if share.rank == RANK)
+        extents = (Extent(rng.randrange(6), 16, own),) if own else ()
+        print_text = rng.choice(["", "0123456789abcdef" * 2])
+        found.append(StorageEntry("float32", sum(s.n_bytes for s in shares), "cpu", extents, shares, print_text))
+    return found
 
 
 def duplicated(rng: random.Random, text: str) -> str:
     """A member twice in one object."""
     members = [
-        '"bytes":1,', '"name":["x"],', '"offset":0,', '"step":7,', '"byteorder":"little",', '"storages":[],', '"a":1,"a":1,',
+        '"bytes":1,', '"name":["x"],', '"shares":[[1,16]],', '"print":"",', '"offset":0,', '"step":7,', '"byteorder":"little",',
+        '"storages":[],', '"a":1,"a":1,',
     ]  # fmt: skip
     return insert_after(rng, text, "{", rng.choice(members))
 

@@ -12,15 +12,21 @@ import numpy as np
 from fastckpt import Checkpointer, Options
 from fastckpt.errors import CorruptCheckpointError
 from fastckpt.format import container, directory
+from fastckpt.format.container import READ_SHARED
+from fastckpt.format.directory import Share
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent
+from fastckpt.format.shares import first_entries, shared_numbers
+from fastckpt.format.tensor_names import dotted
 from fastckpt.format.vote import Vote, vote_name
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog, open_checked
 from fastckpt.repository.commit import open_vote, try_commit
 from fastckpt.repository.incarnation import Incarnation
+from fastckpt.repository.rank_reader import open_rank
 from fastckpt.repository.repository import Repository
+from fastckpt.state import Captured
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
 from fastckpt.writing.container import index_and_footer
@@ -38,7 +44,7 @@ def incarnation(store: Store) -> Incarnation:
 
 def read(store: Store, commit: Commit, rank: int = 0) -> Any:
     """The object of a checkpoint, every byte verified."""
-    return load(open_vote(store, commit.vote(rank)))
+    return load(open_rank(store, commit, rank))
 
 
 def load(reader: Reader) -> Any:
@@ -74,6 +80,33 @@ def vote(
     return upload(captured(obj), store, request, IN_PARALLEL)
 
 
+def shared(obj: Any, rank: int, shares: Mapping[str, Sequence[tuple[int, int]]]) -> Captured:
+    """A rank's state, of which tensors of these (dotted) first names are shared out."""
+    found = captured(obj)
+    found.rank = rank
+    for number, first in first_entries(found.tensors).items():
+        name = dotted(first.name)
+        if name in shares:
+            found.shares[number] = tuple(Share(*one) for one in shares[name])
+    return found
+
+
+def vote_shared(store: Store, epoch: int, step: int, world: int, state: Captured) -> Vote:
+    """A rank's part of a save, of a state that `shared` has made."""
+    save = SaveId(epoch, step, 0)
+    request = SaveRequest(asked=SaveAsked(step), save=save, parent=None, rank=state.rank, world=world)
+    return upload(state, store, request, IN_PARALLEL)
+
+
+def save_shared(store: Store, epoch: int, step: int, states: Sequence[Captured]) -> Commit:
+    """A whole save of ranks that share what they hold alike."""
+    for state in states:
+        vote_shared(store, epoch, step, len(states), state)
+    commit = try_commit(store, SaveId(epoch, step, 0))
+    assert commit is not None
+    return commit
+
+
 def save_ranks(store: Store, epoch: int, step: int, states: Sequence[Any], parent: Commit | None = None) -> Commit:
     """A whole save of several ranks."""
     for rank, obj in enumerate(states):
@@ -89,7 +122,7 @@ def place_vote(
     """The index of another save as the vote of this one: all its packs are that save's. changes: members of `save`."""
     info = {**(reader.directory.save or {}), "epoch": save.epoch, "try": save.attempt, "stored_bytes": 0, **changes}
     listed = replace(reader.directory, step=save.step, rank=rank, world=world, save=info)
-    header = container.build_header(read_features=0)
+    header = container.build_header(READ_SHARED if shared_numbers(listed.storages) else 0)
     files = directory.build_file_table(reader.files)
     parts = [directory.build(listed), files, reader.records.tobytes(), reader.skeleton]
     data = b"".join([header, *index_and_footer(header, 0, parts)])

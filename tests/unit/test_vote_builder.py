@@ -12,7 +12,7 @@ import pytest
 
 from fastckpt.errors import SaveError
 from fastckpt.format import directory, directory_columns, directory_reader
-from fastckpt.format.directory import Directory, Extent, FileEntry, GlobalPlace, StorageEntry, TensorEntry
+from fastckpt.format.directory import Directory, Extent, FileEntry, GlobalPlace, Share, StorageEntry, TensorEntry
 from fastckpt.format.keys import CheckpointId, SaveId, commit_key
 from fastckpt.format.tensor_names import ReprKey
 from fastckpt.repository.commit import list_votes, read_vote, try_commit
@@ -103,7 +103,18 @@ def change_text(old: str, new: str) -> Callable[[pytest.MonkeyPatch], None]:
     return switch
 
 
+def share(*shares: tuple[Any, ...], print: Any = "") -> Callable[[pytest.MonkeyPatch], None]:
+    """Of the first storage, which has 400 bytes; this is rank 0 of 1."""
+    return change_storage(0, shares=tuple(Share(*one) for one in shares), print=print)
+
+
 SWITCHES = {
+    "shares of more bytes": share((0, 404)),
+    "shares that do not reach the end": share((0, 40)),
+    "a share of a rank that is not there": share((1, 400)),
+    "a share of another element": share((0, 400.0)),
+    "a print that is none": share((0, 400), print="abc"),
+    "a print of nothing": share(print="0" * 32),
     "an extent of no record": change_storage(-1, extents=(Extent(10**6, 0, 4),)),
     "extents shorter than the storage": change_storage(0, extents=(Extent(0, 0, 4),)),
     "no extents": change_storage(0, extents=()),
@@ -141,14 +152,15 @@ def test_a_builder_that_is_wrong_places_no_vote(
 
 def changed(rng: random.Random, value: Any) -> Any:
     """Another value of the same place, right or wrong."""
-    if type(value) is tuple or isinstance(value, Extent):
+    if isinstance(value, tuple):
         items = list(value)
         if items and rng.random() < 0.8:
             at = rng.randrange(len(items))
             items[at] = changed(rng, items[at])
         elif rng.random() < 0.5:
             items.append(rng.choice([0, 1, "x"]))
-        return Extent._make(items) if isinstance(value, Extent) and len(items) == 3 else tuple(items)
+        kind = type(value)
+        return kind._make(items) if kind in (Extent, Share) and len(items) == len(kind._fields) else tuple(items)
     if type(value) is int:
         return rng.choice([value + 1, value - 1, 0, -1, 1 << 39, 1 << 41, 1 << 62, 1 << 63, True, float(value), None])
     return rng.choice(
@@ -175,13 +187,19 @@ def directories() -> Iterator[Directory]:
         StorageEntry("float32", 64, "cuda:0", (Extent(1, 0, 32), Extent(2, 8, 32))),
         StorageEntry("bool", 9, "meta", None),
         StorageEntry("bool", 0, "cpu", ()),
+        StorageEntry(
+            "float32", 128, "cpu", (Extent(2, 100, 64),), (Share(1, 64), Share(2, 60), Share(3, 4)), "0f" * 16
+        ),
+        StorageEntry("float32", 12, "cpu", (), (Share(0, 12),)),
     )
     tensors = (
         TensorEntry(("a", 1, "b"), "float32", (4, 10), (10, 1), 100, 0, "tensor", False),
         TensorEntry((ReprKey("<X>"),), "float32", (16,), (1,), 0, 1, "parameter", True, GlobalPlace((32,), (16,))),
         TensorEntry((), "bool", (0, 3), (3, 1), 0, 3, "array", False),
+        TensorEntry(("c",), "float32", (32,), (1,), 0, 4, "tensor", False),
+        TensorEntry(("d",), "float32", (3,), (1,), 0, 5, "tensor", False),
     )
-    yield Directory(storages, tensors)
+    yield Directory(storages, tensors, rank=1, world=4)
     for seed in range(3000):
         rng = random.Random(seed)
         rows: list[list[Any]] = [list(storages), list(tensors)]
@@ -191,7 +209,7 @@ def directories() -> Iterator[Directory]:
         place = rng.randrange(len(members))
         members[place] = changed(rng, members[place])
         rows[kind][at] = (StorageEntry, TensorEntry)[kind]._make(members)
-        yield Directory(tuple(rows[0]), tuple(rows[1]))
+        yield Directory(tuple(rows[0]), tuple(rows[1]), rank=1, world=rng.choice([4, 4, 4, 3]))
 
 
 def test_what_is_held_for_sound_is_read() -> None:
@@ -201,5 +219,5 @@ def test_what_is_held_for_sound_is_read() -> None:
         if directory_columns.sound(value, raw_bytes):
             n_sound += 1
             found = directory_reader.parse(directory.build(value), raw_bytes, "here")
-            assert found.storages == value.storages
+            assert found.storages == value.storages, value
     assert n_sound > 100

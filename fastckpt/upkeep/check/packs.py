@@ -23,6 +23,7 @@ from fastckpt.format import keys, records
 from fastckpt.format.digest import crc64nvme, digest
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.repository_records import Commit
+from fastckpt.format.shares import Claims
 from fastckpt.host.threads import WorkerPool
 from fastckpt.kernels.transform import MAX_RAW_BYTES
 from fastckpt.options import Options
@@ -31,6 +32,7 @@ from fastckpt.reading.object_source import BytesSource
 from fastckpt.repository.commit import read_vote_bytes
 from fastckpt.store.base import Store
 from fastckpt.upkeep.check.report import ReportBuilder
+from fastckpt.upkeep.check.votes import also_ranks
 
 _LARGE_PACK_BYTES = (
     64 << 20
@@ -133,6 +135,8 @@ class _PackCheck:
         self._found = found
         self._progress = progress
         self._held = HeldPack(store)
+        self._claims = Claims()
+        """Of the checkpoint at hand."""
         self._verdicts = _Verdicts()
 
     def check(self, commit: Commit) -> None:
@@ -157,11 +161,13 @@ class _PackCheck:
     def _uses(self, commit: Commit) -> dict[str, list[_Use]]:
         """Uses of packs, by key. Key "": chunks without stored bytes (constant ones)."""
         uses: dict[str, list[_Use]] = defaultdict(list)
+        self._claims = Claims()
         for rank in range(commit.world):
             try:
                 reader = self._open(commit, rank)
             except (CorruptCheckpointError, UnsupportedFormatError, ObjectNotFoundError):
-                continue  # the check of the votes has listed it
+                continue  # listed by the check of the votes
+            self._claims.add(rank, reader.directory)
             unread = set(records.unsupported(reader.records))
             by_file: dict[int, list[int]] = defaultdict(list)
             for number, file in enumerate(reader.records["file"].tolist()):
@@ -184,7 +190,7 @@ class _PackCheck:
             for number, verdict in zip(use.numbers, verdicts, strict=True):
                 if verdict is False:
                     again = replace(self._verdicts.damage(use, number), tensors=use.reader.tensors_of(number))
-                    self._found.add(use.entry.key, [again], commit.checkpoint, rank=use.rank)
+                    self._add(commit, use.entry.key, use.rank, use.reader, number, again)
 
     def _read_pack(self, key: str, uses: Sequence[_Use]) -> _Result:
         """Runs on a worker: read a pack as a whole, then decode its chunks from memory."""
@@ -213,7 +219,7 @@ class _PackCheck:
         for chunk in result.bad:
             owner = key or keys.vote_key(commit.vote(chunk.rank))
             damage = replace(chunk.damage, tensors=chunk.reader.tensors_of(chunk.number))
-            self._found.add(owner, [damage], commit.checkpoint, rank=chunk.rank)
+            self._add(commit, owner, chunk.rank, chunk.reader, chunk.number, damage)
         report.chunks += len(result.good) + len(result.bad)
         if not key:
             return
@@ -226,6 +232,11 @@ class _PackCheck:
                 words = f"{key}: {result.n_bytes} bytes do not fit the memory of a check; its chunks were read, its crc64nvme was not"
                 self._found.add_unsupported(words)
         self._compare_crcs(commit, key, uses, {chunk.rank for chunk in result.bad})
+
+    def _add(self, commit: Commit, key: str, rank: int, reader: Reader, chunk: int, damage: Damage) -> None:
+        """Enter a damaged chunk of one rank, and who loses it with that rank."""
+        also = also_ranks(rank, reader, [chunk], self._claims)
+        self._found.add(key, [damage], commit.checkpoint, rank=rank, also_ranks=also)
 
     def _compare_crcs(self, commit: Commit, key: str, uses: Sequence[_Use], bad_ranks: Collection[int]) -> None:
         """Compare the checksum of a whole pack. If all chunks are right, the damage lies in bytes that this checkpoint does not use."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
 from fastckpt.format.keys import CheckpointId, SaveId
 from fastckpt.format.repository_records import Pin
+from fastckpt.format.shares import some_ranks
 
 T = TypeVar("T")
 
@@ -26,6 +27,8 @@ class Finding:
     rank: int | None = None
     rank_lost: bool = False
     """All tensors of that rank are lost; their names are in the object that is damaged."""
+    also_ranks: tuple[int, ...] = ()
+    """Others that lose some of these tensors, as this rank writes them for all."""
 
     def __str__(self) -> str:
         whole = (
@@ -35,7 +38,8 @@ class Finding:
             if self.rank is None
             else f" (all of rank {self.rank})"
         )
-        return f"{self.damage}{whole}"
+        also = f" (lost to {some_ranks(self.also_ranks)} as well)" if self.also_ranks else ""
+        return f"{self.damage}{whole}{also}"
 
 
 @dataclass
@@ -108,9 +112,10 @@ class ReportBuilder:
         *,
         rank: int | None = None,
         rank_lost: bool = False,
+        also_ranks: tuple[int, ...] = (),
     ) -> None:
-        """Add damage of one object as findings."""
-        self.report.findings += [Finding(key, item, checkpoint, rank, rank_lost) for item in damage]
+        """Enter damage of one object as findings."""
+        self.report.findings += [Finding(key, item, checkpoint, rank, rank_lost, also_ranks) for item in damage]
 
     def add_unsupported(self, words: str, checkpoint: CheckpointId | None = None) -> None:
         """Report an object that only a newer version can read. checkpoint: the one that needs it."""

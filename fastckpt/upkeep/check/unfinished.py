@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from fastckpt.errors import CorruptCheckpointError, ObjectNotFoundError, RepositoryError, UnsupportedFormatError
 from fastckpt.format import keys
 from fastckpt.format.keys import SaveId, VoteName
+from fastckpt.format.shares import Claims
 from fastckpt.repository.commit import complete_set, read_vote
 from fastckpt.repository.inventory import Inventory
 from fastckpt.repository.repository import Repository
@@ -85,6 +86,7 @@ def _completable(
             "incomplete",
             f"votes of {len(votes)} of {of} ranks: under way, or its job died and nothing can complete it",
         )
+    claims = Claims()
     for name in names:
         try:
             vote = read_vote(store, name)
@@ -96,6 +98,10 @@ def _completable(
             if n_bytes != file.n_bytes:
                 return "damaged", f"{file.key}: expected {file.n_bytes} bytes, found {n_bytes or 'no such object'}"
             named.add(file.key)
+        claims.add(name.rank, vote.directory)
+    unmet = claims.unmet()
+    if unmet:
+        return "damaged", "; ".join(map(str, unmet[:3])) + (f"; and {len(unmet) - 3} more" if len(unmet) > 3 else "")
     return "completable", "the votes of all ranks are there"
 
 

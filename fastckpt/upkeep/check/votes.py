@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from fastckpt.errors import Damage
 from fastckpt.format import keys, records
 from fastckpt.format.repository_records import Commit, commit_bytes
+from fastckpt.format.shares import Claims
 from fastckpt.format.vote import Vote, commit_of, part_ranges, save_info
 from fastckpt.kernels.transform import transform_name
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote
+from fastckpt.repository.rank_reader import lost_shares
 from fastckpt.store.base import Store
 from fastckpt.upkeep.check.report import ReportBuilder
 
@@ -27,37 +31,62 @@ def check_votes(store: Store, commit: Commit, sizes: Mapping[str, int], found: R
     checkpoint = commit.checkpoint
     named: set[str] = set()
     votes: list[Vote] = []
+    claims, unreadable = Claims(), set[int]()
+    short: list[tuple[int, Reader]] = []
     for rank in range(commit.world):
         name = commit.vote(rank)
         key = keys.vote_key(name)
         reader = found.read(key, functools.partial(open_vote, store, name), checkpoint, rank=rank, rank_lost=True)
         if reader is None:
+            unreadable.add(rank)
             continue
+        claims.add(rank, reader.directory)
         info = found.read(key, functools.partial(save_info, reader.directory, name, key), checkpoint, rank=rank)
         if info is not None:
             votes.append(Vote(name, info, reader.directory, part_ranges(reader.footer), reader.files))
         named.update(file.key for file in reader.files)
-        _check_lengths(commit, rank, reader, sizes, found)
+        if any(sizes.get(file.key) != file.n_bytes for file in reader.files):
+            short.append((rank, reader))
         unread = records.unsupported(reader.records)
         if unread:
             used = ", ".join(sorted({transform_name(int(reader.records["transform"][n])) for n in unread}))
             words = f"{key}: {len(unread)} chunks use transforms of a newer fastckpt ({used})"
             found.add_unsupported(words, checkpoint)
-    if len(votes) == commit.world:
+    for rank, reader in short:
+        _check_lengths(commit, rank, reader, sizes, claims, found)
+    losses = found.read(keys.commit_key(checkpoint), lambda: lost_shares(store, commit, claims, unreadable)) or ()
+    for lost in losses:
+        key = keys.vote_key(commit.vote(lost.owner)) if lost.owner < commit.world else keys.commit_key(checkpoint)
+        found.add(key, [lost.damage], checkpoint, rank=lost.owner, also_ranks=lost.needed_by)
+    if len(votes) == commit.world and not losses:
         _compare(commit, votes, found)
     return named
 
 
-def _check_lengths(commit: Commit, rank: int, reader: Reader, sizes: Mapping[str, int], found: ReportBuilder) -> None:
+def _check_lengths(
+    commit: Commit, rank: int, reader: Reader, sizes: Mapping[str, int], claims: Claims, found: ReportBuilder
+) -> None:
     """Compare the length of each pack with the file table of one rank."""
     for number, file in enumerate(reader.files, 1):
         n_bytes = sizes.get(file.key)
         if n_bytes != file.n_bytes:
             what = "no such object" if n_bytes is None else f"{n_bytes} bytes"
-            # For an existing pack, lost tensors are found chunk by chunk, unless the check is quick.
-            lost = reader.tensors_of_file(number) if n_bytes is None or found.report.quick else ()
+            # Which tensors are lost of a pack that is there is found chunk by chunk, unless the check is quick.
+            named = n_bytes is None or found.report.quick
+            lost = reader.tensors_of_file(number) if named else ()
+            chunks = np.flatnonzero(reader.records["file"] == number).tolist() if named else []
             damage = Damage("pack", "length", f"{file.n_bytes} bytes", what, lost)
-            found.add(file.key, [damage], commit.checkpoint, rank=rank)
+            also = also_ranks(rank, reader, chunks, claims)
+            found.add(file.key, [damage], commit.checkpoint, rank=rank, also_ranks=also)
+
+
+def also_ranks(rank: int, reader: Reader, chunks: Iterable[int], claims: Claims) -> tuple[int, ...]:
+    """The other ranks that lose what one rank's chunks hold, as it writes them for all."""
+    others = claims.others(rank, reader.directory)
+    if not others:
+        return ()
+    storages = {storage for chunk in chunks for storage in reader.storages_of_chunk[chunk]}
+    return tuple(sorted({other for storage in storages for other in others.get(storage, ())}))
 
 
 def _compare(commit: Commit, votes: Sequence[Vote], found: ReportBuilder) -> None:

@@ -18,7 +18,7 @@ from fastckpt.upkeep.salvage.chunks import bad_chunks
 from fastckpt.upkeep.salvage.elsewhere import Elsewhere
 from fastckpt.upkeep.salvage.report import SalvagedRank, SalvageReport, write_report
 from fastckpt.upkeep.salvage.tensors import sort_out, write_tensors
-from fastckpt.upkeep.salvage.votes import Votes, find_votes, open_index
+from fastckpt.upkeep.salvage.votes import Votes, find_votes, open_index, with_shares
 
 
 def salvage(
@@ -81,8 +81,9 @@ def _salvage_rank(
         result.lost_whole = True
         result.lost = elsewhere.expected(rank, opened.why)
     else:
+        reader, missing = with_shares(store, votes, reader)
         bad = bad_chunks(reader, range(len(reader.records)), options.threads, progress)
-        good = sort_out(reader, bad, result)
+        good = sort_out(reader, bad, missing, result)
         if good:
             write_tensors(reader, good, path, result, options)
     elsewhere.find(rank, result.lost)

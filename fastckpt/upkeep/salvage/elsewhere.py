@@ -10,7 +10,7 @@ from fastckpt.format.repository_records import Commit
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.catalog import Catalog
-from fastckpt.repository.commit import open_vote
+from fastckpt.repository.rank_reader import open_rank
 from fastckpt.repository.repository import Repository
 from fastckpt.upkeep.salvage.chunks import bad_chunks
 from fastckpt.upkeep.salvage.report import FoundIn, LostTensor
@@ -48,7 +48,7 @@ class Elsewhere:
         """
         for other in [rank] if commit.world == self._world else range(commit.world):
             try:
-                yield other, open_vote(self._repository.store, commit.vote(other))
+                yield other, open_rank(self._repository.store, commit, other)
             except CheckpointError as error:
                 _raise_if_store_failed(error)
 

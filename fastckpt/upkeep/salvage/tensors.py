@@ -30,12 +30,14 @@ from fastckpt.upkeep.salvage.report import LostTensor, SalvagedRank
 from fastckpt.writing.background import write_now
 
 
-def sort_out(reader: Reader, bad: Mapping[int, Damage], result: SalvagedRank) -> list[TensorEntry]:
-    """Note the lost tensors in `result`. Returns the tensors that can be written.
+def sort_out(
+    reader: Reader, bad: Mapping[int, Damage], missing: Mapping[int, Sequence[Damage]], result: SalvagedRank
+) -> list[TensorEntry]:
+    """Enter in `result` what is lost. Returns the tensors that can be written.
 
-    bad: the damage of every damaged chunk, by number.
+    bad: the damage of every damaged chunk, by number. missing: by the number of a storage, which shares of other ranks it lacks.
     """
-    problems = _problems(reader, bad)
+    problems = _problems(reader, bad, missing)
     good = []
     for entry in reader.directory.tensors:
         why = problems.get(entry.storage) or _cannot_write(reader, entry)
@@ -50,11 +52,14 @@ def sort_out(reader: Reader, bad: Mapping[int, Damage], result: SalvagedRank) ->
     return good
 
 
-def _problems(reader: Reader, bad: Mapping[int, Damage]) -> dict[int, tuple[str, ...]]:
-    """Number of a storage → problems of its chunks."""
+def _problems(
+    reader: Reader, bad: Mapping[int, Damage], missing: Mapping[int, Sequence[Damage]]
+) -> dict[int, tuple[str, ...]]:
+    """Storage → what is wrong with its chunks."""
     found = {}
     for number in range(len(reader.directory.storages)):
-        wrong = [bad[chunk] for chunk, *_ in reader.pieces(number) if chunk in bad] if bad else []
+        wrong = [bad[record] for record, *_ in reader.pieces(number) if record in bad] if bad else []
+        wrong += missing.get(number, ())
         if wrong:
             texts = [f"{d.place}: expected {d.expected}, found {d.found}" for d in wrong]
             found[number] = tuple(dict.fromkeys(texts))

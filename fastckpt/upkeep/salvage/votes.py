@@ -22,6 +22,7 @@ from fastckpt.format.digest import digest
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName
 from fastckpt.format.repository_records import Tombstone
 from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.merged_reader import Merging
 from fastckpt.reading.object_source import BytesSource, ObjectSource
 from fastckpt.repository.commit import MAX_VOTE_BYTES, complete_set, open_vote
 from fastckpt.repository.repository import Repository
@@ -144,3 +145,15 @@ def _without_skeleton(store: Store, name: VoteName) -> Reader:
         parts.append(found)
     whole = footer.header_bytes + b"".join(index_and_footer(footer.header_bytes, 0, [*parts, b""]))
     return Reader.open_vote(BytesSource(whole, source), lambda file: ObjectSource(store, file.key, file.n_bytes))
+
+
+def with_shares(store: Store, votes: Votes, own: Reader) -> tuple[Reader, dict[int, list[Damage]]]:
+    """A rank's index with what other ranks write for it, as far as their votes can be read, and by storage what is missing. StoreError."""
+    merging = Merging(own)
+    for rank in sorted(merging.needed):
+        opened = open_index(store, votes.names.get(rank))
+        if opened.reader is None:
+            merging.lose(rank, "; ".join(opened.why))
+        else:
+            merging.add(rank, opened.reader)
+    return merging.finish_in_part(), merging.lost

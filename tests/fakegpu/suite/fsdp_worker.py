@@ -24,11 +24,11 @@ from torch.distributed.tensor import DTensor
 
 from fastckpt.options import Options
 from fastckpt.snapshot.side_stream import SideStream
-from fastckpt.training import checkpointer
 from tests.fakegpu import collectives, device
 from tests.fakegpu.suite.models import Job, inputs
 from tests.fakegpu.suite.schedules import Schedule
 from tests.fakegpu.suite.tools import equal, host, load, reports, train
+from tests.support.fake_ranks import each_on_its_own
 
 RANKS = 2
 STEPS = 3
@@ -149,5 +149,5 @@ def main(rank: int, folder: Path, schedules: list[tuple[str, int]]) -> None:
 if __name__ == "__main__":
     # Each rank has a repository of its own. What is tested are the copies of shards; several ranks in one checkpoint are refused until
     # they are coordinated.
-    with mock.patch.object(checkpointer, "refuse_many_ranks"):
+    with each_on_its_own():
         main(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
