@@ -24,8 +24,12 @@ SETTINGS = ("--steps", STEPS, "--every", 5, "--digest")
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Digests of both ranks after a run that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    digests = run(folder / "log", EXAMPLE, folder / "run", *SETTINGS).digests
+    return digests_of(EXAMPLE, tmp_path_factory.mktemp("undisturbed"))
+
+
+def digests_of(example: Path, folder: Path) -> list[str]:
+    folder.mkdir(exist_ok=True)
+    digests = run(folder / "log", example, folder / "run", *SETTINGS).digests
     assert len(set(digests)) == 2
     return digests
 
@@ -64,6 +68,25 @@ def test_a_killed_worker_is_started_again_and_training_goes_on(tmp_path: Path, u
     assert steps[4] >= 20
     assert agent.digests == undisturbed
     assert durable_steps(tmp_path / "run")[0] == STEPS
+
+
+def test_fsdp2_goes_on_too(tmp_path: Path) -> None:
+    """Shards of both ranks. Takes some 30 s: a run that nothing disturbs, and one that loses a worker."""
+    example = EXAMPLES / "train_fsdp2.py"
+    with torchrun(
+        tmp_path / "log",
+        example,
+        tmp_path / "run",
+        *SETTINGS,
+        flags=("--standalone", "--max-restarts", "1"),
+        PAUSE_S="0.1",
+        **RESTARTS,
+    ) as agent:
+        agent.wait_for(r"durable (?:5|10)\n")
+        os.kill(agent.worker(1), signal.SIGKILL)
+        assert agent.wait() == 0, agent.log
+    assert min(restored(agent)[2:]) >= 5
+    assert agent.digests == digests_of(example, tmp_path / "undisturbed")
 
 
 def test_a_notice_to_the_agent_ends_all_ranks_at_one_durable_step(tmp_path: Path, undisturbed: list[str]) -> None:

@@ -55,7 +55,9 @@ class Node:
 def two_nodes(shared: Path) -> Iterator[tuple[Node, Node]]:
     """Two machines, connected by a cable. shared: the directory that both see."""
     tag = f"{os.getpid() % 100_000}"
-    nodes = tuple(Node(f"fastckpt-{end}-{tag}", f"10.213.7.{n}", f"fc{end}{tag}", shared) for n, end in ((1, "a"), (2, "b")))
+    nodes = tuple(
+        Node(f"fastckpt-{end}-{tag}", f"10.213.7.{n}", f"fc{end}{tag}", shared) for n, end in ((1, "a"), (2, "b"))
+    )
     with contextlib.ExitStack() as made:
         for node in nodes:
             _ip("netns", "add", node.namespace)
