@@ -38,3 +38,17 @@ def change(way: str, state: dict[str, Any], settings: dict[str, Any]) -> None:
         settings["fresh"] = True
     elif way == "read only":
         settings["read_only"] = True
+
+
+def save_twice(url: str, ddp: bool) -> None:
+    """Steps 1 and 2. ddp: the module is held alike by all ranks, and written once."""
+    torch.manual_seed(0)
+    model: torch.nn.Module = torch.nn.Linear(30, 30)
+    state = {
+        "weights": torch.nn.parallel.DistributedDataParallel(model) if ddp else model,
+        "own": {"rank": dist.get_rank()},
+    }
+    with fastckpt.Checkpointer(url, state, every=None, spot=None, options=Options(**OPTIONS)) as ckpt:
+        ckpt.restore()
+        for step in (1, 2):
+            ckpt.save_now(step).wait()
