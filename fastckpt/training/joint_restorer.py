@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 from fastckpt.errors import CorruptCheckpointError, Damage, PartialRestoreError, RestoreError, RetiredError
-from fastckpt.format.keys import CheckpointId
+from fastckpt.format.keys import CheckpointId, vote_key
 from fastckpt.format.repository_records import Commit, Skipped, Tombstone
 from fastckpt.ranks.roll import remote_error
 from fastckpt.ranks.team import Team
 from fastckpt.repository.catalog import Choice, Which
+from fastckpt.repository.node_votes import remove_shared_votes, shared_votes
 from fastckpt.training.engine import Engine
 from fastckpt.training.joint_start import adopt, claimed
 from fastckpt.training.restorer import MOST_ROUNDS, Damaged, Loaded, Restorer
@@ -55,7 +57,11 @@ class JointRestorer(Restorer):
                 epoch = self._incarnation.epoch
                 return {"claimed": None if self._read_only or epoch is None else claimed(epoch, self._incarnation.last)}
 
-            verdict = decide(_DOING, said, judge)
+            try:
+                verdict = decide(_DOING, said, judge)
+            finally:
+                if told is not None:
+                    remove_shared_votes(self._world, told["nonce"])
             if "again" not in verdict:
                 if verdict["claimed"] is not None:
                     adopt(self._team, self._incarnation, verdict["claimed"])
@@ -74,13 +80,17 @@ class JointRestorer(Restorer):
                 f"{self._repository.location(checkpoint)} was saved by {choice.commit.world} ranks, and this job has "
                 f"{self._team.world.size}: this version restores on as many ranks as have saved. Nothing was changed"
             )
-        return {"epoch": checkpoint.epoch, "step": checkpoint.step, "digest": choice.commit.digest}
+        nonce = secrets.token_hex(8)
+        return {"epoch": checkpoint.epoch, "step": checkpoint.step, "digest": choice.commit.digest, "nonce": nonce}
 
     def _load_and_tell(self, told: dict[str, Any], weights_only: bool) -> tuple[Loaded | None, dict[str, Any]]:
         """This rank's part, and what it has to say of it."""
         checkpoint = CheckpointId(told["epoch"], told["step"])
         try:
-            return self._load(self._same_record(checkpoint, told["digest"]), weights_only), {}
+            commit = self._same_record(checkpoint, told["digest"])
+            own = vote_key(commit.vote(self._world.rank))
+            with shared_votes(self._repository.store, self._world, told["nonce"], own) as store:
+                return self._load(commit, weights_only, store=store), {}
         except RetiredError as error:
             return None, {"retired": str(error)}
         except Damaged as damaged:

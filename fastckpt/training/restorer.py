@@ -21,6 +21,7 @@ from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog, Choice, Which
 from fastckpt.repository.rank_reader import open_rank, with_owners
 from fastckpt.state.refused import ARRAYS, described, find
+from fastckpt.store.base import Store
 from fastckpt.training import stateful
 from fastckpt.training.engine import Engine
 from fastckpt.training.placement import PlacementPlan, plan_placement
@@ -105,8 +106,10 @@ class Restorer:
         logger.warning("step %d is passed over: %s", checkpoint.step, error)
         return [*(() if choice is None else choice.skipped), Skipped(checkpoint, str(error)[:500])]
 
-    def _load(self, commit: Commit, weights_only: bool, reader: Reader | None = None) -> Loaded:
-        """reader: of this rank's part, if it was opened before."""
+    def _load(
+        self, commit: Commit, weights_only: bool, reader: Reader | None = None, store: Store | None = None
+    ) -> Loaded:
+        """reader: of this rank's part, if it was opened before. store: where this rank reads; None: in the repository's."""
         location = self._repository.location(commit.checkpoint)
         if commit.world != self._world.size:
             raise RestoreError(
@@ -114,7 +117,7 @@ class Restorer:
                 "`fastckpt restore --rank` exports each rank's state"
             )
         try:
-            store, rank = self._repository.store, self._world.rank
+            store, rank = store or self._repository.store, self._world.rank
             reader = open_rank(store, commit, rank) if reader is None else with_owners(store, commit, reader)
             loaded, plan = self._load_whole(reader, location, weights_only)
         except (CorruptCheckpointError, ObjectNotFoundError) as error:
