@@ -103,3 +103,27 @@ def test_a_rank_that_never_comes_is_named_after_the_time_for_coming() -> None:
     """It has no pulse: nobody waits until a silence could tell."""
     with pytest.raises(RanksError, match="nothing was heard of rank 1 of 2"):
         Roll(World(0, 2), StoreBoard(HashStore(), ""), 0.05).decide("restoring", None, lambda _: 1)
+
+
+@pytest.mark.parametrize(("waits", "missed"), [(0, 1), (1, 0)])
+def test_a_rank_that_lives_and_does_something_else_is_missed_where_all_meet(waits: int, missed: int) -> None:
+    """Else both would wait for ever: this one here, the other one in the next collective of the training."""
+    board = StoreBoard(HashStore(), "")
+    board.put(f"pulse/{missed}", b"1")
+    with pytest.raises(RanksError, match=rf"^restoring: rank {missed} of 2 lives, but has not made this call for"):
+        Roll(World(waits, 2), board, 0.05).decide("restoring", None, lambda _: 1, meets=True)
+
+
+def test_a_rank_at_work_for_the_same_call_is_waited_for() -> None:
+    board = StoreBoard(HashStore(), "")
+    board.put("pulse/1", b"1")
+    waited: list[float] = []
+
+    def sleep(pause_s: float) -> None:
+        waited.append(pause_s)
+        if len(waited) == 3:  # long after the time for coming
+            board.join("roll/1", 1, b'{"what": "restoring", "said": 7}')
+
+    found = Roll(World(0, 2), board, 0.0, sleep=sleep).decide("restoring", 6, lambda said: said)
+    assert found == [6, 7]
+    assert len(waited) == 3
