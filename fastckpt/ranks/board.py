@@ -7,6 +7,7 @@ all threads of a rank.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import queue
 import random
@@ -107,6 +108,14 @@ class StoreBoard:
         """A request was given up and has had no answer yet: those behind it would wait for it."""
         threading.Thread(target=_serve, args=(self._requests,), name="fastckpt-board", daemon=True).start()
         self._end = weakref.finalize(self, self._requests.put, None)
+        self._owner: StoreBoard | None = None
+        """Whose thread this uses; None: its own."""
+
+    def beside(self, prefix: str) -> StoreBoard:
+        """Another board in the same store, by the same connection and thread, which end with this one."""
+        other = copy.copy(self)
+        other._prefix, other._owner = prefix, self
+        return other
 
     def put(self, key: str, value: bytes) -> None:
         self._ask(lambda store: store.set(self._prefix + key, value))

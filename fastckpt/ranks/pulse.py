@@ -9,15 +9,15 @@ from fastckpt.ranks.board import Board
 from fastckpt.ranks.roles import share_s
 from fastckpt.ranks.world import World
 
+BEAT_S = 2.0
+SILENT_S = 15.0
+
 
 def beat_s(size: int) -> float:
     """Seconds between two beats of a rank: 2, and from 8,192 ranks on more, so that all together make 4,096 in a second: a store of
     torch.distributed takes ten times as many, as nobody waits for an answer.
     """
-    return min(4.0, max(2.0, share_s(size, 4096)))
-
-
-SILENT_S = 15.0
+    return min(4.0, max(BEAT_S, share_s(size, 4096)))
 
 
 def silent_s(size: int) -> float:

@@ -34,36 +34,39 @@ class Roll:
         """come_s: seconds that ranks may come later than each other; after that they have to be heard of all the time."""
         self._world, self._board, self._come_s = world, board, come_s
         self._clock, self._sleep = clock, sleep
-        self._listener, self._silent_s = Listener(world, board, clock), silent_s(world.size)
+        self._listener = Listener(world, board, clock)
+        self._patience_s = min(come_s, silent_s(world.size) / 2)
+        """After which it is looked for who is missing."""
         self._number = 0
 
-    def decide(self, what: str, said: Any, judge: Callable[[list[Any]], Any]) -> Any:
+    def decide(self, what: str, said: Any, judge: Callable[[list[Any]], Any], *, meets: bool = False) -> Any:
         """Have rank 0 judge what all ranks say, and return what it found, on every rank.
 
         Args:
             what: is done, for errors: "restoring".
             said: by this rank.
             judge: called on rank 0 with what all have said, by rank. What it raises is raised on every rank.
+            meets: this is the beginning of a call that all ranks make. Who does not make it is missed after `come_s`, also if it lives;
+                else it may be at work for this call, and is waited for.
 
         Raises:
-            RanksError: a rank does not come, or is silent.
+            RanksError: a rank does not come, is silent, or does something else.
         """
         self._number += 1
         group = f"roll/{self._number}"
-        self._board.join(group, self._world.rank, json.dumps(said).encode())
+        self._board.join(group, self._world.rank, json.dumps({"what": what, "said": said}).encode())
         if not self._world.leads:
-            return _verdict(self._wait(f"{what}: nothing was heard of rank 0", f"{group}/verdict", [0]))
+            return _verdict(self._wait(what, group, meets=meets))
         try:
             members = [member_key(group, rank) for rank in range(self._world.size)]
-            values = self._wait_all(what, group, members)
-            verdict = judge(values)
+            verdict = judge(_alike(what, self._wait_all(what, group, members, meets=meets)))
         except BaseException as error:
             self._board.put(f"{group}/verdict", _error_bytes(error))
             raise
         self._board.put(f"{group}/verdict", json.dumps({"verdict": verdict}).encode())
         return verdict
 
-    def _wait_all(self, what: str, group: str, members: list[str]) -> list[Any]:
+    def _wait_all(self, what: str, group: str, members: list[str], *, meets: bool) -> list[Any]:
         started_s, pause_s = self._clock(), 0.002
         while True:
             if self._board.n_joined(group) >= self._world.size:
@@ -71,37 +74,52 @@ class Roll:
                 if found is not None:
                     return [json.loads(value) for value in found]
             waited_s = self._clock() - started_s
-            if waited_s > self._silent_s / 2:
+            if waited_s > self._patience_s:
                 missing = missing_members(self._board, group, self._world.size, _LISTENED_TO)
-                gone = self._gone(missing, waited_s)
-                if gone:
-                    raise RanksError(
-                        f"{what}: nothing was heard of rank{'s' if len(gone) > 1 else ''} {_ranks(gone)} of {self._world.size} for "
-                        f"{waited_s:.0f} s. Every rank has to make the same calls of its Checkpointer. Look at the log of the first of them"
-                    )
+                self._raise_if_gone(what, missing, waited_s, meets=meets)
             pause_s = self._pause(pause_s)
 
-    def _wait(self, why: str, key: str, ranks: list[int]) -> bytes:
+    def _wait(self, what: str, group: str, *, meets: bool) -> bytes:
         started_s, pause_s = self._clock(), max(0.002, share_s(self._world.size, 65536))
         while True:
-            found = self._board.get(key)
+            found = self._board.get(f"{group}/verdict")
             if found is not None:
                 return found
             waited_s = self._clock() - started_s
-            if waited_s > self._silent_s / 2 and self._gone(ranks, waited_s):
-                raise RanksError(
-                    f"{why} for {waited_s:.0f} s. Every rank has to make the same calls of its Checkpointer"
-                )
+            if waited_s > self._patience_s:
+                is_missed = meets and self._board.get(member_key(group, 0)) is None
+                self._raise_if_gone(what, [0], waited_s, meets=is_missed)
             pause_s = self._pause(pause_s)
 
-    def _gone(self, ranks: list[int], waited_s: float) -> list[int]:
-        """Those that have died, or that have never come."""
-        silent = self._listener.silent(ranks)
-        return [rank for rank in silent if waited_s > self._come_s or self._board.get(f"pulse/{rank}") is not None]
+    def _raise_if_gone(self, what: str, missing: list[int], waited_s: float, *, meets: bool) -> None:
+        """RanksError for those that have died, that have never come, or that do something else while all `meets`."""
+        silent, late = self._listener.silent(missing), waited_s > self._come_s
+        living = [rank for rank in missing if self._board.get(f"pulse/{rank}") is not None]
+        gone = [rank for rank in missing if (rank in silent if rank in living else late)]
+        if not gone and not (meets and late and living):
+            return
+        named, s = f"{_ranks(gone or living)} of {self._world.size}", "s" if len(gone or living) > 1 else ""
+        lives = "live, but have" if s else "lives, but has"
+        words = f"nothing was heard of rank{s} {named}" if gone else f"rank{s} {named} {lives} not made this call"
+        raise RanksError(
+            f"{what}: {words} for {waited_s:.0f} s. Every rank has to make the same calls of its Checkpointer. Look at the log of "
+            "the first of them"
+        )
 
     def _pause(self, pause_s: float) -> float:
         self._sleep(pause_s)
         return min(max(0.25, share_s(self._world.size, 8192)), 1.5 * pause_s)
+
+
+def _alike(what: str, values: list[dict[str, Any]]) -> list[Any]:
+    """What each rank has said, if all do the same. RanksError."""
+    for rank, value in enumerate(values):
+        if value["what"] != what:
+            raise RanksError(
+                f"ranks do not make the same calls of their Checkpointers: rank 0 is {what}, and rank {rank} is {value['what']}. "
+                "Every rank has to make the same calls, in the same order"
+            )
+    return [value["said"] for value in values]
 
 
 def _error_bytes(error: BaseException) -> bytes:

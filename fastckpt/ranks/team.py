@@ -16,6 +16,7 @@ from fastckpt.host.threads import start
 from fastckpt.host.torch_names import process_group_store
 from fastckpt.ranks.agreement import Agreement
 from fastckpt.ranks.board import SLOW_S, Board, BoardLostError, FallbackBoard, StoreBoard
+from fastckpt.ranks.door import Door, enter, knock, new_session
 from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.pulse import Pulse
 from fastckpt.ranks.roles import share_s
@@ -65,12 +66,26 @@ class Team:
         self._stop, self._woken = threading.Event(), threading.Event()
         self._later: collections.deque[Callable[[], object]] = collections.deque()
         self._lost_told = False
+        self._door: Door | None = None
+        """On rank 0, until all ranks are here."""
 
     @classmethod
     def of_process_group(cls, world: World, objects: Board, come_s: float) -> Team:
-        """The team of torch's default process group."""
-        board = StoreBoard(process_group_store(), f"fastckpt/{next(_numbers)}/")
-        return cls(world, board, objects=objects, come_s=come_s)
+        """The team of torch's default process group. RanksError: rank 0 does not come within `come_s` seconds."""
+        place = f"fastckpt/{next(_numbers)}"
+        lobby = StoreBoard(process_group_store(), f"{place}/lobby/")
+        try:
+            session = new_session() if world.leads else knock(world, lobby, come_s)
+            board = lobby.beside(f"{place}/{session}/")
+            if not world.leads:
+                enter(world, board)
+        except BaseException:
+            lobby.close()
+            raise
+        team = cls(world, board, objects=objects, come_s=come_s)
+        if world.leads:
+            team._door = Door(world, lobby, board, session)
+        return team
 
     def fate(self, name: str) -> Fate:
         """Of the save of this name."""
@@ -95,6 +110,8 @@ class Team:
             while self._later:
                 self._later.popleft()()
             self.pulse.beat()
+            if self._door is not None and not self._door.turn():
+                self._door = None
             self._lost_told = False
         except BoardLostError as error:
             pause_s = max(1.0, pause_s)

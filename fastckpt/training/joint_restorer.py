@@ -37,7 +37,7 @@ class JointRestorer(Restorer):
                 choice.append(self._choose(step, known_bad, own, claims_first=claims_first))
                 return self._told(choice[0])
 
-            told = decide(_DOING, None, choose)
+            told = decide(_DOING, None, choose, meets=True)
             found: Loaded | None = None
             said: dict[str, Any] = {}
             if told is not None:

@@ -27,7 +27,7 @@ def compare(team: Team, said: dict[str, Any]) -> None:
         if differences:
             raise RanksError("the ranks of this job do not begin alike: " + "; ".join(differences))
 
-    team.roll.decide("making a Checkpointer", said, judge)
+    team.roll.decide("making a Checkpointer", said, judge, meets=True)
 
 
 def _difference(what: str, values: list[Any]) -> list[str]:
@@ -96,7 +96,7 @@ def claim_jointly(team: Team, incarnation: Incarnation, *, fresh: bool) -> None:
     def claim(_: list[Any]) -> dict[str, Any]:
         return claimed(incarnation.begin(fresh=fresh), incarnation.last)
 
-    adopt(team, incarnation, team.roll.decide("beginning to save", None, claim))
+    adopt(team, incarnation, team.roll.decide("beginning to save", None, claim, meets=True))
 
 
 def claimed(epoch: Epoch, last: Parent | None) -> dict[str, Any]:
