@@ -19,7 +19,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl) csrc/compile_flags.txt
 CSRC_FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-objects bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-objects bench-scale bench-stall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -118,6 +118,9 @@ bench-long-run: venv ## measure whether a run's age costs anything: 2,000 saves,
 
 bench-objects: venv ## measure what grows with the number of tensors, views and numbers
 	$(PY) benchmarks/objects.py $(ARGS)
+
+bench-scale: venv ## what a save asks of stores with 1,024 and 16,384 ranks, simulated
+	$(PY) benchmarks/scale.py $(ARGS)
 
 bench-stall: venv ## measure what saving costs a training loop
 	$(PY) benchmarks/stall.py $(ARGS)

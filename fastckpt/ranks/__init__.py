@@ -5,6 +5,7 @@ board       where ranks tell each other small things: the store of the process g
 door        how ranks of one start find each other there
 agreement   at which step all ranks save, where the step alone does not say so (pure)
 fate        what becomes of one save: committed by all, or abandoned by all (pure)
+roles       which ranks do what a few are enough for (pure)
 roll        one rank decides, all learn it: when a job begins and when it restores
 ownership   which rank writes what several ranks hold alike (pure)
 team        all of these, for one Checkpointer

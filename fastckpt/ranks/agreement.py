@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from fastckpt.ranks.board import Board, member_key
+from fastckpt.ranks.board import Board, member_key, missing_members
 from fastckpt.ranks.world import World
 
 logger = logging.getLogger("fastckpt")
@@ -28,6 +28,7 @@ HOLD_SHARE = 0.05
 """… and not more than this part of the time that a notice has left."""
 VOID_S = 10.0
 """After which a round that lacks answers is given up: a rank that is there answers within two looks."""
+_SHOWN = 20
 N_DECIDERS = 3
 """Ranks 0 to 2 decide, each a second after the one before: whoever of them lives."""
 
@@ -85,6 +86,7 @@ class _Round:
     """What this rank has done in the round under way."""
 
     number: int
+    wish: Wish | None = None
     answer: bytes = b""
     answered_s: float | None = None
     had_room: bool = True
@@ -176,12 +178,14 @@ class Agreement:
     def turn(self) -> bool:
         """Look at the board once, and do what is to be done. Returns whether a round is under way. BoardLostError."""
         here = self._round
-        said = self._board.get(f"wish/{here.number}")
-        if said is None:
-            if not self._wishes:
-                return False
-            said = self._board.put_once(f"wish/{here.number}", _to_bytes(asdict(self._wishes[0])))
-        wish = Wish(**json.loads(said))
+        if here.wish is None:
+            said = self._board.get(f"wish/{here.number}")
+            if said is None:
+                if not self._wishes:
+                    return False
+                said = self._board.put_once(f"wish/{here.number}", _to_bytes(asdict(self._wishes[0])))
+            here.wish = Wish(**json.loads(said))
+        wish = here.wish
         if here.answered_s is None:
             self._answer(here, wish)
         decided = self._board.get(f"decision/{here.number}")
@@ -223,7 +227,7 @@ class Agreement:
         if answers is not None:
             decision = _decided(number, wish, [json.loads(answer) for answer in answers])
         elif waited_s >= VOID_S:
-            silent = [member for member in range(size) if self._board.get(member_key(group, member)) is None]
+            silent = missing_members(self._board, group, size, _SHOWN + 1)
             why = f"no answer of ranks {_some(silent)} within {VOID_S:g} s"
             decision = Decision(number, wish, None, why=why)
         else:
@@ -278,4 +282,4 @@ def _to_bytes(value: dict[str, Any]) -> bytes:
 
 
 def _some(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
+    return ", ".join(map(str, ranks[:_SHOWN])) + (" and more" if len(ranks) > _SHOWN else "")

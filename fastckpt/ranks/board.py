@@ -6,9 +6,11 @@ all threads of a rank.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import queue
+import random
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -20,9 +22,11 @@ T = TypeVar("T")
 ANSWER_S = 2.0
 """How long a store may take for one answer. It takes 0.1 ms; a machine whose cores are all busy, some 100 ms."""
 SLOW_S = 1.0
-"""Seconds between two looks for the same key on the second board."""
+_random = random.Random()  # of our own: drawing from the global one would change what training draws
 _AT_ONCE = 1024
 """Keys of one request."""
+_DELETED_AT_ONCE = 256
+"""Each is a request of its own, of 0.1 ms or more, and all have to be over within ANSWER_S."""
 
 
 class BoardLostError(CheckpointError):
@@ -53,6 +57,10 @@ class Board(Protocol):
         """Values of keys; None if one of them is not there yet."""
         ...
 
+    def has_all(self, keys: Sequence[str]) -> bool:
+        """Whether all these keys are there."""
+        ...
+
     def join(self, group: str, member: int, value: bytes) -> None:
         """Write the key `member_key(group, member)`, which is then counted. Written again, it may be counted again."""
         ...
@@ -64,6 +72,23 @@ class Board(Protocol):
     def delete(self, keys: Sequence[str]) -> None:
         """Remove keys that nobody reads any more."""
         ...
+
+
+def missing_members(board: Board, group: str, size: int, most: int) -> list[int]:
+    """The first `most` members of a group that have written nothing, by halves: some ten requests for each."""
+    found: list[int] = []
+    parts = [range(first, min(size, first + _AT_ONCE)) for first in range(0, size, _AT_ONCE)]
+    parts.reverse()
+    while parts and len(found) < most:
+        part = parts.pop()
+        if board.has_all([member_key(group, member) for member in part]):
+            continue
+        if len(part) == 1:
+            found.append(part[0])
+        else:
+            half = len(part) // 2
+            parts += [part[half:], part[:half]]
+    return found
 
 
 class StoreBoard:
@@ -113,6 +138,11 @@ class StoreBoard:
             found += values
         return found
 
+    def has_all(self, keys: Sequence[str]) -> bool:
+        named = [self._prefix + key for key in keys]
+        parts = [named[first : first + _AT_ONCE] for first in range(0, len(named), _AT_ONCE)]
+        return all(self._ask(functools.partial(_are_there, keys=part)) for part in parts)
+
     def join(self, group: str, member: int, value: bytes) -> None:
         self.put(member_key(group, member), value)
         self._ask(lambda store: store.add(f"{self._prefix}{group}/joined", 1))
@@ -121,7 +151,9 @@ class StoreBoard:
         return int(self._ask(lambda store: store.add(f"{self._prefix}{group}/joined", 0)))
 
     def delete(self, keys: Sequence[str]) -> None:
-        self._ask(lambda store: [store.delete_key(self._prefix + key) for key in keys])
+        for first in range(0, len(keys), _DELETED_AT_ONCE):
+            part = [self._prefix + key for key in keys[first : first + _DELETED_AT_ONCE]]
+            self._ask(functools.partial(_delete, keys=part))
 
     def close(self) -> None:
         """End the thread, after what it is doing. May be called twice."""
@@ -169,15 +201,24 @@ def _values(store: Any, keys: list[str]) -> list[bytes] | None:
     return [bytes(value) for value in store.multi_get(keys)] if store.check(keys) else None
 
 
+def _are_there(store: Any, keys: list[str]) -> bool:
+    return bool(store.check(keys))
+
+
+def _delete(store: Any, keys: list[str]) -> None:
+    for key in keys:
+        store.delete_key(key)
+
+
 class FallbackBoard:
     """A board, and a slower one for when it is lost. For one thread.
 
     A rank that still reaches the first one cannot know that another does not: if it lacks answers, it is in `doubt`, and uses both.
     """
 
-    def __init__(self, first: Board, second: Board, clock: Callable[[], float]) -> None:
-        """clock: seconds."""
-        self._first, self._second, self._clock = first, second, clock
+    def __init__(self, first: Board, second: Board, clock: Callable[[], float], slow_s: float = SLOW_S) -> None:
+        """clock: seconds. slow_s: between two looks for the same key on the second board."""
+        self._first, self._second, self._clock, self._slow_s = first, second, clock, slow_s
         self.doubts = False
         """Whether the second one is used as well."""
         self._asked_s: dict[str, float] = {}
@@ -209,8 +250,18 @@ class FallbackBoard:
         return found
 
     def get_all(self, keys: Sequence[str]) -> list[bytes] | None:
+        if not self.doubts:
+            with contextlib.suppress(BoardLostError):
+                self._catch_up()
+                return self._first.get_all(keys)
         found = [self.get(key) for key in keys]
         return None if None in found else [value for value in found if value is not None]
+
+    def has_all(self, keys: Sequence[str]) -> bool:
+        if not self.doubts:
+            with contextlib.suppress(BoardLostError):
+                return self._first.has_all(keys)
+        return all(self.get(key) is not None for key in keys)
 
     def n_joined(self, group: str) -> int:
         try:
@@ -240,7 +291,11 @@ class FallbackBoard:
     def _slowly(self, key: str) -> bytes | None:
         """From the second board, whose requests cost money."""
         now_s = self._clock()
-        if now_s - self._asked_s.get(key, -SLOW_S) < SLOW_S:
+        if (
+            self._slow_s > SLOW_S and key not in self._asked_s
+        ):  # thousands of ranks have lost the first at the same moment
+            self._asked_s[key] = now_s - self._slow_s * _random.random()
+        if now_s - self._asked_s.get(key, -self._slow_s) < self._slow_s:
             return None
         found = self._second.get(key)
         self._asked_s = {} if found is not None or len(self._asked_s) > _AT_ONCE else {**self._asked_s, key: now_s}
@@ -254,6 +309,7 @@ class MemoryBoard:
         """Make an empty one."""
         self._lock = threading.Lock()
         self._values: dict[str, bytes] = {}
+        self._joined: dict[str, int] = {}
         self.requests = 0
         """How many there have been."""
 
@@ -278,13 +334,20 @@ class MemoryBoard:
             found = [self._values[key] for key in keys if key in self._values]
         return found if len(found) == len(keys) else None
 
+    def has_all(self, keys: Sequence[str]) -> bool:
+        with self._lock:
+            self.requests += 1
+            return all(key in self._values for key in keys)
+
     def join(self, group: str, member: int, value: bytes) -> None:
         self.put(member_key(group, member), value)
+        with self._lock:
+            self._joined[group] = self._joined.get(group, 0) + 1
 
     def n_joined(self, group: str) -> int:
         with self._lock:
             self.requests += 1
-            return sum(1 for key in self._values if key.startswith(f"{group}/"))
+            return self._joined.get(group, 0)
 
     def delete(self, keys: Sequence[str]) -> None:
         with self._lock:

@@ -6,20 +6,23 @@ import time
 from collections.abc import Callable, Iterable
 
 from fastckpt.ranks.board import Board
+from fastckpt.ranks.roles import share_s
 from fastckpt.ranks.world import World
 
-
-def beat_s(size: int) -> float:
-    """Seconds between two beats of a rank: 2, and from 4,096 ranks on more, so that all together stay below 2,048 in a second."""
-    return min(8.0, max(2.0, size / 2048))
-
-
+BEAT_S = 2.0
 SILENT_S = 15.0
 
 
+def beat_s(size: int) -> float:
+    """Seconds between two beats of a rank: 2, and from 8,192 ranks on more, so that all together make 4,096 in a second: a store of
+    torch.distributed takes ten times as many, as nobody waits for an answer.
+    """
+    return min(4.0, max(BEAT_S, share_s(size, 4096)))
+
+
 def silent_s(size: int) -> float:
-    """Seconds after which a rank that has said nothing is taken for dead: seven beats; three where beats are slow. No survivor waits
-    longer than 30 s for a decision.
+    """Seconds after which a rank that has said nothing is taken for dead: seven beats; not quite four where beats are slow. No survivor
+    waits longer than 30 s for a decision.
     """
     return max(SILENT_S, 3 * beat_s(size))
 

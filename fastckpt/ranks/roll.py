@@ -10,11 +10,14 @@ from typing import Any
 
 from fastckpt import errors
 from fastckpt.errors import CheckpointError, RanksError
-from fastckpt.ranks.board import Board, member_key
+from fastckpt.ranks.board import Board, member_key, missing_members
 from fastckpt.ranks.pulse import Listener, silent_s
+from fastckpt.ranks.roles import share_s
 from fastckpt.ranks.world import World
 
 _SHOWN = 20
+_LISTENED_TO = 64
+"""Of more missing ranks only these: one that is dead is enough."""
 
 
 class Roll:
@@ -72,12 +75,12 @@ class Roll:
                     return [json.loads(value) for value in found]
             waited_s = self._clock() - started_s
             if waited_s > self._patience_s:
-                missing = [rank for rank, key in enumerate(members) if self._board.get(key) is None]
+                missing = missing_members(self._board, group, self._world.size, _LISTENED_TO)
                 self._raise_if_gone(what, missing, waited_s, meets=meets)
             pause_s = self._pause(pause_s)
 
     def _wait(self, what: str, group: str, *, meets: bool) -> bytes:
-        started_s, pause_s = self._clock(), 0.002
+        started_s, pause_s = self._clock(), max(0.002, share_s(self._world.size, 65536))
         while True:
             found = self._board.get(f"{group}/verdict")
             if found is not None:
@@ -105,7 +108,7 @@ class Roll:
 
     def _pause(self, pause_s: float) -> float:
         self._sleep(pause_s)
-        return min(0.25, 1.5 * pause_s)
+        return min(max(0.25, share_s(self._world.size, 8192)), 1.5 * pause_s)
 
 
 def _alike(what: str, values: list[dict[str, Any]]) -> list[Any]:

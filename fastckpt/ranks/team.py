@@ -15,10 +15,11 @@ from typing import Any
 from fastckpt.host.threads import start
 from fastckpt.host.torch_names import process_group_store
 from fastckpt.ranks.agreement import Agreement
-from fastckpt.ranks.board import Board, BoardLostError, FallbackBoard, StoreBoard
+from fastckpt.ranks.board import SLOW_S, Board, BoardLostError, FallbackBoard, StoreBoard
 from fastckpt.ranks.door import Door, enter, knock, new_session
 from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.pulse import Pulse
+from fastckpt.ranks.roles import share_s
 from fastckpt.ranks.roll import Roll
 from fastckpt.ranks.world import World
 
@@ -31,10 +32,11 @@ _numbers = itertools.count()
 
 
 def look_s(size: int) -> float:
-    """Seconds between two looks of a rank at a board that `size` ranks share: the host of the store answers some 8,000 requests a second at
-    most, and training keeps its cores. 0.1 s for 8 ranks, 0.5 s for 1,024, 2 s from 4,096 on.
+    """Seconds between two looks of a rank at a board that `size` ranks share: the host of the store answers some 40,000 requests a second
+    (docs/scale.md), and training keeps its cores. 0.1 s for 8 ranks, 0.5 s for 1,024, 2 s from 4,096 on: calls of `step` are held for 5 s
+    at most, and two looks have to fit.
     """
-    return min(2.0, max(0.1, size / 2048))
+    return min(2.0, max(0.1, share_s(size, 2048)))
 
 
 class Team:
@@ -53,7 +55,11 @@ class Team:
         """objects: for agreement, where the board is lost. come_s: see `Roll`. The thread beside training begins with `start`."""
         self.world, self.board = world, board
         self.clock, self.sleep = clock, sleep
-        self._board_of_agreement = FallbackBoard(board, objects, clock) if objects is not None else None
+        self._board_of_agreement = (
+            FallbackBoard(board, objects, clock, max(SLOW_S, share_s(world.size, 2048)))
+            if objects is not None
+            else None
+        )
         self.agreement = Agreement(world, self._board_of_agreement or board, clock)
         self.roll = Roll(world, board, come_s, clock, sleep)
         self.pulse = Pulse(world, board, clock)
@@ -118,7 +124,7 @@ class Team:
         except BoardLostError as error:
             logger.info("ranks cannot agree now: %s", error)
             return max(1.0, pause_s)
-        return pause_s / 2 if under_way else pause_s
+        return max(pause_s / 2, share_s(self.world.size, 8192)) if under_way else pause_s
 
     def _doubt(self) -> None:
         """Where answers are late, some ranks may have lost the board: look for them in the objects too."""

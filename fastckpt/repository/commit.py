@@ -7,6 +7,7 @@ all build the same bytes.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 from fastckpt import events
@@ -24,6 +25,7 @@ from fastckpt.format.keys import CheckpointId, SaveId, VoteName, commit_key, vot
 from fastckpt.format.repository_records import Commit, Tombstone, commit_bytes, parse_commit_record
 from fastckpt.format.sealed import MAX_SEALED_BYTES
 from fastckpt.format.vote import Vote, commit_of, part_ranges, save_info
+from fastckpt.host.threads import WorkerPool
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_source import BytesSource, ObjectSource
 from fastckpt.repository.inventory import take_inventory
@@ -31,6 +33,8 @@ from fastckpt.repository.vote_set import VoteSetState, vote_set_of
 from fastckpt.store.base import ObjectInfo, Store
 
 MAX_VOTE_BYTES = 2 << 30
+_READS_AT_ONCE = 64
+"""Votes of many ranks are read by one: an answer takes 30 ms, and one by one they would take longer than others wait."""
 
 
 @contextlib.contextmanager
@@ -42,12 +46,16 @@ def named_object(store: Store, key: str) -> Iterator[None]:
         raise MissingObjectError(str(error)) from error
 
 
-def read_vote_bytes(store: Store, name: VoteName) -> bytes:
-    """The bytes of a vote, checked against length and digest in its name. CorruptCheckpointError, MissingObjectError."""
+def read_vote_bytes(store: Store, name: VoteName, listed: ObjectInfo | None = None) -> bytes:
+    """The bytes of a vote, checked against length and digest in its name. listed: see `read_sealed`. CorruptCheckpointError,
+    MissingObjectError.
+    """
     key = vote_key(name)
     source = f"{store.url}/{key}"
-    with named_object(store, key):
-        found = store.head(key).n_bytes
+    if listed is None:
+        with named_object(store, key):
+            listed = store.head(key)
+    found = listed.n_bytes
     if found != name.n_bytes or found > MAX_VOTE_BYTES:
         expected = f"{name.n_bytes} bytes, as its name says, and at most {MAX_VOTE_BYTES}"
         raise CorruptCheckpointError(source, [Damage("vote", "length", expected, str(found))])
@@ -59,18 +67,18 @@ def read_vote_bytes(store: Store, name: VoteName) -> bytes:
     return data
 
 
-def open_vote(store: Store, name: VoteName) -> Reader:
-    """Open a rank's index and check it completely; its chunks are read from packs.
+def open_vote(store: Store, name: VoteName, listed: ObjectInfo | None = None) -> Reader:
+    """Open a rank's index and check it completely; its chunks are read from packs. listed: see `read_sealed`.
 
     UnreadableError.
     """
-    source = BytesSource(read_vote_bytes(store, name), f"{store.url}/{vote_key(name)}")
+    source = BytesSource(read_vote_bytes(store, name, listed), f"{store.url}/{vote_key(name)}")
     return Reader.open_vote(source, lambda file: ObjectSource(store, file.key, file.n_bytes))
 
 
-def read_vote(store: Store, name: VoteName) -> Vote:
+def read_vote(store: Store, name: VoteName, listed: ObjectInfo | None = None) -> Vote:
     """Read the facts about a vote that a commit record needs. Errors as those of `open_vote`."""
-    reader = open_vote(store, name)
+    reader = open_vote(store, name, listed)
     info = save_info(reader.directory, name, reader.source.name)
     return Vote(name, info, reader.directory, part_ranges(reader.footer), reader.files)
 
@@ -93,10 +101,28 @@ def list_votes(store: Store, save: SaveId) -> list[VoteName]:
     return list(take_inventory(store, votes_prefix(save)).votes.get(save, ()))
 
 
+def has_all_votes(store: Store, save: SaveId) -> bool:
+    """Whether all ranks' votes of one try are there. RepositoryError as `complete_set`."""
+    return complete_set(list_votes(store, save), f"{store.url}/{votes_prefix(save)}") is not None
+
+
 def read_commit(store: Store, checkpoint: CheckpointId, listed: ObjectInfo | None = None) -> Commit | Tombstone:
     """Read the record at a commit key. listed: see `read_sealed`. UnreadableError; its subclass MissingObjectError if there is none."""
     key = commit_key(checkpoint)
     return parse_commit_record(read_sealed(store, key, listed), checkpoint, f"{store.url}/{key}")
+
+
+def poll_commit(store: Store, checkpoint: CheckpointId) -> Commit | Tombstone | None:
+    """The record at the commit key of a save of one's own job, if there is one: by one request, as thousands of ranks may ask.
+
+    UnreadableError.
+    """
+    key = commit_key(checkpoint)
+    try:
+        data = store.get(key)
+    except ObjectNotFoundError:
+        return None
+    return parse_commit_record(data, checkpoint, f"{store.url}/{key}")
 
 
 def read_sealed(store: Store, key: str, listed: ObjectInfo | None = None) -> bytes:
@@ -134,19 +160,23 @@ def try_commit(store: Store, save: SaveId, own: Vote | None = None) -> Commit | 
     own: the vote that this process has placed; it is not read back. RepositoryError if the votes contradict each other or the step was
     retired; CorruptCheckpointError for a damaged vote; StoreError.
     """
-    names = complete_set(list_votes(store, save), f"{store.url}/{votes_prefix(save)}")
+    inventory = take_inventory(store, votes_prefix(save))
+    names = complete_set(inventory.votes.get(save, ()), f"{store.url}/{votes_prefix(save)}")
     if names is None:
         return None
-    votes = []
     for name in names:
-        mine = own is not None and own.name.rank == name.rank
-        if own is not None and mine and own.name != name:
+        if own is not None and own.name.rank == name.rank and own.name != name:
             raise RepositoryError(
                 f"{store.url}/{vote_key(name)} is a vote of this process's rank {name.rank} that it did not place: two processes "
                 "save as one incarnation. Start each with a Checkpointer of its own"
             )
-        votes.append(own if own is not None and mine else read_vote(store, name))
-    return commit_votes(store, votes)
+    others = [name for name in names if own is None or name != own.name]
+    with contextlib.closing(WorkerPool(min(_READS_AT_ONCE, len(others)), "fastckpt-votes")) as pool:
+        calls = [
+            pool.submit(functools.partial(read_vote, store, name, inventory.infos[vote_key(name)])) for name in others
+        ]
+        read = {name: call.result() for name, call in zip(others, calls, strict=True)}
+    return commit_votes(store, [read[name] if own is None or name != own.name else own for name in names])
 
 
 def commit_votes(store: Store, votes: Sequence[Vote]) -> Commit:

@@ -16,11 +16,12 @@ from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, T
 from fastckpt.format.vote import Vote
 from fastckpt.options import Options
 from fastckpt.ranks.board import BoardLostError
+from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.team import Team
 from fastckpt.repository.catalog import Catalog, Choice, Which, complete_pending
 from fastckpt.repository.collector import Collector
 from fastckpt.repository.commit import list_votes, require_vote, try_commit
-from fastckpt.repository.joint_commit import Cancelled, JointCommit, JointTurn, abandon
+from fastckpt.repository.joint_commit import Cancelled, JointCommit, JointTurn, abandon, begin
 from fastckpt.repository.repository import Repository, stands
 from fastckpt.repository.retention import GRACE_S, Keep, RetentionPlan, plan_retention
 from fastckpt.state import Captured
@@ -59,6 +60,8 @@ class Incarnation:
         self._attempts: dict[int, int] = {}
         self._collector = Collector(repository)
         self._buffers = PackBuffers()
+        self._told: Fate | None = None
+        """Of the last save that all ranks made."""
         self._sleep, self._clock = sleep, clock
 
     def choose_and_claim(
@@ -197,10 +200,15 @@ class Incarnation:
     ) -> Commit:
         assert self._team is not None
         store, fate, step = self.repository.store, turn.fate, request.save.step
-        ends = Cancelled(fate, cancelled, self._clock)
+        ends = Cancelled(fate, cancelled, self._clock, self._world)
         try:
-            with contextlib.suppress(BoardLostError):
-                fate.begin(step)
+            earlier, self._told = self._told, fate
+            if (
+                earlier is not None
+            ):  # every rank has learned its outcome, or will not: nobody waits for more than a save
+                with contextlib.suppress(BoardLostError):
+                    earlier.forget()
+            begin(fate, self._rank, step)
             vote = upload(captured, store, request, self._options, source, ends, self._buffers, threads)
             commit = JointCommit(store, self._team, fate, self.acknowledge, cancelled, commit_timeout_s).run(vote)
         except BaseException as error:

@@ -38,6 +38,9 @@ class ObjectBoard:
         found = [self.get(key) for key in keys]
         return None if None in found else [value for value in found if value is not None]
 
+    def has_all(self, keys: Sequence[str]) -> bool:
+        return self.get_all(keys) is not None
+
     def join(self, group: str, member: int, value: bytes) -> None:
         self.put(member_key(group, member), value)
 

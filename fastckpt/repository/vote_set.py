@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,7 +35,7 @@ def vote_set_of(names: Iterable[VoteName]) -> VoteSet:
     votes = tuple(sorted(names, key=lambda name: (name.rank, name.digest)))
     worlds = sorted({vote.world for vote in votes})
     ranks = [vote.rank for vote in votes]
-    twice = sorted({rank for rank in ranks if ranks.count(rank) > 1})
+    twice = sorted(rank for rank, n in Counter(ranks).items() if n > 1)
     if len(worlds) > 1 or twice:
         why = f"worlds {worlds}, more than one vote of ranks {twice}"
         return VoteSet(VoteSetState.CONTRADICTORY, votes, why)

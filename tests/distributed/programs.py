@@ -135,7 +135,7 @@ def hurry(silent_s: float = 4.0) -> None:
     """Ranks are taken for dead sooner: a test cannot wait as long as people can."""
     from fastckpt.ranks import pulse
 
-    pulse.SILENT_S = silent_s
+    pulse.BEAT_S, pulse.SILENT_S = 0.5, silent_s
 
 
 def train_until_killed(url: str, mode: str, pause_s: float = 0.05) -> None:

@@ -15,6 +15,7 @@ from fastckpt.errors import AbandonedError, CheckpointError
 from fastckpt.ranks.board import Board, BoardLostError, MemoryBoard
 from fastckpt.ranks.team import Team
 from fastckpt.ranks.world import World
+from fastckpt.repository import joint_commit
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.joint_commit import JointTurn
 from fastckpt.repository.object_board import ObjectBoard
@@ -109,6 +110,7 @@ class Simulation:
         store: Store | None = None,
     ) -> None:
         self.time, self.dice, self.step_s = VirtualTime(), random.Random(seed), step_s
+        joint_commit._random.seed(seed)
         self.store = store or MemoryStore()
         self.ranks: list[SimulatedRank] = []
         board = MemoryBoard()
