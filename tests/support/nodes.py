@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -54,7 +55,8 @@ class Node:
 @contextlib.contextmanager
 def two_nodes(shared: Path) -> Iterator[tuple[Node, Node]]:
     """Two machines, connected by a cable. shared: the directory that both see."""
-    tag = f"{os.getpid() % 100_000}"
+    _remove_left()
+    tag = f"{os.getpid()}"
     nodes = tuple(
         Node(f"fastckpt-{end}-{tag}", f"10.213.7.{n}", f"fc{end}{tag}", shared) for n, end in ((1, "a"), (2, "b"))
     )
@@ -79,8 +81,16 @@ def why_not() -> str | None:
         with tempfile.TemporaryDirectory() as name, two_nodes(Path(name)) as nodes:
             done = subprocess.run([*nodes[0].inside, "true"], capture_output=True, text=True, check=False)
             return f"no mounts of its own for a process: {done.stderr.strip()}" if done.returncode else None
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         return f"no namespaces of networks: {error}"
+
+
+def _remove_left() -> None:
+    """Remove machines of tests that were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    for name, pid in re.findall(r"(?m)^(fastckpt-[ab]-(\d+))\b", listed):
+        if not Path(f"/proc/{pid}").exists():
+            _ip("netns", "delete", name)
 
 
 def _ip(*arguments: str) -> None:
