@@ -129,9 +129,7 @@ def contenders(model: Any, optimizer: Any, settings: dict[str, Any]) -> dict[str
         ckpt = made.get(0)
         if ckpt is None:
             state = {"model": model, "optimizer": optimizer}
-            ckpt = made[0] = fastckpt.Checkpointer(
-                f"{folder}/fastckpt", state, every=None, spot=None, keep=fastckpt.Keep(last=1)
-            )
+            ckpt = made[0] = fastckpt.Checkpointer(f"{folder}/fastckpt", state, every=None, spot=None, keep=None)
             ckpt.restore()
         ckpt.save_now(number + 2).wait()
 

@@ -152,7 +152,7 @@ class Options:
         if n == 1:
             return self
         default = Options()
-        shares = {"threads": 1, "host_budget_bytes": 1 << 20, "max_load_bytes": 1 << 20, "connections": 2}
+        shares = {"threads": 1, "host_budget_bytes": 1 << 20, "max_load_bytes": 1 << 20, "connections": 4}
         return replace(
             self,
             **{
