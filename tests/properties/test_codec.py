@@ -17,7 +17,7 @@ from fastckpt import codec
 from fastckpt.codec import Coding, Effort, choose
 from fastckpt.format.element_types import _BY_NAME, element_type
 from fastckpt.kernels import Estimate, kernels
-from fastckpt.kernels.select import _load
+from fastckpt.kernels.select import load
 from fastckpt.kernels.transform import HAS_FRAME, PACK_BITS, Transform
 from tests.properties.test_kernels import SHAPES, prepared, rot_stream, some_bytes, weights
 
@@ -42,7 +42,7 @@ def check(raw: U8, name: str, effort: Effort = Effort.NORMAL, base: U8 | None = 
     assert (encoded.transform is Transform.CONST) == constant
     assert len(stored) <= raw.size
     assert encoded.digest == xxhash.xxh3_128_digest(raw)
-    assert encoded.crc64nvme == (_load("reference").crc64nvme(stored) if stored else 0)
+    assert encoded.crc64nvme == (load("reference").crc64nvme(stored) if stored else 0)
     if encoded.transform in HAS_FRAME:
         assert len(stored) <= raw.size * 0.99
         stream = zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)

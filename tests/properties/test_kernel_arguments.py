@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastckpt.kernels.reference import ROW_WORDS
-from fastckpt.kernels.select import Kernels, _load
+from fastckpt.kernels.select import Kernels, load
 from fastckpt.kernels.transform import Transform
 
 try:
@@ -41,7 +41,7 @@ HUGE = st.sampled_from([1 << 47, 1 << 62, 1 << 63, (1 << 63) - 1, (1 << 64) - 1,
 @pytest.fixture(params=NAMES, scope="module")
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     try:
-        return _load(request.param)
+        return load(request.param)
     except ImportError as error:
         pytest.skip(f"the {request.param} kernels are not here: {error}")
 

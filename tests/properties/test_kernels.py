@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastckpt.kernels.reference import ROW_WORDS, WHOLE_BELOW, lines_bytes
-from fastckpt.kernels.select import Kernels, _load
+from fastckpt.kernels.select import Kernels, load
 from fastckpt.kernels.transform import PACK_BITS, Transform
 
 try:
@@ -36,7 +36,7 @@ IMPLEMENTATIONS = [*(f"native {isa}" for isa in ISAS), "numba", "reference"]
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     name, _, isa = request.param.partition(" ")
     try:
-        found = _load(name)
+        found = load(name)
     except ImportError as error:
         pytest.skip(f"the {name} kernels are not here: {error}")
     if isa:
@@ -49,7 +49,7 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
 @pytest.fixture(params=ISAS)
 def native(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     _native.use_isa(request.param)
-    yield _load("native")
+    yield load("native")
     _native.use_isa(None)
 
 
@@ -84,7 +84,7 @@ def test_crc_is_that_of_the_definition(kernels: Kernels, data: bytes) -> None:
     "n", [0, 1, 7, 8, 9, 127, 128, 129, 255, 256, 511, 512, 513, 8191, 8192, 8193, 131071, 1_000_003]
 )
 def test_crc_of_long_data(kernels: Kernels, n: int) -> None:
-    assert kernels.crc64nvme(some_bytes(n)) == _load("reference").crc64nvme(some_bytes(n))
+    assert kernels.crc64nvme(some_bytes(n)) == load("reference").crc64nvme(some_bytes(n))
 
 
 @pytest.mark.parametrize("n", [*range(241, 400), 1023, 1024, 1025, 1088, 2047, 2048, 2049, 65_536, 1_000_003, 1 << 22])
@@ -133,7 +133,7 @@ def split(kernels: Kernels, raw: U8, base: U8, transform: Transform, w: int, p: 
 
 
 def check(kernels: Kernels, raw: U8, base: U8, transform: Transform, w: int, p: int) -> None:
-    expected = split(_load("reference"), raw, base, transform, w, p)
+    expected = split(load("reference"), raw, base, transform, w, p)
     stream = split(kernels, raw, base, transform, w, p)
     assert stream == expected
     if transform == ROT:
@@ -151,7 +151,7 @@ def check(kernels: Kernels, raw: U8, base: U8, transform: Transform, w: int, p: 
     n, crc, digest = found
     frame = room[:n].tobytes()
     assert zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False) == stream
-    assert crc == _load("reference").crc64nvme(frame)
+    assert crc == load("reference").crc64nvme(frame)
     back[:] = 0
     assert kernels.decode(frame, base, transform, w, p, back) == digest
     assert back.tobytes() == raw.tobytes()
@@ -293,7 +293,7 @@ def test_senseless_calls_are_refused(kernels: Kernels) -> None:
 def test_samples_agree(kernels: Kernels, w: int, lanes: int) -> None:
     raw, base = prepared(SUB, w, weights(lanes * 2, w, "plain")[: lanes * w])
     for other in (None, base):
-        expected = _load("reference").sample(raw, other, w)
+        expected = load("reference").sample(raw, other, w)
         found = kernels.sample(raw, other, w)
         np.testing.assert_allclose(np.hstack(found), np.hstack(expected), rtol=1e-9)
 
@@ -334,10 +334,10 @@ def test_stretches_of_memory_are_joined(lengths: list[int]) -> None:
     expected = b"".join(memory[n : n + length].tobytes() for n, length in enumerate(lengths))
     for name in ("native", "reference") if _native is not None else ("reference",):
         out = np.empty(len(expected), np.uint8)
-        _load(name).gather(addresses, np.array(lengths, np.uint64), out)
+        load(name).gather(addresses, np.array(lengths, np.uint64), out)
         assert out.tobytes() == expected
         with pytest.raises(ValueError, match="bytes together"):
-            _load(name).gather(addresses, np.array(lengths, np.uint64), np.empty(len(expected) + 1, np.uint8))
+            load(name).gather(addresses, np.array(lengths, np.uint64), np.empty(len(expected) + 1, np.uint8))
 
 
 # -- sampling memory --------------------------------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def sampled(kernels: Kernels, memory: U8, lengths: list[int], seed: int) -> U8:
 def test_samples_of_memory_agree(kernels: Kernels, lengths: list[int], seed: int) -> None:
     memory = np.frombuffer(some_bytes(sum(lengths) + 1), np.uint8)
     found = sampled(kernels, memory, lengths, seed)
-    assert found.tobytes() == sampled(_load("reference"), memory, lengths, seed).tobytes()
+    assert found.tobytes() == sampled(load("reference"), memory, lengths, seed).tobytes()
     at = to = 0
     for n in lengths:  # as it is promised: the whole, or 64 bytes of each page, which the seed chooses
         if n < WHOLE_BELOW:
