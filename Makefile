@@ -19,7 +19,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl) csrc/compile_flags.txt
 CSRC_FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-objects bench-scale bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-many-ranks bench-objects bench-scale bench-stall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -115,6 +115,9 @@ bench-host: venv ## measure what the call of save costs for each of 10,000 stora
 
 bench-long-run: venv ## measure whether a run's age costs anything: 2,000 saves, retention and fresh readers
 	$(PY) benchmarks/long_run.py $(ARGS)
+
+bench-many-ranks: venv ## compare a save of four ranks with torch.distributed.checkpoint's
+	$(PY) benchmarks/many_ranks.py $(ARGS)
 
 bench-objects: venv ## measure what grows with the number of tensors, views and numbers
 	$(PY) benchmarks/objects.py $(ARGS)

@@ -43,8 +43,23 @@ class Net(nn.Module):
         return self.norm(x)
 
 
+class WithOwnExpert(nn.Module):
+    """A part that ranks hold alike, and one that each has for itself."""
+
+    def __init__(self, shared: nn.Module, width: int) -> None:
+        super().__init__()
+        self.shared = nn.parallel.DistributedDataParallel(shared)
+        self.expert = nn.Linear(width, width)
+        with torch.no_grad():
+            self.expert.weight.add_(dist.get_rank())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.shared(x) + self.expert(x)
+        return found
+
+
 class Training:
-    """A model under some parallelism, with AdamW; `mode`: plain, ddp, fsdp, tp, fsdp_tp, hsdp."""
+    """A model under some parallelism, with AdamW; `mode`: plain, ddp, fsdp, tp, fsdp_tp, hsdp, pipeline, experts."""
 
     def __init__(self, mode: str, seed: int = 0, **sizes: int) -> None:
         torch.manual_seed(seed)
@@ -78,6 +93,11 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 def parallel(model: nn.Module, mode: str) -> nn.Module:
     if mode == "plain":
         return model
+    if mode == "pipeline":  # each rank has other layers
+        model.layers = nn.ModuleList([*model.layers][: 1 + dist.get_rank()])
+        return model
+    if mode == "experts":
+        return WithOwnExpert(model, 30)
     if mode == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     from torch.distributed.device_mesh import init_device_mesh
