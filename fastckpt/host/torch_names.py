@@ -17,6 +17,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.storage import TypedStorage, UntypedStorage
 
+TORCH_VERSION = str(torch.__version__)
+
 
 def _missing(name: str, what_for: str) -> ImportError:
     from fastckpt._version import __version__
@@ -240,8 +242,9 @@ def local_of(tensor: Any) -> torch.Tensor | None:
     return local
 
 
-def process_group_store() -> Any:
-    """The store of the default process group, by a connection of its own where torch can make one. Since 1.9; `clone` since 2.9.
+def process_group_store() -> tuple[Any, Any]:
+    """The store of the default process group by a connection of its own, where torch can make one, and the group's own object: as long as
+    that is kept, the store is there, although the group may be destroyed. Since 1.9; `clone` since 2.9.
 
     Without a connection of its own a request may have to wait for one of torch's, which wait for other ranks.
     """
@@ -252,11 +255,11 @@ def process_group_store() -> Any:
     store = _get_default_store()
     clone = getattr(store, "clone", None)
     if clone is None:
-        return store
+        return store, store
     try:
-        return clone()
+        return clone(), store
     except (RuntimeError, NotImplementedError):  # a store of somebody's own
-        return store
+        return store, store
 
 
 def dtensor_around(local: torch.Tensor, like: Any) -> Any:

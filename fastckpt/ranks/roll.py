@@ -102,8 +102,8 @@ class Roll:
         lives = "live, but have" if s else "lives, but has"
         words = f"nothing was heard of rank{s} {named}" if gone else f"rank{s} {named} {lives} not made this call"
         raise RanksError(
-            f"{what}: {words} for {waited_s:.0f} s. Every rank has to make the same calls of its Checkpointer. Look at the log of "
-            "the first of them"
+            f"{what}: {words} for {waited_s:.0f} s. Every rank has to make the same calls of its Checkpointer, not rank 0 "
+            "alone. Look at the log of the first of them"
         )
 
     def _pause(self, pause_s: float) -> float:

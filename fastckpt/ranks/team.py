@@ -66,6 +66,8 @@ class Team:
         self._stop, self._woken = threading.Event(), threading.Event()
         self._later: collections.deque[Callable[[], object]] = collections.deque()
         self._lost_told = False
+        self._kept: object = None
+        """What has to live as long as this."""
         self._door: Door | None = None
         """On rank 0, until all ranks are here."""
 
@@ -73,7 +75,8 @@ class Team:
     def of_process_group(cls, world: World, objects: Board, come_s: float) -> Team:
         """The team of torch's default process group. RanksError: rank 0 does not come within `come_s` seconds."""
         place = f"fastckpt/{next(_numbers)}"
-        lobby = StoreBoard(process_group_store(), f"{place}/lobby/")
+        store, kept = process_group_store()
+        lobby = StoreBoard(store, f"{place}/lobby/")
         try:
             session = new_session() if world.leads else knock(world, lobby, come_s)
             board = lobby.beside(f"{place}/{session}/")
@@ -83,6 +86,7 @@ class Team:
             lobby.close()
             raise
         team = cls(world, board, objects=objects, come_s=come_s)
+        team._kept = kept
         if world.leads:
             team._door = Door(world, lobby, board, session)
         return team

@@ -100,7 +100,7 @@ class Checkpointer:
         warm_up()  # without native kernels numba compiles for seconds: do that now, in the background, and not when a notice has come
         options = (options or Options.from_env()).shared_by(world.local_size)
         sampled = options.verify_snapshot != "off"
-        live = LiveState(state, sampled=sampled, replicated=replicated, verify_replicas=verify_replicas)
+        live = LiveState(state, sampled=sampled, replicated=replicated, verify_replicas=verify_replicas, world=world)
         self._read_only = read_only
         self._closed, self._pid = False, os.getpid()
         self._broken: PartialRestoreError | None = None

@@ -9,6 +9,7 @@ import torch
 
 from fastckpt.events import logger
 from fastckpt.format.tensor_names import Name
+from fastckpt.ranks.world import ALONE, World
 from fastckpt.snapshot import Sampled, Sampler
 from fastckpt.state import Captured, Identity, Recapturer
 from fastckpt.state.chunking import Cuts
@@ -45,14 +46,22 @@ class LiveState:
     """See the module. Used by the thread that trains."""
 
     def __init__(
-        self, state: Mapping[str, Any], *, sampled: bool, replicated: Sequence[str] = (), verify_replicas: bool = False
+        self,
+        state: Mapping[str, Any],
+        *,
+        sampled: bool,
+        replicated: Sequence[str] = (),
+        verify_replicas: bool = False,
+        world: World = ALONE,
     ) -> None:
-        """TypeError lists every object that cannot be restored in place. sampled: whether contents are compared. replicated: names of
-        what the user says is the same on all ranks; ValueError for those of no object. verify_replicas: whether that is checked.
+        """TypeError lists every object that cannot be restored in place.
+
+        sampled: whether contents are compared. replicated: names of what the user says is the same on all ranks; ValueError for those of no
+        object. verify_replicas: whether that is checked. world: the ranks that save together.
         """
         self.targets = stateful.check_targets(state)
         self._verify_replicas = verify_replicas
-        self._replicas = Replicas(self.targets, check_replicated(replicated, self.targets))
+        self._replicas = Replicas(self.targets, check_replicated(replicated, self.targets), world)
         self.optimizers = [one for one in self.targets.values() if isinstance(one, torch.optim.Optimizer)]
         generators = {name for name, one in self.targets.items() if isinstance(one, RNGState)}
         self._recapturer, self._cuts, self._sampler = Recapturer(generators), KnownCuts(), Sampler(generators)

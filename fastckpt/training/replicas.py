@@ -28,7 +28,7 @@ from fastckpt.format.shares import GroupClaim
 from fastckpt.format.tensor_names import Name, canonical, dotted
 from fastckpt.host.torch_names import gradient_hooks
 from fastckpt.ranks.ownership import Replicated, share_out
-from fastckpt.ranks.world import current_world
+from fastckpt.ranks.world import ALONE, World
 from fastckpt.state import Captured
 from fastckpt.state.chunking import chunk_bytes
 from fastckpt.state.chunks import storage_shapes
@@ -64,9 +64,9 @@ def check_replicated(replicated: Any, targets: Collection[str]) -> tuple[str, ..
 class Replicas:
     """Used by the thread that trains."""
 
-    def __init__(self, targets: Mapping[str, Any], declared: Sequence[str] = ()) -> None:
-        """declared: names, and beginnings of names up to a dot, of what is the same on all ranks."""
-        self._targets, self._declared = targets, tuple(declared)
+    def __init__(self, targets: Mapping[str, Any], declared: Sequence[str] = (), world: World = ALONE) -> None:
+        """declared: names, and beginnings of names up to a dot, of what is the same on all ranks. world: those that save together."""
+        self._targets, self._declared, self._world = targets, tuple(declared), world
         self._form: object = None
         self._shares: dict[int, tuple[Share, ...]] = {}
         self._groups: dict[tuple[int, ...], list[int]] = {}
@@ -80,7 +80,7 @@ class Replicas:
 
     def share(self, captured: Captured) -> None:
         """Say in a captured state who writes what of it. Decided anew only when its form has changed."""
-        here = current_world()
+        here = self._world
         if here.is_alone:
             return
         if captured.form is not self._form:

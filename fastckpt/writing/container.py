@@ -17,7 +17,6 @@ from contextlib import closing, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from fastckpt import codec, events
 from fastckpt._types import U8
@@ -29,6 +28,7 @@ from fastckpt.host import cycle_collector
 from fastckpt.host.pages import fresh_pages
 from fastckpt.host.sink import Sink, committing
 from fastckpt.host.threads import WorkerPool
+from fastckpt.host.torch_names import TORCH_VERSION
 from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
 from fastckpt.options import Options
 from fastckpt.state import Captured
@@ -286,7 +286,7 @@ class ChunkWriter:
         made_by = {
             "name": ours["name"],
             "version": ours["version"],
-            "torch": str(torch.__version__),
+            "torch": TORCH_VERSION,
             "python": ours["python"],
         }
         return directory.Directory(storages, tuple(captured.tensors), writer=made_by)

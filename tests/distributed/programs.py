@@ -236,7 +236,7 @@ def begin_otherwise(url: str, what: str) -> str:
     if what == "repository":
         url = f"{url}-of-node-{rank}"
     if what == "never comes" and rank == 1:
-        time.sleep(25)
+        time.sleep(12)
         return ""
     try:
         with checkpointer(url, training, options=Options(**options), **settings) as ckpt:

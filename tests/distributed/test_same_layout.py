@@ -10,7 +10,17 @@ import torch
 from tests.distributed import programs
 from tests.support.ranks import run_ranks
 
-LAYOUTS = [("plain", 2), ("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("tp", 2), ("fsdp_tp", 4), ("hsdp", 4), ("pipeline", 2), ("experts", 2)]
+LAYOUTS = [
+    ("plain", 2),
+    ("ddp", 2),
+    ("fsdp", 2),
+    ("fsdp", 4),
+    ("tp", 2),
+    ("fsdp_tp", 4),
+    ("hsdp", 4),
+    ("pipeline", 2),
+    ("experts", 2),
+]
 
 
 @pytest.mark.parametrize(("mode", "n"), LAYOUTS)

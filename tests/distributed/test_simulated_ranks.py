@@ -8,7 +8,7 @@ from fastckpt import Every
 from tests.distributed.simulated import Simulation
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_saves_by_time_with_skewed_clocks_and_one_slow_link(seed: int) -> None:
     """200 saves and more; the rank with a tenth of the others' rate holds all of them up. Takes some 20 s: 4 ranks, 12 threads."""
     world = Simulation(

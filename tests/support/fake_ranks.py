@@ -32,10 +32,7 @@ def as_rank(rank: int, world: int) -> Iterator[None]:
 @contextlib.contextmanager
 def each_on_its_own() -> Iterator[None]:
     """Checkpointers inside save and restore what one rank has, as if it were the only one, each in a repository of its own."""
-    with (
-        mock.patch("fastckpt.training.checkpointer.current_world", return_value=ALONE),
-        mock.patch("fastckpt.training.replicas.current_world", return_value=ALONE),
-    ):
+    with mock.patch("fastckpt.training.checkpointer.current_world", return_value=ALONE):
         yield
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from fastckpt import Checkpointer
+from fastckpt.ranks.world import current_world
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training.live_state import LiveState
 from tests.support.fake_ranks import each_on_its_own
@@ -67,7 +68,7 @@ def check_places(state: dict[str, Any]) -> None:
         for key, value in state["optim"].state[parameter].items():
             named["optim", "state", number, key] = value
     whole = {name: one.full_tensor() for name, one in named.items() if isinstance(one, DTensor)}
-    captured = LiveState(state, sampled=False).take().captured
+    captured = LiveState(state, sampled=False, world=current_world()).take().captured
     rows = {entry.name: entry for entry in captured.tensors}
     for name, full in whole.items():
         row = rows[name]
@@ -82,7 +83,7 @@ def check_places(state: dict[str, Any]) -> None:
 
 def check_replicas(state: dict[str, Any]) -> None:
     """Who is said to hold the same bytes does, and says the same of who writes them."""
-    captured = LiveState(state, sampled=False).take().captured
+    captured = LiveState(state, sampled=False, world=current_world()).take().captured
     names: dict[int, Any] = {}
     for entry in captured.tensors:
         names[entry.storage] = min(names.get(entry.storage, entry.name), entry.name)

@@ -20,6 +20,7 @@ from fastckpt import Checkpointer, RNGState
 from fastckpt.format.directory import Share
 from fastckpt.format.tensor_names import Name
 from fastckpt.ranks.ownership import share_out
+from fastckpt.ranks.world import World, current_world
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training import replicas
 from fastckpt.training.live_state import LiveState
@@ -51,7 +52,7 @@ def shared(build: Build) -> list[dict[Name, tuple[Share, ...]]]:
     for rank in range(WORLD):
         with as_rank(rank, WORLD):
             state, declared = build()
-            captured = LiveState(state, sampled=False, replicated=declared).take().captured
+            captured = LiveState(state, sampled=False, replicated=declared, world=World(rank, WORLD)).take().captured
             names: dict[int, Name] = {}
             for entry in reversed(captured.tensors):
                 names[entry.storage] = entry.name
@@ -214,7 +215,7 @@ def test_nothing_is_decided_again_while_the_form_is_the_same(monkeypatch: pytest
     monkeypatch.setattr(replicas, "share_out", lambda storages: decided.append(len(storages)) or share_out(storages))
     with as_rank(1, 2):
         model = Net()
-        live = LiveState({"m": model}, sampled=False, replicated=("m",))
+        live = LiveState({"m": model}, sampled=False, replicated=("m",), world=current_world())
         first = live.take().captured
         with torch.no_grad():
             model.small.weight.add_(1)
@@ -228,7 +229,7 @@ def test_nothing_is_decided_again_while_the_form_is_the_same(monkeypatch: pytest
 
 
 def test_a_single_rank_shares_nothing() -> None:
-    captured = LiveState({"m": Net()}, sampled=False, replicated=("m",)).take().captured
+    captured = LiveState({"m": Net()}, sampled=False, replicated=("m",), world=current_world()).take().captured
     assert captured.shares == {}
     assert captured.own_bytes == captured.n_bytes
 
@@ -236,7 +237,7 @@ def test_a_single_rank_shares_nothing() -> None:
 def test_a_name_that_nothing_has_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with as_rank(0, 2):
         state = {"d": {"t": torch.zeros(3)}}
-        live = LiveState(state, sampled=False, replicated=("d.t", "d.u"))
+        live = LiveState(state, sampled=False, replicated=("d.t", "d.u"), world=current_world())
         for _ in range(2):
             state["d"] = {**state["d"], str(len(state["d"])): torch.zeros(1)}
             live.take()
