@@ -151,11 +151,11 @@ def train(
     return {"start": start, "tensors": training.tensors(), "rng": torch.get_rng_state()}
 
 
-def hurry(silent_s: float = 4.0) -> None:
+def hurry(silent_s: float = 2.5) -> None:
     """Ranks are taken for dead sooner: a test cannot wait as long as people can."""
     from fastckpt.ranks import pulse
 
-    pulse.BEAT_S, pulse.SILENT_S = 0.5, silent_s
+    pulse.BEAT_S, pulse.SILENT_S = 0.3, silent_s
 
 
 def train_until_killed(url: str, mode: str, pause_s: float = 0.05) -> None:
