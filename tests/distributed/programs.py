@@ -17,6 +17,11 @@ from fastckpt import Every, Options
 OPTIONS = {"threads": 1, "connections": 2, "host_budget_bytes": 256 << 20}
 
 
+TRAINS_FSDP2 = hasattr(torch.cpu.Stream, "record_event")
+"""Whether FSDP2 of this torch trains on a CPU: that of 2.6 does not."""
+NEEDS_FSDP2 = ("fsdp", "hsdp", "fsdp_tp")
+
+
 class Block(nn.Module):
     """What is sharded together."""
 

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import collectives
+from tests.distributed import collectives, programs
 from tests.support.ranks import run_ranks
 
-MODES = ("plain", "ddp", "fsdp", "tp", "hsdp", "fsdp_tp")
+MODES = [
+    mode
+    for mode in ("plain", "ddp", "fsdp", "tp", "hsdp", "fsdp_tp")
+    if programs.TRAINS_FSDP2 or mode not in programs.NEEDS_FSDP2
+]
 
 
 def test_what_communicates_is_counted(tmp_path: Path) -> None:

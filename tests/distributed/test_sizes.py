@@ -26,7 +26,7 @@ def packs_by_rank(url: Path) -> list[int]:
     return [sum(path.stat().st_size for path in rank.iterdir()) for rank in ranks]
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"] if programs.TRAINS_FSDP2 else ["ddp"])
 def test_four_ranks_store_what_one_does(tmp_path: Path, mode: str) -> None:
     """200 MB of state on one rank and on four: 20 s."""
     run_ranks(1, programs.train, f"{tmp_path}/one", "plain", 2, 2, 0, SIZES)
