@@ -6,10 +6,11 @@ import builtins
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from fastckpt import errors
-from fastckpt.errors import CheckpointError, RanksError
+from fastckpt.errors import CheckpointError, CorruptCheckpointError, Damage, RanksError
 from fastckpt.ranks.board import Board, member_key, missing_members
 from fastckpt.ranks.pulse import Listener, silent_s
 from fastckpt.ranks.roles import share_s
@@ -123,7 +124,10 @@ def _alike(what: str, values: list[dict[str, Any]]) -> list[Any]:
 
 
 def _error_bytes(error: BaseException) -> bytes:
-    return json.dumps({"error": type(error).__name__, "words": str(error)}).encode()
+    told: dict[str, Any] = {"error": type(error).__name__, "words": str(error)}
+    if isinstance(error, CorruptCheckpointError):
+        told |= {"source": error.source, "damage": [asdict(damage) for damage in error.damage[:_SHOWN]]}
+    return json.dumps(told).encode()
 
 
 def _verdict(data: bytes) -> Any:
@@ -131,7 +135,15 @@ def _verdict(data: bytes) -> Any:
     value = json.loads(data)
     if "verdict" in value:
         return value["verdict"]
+    if "damage" in value:
+        damaged = CorruptCheckpointError(value["source"], [_damage_of(one) for one in value["damage"]])
+        damaged.args = (value["words"],)  # with rank 0's advice
+        raise damaged
     raise remote_error(value["error"], value["words"])
+
+
+def _damage_of(told: dict[str, Any]) -> Damage:
+    return Damage(**{**told, "tensors": tuple(told["tensors"])})
 
 
 def remote_error(name: str, words: str) -> Exception:

@@ -255,3 +255,25 @@ def begin_otherwise(url: str, what: str) -> str:
     except (fastckpt.CheckpointError, TimeoutError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def save_two(url: str) -> None:
+    training = Training("plain")
+    with checkpointer(url, training, every=None) as ckpt:
+        ckpt.restore()
+        for step in (1, 2):
+            training.step(step)
+            ckpt.save_now(step).wait()
+
+
+def restore_as(url: str, which: str) -> str:
+    """What `restore(which)` comes to, and whether it has changed anything."""
+    training = Training("plain", seed=7)
+    before = training.tensors()
+    with checkpointer(url, training, every=None) as ckpt:
+        try:
+            return f"step {ckpt.restore(which)}"  # type: ignore[arg-type]
+        except fastckpt.CheckpointError as error:
+            after = training.tensors()
+            unchanged = all(torch.equal(before[name], after[name]) for name in before)
+            return f"{type(error).__name__}, {'unchanged' if unchanged else 'changed'}: {error}"
