@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from fastckpt.ranks.pulse import Listener, silent_s
 from fastckpt.ranks.roles import share_s
 from fastckpt.ranks.world import World
 
+logger = logging.getLogger("fastckpt")
 _SHOWN = 20
 _LISTENED_TO = 64
 """Of more missing ranks only these: one that is dead is enough."""
@@ -68,7 +70,7 @@ class Roll:
         return verdict
 
     def _wait_all(self, what: str, group: str, members: list[str], *, meets: bool) -> list[Any]:
-        started_s, pause_s = self._clock(), 0.002
+        started_s, pause_s, told = self._clock(), 0.002, False
         while True:
             if self._board.n_joined(group) >= self._world.size:
                 found = self._board.get_all(members)
@@ -77,6 +79,10 @@ class Roll:
             waited_s = self._clock() - started_s
             if waited_s > self._patience_s:
                 missing = missing_members(self._board, group, self._world.size, _LISTENED_TO)
+                if missing and not told:
+                    told = True
+                    words = "%s: waiting for ranks %s of %d, for %.0f s at most where they have not come: every rank makes this call"
+                    logger.warning(words, what, _ranks(missing), self._world.size, self._come_s)
                 self._raise_if_gone(what, missing, waited_s, meets=meets)
             pause_s = self._pause(pause_s)
 
