@@ -176,6 +176,7 @@ class Checkpointer:
             raise
         self._broken, self.restored = None, commit
         self._last = SaveAsked(commit.save.step, metrics=commit.metrics, meta=commit.meta)
+        self._decisions.restored()
         self._saver.has_restored(commit, looked_at=not self._read_only)
         self._ending.mark_step()
         return commit.save.step

@@ -48,6 +48,9 @@ class Decisions(Protocol):
     def begin(self, asked: SaveAsked, deadline: Deadline) -> CommitHandle:
         """Begin the last save of a run. Waits for room. Errors as those of `Saver.begin`."""
 
+    def restored(self) -> None:
+        """The objects have gone back to a checkpoint: its steps come again."""
+
 
 class OwnDecisions:
     """Those of a process that trains alone."""
@@ -83,3 +86,6 @@ class OwnDecisions:
 
     def begin(self, asked: SaveAsked, deadline: Deadline) -> CommitHandle:
         return self._saver.begin(asked, deadline)
+
+    def restored(self) -> None:
+        """What was saved is the incarnation's to know."""

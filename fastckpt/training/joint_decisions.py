@@ -124,6 +124,9 @@ class JointDecisions:
         with self.turn(asked.step) as turn:
             return self._saver.begin(asked, deadline, turn)
 
+    def restored(self) -> None:
+        self._named, self._tries, self._team.agreement.postponed = -1, {}, None
+
     # -- saves ---------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager

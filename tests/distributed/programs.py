@@ -277,3 +277,22 @@ def restore_as(url: str, which: str) -> str:
             after = training.tensors()
             unchanged = all(torch.equal(before[name], after[name]) for name in before)
             return f"{type(error).__name__}, {'unchanged' if unchanged else 'changed'}: {error}"
+
+
+def go_back(url: str) -> list[int]:
+    """Save steps 2 and 4, go back to 2, and train on. Returns the steps of the history."""
+    from fastckpt.repository.catalog import Catalog
+    from fastckpt.repository.repository import Repository
+    from fastckpt.store.local import LocalStore
+
+    training = Training("plain")
+    with checkpointer(url, training, every=Every(steps=2), keep=None) as ckpt:
+        for step in range(ckpt.restore(), 5):
+            training.step(step)
+            ckpt.step(step + 1)
+        ckpt.wait()
+        assert ckpt.restore(step=2) == 2
+        for step in range(2, 4):
+            training.step(step)
+            ckpt.step(step + 1)
+    return [checkpoint.step for checkpoint in Catalog(Repository(LocalStore(url))).history()]

@@ -25,3 +25,10 @@ def test_a_bit_in_one_ranks_pack(tmp_path: Path) -> None:
         assert "rank 1" in words
         assert "step 1" in words  # the newest complete one
     assert run_ranks(2, programs.restore_as, url, "latest-valid") == ["step 1", "step 1"]
+
+
+def test_going_back_to_an_older_step(tmp_path: Path) -> None:
+    """Steps that were saved before are due again, in an epoch of their own."""
+    url = f"{tmp_path}/run"
+    assert run_ranks(2, programs.go_back, url) == [[4, 2], [4, 2]]
+    assert len(list((tmp_path / "run" / "commits").iterdir())) == 3
