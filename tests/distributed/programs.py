@@ -183,7 +183,7 @@ def train_until_killed(url: str, mode: str, pause_s: float = 0.05) -> None:
 
 def die_before_commit(url: str, moment: str) -> int:
     """One save; rank 0 dies when it has seen all votes: before the fate is decided, before the commit record is put, or after it."""
-    hurry()
+    hurry(6.0)  # whoever commits next waits 2 s for its turn, and votes are looked for for so long
     import signal
 
     from fastckpt.ranks.fate import Fate
