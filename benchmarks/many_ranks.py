@@ -240,12 +240,7 @@ def main() -> int:
     result = output.head("many-ranks", measure.machine(base)) | {"settings": settings, "samples": samples}
     shutil.rmtree(base, ignore_errors=True)
 
-    def write(path: Path) -> list[Path]:
-        text = path.with_suffix(".md")
-        text.write_text(markdown(result))
-        return [text]
-
-    output.publish(result, args, write)
+    output.publish_table(result, args, markdown)
     return 0
 
 

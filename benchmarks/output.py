@@ -42,6 +42,17 @@ def publish(result: Result, args: argparse.Namespace, write: Callable[[Path], li
     print(f"written: {path} and {', '.join(file.suffix for file in made)} beside it", file=sys.stderr)
 
 
+def publish_table(result: Result, args: argparse.Namespace, markdown: Callable[[Result], str]) -> None:
+    """As `publish`, of a result that has a table and no plot."""
+
+    def write(path: Path) -> list[Path]:
+        text = path.with_suffix(".md")
+        text.write_text(markdown(result))
+        return [text]
+
+    publish(result, args, write)
+
+
 def write_beside(
     path: Path, markdown: Callable[[Result, str], str], plot: Callable[[Result, Path], None]
 ) -> list[Path]:

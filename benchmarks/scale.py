@@ -135,12 +135,7 @@ def main() -> int:
         args.sizes, args.tensors = "64", 100
     result = measured(args)
 
-    def write(path: Path) -> list[Path]:
-        text = path.with_suffix(".md")
-        text.write_text(markdown(result))
-        return [text]
-
-    output.publish(result, args, write)
+    output.publish_table(result, args, markdown)
     return 0
 
 
