@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 from collections.abc import Iterable
+from typing import NoReturn
 
 from fastckpt.errors import ObjectNotFoundError, RepositoryError, StoreError
 from fastckpt.format import keys
@@ -68,16 +69,23 @@ class Repository(RecordReader):
 
     def require(self) -> Marker | None:
         """The marker; None if the marker is gone but the repository's other objects are there. RepositoryError if this is no repository."""
-        marker = self.marker()
-        if marker is None and not self._has_records():
+        marker, has_records = self._look()
+        if marker is None and not has_records:
             raise RepositoryError(
                 f"{self.url} is no fastckpt repository: there is no {keys.MARKER}. Check the URL; a Checkpointer makes one "
                 "with its first save"
             )
         return marker
 
-    def _has_records(self) -> bool:
-        return any(True for prefix in (keys.COMMITS, keys.EPOCHS) for _ in self.store.list(prefix))
+    def _look(self) -> tuple[Marker | None, bool]:
+        """The marker, and whether there is any record. A missing marker is looked for again if there are records: another process may have
+        begun the repository between the two requests.
+        """
+        marker = self.marker()
+        if marker is not None:
+            return marker, True
+        has_records = any(True for prefix in (keys.COMMITS, keys.EPOCHS) for _ in self.store.list(prefix))
+        return (self.marker() if has_records else None), has_records
 
     def initialise(self) -> Marker:
         """The marker, made if there is none. RepositoryError if the store cannot keep G1.
@@ -85,8 +93,8 @@ class Repository(RecordReader):
         The store is probed first, once: of two calls of `put_if_absent`, the second must fail. An existing repository is probed, too: it
         may have been moved to another store, or the bucket's settings may have changed.
         """
-        marker = self.marker()
-        if marker is None:
+        marker, has_records = self._look()
+        if marker is None and has_records:
             self._refuse_markerless()
         if not self._probed:
             self.probe()
@@ -107,12 +115,11 @@ class Repository(RecordReader):
         mine = self._marker_bytes
         return mine is None or stands(self.store, keys.MARKER, mine)
 
-    def _refuse_markerless(self) -> None:
-        if self._has_records():
-            raise RepositoryError(
-                f"{self.url} has {keys.COMMITS} or {keys.EPOCHS} but no {keys.MARKER}: it was a repository and its marker is gone. Did a "
-                "lifecycle rule of the bucket delete by age? Switch it off; then `fastckpt check --repair` makes a new marker"
-            )
+    def _refuse_markerless(self) -> NoReturn:
+        raise RepositoryError(
+            f"{self.url} has {keys.COMMITS} or {keys.EPOCHS} but no {keys.MARKER}: it was a repository and its marker is gone. Did a "
+            "lifecycle rule of the bucket delete by age? Switch it off; then `fastckpt check --repair` makes a new marker"
+        )
 
     def probe(self) -> None:
         """RepositoryError unless `put_if_absent` refuses to replace an object, and a new object can be listed and read at once."""

@@ -34,6 +34,11 @@ class HostPrints(Protocol):
     def is_copy(self, number: int, content: U8) -> bool:
         """Whether a copy has the same fingerprint. Also True if none was taken. Any thread."""
 
+    def is_unchanged(self, number: int) -> bool:
+        """Whether a chunk has the same fingerprint in the live state, whose memory must exist. Also True if none was taken, or if `is_copy`
+        alone sees every change. Any thread.
+        """
+
 
 class AllBytes:
     """HostPrints of all bytes: costs one more pass over the state."""
@@ -56,6 +61,10 @@ class AllBytes:
         """See `HostPrints`."""
         self._scratch = np.empty(0, np.uint8)
         return number not in self._digests or digest(content) == self._digests[number]
+
+    def is_unchanged(self, number: int) -> bool:
+        """See `HostPrints`."""
+        return True
 
 
 class SaveFingerprints:
@@ -100,6 +109,10 @@ class SaveFingerprints:
     def is_host_copy(self, number: int, content: U8) -> bool:
         """Whether a copy of a chunk in host memory has its fingerprint. Also True if none was taken."""
         return self._host is None or self._host.is_copy(number, content)
+
+    def is_host_unchanged(self, number: int) -> bool:
+        """Whether a chunk in host memory still has its fingerprint, as far as `is_host_copy` could miss a change. Its memory must exist."""
+        return self._host is None or self._host.is_unchanged(number)
 
     def is_device_copy(self, number: int, content: U8) -> bool:
         """Whether a copy of a chunk on a device has its fingerprint. Also True if none was taken. Waits for the device."""

@@ -62,9 +62,13 @@ class HostCopies:
     def make(self, copy: Copy) -> None:
         """Make one copy on this thread, and compare it with the state at the call of save."""
         started_s = time.perf_counter()
-        self._read(copy)
-        torn = self._watch.is_torn(copy, self._ring.content(copy))
+        torn = self._watch.is_changed(copy)
+        if not torn:
+            self._read(copy)
+            torn = self._watch.is_torn(copy, self._ring.content(copy)) or self._watch.is_changed(copy)
         with self._progress.changed:
+            # While a torn copy waits, something may be writing: what was copied meanwhile is copied once more, too.
+            torn = torn or bool(self._torn)
             copy.stage = Stage.TORN if torn else Stage.MARKED
             if torn:
                 self._torn.append(copy)

@@ -47,10 +47,20 @@ class TearWatch:
     def is_torn(self, copy: Copy, content: U8) -> bool:
         """Whether a copy's bytes differ from those at the call of save. Also False if those are not known."""
         is_copy = self._fingerprints.is_host_copy if copy.device is None else self._fingerprints.is_device_copy
-        if is_copy(copy.number, content):
-            return False
-        self.torn_name = self.torn_name or self._names(copy)
-        return True
+        return self._note(copy, torn=not is_copy(copy.number, content))
+
+    def is_changed(self, copy: Copy) -> bool:
+        """Whether a chunk in host memory differs, as it is now, from the call of save. Asked before and after its copy: a write to a whole
+        tensor that runs beside the copy spoils only a part of it, which a sample may miss.
+        """
+        if not all(self._captured.is_there(piece.storage) for piece in copy.chunk.pieces):
+            return False  # the copy itself reports memory that is gone
+        return self._note(copy, torn=not self._fingerprints.is_host_unchanged(copy.number))
+
+    def _note(self, copy: Copy, *, torn: bool) -> bool:
+        if torn:
+            self.torn_name = self.torn_name or self._names(copy)
+        return torn
 
     def torn_copy(self, copy: Copy) -> TornSnapshotError:
         """The error for a torn copy that cannot be repeated."""

@@ -133,14 +133,18 @@ class Captured:
 
     def _require(self, number: int) -> None:
         """SaveError if a storage was resized after it was captured: its memory is gone."""
-        assert self.owners, "nobody holds these bytes any more"
-        owner = self.owners[number]
-        if isinstance(owner, UntypedStorage) and (
-            owner.data_ptr() != self.addresses[number] or owner.nbytes() < self.storages[number].n_bytes
-        ):
+        if not self.is_there(number):
             raise SaveError(
                 "a tensor's storage was resized before it had been copied. Nothing was committed. Call ckpt.fence() before that"
             )
+
+    def is_there(self, number: int) -> bool:
+        """Whether a storage's memory is still where it was captured."""
+        assert self.owners, "nobody holds these bytes any more"
+        owner = self.owners[number]
+        return not isinstance(owner, UntypedStorage) or (
+            owner.data_ptr() == self.addresses[number] and owner.nbytes() >= self.storages[number].n_bytes
+        )
 
     def read(self, pieces: Sequence[tuple[int, int, int]], out: U8) -> None:
         """Join stretches of storages (number, offset, bytes) in host memory. Any thread; blocks until the bytes are there."""

@@ -13,6 +13,7 @@ from fastckpt.format.keys import CheckpointId, commit_key
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
+from fastckpt.store.base import ObjectInfo
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training.checkpointer import Checkpointer
 from fastckpt.upkeep.check.repository import check_repository
@@ -64,6 +65,27 @@ def test_a_record_that_was_cut_off_is_another(end: bytes) -> None:
     store.put("epochs/000001.json", store.get("epochs/000001.json")[:-1] + end)
     with pytest.raises(SupersededError):
         run.save(captured(small_state(2)), 2)
+
+
+@pytest.mark.parametrize("call", ["initialise", "require"])
+def test_a_repository_that_begins_between_two_requests_has_a_marker(call: str) -> None:
+    """Another process makes the marker and claims an epoch after this one has looked for the marker."""
+
+    class Late(MemoryStore):
+        begun = False
+
+        def head(self, key: str) -> ObjectInfo:
+            try:
+                return super().head(key)
+            finally:
+                if not self.begun:
+                    self.begun = True
+                    job(self, [1])
+
+    store = Late()
+    marker = getattr(Repository(store), call)()
+    assert marker == Repository(store).marker()
+    assert marker is not None
 
 
 def test_a_commit_that_vanishes_is_not_acknowledged() -> None:

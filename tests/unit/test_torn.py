@@ -12,6 +12,9 @@ import torch
 from fastckpt import Checkpointer, Every, Options
 from fastckpt.errors import TornSnapshotError
 from fastckpt.snapshot import Sampler, host_copies
+from fastckpt.snapshot.host_copies import HostCopies
+from fastckpt.snapshot.progress import Copy
+from fastckpt.snapshot.tearing import TearWatch
 from fastckpt.state import Captured, Recapturer, chunking
 from fastckpt.state.chunks import cuts_of
 from fastckpt.store.memory import MemoryStore
@@ -46,13 +49,14 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     go.set()
 
 
-def seen_torn(ckpt: Checkpointer) -> None:
-    """Wait until the newest snapshot has found a copy that is not what it should be."""
+def seen_torn(ckpt: Checkpointer, copies: int = 1) -> None:
+    """Wait until the newest snapshot has found a copy that is not what it should be, and so many have to be made once more."""
     snapshot = ckpt._engine.fence._snapshot
     assert snapshot is not None
     changed = snapshot._progress.changed
     with changed:
-        assert changed.wait_for(lambda: snapshot.torn_name is not None, SHORT_S)
+        torn = snapshot._copier.host._torn
+        assert changed.wait_for(lambda: snapshot.torn_name is not None and len(torn) >= copies, SHORT_S)
 
 
 @pytest.mark.parametrize("options", [OPTIONS, RING], ids=["whole", "ring"])
@@ -82,6 +86,74 @@ def test_a_swap_after_every_save_that_is_undone_loses_no_step(
     assert len(told) == 1, told
     assert "put back" in told[0]
     assert "ckpt.fence()" in told[0]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_swap_that_a_copy_meets_at_its_edge_is_seen(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that runs beside the copy may spoil some bytes that no sample has. It is still at work before the copy, or after it."""
+    store, job = MemoryStore(), Job()
+    make, read = HostCopies.make, Captured.read
+    met: list[int] = []
+
+    def making(self: HostCopies, copy: Copy) -> None:
+        first = threading.current_thread().name.startswith("fastckpt-stage") and not met
+        met.extend([copy.number] if first else [])
+        if first and when == "before":
+            job.swap()
+        make(self, copy)
+        if first and when == "before":
+            assert read_by == [], "what is known to be torn is not copied"
+
+    def reading(self: Captured, pieces: Any, out: Any) -> None:
+        read(self, pieces, out)
+        if threading.current_thread().name.startswith("fastckpt-stage"):
+            read_by.append(pieces)
+            if when == "after" and len(read_by) == 1:
+                job.swap()
+
+    read_by: list[Any] = []
+
+    monkeypatch.setattr(HostCopies, "make", making)
+    monkeypatch.setattr(Captured, "read", reading)
+    with open_on(store, job.state) as ckpt:
+        states = {1: job.step()}
+        handle = ckpt.save_now(1)
+        seen_torn(ckpt)
+        snapshot = ckpt._engine.fence._snapshot
+        assert snapshot is not None
+        assert met[0] in {copy.number for copy in snapshot._copier.host._torn}
+        job.swap_back()
+        assert handle.wait(SHORT_S).save.step == 1
+    check(store, states)
+
+
+def test_what_is_copied_while_a_torn_copy_waits_is_copied_once_more(
+    slow: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Something may be writing, and spoil bytes that no sample has."""
+    store, job = MemoryStore(), Job()
+    is_torn = TearWatch.is_torn
+    seen: list[Copy] = []
+
+    def misses_the_second(self: TearWatch, copy: Copy, content: Any) -> bool:
+        if threading.current_thread().name.startswith("fastckpt-stage"):
+            seen.append(copy)
+            if len(seen) == 2:
+                content[:] = 7
+                return False
+        return is_torn(self, copy, content)
+
+    monkeypatch.setattr(TearWatch, "is_torn", misses_the_second)
+    monkeypatch.setattr(TearWatch, "is_changed", lambda self, copy: False)
+    with open_on(store, job.state) as ckpt:
+        states = {1: job.step()}
+        handle = ckpt.save_now(1)
+        job.swap()
+        slow.set()
+        seen_torn(ckpt, copies=2)
+        job.swap_back()
+        assert handle.wait(SHORT_S).save.step == 1
+    check(store, states)
 
 
 def test_a_swap_that_stays_loses_that_step_and_the_next_one_is_saved_at_once(
