@@ -14,41 +14,26 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
-import numpy.typing as npt
-
 from fastckpt.errors import CorruptCheckpointError, Damage
-from fastckpt.format import records
-from fastckpt.format.directory import Extent, FileEntry, StorageEntry
-from fastckpt.format.records import Records
+from fastckpt.format.directory import Directory, Extent
 from fastckpt.format.shares import Claim, claims_of, owners_needed
 from fastckpt.format.tensor_names import Name, dotted
-from fastckpt.kernels.transform import HAS_BASE
 from fastckpt.reading.chunk_reader import Reader
-from fastckpt.reading.sources import Source
+from fastckpt.reading.gathered import Gathered
 
 
 class MergedReader(Reader):
     """A Reader over the records of several votes. Made by `Merging`. Chunks are told apart by rank and number in that rank's vote."""
 
-    def __init__(
-        self,
-        own: Reader,
-        storages: tuple[StorageEntry, ...],
-        chunks: Records,
-        files: tuple[FileEntry, ...],
-        sources: list[Source],
-        origins: list[tuple[int, int]],
-    ) -> None:
-        """sources: of the index itself, then of each file. origins: rank and number of each record from the first of another vote on."""
+    def __init__(self, own: Reader, directory: Directory, gathered: Gathered, n_own: int) -> None:
+        """directory: whose extents are of the gathered records. n_own: so many of these, the first, are the own vote's."""
         self.source, self.start, self.footer, self.skeleton = own.source, own.start, own.footer, own.skeleton
-        self.records, self.files = chunks, files
-        self.directory = replace(own.directory, storages=storages)
+        self.records, self.files, self.sources = gathered.chunks, tuple(gathered.files), gathered.sources
+        self.directory = directory
         self._self_contained = False
-        self.sources = sources
         self._scratch = threading.local()
-        self._n_own = len(own.records)
-        self._origins = origins
+        self._n_own = n_own
+        self._origins = gathered.origins
 
     def chunk_name(self, number: int) -> str:
         """What people call a chunk."""
@@ -75,9 +60,7 @@ class Merging:
             for share in claim.shares:
                 if share.rank != self.rank:
                     self._numbers[share.rank].append(number)
-        self._chunks: list[Records] = [own.records]
-        self._files, self._sources = [*own.files], [*own.sources]
-        self._origins: list[tuple[int, int]] = []
+        self._gathered = Gathered(own, whole=True)
         self._extents: dict[tuple[int, int], tuple[Extent, ...]] = {
             (number, self.rank): own.directory.storages[number].extents or () for number in self._claims
         }
@@ -118,20 +101,9 @@ class Merging:
         self._lost.setdefault(number, []).append(replace(damage, tensors=tuple(self._own.names_of_storage[number])))
 
     def _take(self, rank: int, other: Reader, found: Mapping[int, tuple[Extent, ...]]) -> None:
-        numbers = _needed_records(other.records, [extent for extents in found.values() for extent in extents])
-        first = sum(map(len, self._chunks))
-        chunks = other.records[numbers].copy()
-        in_pack = chunks["file"] > 0
-        used = np.unique(chunks["file"][in_pack])
-        chunks["file"][in_pack] = len(self._files) + 1 + np.searchsorted(used, chunks["file"][in_pack])
-        _move_bases(chunks, numbers, first)
-        self._chunks.append(chunks)
-        self._files += [other.files[file - 1] for file in used.tolist()]
-        self._sources += [other.sources[file] for file in used.tolist()]
-        self._origins += [(rank, number) for number in numbers.tolist()]
+        moved = iter(self._gathered.take(rank, other, [extent for extents in found.values() for extent in extents]))
         for number, extents in found.items():
-            moved = [e._replace(record=first + int(np.searchsorted(numbers, e.record))) for e in extents]
-            self._extents[number, rank] = tuple(moved)
+            self._extents[number, rank] = tuple(next(moved) for _ in extents)
 
     @property
     def lost(self) -> dict[int, list[Damage]]:
@@ -161,8 +133,9 @@ class Merging:
         for number, claim in self._claims.items():
             parts = () if number in lost else (e for s in claim.shares for e in self._extents[number, s.rank])
             storages[number] = storages[number]._replace(extents=tuple(parts), shares=(), print="")
-        chunks = np.concatenate(self._chunks)
-        return MergedReader(self._own, tuple(storages), chunks, tuple(self._files), self._sources, self._origins)
+        return MergedReader(
+            self._own, replace(self._own.directory, storages=tuple(storages)), self._gathered, len(self._own.records)
+        )
 
 
 def merge(own: Reader, others: Mapping[int, Reader]) -> Reader:
@@ -174,36 +147,6 @@ def merge(own: Reader, others: Mapping[int, Reader]) -> Reader:
     for rank in sorted(merging.needed & others.keys()):
         merging.add(rank, others[rank])
     return merging.finish()
-
-
-def _needed_records(chunks: Records, extents: list[Extent]) -> npt.NDArray[np.int64]:
-    """The records that some extents need, and the bases of these, in order. What one extent runs through stays side by side."""
-    needed: set[int] = set()
-    ends = np.cumsum(chunks["raw_bytes"], dtype=np.int64)
-    for record, offset, n_bytes in extents:
-        start = int(ends[record]) - int(chunks["raw_bytes"][record]) + offset
-        last = int(np.searchsorted(ends, start + n_bytes, "left"))
-        needed.update(range(record, last + 1))
-    based = np.isin(chunks["transform"], sorted(HAS_BASE))
-    if based.any():
-        waiting = [number for number in needed if based[number]]
-        while waiting:
-            first, start, n_bytes = records.base_of(chunks[waiting.pop()])
-            spans = start + n_bytes > int(chunks["raw_bytes"][first])
-            for number in (first, first + 1) if spans else (first,):
-                if number not in needed:
-                    needed.add(number)
-                    waiting += [number] if based[number] else []
-    return np.array(sorted(needed), np.int64)
-
-
-def _move_bases(chunks: Records, numbers: npt.NDArray[np.int64], first: int) -> None:
-    """Let bases name the records that they have become. numbers: what they were. first: of the first one, what it is now."""
-    rows = np.flatnonzero(np.isin(chunks["transform"], sorted(HAS_BASE)))
-    for row in rows.tolist():
-        base, rest = chunks["parameter"][row].tobytes()[:4], chunks["parameter"][row].tobytes()[4:]
-        moved = first + int(np.searchsorted(numbers, int.from_bytes(base, "little")))
-        chunks["parameter"][row] = np.void(moved.to_bytes(4, "little") + rest)
 
 
 __all__ = ["MergedReader", "Merging", "merge", "owners_needed"]
