@@ -41,10 +41,11 @@ _TENSOR = functools.partial(tuple.__new__, TensorEntry)
 Columns = tuple[dict[str, Any], tuple[StorageEntry, ...], tuple[TensorEntry, ...]]
 
 
-def parse(data: bytes, raw_bytes: npt.NDArray[Any]) -> Columns | None:
+def parse(data: bytes, raw_bytes: npt.NDArray[Any] | None) -> Columns | None:
     """The whole value, its storages and its tensors, if all of them are right and usual. None: `directory_reader` has to look closer.
 
-    raw_bytes: raw bytes of each record, already checked. The other members are not checked.
+    raw_bytes: raw bytes of each record, already checked; None: they are not known, and extents are not checked against them. The other
+    members are not checked.
     """
     if b"\\" in data or any(mark in data for mark in _SPACED):
         return None
@@ -79,7 +80,7 @@ def _refuse(text: str) -> float:
     raise ValueError(text)
 
 
-def _of(value: Any, data: bytes, raw_bytes: npt.NDArray[Any]) -> Columns | None:
+def _of(value: Any, data: bytes, raw_bytes: npt.NDArray[Any] | None) -> Columns | None:
     if type(value) is not dict or value.get("byteorder") != "little":
         return None
     storage_rows, tensor_rows = value.get("storages"), value.get("tensors")
@@ -108,7 +109,7 @@ def _members(value: Any) -> int:
 
 
 def _storages(
-    rows: list[Any], raw_bytes: npt.NDArray[Any], rank: object, world: object
+    rows: list[Any], raw_bytes: npt.NDArray[Any] | None, rank: object, world: object
 ) -> tuple[StorageEntry, ...] | None:
     if not _all(dict, rows):
         return None
@@ -143,7 +144,7 @@ def _with_shares(row: dict[str, Any]) -> Iterable[Any]:
     return dtype, n_bytes, location, extents, shares, rest[1] if len(rest) > 1 else ""
 
 
-def _sound_storages(columns: Sequence[Any], raw_bytes: npt.NDArray[Any], rank: object, world: object) -> bool:
+def _sound_storages(columns: Sequence[Any], raw_bytes: npt.NDArray[Any] | None, rank: object, world: object) -> bool:
     """columns: dtypes, lengths, locations, extents, shares and prints."""
     dtypes, lengths, locations, extents, shares, prints = columns
     n_bytes = _small_array(lengths)
@@ -160,11 +161,14 @@ def _sound_storages(columns: Sequence[Any], raw_bytes: npt.NDArray[Any], rank: o
     if flat is None or not set(map(len, places)) <= {3}:
         return False
     record, offset, size = flat.reshape(-1, 3).T
-    ends = np.cumsum(raw_bytes, dtype=np.int64)
-    if record.max(initial=-1) >= len(ends):
-        return False
-    left = (ends[-1] if len(ends) else 0) - (ends[record] - raw_bytes[record] + offset)
-    if not ((offset < raw_bytes[record]) & (size >= 1) & (size <= left)).all():
+    if raw_bytes is not None:
+        ends = np.cumsum(raw_bytes, dtype=np.int64)
+        if record.max(initial=-1) >= len(ends):
+            return False
+        left = (ends[-1] if len(ends) else 0) - (ends[record] - raw_bytes[record] + offset)
+        if not ((offset < raw_bytes[record]) & (size <= left)).all():
+            return False
+    if not (size >= 1).all():
         return False
     # The lengths of a storage's extents must add up to its length.
     totals = np.zeros(len(lengths), np.int64)

@@ -22,10 +22,11 @@ from fastckpt.format.shares import problems_of_names, stretch_of
 from fastckpt.format.tensor_names import dotted, from_json
 
 
-def parse(data: bytes, raw_bytes: npt.NDArray[Any], source: str) -> Directory:
+def parse(data: bytes, raw_bytes: npt.NDArray[Any] | None, source: str) -> Directory:
     """Check and read a directory.
 
-    raw_bytes: raw bytes of each record, already checked. CorruptCheckpointError lists everything that is wrong; UnsupportedFormatError for
+    raw_bytes: raw bytes of each record, already checked; None: they are not known, and extents are not checked against them.
+    CorruptCheckpointError lists everything that is wrong; UnsupportedFormatError for
     a byte order, element type or kind that this version does not know.
     """
     columns = directory_columns.parse(data, raw_bytes)
@@ -38,7 +39,7 @@ def parse(data: bytes, raw_bytes: npt.NDArray[Any], source: str) -> Directory:
     return _parse_rows(data, raw_bytes, source)
 
 
-def _parse_rows(data: bytes, raw_bytes: npt.NDArray[Any], source: str) -> Directory:
+def _parse_rows(data: bytes, raw_bytes: npt.NDArray[Any] | None, source: str) -> Directory:
     value = load_json(data, "directory", source)
     findings = Findings("directory", source)
     if not isinstance(value, dict):
@@ -85,10 +86,10 @@ def _element_bytes(row: JsonFields) -> tuple[str, int]:
     return name, 1 if known is None else known.n_bytes
 
 
-def _storages(top: JsonFields, raw_bytes: npt.NDArray[Any]) -> tuple[StorageEntry, ...]:
+def _storages(top: JsonFields, raw_bytes: npt.NDArray[Any] | None) -> tuple[StorageEntry, ...]:
     findings = top.findings
     rank, world = (value if type(value) is int else 0 for value in map(top.raw, ("rank", "world")))
-    ends = np.cumsum(raw_bytes, dtype=np.int64)
+    ends = None if raw_bytes is None else np.cumsum(raw_bytes, dtype=np.int64)
     storages = []
     for number, value in enumerate(top.array("storages")):
         row = JsonFields(value, findings, f"storage {number}")
@@ -136,7 +137,11 @@ def _is_share(value: Any) -> bool:
 
 
 def _extents(
-    values: list[Any], place: str, raw_bytes: npt.NDArray[Any], ends: npt.NDArray[Any], findings: Findings
+    values: list[Any],
+    place: str,
+    raw_bytes: npt.NDArray[Any] | None,
+    ends: npt.NDArray[Any] | None,
+    findings: Findings,
 ) -> Iterable[Extent]:
     for i, value in enumerate(values):
         where = f"{place}, extent {i}"
@@ -145,7 +150,12 @@ def _extents(
             findings.add(where, "[record, offset, bytes]", value)
             continue
         extent = Extent(*value)
-        if extent.record >= len(raw_bytes):
+        if raw_bytes is None or ends is None:
+            if extent.n_bytes >= 1:
+                yield extent
+            else:
+                findings.add(where, "1 … bytes", extent.n_bytes)
+        elif extent.record >= len(raw_bytes):
             findings.add(where, f"a record below {len(raw_bytes)}", extent.record)
         elif extent.offset >= raw_bytes[extent.record]:
             findings.add(where, f"an offset below {raw_bytes[extent.record]}", extent.offset)

@@ -1,0 +1,157 @@
+"""What the votes of all ranks say together of a tensor: its shape as a whole, and which rank has which block of it. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fastckpt.format.directory import Directory, TensorEntry
+from fastckpt.format.tensor_names import BOX, Name, dotted
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Offset in the whole, and shape."""
+
+
+class Block(NamedTuple):
+    """A block of a whole that one rank has: a strided view of one of its storages. Numbers are elements."""
+
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+    rank: int
+    storage: int
+    offset: int
+    stride: tuple[int, ...]
+
+
+@dataclass
+class Whole:
+    """One tensor of a checkpoint."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str
+    requires_grad: bool
+    blocks: list[Block] = field(default_factory=list)
+    """Of a DTensor each block once, whichever ranks have it; else one for each rank that has a tensor of this name, all of it."""
+    entry: TensorEntry | None = None
+    """As the first rank lists it; None: it was a DTensor."""
+
+    @property
+    def was_spread(self) -> bool:
+        """Whether it was a DTensor."""
+        return self.entry is None
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}{', a DTensor' if self.was_spread else ''}"
+
+
+class Wholes:
+    """Collects the wholes of a checkpoint from its directories, entered one by one. Keeps nothing else of them."""
+
+    def __init__(self, wanted: Callable[[Name, TensorEntry], bool] = lambda name, entry: True) -> None:
+        """wanted: whether a block of a DTensor, listed by this entry, is to be kept: a rank needs few of 1,024 ranks'."""
+        self._wanted = wanted
+        self.found: dict[Name, Whole] = {}
+        self.problems: list[str] = []
+        """What votes say of one name and cannot both be true, in words."""
+        self._seen: dict[Name, set[Box]] = {}
+
+    def add(self, rank: int, listed: Directory) -> None:
+        """Enter what the vote of a rank lists."""
+        boxes: dict[Name, list[TensorEntry]] = defaultdict(list)
+        for entry in listed.tensors:
+            if _is_box(entry):
+                boxes[entry.name[:-2]].append(entry)
+        for entry in listed.tensors:
+            if _is_box(entry):
+                continue
+            rows = boxes.get(entry.name) or ([entry] if entry.place is not None else [])
+            if rows:
+                self._add_blocks(rank, entry, rows)
+            else:
+                self._add_plain(rank, entry)
+
+    def _add_blocks(self, rank: int, entry: TensorEntry, rows: Sequence[TensorEntry]) -> None:
+        """entry: the row of the part; rows: those of its blocks."""
+        place = rows[0].place
+        whole = self.found.setdefault(
+            entry.name, Whole(entry.dtype, () if place is None else place.shape, entry.kind, entry.requires_grad)
+        )
+        for row in rows:
+            shape = None if row.place is None else row.place.shape
+            if whole.entry is not None or (entry.dtype, shape) != (whole.dtype, whole.shape):
+                here = f"{entry.dtype} {None if shape is None else list(shape)}, a DTensor"
+                self.problems.append(
+                    f"{dotted(entry.name)} is {here} in the vote of rank {rank}, and {whole} in another"
+                )
+                return
+            if row.place is None or 0 in row.shape or not self._wanted(entry.name, row):
+                continue
+            seen = self._seen.setdefault(entry.name, set())
+            if (row.place.offset, row.shape) not in seen:
+                seen.add((row.place.offset, row.shape))
+                whole.blocks.append(_block(rank, row, row.place.offset))
+
+    def _add_plain(self, rank: int, entry: TensorEntry) -> None:
+        whole = self.found.setdefault(
+            entry.name, Whole(entry.dtype, entry.shape, entry.kind, entry.requires_grad, entry=entry)
+        )
+        if whole.entry is None:
+            here = f"{entry.dtype} {list(entry.shape)}"
+            self.problems.append(f"{dotted(entry.name)} is {here} in the vote of rank {rank}, and {whole} in another")
+        else:
+            whole.blocks.append(_block(rank, entry, (0,) * len(entry.shape)))
+
+
+def _block(rank: int, row: TensorEntry, at: tuple[int, ...]) -> Block:
+    return Block(at, row.shape, rank, row.storage, row.offset, row.stride)
+
+
+def _is_box(entry: TensorEntry) -> bool:
+    return entry.kind == "part" and entry.name[-2:-1] == (BOX,)
+
+
+class Overlap(NamedTuple):
+    """What a wanted block and a saved one have in common."""
+
+    block: Block
+    within: tuple[int, ...]
+    """Where it begins in the saved block."""
+    to: tuple[int, ...]
+    """Where it begins in the wanted one."""
+    shape: tuple[int, ...]
+
+
+def overlaps(blocks: Sequence[Block], wanted: Box) -> Iterator[Overlap]:
+    """What of a wanted block each of the saved ones has; nothing for one that has nothing of it."""
+    offset, shape = wanted
+    for block in blocks:
+        first = tuple(map(max, block.at, offset))
+        last = tuple(min(a + n, b + m) for a, n, b, m in zip(block.at, block.shape, offset, shape, strict=True))
+        size = tuple(b - a for a, b in zip(first, last, strict=True))
+        if all(n > 0 for n in size):
+            within = tuple(a - b for a, b in zip(first, block.at, strict=True))
+            yield Overlap(block, within, tuple(a - b for a, b in zip(first, offset, strict=True)), size)
+
+
+def is_covered(found: Sequence[Overlap], wanted: Box) -> bool:
+    """Whether saved blocks make up a wanted one. Blocks of one mesh do not overlap each other: those that do have too many elements."""
+    return sum(math.prod(one.shape) for one in found) == math.prod(wanted[1])
+
+
+def touches(entry: TensorEntry, boxes: Sequence[Box]) -> bool:
+    """Whether the block of an entry has anything of one of these boxes."""
+    assert entry.place is not None
+    at, shape = entry.place.offset, entry.shape
+    for offset, size in boxes:
+        if len(offset) == len(at) and all(
+            a < b + m and b < a + n for a, n, b, m in zip(at, shape, offset, size, strict=True)
+        ):
+            return True
+    return False
+
+
+__all__ = ["Block", "Box", "Overlap", "Whole", "Wholes", "is_covered", "overlaps", "touches"]
