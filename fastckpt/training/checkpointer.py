@@ -33,6 +33,7 @@ from fastckpt.training.ending import EXIT_CODE_NOTICE, Ending, exit_after, in_a_
 from fastckpt.training.engine import Engine
 from fastckpt.training.joint import decisions_of, restorer_of
 from fastckpt.training.live_state import LiveState
+from fastckpt.training.restorer import Reassign
 from fastckpt.training.save_queue import CommitHandle
 from fastckpt.training.saver import Saver
 from fastckpt.training.schedule import Every
@@ -63,6 +64,9 @@ class Checkpointer:
             written once. If it is not the same, a restore brings back a mixture: see `verify_replicas`.
         verify_replicas: compare, at each save, what several ranks should hold alike, and commit nothing if it differs. Reads all of it
             before `step` returns: for a few saves of a new setup.
+        reassign: says, at a restore on another number of ranks, what becomes of an object that each saved rank had for itself, such as
+            random generators. Called on each rank with the object's name, its states (one for each saved rank, read when asked for), this
+            rank and the number of ranks. Returns a state, or None to leave the object as it is. Without it such a restore is refused.
         grace_s: seconds that bytes of retired checkpoints stay.
         options: every other knob; None: `Options.from_env()`.
 
@@ -89,6 +93,7 @@ class Checkpointer:
         close_timeout_s: float = 30.0,
         replicated: Sequence[str] = (),
         verify_replicas: bool = False,
+        reassign: Reassign | None = None,
         grace_s: float = GRACE_S,
         options: Options | None = None,
     ) -> None:
@@ -114,7 +119,7 @@ class Checkpointer:
             self._engine = Engine.start(url, live, options, keep, grace_s, hurry, hooked=not read_only, world=world)
             opened.callback(self._engine.close)
             self._saver = Saver(self._engine, weakref.ref(self), fresh=fresh)
-            self._restorer = restorer_of(self._engine, read_only=read_only)
+            self._restorer = restorer_of(self._engine, read_only=read_only, reassign=reassign)
             self._ending = Ending(self._engine, self._saver, on_exception, bounded(close_timeout_s))
             self._decisions = decisions_of(self._engine, self._saver, self._ending, every)
             opened.callback(self._ending.close)

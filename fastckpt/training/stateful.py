@@ -105,6 +105,15 @@ def apply(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPl
             logger.warning("%s: %r is not what was saved: %s%s", where, name, "; ".join(changed[:_SHOWN]), more)
 
 
+def spread_otherwise(targets: Mapping[str, Any], plan: PlacementPlan) -> bool:
+    """Whether a tensor was spread over ranks in another way than it is here."""
+    return bool(misfits(plan.sharded, plan.live, plan.entries, _optimizers(targets)))
+
+
+def _optimizers(targets: Mapping[str, Any]) -> list[str]:
+    return [name for name, target in targets.items() if isinstance(target, torch.optim.Optimizer)]
+
+
 def refuse_misfits(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPlan) -> None:
     """RestoreError if a loaded state does not fit the objects: names or shapes of tensors differ. Nothing is changed."""
     if not isinstance(loaded, dict):
@@ -122,8 +131,7 @@ def refuse_misfits(targets: Mapping[str, Any], loaded: Any, where: str, plan: Pl
             + f". Give the Checkpointer a state of {', '.join(map(repr, loaded))}, or take single tensors out: `fastckpt restore` makes a "
             "file of a checkpoint, fastckpt.open reads it"
         )
-    optimizers = [name for name, target in targets.items() if isinstance(target, torch.optim.Optimizer)]
-    wrong = misfits(plan.sharded, plan.live, plan.entries, optimizers)
+    wrong = misfits(plan.sharded, plan.live, plan.entries, _optimizers(targets))
     wrong += [words for name in targets for words in _misfits(name, targets[name], loaded[name])]
     if wrong:
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""

@@ -90,6 +90,13 @@ class Training:
             found |= {f"optimizer.{number}.{name}": t for name, t in one.items()}
         return {name: local(t).detach().clone() for name, t in found.items()}
 
+    def wholes(self) -> dict[str, torch.Tensor]:
+        """Everything, as it would be on one rank without wrappers."""
+        found = {f"model.{name.removeprefix('module.')}": t for name, t in self.model.state_dict().items()}
+        for number, one in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{number}.{name}": t for name, t in one.items()}
+        return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for n, t in found.items()}
+
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -154,6 +161,47 @@ def train(
             training.step(step)
             ckpt.step(step + 1)
     return {"start": start, "tensors": training.tensors(), "rng": torch.get_rng_state()}
+
+
+def by_modulus(key: str, states: Any, rank: int, world: int) -> Any:
+    """What was a saved rank's own goes to the ranks of its number, and again to later ones."""
+    return states[rank % len(states)]
+
+
+def save_whole(url: str, mode: str) -> None:
+    """Train two steps and save. All tensors, whole, lie beside it then."""
+    training = Training(mode)
+    with checkpointer(url, training, every=None) as ckpt:
+        ckpt.restore()
+        for step in range(2):
+            training.step(step)
+            ckpt.step(step + 1)
+        ckpt.save_now(2).wait()
+    wholes = training.wholes()
+    if dist.get_rank() == 0:
+        torch.save(wholes, f"{url}.pt")
+
+
+def load_wholes(urls: list[str], mode: str) -> list[list[str]]:
+    """Restore each of several runs into another training, every second one into an optimizer that has a state already, and train on. What
+    `save_whole` returned lies beside each. Returns the names of tensors that came back otherwise.
+    """
+    wrong = []
+    for number, url in enumerate(urls):
+        training = Training(mode, seed=99)
+        if number % 2:
+            training.step(77)
+        with checkpointer(url, training, every=None, read_only=True, reassign=by_modulus) as ckpt:
+            assert ckpt.restore() == 2
+        saved, found = torch.load(f"{url}.pt"), training.wholes()
+        assert found.keys() == saved.keys()
+        wrong.append([name for name, tensor in saved.items() if not same(tensor, found[name])])
+        training.step(2)
+    return wrong
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
 def hurry(silent_s: float = 2.5) -> None:
