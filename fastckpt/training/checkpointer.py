@@ -33,7 +33,7 @@ from fastckpt.training.ending import EXIT_CODE_NOTICE, Ending, exit_after, in_a_
 from fastckpt.training.engine import Engine
 from fastckpt.training.joint import decisions_of, restorer_of
 from fastckpt.training.live_state import LiveState
-from fastckpt.training.restorer import Reassign
+from fastckpt.training.restore_asked import Reassign, RestoreAsked
 from fastckpt.training.save_queue import CommitHandle
 from fastckpt.training.saver import Saver
 from fastckpt.training.schedule import Every
@@ -131,7 +131,7 @@ class Checkpointer:
 
     # -- restoring -----------------------------------------------------------------------------------------------------
 
-    def restore(self, step: Which = "latest", *, weights_only: bool | None = None) -> int:
+    def restore(self, step: Which = "latest", *, weights_only: bool | None = None, strict: bool = True) -> int:
         """Put the newest complete checkpoint (or the one asked for) into the objects, in place.
 
         What becomes of modules, optimizers, dicts and lists, and which devices tensors go to: docs/how-to/training-loop.md. A warning names
@@ -141,6 +141,8 @@ class Checkpointer:
             step: a number goes back to it; "latest-valid" passes over damaged ones, with a warning and a record of it.
             weights_only: False lets the checkpoint run code: use it only for checkpoints of your own. None means True, unless one of
                 TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says otherwise.
+            strict: False: objects, and tensors of modules, that are not in the checkpoint stay as they are, and what it has besides is
+                passed over. A warning lists both. What has another shape is refused all the same.
 
         Returns:
             The step of the checkpoint; 0 if the repository has never had one.
@@ -160,15 +162,15 @@ class Checkpointer:
         self._engine.raise_failures()
         engine.queue.retaining.halt()  # otherwise retention might retire the checkpoint that is being restored
         try:
-            return self._restore(step, weights_only)
+            return self._restore(step, RestoreAsked(weights_only, strict))
         finally:
             engine.queue.retaining.go_on()
 
-    def _restore(self, step: Which, weights_only: bool) -> int:
+    def _restore(self, step: Which, asked: RestoreAsked) -> int:
         if self._saver.fresh and step == "latest":
             self._saver.claim()
             return 0
-        found = self._restorer.restore(step, weights_only)
+        found = self._restorer.restore(step, asked)
         self._saver.begins_after(claimed=not self._read_only)
         if found is None:
             return 0

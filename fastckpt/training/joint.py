@@ -7,7 +7,8 @@ from fastckpt.training.ending import Ending
 from fastckpt.training.engine import Engine
 from fastckpt.training.joint_decisions import JointDecisions
 from fastckpt.training.joint_restorer import JointRestorer
-from fastckpt.training.restorer import Reassign, Restorer
+from fastckpt.training.restore_asked import Reassign
+from fastckpt.training.restorer import Restorer
 from fastckpt.training.saver import Saver
 from fastckpt.training.schedule import Every
 

@@ -16,7 +16,8 @@ from fastckpt.repository.node_votes import remove_shared_votes, shared_votes
 from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.training.engine import Engine
 from fastckpt.training.joint_start import adopt, claimed
-from fastckpt.training.restorer import MOST_ROUNDS, Damaged, Loaded, Reassign, Restorer
+from fastckpt.training.restore_asked import Reassign, RestoreAsked
+from fastckpt.training.restorer import MOST_ROUNDS, Damaged, Loaded, Restorer
 
 T = TypeVar("T")
 _DOING = "restoring"
@@ -29,7 +30,7 @@ class JointRestorer(Restorer):
         super().__init__(engine, read_only=read_only, reassign=reassign)
         self._team = team
 
-    def restore(self, step: Which, weights_only: bool) -> Loaded | None:
+    def restore(self, step: Which, asked: RestoreAsked) -> Loaded | None:
         decide, known_bad, own = self._team.roll.decide, list[Skipped](), set[int]()
         rounds = retired = 0
         while True:
@@ -44,9 +45,9 @@ class JointRestorer(Restorer):
             found: Loaded | None = None
             said: dict[str, Any] = {}
             if told is not None:
-                differing, said = self._compare_and_tell(told, weights_only)
+                differing, said = self._compare_and_tell(told, asked)
                 if not said:
-                    found, said = self._load_and_tell(told, weights_only, differing)
+                    found, said = self._load_and_tell(told, asked, differing)
 
             def judge(
                 all_said: list[dict[str, Any]],
@@ -83,12 +84,12 @@ class JointRestorer(Restorer):
         epoch, step = commit.checkpoint
         return {"epoch": epoch, "step": step, "digest": commit.digest, "world": commit.world, "nonce": nonce}
 
-    def _compare_and_tell(self, told: dict[str, Any], weights_only: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    def _compare_and_tell(self, told: dict[str, Any], asked: RestoreAsked) -> tuple[dict[str, str], dict[str, Any]]:
         """What saved ranks had for themselves: each rank compares some of them. {} where there are as many ranks as have saved."""
         world = self._team.world
         if told["world"] == world.size:
             return {}, {}
-        mine, said = self._told_of(lambda: self._compare(told, weights_only))
+        mine, said = self._told_of(lambda: self._compare(told, asked))
 
         def join(all_found: list[dict[str, str] | None]) -> dict[str, str]:
             joined: dict[str, str] = {}
@@ -98,24 +99,24 @@ class JointRestorer(Restorer):
 
         return self._team.roll.decide(_DOING, mine, join), said
 
-    def _compare(self, told: dict[str, Any], weights_only: bool) -> dict[str, str]:
+    def _compare(self, told: dict[str, Any], asked: RestoreAsked) -> dict[str, str]:
         commit = self._same_record(CheckpointId(told["epoch"], told["step"]), told["digest"])
         some = range(self._world.rank, commit.world, self._world.size)
         ranks = SavedRanks(self._repository.store, commit)
-        return self._with_damage_named(commit, lambda: self._differing(ranks, weights_only, some))
+        return self._with_damage_named(commit, lambda: self._differing(ranks, asked, some))
 
     def _load_and_tell(
-        self, told: dict[str, Any], weights_only: bool, differing: dict[str, str]
+        self, told: dict[str, Any], asked: RestoreAsked, differing: dict[str, str]
     ) -> tuple[Loaded | None, dict[str, Any]]:
         """This rank's part, and what it has to say of it."""
 
         def load() -> Loaded:
             commit = self._same_record(CheckpointId(told["epoch"], told["step"]), told["digest"])
             if commit.world != self._world.size:
-                return self._load(commit, weights_only, differing=differing)
+                return self._load(commit, asked, differing=differing)
             own = vote_key(commit.vote(self._world.rank))
             with shared_votes(self._repository.store, self._world, told["nonce"], own) as store:
-                return self._load(commit, weights_only, store=store)
+                return self._load(commit, asked, store=store)
 
         return self._told_of(load)
 

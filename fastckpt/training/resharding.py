@@ -24,9 +24,10 @@ from fastckpt.reading.assembly import Move, Source, Target, assemble, ranks_need
 from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.state.sharding import boxes_of
 from fastckpt.state.shards import is_box, placed
-from fastckpt.training import stateful
+from fastckpt.training.fitting import refuse_misfits
 from fastckpt.training.partly import load_partly, replaced
 from fastckpt.training.placement import PlacementPlan, live_and_sharded, parameter_groups, plan_placement
+from fastckpt.training.restore_asked import RestoreAsked
 
 _PLAIN = ("tensor", "parameter")
 _Entries = Mapping[Name, TensorEntry]
@@ -60,12 +61,11 @@ class Resharding:
         base: int,
         options: Options,
         where: str,
-        *,
-        weights_only: bool,
+        asked: RestoreAsked,
     ) -> None:
         """base: the saved rank whose objects, and all in them that is no tensor, this rank gets."""
         self._targets, self._ranks, self._base = targets, ranks, base
-        self._options, self._where, self._weights_only = options, where, weights_only
+        self._options, self._where, self._asked = options, where, asked
         self._threads = max(options.threads, options.connections)
 
     def load(self, given: Mapping[str, Any], left: Collection[str] = ()) -> tuple[Any, PlacementPlan]:
@@ -104,7 +104,7 @@ class Resharding:
         if isinstance(state, dict):
             state = {key: given.get(key, value) for key, value in state.items() if key not in left}
         shapes = {name: torch.empty(part.shape, dtype=_dtype(part), device="meta") for name, part in parts.items()}
-        stateful.refuse_misfits(self._targets, replaced(state, shapes), self._where, plan)
+        refuse_misfits(self._targets, replaced(state, shapes), self._where, plan, strict=self._asked.strict)
         return replaced(state, self._assembled(parts, wholes.found, plan)), plan
 
     def _state(self, listed: Directory, parts: Mapping[Name, _Part], plan: PlacementPlan) -> Any:
@@ -119,7 +119,7 @@ class Resharding:
             self._threads,
             places=plan.places,
             map_location=plan.map_location,
-            weights_only=self._weights_only,
+            weights_only=self._asked.weights_only,
         )
         known = {entry.name for entry in base.directory.tensors}
         for name, part in parts.items():  # layers that other ranks had

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from fastckpt.errors import (
     CorruptCheckpointError,
@@ -28,12 +28,12 @@ from fastckpt.store.base import Store
 from fastckpt.training import stateful
 from fastckpt.training.differing import Differing, SavedStates
 from fastckpt.training.engine import Engine
+from fastckpt.training.fitting import refuse_misfits, spread_otherwise
 from fastckpt.training.placement import PlacementPlan, plan_placement
 from fastckpt.training.resharding import Resharding
+from fastckpt.training.restore_asked import Reassign, RestoreAsked
 
 T = TypeVar("T")
-Reassign: TypeAlias = Callable[[str, Sequence[Any], int, int], Any]
-"""(name of an object, its state on each saved rank, rank, world) → the state for this rank; None: the object stays as it is."""
 MOST_ROUNDS = 2
 """How often a restore loads before it claims first."""
 
@@ -44,6 +44,7 @@ class Loaded(NamedTuple):
     commit: Commit
     state: Any
     plan: PlacementPlan
+    strict: bool
     left: frozenset[str] = frozenset()
     """Names of objects that stay as they are: `reassign` has said so."""
 
@@ -66,7 +67,7 @@ class Restorer:
         self._live, self._options, self._read_only = engine.live, engine.options, read_only
         self._world = ALONE if engine.team is None else engine.team.world
 
-    def restore(self, step: Which, weights_only: bool) -> Loaded | None:
+    def restore(self, step: Which, asked: RestoreAsked) -> Loaded | None:
         """Load the state that is to be put into the objects. Unless `read_only`, also claim an epoch that continues from it.
 
         None: nothing was ever committed. Errors as those of `Checkpointer.restore`.
@@ -81,7 +82,7 @@ class Restorer:
             found: Loaded | None = None  # the state of the round before is freed before the next one is read
             try:
                 choice = self._choose(step, known_bad, own, claims_first=claims_first)
-                found = None if choice is None else self._load(choice.commit, weights_only, choice.reader)
+                found = None if choice is None else self._load(choice.commit, asked, choice.reader)
             except RetiredError:
                 retired += 1
                 if not isinstance(step, str) or retired > 1:
@@ -103,7 +104,7 @@ class Restorer:
         """Put a loaded state into the objects. PartialRestoreError if one of them refuses its part."""
         where = self._repository.location(found.commit.checkpoint)
         taken = {key: target for key, target in self._live.targets.items() if key not in found.left}
-        stateful.apply(taken, found.state, where, found.plan)
+        stateful.apply(taken, found.state, where, found.plan, strict=found.strict)
 
     def _choose(self, step: Which, known_bad: list[Skipped], own: set[int], *, claims_first: bool) -> Choice | None:
         if self._read_only:
@@ -121,7 +122,7 @@ class Restorer:
     def _load(
         self,
         commit: Commit,
-        weights_only: bool,
+        asked: RestoreAsked,
         reader: Reader | None = None,
         store: Store | None = None,
         differing: Mapping[str, str] | None = None,
@@ -130,12 +131,12 @@ class Restorer:
         saved ranks had for themselves, where all ranks have found that out together.
         """
         store = store or self._repository.store
-        return self._with_damage_named(commit, lambda: self._loaded(commit, weights_only, reader, store, differing))
+        return self._with_damage_named(commit, lambda: self._loaded(commit, asked, reader, store, differing))
 
     def _loaded(
         self,
         commit: Commit,
-        weights_only: bool,
+        asked: RestoreAsked,
         reader: Reader | None,
         store: Store,
         differing: Mapping[str, str] | None,
@@ -146,15 +147,15 @@ class Restorer:
                 rank = self._world.rank
                 reader = open_rank(store, commit, rank) if reader is None else with_owners(store, commit, reader)
                 plan = plan_placement(targets, reader.directory, location)
-                if not stateful.spread_otherwise(targets, plan):
-                    loaded = self._load_whole(reader, plan, weights_only)
-                    stateful.refuse_misfits(targets, loaded, location, plan)
-                    return Loaded(commit, loaded, plan)
+                if not spread_otherwise(targets, plan):
+                    loaded = self._load_whole(reader, plan, asked.weights_only)
+                    refuse_misfits(targets, loaded, location, plan, strict=asked.strict)
+                    return Loaded(commit, loaded, plan, asked.strict)
             # Not through `store`: what one rank of a node leaves there is not what the others need.
             ranks = SavedRanks(self._repository.store, commit)
-            return self._load_resharded(ranks, location, weights_only, differing)
+            return self._load_resharded(ranks, location, asked, differing)
         except pickle.UnpicklingError as error:
-            if not weights_only:
+            if not asked.weights_only:
                 raise
             raise _refused(reader or open_vote(store, commit.vote(0)), location, error) from error
 
@@ -169,7 +170,7 @@ class Restorer:
             raise found from error
 
     def _load_resharded(
-        self, ranks: SavedRanks, location: str, weights_only: bool, differing: Mapping[str, str] | None
+        self, ranks: SavedRanks, location: str, asked: RestoreAsked, differing: Mapping[str, str] | None
     ) -> Loaded:
         """The state for this rank of a checkpoint of other ranks, or of another parallelism."""
         commit, world, targets = ranks.commit, self._world, self._live.targets
@@ -177,7 +178,7 @@ class Restorer:
         left: set[str] = set()
         if commit.world != world.size:
             if differing is None:
-                differing = self._differing(ranks, weights_only, range(commit.world))
+                differing = self._differing(ranks, asked, range(commit.world))
             if differing and self._reassign is None:
                 words = "; ".join(f"{key!r}: {why}" for key, why in differing.items())
                 raise RestoreError(
@@ -186,7 +187,7 @@ class Restorer:
                     "becomes of it: Checkpointer(reassign=lambda key, states, rank, world: states[rank % len(states)])"
                 )
             for key in differing:
-                states = SavedStates(key, ranks, self._options, weights_only=weights_only)
+                states = SavedStates(key, ranks, self._options, weights_only=asked.weights_only)
                 assert self._reassign is not None
                 value = self._reassign(key, states, world.rank, world.size)
                 if value is None:
@@ -195,13 +196,13 @@ class Restorer:
                     given[key] = value
         base = world.rank if commit.world == world.size else 0
         taken = {key: target for key, target in targets.items() if key not in left}
-        resharding = Resharding(taken, ranks, base, self._options, location, weights_only=weights_only)
+        resharding = Resharding(taken, ranks, base, self._options, location, asked)
         loaded, plan = resharding.load(given, left)
-        return Loaded(commit, loaded, plan, frozenset(left))
+        return Loaded(commit, loaded, plan, asked.strict, frozenset(left))
 
-    def _differing(self, ranks: SavedRanks, weights_only: bool, numbers: Iterable[int]) -> dict[str, str]:
+    def _differing(self, ranks: SavedRanks, asked: RestoreAsked, numbers: Iterable[int]) -> dict[str, str]:
         """What of the objects is not the same on these saved ranks."""
-        return Differing(self._live.targets, ranks, self._options, weights_only=weights_only).find(numbers)
+        return Differing(self._live.targets, ranks, self._options, weights_only=asked.weights_only).find(numbers)
 
     def _load_whole(self, reader: Reader, plan: PlacementPlan, weights_only: bool) -> Any:
         # Threads wait for the network more than they compute: use as many as there may be connections.
