@@ -204,6 +204,103 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
+class Loader:
+    """As a data loader that says where it is, and that nobody else can tell what to make of."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def own_things(number: float) -> dict[str, Any]:
+    """What ranks hold alike, and what each has for itself."""
+    rank = dist.get_rank()
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(model.weight, number)
+    return {
+        "model": nn.parallel.DistributedDataParallel(model),
+        "alike": {"list": [1, "x"], "t": torch.ones(3), "nan": float("nan")},
+        "own": {"place": torch.full((2,), float(rank))},
+        "loader": Loader(10 * rank),
+        "kept": Loader(5 + rank),
+        "rng": fastckpt.RNGState(),
+    }
+
+
+def save_own_things(url: str) -> None:
+    state = own_things(2.5)
+    torch.manual_seed(1000 + dist.get_rank())
+    options = Options(**OPTIONS)
+    with fastckpt.Checkpointer(url, state, every=None, spot=None, options=options) as ckpt:
+        ckpt.restore()
+        ckpt.save_now(1).wait()
+
+
+def restore_own_things(url: str, what: str) -> str:
+    rank = dist.get_rank()
+    state = own_things(0.0)
+    state["alike"] = {}
+    state["kept"].position = 7
+
+    def reassign(key: str, states: Any, rank: int, world: int) -> Any:
+        assert (len(states), world) == (2, 3)
+        return None if key == "kept" else states[rank % 2]
+
+    settings: dict[str, Any] = {"reassign": reassign} if what == "reassigned" else {}
+    options = Options(**OPTIONS)
+    with fastckpt.Checkpointer(url, state, every=None, spot=None, options=options, **settings) as ckpt:
+        try:
+            assert ckpt.restore() == 1
+        except fastckpt.CheckpointError as error:
+            return f"{type(error).__name__}: {error}"
+    torch_state = torch.get_rng_state()
+    torch.manual_seed(1000 + rank % 2)
+    rng = rank % 2 if torch.equal(torch_state, torch.get_rng_state()) else None
+    weight = state["model"].module.weight
+    return (
+        f"model {float(weight.detach().unique())}, alike {state['alike']['list']}, own {float(state['own']['place'][0])}, "
+        f"position {state['loader'].position}, rng {rng}, kept {state['kept'].position}"
+    )
+
+
+def stage(number: int) -> Net:
+    """The first has the first layer, the second has the second one; both have what is around them."""
+    torch.manual_seed(3)
+    model = Net()
+    model.layers[1 - number] = nn.Identity()
+    return model
+
+
+def save_stages(url: str) -> None:
+    model = stage(dist.get_rank())
+    state = {"model": model, "optimizer": torch.optim.AdamW(list(model.parameters())[: 4 + dist.get_rank()])}
+    with fastckpt.Checkpointer(url, state, every=None, spot=None, options=Options(**OPTIONS)) as ckpt:
+        ckpt.restore()
+        ckpt.save_now(1).wait()
+
+
+def restore_stages(url: str) -> dict[str, Any]:
+    model = Net()
+    state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    found = {}
+    for keys in (("model", "optimizer"), ("model",)):
+        with fastckpt.Checkpointer(
+            url, {key: state[key] for key in keys}, every=None, spot=None, read_only=True
+        ) as ckpt:
+            try:
+                ckpt.restore(strict=False)
+                pairs = [(model.layers[n].a.weight, stage(n).layers[n].a.weight) for n in range(2)]  # type: ignore[union-attr]
+                found["model"] = f"{sum(torch.equal(one, other) for one, other in pairs)} layers equal"  # type: ignore[arg-type]
+            except fastckpt.CheckpointError as error:
+                found["error"] = str(error)
+    return found
+
+
 def hurry(silent_s: float = 2.5) -> None:
     """Ranks are taken for dead sooner: a test cannot wait as long as people can."""
     from fastckpt.ranks import pulse
