@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from fastckpt.format.directory import Directory
+import functools
+from collections import deque
+from concurrent.futures import Future
+
 from fastckpt.format.repository_records import Commit
+from fastckpt.format.wholes import Wholes
+from fastckpt.host.threads import WorkerPool
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote
 from fastckpt.repository.rank_reader import with_owners
-from fastckpt.repository.vote_directory import read_directory
+from fastckpt.repository.vote_directory import parse_directory, read_directory
 from fastckpt.store.base import Store
 
 
@@ -31,8 +36,25 @@ class SavedRanks:
             self._wholes[rank] = with_owners(self._store, self.commit, self.vote(rank))
         return self._wholes[rank]
 
-    def directory(self, rank: int) -> Directory:
-        """What a rank's vote lists; of a vote that is not needed for more, two ranges are read. Extents may be unchecked."""
-        if rank in self._votes:
-            return self._votes[rank].directory
-        return read_directory(self._store, self.commit, rank)
+    def list_in(self, wholes: Wholes, first: int, connections: int) -> None:
+        """Enter in `wholes` what all votes list, that of rank `first` before the others. Of a vote that is not needed for more, two ranges
+        are read; a few votes ahead, by `connections` threads.
+        """
+        store, commit = self._store, self.commit
+        wholes.add(first, self.vote(first).directory)
+        others = deque(rank for rank in range(commit.world) if rank != first)
+        if not others:
+            return
+        pool = WorkerPool(min(connections, len(others)), "fastckpt-votes")
+        pending: deque[tuple[int, Future[bytes]]] = deque()
+        try:
+            while others or pending:
+                while others and len(pending) < 2 * connections:
+                    rank = others.popleft()
+                    pending.append((rank, pool.submit(functools.partial(read_directory, store, commit, rank))))
+                rank, data = pending.popleft()
+                text = data.result()
+                if not wholes.add_unwanted(text):
+                    wholes.add(rank, parse_directory(store, commit, rank, text))
+        finally:
+            pool.close()

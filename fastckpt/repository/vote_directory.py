@@ -14,11 +14,10 @@ from fastckpt.repository.commit import named_object
 from fastckpt.store.base import Store
 
 
-def read_directory(store: Store, commit: Commit, rank: int) -> Directory:
-    """The directory of a vote, checked but for its extents. UnreadableError, StoreError.
+def read_directory(store: Store, commit: Commit, rank: int) -> bytes:
+    """The bytes of a vote's directory, by the footer's checksum what they should be. UnreadableError, StoreError.
 
-    The footer has a checksum of its own, and one for the directory. What is read later, chunks and the records that describe them, is
-    verified then.
+    The footer has a checksum of its own. What is read later, chunks and the records that describe them, is verified then.
     """
     name = commit.vote(rank)
     key = vote_key(name)
@@ -33,6 +32,13 @@ def read_directory(store: Store, commit: Commit, rank: int) -> Directory:
     if found != part.digest:
         place = f"bytes {part.offset}–{part.offset + part.n_bytes}, digest"
         raise CorruptCheckpointError(source, [Damage("directory", place, part.digest.hex(), found.hex())])
+    return data
+
+
+def parse_directory(store: Store, commit: Commit, rank: int, data: bytes) -> Directory:
+    """Check what `read_directory` has read, except extents. UnreadableError."""
+    name = commit.vote(rank)
+    source = f"{store.url}/{vote_key(name)}"
     listed = directory_reader.parse(data, None, source)
     save_info(listed, name, source)
     return listed

@@ -87,12 +87,11 @@ class Resharding:
         for name, pattern in patterns.items():
             boxes[name] = tuple((box.offset, box.shape) for box in boxes_of(pattern))
 
-        def wanted(name: Name, row: TensorEntry) -> bool:
-            return name not in boxes or touches(row, boxes[name])
+        def wanted(name: Name, box: Box) -> bool:
+            return name not in boxes or touches(box, boxes[name])
 
         wholes = Wholes(wanted)
-        for rank in range(self._ranks.commit.world):
-            wholes.add(rank, self._ranks.directory(rank))
+        self._ranks.list_in(wholes, self._base, self._options.connections)
         if wholes.problems:
             raise RestoreError(
                 f"{self._where}: the votes of its ranks contradict each other: {'; '.join(wholes.problems[:20])}"
@@ -165,10 +164,8 @@ class Resharding:
 
     def _moves(self, name: Name, part: _Part, whole: Whole) -> Iterator[Move]:
         """Where each block that this rank needs comes from."""
-        own = [block for block in whole.blocks if block.rank == self._base]
-        blocks = whole.blocks if whole.was_spread else own or whole.blocks[:1]
         for box, to in part.boxes:
-            found = list(overlaps(blocks, box))
+            found = list(overlaps(whole.blocks, box))
             if not is_covered(found, box):
                 continue
             for one in found:
