@@ -15,6 +15,7 @@ from fastckpt.state.local_state import LocalState, localised
 from fastckpt.state.wrappers import names_inside
 from fastckpt.training.changes import changes
 from fastckpt.training.collective import refusals
+from fastckpt.training.elastic_sampler import ElasticSampler
 from fastckpt.training.exact import load_exactly
 from fastckpt.training.filling import Filling
 from fastckpt.training.placement import PlacementPlan, copies_plainly, may_be_asked, saved_names
@@ -56,6 +57,7 @@ _WITHOUT_CONSEQUENCES = (
     torch.optim.lr_scheduler.LRScheduler,
     torch.amp.GradScaler,
     torch.Tensor,
+    ElasticSampler,
     dict,
     list,
 )
@@ -148,6 +150,8 @@ def _misfits(name: str, target: Any, value: Any) -> list[str]:
         return _misfit(name, target, value, exact=True)
     if isinstance(target, torch.optim.Optimizer):
         return _misfits_of_groups(name, target, value)
+    if isinstance(target, ElasticSampler):
+        return [f"{name}: {words}" for words in target.misfits(value)]
     if not (isinstance(target, torch.nn.Module) and isinstance(value, dict) and copies_plainly(target)):
         return []
     live = target.state_dict()
