@@ -119,6 +119,7 @@ class Checkpointer:
             self._decisions = decisions_of(self._engine, self._saver, self._ending, every)
             opened.callback(self._ending.close)
             alike = {"keys of the state": sorted(live.targets), "every": repr(every), "replicated": list(replicated)}
+            alike["samplers"] = self._engine.positions.shared
             self._engine.open({**alike, **switches}, read_only=read_only)
             if not read_only:
                 self._ending.watch(open_sources(spot, leads_node=world.leads_node))

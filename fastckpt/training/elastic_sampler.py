@@ -86,7 +86,14 @@ class ElasticSampler:
         self.steps_counted = 0
         """Steps that this object has counted since it was made, whatever was loaded into it."""
         self._loads = 0
-        self._place()
+        self.place()
+
+    def __repr__(self) -> str:
+        shuffle, seed = self._order
+        return (
+            f"ElasticSampler({self.length}, batch_size={self.batch_size}, shuffle={shuffle}, seed={seed}, tail={self._tail!r}, "
+            f"micro_batches={self.micro_batches})"
+        )
 
     # -- where the run is ----------------------------------------------------------------------------------------------
 
@@ -113,6 +120,21 @@ class ElasticSampler:
         end = self._dealt.samples if self._dealt.epoch == self.epoch else self._end(self.samples)
         return -(-(end - self.samples) // self.batch_size)
 
+    def place(self) -> World:
+        """This process's place among those that have different data.
+
+        Raises:
+            ValueError: a step has fewer samples than lists.
+        """
+        world = self._given or current_world()
+        lists = world.size * self.micro_batches
+        if self.batch_size < lists:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, and a step has {lists} lists ({world.size} ranks, {self.micro_batches} micro batches "
+                "each): some would be empty in every step. batch_size counts the samples of all ranks together"
+            )
+        return world
+
     def advance(self, steps: int = 1) -> None:
         """Count optimizer steps as done. Not needed, and not to be called, where a `Checkpointer` does it.
 
@@ -138,7 +160,7 @@ class ElasticSampler:
         *stand-in*, with the `weight` 0: loaders cannot collate an empty list, and the other ranks wait for its backward pass.
         """
         loads, here = self._loads, self._position
-        world = self._place()
+        world = self.place()
         if self._dealt.epoch > here.epoch:
             logger.warning(
                 "epoch %d was dealt out to its end, but only %d of its %d samples belong to steps that were counted as done: the rest is "
@@ -175,7 +197,7 @@ class ElasticSampler:
         """
         if not 0 <= micro_batch < self.micro_batches:
             raise ValueError(f"micro_batch is {micro_batch!r}: expected 0 to {self.micro_batches - 1}")
-        world = self._place()
+        world = self.place()
         start, stop = self._part(self._position, world, micro_batch)
         return (stop - start) * world.size / self._size(self._position)
 
@@ -204,16 +226,6 @@ class ElasticSampler:
         first, last = (size * rank // world.size for rank in (world.rank, world.rank + 1))
         start, stop = (first + (last - first) * n // self.micro_batches for n in (micro_batch, micro_batch + 1))
         return here.samples + start, here.samples + stop
-
-    def _place(self) -> World:
-        world = self._given or current_world()
-        lists = world.size * self.micro_batches
-        if self.batch_size < lists:
-            raise ValueError(
-                f"batch_size is {self.batch_size}, and a step has {lists} lists ({world.size} ranks, {self.micro_batches} micro batches "
-                "each): some would be empty in every step. batch_size counts the samples of all ranks together"
-            )
-        return world
 
     # -- saving and loading --------------------------------------------------------------------------------------------
 

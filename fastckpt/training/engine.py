@@ -59,8 +59,9 @@ class Engine(NamedTuple):
     ) -> Engine:
         """world: this process's place among the ranks of its job. hooked: whether optimizers call the fence; not if nothing is saved.
 
-        StoreError; SaveError if nothing can be written to `spill_dir`.
+        StoreError; SaveError if nothing can be written to `spill_dir`; ValueError if a sampler has not enough samples for all ranks.
         """
+        positions = Positions(live.targets)
         store = url if isinstance(url, Store) else open_store(url)
         owned = None if store is url else store
         with contextlib.ExitStack() as failed:
@@ -89,7 +90,7 @@ class Engine(NamedTuple):
             fence = Fence(live.optimizers if hooked else [], queue, proven=proven)
             torn = TornSaves(queue, incarnation, fence.distrust)
             failed.pop_all()
-        return cls(live, fence, stager, queue, torn, incarnation, options, owned, team, Positions(live.targets))
+        return cls(live, fence, stager, queue, torn, incarnation, options, owned, team, positions)
 
     @property
     def repository(self) -> Repository:

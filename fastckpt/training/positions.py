@@ -19,7 +19,10 @@ class Positions:
 
     def __init__(self, targets: Mapping[str, Any]) -> None:
         """targets: names → objects of the state, of which samplers are counted."""
-        self._samplers = {n: one for n, one in targets.items() if isinstance(one, ElasticSampler) and one.automatic}
+        found = {name: one for name, one in targets.items() if isinstance(one, ElasticSampler)}
+        self.shared = [f"{name}: {one!r}" for name, one in found.items() if one.place().size > 1]
+        """Samplers that deal to several ranks, in words: the same on all of them, or samples would come twice or be lost."""
+        self._samplers = {name: one for name, one in found.items() if one.automatic}
         self._begin: int | None = None
         """The number of steps done at which `_counted` was noted; None: not known yet."""
         self._counted = self._now()

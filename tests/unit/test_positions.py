@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastckpt import Checkpointer, ElasticSampler, Every, Options, RestoreError, SaveError
+from fastckpt.training.positions import Positions
 from fastckpt.training.sample_order import SampleOrder
 from tests.support.stores import HeldStore
 from tests.support.training import SHORT_S
@@ -217,3 +218,9 @@ def test_a_checkpoint_of_another_order_is_refused_before_anything_changes(store:
     with checkpointer(store, other) as ckpt, pytest.raises(RestoreError, match="sampler: seed was 0 when it was saved"):
         ckpt.restore()
     assert not other.seen.any()
+
+
+def test_samplers_that_ranks_share_are_told_with_all_their_settings() -> None:
+    targets = {"a": ElasticSampler(9, 4, rank=1, world=2), "b": ElasticSampler(9, 4, rank=0, world=1), "c": [1]}
+    words = "a: ElasticSampler(9, batch_size=4, shuffle=True, seed=0, tail='uneven', micro_batches=1)"
+    assert Positions(targets).shared == [words]
