@@ -41,7 +41,7 @@ The rooms, from the bottom up. A room imports only from rooms that stand before 
                  start of a job; retention: which old checkpoints go; collector: deletes them; retaining: decides when it runs
     training/    the loop's object. checkpointer (face), saver, restorer, fence, ending (notices, exceptions), schedule (when a save is
                  due), save_queue, final_save. State back into live objects: stateful, exact, filling and placement.
-                 elastic_sampler: the data's position, for any number of ranks; sample_order; positions: counts steps in it
+                 elastic_sampler: the data's position, for any number of ranks; sample_order, sample_steps; positions: counts steps in it
     upkeep/      a person with a repository: check/, repair, export, salvage/, analyze
     api          save, load, save_async, open: torch's shapes
     cli/         one module for each command, with what it prints; output: tables, bars, exit statuses

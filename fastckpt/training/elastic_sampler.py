@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sized
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from fastckpt.errors import CheckpointError, RestoreError
 from fastckpt.events import logger
 from fastckpt.ranks.world import World, current_world
 from fastckpt.training.sample_order import MAX_LENGTH, SampleOrder
+from fastckpt.training.sample_steps import Position, Steps
 
 _VERSION = 1
 _COUNTS = ("version", "length", "batch_size", "epoch", "samples", "total")
-
-
-class Position(NamedTuple):
-    """A place between two optimizer steps. Positions compare as they follow each other."""
-
-    epoch: int
-    samples: int
-    """Of this epoch, before this place."""
 
 
 class ElasticSampler:
@@ -41,6 +34,9 @@ class ElasticSampler:
     Each `iter()` (of the loader, too) begins at the position and ends with the epoch; when the epoch's last step is counted, the position
     is the beginning of the next one. `len()` is the number of lists in a whole epoch.
 
+    A loop that takes its next batch before it has counted a step needs `endless=True`: otherwise it would begin an iteration at the epoch's
+    end before the last step counts, and get that step's samples again.
+
     Args:
         dataset: the samples, or how many there are.
         batch_size: samples of one optimizer step, of all ranks and micro batches together.
@@ -49,6 +45,7 @@ class ElasticSampler:
         tail: what becomes of the samples that are left when an epoch has no whole step any more. "uneven": they are one smaller step, dealt
             as evenly as they can be. "drop": this epoch does not use them.
         micro_batches: lists that make one step, for gradients that are accumulated.
+        endless: an iteration goes on through all epochs, and there is no `len()`.
         rank, world: this process's place among those that have different data; both or none. None: those of torch's default process group,
             asked when it is needed. Ranks that share their data (tensor or pipeline parallelism) have the same `rank` here.
         automatic: whether `Checkpointer.step` counts the steps. False: the loop calls `advance()`, before `step`; for samplers that do not
@@ -69,17 +66,19 @@ class ElasticSampler:
         seed: int = 0,
         tail: Literal["uneven", "drop"] = "uneven",
         micro_batches: int = 1,
+        endless: bool = False,
         rank: int | None = None,
         world: int | None = None,
         automatic: bool = True,
     ) -> None:
         length = dataset if isinstance(dataset, int) else len(dataset)
         counts = {"the number of samples": length, "batch_size": batch_size, "micro_batches": micro_batches}
-        _check(counts, {"shuffle": shuffle, "automatic": automatic}, seed, tail)
+        _check(counts, {"shuffle": shuffle, "endless": endless, "automatic": automatic}, seed, tail)
         _check_place(rank, world)
-        self.length, self.batch_size, self.micro_batches = length, batch_size, micro_batches
-        self._order = (shuffle, seed)
-        self._tail, self.automatic = tail, automatic
+        self.batch_size, self.micro_batches = batch_size, micro_batches
+        self._order, self._tail = (shuffle, seed), tail
+        self._steps = Steps(length, batch_size, drops_tail=tail == "drop")
+        self._endless, self.automatic = endless, automatic
         self._given = None if rank is None or world is None else World(rank, world)
         self._position = self._dealt = Position(0, 0)
         self._total = 0
@@ -91,7 +90,7 @@ class ElasticSampler:
     def __repr__(self) -> str:
         shuffle, seed = self._order
         return (
-            f"ElasticSampler({self.length}, batch_size={self.batch_size}, shuffle={shuffle}, seed={seed}, tail={self._tail!r}, "
+            f"ElasticSampler({self._steps.length}, batch_size={self.batch_size}, shuffle={shuffle}, seed={seed}, tail={self._tail!r}, "
             f"micro_batches={self.micro_batches})"
         )
 
@@ -115,10 +114,7 @@ class ElasticSampler:
     @property
     def steps_ahead(self) -> int:
         """Steps that were dealt out to their end and are not counted: those that the loader has drawn ahead, and the one under way."""
-        if self._dealt <= self._position:
-            return 0
-        end = self._dealt.samples if self._dealt.epoch == self.epoch else self._end(self.samples)
-        return -(-(end - self.samples) // self.batch_size)
+        return self._steps.between(self._position, self._dealt)
 
     def place(self) -> World:
         """This process's place among those that have different data.
@@ -144,36 +140,38 @@ class ElasticSampler:
         if type(steps) is not int or steps < 0:
             raise ValueError(f"steps is {steps!r}: expected a number of optimizer steps ≥ 0")
         for _ in range(steps):
-            self._total += self._size(self._position)
-            self._position = self._following(self._position)
+            self._total += self._steps.size(self._position)
+            self._position = self._steps.following(self._position)
         self.steps_counted += steps
 
     # -- dealing -------------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return -(-self._end(0) // self.batch_size) * self.micro_batches
+        if self._endless:
+            raise TypeError("an endless ElasticSampler has no len()")
+        return self._steps.in_epoch() * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        """This rank's samples of each optimizer step from the position to the end of the epoch; `micro_batches` lists a step.
+        """This rank's samples of each optimizer step from the position to the end of the epoch (`endless`: and on); `micro_batches` lists a
+        step.
 
         A rank for which there is no sample, because a small last step has fewer samples than there are lists, gets one of that step as a
         *stand-in*, with the `weight` 0: loaders cannot collate an empty list, and the other ranks wait for its backward pass.
         """
         loads, here = self._loads, self._position
         world = self.place()
-        if self._dealt.epoch > here.epoch:
+        if self._dealt.epoch > here.epoch and not self._endless:
             logger.warning(
                 "epoch %d was dealt out to its end, but only %d of its %d samples belong to steps that were counted as done: the rest is "
-                "dealt again. Have the sampler in the Checkpointer's state and call step() after each optimizer step, or call advance()",
+                "dealt again. Have the sampler in the Checkpointer's state and call step() after each optimizer step, or call advance(). A "
+                "loop that draws its next batch before that needs endless=True",
                 here.epoch,
                 here.samples,
-                self._end(here.samples),
+                self._steps.end(here.samples),
             )
-        shuffle, seed = self._order
-        order = SampleOrder(self.length, shuffle=shuffle, seed=seed, epoch=here.epoch)
-        epoch = here.epoch
-        while here.epoch == epoch:
-            following = self._following(here)
+        order = self._order_of(here.epoch)
+        while True:
+            following = self._steps.following(here)
             for micro_batch in range(self.micro_batches):
                 if self._loads != loads:
                     raise CheckpointError(
@@ -182,8 +180,12 @@ class ElasticSampler:
                     )
                 if micro_batch == self.micro_batches - 1:
                     self._dealt = max(self._dealt, following)
-                start, stop = self._part(here, world, micro_batch)
+                start, stop = self._steps.part(here, world.rank, world.size, micro_batch, self.micro_batches)
                 yield order.samples(start, max(stop, start + 1))
+            if following.epoch > here.epoch:
+                if not self._endless:
+                    return
+                order = self._order_of(following.epoch)
             here = following
 
     def weight(self, micro_batch: int = 0) -> float:
@@ -198,34 +200,12 @@ class ElasticSampler:
         if not 0 <= micro_batch < self.micro_batches:
             raise ValueError(f"micro_batch is {micro_batch!r}: expected 0 to {self.micro_batches - 1}")
         world = self.place()
-        start, stop = self._part(self._position, world, micro_batch)
-        return (stop - start) * world.size / self._size(self._position)
+        start, stop = self._steps.part(self._position, world.rank, world.size, micro_batch, self.micro_batches)
+        return (stop - start) * world.size / self._steps.size(self._position)
 
-    def _end(self, samples: int) -> int:
-        """Where an epoch ends whose steps go on after `samples`."""
-        rest = self.length - samples
-        return self.length if self._tail == "uneven" else self.length - rest % self.batch_size
-
-    def _size(self, here: Position) -> int:
-        """Samples of the step that follows."""
-        return min(self.batch_size, self._end(here.samples) - here.samples)
-
-    def _following(self, here: Position) -> Position:
-        """The position after one more step."""
-        return self._normal(here.epoch, here.samples + self._size(here))
-
-    def _normal(self, epoch: int, samples: int) -> Position:
-        """The end of an epoch is the beginning of the next one."""
-        return Position(epoch, samples) if samples < self._end(samples) else Position(epoch + 1, 0)
-
-    def _part(self, here: Position, world: World, micro_batch: int) -> tuple[int, int]:
-        """This rank's places in the epoch's order, of one list of the step that follows. They may be none, but then the first is one of the
-        step's.
-        """
-        size = self._size(here)
-        first, last = (size * rank // world.size for rank in (world.rank, world.rank + 1))
-        start, stop = (first + (last - first) * n // self.micro_batches for n in (micro_batch, micro_batch + 1))
-        return here.samples + start, here.samples + stop
+    def _order_of(self, epoch: int) -> SampleOrder:
+        shuffle, seed = self._order
+        return SampleOrder(self._steps.length, shuffle=shuffle, seed=seed, epoch=epoch)
 
     # -- saving and loading --------------------------------------------------------------------------------------------
 
@@ -234,7 +214,7 @@ class ElasticSampler:
         shuffle, seed = self._order
         return {
             "version": _VERSION,
-            "length": self.length,
+            "length": self._steps.length,
             "shuffle": shuffle,
             "seed": seed,
             "batch_size": self.batch_size,
@@ -266,7 +246,7 @@ class ElasticSampler:
                 state["epoch"],
                 state["samples"],
             )
-        self._position = self._dealt = self._normal(state["epoch"], state["samples"])
+        self._position = self._dealt = self._steps.normal(Position(state["epoch"], state["samples"]))
         self._total = state["total"]
         self._loads += 1
 
@@ -288,7 +268,7 @@ class ElasticSampler:
         if not state["samples"]:
             return []
         saved = {name: state.get(name) for name in ("length", "shuffle", "seed")}
-        here: dict[str, Any] = dict(zip(saved, (self.length, *self._order), strict=True))
+        here: dict[str, Any] = dict(zip(saved, (self._steps.length, *self._order), strict=True))
         if not (saved["shuffle"] or here["shuffle"]):  # then the seed means nothing
             here["seed"] = saved["seed"]
         found = [
@@ -299,8 +279,8 @@ class ElasticSampler:
         if found:
             advice = "its order would be another, so samples would come twice or be lost. Take the same data and seed until the epoch ends"
             found[-1] += f" ({state['samples']} samples of epoch {state['epoch']} are done: {advice})"
-        elif state["samples"] > self.length:
-            found = [f"samples is {state['samples']}: expected {self.length} at most"]
+        elif state["samples"] > self._steps.length:
+            found = [f"samples is {state['samples']}: expected {self._steps.length} at most"]
         return found
 
 

@@ -196,6 +196,30 @@ def test_an_iteration_of_before_a_restore_is_refused() -> None:
         next(lists)
 
 
+@pytest.mark.parametrize("tail", ["uneven", "drop"])
+def test_an_endless_iteration_may_run_ahead_over_epochs(tail: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Each batch is drawn two epochs before its step is counted; a job that goes on from any step gets the same samples."""
+    settings: dict[str, Any] = {"seed": 1, "tail": tail, "endless": True}
+    sampler = ElasticSampler(10, 4, **settings)
+    with caplog.at_level(logging.WARNING, "fastckpt"):
+        ends = 10 if tail == "uneven" else 8
+        orders = [SampleOrder(10, shuffle=True, seed=1, epoch=epoch).samples(0, ends) for epoch in range(6)]
+        steps = [order[at : at + 4] for order in orders for at in range(0, ends, 4)]
+        lists = iter(sampler)
+        drawn = [next(lists) for _ in range(6)]
+        for number in range(6):
+            assert sampler.steps_ahead == 6
+            other = ElasticSampler(10, 4, **settings)
+            other.load_state_dict(sampler.state_dict())
+            assert list(itertools.islice(other, 3)) == steps[number : number + 3]
+            drawn.append(next(lists))
+            sampler.advance()
+    assert drawn == steps[:12]
+    assert not caplog.records
+    with pytest.raises(TypeError, match="endless"):
+        len(sampler)
+
+
 def test_an_epoch_that_nobody_counted_is_dealt_again_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     sampler = ElasticSampler(10, 4)
     with caplog.at_level(logging.WARNING, "fastckpt"):
