@@ -233,6 +233,16 @@ def test_an_epoch_that_nobody_counted_is_dealt_again_with_a_warning(caplog: pyte
     assert not caplog.records
 
 
+def test_a_look_at_the_first_batch_disturbs_no_iteration() -> None:
+    sampler = ElasticSampler(40, 4)
+    lists = iter(sampler)
+    drawn = [next(lists) for _ in range(3)]
+    assert next(iter(sampler)) == drawn[0]
+    assert sampler.steps_ahead == 3
+    sampler.advance(3)
+    assert next(lists) == next(iter(sampler))
+
+
 def test_ranks_without_a_sample_get_a_stand_in_that_does_not_count() -> None:
     """13 samples in steps of 5, on 5 ranks: the last step has 3."""
     samplers = [ElasticSampler(13, 5, shuffle=False, rank=rank, world=5) for rank in range(5)]

@@ -134,7 +134,9 @@ def test_a_call_that_raised_is_made_up_for(store: HeldStore) -> None:
         assert run.sampler.samples == 3 * BATCH
 
 
-def test_a_loader_of_another_sampler_is_found_at_the_first_step(store: HeldStore) -> None:
+def test_a_loader_of_another_sampler_is_found_at_the_first_step(
+    store: HeldStore, caplog: pytest.LogCaptureFixture
+) -> None:
     run = Run()
     with checkpointer(store, run) as ckpt:
         with pytest.raises(
@@ -143,6 +145,7 @@ def test_a_loader_of_another_sampler_is_found_at_the_first_step(store: HeldStore
             ckpt.step(1)
         assert run.sampler.samples == 0
     assert not ckpt.stats.saves
+    assert "the first number" not in caplog.text
 
 
 def test_an_iteration_of_before_the_restore_is_found(store: HeldStore) -> None:
@@ -187,7 +190,10 @@ def test_a_sampler_of_some_steps_is_left_to_the_loop(store: HeldStore) -> None:
     again.state["other"] = ElasticSampler(30, 3, automatic=False)
     with checkpointer(store, again) as ckpt:
         assert ckpt.restore() == 4
-    assert again.state["other"].samples == 6
+        assert again.state["other"].samples == 6
+        again.state["other"].advance()
+        with pytest.raises(SaveError, match="the state has changed since"):
+            ckpt.save_now(4)
 
 
 def test_numbers_that_do_not_begin_at_one(store: HeldStore, caplog: pytest.LogCaptureFixture) -> None:
