@@ -124,6 +124,7 @@ class Checkpointer:
             self._decisions = decisions_of(self._engine, self._saver, self._ending, every)
             opened.callback(self._ending.close)
             alike = {"keys of the state": sorted(live.targets), "every": repr(every), "replicated": list(replicated)}
+            alike["samplers"] = self._engine.positions.shared
             self._engine.open({**alike, **switches}, read_only=read_only)
             if not read_only:
                 self._ending.watch(open_sources(spot, leads_node=world.leads_node))
@@ -184,6 +185,7 @@ class Checkpointer:
         self._broken, self.restored = None, commit
         self._last = SaveAsked(commit.save.step, metrics=commit.metrics, meta=commit.meta)
         self._decisions.restored()
+        self._engine.positions.restored(commit.save.step)
         self._saver.has_restored(commit, looked_at=not self._read_only)
         self._ending.mark_step()
         return commit.save.step
@@ -193,7 +195,7 @@ class Checkpointer:
     def step(
         self, step: int, *, metrics: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
     ) -> bool:
-        """Save when due. To be called after each optimizer step.
+        """Save when due. To be called after each optimizer step. Counts it in the samplers of the state (`ElasticSampler`) first.
 
         A torn save (the state changed during its copy, without an optimizer's step) is not raised here. It is logged, and the next step is
         saved instead, before this returns. `wait` and `close` raise it if no newer step is durable by then.
@@ -209,7 +211,7 @@ class Checkpointer:
         Raises:
             CheckpointError: the error of a background save that failed since the last call. The state and earlier checkpoints are unharmed:
                 you may catch it and go on.
-            SaveError: the step goes backwards, or is no number.
+            SaveError: the step goes backwards, is no number, or cannot be right for a sampler of the state.
             SupersededError: another incarnation has taken over.
             PartialRestoreError: the last restore changed only some of the objects.
         """
@@ -223,6 +225,7 @@ class Checkpointer:
         asked = asked_for(step, "notice", metrics, meta, self._last)
         if self._ending.left:
             return True
+        self._engine.positions.reached(step)
         before, self._last = self._last, asked
         self._ending.mark_step()
         decisions.begin_call()
@@ -260,6 +263,7 @@ class Checkpointer:
         if self._decisions.raises_first:
             self._engine.raise_failures()
         asked = asked_for(step, "manual", metrics, meta, self._last)
+        self._engine.positions.reached(step)
         handle = self._decisions.save_now(asked)
         self._last = asked
         return handle

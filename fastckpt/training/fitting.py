@@ -13,6 +13,7 @@ from fastckpt.events import logger
 from fastckpt.format.tensor_names import dotted
 from fastckpt.host.torch_names import local_of
 from fastckpt.state.wrappers import names_inside
+from fastckpt.training.elastic_sampler import ElasticSampler
 from fastckpt.training.placement import PlacementPlan, copies_plainly
 from fastckpt.training.sharded import misfits, without_pattern
 
@@ -94,6 +95,8 @@ def _look_for_misfits(name: str, target: Any, value: Any, found: _Misfits) -> No
         found.unequal += _misfit(name, target, value, exact=True)
     elif isinstance(target, torch.optim.Optimizer):
         found.unequal += _misfits_of_groups(name, target, value)
+    elif isinstance(target, ElasticSampler):
+        found.unequal += [f"{name}: {words}" for words in target.misfits(value)]
     elif isinstance(target, torch.nn.Module) and isinstance(value, dict) and copies_plainly(target):
         live = target.state_dict()
         names = names_inside(target)

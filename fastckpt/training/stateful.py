@@ -15,6 +15,7 @@ from fastckpt.state.local_state import LocalState, localised
 from fastckpt.state.wrappers import names_inside
 from fastckpt.training.changes import changes
 from fastckpt.training.collective import refusals
+from fastckpt.training.elastic_sampler import ElasticSampler
 from fastckpt.training.exact import load_exactly
 from fastckpt.training.filling import Filling
 from fastckpt.training.placement import PlacementPlan, may_be_asked, saved_names
@@ -22,7 +23,6 @@ from fastckpt.training.rng import RNGState
 from fastckpt.training.sharded import into_dtensors
 
 _SHOWN = 3
-_LAZY = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)  # these have no shape yet
 
 
 def check_targets(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +56,7 @@ _WITHOUT_CONSEQUENCES = (
     torch.optim.lr_scheduler.LRScheduler,
     torch.amp.GradScaler,
     torch.Tensor,
+    ElasticSampler,
     dict,
     list,
 )

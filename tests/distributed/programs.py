@@ -379,6 +379,8 @@ def begin_otherwise(url: str, what: str) -> str:
     settings: dict[str, Any] = {"every": Every(steps=5)}
     options = dict(OPTIONS, join_timeout_s=5.0)
     hurry(2.0)
+    seed = 1 if what == "every" and rank == 1 else 0
+    training.state["data"] = fastckpt.ElasticSampler(100, 10, seed=seed, automatic=False)
     if what == "keys" and rank == 1:
         training.state["ema"] = torch.zeros(3)
     if what == "every" and rank == 1:
