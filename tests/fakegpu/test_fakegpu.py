@@ -47,7 +47,7 @@ def test_the_suite(name: str) -> None:
     if name == THREADS:
         print(run("-k", "gpu-", FAKEGPU_SCHEDULES="threads"))
     else:
-        print(run(f"tests/fakegpu/suite/{name}", FAKEGPU_SEEDS=os.environ.get("FAKEGPU_SEEDS", "2")))
+        print(run(f"tests/fakegpu/suite/{name}", FAKEGPU_SEEDS=os.environ.get("FAKEGPU_SEEDS", "1")))
 
 
 @pytest.mark.slow
