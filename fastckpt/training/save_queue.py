@@ -27,6 +27,7 @@ from fastckpt.repository.retention import Keep
 from fastckpt.snapshot import Snapshot
 from fastckpt.state import Captured
 from fastckpt.state.chunks import LiveChunks
+from fastckpt.state.sealing import seal
 from fastckpt.writing.handles import Handle, Waiting
 from fastckpt.writing.rank import SaveAsked, UploadThreads
 
@@ -215,9 +216,8 @@ class SaveQueue:
     def _run(self, job: Job) -> Commit:
         started = time.monotonic()
         commit = self._incarnation.save(
-            job.captured,
+            seal(job.captured, job.source),
             job.asked,
-            source=job.source,
             cancelled=job.cancelled.is_set,
             threads=job.threads,
             turn=job.turn,

@@ -26,7 +26,7 @@ from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
 from fastckpt.testing.faulty_store import FaultyStore
 from tests.support.repositories import check_all, incarnation, read
-from tests.support.states import captured, same, small_state
+from tests.support.states import same, sealed, small_state
 
 RESULT = Path(__file__).parent / "results" / "repository_kill.json"
 CHANGE = ("put", "put_if_absent", "delete")
@@ -47,7 +47,7 @@ def job(store: Store, report: Callable[[int], None], steps: int = 2) -> None:
     choice = run.choose_and_claim()
     start = 0 if choice is None else choice.commit.save.step
     for step in range(start + 1, start + 1 + steps):
-        run.save(captured(small_state(step)), step)
+        run.save(sealed(small_state(step)), step)
         report(step)
         run.retain(Keep(last=2), grace_s=0.0)
 
@@ -85,7 +85,7 @@ def judge(root: Path, acknowledged: int, before: int) -> str:
     assert step >= least, f"step {least} was acknowledged, a restore finds {step}"
     if choice is not None:
         assert same(read(store, choice.commit), small_state(step))
-    run.save(captured(small_state(step + 1)), step + 1)
+    run.save(sealed(small_state(step + 1)), step + 1)
     for _ in range(3):
         run.retain(Keep(last=2), grace_s=0.0)
     check_all(store)

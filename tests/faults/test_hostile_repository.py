@@ -41,7 +41,7 @@ from fastckpt.writing.rank import SaveAsked
 from fastckpt.writing.sinks import FileObject
 from tests.faults.test_hostile import junk, mutate_json
 from tests.faults.tools import outcome
-from tests.support.states import captured, small_state
+from tests.support.states import sealed, small_state
 
 OPTIONS = Options(threads=1, connections=1, max_load_bytes=64 << 20)
 
@@ -81,7 +81,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     job = Incarnation(Repository(store), OPTIONS)
     job.choose_and_claim()
     for step in (1, 2):
-        commit = job.save(captured(small_state(float(step))), SaveAsked(step, metrics={"loss": 0.5}, meta={"a": [1]}))
+        commit = job.save(sealed(small_state(float(step))), SaveAsked(step, metrics={"loss": 0.5}, meta={"a": [1]}))
     reader = Pin(CheckpointId(commit.save.epoch, 1), 1 << 30, "a reader", utc_now())
     store.put(pin_key("reader"), pin_bytes(reader))
     return {info.key: store.get(info.key) for info in store.list("")}

@@ -22,7 +22,7 @@ from fastckpt.store.cloud import S3Store
 from fastckpt.store.wrap import Retrying
 from tests.s3server import S3Server
 from tests.support.repositories import OPTIONS, check_all, history, read
-from tests.support.states import captured, same, small_state
+from tests.support.states import same, sealed, small_state
 
 pytestmark = pytest.mark.s3
 RESULT = Path(__file__).parent / "results" / "races.json"
@@ -84,7 +84,7 @@ def race(s3_server: S3Server, open_store: Callable[..., S3Store], rounds: int, s
                 for _ in range(saves):
                     step += 1
                     values[CheckpointId(run.epoch.number, step)] = float(2 * round_number + i)
-                    acknowledged.append(run.save(captured(small_state(float(2 * round_number + i))), step).checkpoint)
+                    acknowledged.append(run.save(sealed(small_state(float(2 * round_number + i))), step).checkpoint)
             except SupersededError:
                 superseded.append(i)
             except BaseException as error:
