@@ -96,7 +96,7 @@ def chunks_of(state: SealedState) -> list[bytes]:
 
 def test_a_process_without_torch_uploads_votes_and_commits(tmp_path: Path) -> None:
     """And what the copies' owner does not confirm, it does not vote for. Takes 2 s: a Python of its own."""
-    obj = rich_state(1)
+    obj = {key: value for key, value in rich_state(1).items() if key != "array"}  # which needs weights_only=False
     state = sealed(obj)
     assert state.own_bytes == state.n_bytes == sum(map(len, chunks_of(state)))
     form: Any = replace(state, source=None)  # type: ignore[arg-type]
