@@ -92,9 +92,10 @@ class SaveQueue:
         keep: Keep | None,
         grace_s: float,
         in_a_hurry: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """in_a_hurry: whether a notice has come; after that no retention runs."""
-        self._incarnation = incarnation
+        """in_a_hurry: whether a notice has come; after that no retention runs. clock: measures saves; that of `SaveAsked.called_s`."""
+        self._incarnation, self._clock = incarnation, clock
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
         """The running job first. A job leaves when it has ended."""
@@ -214,7 +215,7 @@ class SaveQueue:
             del error  # its traceback refers to this frame
 
     def _run(self, job: Job) -> Commit:
-        started = time.monotonic()
+        started = self._clock()
         commit = self._incarnation.save(
             seal(job.captured, job.source),
             job.asked,
@@ -222,7 +223,7 @@ class SaveQueue:
             threads=job.threads,
             turn=job.turn,
         )
-        self.measured_s = time.monotonic() - started
+        self.measured_s = self._clock() - started
         self.last_commit = commit
         events.emit(
             events.CheckpointDurable(
@@ -231,7 +232,7 @@ class SaveQueue:
                 trigger=job.asked.trigger,
                 raw_bytes=commit.raw_bytes,
                 stored_bytes=commit.stored_bytes,
-                seconds=time.monotonic() - job.asked.called_s,
+                seconds=self._clock() - job.asked.called_s,
             )
         )
         return commit
