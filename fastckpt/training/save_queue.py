@@ -19,9 +19,10 @@ from fastckpt import events
 from fastckpt.errors import AbandonedError, TornSnapshotError, as_save_error
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
+from fastckpt.format.sealed_state import SealedState
 from fastckpt.host.threads import start_thread
 from fastckpt.repository.incarnation import Incarnation
-from fastckpt.repository.joint_commit import JointTurn
+from fastckpt.repository.joint_commit import JointTurn, abandon
 from fastckpt.repository.retaining import Retaining
 from fastckpt.repository.retention import Keep
 from fastckpt.snapshot import Snapshot
@@ -217,7 +218,7 @@ class SaveQueue:
     def _run(self, job: Job) -> Commit:
         started = self._clock()
         commit = self._incarnation.save(
-            seal(job.captured, job.source),
+            _seal(job),
             job.asked,
             cancelled=job.cancelled.is_set,
             threads=job.threads,
@@ -292,6 +293,16 @@ class SaveQueue:
             logger.warning("%s", error)
         else:
             logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
+
+
+def _seal(job: Job) -> SealedState:
+    """Ranks that save with this one learn of it if that fails: its upload, which would tell them, does not begin then."""
+    try:
+        return seal(job.captured, job.source)
+    except BaseException as error:
+        if job.turn is not None:
+            abandon(job.turn.fate, job.turn.fate.rank, error)
+        raise
 
 
 def _forget_locals(error: BaseException) -> None:
