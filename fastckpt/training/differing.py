@@ -22,13 +22,24 @@ from fastckpt.reading.assembly import Move, Source, Target, assemble
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.training.partly import load_partly
+from fastckpt.training.replicas import is_in
 from fastckpt.training.rng import RNGState
 
 
 class Differing:
     """Compares saved ranks with rank 0. Used by the thread that trains."""
 
-    def __init__(self, targets: Mapping[str, Any], ranks: SavedRanks, options: Options, *, weights_only: bool) -> None:
+    def __init__(
+        self,
+        targets: Mapping[str, Any],
+        declared: Sequence[str],
+        ranks: SavedRanks,
+        options: Options,
+        *,
+        weights_only: bool,
+    ) -> None:
+        """declared: names, and beginnings of names up to a dot, of what is the same on all ranks: it is not compared."""
+        self._declared = declared
         self._targets, self._ranks, self._options, self._weights_only = targets, ranks, options, weights_only
         self._threads = max(options.threads, options.connections)
 
@@ -42,7 +53,7 @@ class Differing:
         for number in others:
             for name in (*self._tensors_unlike(number), *_values_unlike(first, self._values(number), ())):
                 key = str(name[0]) if name else ""
-                if key in self._targets:
+                if key in self._targets and not any(is_in(dotted(name), one) for one in self._declared):
                     found.setdefault(key, f"{dotted(name)} of rank {number} is not that of rank 0")
         return found
 

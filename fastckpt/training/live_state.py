@@ -77,6 +77,11 @@ class LiveState:
         self.weights_only = True
         """`weights_only` of the last restore. If False, restore refuses nothing, and no warning is needed."""
 
+    @property
+    def replicated(self) -> tuple[str, ...]:
+        """Names of what the user says is the same on all ranks."""
+        return self._replicas.declared
+
     def look(self) -> tuple[Captured, Cuts]:
         """Capture the objects; only small values are copied. Types that a restore would refuse are remembered, and the next save warns of
         them.

@@ -52,7 +52,7 @@ def check_replicated(replicated: Any, targets: Collection[str]) -> tuple[str, ..
         raise TypeError(
             f"replicated has {', '.join(map(repr, wrong))}: expected names, such as ('model', 'optim.state')"
         )
-    unknown = [name for name in replicated if not any(_is_in(name, target) for target in targets)]
+    unknown = [name for name in replicated if not any(is_in(name, target) for target in targets)]
     if unknown:
         raise ValueError(
             f"replicated names {', '.join(map(repr, unknown))}, which is in no object of the state: its names begin with "
@@ -66,7 +66,7 @@ class Replicas:
 
     def __init__(self, targets: Mapping[str, Any], declared: Sequence[str] = (), world: World = ALONE) -> None:
         """declared: names, and beginnings of names up to a dot, of what is the same on all ranks. world: those that save together."""
-        self._targets, self._declared, self._world = targets, tuple(declared), world
+        self._targets, self.declared, self._world = targets, tuple(declared), world
         self._form: object = None
         self._shares: dict[int, tuple[Share, ...]] = {}
         self._groups: dict[tuple[int, ...], list[int]] = {}
@@ -164,7 +164,7 @@ class Replicas:
         return found
 
     def _declares(self, name: str) -> bool:
-        matching = [declared for declared in self._declared if _is_in(name, declared)]
+        matching = [declared for declared in self.declared if is_in(name, declared)]
         self._unmatched.difference_update(matching)
         return bool(matching)
 
@@ -175,7 +175,8 @@ def _is_padded(entry: TensorEntry, captured: Captured) -> bool:
     return element is None or math.prod(entry.shape) * element.n_bytes < captured.storages[entry.storage].n_bytes
 
 
-def _is_in(name: str, beginning: str) -> bool:
+def is_in(name: str, beginning: str) -> bool:
+    """Whether a dotted name is this one, or begins with it up to a dot."""
     return name == beginning or name.startswith(f"{beginning}.")
 
 

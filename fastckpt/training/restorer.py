@@ -183,8 +183,9 @@ class Restorer:
                 words = "; ".join(f"{key!r}: {why}" for key, why in differing.items())
                 raise RestoreError(
                     f"{location} was saved by {commit.world} ranks, and this job has {world.size}. What each of them had for itself has no "
-                    f"place here: {words}. Nothing was changed. Restore on {commit.world} ranks, leave it out of the state, or say what "
-                    "becomes of it: Checkpointer(reassign=lambda key, states, rank, world: states[rank % len(states)])"
+                    f"place here: {words}. Nothing was changed. Restore on {commit.world} ranks, or say what becomes of it: "
+                    "Checkpointer(reassign=lambda key, states, rank, world: states[rank % len(states)]); replicated=(…) names what is taken "
+                    "from rank 0"
                 )
             for key in differing:
                 states = SavedStates(key, ranks, self._options, weights_only=asked.weights_only)
@@ -202,7 +203,10 @@ class Restorer:
 
     def _differing(self, ranks: SavedRanks, asked: RestoreAsked, numbers: Iterable[int]) -> dict[str, str]:
         """What of the objects is not the same on these saved ranks."""
-        return Differing(self._live.targets, ranks, self._options, weights_only=asked.weights_only).find(numbers)
+        compared = Differing(
+            self._live.targets, self._live.replicated, ranks, self._options, weights_only=asked.weights_only
+        )
+        return compared.find(numbers)
 
     def _load_whole(self, reader: Reader, plan: PlacementPlan, weights_only: bool) -> Any:
         # Threads wait for the network more than they compute: use as many as there may be connections.

@@ -255,6 +255,8 @@ def restore_own_things(url: str, what: str) -> str:
         return None if key == "kept" else states[rank % 2]
 
     settings: dict[str, Any] = {"reassign": reassign} if what == "reassigned" else {}
+    if what == "declared":
+        settings = {"reassign": reassign, "replicated": ("own", "loader.position")}
     options = Options(**OPTIONS)
     with fastckpt.Checkpointer(url, state, every=None, spot=None, options=options, **settings) as ckpt:
         try:

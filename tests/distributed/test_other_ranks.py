@@ -21,6 +21,8 @@ def test_what_was_a_ranks_own_needs_a_word(tmp_path: Path) -> None:
         assert "reassign=" in found
         assert "'model'" not in found
         assert "'alike'" not in found
+    for rank, said in enumerate(run_ranks(3, programs.restore_own_things, url, "declared")):
+        assert said == f"model 2.5, alike [1, 'x'], own 0.0, position 0, rng {rank % 2}, kept 7"
     found = run_ranks(3, programs.restore_own_things, url, "reassigned")
     assert found == [
         f"model 2.5, alike [1, 'x'], own {rank % 2}.0, position {10 * (rank % 2)}, rng {rank % 2}, kept 7"
