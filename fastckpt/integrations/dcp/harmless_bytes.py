@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 from typing import Any
+
+import torch
 
 from fastckpt.errors import CheckpointError, RefusedStateError
 from fastckpt.host.torch_names import torch_load, torch_save
@@ -18,7 +21,7 @@ def load_harmless(data: bytes, fqn: str, url: str) -> Any:
     except pickle.UnpicklingError as error:
         found = _load_beyond_torch(data, fqn, url, error)
     except Exception as error:  # no file of torch.save, or one of TorchScript
-        raise _refused(fqn, url, error) from error
+        raise _refused(data, fqn, url, error) from error
     invariants.require_fit(found, f"{fqn} of {url}")
     return found
 
@@ -28,14 +31,17 @@ def _load_beyond_torch(data: bytes, fqn: str, url: str, refused: Exception) -> A
     try:
         return torch_load(io.BytesIO(data), pickle_module=harmless, weights_only=False)
     except Exception as error:
-        raise _refused(fqn, url, refused) from error
+        raise _refused(data, fqn, url, refused) from error
 
 
-def _refused(fqn: str, url: str, error: Exception) -> CheckpointError:
+def _refused(data: bytes, fqn: str, url: str, error: Exception) -> CheckpointError:
+    why = str(error).partition("\n")[0]
+    with contextlib.suppress(Exception):  # it may be no file of torch.save
+        types = set(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))) - harmless.NAMES
+        why = f"it needs {', '.join(sorted(types))}" if types else why
     return RefusedStateError(
-        f"{fqn} of {url} is an object that could run code while it is loaded, or no object that torch.save has written: "
-        f"{str(error).partition(chr(10))[0]}\nIf you trust the checkpoint, pass FastckptReader(…, weights_only=False), or allow its types "
-        "with torch.serialization.add_safe_globals"
+        f"{fqn} of {url} is an object that could run code while it is loaded, or no object that torch.save has written: {why}. If you "
+        "trust the checkpoint, pass FastckptReader(…, weights_only=False), or allow its types with torch.serialization.add_safe_globals"
     )
 
 

@@ -1,0 +1,44 @@
+"""Saves and loads through torch.distributed.checkpoint, without ranks."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from fastckpt.dcp import FastckptReader, FastckptWriter
+
+IGNORED = "ignore:torch.distributed is (disabled|unavailable):UserWarning"
+"""What torch says of every save and load of one process."""
+HAS_USE_COLLECTIVES = "use_collectives" in inspect.signature(dcp.save).parameters
+
+
+def save(url: str | os.PathLike[str], state: dict[str, Any], **settings: Any) -> Any:
+    writer = settings.pop("writer", None) or FastckptWriter()
+    return dcp.save(state, checkpoint_id=url, storage_writer=writer, no_dist=True, **settings)
+
+
+def load(url: str | os.PathLike[str], state: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    reader = settings.pop("reader", None) or FastckptReader()
+    dcp.load(state, checkpoint_id=url, storage_reader=reader, no_dist=True, **settings)
+    return state
+
+
+def cause(error: CheckpointException, rank: int = 0) -> BaseException:
+    """What rank's error a CheckpointException carries."""
+    return error.failures[rank][0]
+
+
+def packs(url: str | os.PathLike[str]) -> list[Path]:
+    return sorted(Path(url).glob("data/*/*/*.pack"))
+
+
+def flip(path: Path, at: int) -> None:
+    """Flip one bit."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)

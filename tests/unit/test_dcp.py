@@ -1,0 +1,525 @@
+"""FastckptWriter and FastckptReader in one process. tests/distributed/test_dcp.py has real ranks."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import inspect
+import io
+import math
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import AsyncStager
+
+import fastckpt
+from fastckpt import events
+from fastckpt.dcp import FastckptReader, FastckptSavePlanner, FastckptWriter
+from fastckpt.errors import (
+    CorruptCheckpointError,
+    NoCheckpointError,
+    RefusedStateError,
+    RepositoryError,
+    SaveError,
+    StoreError,
+    TooLargeError,
+)
+from fastckpt.integrations.dcp import turns, writer
+from fastckpt.options import Options
+from fastckpt.store.open import open_store
+from tests.support.dcp import HAS_USE_COLLECTIVES, IGNORED, cause, flip, load, packs, save
+
+pytestmark = pytest.mark.filterwarnings(IGNORED)
+
+
+def zeros_like(value: Any) -> Any:
+    """A target of the same form."""
+    if isinstance(value, torch.Tensor):
+        return torch.zeros_like(value)
+    if isinstance(value, dict):
+        return {key: zeros_like(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [zeros_like(item) for item in value]
+    return None
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in types, structure and bits; strides aside."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        bits = [
+            torch.empty(t.shape, dtype=t.dtype).copy_(t).reshape(-1).view(torch.uint8).tolist()
+            for t in (a, b)
+            if t.numel()
+        ]
+        return a.dtype == b.dtype and a.shape == b.shape and bits[:1] == bits[1:]
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b or repr(a) == repr(b) == "nan")
+
+
+def sorted_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: sorted_keys(value[key]) for key in sorted(value)}
+    return [sorted_keys(item) for item in value] if isinstance(value, list) else value
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn]
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    n = math.prod(shape)
+    found = (torch.arange(n) * draw(st.integers(1, 99)) % 251).to(torch.float32).to(dtype).reshape(shape)
+    if shape and draw(st.booleans()):
+        found = found.transpose(0, -1)
+    if shape and shape[0] > 1 and draw(st.booleans()):
+        found = found[::2]
+    return found
+
+
+LEAVES = tensors() | st.integers() | st.floats() | st.text(max_size=5) | st.none() | st.lists(st.integers(), max_size=2)
+KEYS = st.text("abé_", min_size=1, max_size=3)
+STATES = st.dictionaries(
+    KEYS,
+    st.recursive(
+        LEAVES, lambda inner: st.dictionaries(KEYS, inner, max_size=3) | st.lists(tensors(), max_size=3), max_leaves=8
+    ),
+    min_size=1,
+    max_size=4,
+)
+FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FEW
+@given(state=STATES, numbers=st.integers())
+def test_a_state_comes_back_with_its_empty_dictionaries(state: dict[str, Any], numbers: int, tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}-{numbers}"
+    save(url, copy.deepcopy(state), planner=FastckptSavePlanner())
+    assert same(sorted_keys(FastckptReader(url).read_state_dict()), sorted_keys(state))
+
+
+@FEW
+@given(state=STATES)
+def test_dcp_loads_what_it_loads_from_its_own_files(
+    state: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("differential")
+    loaded = []
+    for reader, written in (
+        (FastckptReader(folder / "ours"), FastckptWriter(folder / "ours")),
+        (dcp.FileSystemReader(folder / "theirs"), dcp.FileSystemWriter(folder / "theirs")),
+    ):
+        dcp.save(copy.deepcopy(state), storage_writer=written, no_dist=True)
+        target = zeros_like(state)
+        dcp.load(target, storage_reader=reader, no_dist=True)
+        loaded.append(target)
+    assert same(*loaded)
+
+
+def test_order_and_tied_weights(tmp_path: Path) -> None:
+    weight = torch.randn(300, 300)
+    state = {"z": {"w": weight, "n": 1}, "a": weight, "m": weight.t(), "b": [torch.ones(2), torch.zeros(3)]}
+    save(tmp_path, state)
+    assert list(FastckptReader(tmp_path).read_state_dict()["z"]) == ["w", "n"]
+    stored = sum(pack.stat().st_size for pack in packs(tmp_path))
+    assert stored < 1.1 * weight.nbytes  # torch writes 3 × 360,000 bytes
+    target = load(tmp_path, zeros_like(state))
+    assert torch.equal(target["a"], weight)
+    assert torch.equal(target["m"], weight.t())
+
+
+def test_small_items_are_packed(tmp_path: Path) -> None:
+    state = {f"step.{n}": torch.tensor(float(n)) for n in range(1000)}
+    save(tmp_path, state)
+    n_bytes = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert n_bytes < 300 * len(state)  # torch: 1,577 for each, and 185 of metadata
+    assert len(packs(tmp_path)) == 1
+
+
+def test_of_a_narrow_view_only_the_view_is_stored(tmp_path: Path) -> None:
+    whole = torch.randn(1000, 100)
+    save(tmp_path, {"row": whole[7], "columns": whole[:, 3:5], "same": whole[7]})
+    assert sum(pack.stat().st_size for pack in packs(tmp_path)) < 20_000
+    target = load(tmp_path, {"row": torch.zeros(100), "columns": torch.zeros(1000, 2)})
+    assert torch.equal(target["row"], whole[7])
+    assert torch.equal(target["columns"], whole[:, 3:5])
+
+
+def test_odd_tensors(tmp_path: Path) -> None:
+    base = torch.arange(6.0)
+    values = torch.randn(3, 4, dtype=torch.complex64)
+    state = {
+        "scalar": torch.tensor(2.5),
+        "expanded": torch.ones(1).expand(5),
+        "conj": values.conj(),
+        "neg": torch._neg_view(values.imag),
+        "as ints": base.view(torch.int32),
+        "as floats": base,
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    }
+    save(tmp_path, state)
+    found = FastckptReader(tmp_path).read_state_dict()
+    for name, value in state.items():
+        assert torch.equal(found[name], value.detach().resolve_conj().resolve_neg()), name
+    metadata = FastckptReader(tmp_path).read_metadata()
+    assert metadata.state_dict_metadata["parameter"].properties.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+def test_what_cannot_be_stored_is_listed_at_once(tmp_path: Path) -> None:
+    state = {
+        "fine": torch.ones(2),
+        "sparse": torch.eye(3).to_sparse(),
+        "quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        "meta": torch.empty(3, device="meta"),
+        "\ud800": torch.ones(1),
+    }
+    with pytest.raises(CheckpointException) as caught:
+        save(tmp_path, state)
+    error = cause(caught.value)
+    assert isinstance(error, SaveError)
+    assert all(f"{name}: " in str(error) for name in ("sparse", "quantized", "meta", r"'\ud800'"))
+    assert "fine" not in str(error)
+    assert not list(tmp_path.glob("commits/*"))
+
+
+def test_torch_finds_in_the_methods_what_it_looks_for() -> None:
+    for method in (
+        FastckptWriter.set_up_storage_writer,
+        FastckptReader.set_up_storage_reader,
+        FastckptReader.read_metadata,
+    ):
+        assert "kwargs" in inspect.signature(method).parameters
+    assert not isinstance(FastckptWriter("x"), AsyncStager)
+    for name in (
+        "stage",
+        "synchronize_staging",
+        "close",
+        "should_synchronize_after_execute",
+        "_synchronize_after_execute",
+    ):
+        assert not hasattr(FastckptWriter, name)
+
+
+def test_places(tmp_path: Path) -> None:
+    for kind in (FastckptWriter, FastckptReader):
+        assert all(
+            map(kind.validate_checkpoint_id, ("s3://b/p", tmp_path, str(tmp_path), f"file://{tmp_path}", "memory://x"))
+        )
+        assert not any(map(kind.validate_checkpoint_id, ("", "gs://b/p", "file://relative")))
+        with pytest.raises(StoreError, match="gs://b"):
+            kind("gs://b/p")
+        with pytest.raises(StoreError):
+            kind().reset("hdfs://x/y")
+        one = kind("s3://bucket/run/")
+        assert one.checkpoint_id == "s3://bucket/run/"
+        one.reset()
+        assert one.checkpoint_id == "s3://bucket/run/"
+        one.reset(Path("s3://bucket/other"))
+        assert pickle.loads(pickle.dumps(one)).checkpoint_id == "s3://bucket/other"
+    with pytest.raises(CheckpointException, match="no place to save to"):
+        dcp.save({}, storage_writer=FastckptWriter(), no_dist=True)
+    with pytest.raises(CheckpointException, match="no place to load from"):
+        dcp.load({}, storage_reader=FastckptReader(), no_dist=True)
+
+
+def test_storage_meta(tmp_path: Path) -> None:
+    one = FastckptWriter(tmp_path)
+    first = one.storage_meta()
+    one.reset(tmp_path / "b")
+    assert (first.checkpoint_id, one.storage_meta().checkpoint_id) == (str(tmp_path), str(tmp_path / "b"))
+    assert first.save_id != one.storage_meta().save_id
+    assert save(tmp_path / "b", {"x": 1}, writer=one).storage_meta.checkpoint_id == str(tmp_path / "b")
+
+
+def test_one_writer_saves_many_checkpoints(tmp_path: Path) -> None:
+    one, other = FastckptWriter(), FastckptReader()
+    for step in (5, 10, 15):
+        save(tmp_path / f"step-{step}", {"x": torch.full((3,), float(step)), "step": step}, writer=one)
+    for step in (5, 10, 15):
+        found = load(tmp_path / f"step-{step}", {"x": torch.zeros(3), "step": 0}, reader=other)
+        assert found["step"] == step
+        assert found["x"].tolist() == [step] * 3
+        with fastckpt.open(tmp_path / f"step-{step}") as tensors_of:
+            assert tensors_of["x"].tolist() == [step] * 3
+    assert next(iter((tmp_path / "step-10" / "commits").iterdir())).name == f"{1:06}-{10:012}.json"
+
+
+@pytest.mark.parametrize(("where", "step"), [("run/step-100", 100), ("run/00012/", 12), ("run", 0), ("v2/last", 0)])
+def test_the_number_at_the_end_of_an_id_is_its_step(where: str, step: int) -> None:
+    assert turns.step_of(where) == step
+
+
+class Halted(Exception):
+    """A process ends here."""
+
+
+@pytest.mark.parametrize("place", ["begin", "upload", "commit"])
+def test_an_overwritten_checkpoint_stays_until_the_new_one_is_committed(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.rand(70_000) + 1
+    save(tmp_path, {"x": weight})
+
+    def halt(*arguments: Any, **named: Any) -> Any:
+        found = real(*arguments, **named) if place != "commit" else None
+        assert found is None or place in ("begin", "upload")
+        raise Halted
+
+    real = getattr(writer, place)
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, place, halt)
+        with pytest.raises(CheckpointException):
+            save(tmp_path, {"x": -weight})
+    assert torch.equal(load(tmp_path, {"x": torch.zeros(70_000)})["x"], weight)
+    old = packs(tmp_path)
+    save(tmp_path, {"x": 2 * weight})
+    assert torch.equal(load(tmp_path, {"x": torch.zeros(70_000)})["x"], 2 * weight)
+    assert not old[0].exists(), "what was replaced is deleted"
+    assert len(packs(tmp_path)) == (2 if place != "begin" else 1)  # an unfinished save stays for its grace
+
+
+def test_without_overwriting(tmp_path: Path) -> None:
+    save(tmp_path, {"x": 1})
+    with pytest.raises(CheckpointException) as caught:
+        save(tmp_path, {"x": 2}, writer=FastckptWriter(overwrite=False))
+    assert isinstance(cause(caught.value), RepositoryError)
+    assert load(tmp_path, {"x": 0}) == {"x": 1}
+    save(tmp_path / "new", {"x": 2}, writer=FastckptWriter(overwrite=False))
+
+
+@pytest.mark.parametrize("folder", ["commits", "votes", "data"])
+def test_a_damaged_checkpoint_can_be_replaced(folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, {"x": torch.rand(70_000)})
+    (path,) = (p for p in (tmp_path / folder).rglob("*") if p.is_file())
+    flip(path, 100)
+    save(tmp_path, {"x": torch.zeros(3)})
+    assert load(tmp_path, {"x": torch.ones(3)})["x"].tolist() == [0, 0, 0]
+    if folder != "data":
+        assert caplog.records
+
+
+@pytest.mark.parametrize("folder", ["commits", "votes", "data"])
+def test_a_flipped_bit_is_an_error_that_names_the_tensor(folder: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save(tmp_path, {"small": torch.ones(3), "model": {"weight": torch.randn(300_000)}})
+    path = max((p for p in (tmp_path / folder).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    flip(path, path.stat().st_size // 2)
+    with pytest.raises(CheckpointException) as caught:
+        load(tmp_path, {"model": {"weight": torch.zeros(300_000)}})
+    error = cause(caught.value)
+    assert isinstance(error, CorruptCheckpointError)
+    assert isinstance(pickle.loads(pickle.dumps(error)), CorruptCheckpointError)
+    if folder == "data":
+        assert "model.weight" in str(error)
+    with pytest.raises(CorruptCheckpointError):
+        FastckptReader(tmp_path).read_state_dict()
+
+
+def test_where_nothing_is(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointException) as caught:
+        load(tmp_path / "nowhere", {"x": 1})
+    assert isinstance(cause(caught.value), NoCheckpointError)
+    with pytest.raises(NoCheckpointError):
+        FastckptReader(tmp_path / "nowhere").read_state_dict()
+    with pytest.raises(NoCheckpointError):
+        FastckptReader(tmp_path / "nowhere").read_metadata()
+
+
+def test_other_planners_data_are_refused(tmp_path: Path) -> None:
+    class Planner(dcp.DefaultSavePlanner):
+        def create_global_plan(self, all_plans: Any) -> Any:
+            plans, metadata = super().create_global_plan(all_plans)
+            metadata.planner_data = {"x": object()}
+            return plans, metadata
+
+    with pytest.raises(CheckpointException) as caught:
+        save(tmp_path, {"x": torch.ones(2)}, planner=Planner())
+    assert isinstance(cause(caught.value), SaveError)
+    assert "planner_data" in str(cause(caught.value))
+    with pytest.raises(NoCheckpointError):
+        FastckptReader(tmp_path).read_metadata()
+
+
+def test_what_was_not_planned_is_not_committed(tmp_path: Path) -> None:
+    class Planner(dcp.DefaultSavePlanner):
+        def finish_plan(self, new_plan: Any) -> Any:
+            new_plan.items.pop()
+            return super().finish_plan(new_plan)
+
+    with pytest.raises(CheckpointException, match="lost: nothing where"):
+        save(tmp_path, {"x": torch.ones(2), "lost": torch.ones(3)}, planner=Planner())
+    assert not list(tmp_path.glob("commits/*"))
+
+
+def test_planners_that_do_not_flatten(tmp_path: Path) -> None:
+    save(tmp_path, {"a.b": torch.ones(2), "c": {"d": 1}}, planner=dcp.DefaultSavePlanner(flatten_state_dict=False))
+    assert FastckptReader(tmp_path).read_metadata().planner_data is None
+    found = load(tmp_path, {"a.b": torch.zeros(2), "c": None}, planner=dcp.DefaultLoadPlanner(False, False))
+    assert found["c"] == {"d": 1}
+    assert found["a.b"].all()
+
+
+def test_planners_that_rename_and_convert(tmp_path: Path) -> None:
+    class Planner(dcp.DefaultSavePlanner):
+        def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+            super().set_up_planner(state_dict, storage_meta, is_coordinator)
+            self.state_dict = {f"new.{key}": value for key, value in self.state_dict.items()}
+            self.mappings = {f"new.{key}": path for key, path in self.mappings.items()}
+
+        def transform_object(self, write_item: Any, object: Any) -> Any:
+            found = super().transform_object(write_item, object)
+            return found.half() if isinstance(found, torch.Tensor) else found
+
+    save(tmp_path, {"a": {"b": torch.ones(2)}, "n": 3}, planner=Planner())
+    metadata = FastckptReader(tmp_path).read_metadata()
+    assert metadata.planner_data == {"new.a.b": ("a", "b"), "new.n": ("n",)}
+    assert metadata.state_dict_metadata["new.a.b"].properties.dtype == torch.float16
+    assert FastckptReader(tmp_path).read_state_dict() == {"a": {"b": pytest.approx(torch.ones(2).half())}, "n": 3}
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("code was run",)
+
+
+def test_loading_runs_no_foreign_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, {"x": Evil(), "y": torch.ones(1)})
+    for read in (lambda: load(tmp_path, {"x": None}), lambda: FastckptReader(tmp_path).read_state_dict()):
+        with pytest.raises((CheckpointException, RefusedStateError)) as caught:
+            read()
+        error = cause(caught.value) if isinstance(caught.value, CheckpointException) else caught.value
+        assert isinstance(error, RefusedStateError)
+        assert "builtins.print" in str(error)
+        assert "x of" in str(error)
+    assert capsys.readouterr().out == ""
+    assert load(tmp_path, {"y": torch.zeros(1)})["y"].all()
+    load(tmp_path, {"x": None}, reader=FastckptReader(weights_only=False))
+    assert capsys.readouterr().out == "code was run\n"
+
+
+def test_bytes_that_torch_save_has_not_written_are_refused(tmp_path: Path) -> None:
+    class Planner(dcp.DefaultSavePlanner):
+        def transform_object(self, write_item: Any, object: Any) -> Any:
+            return io.BytesIO(object)
+
+    script = io.BytesIO()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), script) if torch.__version__ < "2.10" else None
+    for data in (b"", b"junk", pickle.dumps(3), *([script.getvalue()] if script.getvalue() else [])):
+        save(tmp_path, {"x": data}, planner=Planner())
+        with pytest.raises(CheckpointException) as caught:
+            load(tmp_path, {"x": None})
+        assert isinstance(cause(caught.value), RefusedStateError), data[:10]
+
+
+def test_harmless_objects_need_no_trust(tmp_path: Path) -> None:
+    state = {
+        "when": datetime.datetime(2026, 1, 2, 3, 4),
+        "loss": np.float64(0.5),
+        "nested": (1, {"a": torch.arange(3)}, b"x", Path("a/b")),
+        "stream": io.BytesIO(b"abc"),
+    }
+    save(tmp_path, state)
+    found = load(tmp_path, dict.fromkeys(state))
+    assert found["when"] == state["when"]
+    assert found["loss"] == 0.5
+    assert found["stream"].getvalue() == b"abc"
+    assert found["nested"][1]["a"].tolist() == [0, 1, 2]
+    assert found["nested"][3] == Path("a/b")
+
+
+@pytest.fixture
+def chunks() -> Iterator[list[str]]:
+    seen: list[str] = []
+    with events.subscribe(lambda e: seen.append(type(e).__name__) if isinstance(e, events.ChunkLoaded) else None):
+        yield seen
+
+
+def test_only_what_is_needed_is_read(tmp_path: Path, chunks: list[str]) -> None:
+    save(tmp_path, {"a": torch.randn(3 << 20), "b": torch.randn(3 << 20), "c": torch.randn(2)})
+    load(tmp_path, {"b": torch.zeros(3 << 20)})
+    assert len(chunks) == 3
+    chunks.clear()
+    found = FastckptReader(tmp_path).read_state_dict(["c"])
+    assert list(found) == ["c"]
+    assert len(chunks) == 1
+
+
+def test_a_state_dict_that_is_too_large(tmp_path: Path) -> None:
+    save(tmp_path, {"a": torch.zeros(1000)})
+    with pytest.raises(TooLargeError):
+        FastckptReader(tmp_path, options=Options(max_load_bytes=3999)).read_state_dict()
+
+
+@pytest.mark.skipif(not HAS_USE_COLLECTIVES, reason="torch 2.6 has collectives only")
+def test_each_rank_for_itself(tmp_path: Path) -> None:
+    save(tmp_path, {"x": torch.ones(2)}, use_collectives=False)
+    assert (tmp_path / "rank-00000" / "commits").is_dir()
+    assert load(tmp_path, {"x": torch.zeros(2)})["x"].all()
+
+
+def test_async_save(tmp_path: Path) -> None:
+    state = {"x": torch.ones(2)}
+    future: Any = dcp.async_save(state, checkpoint_id=tmp_path, storage_writer=FastckptWriter())
+    state["x"].zero_()
+    future.result()
+    assert load(tmp_path, {"x": torch.zeros(2)})["x"].all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_checkpoint_of_a_checkpointer(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    with fastckpt.Checkpointer(tmp_path, {"model": model}, spot=None) as ckpt:
+        ckpt.save_now(7)
+    target = {"model": {name: torch.zeros_like(value) for name, value in model.state_dict().items()}}
+    assert same(load(tmp_path, target)["model"], {name: value.detach() for name, value in model.state_dict().items()})
+    assert torch.equal(FastckptReader(tmp_path, step=7).read_state_dict()["model"]["weight"], model.weight)
+
+
+def test_a_pickled_writer_has_forgotten_its_save(tmp_path: Path) -> None:
+    one = FastckptWriter(tmp_path, overwrite=False, options=Options(threads=1))
+    save(tmp_path, {"x": torch.ones(2)}, writer=pickle.loads(pickle.dumps(one)))
+    with open_store(tmp_path) as store:
+        assert [info.key for info in store.list("commits/")] == [
+            f"commits/{1:06}-{turns.step_of(str(tmp_path)):012}.json"
+        ]
+
+
+def all_errors(kind: type[BaseException]) -> Iterator[type[BaseException]]:
+    yield kind
+    for more in kind.__subclasses__():
+        yield from all_errors(more)
+
+
+def test_every_error_travels_between_ranks() -> None:
+    from fastckpt.errors import AbandonedError, CheckpointError, Damage
+
+    made: dict[type, BaseException] = {
+        CorruptCheckpointError: CorruptCheckpointError("x", [Damage("vote", "a", "b", "c", ("t",))], "advice"),
+        AbandonedError: AbandonedError(3, "!why"),
+    }
+    for kind in dict.fromkeys(all_errors(CheckpointError)):
+        if not kind.__module__.startswith("fastckpt"):
+            continue
+        error = made.get(kind) or kind("some words")
+        error.__cause__ = OSError("a cause")
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is kind
+        assert str(again) == str(error)
+        assert getattr(again, "damage", ()) == getattr(error, "damage", ())
