@@ -7,24 +7,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fastckpt.dcp import FastckptReader, FastckptWriter
 
 IGNORED = "ignore:torch.distributed is (disabled|unavailable):UserWarning"
 """What torch says of every save and load of one process."""
-HAS_USE_COLLECTIVES = "use_collectives" in inspect.signature(dcp.save).parameters
+HAS_USE_COLLECTIVES = "use_collectives" in inspect.signature(dcp_save).parameters
 
 
 def save(url: str | os.PathLike[str], state: dict[str, Any], **settings: Any) -> Any:
     writer = settings.pop("writer", None) or FastckptWriter()
-    return dcp.save(state, checkpoint_id=url, storage_writer=writer, no_dist=True, **settings)
+    return dcp_save(state, checkpoint_id=url, storage_writer=writer, **settings)
 
 
 def load(url: str | os.PathLike[str], state: dict[str, Any], **settings: Any) -> dict[str, Any]:
     reader = settings.pop("reader", None) or FastckptReader()
-    dcp.load(state, checkpoint_id=url, storage_reader=reader, no_dist=True, **settings)
+    dcp_load(state, checkpoint_id=url, storage_reader=reader, **settings)
     return state
 
 
