@@ -42,6 +42,7 @@ The rooms, from the bottom up. A room imports only from rooms that stand before 
     training/    the loop's object. checkpointer (face), saver, restorer, fence, ending (notices, exceptions), schedule (when a save is
                  due), save_queue, final_save. State back into live objects: stateful, exact, filling and placement
     upkeep/      a person with a repository: check/, repair, export, salvage/, analyze
+    integrations/ plug-ins. dcp/: storage for torch.distributed.checkpoint, also called fastckpt.dcp
     api          save, load, save_async, open: torch's shapes
     cli/         one module for each command, with what it prints; output: tables, bars, exit statuses
     testing/     for other people's tests: the store contract, faults, a metadata server

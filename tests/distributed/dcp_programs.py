@@ -16,9 +16,14 @@ import fastckpt
 from fastckpt.dcp import FastckptReader, FastckptWriter
 from fastckpt.options import Options
 from tests.distributed.programs import Training
-from tests.support.dcp import cause
+from tests.support.dcp import cause, flip, packs
 
 OPTIONS = Options(threads=1, connections=2, host_budget_bytes=256 << 20)
+
+
+def in_turn(*calls: tuple[Any, ...]) -> list[Any]:
+    """Several functions of this module, each given by its name and arguments, in one job: torch's imports take seconds."""
+    return [globals()[name](*arguments) for name, *arguments in calls]
 
 
 def trained(mode: str, seed: int) -> dict[str, Any]:
@@ -127,8 +132,13 @@ def damaged(url: str) -> list[str]:
     return []
 
 
-def save_two(url: str) -> None:
+def save_and_flip(url: str) -> None:
+    """Save, and flip one bit of a pack."""
     dcp.save({"x": torch.rand(100_000), "y": torch.rand(100_000)}, checkpoint_id=url, storage_writer=writer())
+    if dist.get_rank() == 0:
+        first = packs(url)[0]
+        flip(first, first.stat().st_size // 2)
+    dist.barrier()
 
 
 def save_until_killed(url: str, place: str, victim: int) -> None:

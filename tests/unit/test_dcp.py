@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import inspect
-import io
 import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -29,18 +26,12 @@ import fastckpt
 from fastckpt import events
 from fastckpt.dcp import FastckptReader, FastckptSavePlanner, FastckptWriter
 from fastckpt.errors import (
-    CorruptCheckpointError,
-    NoCheckpointError,
-    RefusedStateError,
-    RepositoryError,
-    SaveError,
     StoreError,
-    TooLargeError,
 )
-from fastckpt.integrations.dcp import turns, writer
+from fastckpt.integrations.dcp import turns
 from fastckpt.options import Options
 from fastckpt.store.open import open_store
-from tests.support.dcp import HAS_USE_COLLECTIVES, IGNORED, cause, flip, load, packs, save
+from tests.support.dcp import HAS_USE_COLLECTIVES, IGNORED, load, packs, save
 
 pytestmark = pytest.mark.filterwarnings(IGNORED)
 
@@ -84,9 +75,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8, t
 
 
 @st.composite
-def tensors(draw: st.DrawFn) -> torch.Tensor:
+def tensors(draw: Any) -> torch.Tensor:
     dtype = draw(st.sampled_from(DTYPES))
-    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    shape: list[int] = draw(st.lists(st.integers(0, 5), max_size=3))
     n = math.prod(shape)
     found = (torch.arange(n) * draw(st.integers(1, 99)) % 251).to(torch.float32).to(dtype).reshape(shape)
     if shape and draw(st.booleans()):
@@ -182,26 +173,8 @@ def test_odd_tensors(tmp_path: Path) -> None:
     found = FastckptReader(tmp_path).read_state_dict()
     for name, value in state.items():
         assert torch.equal(found[name], value.detach().resolve_conj().resolve_neg()), name
-    metadata = FastckptReader(tmp_path).read_metadata()
+    metadata: Any = FastckptReader(tmp_path).read_metadata()
     assert metadata.state_dict_metadata["parameter"].properties.requires_grad
-
-
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
-def test_what_cannot_be_stored_is_listed_at_once(tmp_path: Path) -> None:
-    state = {
-        "fine": torch.ones(2),
-        "sparse": torch.eye(3).to_sparse(),
-        "quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
-        "meta": torch.empty(3, device="meta"),
-        "\ud800": torch.ones(1),
-    }
-    with pytest.raises(CheckpointException) as caught:
-        save(tmp_path, state)
-    error = cause(caught.value)
-    assert isinstance(error, SaveError)
-    assert all(f"{name}: " in str(error) for name in ("sparse", "quantized", "meta", r"'\ud800'"))
-    assert "fine" not in str(error)
-    assert not list(tmp_path.glob("commits/*"))
 
 
 def test_torch_finds_in_the_methods_what_it_looks_for() -> None:
@@ -219,10 +192,9 @@ def test_torch_finds_in_the_methods_what_it_looks_for() -> None:
 
 def test_places(tmp_path: Path) -> None:
     for kind in (FastckptWriter, FastckptReader):
-        assert all(
-            map(kind.validate_checkpoint_id, ("s3://b/p", tmp_path, str(tmp_path), f"file://{tmp_path}", "memory://x"))
-        )
-        assert not any(map(kind.validate_checkpoint_id, ("", "gs://b/p", "file://relative")))
+        good = ("s3://b/p", tmp_path, str(tmp_path), f"file://{tmp_path}", "memory://x")
+        assert all(kind.validate_checkpoint_id(one) for one in good)
+        assert not any(kind.validate_checkpoint_id(one) for one in ("", "gs://b/p", "file://relative"))
         with pytest.raises(StoreError, match="gs://b"):
             kind("gs://b/p")
         with pytest.raises(StoreError):
@@ -266,108 +238,6 @@ def test_the_number_at_the_end_of_an_id_is_its_step(where: str, step: int) -> No
     assert turns.step_of(where) == step
 
 
-class Halted(Exception):
-    """A process ends here."""
-
-
-@pytest.mark.parametrize("place", ["begin", "upload", "commit"])
-def test_an_overwritten_checkpoint_stays_until_the_new_one_is_committed(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight = torch.rand(70_000) + 1
-    save(tmp_path, {"x": weight})
-
-    def halt(*arguments: Any, **named: Any) -> Any:
-        found = real(*arguments, **named) if place != "commit" else None
-        assert found is None or place in ("begin", "upload")
-        raise Halted
-
-    real = getattr(writer, place)
-    with monkeypatch.context() as patched:
-        patched.setattr(writer, place, halt)
-        with pytest.raises(CheckpointException):
-            save(tmp_path, {"x": -weight})
-    assert torch.equal(load(tmp_path, {"x": torch.zeros(70_000)})["x"], weight)
-    old = packs(tmp_path)
-    save(tmp_path, {"x": 2 * weight})
-    assert torch.equal(load(tmp_path, {"x": torch.zeros(70_000)})["x"], 2 * weight)
-    assert not old[0].exists(), "what was replaced is deleted"
-    assert len(packs(tmp_path)) == (2 if place != "begin" else 1)  # an unfinished save stays for its grace
-
-
-def test_without_overwriting(tmp_path: Path) -> None:
-    save(tmp_path, {"x": 1})
-    with pytest.raises(CheckpointException) as caught:
-        save(tmp_path, {"x": 2}, writer=FastckptWriter(overwrite=False))
-    assert isinstance(cause(caught.value), RepositoryError)
-    assert load(tmp_path, {"x": 0}) == {"x": 1}
-    save(tmp_path / "new", {"x": 2}, writer=FastckptWriter(overwrite=False))
-
-
-@pytest.mark.parametrize("folder", ["commits", "votes", "data"])
-def test_a_damaged_checkpoint_can_be_replaced(folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    save(tmp_path, {"x": torch.rand(70_000)})
-    (path,) = (p for p in (tmp_path / folder).rglob("*") if p.is_file())
-    flip(path, 100)
-    save(tmp_path, {"x": torch.zeros(3)})
-    assert load(tmp_path, {"x": torch.ones(3)})["x"].tolist() == [0, 0, 0]
-    if folder != "data":
-        assert caplog.records
-
-
-@pytest.mark.parametrize("folder", ["commits", "votes", "data"])
-def test_a_flipped_bit_is_an_error_that_names_the_tensor(folder: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    save(tmp_path, {"small": torch.ones(3), "model": {"weight": torch.randn(300_000)}})
-    path = max((p for p in (tmp_path / folder).rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    flip(path, path.stat().st_size // 2)
-    with pytest.raises(CheckpointException) as caught:
-        load(tmp_path, {"model": {"weight": torch.zeros(300_000)}})
-    error = cause(caught.value)
-    assert isinstance(error, CorruptCheckpointError)
-    assert isinstance(pickle.loads(pickle.dumps(error)), CorruptCheckpointError)
-    if folder == "data":
-        assert "model.weight" in str(error)
-    with pytest.raises(CorruptCheckpointError):
-        FastckptReader(tmp_path).read_state_dict()
-
-
-def test_where_nothing_is(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointException) as caught:
-        load(tmp_path / "nowhere", {"x": 1})
-    assert isinstance(cause(caught.value), NoCheckpointError)
-    with pytest.raises(NoCheckpointError):
-        FastckptReader(tmp_path / "nowhere").read_state_dict()
-    with pytest.raises(NoCheckpointError):
-        FastckptReader(tmp_path / "nowhere").read_metadata()
-
-
-def test_other_planners_data_are_refused(tmp_path: Path) -> None:
-    class Planner(DefaultSavePlanner):
-        def create_global_plan(self, all_plans: Any) -> Any:
-            plans, metadata = super().create_global_plan(all_plans)
-            metadata.planner_data = {"x": object()}
-            return plans, metadata
-
-    with pytest.raises(CheckpointException) as caught:
-        save(tmp_path, {"x": torch.ones(2)}, planner=Planner())
-    assert isinstance(cause(caught.value), SaveError)
-    assert "planner_data" in str(cause(caught.value))
-    with pytest.raises(NoCheckpointError):
-        FastckptReader(tmp_path).read_metadata()
-
-
-def test_what_was_not_planned_is_not_committed(tmp_path: Path) -> None:
-    class Planner(DefaultSavePlanner):
-        def finish_plan(self, new_plan: Any) -> Any:
-            new_plan.items.pop()
-            return super().finish_plan(new_plan)
-
-    with pytest.raises(CheckpointException, match="lost: nothing where"):
-        save(tmp_path, {"x": torch.ones(2), "lost": torch.ones(3)}, planner=Planner())
-    assert not list(tmp_path.glob("commits/*"))
-
-
 def test_planners_that_do_not_flatten(tmp_path: Path) -> None:
     save(tmp_path, {"a.b": torch.ones(2), "c": {"d": 1}}, planner=DefaultSavePlanner(flatten_state_dict=False))
     assert FastckptReader(tmp_path).read_metadata().planner_data is None
@@ -388,60 +258,10 @@ def test_planners_that_rename_and_convert(tmp_path: Path) -> None:
             return found.half() if isinstance(found, torch.Tensor) else found
 
     save(tmp_path, {"a": {"b": torch.ones(2)}, "n": 3}, planner=Planner())
-    metadata = FastckptReader(tmp_path).read_metadata()
+    metadata: Any = FastckptReader(tmp_path).read_metadata()
     assert metadata.planner_data == {"new.a.b": ("a", "b"), "new.n": ("n",)}
     assert metadata.state_dict_metadata["new.a.b"].properties.dtype == torch.float16
     assert FastckptReader(tmp_path).read_state_dict() == {"a": {"b": pytest.approx(torch.ones(2).half())}, "n": 3}
-
-
-class Evil:
-    def __reduce__(self) -> Any:
-        return print, ("code was run",)
-
-
-def test_loading_runs_no_foreign_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(tmp_path, {"x": Evil(), "y": torch.ones(1)})
-    for read in (lambda: load(tmp_path, {"x": None}), lambda: FastckptReader(tmp_path).read_state_dict()):
-        with pytest.raises((CheckpointException, RefusedStateError)) as caught:
-            read()
-        error = cause(caught.value) if isinstance(caught.value, CheckpointException) else caught.value
-        assert isinstance(error, RefusedStateError)
-        assert "builtins.print" in str(error)
-        assert "x of" in str(error)
-    assert capsys.readouterr().out == ""
-    assert load(tmp_path, {"y": torch.zeros(1)})["y"].all()
-    load(tmp_path, {"x": None}, reader=FastckptReader(weights_only=False))
-    assert capsys.readouterr().out == "code was run\n"
-
-
-def test_bytes_that_torch_save_has_not_written_are_refused(tmp_path: Path) -> None:
-    class Planner(DefaultSavePlanner):
-        def transform_object(self, write_item: Any, object: Any) -> Any:
-            return io.BytesIO(object)
-
-    script = io.BytesIO()
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), script) if torch.__version__ < "2.10" else None
-    for data in (b"", b"junk", pickle.dumps(3), *([script.getvalue()] if script.getvalue() else [])):
-        save(tmp_path, {"x": data}, planner=Planner())
-        with pytest.raises(CheckpointException) as caught:
-            load(tmp_path, {"x": None})
-        assert isinstance(cause(caught.value), RefusedStateError), data[:10]
-
-
-def test_harmless_objects_need_no_trust(tmp_path: Path) -> None:
-    state = {
-        "when": datetime.datetime(2026, 1, 2, 3, 4),
-        "loss": np.float64(0.5),
-        "nested": (1, {"a": torch.arange(3)}, b"x", Path("a/b")),
-        "stream": io.BytesIO(b"abc"),
-    }
-    save(tmp_path, state)
-    found = load(tmp_path, dict.fromkeys(state))
-    assert found["when"] == state["when"]
-    assert found["loss"] == 0.5
-    assert found["stream"].getvalue() == b"abc"
-    assert found["nested"][1]["a"].tolist() == [0, 1, 2]
-    assert found["nested"][3] == Path("a/b")
 
 
 @pytest.fixture
@@ -459,12 +279,6 @@ def test_only_what_is_needed_is_read(tmp_path: Path, chunks: list[str]) -> None:
     found = FastckptReader(tmp_path).read_state_dict(["c"])
     assert list(found) == ["c"]
     assert len(chunks) == 1
-
-
-def test_a_state_dict_that_is_too_large(tmp_path: Path) -> None:
-    save(tmp_path, {"a": torch.zeros(1000)})
-    with pytest.raises(TooLargeError):
-        FastckptReader(tmp_path, options=Options(max_load_bytes=3999)).read_state_dict()
 
 
 @pytest.mark.skipif(not HAS_USE_COLLECTIVES, reason="torch 2.6 has collectives only")
@@ -505,27 +319,3 @@ def test_a_pickled_writer_has_forgotten_its_save(tmp_path: Path) -> None:
         assert [info.key for info in store.list("commits/")] == [
             f"commits/{1:06}-{turns.step_of(str(tmp_path)):012}.json"
         ]
-
-
-def all_errors(kind: type[BaseException]) -> Iterator[type[BaseException]]:
-    yield kind
-    for more in kind.__subclasses__():
-        yield from all_errors(more)
-
-
-def test_every_error_travels_between_ranks() -> None:
-    from fastckpt.errors import AbandonedError, CheckpointError, Damage
-
-    made: dict[type, BaseException] = {
-        CorruptCheckpointError: CorruptCheckpointError("x", [Damage("vote", "a", "b", "c", ("t",))], "advice"),
-        AbandonedError: AbandonedError(3, "!why"),
-    }
-    for kind in dict.fromkeys(all_errors(CheckpointError)):
-        if not kind.__module__.startswith("fastckpt"):
-            continue
-        error = made.get(kind) or kind("some words")
-        error.__cause__ = OSError("a cause")
-        again = pickle.loads(pickle.dumps(error))
-        assert type(again) is kind
-        assert str(again) == str(error)
-        assert getattr(again, "damage", ()) == getattr(error, "damage", ())

@@ -27,7 +27,7 @@ class CopyingStager(BlockingAsyncStager):
         return found
 
 
-Stager: Any = NoStager if "async_stager" in inspect.signature(async_save).parameters else CopyingStager
+WriterBase: Any = NoStager if "async_stager" in inspect.signature(async_save).parameters else CopyingStager
 """The base of a writer. One that has the methods of a stager is taken for one, so it must not have them where torch does the work."""
 
 

@@ -19,17 +19,17 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from fastckpt.errors import RepositoryError, SaveError, UnreadableError
 from fastckpt.events import logger
-from fastckpt.format.keys import MAX_STEP, CheckpointId, SaveId, VoteName, parse_pack
-from fastckpt.format.repository_records import Commit, Parent
+from fastckpt.format.keys import MAX_STEP, CheckpointId, SaveId, VoteName, commit_key, parse_pack
+from fastckpt.format.repository_records import Commit, Parent, Tombstone, tombstone_bytes, utc_now
 from fastckpt.format.vote import Vote
 from fastckpt.host.threads import WorkerPool
 from fastckpt.integrations.dcp.items import is_paths
 from fastckpt.integrations.dcp.layout import differences, layout_of
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.collector import Collector
-from fastckpt.repository.commit import commit_votes, list_votes, read_vote
+from fastckpt.repository.commit import commit_votes, create, list_votes, read_vote
 from fastckpt.repository.repository import Repository
-from fastckpt.repository.retention import GRACE_S, Keep, plan_retention
+from fastckpt.repository.retention import GRACE_S, UNFINISHED, Keep, plan_retention
 from fastckpt.store.base import Store
 
 _READS_AT_ONCE = 64
@@ -110,10 +110,25 @@ def commit(store: Store, turn: Assignment, own: Vote | None, told: Sequence[Vote
     """Commit a save. Blocks until the record is there.
 
     turn: the coordinator's own. own: the vote that it has placed. told: what the ranks say that they have placed. metadata: torch's plan of
-    the whole. SaveError if votes are missing, or hold anything but what was planned; then nothing is committed.
+    the whole. SaveError if votes are missing, or hold anything but what was planned; then nothing is committed, now or later.
     """
-    _check_planner_data(store, metadata)
-    votes = _read_votes(store, turn, own, told)
+    try:
+        _check_planner_data(store, metadata)
+        votes = _read_votes(store, turn, own, told)
+        _check_votes(store, votes, metadata)
+    except SaveError:
+        _bury(store, turn.save)
+        raise
+    found = commit_votes(store, [votes[name] for name in sorted(votes, key=lambda name: name.rank)])
+    if any(found.vote(name.rank) != name for name in votes):
+        raise RepositoryError(
+            f"{store.url}: another process has committed this save ({turn.save}). Start one job for each checkpoint_id"
+        )
+    return found
+
+
+def _check_votes(store: Store, votes: Mapping[VoteName, Vote], metadata: Metadata) -> None:
+    """SaveError unless the votes hold what was planned."""
     layout = layout_of({name.rank: vote.directory for name, vote in votes.items()}, store.url)
     unlike = differences(layout, metadata)
     if unlike:
@@ -121,12 +136,15 @@ def commit(store: Store, turn: Assignment, own: Vote | None, told: Sequence[Vote
         raise SaveError(
             f"{store.url}: the ranks have not written what the planner says they have. Nothing was committed:\n  {listed}"
         )
-    found = commit_votes(store, [votes[name] for name in sorted(votes, key=lambda name: name.rank)])
-    if any(found.vote(name.rank) != name for name in votes):
-        raise RepositoryError(
-            f"{store.url}: another process has committed this save ({turn.save}). Start one job for each checkpoint_id"
-        )
-    return found
+
+
+def _bury(store: Store, save: SaveId) -> None:
+    """See to it that nobody completes a save that was refused although all ranks have voted, as `fastckpt check --repair` would."""
+    tombstone = Tombstone(save.checkpoint, None, UNFINISHED, utc_now())
+    try:
+        create(store, commit_key(save.checkpoint), tombstone_bytes(tombstone))
+    except Exception as error:  # the caller has an error of its own to raise
+        logger.warning("%s: the refused save %s could not be retired: %s", store.url, save, error)
 
 
 def _check_planner_data(store: Store, metadata: Metadata) -> None:

@@ -20,7 +20,7 @@ from fastckpt.format.repository_records import Parent
 from fastckpt.format.vote import Vote
 from fastckpt.integrations.dcp.items import captured_of, meta_of
 from fastckpt.integrations.dcp.places import rank_url, require_url
-from fastckpt.integrations.dcp.staging import Stager
+from fastckpt.integrations.dcp.staging import WriterBase
 from fastckpt.integrations.dcp.turns import Assignment, begin, commit, follow, retire_others, step_of
 from fastckpt.options import Options
 from fastckpt.store.base import Store
@@ -28,7 +28,7 @@ from fastckpt.store.open import open_store
 from fastckpt.writing.rank import SaveAsked, SaveRequest, upload
 
 
-class FastckptWriter(StorageWriter, Stager):  # type: ignore[misc]
+class FastckptWriter(StorageWriter, WriterBase):  # type: ignore[misc]
     """Writes checkpoints of torch.distributed.checkpoint as fastckpt repositories. One instance may write many, one at a time.
 
     A checkpoint exists as soon as all ranks have written their parts and the coordinator has committed it; until then, and after any
@@ -48,7 +48,7 @@ class FastckptWriter(StorageWriter, Stager):  # type: ignore[misc]
         self, url: str | os.PathLike[str] | None = None, *, overwrite: bool = True, options: Options | None = None
     ) -> None:
         StorageWriter.__init__(self)
-        Stager.__init__(self)
+        WriterBase.__init__(self)
         self._url = None if url is None else require_url(url)
         self._overwrite, self._options = overwrite, options
         self._save_id = str(uuid.uuid4())
