@@ -40,7 +40,8 @@ The rooms, from the bottom up. A room imports only from rooms that stand before 
     repository/  what is committed. commit: the conditional put; catalog: history, and which checkpoint a restore takes; incarnation: one
                  start of a job; retention: which old checkpoints go; collector: deletes them; retaining: decides when it runs
     training/    the loop's object. checkpointer (face), saver, restorer, fence, ending (notices, exceptions), schedule (when a save is
-                 due), save_queue, final_save. State back into live objects: stateful, exact, filling and placement
+                 due), save_queue, final_save. State back into live objects: stateful, exact, filling and placement.
+                 elastic_sampler: the data's position, for any number of ranks; sample_order, sample_steps; positions: counts steps in it
     upkeep/      a person with a repository: check/, repair, export, salvage/, analyze
     integrations/ plug-ins. dcp/: storage for torch.distributed.checkpoint, also called fastckpt.dcp
     api          save, load, save_async, open: torch's shapes
@@ -98,6 +99,7 @@ with _held_off():  # a collection during this import would walk all of torch: 0.
     from fastckpt.spot.notice import Notice
     from fastckpt.store.base import Store
     from fastckpt.training.checkpointer import EXIT_CODE_NOTICE, Checkpointer, Stats
+    from fastckpt.training.elastic_sampler import ElasticSampler
     from fastckpt.training.rng import RNGState
     from fastckpt.training.save_queue import CommitHandle
     from fastckpt.training.schedule import Every
@@ -108,6 +110,7 @@ __all__ = [
     "Checkpointer",
     "CommitHandle",
     "CorruptCheckpointError",
+    "ElasticSampler",
     "EmptyCheckpointError",
     "Every",
     "Keep",

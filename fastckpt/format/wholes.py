@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +14,12 @@ from typing import NamedTuple
 from fastckpt.format.directory import Directory, TensorEntry
 from fastckpt.format.tensor_names import BOX, Name, dotted
 
+_TENSORS, _END = b'"tensors":[', b"]}"
+_ROW = re.compile(
+    rb'\{"name":(\[[^][{}\\]*\]),"dtype":"([a-z0-9_]+)","shape":(\[[0-9,]*\]),"stride":\[[0-9,]*\],"offset":[0-9]+,"storage":[0-9]+,'
+    rb'"kind":"(?:tensor|parameter)","requires_grad":(?:true|false)(?:,"global":\{"shape":(\[[0-9,]*\]),"offset":(\[[0-9,]*\])\})?\}'
+)
+"""A row of a directory's `tensors` as `directory.build` writes it: name, dtype, shape, shape and offset in the whole."""
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset in the whole, and shape."""
 
@@ -35,7 +44,7 @@ class Whole:
     kind: str
     requires_grad: bool
     blocks: list[Block] = field(default_factory=list)
-    """Of a DTensor each block once, whichever ranks have it; else one for each rank that has a tensor of this name, all of it."""
+    """Of a DTensor each block once, whichever ranks have it; else all of it, as the first rank has it."""
     entry: TensorEntry | None = None
     """As the first rank lists it; None: it was a DTensor."""
 
@@ -51,13 +60,15 @@ class Whole:
 class Wholes:
     """Collects the wholes of a checkpoint from its directories, entered one by one. Keeps nothing else of them."""
 
-    def __init__(self, wanted: Callable[[Name, TensorEntry], bool] = lambda name, entry: True) -> None:
-        """wanted: whether a block of a DTensor, listed by this entry, is to be kept: a rank needs few of 1,024 ranks'."""
+    def __init__(self, wanted: Callable[[Name, Box], bool] = lambda name, box: True) -> None:
+        """wanted: whether a block of a DTensor is to be kept: a rank needs few of 1,024 ranks'."""
         self._wanted = wanted
         self.found: dict[Name, Whole] = {}
         self.problems: list[str] = []
         """What votes say of one name and cannot both be true, in words."""
         self._seen: dict[Name, set[Box]] = {}
+        self._names: dict[bytes, Name] = {}
+        """Of JSON."""
 
     def add(self, rank: int, listed: Directory) -> None:
         """Enter what the vote of a rank lists."""
@@ -88,22 +99,68 @@ class Wholes:
                     f"{dotted(entry.name)} is {here} in the vote of rank {rank}, and {whole} in another"
                 )
                 return
-            if row.place is None or 0 in row.shape or not self._wanted(entry.name, row):
+            if row.place is None or 0 in row.shape:
                 continue
-            seen = self._seen.setdefault(entry.name, set())
-            if (row.place.offset, row.shape) not in seen:
-                seen.add((row.place.offset, row.shape))
+            box, seen = (row.place.offset, row.shape), self._seen.setdefault(entry.name, set())
+            if box not in seen and self._wanted(entry.name, box):
+                seen.add(box)
                 whole.blocks.append(_block(rank, row, row.place.offset))
 
     def _add_plain(self, rank: int, entry: TensorEntry) -> None:
-        whole = self.found.setdefault(
-            entry.name, Whole(entry.dtype, entry.shape, entry.kind, entry.requires_grad, entry=entry)
-        )
-        if whole.entry is None:
+        whole = self.found.get(entry.name)
+        if whole is None:
+            whole = Whole(entry.dtype, entry.shape, entry.kind, entry.requires_grad, entry=entry)
+            whole.blocks.append(_block(rank, entry, (0,) * len(entry.shape)))
+            self.found[entry.name] = whole
+        elif whole.entry is None:
             here = f"{entry.dtype} {list(entry.shape)}"
             self.problems.append(f"{dotted(entry.name)} is {here} in the vote of rank {rank}, and {whole} in another")
-        else:
-            whole.blocks.append(_block(rank, entry, (0,) * len(entry.shape)))
+
+    def add_unwanted(self, data: bytes) -> bool:
+        """Whether a directory has nothing to enter: names, shapes and types are known, and its blocks are not wanted. Then nothing is left
+        to do. False: it has to be parsed, and added.
+
+        Reads only the rows of tensors, as our own writer puts them, in a tenth of the time: of 1,024 ranks a rank needs the blocks of few.
+        """
+        start, end = data.rfind(_TENSORS), len(data) - len(_END)
+        if start < 0 or not data.endswith(_END):
+            return False
+        text = data[start + len(_TENSORS) : end]
+        rows = _ROW.findall(text)
+        if _ROW.sub(b"", text) != b"," * (len(rows) - 1):  # there is something else
+            return False
+        try:
+            return all(map(self._is_unwanted, rows))
+        except ValueError:  # numbers that JSON does not have
+            return False
+
+    def _is_unwanted(self, row: tuple[bytes, bytes, bytes, bytes, bytes]) -> bool:
+        name_text, dtype, shape_text, whole_text, offset = row
+        name = self._names.get(name_text)
+        if name is None:
+            name = self._names[name_text] = _name(name_text)
+        whole = self.found.get(name)
+        if whole is None or whole.dtype != dtype.decode():
+            return False
+        shape = _numbers(shape_text)
+        if not whole_text:
+            return whole.entry is not None and whole.shape == shape
+        if whole.entry is not None or whole.shape != _numbers(whole_text):
+            return False
+        return 0 in shape or not self._wanted(name, (_numbers(offset), shape))
+
+
+@functools.lru_cache(maxsize=65536)
+def _numbers(text: bytes) -> tuple[int, ...]:
+    return tuple(json.loads(text))
+
+
+def _name(text: bytes) -> Name:
+    """() for one that is not read here: nothing has that name."""
+    try:
+        return tuple(json.loads(text))
+    except ValueError:
+        return ()
 
 
 def _block(rank: int, row: TensorEntry, at: tuple[int, ...]) -> Block:
@@ -142,14 +199,14 @@ def is_covered(found: Sequence[Overlap], wanted: Box) -> bool:
     return sum(math.prod(one.shape) for one in found) == math.prod(wanted[1])
 
 
-def touches(entry: TensorEntry, boxes: Sequence[Box]) -> bool:
-    """Whether the block of an entry has anything of one of these boxes."""
-    assert entry.place is not None
-    at, shape = entry.place.offset, entry.shape
+def touches(box: Box, boxes: Sequence[Box]) -> bool:
+    """Whether a block has anything of one of some others."""
+    at, shape = box
     for offset, size in boxes:
-        if len(offset) == len(at) and all(
-            a < b + m and b < a + n for a, n, b, m in zip(at, shape, offset, size, strict=True)
-        ):
+        for a, n, b, m in zip(at, shape, offset, size, strict=True):
+            if a >= b + m or b >= a + n:
+                break
+        else:
             return True
     return False
 

@@ -74,7 +74,8 @@ def assemble(
     """Read and verify what the targets need. Yields their tensors, contiguous, in host memory, in order.
 
     Args:
-        readers: the vote of each rank that a source names, and of the owners of shares in these storages (`ranks_needed`).
+        readers: the vote of each rank that a source names, and of the owners of shares in these storages (`ranks_needed`); or one
+            container, whatever its rank is called.
         targets: what to put together.
         options: `max_load_bytes` is for all targets together.
         threads: number of threads that read and decode.

@@ -33,6 +33,7 @@ from fastckpt.training.ending import EXIT_CODE_NOTICE, Ending, exit_after, in_a_
 from fastckpt.training.engine import Engine
 from fastckpt.training.joint import decisions_of, restorer_of
 from fastckpt.training.live_state import LiveState
+from fastckpt.training.restore_asked import Reassign, RestoreAsked
 from fastckpt.training.save_queue import CommitHandle
 from fastckpt.training.saver import Saver
 from fastckpt.training.schedule import Every
@@ -63,6 +64,9 @@ class Checkpointer:
             written once. If it is not the same, a restore brings back a mixture: see `verify_replicas`.
         verify_replicas: compare, at each save, what several ranks should hold alike, and commit nothing if it differs. Reads all of it
             before `step` returns: for a few saves of a new setup.
+        reassign: says, at a restore on another number of ranks, what becomes of an object that each saved rank had for itself, such as
+            random generators. Called on each rank with the object's name, its states (one for each saved rank, read when asked for), this
+            rank and the number of ranks. Returns a state, or None to leave the object as it is. Without it such a restore is refused.
         grace_s: seconds that bytes of retired checkpoints stay.
         options: every other knob; None: `Options.from_env()`.
 
@@ -89,6 +93,7 @@ class Checkpointer:
         close_timeout_s: float = 30.0,
         replicated: Sequence[str] = (),
         verify_replicas: bool = False,
+        reassign: Reassign | None = None,
         grace_s: float = GRACE_S,
         options: Options | None = None,
     ) -> None:
@@ -114,11 +119,12 @@ class Checkpointer:
             self._engine = Engine.start(url, live, options, keep, grace_s, hurry, hooked=not read_only, world=world)
             opened.callback(self._engine.close)
             self._saver = Saver(self._engine, weakref.ref(self), fresh=fresh)
-            self._restorer = restorer_of(self._engine, read_only=read_only)
+            self._restorer = restorer_of(self._engine, read_only=read_only, reassign=reassign)
             self._ending = Ending(self._engine, self._saver, on_exception, bounded(close_timeout_s))
             self._decisions = decisions_of(self._engine, self._saver, self._ending, every)
             opened.callback(self._ending.close)
             alike = {"keys of the state": sorted(live.targets), "every": repr(every), "replicated": list(replicated)}
+            alike["samplers"] = self._engine.positions.shared
             self._engine.open({**alike, **switches}, read_only=read_only)
             if not read_only:
                 self._ending.watch(open_sources(spot, leads_node=world.leads_node))
@@ -126,7 +132,7 @@ class Checkpointer:
 
     # -- restoring -----------------------------------------------------------------------------------------------------
 
-    def restore(self, step: Which = "latest", *, weights_only: bool | None = None) -> int:
+    def restore(self, step: Which = "latest", *, weights_only: bool | None = None, strict: bool = True) -> int:
         """Put the newest complete checkpoint (or the one asked for) into the objects, in place.
 
         What becomes of modules, optimizers, dicts and lists, and which devices tensors go to: docs/how-to/training-loop.md. A warning names
@@ -136,6 +142,8 @@ class Checkpointer:
             step: a number goes back to it; "latest-valid" passes over damaged ones, with a warning and a record of it.
             weights_only: False lets the checkpoint run code: use it only for checkpoints of your own. None means True, unless one of
                 TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says otherwise.
+            strict: False: objects, and tensors of modules, that are not in the checkpoint stay as they are, and what it has besides is
+                passed over. A warning lists both. What has another shape is refused all the same.
 
         Returns:
             The step of the checkpoint; 0 if the repository has never had one.
@@ -155,15 +163,15 @@ class Checkpointer:
         self._engine.raise_failures()
         engine.queue.retaining.halt()  # otherwise retention might retire the checkpoint that is being restored
         try:
-            return self._restore(step, weights_only)
+            return self._restore(step, RestoreAsked(weights_only, strict))
         finally:
             engine.queue.retaining.go_on()
 
-    def _restore(self, step: Which, weights_only: bool) -> int:
+    def _restore(self, step: Which, asked: RestoreAsked) -> int:
         if self._saver.fresh and step == "latest":
             self._saver.claim()
             return 0
-        found = self._restorer.restore(step, weights_only)
+        found = self._restorer.restore(step, asked)
         self._saver.begins_after(claimed=not self._read_only)
         if found is None:
             return 0
@@ -177,6 +185,7 @@ class Checkpointer:
         self._broken, self.restored = None, commit
         self._last = SaveAsked(commit.save.step, metrics=commit.metrics, meta=commit.meta)
         self._decisions.restored()
+        self._engine.positions.restored(commit.save.step)
         self._saver.has_restored(commit, looked_at=not self._read_only)
         self._ending.mark_step()
         return commit.save.step
@@ -186,7 +195,7 @@ class Checkpointer:
     def step(
         self, step: int, *, metrics: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
     ) -> bool:
-        """Save when due. To be called after each optimizer step.
+        """Save when due. To be called after each optimizer step. Counts it in the samplers of the state (`ElasticSampler`) first.
 
         A torn save (the state changed during its copy, without an optimizer's step) is not raised here. It is logged, and the next step is
         saved instead, before this returns. `wait` and `close` raise it if no newer step is durable by then.
@@ -202,7 +211,7 @@ class Checkpointer:
         Raises:
             CheckpointError: the error of a background save that failed since the last call. The state and earlier checkpoints are unharmed:
                 you may catch it and go on.
-            SaveError: the step goes backwards, or is no number.
+            SaveError: the step goes backwards, is no number, or cannot be right for a sampler of the state.
             SupersededError: another incarnation has taken over.
             PartialRestoreError: the last restore changed only some of the objects.
         """
@@ -216,6 +225,7 @@ class Checkpointer:
         asked = asked_for(step, "notice", metrics, meta, self._last)
         if self._ending.left:
             return True
+        self._engine.positions.reached(step)
         before, self._last = self._last, asked
         self._ending.mark_step()
         decisions.begin_call()
@@ -253,6 +263,7 @@ class Checkpointer:
         if self._decisions.raises_first:
             self._engine.raise_failures()
         asked = asked_for(step, "manual", metrics, meta, self._last)
+        self._engine.positions.reached(step)
         handle = self._decisions.save_now(asked)
         self._last = asked
         return handle

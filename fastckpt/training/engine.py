@@ -22,6 +22,7 @@ from fastckpt.store.open import open_store
 from fastckpt.training.fence import Fence
 from fastckpt.training.joint_start import compare, share_repository
 from fastckpt.training.live_state import LiveState
+from fastckpt.training.positions import Positions
 from fastckpt.training.save_queue import SaveQueue
 from fastckpt.training.torn import TornSaves
 
@@ -41,6 +42,7 @@ class Engine(NamedTuple):
     """The store, if it was opened here: then it is closed here."""
     team: Team | None
     """The ranks that save as one; None: this process trains alone."""
+    positions: Positions
 
     @classmethod
     def start(
@@ -57,8 +59,9 @@ class Engine(NamedTuple):
     ) -> Engine:
         """world: this process's place among the ranks of its job. hooked: whether optimizers call the fence; not if nothing is saved.
 
-        StoreError; SaveError if nothing can be written to `spill_dir`.
+        StoreError; SaveError if nothing can be written to `spill_dir`; ValueError if a sampler has not enough samples for all ranks.
         """
+        positions = Positions(live.targets)
         store = url if isinstance(url, Store) else open_store(url)
         owned = None if store is url else store
         with contextlib.ExitStack() as failed:
@@ -87,7 +90,7 @@ class Engine(NamedTuple):
             fence = Fence(live.optimizers if hooked else [], queue, proven=proven)
             torn = TornSaves(queue, incarnation, fence.distrust)
             failed.pop_all()
-        return cls(live, fence, stager, queue, torn, incarnation, options, owned, team)
+        return cls(live, fence, stager, queue, torn, incarnation, options, owned, team, positions)
 
     @property
     def repository(self) -> Repository:

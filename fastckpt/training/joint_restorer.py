@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from fastckpt.errors import CorruptCheckpointError, Damage, PartialRestoreError, RestoreError, RetiredError
 from fastckpt.format.keys import CheckpointId, vote_key
@@ -12,21 +13,24 @@ from fastckpt.ranks.roll import remote_error
 from fastckpt.ranks.team import Team
 from fastckpt.repository.catalog import Choice, Which
 from fastckpt.repository.node_votes import remove_shared_votes, shared_votes
+from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.training.engine import Engine
 from fastckpt.training.joint_start import adopt, claimed
+from fastckpt.training.restore_asked import Reassign, RestoreAsked
 from fastckpt.training.restorer import MOST_ROUNDS, Damaged, Loaded, Restorer
 
+T = TypeVar("T")
 _DOING = "restoring"
 
 
 class JointRestorer(Restorer):
     """See the module. Used by the thread that trains; every rank makes the same calls."""
 
-    def __init__(self, engine: Engine, team: Team, *, read_only: bool) -> None:
-        super().__init__(engine, read_only=read_only)
+    def __init__(self, engine: Engine, team: Team, *, read_only: bool, reassign: Reassign | None = None) -> None:
+        super().__init__(engine, read_only=read_only, reassign=reassign)
         self._team = team
 
-    def restore(self, step: Which, weights_only: bool) -> Loaded | None:
+    def restore(self, step: Which, asked: RestoreAsked) -> Loaded | None:
         decide, known_bad, own = self._team.roll.decide, list[Skipped](), set[int]()
         rounds = retired = 0
         while True:
@@ -41,7 +45,9 @@ class JointRestorer(Restorer):
             found: Loaded | None = None
             said: dict[str, Any] = {}
             if told is not None:
-                found, said = self._load_and_tell(told, weights_only)
+                differing, said = self._compare_and_tell(told, asked)
+                if not said:
+                    found, said = self._load_and_tell(told, asked, differing)
 
             def judge(
                 all_said: list[dict[str, Any]],
@@ -74,23 +80,50 @@ class JointRestorer(Restorer):
         """What rank 0 tells the others of its choice."""
         if choice is None:
             return None
-        checkpoint = choice.commit.checkpoint
-        if choice.commit.world != self._team.world.size:
-            raise RestoreError(
-                f"{self._repository.location(checkpoint)} was saved by {choice.commit.world} ranks, and this job has "
-                f"{self._team.world.size}: this version restores on as many ranks as have saved. Nothing was changed"
-            )
-        nonce = secrets.token_hex(8)
-        return {"epoch": checkpoint.epoch, "step": checkpoint.step, "digest": choice.commit.digest, "nonce": nonce}
+        commit, nonce = choice.commit, secrets.token_hex(8)
+        epoch, step = commit.checkpoint
+        return {"epoch": epoch, "step": step, "digest": commit.digest, "world": commit.world, "nonce": nonce}
 
-    def _load_and_tell(self, told: dict[str, Any], weights_only: bool) -> tuple[Loaded | None, dict[str, Any]]:
+    def _compare_and_tell(self, told: dict[str, Any], asked: RestoreAsked) -> tuple[dict[str, str], dict[str, Any]]:
+        """What saved ranks had for themselves: each rank compares some of them. {} where there are as many ranks as have saved."""
+        world = self._team.world
+        if told["world"] == world.size:
+            return {}, {}
+        mine, said = self._told_of(lambda: self._compare(told, asked))
+
+        def join(all_found: list[dict[str, str] | None]) -> dict[str, str]:
+            joined: dict[str, str] = {}
+            for found in all_found:
+                joined = {**(found or {}), **joined}
+            return joined
+
+        return self._team.roll.decide(_DOING, mine, join), said
+
+    def _compare(self, told: dict[str, Any], asked: RestoreAsked) -> dict[str, str]:
+        commit = self._same_record(CheckpointId(told["epoch"], told["step"]), told["digest"])
+        some = range(self._world.rank, commit.world, self._world.size)
+        ranks = SavedRanks(self._repository.store, commit)
+        return self._with_damage_named(commit, lambda: self._differing(ranks, asked, some))
+
+    def _load_and_tell(
+        self, told: dict[str, Any], asked: RestoreAsked, differing: dict[str, str]
+    ) -> tuple[Loaded | None, dict[str, Any]]:
         """This rank's part, and what it has to say of it."""
-        checkpoint = CheckpointId(told["epoch"], told["step"])
-        try:
-            commit = self._same_record(checkpoint, told["digest"])
+
+        def load() -> Loaded:
+            commit = self._same_record(CheckpointId(told["epoch"], told["step"]), told["digest"])
+            if commit.world != self._world.size:
+                return self._load(commit, asked, differing=differing)
             own = vote_key(commit.vote(self._world.rank))
             with shared_votes(self._repository.store, self._world, told["nonce"], own) as store:
-                return self._load(commit, weights_only, store=store), {}
+                return self._load(commit, asked, store=store)
+
+        return self._told_of(load)
+
+    def _told_of(self, call: Callable[[], T]) -> tuple[T | None, dict[str, Any]]:
+        """The result of a call, or what this rank has to say of its failure."""
+        try:
+            return call(), {}
         except RetiredError as error:
             return None, {"retired": str(error)}
         except Damaged as damaged:

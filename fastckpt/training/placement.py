@@ -76,12 +76,20 @@ def copies_plainly(target: torch.nn.Module) -> bool:
     )
 
 
+def live_and_sharded(
+    targets: Mapping[str, Any], entries: Mapping[Name, TensorEntry]
+) -> tuple[dict[Name, torch.Tensor], dict[Name, Any]]:
+    """Names as in a checkpoint → the tensors that the objects have now; and → DTensors, see `PlacementPlan.sharded`."""
+    live = {name: tensor for key in targets for name, tensor in _live_tensors(key, targets[key], entries)}
+    sharded = {name: tensor for key in targets for name, tensor in _sharded(key, targets[key], live, entries)}
+    return live, sharded
+
+
 def plan_placement(targets: Mapping[str, Any], directory: Directory, where: str) -> PlacementPlan:
     """The plan for a checkpoint. RestoreError if a live object is on the meta device: such an object can hold no values."""
     entries = {entry.name: entry for entry in directory.tensors}
     locations = {entry.name: directory.storages[entry.storage].location for entry in directory.tensors}
-    live = {name: tensor for key in targets for name, tensor in _live_tensors(key, targets[key], entries)}
-    sharded = {name: tensor for key in targets for name, tensor in _sharded(key, targets[key], live, entries)}
+    live, sharded = live_and_sharded(targets, entries)
     alone, tied = _sharing(targets, live, entries)
     problems = [problem for key in targets for problem in _on_meta(key, targets[key], live, locations)]
     if problems:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from fastckpt.errors import (
     CorruptCheckpointError,
@@ -19,13 +20,20 @@ from fastckpt.ranks.world import ALONE
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog, Choice, Which
+from fastckpt.repository.commit import open_vote
 from fastckpt.repository.rank_reader import open_rank, with_owners
+from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.state.refused import ARRAYS, described, find
 from fastckpt.store.base import Store
 from fastckpt.training import stateful
+from fastckpt.training.differing import Differing, SavedStates
 from fastckpt.training.engine import Engine
+from fastckpt.training.fitting import refuse_misfits, spread_otherwise
 from fastckpt.training.placement import PlacementPlan, plan_placement
+from fastckpt.training.resharding import Resharding
+from fastckpt.training.restore_asked import Reassign, RestoreAsked
 
+T = TypeVar("T")
 MOST_ROUNDS = 2
 """How often a restore loads before it claims first."""
 
@@ -36,6 +44,9 @@ class Loaded(NamedTuple):
     commit: Commit
     state: Any
     plan: PlacementPlan
+    strict: bool
+    left: frozenset[str] = frozenset()
+    """Names of objects that stay as they are: `reassign` has said so."""
 
 
 class Damaged(Exception):
@@ -49,13 +60,14 @@ class Damaged(Exception):
 class Restorer:
     """See the module. Used by the thread that trains."""
 
-    def __init__(self, engine: Engine, *, read_only: bool) -> None:
-        """read_only: nothing is claimed, completed or written."""
+    def __init__(self, engine: Engine, *, read_only: bool, reassign: Reassign | None = None) -> None:
+        """read_only: nothing is claimed, completed or written. reassign: see `Checkpointer`."""
+        self._reassign = reassign
         self._incarnation, self._repository = engine.incarnation, engine.repository
         self._live, self._options, self._read_only = engine.live, engine.options, read_only
         self._world = ALONE if engine.team is None else engine.team.world
 
-    def restore(self, step: Which, weights_only: bool) -> Loaded | None:
+    def restore(self, step: Which, asked: RestoreAsked) -> Loaded | None:
         """Load the state that is to be put into the objects. Unless `read_only`, also claim an epoch that continues from it.
 
         None: nothing was ever committed. Errors as those of `Checkpointer.restore`.
@@ -70,7 +82,7 @@ class Restorer:
             found: Loaded | None = None  # the state of the round before is freed before the next one is read
             try:
                 choice = self._choose(step, known_bad, own, claims_first=claims_first)
-                found = None if choice is None else self._load(choice.commit, weights_only, choice.reader)
+                found = None if choice is None else self._load(choice.commit, asked, choice.reader)
             except RetiredError:
                 retired += 1
                 if not isinstance(step, str) or retired > 1:
@@ -91,7 +103,8 @@ class Restorer:
     def put_in(self, found: Loaded) -> None:
         """Put a loaded state into the objects. PartialRestoreError if one of them refuses its part."""
         where = self._repository.location(found.commit.checkpoint)
-        stateful.apply(self._live.targets, found.state, where, found.plan)
+        taken = {key: target for key, target in self._live.targets.items() if key not in found.left}
+        stateful.apply(taken, found.state, where, found.plan, strict=found.strict)
 
     def _choose(self, step: Which, known_bad: list[Skipped], own: set[int], *, claims_first: bool) -> Choice | None:
         if self._read_only:
@@ -107,48 +120,104 @@ class Restorer:
         return [*(() if choice is None else choice.skipped), Skipped(checkpoint, str(error)[:500])]
 
     def _load(
-        self, commit: Commit, weights_only: bool, reader: Reader | None = None, store: Store | None = None
+        self,
+        commit: Commit,
+        asked: RestoreAsked,
+        reader: Reader | None = None,
+        store: Store | None = None,
+        differing: Mapping[str, str] | None = None,
     ) -> Loaded:
-        """reader: of this rank's part, if it was opened before. store: where this rank reads; None: in the repository's."""
-        location = self._repository.location(commit.checkpoint)
-        if commit.world != self._world.size:
-            raise RestoreError(
-                f"{location} was saved by {commit.world} ranks; this version restores those of one. "
-                "`fastckpt restore --rank` exports each rank's state"
-            )
+        """reader: of this rank's part, if it was opened before. store: where this rank reads; None: in the repository's. differing: what
+        saved ranks had for themselves, where all ranks have found that out together.
+        """
+        store = store or self._repository.store
+        return self._with_damage_named(commit, lambda: self._loaded(commit, asked, reader, store, differing))
+
+    def _loaded(
+        self,
+        commit: Commit,
+        asked: RestoreAsked,
+        reader: Reader | None,
+        store: Store,
+        differing: Mapping[str, str] | None,
+    ) -> Loaded:
+        location, targets = self._repository.location(commit.checkpoint), self._live.targets
         try:
-            store, rank = store or self._repository.store, self._world.rank
-            reader = open_rank(store, commit, rank) if reader is None else with_owners(store, commit, reader)
-            loaded, plan = self._load_whole(reader, location, weights_only)
+            if commit.world == self._world.size:
+                rank = self._world.rank
+                reader = open_rank(store, commit, rank) if reader is None else with_owners(store, commit, reader)
+                plan = plan_placement(targets, reader.directory, location)
+                if not spread_otherwise(targets, plan):
+                    loaded = self._load_whole(reader, plan, asked.weights_only)
+                    refuse_misfits(targets, loaded, location, plan, strict=asked.strict)
+                    return Loaded(commit, loaded, plan, asked.strict)
+            # Not through `store`: what one rank of a node leaves there is not what the others need.
+            ranks = SavedRanks(self._repository.store, commit)
+            return self._load_resharded(ranks, location, asked, differing)
+        except pickle.UnpicklingError as error:
+            if not asked.weights_only:
+                raise
+            raise _refused(reader or open_vote(store, commit.vote(0)), location, error) from error
+
+    def _with_damage_named(self, commit: Commit, call: Callable[[], T]) -> T:
+        """The result of a call that reads a checkpoint. Damaged, RetiredError in place of what it says of damage and missing objects."""
+        try:
+            return call()
         except (CorruptCheckpointError, ObjectNotFoundError) as error:
             found = Catalog(self._repository).blame(commit.checkpoint, error)
             if isinstance(found, CorruptCheckpointError):
                 raise Damaged(commit, found) from error
             raise found from error
-        stateful.refuse_misfits(self._live.targets, loaded, location, plan)
-        return Loaded(commit, loaded, plan)
 
-    def _load_whole(self, reader: Reader, location: str, weights_only: bool) -> tuple[Any, PlacementPlan]:
-        plan = plan_placement(self._live.targets, reader.directory, location)
+    def _load_resharded(
+        self, ranks: SavedRanks, location: str, asked: RestoreAsked, differing: Mapping[str, str] | None
+    ) -> Loaded:
+        """The state for this rank of a checkpoint of other ranks, or of another parallelism."""
+        commit, world, targets = ranks.commit, self._world, self._live.targets
+        given: dict[str, Any] = {}
+        left: set[str] = set()
+        if commit.world != world.size:
+            if differing is None:
+                differing = self._differing(ranks, asked, range(commit.world))
+            if differing and self._reassign is None:
+                words = "; ".join(f"{key!r}: {why}" for key, why in differing.items())
+                raise RestoreError(
+                    f"{location} was saved by {commit.world} ranks, and this job has {world.size}. What each of them had for itself has no "
+                    f"place here: {words}. Nothing was changed. Restore on {commit.world} ranks, leave it out of the state, or say what "
+                    "becomes of it: Checkpointer(reassign=lambda key, states, rank, world: states[rank % len(states)])"
+                )
+            for key in differing:
+                states = SavedStates(key, ranks, self._options, weights_only=asked.weights_only)
+                assert self._reassign is not None
+                value = self._reassign(key, states, world.rank, world.size)
+                if value is None:
+                    left.add(key)
+                else:
+                    given[key] = value
+        base = world.rank if commit.world == world.size else 0
+        taken = {key: target for key, target in targets.items() if key not in left}
+        resharding = Resharding(taken, ranks, base, self._options, location, asked)
+        loaded, plan = resharding.load(given, left)
+        return Loaded(commit, loaded, plan, asked.strict, frozenset(left))
+
+    def _differing(self, ranks: SavedRanks, asked: RestoreAsked, numbers: Iterable[int]) -> dict[str, str]:
+        """What of the objects is not the same on these saved ranks."""
+        return Differing(self._live.targets, ranks, self._options, weights_only=asked.weights_only).find(numbers)
+
+    def _load_whole(self, reader: Reader, plan: PlacementPlan, weights_only: bool) -> Any:
         # Threads wait for the network more than they compute: use as many as there may be connections.
         threads = max(self._options.threads, self._options.connections)
-        try:
-            loaded = load_object(
-                reader,
-                self._options,
-                threads,
-                map_location=plan.map_location,
-                pickle_module=pickle,
-                weights_only=weights_only,
-                load_args={"encoding": "utf-8"},
-                places=plan.places,
-                beyond_torch=True,
-            )
-        except pickle.UnpicklingError as error:
-            if not weights_only:
-                raise
-            raise _refused(reader, location, error) from error
-        return loaded, plan
+        return load_object(
+            reader,
+            self._options,
+            threads,
+            map_location=plan.map_location,
+            pickle_module=pickle,
+            weights_only=weights_only,
+            load_args={"encoding": "utf-8"},
+            places=plan.places,
+            beyond_torch=True,
+        )
 
 
 def _refused(reader: Reader, location: str, error: pickle.UnpicklingError) -> RefusedStateError:

@@ -46,6 +46,7 @@ class Saver:
             self._options,
             _,
             self._team,
+            _,
         ) = engine
         self._owner, self.fresh = owner, fresh
         self._began = self._prepared = False

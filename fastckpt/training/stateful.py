@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastckpt.errors import PartialRestoreError, RestoreError
+from fastckpt.errors import PartialRestoreError
 from fastckpt.events import logger
 from fastckpt.format.tensor_names import dotted
 from fastckpt.host.torch_names import local_of
@@ -15,14 +15,14 @@ from fastckpt.state.local_state import LocalState, localised
 from fastckpt.state.wrappers import names_inside
 from fastckpt.training.changes import changes
 from fastckpt.training.collective import refusals
+from fastckpt.training.elastic_sampler import ElasticSampler
 from fastckpt.training.exact import load_exactly
 from fastckpt.training.filling import Filling
-from fastckpt.training.placement import PlacementPlan, copies_plainly, may_be_asked, saved_names
+from fastckpt.training.placement import PlacementPlan, may_be_asked, saved_names
 from fastckpt.training.rng import RNGState
-from fastckpt.training.sharded import into_dtensors, misfits, without_pattern
+from fastckpt.training.sharded import into_dtensors
 
 _SHOWN = 3
-_LAZY = (torch.nn.parameter.UninitializedParameter, torch.nn.parameter.UninitializedBuffer)  # these have no shape yet
 
 
 def check_targets(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +56,7 @@ _WITHOUT_CONSEQUENCES = (
     torch.optim.lr_scheduler.LRScheduler,
     torch.amp.GradScaler,
     torch.Tensor,
+    ElasticSampler,
     dict,
     list,
 )
@@ -84,16 +85,17 @@ def _state_of(name: str, target: Any) -> Any:
     return state if names is None else names.to_inside(state, repr(name))
 
 
-def apply(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPlan) -> None:
+def apply(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPlan, *, strict: bool = True) -> None:
     """Put a loaded and checked state into the objects. A warning names each value that an object did not take as it was saved.
 
-    PartialRestoreError if an object refuses its state.
+    strict: see `fitting.refuse_misfits`. PartialRestoreError if an object refuses its state.
     """
+    targets = {name: target for name, target in targets.items() if strict or name in loaded}
     # Generators last: numbers that other objects draw while they load must not count.
     order = sorted(targets, key=lambda name: isinstance(targets[name], RNGState))
     for position, name in enumerate(order):
         try:
-            changed = _put(name, targets[name], loaded[name], plan)
+            changed = _put(name, targets[name], loaded[name], plan, strict)
         except Exception as error:
             done = ", ".join(order[:position]) or "nothing"
             raise PartialRestoreError(
@@ -105,101 +107,13 @@ def apply(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPl
             logger.warning("%s: %r is not what was saved: %s%s", where, name, "; ".join(changed[:_SHOWN]), more)
 
 
-def refuse_misfits(targets: Mapping[str, Any], loaded: Any, where: str, plan: PlacementPlan) -> None:
-    """RestoreError if a loaded state does not fit the objects: names or shapes of tensors differ. Nothing is changed."""
-    if not isinstance(loaded, dict):
-        raise RestoreError(
-            f"{where} holds a {type(loaded).__name__}, not the state of a Checkpointer: fetch it with fastckpt.open"
-        )
-    missing, unknown = sorted(targets.keys() - loaded.keys()), sorted(map(str, loaded.keys() - targets.keys()))
-    if missing or unknown:
-        raise RestoreError(
-            f"{where} does not fit the Checkpointer's state: "
-            + "; ".join(
-                [f"{name!r} is not in the checkpoint" for name in missing]
-                + [f"{name!r} of the checkpoint has no place here" for name in unknown]
-            )
-            + f". Give the Checkpointer a state of {', '.join(map(repr, loaded))}, or take single tensors out: `fastckpt restore` makes a "
-            "file of a checkpoint, fastckpt.open reads it"
-        )
-    optimizers = [name for name, target in targets.items() if isinstance(target, torch.optim.Optimizer)]
-    wrong = misfits(plan.sharded, plan.live, plan.entries, optimizers)
-    wrong += [words for name in targets for words in _misfits(name, targets[name], loaded[name])]
-    if wrong:
-        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        raise RestoreError(
-            f"{where} does not fit the Checkpointer's state: {'; '.join(wrong[:_SHOWN])}{more}. Nothing was changed. Make the objects as "
-            "they were when it was saved, or restore another step"
-        )
-    plain = without_pattern(plan.sharded, plan.entries)
-    if plain:
-        logger.warning(
-            "%s: of %s, DTensors when they were saved, plain tensors are restored: this process's parts. No DTensor is there now that says "
-            "how they are spread",
-            where,
-            ", ".join(map(dotted, plain[:_SHOWN]))
-            + (f" and {len(plain) - _SHOWN} more" if len(plain) > _SHOWN else ""),
-        )
-
-
-def _misfits(name: str, target: Any, value: Any) -> list[str]:
-    """What the object would refuse, in words. Lists only what is certain: a hook may change the state before the object sees it."""
-    if isinstance(target, torch.Tensor):
-        return _misfit(name, target, value, exact=True)
-    if isinstance(target, torch.optim.Optimizer):
-        return _misfits_of_groups(name, target, value)
-    if not (isinstance(target, torch.nn.Module) and isinstance(value, dict) and copies_plainly(target)):
-        return []
-    live = target.state_dict()
-    names = names_inside(target)
-    if names is not None:
-        value = names.to_inside(names.to_own(value, live), repr(name))
-        live = names.to_inside(live, repr(name))
-    return [
-        *(f"{name}.{key} is not in the checkpoint" for key in live if key not in value),
-        *(f"{name}.{key} of the checkpoint has no place here" for key in value if key not in live),
-        *(words for key, now in live.items() if key in value for words in _misfit(f"{name}.{key}", now, value[key])),
-    ]
-
-
-def _misfit(place: str, now: Any, saved: Any, *, exact: bool = False) -> list[str]:
-    if not isinstance(saved, torch.Tensor) or not isinstance(now, torch.Tensor) or isinstance(now, _LAZY):
-        return []
-    is_part = local_of(now) is not None and local_of(saved) is None  # which one is the business of `misfits`
-    if (
-        not is_part and saved.shape != now.shape and (exact or saved.dim() + now.dim() > 1)
-    ):  # torch takes one number for another
-        return [f"{place} is {list(now.shape)} here and {list(saved.shape)} in the checkpoint"]
-    if exact and saved.dtype != now.dtype:
-        return [f"{place} is {now.dtype} here and {saved.dtype} in the checkpoint"]
-    return []
-
-
-def _misfits_of_groups(name: str, target: torch.optim.Optimizer, value: Any) -> list[str]:
-    groups = value.get("param_groups") if isinstance(value, dict) else None
-    hooked = getattr(target, "_optimizer_load_state_dict_pre_hooks", None)
-    if (
-        hooked
-        or type(target).load_state_dict is not torch.optim.Optimizer.load_state_dict
-        or not isinstance(groups, list)
-    ):
-        return []
-    now = [len(group["params"]) for group in target.param_groups]
-    saved = [
-        len(group["params"]) for group in groups if isinstance(group, dict) and isinstance(group.get("params"), list)
-    ]
-    if now == saved:
-        return []
-    return [f"{name} has groups of {now} parameters here and of {saved} in the checkpoint"]
-
-
-def _put(name: str, target: Any, value: Any, plan: PlacementPlan) -> list[str]:
+def _put(name: str, target: Any, value: Any, plan: PlacementPlan, strict: bool) -> list[str]:
     """Words for what has become another."""
     value = into_dtensors(value, (name,), plan.sharded)
     if isinstance(target, RNGState):
         target.load_state_dict(value)
     elif isinstance(target, torch.nn.Module):
-        return _put_into_module(name, target, value, plan)
+        return _put_into_module(name, target, value, plan, strict)
     elif isinstance(target, torch.optim.Optimizer):
         followed = load_exactly(target, value, name, plan)
         if followed is None:
@@ -246,9 +160,11 @@ def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
         raise TypeError("it is expanded here, and was not when it was saved")
 
 
-def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: PlacementPlan) -> list[str]:
+def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: PlacementPlan, strict: bool) -> list[str]:
     names = names_inside(module)
-    module.load_state_dict(value if names is None else names.to_own(value, module.state_dict()))
+    value = value if names is None else names.to_own(value, module.state_dict())
+    # Without the word where it is not needed: a module may have a `load_state_dict` of its own that does not know it.
+    module.load_state_dict(value, **({} if strict else {"strict": False}))
     name_of = saved_names(name, module, plan.entries)
     now = {(name, name_of(key)): t for key, t in (*module.named_parameters(), *module.named_buffers())}
     saved = {key: (plan.entries[key], tensor) for key, tensor in now.items() if key in plan.entries}

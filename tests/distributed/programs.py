@@ -90,6 +90,13 @@ class Training:
             found |= {f"optimizer.{number}.{name}": t for name, t in one.items()}
         return {name: local(t).detach().clone() for name, t in found.items()}
 
+    def wholes(self) -> dict[str, torch.Tensor]:
+        """Everything, as it would be on one rank without wrappers."""
+        found = {f"model.{name.removeprefix('module.')}": t for name, t in self.model.state_dict().items()}
+        for number, one in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer.{number}.{name}": t for name, t in one.items()}
+        return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone() for n, t in found.items()}
+
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -154,6 +161,144 @@ def train(
             training.step(step)
             ckpt.step(step + 1)
     return {"start": start, "tensors": training.tensors(), "rng": torch.get_rng_state()}
+
+
+def by_modulus(key: str, states: Any, rank: int, world: int) -> Any:
+    """What was a saved rank's own goes to the ranks of its number, and again to later ones."""
+    return states[rank % len(states)]
+
+
+def save_whole(url: str, mode: str) -> None:
+    """Train two steps and save. All tensors, whole, lie beside it then."""
+    training = Training(mode)
+    with checkpointer(url, training, every=None) as ckpt:
+        ckpt.restore()
+        for step in range(2):
+            training.step(step)
+            ckpt.step(step + 1)
+        ckpt.save_now(2).wait()
+    wholes = training.wholes()
+    if dist.get_rank() == 0:
+        torch.save(wholes, f"{url}.pt")
+
+
+def load_wholes(urls: list[str], mode: str) -> list[list[str]]:
+    """Restore each of several runs into another training, every second one into an optimizer that has a state already, and train on. What
+    `save_whole` returned lies beside each. Returns the names of tensors that came back otherwise.
+    """
+    wrong = []
+    for number, url in enumerate(urls):
+        training = Training(mode, seed=99)
+        if number % 2:
+            training.step(77)
+        with checkpointer(url, training, every=None, read_only=True, reassign=by_modulus) as ckpt:
+            assert ckpt.restore() == 2
+        saved, found = torch.load(f"{url}.pt"), training.wholes()
+        assert found.keys() == saved.keys()
+        wrong.append([name for name, tensor in saved.items() if not same(tensor, found[name])])
+        training.step(2)
+    return wrong
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+class Loader:
+    """As a data loader that says where it is, and that nobody else can tell what to make of."""
+
+    def __init__(self, position: int) -> None:
+        self.position = position
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def own_things(number: float) -> dict[str, Any]:
+    """What ranks hold alike, and what each has for itself."""
+    rank = dist.get_rank()
+    model = torch.nn.Linear(2, 2)
+    torch.nn.init.constant_(model.weight, number)
+    return {
+        "model": nn.parallel.DistributedDataParallel(model),
+        "alike": {"list": [1, "x"], "t": torch.ones(3), "nan": float("nan")},
+        "own": {"place": torch.full((2,), float(rank))},
+        "loader": Loader(10 * rank),
+        "kept": Loader(5 + rank),
+        "rng": fastckpt.RNGState(),
+    }
+
+
+def save_own_things(url: str) -> None:
+    state = own_things(2.5)
+    torch.manual_seed(1000 + dist.get_rank())
+    options = Options(**OPTIONS)
+    with fastckpt.Checkpointer(url, state, every=None, spot=None, options=options) as ckpt:
+        ckpt.restore()
+        ckpt.save_now(1).wait()
+
+
+def restore_own_things(url: str, what: str) -> str:
+    rank = dist.get_rank()
+    state = own_things(0.0)
+    state["alike"] = {}
+    state["kept"].position = 7
+
+    def reassign(key: str, states: Any, rank: int, world: int) -> Any:
+        assert (len(states), world) == (2, 3)
+        return None if key == "kept" else states[rank % 2]
+
+    settings: dict[str, Any] = {"reassign": reassign} if what == "reassigned" else {}
+    options = Options(**OPTIONS)
+    with fastckpt.Checkpointer(url, state, every=None, spot=None, options=options, **settings) as ckpt:
+        try:
+            assert ckpt.restore() == 1
+        except fastckpt.CheckpointError as error:
+            return f"{type(error).__name__}: {error}"
+    torch_state = torch.get_rng_state()
+    torch.manual_seed(1000 + rank % 2)
+    rng = rank % 2 if torch.equal(torch_state, torch.get_rng_state()) else None
+    weight = state["model"].module.weight
+    return (
+        f"model {float(weight.detach().unique())}, alike {state['alike']['list']}, own {float(state['own']['place'][0])}, "
+        f"position {state['loader'].position}, rng {rng}, kept {state['kept'].position}"
+    )
+
+
+def stage(number: int) -> Net:
+    """The first has the first layer, the second has the second one; both have what is around them."""
+    torch.manual_seed(3)
+    model = Net()
+    model.layers[1 - number] = nn.Identity()
+    return model
+
+
+def save_stages(url: str) -> None:
+    model = stage(dist.get_rank())
+    state = {"model": model, "optimizer": torch.optim.AdamW(list(model.parameters())[: 4 + dist.get_rank()])}
+    with fastckpt.Checkpointer(url, state, every=None, spot=None, options=Options(**OPTIONS)) as ckpt:
+        ckpt.restore()
+        ckpt.save_now(1).wait()
+
+
+def restore_stages(url: str) -> dict[str, Any]:
+    model = Net()
+    state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    found = {}
+    for keys in (("model", "optimizer"), ("model",)):
+        with fastckpt.Checkpointer(
+            url, {key: state[key] for key in keys}, every=None, spot=None, read_only=True
+        ) as ckpt:
+            try:
+                ckpt.restore(strict=False)
+                pairs = [(model.layers[n].a.weight, stage(n).layers[n].a.weight) for n in range(2)]  # type: ignore[union-attr]
+                found["model"] = f"{sum(torch.equal(one, other) for one, other in pairs)} layers equal"  # type: ignore[arg-type]
+            except fastckpt.CheckpointError as error:
+                found["error"] = str(error)
+    return found
 
 
 def hurry(silent_s: float = 2.5) -> None:
@@ -234,6 +379,8 @@ def begin_otherwise(url: str, what: str) -> str:
     settings: dict[str, Any] = {"every": Every(steps=5)}
     options = dict(OPTIONS, join_timeout_s=5.0)
     hurry(2.0)
+    seed = 1 if what == "every" and rank == 1 else 0
+    training.state["data"] = fastckpt.ElasticSampler(100, 10, seed=seed, automatic=False)
     if what == "keys" and rank == 1:
         training.state["ema"] = torch.zeros(3)
     if what == "every" and rank == 1:

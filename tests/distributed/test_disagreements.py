@@ -26,6 +26,8 @@ def test_what_ranks_must_do_alike(tmp_path: Path, what: str, words: str) -> None
         assert all("at the same call" in error and "step 5" in error and "step 6" in error for error in errors), errors
         return
     assert all(words in error for error in errors), errors
+    if what == "every":  # all differences are told at once
+        assert all("samplers: only rank 0 has" in e and "shuffle=True, seed=1" in e for e in errors), errors
 
 
 def test_a_rank_that_never_comes(tmp_path: Path) -> None:

@@ -171,8 +171,11 @@ class Other(torch.nn.Module):
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ({"model": torch.nn.Linear(4, 4)}, r"model.weight is \[4, 4\] here and \[3, 3\] in the checkpoint; model.bias"),
-        ({"model": Other()}, "model.more is not in the checkpoint; model.bias of the checkpoint has no place"),
+        (
+            {"model": torch.nn.Linear(4, 4)},
+            r"model.weight is \[4, 4\] here and \[3, 3\] in the checkpoint\n  model.bias",
+        ),
+        ({"model": Other()}, r"model.more is not in the checkpoint\n  model.bias of the checkpoint has no place"),
         ({"model": torch.nn.Linear(3, 3), "extra": torch.zeros(1)}, "'extra' is not in the checkpoint"),
     ],
 )

@@ -1,0 +1,278 @@
+"""A checkpoint for another layout: other ranks, other parallelism. Each rank puts its own part together, and asks nobody.
+
+    skeleton of one saved rank ──→ objects with meta tensors where a tensor was, or is to be, spread over ranks
+    directories of all ranks ────→ wholes ──→ for each such tensor the blocks that this rank needs ──→ assemble ──→ in their places
+
+What each saved rank had for itself (generators, positions in data) has no place on other ranks: see `differing.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from fastckpt.errors import RestoreError
+from fastckpt.format.directory import Directory, GlobalPlace, StorageEntry, TensorEntry
+from fastckpt.format.tensor_names import Name, dotted
+from fastckpt.format.wholes import Box, Whole, Wholes, is_covered, overlaps, touches
+from fastckpt.host.torch_names import local_of
+from fastckpt.options import Options
+from fastckpt.reading.assembly import Move, Source, Target, assemble, ranks_needed
+from fastckpt.repository.saved_ranks import SavedRanks
+from fastckpt.state.sharding import boxes_of
+from fastckpt.state.shards import is_box, placed
+from fastckpt.training.fitting import refuse_misfits
+from fastckpt.training.partly import load_partly, replaced
+from fastckpt.training.placement import PlacementPlan, live_and_sharded, parameter_groups, plan_placement
+from fastckpt.training.restore_asked import RestoreAsked
+
+_PLAIN = ("tensor", "parameter")
+_Entries = Mapping[Name, TensorEntry]
+
+
+class _Part(NamedTuple):
+    """A tensor that this rank puts together, or has to find fault with."""
+
+    whole: TensorEntry
+    """The tensor as a whole, in the storage that the base rank has a part of it in."""
+    rows: tuple[TensorEntry, ...]
+    """What a directory of this rank would list of it."""
+    boxes: tuple[tuple[Box, tuple[int, ...]], ...]
+    """The blocks of it that this rank needs, and where they begin in its own tensor; none if it does not fit."""
+    identity: Any
+    """Equal for two names of one tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of this rank's own tensor."""
+        return self.rows[0].shape
+
+
+class Resharding:
+    """One restore of one rank. Used by the thread that trains."""
+
+    def __init__(
+        self,
+        targets: Mapping[str, Any],
+        ranks: SavedRanks,
+        base: int,
+        options: Options,
+        where: str,
+        asked: RestoreAsked,
+    ) -> None:
+        """base: the saved rank whose objects, and all in them that is no tensor, this rank gets."""
+        self._targets, self._ranks, self._base = targets, ranks, base
+        self._options, self._where, self._asked = options, where, asked
+        self._threads = max(options.threads, options.connections)
+
+    def load(self, given: Mapping[str, Any], left: Collection[str] = ()) -> tuple[Any, PlacementPlan]:
+        """Read this rank's part. Returns the state, and the plan by which it is put into the objects.
+
+        Args:
+            given: for some of the objects, by name, the state that is taken instead of the saved one.
+            left: names of objects in the checkpoint that stay as they are.
+
+        Raises:
+            RestoreError: the checkpoint does not fit the objects, or no rank has saved what this one needs. CorruptCheckpointError and
+                others as `load_object`.
+        """
+        base = self._ranks.whole(self._base)
+        targets = {key: target for key, target in self._targets.items() if key not in given}
+        entries = {n: entry for n, entry in _as_wholes(base.directory, targets).items() if n[0] not in {*given, *left}}
+        _, patterns = live_and_sharded(targets, entries)
+        boxes: dict[Name, tuple[Box, ...]] = {}
+        for name, pattern in patterns.items():
+            boxes[name] = tuple((box.offset, box.shape) for box in boxes_of(pattern))
+
+        def wanted(name: Name, box: Box) -> bool:
+            return name not in boxes or touches(box, boxes[name])
+
+        wholes = Wholes(wanted)
+        self._ranks.list_in(wholes, self._base, self._options.connections)
+        if wholes.problems:
+            raise RestoreError(
+                f"{self._where}: the votes of its ranks contradict each other: {'; '.join(wholes.problems[:20])}"
+            )
+        parts = dict(_parts(entries, wholes.found, patterns, targets, base.directory))
+        listed = _listed(base.directory, parts)
+        plan = plan_placement(targets, listed, self._where)
+        state = self._state(listed, parts, plan)
+        if isinstance(state, dict):
+            state = {key: given.get(key, value) for key, value in state.items() if key not in left}
+        shapes = {name: torch.empty(part.shape, dtype=_dtype(part), device="meta") for name, part in parts.items()}
+        refuse_misfits(self._targets, replaced(state, shapes), self._where, plan, strict=self._asked.strict)
+        return replaced(state, self._assembled(parts, wholes.found, plan)), plan
+
+    def _state(self, listed: Directory, parts: Mapping[Name, _Part], plan: PlacementPlan) -> Any:
+        """The base rank's objects, with meta tensors for the parts."""
+        base = self._ranks.whole(self._base)
+        moved = {part.whole.storage for part in parts.values()}
+        kept = [number for number in range(len(base.directory.storages)) if number not in moved]
+        state = load_partly(
+            base,
+            kept,
+            self._options,
+            self._threads,
+            places=plan.places,
+            map_location=plan.map_location,
+            weights_only=self._asked.weights_only,
+        )
+        known = {entry.name for entry in base.directory.tensors}
+        for name, part in parts.items():  # layers that other ranks had
+            if (
+                name not in known
+                and len(name) == 2
+                and isinstance(state, dict)
+                and isinstance(state.get(name[0]), dict)
+            ):
+                state[name[0]][name[1]] = torch.empty(part.shape, dtype=_dtype(part), device="meta")
+        return state
+
+    def _assembled(
+        self, parts: Mapping[Name, _Part], wholes: Mapping[Name, Whole], plan: PlacementPlan
+    ) -> dict[Name, torch.Tensor]:
+        targets, lacking = [], []
+        firsts: dict[Any, Name] = {}
+        """Of tensors that were one when they were saved, and are one here."""
+        for name, part in parts.items():
+            first = firsts.setdefault((part.identity, part.whole.dtype, part.shape, part.boxes), name)
+            if first is not name:
+                continue
+            moves = tuple(self._moves(name, part, wholes[name]))
+            if sum(_count(move.source.shape) for move in moves) != _count(part.shape):
+                lacking.append(name)
+            targets.append(Target(part.whole.dtype, part.shape, moves, name))
+        if lacking:
+            raise RestoreError(
+                f"{self._where}: no rank has saved all that this one needs of {', '.join(map(dotted, lacking[:20]))}"
+                f"{f' and {len(lacking) - 20} more' if len(lacking) > 20 else ''}. Nothing was changed"
+            )
+        readers = {source.rank: self._ranks.vote(source.rank) for target in targets for source, _ in target.moves}
+        needed = ranks_needed({rank: reader.directory for rank, reader in readers.items()}, targets)
+        readers |= {rank: self._ranks.vote(rank) for rank in needed}
+        made: dict[Name, torch.Tensor] = {}
+        for target, tensor in zip(targets, assemble(readers, targets, self._options, self._threads), strict=True):
+            place = plan.places[plan.entries[target.name].storage]
+            made[target.name] = tensor if place == "cpu" else tensor.to(place)
+        return {
+            name: made[firsts[(part.identity, part.whole.dtype, part.shape, part.boxes)]]
+            for name, part in parts.items()
+        }
+
+    def _moves(self, name: Name, part: _Part, whole: Whole) -> Iterator[Move]:
+        """Where each block that this rank needs comes from."""
+        for box, to in part.boxes:
+            found = list(overlaps(whole.blocks, box))
+            if not is_covered(found, box):
+                continue
+            for one in found:
+                start = one.block.offset + sum(at * step for at, step in zip(one.within, one.block.stride, strict=True))
+                source = Source(one.block.rank, one.block.storage, start, one.block.stride, one.shape)
+                yield Move(source, tuple(a + b for a, b in zip(to, one.to, strict=True)))
+
+
+def _as_wholes(listed: Directory, targets: Mapping[str, Any]) -> dict[Name, TensorEntry]:
+    """What a saved rank lists, each tensor as the whole that it was a part of. With a place: it was spread, or is to be."""
+    found: dict[Name, TensorEntry] = {}
+    places = {entry.name[:-2]: entry.place for entry in listed.tensors if is_box(entry)}
+    parameters = {
+        key: [p for group in parameter_groups(target) for p in group["params"]]
+        for key, target in targets.items()
+        if isinstance(target, torch.optim.Optimizer)
+    }
+    for entry in listed.tensors:
+        if is_box(entry):
+            continue
+        place = places.get(entry.name, entry.place)
+        if place is not None:
+            found[entry.name] = _whole(entry, place.shape)
+        else:
+            found[entry.name] = _whole(entry, entry.shape) if _follows(entry, parameters) else entry
+    return found
+
+
+def _whole(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
+    place = GlobalPlace(shape, (0,) * len(shape))
+    return entry._replace(shape=shape, stride=_contiguous(shape), offset=0, place=place)
+
+
+def _follows(entry: TensorEntry, parameters: Mapping[str, Sequence[torch.Tensor]]) -> bool:
+    """Whether this is state of an optimizer that is to be spread as its parameter is."""
+    of = parameters.get(str(entry.name[0]), ())
+    if entry.name[1:2] != ("state",) or len(entry.name) < 4:
+        return False
+    number = entry.name[2]
+    if not isinstance(number, int) or not 0 <= number < len(of):
+        return False
+    return local_of(of[number]) is not None and tuple(of[number].shape) == entry.shape
+
+
+def _parts(
+    entries: _Entries,
+    wholes: Mapping[Name, Whole],
+    patterns: Mapping[Name, Any],
+    targets: Mapping[str, Any],
+    listed: Directory,
+) -> Iterator[tuple[Name, _Part]]:
+    """What this rank puts together: what was spread, or is to be, and what shares memory with that; and of modules what other ranks had."""
+    saved = {entry.name: entry for entry in listed.tensors}
+    moved = {entry.storage for name, entry in entries.items() if name in patterns or wholes[name].was_spread}
+    for name, entry in entries.items():
+        if entry.storage in moved:
+            own = saved[name]
+            yield name, _part(entry, patterns.get(name), (own.storage, own.offset, own.stride, own.shape))
+    for name, whole in wholes.items():
+        is_of_module = len(name) == 2 and isinstance(targets.get(str(name[0])), torch.nn.Module)
+        if is_of_module and name not in saved and whole.kind in _PLAIN:
+            stride, nowhere = _contiguous(whole.shape), len(listed.storages)
+            entry = TensorEntry(name, whole.dtype, whole.shape, stride, 0, nowhere, whole.kind, whole.requires_grad)
+            yield name, _part(entry, patterns.get(name), name)
+
+
+def _part(entry: TensorEntry, pattern: Any, identity: Any) -> _Part:
+    local = None if pattern is None else local_of(pattern)
+    if local is None:
+        nothing = (0,) * len(entry.shape)
+        return _Part(entry, (entry._replace(place=None),), (((nothing, entry.shape), nothing),), identity)
+    boxes = boxes_of(pattern)
+    if tuple(pattern.shape) != entry.shape or not boxes or entry.kind not in _PLAIN:
+        return _Part(entry, (entry,), (), identity)
+    shape = tuple(local.shape)
+    _, rows = placed(entry._replace(shape=shape, stride=_contiguous(shape), offset=0, place=None), pattern)
+    needed = tuple(((box.offset, box.shape), box.local_offset) for box in boxes if 0 not in box.shape)
+    return _Part(entry, tuple(rows), needed, identity)
+
+
+def _listed(base: Directory, parts: Mapping[Name, _Part]) -> Directory:
+    """What a directory of this rank would list."""
+    storages = list(base.storages)
+    tensors = [entry for entry in base.tensors if (entry.name[:-2] if is_box(entry) else entry.name) not in parts]
+    for part in parts.values():
+        old = part.whole.storage
+        location = base.storages[old].location if old < len(base.storages) else "cpu"
+        tensors += [row._replace(storage=len(storages)) for row in part.rows]
+        storages.append(StorageEntry(part.whole.dtype, 0, location, ()))
+    return replace(base, storages=tuple(storages), tensors=tuple(tensors))
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _dtype(part: _Part) -> torch.dtype:
+    found: torch.dtype = getattr(torch, part.whole.dtype)
+    return found
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
