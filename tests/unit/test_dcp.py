@@ -7,6 +7,7 @@ import inspect
 import math
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -310,6 +313,44 @@ def test_a_checkpoint_of_a_checkpointer(tmp_path: Path) -> None:
     target = {"model": {name: torch.zeros_like(value) for name, value in model.state_dict().items()}}
     assert same(load(tmp_path, target)["model"], {name: value.detach() for name, value in model.state_dict().items()})
     assert torch.equal(FastckptReader(tmp_path, step=7).read_state_dict()["model"]["weight"], model.weight)
+
+
+class InTwo(DefaultSavePlanner):
+    """Gives each tensor in two blocks, as a rank with several shards does."""
+
+    def create_local_plan(self) -> Any:
+        plan = super().create_local_plan()
+        items = []
+        for item in plan.items:
+            data: Any = item.tensor_data
+            n = 0 if data is None else data.size[0]
+            for start, stop in ((0, n // 2), (n // 2, n)) if data is not None else ():
+                at = torch.Size([start, *data.chunk.offsets[1:]])
+                chunk = ChunkStorageMetadata(at, torch.Size([stop - start, *data.size[1:]]))
+                block: Any = replace(data, chunk=chunk)
+                items.append(
+                    replace(item, index=replace(item.index, offset=at), type=WriteItemType.SHARD, tensor_data=block)
+                )
+            items += [] if data is not None else [item]
+        return replace(plan, items=items)
+
+    def lookup_object(self, index: Any) -> Any:
+        value = self.state_dict[index.fqn]
+        if not isinstance(value, torch.Tensor):
+            return value
+        half = value.shape[0] // 2
+        return value[half:] if index.offset[0] else value[:half]
+
+
+def test_several_blocks_of_one_rank(tmp_path: Path) -> None:
+    state: dict[str, Any] = {"w": torch.randn(7, 3), "box": {"0": torch.randn(4)}, "n": 5}
+    save(tmp_path, state, planner=InTwo())
+    found = FastckptReader(tmp_path).read_state_dict()
+    assert same(sorted_keys(found), sorted_keys(state))
+    loaded = load(tmp_path, zeros_like(state))
+    assert same(loaded, state)
+    with fastckpt.open(tmp_path) as tensors_of:
+        assert torch.equal(tensors_of["w.box.1"], state["w"][3:])
 
 
 def test_a_pickled_writer_has_forgotten_its_save(tmp_path: Path) -> None:

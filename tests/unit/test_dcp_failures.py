@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
+import fastckpt
 from fastckpt.cli import main
 from fastckpt.dcp import FastckptReader, FastckptWriter
 from fastckpt.errors import (
@@ -25,7 +26,10 @@ from fastckpt.errors import (
     SaveError,
     TooLargeError,
 )
-from fastckpt.integrations.dcp import writer
+from fastckpt.format.directory import Directory, GlobalPlace, TensorEntry
+from fastckpt.integrations.dcp import opened, writer
+from fastckpt.integrations.dcp.layout import Layout, layout_of
+from fastckpt.integrations.dcp.nested import nested_state
 from fastckpt.options import Options
 from tests.support.dcp import IGNORED, cause, flip, load, packs, save
 
@@ -155,6 +159,110 @@ def test_what_was_not_planned_is_not_committed(tmp_path: Path) -> None:
         FastckptReader(tmp_path).read_state_dict()
     save(tmp_path, {"x": torch.ones(2)})
     assert FastckptReader(tmp_path).read_state_dict()["x"].all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("damaged", [False, True])
+def test_checkpoints_of_a_checkpointer_are_not_replaced(damaged: bool, tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    with fastckpt.Checkpointer(tmp_path, {"model": model}, spot=None) as ckpt:
+        ckpt.save_now(1)
+        ckpt.save_now(2)
+    if damaged:
+        flip(max(tmp_path.glob("commits/*")), 100)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointException) as caught:
+        save(tmp_path, {"x": 1})
+    assert isinstance(cause(caught.value), RepositoryError)
+    assert "of a Checkpointer (step" in str(cause(caught.value))
+    assert sorted(path for path in tmp_path.rglob("*") if "probe" not in path.parts) == before
+
+
+def test_a_checkpointer_says_that_it_cannot_restore_one_of_dcp(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    save(tmp_path, {"model": model.state_dict()})
+    with (
+        fastckpt.Checkpointer(tmp_path, {"model": model}, spot=None) as ckpt,
+        pytest.raises(fastckpt.CheckpointError, match="no object"),
+    ):
+        ckpt.restore()
+    with pytest.raises(fastckpt.CheckpointError, match="no object to load"):
+        fastckpt.load(tmp_path)
+
+
+def test_errors_of_the_store_keep_their_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, {"x": 1})
+
+    def refuse(url: Any) -> Any:
+        raise fastckpt.StoreAccessError(f"{url}: no credentials")
+
+    monkeypatch.setattr(opened, "open_store", refuse)
+    monkeypatch.setattr(writer, "open_store", refuse)
+    for use in (save, load):
+        with pytest.raises(CheckpointException) as caught:
+            use(tmp_path, {"x": 1})
+        assert isinstance(cause(caught.value), fastckpt.StoreAccessError)
+
+
+def row(name: str, shape: tuple[int, ...], place: GlobalPlace | None, dtype: str = "float32") -> TensorEntry:
+    return TensorEntry((name,), dtype, shape, (1,) * len(shape), 0, 0, "tensor", False, place)
+
+
+SAID = {"dcp": {"format": 1, "has_paths": True}}
+
+
+@pytest.mark.parametrize(
+    ("rows", "meta", "words"),
+    [
+        ([row("x", (4,), GlobalPlace((3,), (0,)))], SAID, "a block within"),
+        ([row("x", (2,), GlobalPlace((3,), (2,)))], SAID, "a block within"),
+        ([row("x", (2,), GlobalPlace((3, 1), (0, 0)))], SAID, "a block within"),
+        ([row("x", (2,), GlobalPlace((4,), (0,))), row("x", (1,), GlobalPlace((4,), (0,)))], SAID, "one shape"),
+        ([row("x", (2,), GlobalPlace((4,), (0,))), row("x", (2,), GlobalPlace((5,), (2,)))], SAID, "as other ranks"),
+        (
+            [row("x", (1,), GlobalPlace((1,), (0,))), row("x", (1,), GlobalPlace((2,), (1,)), "int8")],
+            SAID,
+            "as other ranks",
+        ),
+        ([], {"dcp": {"format": 1, "has_paths": True, "paths": []}}, "paths and empty places"),
+        ([], {"dcp": {"format": 1, "has_paths": True, "paths": {"x": [1.5]}}}, "strings and integers"),
+        ([], {"dcp": {"format": 1, "has_paths": True, "empty": [[]]}}, "strings and integers"),
+    ],
+)
+def test_votes_that_contradict_are_damage(rows: list[TensorEntry], meta: Any, words: str) -> None:
+    listed = Directory((), tuple(rows), meta=meta)
+    with pytest.raises(CorruptCheckpointError, match=words):
+        layout_of({0: listed}, "somewhere")
+
+
+def test_a_newer_format_is_unsupported() -> None:
+    with pytest.raises(fastckpt.UnsupportedFormatError, match="format 2"):
+        layout_of({0: Directory((), (), meta={"dcp": {"format": 2}})}, "somewhere")
+
+
+@pytest.mark.parametrize("blocks", [{(0,): 2}, {(0,): 2, (1,): 2}, {(0,): 3, (2,): 2}])
+def test_a_whole_that_its_blocks_do_not_make_up_is_damage(blocks: dict[tuple[int, ...], int], tmp_path: Path) -> None:
+    save(tmp_path, {"x": torch.zeros(4)})
+    one = opened.open_checkpoint(str(tmp_path), "latest")
+    (source,) = one.layout.tensors["x"].blocks.values()
+    one.layout.tensors["x"].blocks = {at: source._replace(shape=(n,)) for at, n in blocks.items()}
+    with pytest.raises(CorruptCheckpointError, match="blocks that make up all of it"):
+        opened.wholes_of(one, Options(), None)
+    one.close()
+
+
+@pytest.mark.parametrize("paths", [[("a",), ("a", "b")], [("a", "b"), ("a",)], [("a",), ("a",)]])
+def test_places_that_contradict_are_damage(paths: list[tuple[str, ...]]) -> None:
+    one = Layout(paths={str(n): path for n, path in enumerate(paths)})
+    values = {str(n): n for n in range(len(paths))}
+    with pytest.raises(CorruptCheckpointError, match="a place of its own"):
+        nested_state(values, one, "somewhere", with_empty=True)
+
+
+def test_an_empty_dictionary_gives_way_to_what_another_rank_has_there() -> None:
+    one = Layout(paths={"a.b": ("a", "b"), "l.0": ("l", 0)}, empty={("a",): None, ("l", 0, "x"): None, ("e", 1): None})
+    found = nested_state({"a.b": 1, "l.0": 2}, one, "somewhere", with_empty=True)
+    assert found == {"a": {"b": 1}, "l": [2], "e": [{}]}
 
 
 class Evil:

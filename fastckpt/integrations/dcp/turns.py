@@ -23,7 +23,7 @@ from fastckpt.format.keys import MAX_STEP, CheckpointId, SaveId, VoteName, commi
 from fastckpt.format.repository_records import Commit, Parent, Tombstone, tombstone_bytes, utc_now
 from fastckpt.format.vote import Vote
 from fastckpt.host.threads import WorkerPool
-from fastckpt.integrations.dcp.items import is_paths
+from fastckpt.integrations.dcp.items import META, is_paths
 from fastckpt.integrations.dcp.layout import differences, layout_of
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.collector import Collector
@@ -54,7 +54,7 @@ def step_of(checkpoint_id: str) -> int:
 
 
 def begin(store: Store, world: int, step: int, overwrite: bool) -> list[Assignment]:
-    """Claim the next epoch. Returns the assignments of all ranks. RepositoryError if `overwrite` is False and a checkpoint is there."""
+    """Claim the next epoch. Returns the assignments of all ranks. RepositoryError if the place is taken."""
     repository = Repository(store)
     repository.initialise()
     parent, is_there = _newest(repository)
@@ -69,17 +69,33 @@ def begin(store: Store, world: int, step: int, overwrite: bool) -> list[Assignme
 
 
 def _newest(repository: Repository) -> tuple[Parent | None, bool]:
-    """The checkpoint to continue from, and whether there is any. A damaged one can be replaced, but not be continued from."""
+    """The checkpoint to continue from, and whether there is any. A damaged one can be replaced, but not be continued from.
+
+    RepositoryError if it is one of a Checkpointer: claiming an epoch there would end that job, and retiring would end its history.
+    """
     catalog = Catalog(repository, checks_votes=False)
     try:
-        for checkpoint in catalog.history():
-            found = catalog.commit(checkpoint)
-            if isinstance(found, Commit):
-                return Parent(checkpoint, found.digest), True
+        newest = next(catalog.history(), None)
+        found = None if newest is None else catalog.commit(newest)
     except UnreadableError as error:
         logger.warning("%s: the checkpoint that is being replaced is damaged: %s", repository.url, error)
+        _refuse_others(repository, catalog)
         return None, True
-    return None, False
+    if not isinstance(found, Commit):
+        return None, False
+    _refuse_others(repository, catalog, found)
+    return Parent(found.checkpoint, found.digest), True
+
+
+def _refuse_others(repository: Repository, catalog: Catalog, *commits: Commit) -> None:
+    """RepositoryError if one of these commits, or of all that can be read, was not made by DCP."""
+    found = commits or tuple(repository.read_all(catalog.listing).commits.values())
+    others = [commit for commit in found if META not in commit.meta]
+    if others:
+        raise RepositoryError(
+            f"{repository.url} has checkpoints of a Checkpointer (step {others[-1].save.step}), which a save of "
+            "torch.distributed.checkpoint would replace. Choose a checkpoint_id of its own"
+        )
 
 
 _heard: deque[str] = deque(maxlen=1000)
@@ -165,7 +181,8 @@ def _read_votes(store: Store, turn: Assignment, own: Vote | None, told: Sequence
     if strange or missing or more:
         raise SaveError(
             f"{store.url}: ranks without a vote in save {turn.save}: {missing[:20]}; ranks that saved as another one: {strange[:20]}; "
-            f"votes of other processes as ranks {more[:20]}. Nothing was committed. Let one job write to a checkpoint_id at a time"
+            f"votes of other processes as ranks {more[:20]}. Nothing was committed. A checkpoint_id must be one place for all ranks (a "
+            "directory that all nodes mount, or an object store), and one job at a time writes there"
         )
     others = [name for name in there if own is None or name != own.name]
     with contextlib.closing(WorkerPool(min(_READS_AT_ONCE, len(others)), "fastckpt-votes")) as pool:
