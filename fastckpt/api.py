@@ -23,7 +23,9 @@ from fastckpt.repository.locate import locate
 from fastckpt.repository.newest import read_checkpoint
 from fastckpt.snapshot.kept import kept, stage
 from fastckpt.state import capture, unsafe_globals
+from fastckpt.state.chunks import LiveChunks
 from fastckpt.state.rebuild import resolve_weights_only
+from fastckpt.state.sealing import seal
 from fastckpt.store.base import Store
 from fastckpt.store.location import describe
 from fastckpt.writing.background import write_behind, write_now
@@ -81,7 +83,7 @@ def save(
     sink = open_target(f, "save", options)
     with abandoning(sink):
         sink.expect(captured.n_bytes)
-        write_now(captured, sink, describe(f), options, skeleton_s)
+        write_now(seal(captured), sink, describe(f), options, skeleton_s)
 
 
 def save_async(
@@ -118,7 +120,12 @@ def save_async(
     handle = SaveHandle(describe(f))
     source = stage(captured, handle.target, options)
     skeleton_s = time.perf_counter() - started
-    write_behind(captured, lambda: open_target(f, "save_async", options), handle, options, skeleton_s, source)
+    try:
+        sealed, private = seal(captured, source), not isinstance(source, LiveChunks)
+    except BaseException:
+        source.close()
+        raise
+    write_behind(sealed, lambda: open_target(f, "save_async", options), handle, options, skeleton_s, private=private)
     return handle
 
 

@@ -23,7 +23,7 @@ class Fate:
 
     def __init__(self, world: World, board: Board, name: str) -> None:
         """name: of the save, the same on all ranks."""
-        self._world, self._board, self._at = world, board, f"save/{name}"
+        self.rank, self._world, self._board, self._at = world.rank, world, board, f"save/{name}"
 
     def begin(self, step: int) -> tuple[int, int] | None:
         """Tell the others which step this rank saves. A rank that saves another one, and that step; None: there is none so far."""

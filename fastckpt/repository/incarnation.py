@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from fastckpt.errors import AbandonedError, MissingObjectError, RepositoryError, SaveError, SupersededError
 from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, SaveId, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, Tombstone, epoch_bytes
+from fastckpt.format.sealed_state import SealedState
 from fastckpt.format.vote import Vote
 from fastckpt.options import Options
 from fastckpt.ranks.board import BoardLostError
@@ -24,8 +25,6 @@ from fastckpt.repository.commit import list_votes, require_vote, try_commit
 from fastckpt.repository.joint_commit import Cancelled, JointCommit, JointTurn, abandon, begin
 from fastckpt.repository.repository import Repository, stands
 from fastckpt.repository.retention import GRACE_S, Keep, RetentionPlan, plan_retention
-from fastckpt.state import Captured
-from fastckpt.state.chunks import ChunkSource
 from fastckpt.writing.packs import PackBuffers
 from fastckpt.writing.rank import SaveAsked, SaveRequest, UploadThreads, upload
 
@@ -152,19 +151,19 @@ class Incarnation:
 
     def save(
         self,
-        captured: Captured,
+        sealed: SealedState,
         asked: SaveAsked | int,
         *,
         commit_timeout_s: float = 600.0,
-        source: ChunkSource | None = None,
         cancelled: Callable[[], bool] = lambda: False,
         threads: UploadThreads | None = None,
         turn: JointTurn | None = None,
     ) -> Commit:
         """Upload, vote, commit, acknowledge. Returns the commit record after it was read back and no newer incarnation was found.
 
-        asked: what the save says of itself; a step alone will do. source, cancelled and threads: see `upload`; the caller closes the
-        threads too. commit_timeout_s: how long the votes of other ranks are waited for. turn: of a save that all ranks make.
+        asked: what the save says of itself; a step alone will do. cancelled and threads: see `upload`; the caller closes the threads too,
+        and the source of the chunks. commit_timeout_s: how long the votes of other ranks are waited for. turn: of a save that all ranks
+        make.
 
         SupersededError: it is committed, but a newer incarnation exists. AbandonedError: another rank could not make its part. Any error:
         the earlier checkpoints are as they were.
@@ -174,10 +173,8 @@ class Incarnation:
         self.in_flight.add(request.save)
         try:
             if turn is not None:
-                return self._save_jointly(captured, request, turn, commit_timeout_s, source, cancelled, threads)
-            vote = upload(
-                captured, self.repository.store, request, self._options, source, cancelled, self._buffers, threads
-            )
+                return self._save_jointly(sealed, request, turn, commit_timeout_s, cancelled, threads)
+            vote = upload(sealed, self.repository.store, request, self._options, cancelled, self._buffers, threads)
             commit = self._commit(vote, commit_timeout_s)
             if self._world == 1 and commit.vote(0) == vote.name:
                 self._collector.know(commit, [file.key for file in vote.files])
@@ -190,11 +187,10 @@ class Incarnation:
 
     def _save_jointly(
         self,
-        captured: Captured,
+        sealed: SealedState,
         request: SaveRequest,
         turn: JointTurn,
         commit_timeout_s: float,
-        source: ChunkSource | None,
         cancelled: Callable[[], bool],
         threads: UploadThreads | None,
     ) -> Commit:
@@ -209,7 +205,7 @@ class Incarnation:
                 with contextlib.suppress(BoardLostError):
                     earlier.forget()
             begin(fate, self._rank, step)
-            vote = upload(captured, store, request, self._options, source, ends, self._buffers, threads)
+            vote = upload(sealed, store, request, self._options, ends, self._buffers, threads)
             commit = JointCommit(store, self._team, fate, self.acknowledge, cancelled, commit_timeout_s).run(vote)
         except BaseException as error:
             if ends.why is not None and not isinstance(error, AbandonedError):

@@ -28,14 +28,20 @@ class Watcher:
     """
 
     def __init__(
-        self, sources: Sequence[NoticeSource], poll_s: float = POLL_S, at_signal: Callable[[], None] | None = None
+        self,
+        sources: Sequence[NoticeSource],
+        poll_s: float = POLL_S,
+        at_signal: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """at_signal: called in a signal's handler, when that signal is a notice. Takes no lock and raises nothing."""
+        """at_signal: called in a signal's handler, when that signal is a notice. Takes no lock and raises nothing. clock: what deadlines of
+        notices refer to.
+        """
         self._sources = list(sources)
         self._signals = [source for source in self._sources if isinstance(source, SignalSource)]
         for source in self._signals:
             source.at_once = at_signal
-        self._poll_s = poll_s
+        self._poll_s, self._clock = poll_s, clock
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -43,7 +49,7 @@ class Watcher:
         self._final: Notice | None = None
         self.early: Notice | None = None
         self.blind: dict[str, float] = {}
-        """Source → time.monotonic() since when it has not answered."""
+        """Source → the clock's time since when it has not answered."""
         self._said: set[tuple[str, str]] = set()
 
     def start(self) -> None:
@@ -91,7 +97,7 @@ class Watcher:
 
     def _ask(self, source: NoticeSource) -> None:
         try:
-            notices = list(source.poll(time.monotonic()))
+            notices = list(source.poll(self._clock()))
             for notice in notices:
                 if isinstance(notice, Notice):
                     self._take(notice)
@@ -105,7 +111,7 @@ class Watcher:
             logger.info("%s can be watched again", source.name)
 
     def _went_blind(self, source: NoticeSource, error: Exception) -> None:
-        self.blind.setdefault(source.name, time.monotonic())
+        self.blind.setdefault(source.name, self._clock())
         key = (source.name, f"{type(error).__name__}: {error}")
         if (
             key not in self._said and len(self._said) < 100
@@ -116,7 +122,7 @@ class Watcher:
             events.emit(NoticeSourceBlind(source=source.name, error=error))
 
     def _take(self, notice: Notice) -> None:
-        left_s = notice.seconds_left(time.monotonic())
+        left_s = notice.seconds_left(self._clock())
         logger.warning(
             "%s: %s, %s seconds left",
             notice.source,

@@ -1,10 +1,9 @@
-"""Sources of a state's chunks for the encoder: the state itself, or a snapshot of it."""
+"""Where a state is cut, and its chunks read from where it lies."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from typing import Protocol
 
 from fastckpt._types import U8
 from fastckpt.format.directory import TensorEntry
@@ -16,26 +15,8 @@ from fastckpt.state import Captured, chunking
 from fastckpt.state.chunking import Cuts, StorageShape
 
 
-class ChunkSource(Protocol):
-    """The chunks of one state. `raw` and `release` may be called by any thread, each chunk once and in order."""
-
-    cuts: Cuts
-
-    def raw(self, number: int, scratch: U8) -> U8:
-        """A chunk's bytes, either in `scratch`, which is large enough, or elsewhere. Nobody changes them until `release`. May block."""
-
-    def release(self, number: int) -> None:
-        """The bytes are not needed any more."""
-
-    def confirm(self) -> None:
-        """To be called after all chunks have been read, before the commit. Raises the error that makes them invalid, if there is one."""
-
-    def close(self) -> None:
-        """Release all resources. May be called twice."""
-
-
 class LiveChunks:
-    """Chunks read from the live state. Its owner must not change it until the save is done, or `stop` has returned."""
+    """A `ChunkSource` of the live state: sealed by its owner's word not to change it until the save is done, or `stop` has returned."""
 
     def __init__(self, captured: Captured, cuts: Cuts | None = None) -> None:
         self.cuts = cuts or cuts_of(captured)

@@ -34,11 +34,18 @@ class Ending:
     """See the module. Used by the thread that trains."""
 
     def __init__(
-        self, engine: Engine, saver: Saver, on_exception: Literal["save"] | None, close_timeout_s: float
+        self,
+        engine: Engine,
+        saver: Saver,
+        on_exception: Literal["save"] | None,
+        close_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """on_exception: "save" saves the last step once more, if the objects still have its state. close_timeout_s: the time that saves in
-        flight get then.
+        flight get then. clock, sleep: for the notice that may still be on its way; deadlines of notices refer to the clock.
         """
+        self._clock, self._sleep = clock, sleep
         self._engine, self._saver = engine, saver
         self._on_exception, self._close_timeout_s = on_exception, close_timeout_s
         self._settled = Settled(engine.live.targets, engine.fence.hooks)
@@ -56,7 +63,7 @@ class Ending:
     def watch(self, sources: list[NoticeSource]) -> None:
         """Listen to these sources from now on."""
         if sources:
-            self._watcher = Watcher(sources, at_signal=self._worker_errors.hold_for_good)
+            self._watcher = Watcher(sources, at_signal=self._worker_errors.hold_for_good, clock=self._clock)
             self._watcher.start()
 
     @property
@@ -96,11 +103,11 @@ class Ending:
         """
         if os.getpid() != self._pid:
             return None
-        end_s = time.monotonic()
+        end_s = self._clock()
         if isinstance(error, (RuntimeError, OSError, EOFError)) and self._watcher is not None and not self._closed:
             end_s += _SIGNAL_DELAY_S if self._watcher.takes_signals else 0.0
-        while (notice := self.notice) is None and time.monotonic() < end_s:
-            time.sleep(0.01)
+        while (notice := self.notice) is None and self._clock() < end_s:
+            self._sleep(0.01)
         return notice
 
     # -- the state of the last step ------------------------------------------------------------------------------------

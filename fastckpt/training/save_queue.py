@@ -19,14 +19,16 @@ from fastckpt import events
 from fastckpt.errors import AbandonedError, TornSnapshotError, as_save_error
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
+from fastckpt.format.sealed_state import SealedState
 from fastckpt.host.threads import start_thread
 from fastckpt.repository.incarnation import Incarnation
-from fastckpt.repository.joint_commit import JointTurn
+from fastckpt.repository.joint_commit import JointTurn, abandon
 from fastckpt.repository.retaining import Retaining
 from fastckpt.repository.retention import Keep
 from fastckpt.snapshot import Snapshot
 from fastckpt.state import Captured
 from fastckpt.state.chunks import LiveChunks
+from fastckpt.state.sealing import seal
 from fastckpt.writing.handles import Handle, Waiting
 from fastckpt.writing.rank import SaveAsked, UploadThreads
 
@@ -91,9 +93,10 @@ class SaveQueue:
         keep: Keep | None,
         grace_s: float,
         in_a_hurry: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """in_a_hurry: whether a notice has come; after that no retention runs."""
-        self._incarnation = incarnation
+        """in_a_hurry: whether a notice has come; after that no retention runs. clock: measures saves; that of `SaveAsked.called_s`."""
+        self._incarnation, self._clock = incarnation, clock
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
         """The running job first. A job leaves when it has ended."""
@@ -213,16 +216,15 @@ class SaveQueue:
             del error  # its traceback refers to this frame
 
     def _run(self, job: Job) -> Commit:
-        started = time.monotonic()
+        started = self._clock()
         commit = self._incarnation.save(
-            job.captured,
+            _seal(job),
             job.asked,
-            source=job.source,
             cancelled=job.cancelled.is_set,
             threads=job.threads,
             turn=job.turn,
         )
-        self.measured_s = time.monotonic() - started
+        self.measured_s = self._clock() - started
         self.last_commit = commit
         events.emit(
             events.CheckpointDurable(
@@ -231,7 +233,7 @@ class SaveQueue:
                 trigger=job.asked.trigger,
                 raw_bytes=commit.raw_bytes,
                 stored_bytes=commit.stored_bytes,
-                seconds=time.monotonic() - job.asked.called_s,
+                seconds=self._clock() - job.asked.called_s,
             )
         )
         return commit
@@ -291,6 +293,16 @@ class SaveQueue:
             logger.warning("%s", error)
         else:
             logger.error("saving step %d failed: %s: %s", job.step, type(error).__name__, error)
+
+
+def _seal(job: Job) -> SealedState:
+    """Ranks that save with this one learn of it if that fails: its upload, which would tell them, does not begin then."""
+    try:
+        return seal(job.captured, job.source)
+    except BaseException as error:
+        if job.turn is not None:
+            abandon(job.turn.fate, job.turn.fate.rank, error)
+        raise
 
 
 def _forget_locals(error: BaseException) -> None:

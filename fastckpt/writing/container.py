@@ -1,6 +1,6 @@
-"""State → container: gather, digest and encode on several threads, write in order on one.
+"""Sealed state → container: gather, digest and encode on several threads, write in order on one.
 
-    cut ─→ [gather → digest → encode → crc] × threads ─→ sink, in the order of the records ─→ index ─→ footer ─→ commit
+    chunks ─→ [gather → digest → encode → crc] × threads ─→ sink, in the order of the records ─→ index ─→ footer ─→ commit
 
 At most `chunks_in_flight` chunks are between the state and the sink, each with a scratch buffer of its own. The first
 error cancels the rest, abandons the sink and reaches the caller.
@@ -24,16 +24,13 @@ from fastckpt.format import container, directory, records
 from fastckpt.format.container import HEADER_BYTES, PartEntry
 from fastckpt.format.digest import digest
 from fastckpt.format.repository_records import writer
+from fastckpt.format.sealed_state import SealedChunk, SealedState
 from fastckpt.host import cycle_collector
 from fastckpt.host.pages import fresh_pages
 from fastckpt.host.sink import Sink, committing
 from fastckpt.host.threads import WorkerPool
-from fastckpt.host.torch_names import TORCH_VERSION
 from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
 from fastckpt.options import Options
-from fastckpt.state import Captured
-from fastckpt.state.chunking import Chunk
-from fastckpt.state.chunks import ChunkSource, LiveChunks
 
 _INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
 
@@ -79,11 +76,11 @@ class _Encoded(NamedTuple):
     seconds: float
 
 
-def start_workers(captured: Captured, options: Options, *, background: bool = False) -> WorkerPool | None:
+def start_workers(raw_bytes: int, options: Options, *, background: bool = False) -> WorkerPool | None:
     """Start the threads for `write`. None if the state is too small to need threads, or if the interpreter is ending and allows none.
-    background: nobody waits for these threads, so they run at low priority.
+    raw_bytes: all that is to be written. background: nobody waits for these threads, so they run at low priority.
     """
-    if captured.own_bytes <= _INLINE_BYTES or options.threads == 1:
+    if raw_bytes <= _INLINE_BYTES or options.threads == 1:
         return None
     pool = WorkerPool(options.threads, "fastckpt-save", nice=options.background_nice if background else 0)
     # Do not submit to a pool that runs inline: a job submitted ahead may wait for memory that only the submitting thread gives back.
@@ -91,27 +88,24 @@ def start_workers(captured: Captured, options: Options, *, background: bool = Fa
 
 
 def write(
-    captured: Captured,
+    sealed: SealedState,
     sink: Sink,
     target: str,
     options: Options,
     pool: WorkerPool | None,
     skeleton_s: float,
-    source: ChunkSource | None = None,
 ) -> int:
     """Write a container to the sink and commit it. Returns its bytes.
 
-    source: gives the captured state's chunks; None: they are read from the state itself. On any error, KeyboardInterrupt included, the sink
-    is abandoned and the error raised. Closes the pool and the source.
+    On any error, KeyboardInterrupt included, the sink is abandoned and the error raised. Closes the pool and the source of the chunks.
     """
-    source = source or LiveChunks(captured)
     started = time.perf_counter()
     try:
-        with committing(sink), closing(source), closing(pool) if pool is not None else nullcontext():
+        with committing(sink), closing(sealed.source), closing(pool) if pool is not None else nullcontext():
             payload = _ContainerPayload(sink)
-            writer = ChunkWriter(captured, payload, target, options, pool, source)
+            writer = ChunkWriter(sealed, payload, target, options, pool)
             writer.tell_start(skeleton_s)
-            n_bytes = _write_parts(writer, payload, sink, captured.skeleton)
+            n_bytes = _write_parts(writer, payload, sink, sealed.skeleton)
             commit_from = time.perf_counter()
     except BaseException as error:
         events.emit(events.SaveFailed(target=target, error=error))
@@ -120,7 +114,7 @@ def write(
     events.emit(
         events.SaveFinished(
             target=target,
-            raw_bytes=captured.n_bytes,
+            raw_bytes=sealed.n_bytes,
             file_bytes=n_bytes,
             seconds=now - started + skeleton_s,
             durable_s=now - commit_from,
@@ -148,21 +142,18 @@ class ChunkWriter:
 
     def __init__(
         self,
-        captured: Captured,
+        sealed: SealedState,
         payload: Payload,
         target: str,
         options: Options,
         pool: WorkerPool | None,
-        source: ChunkSource,
     ) -> None:
-        self._captured = captured
+        self._sealed, self._source, self.chunks = sealed, sealed.source, sealed.chunks
         self._payload = payload
         self._target = target
         self._options = options
         self._pool = pool
-        self._source = source
-        self.cuts = source.cuts
-        self.records = np.zeros(len(self.cuts.chunks), records.LAYOUT)
+        self.records = np.zeros(len(self.chunks), records.LAYOUT)
         self._written: dict[tuple[bytes, int], int] = {}
         """(digest, raw bytes) of each chunk that is stored → the number of its record."""
 
@@ -171,9 +162,9 @@ class ChunkWriter:
         events.emit(
             events.SaveStarted(
                 target=self._target,
-                raw_bytes=self._captured.own_bytes,
-                chunks=len(self.cuts.chunks),
-                storages=len(self._captured.storages),
+                raw_bytes=self._sealed.own_bytes,
+                chunks=len(self.chunks),
+                storages=len(self._sealed.storages),
                 skeleton_s=skeleton_s,
             )
         )
@@ -182,7 +173,7 @@ class ChunkWriter:
         """Encode and store all chunks. Afterwards `records` is complete and the source has confirmed its bytes. The first error cancels the
         rest and is raised.
         """
-        for number, (chunk, result) in enumerate(zip(self.cuts.chunks, self._encode_all(), strict=True)):
+        for number, (chunk, result) in enumerate(zip(self.chunks, self._encode_all(), strict=True)):
             self._write_chunk(number, chunk, result)
         self._source.confirm()
 
@@ -191,13 +182,13 @@ class ChunkWriter:
         result.
         """
         if self._pool is None:
-            scratch = _Scratch.of(max((chunk.n_bytes for chunk in self.cuts.chunks), default=0))
-            for number, chunk in enumerate(self.cuts.chunks):
+            scratch = _Scratch.of(max((chunk.n_bytes for chunk in self.chunks), default=0))
+            for number, chunk in enumerate(self.chunks):
                 yield self._encode(number, chunk, scratch)
             return
         free = [_Scratch.of(MAX_RAW_BYTES) for _ in range(self._options.chunks_in_flight)]
         pending: deque[Future[_Encoded]] = deque()
-        waiting = iter(enumerate(self.cuts.chunks))
+        waiting = iter(enumerate(self.chunks))
         more = True
         while more or pending:
             while free and more:
@@ -211,7 +202,7 @@ class ChunkWriter:
                 yield result
                 free.append(result.scratch)
 
-    def _encode(self, number: int, chunk: Chunk, scratch: _Scratch) -> _Encoded:
+    def _encode(self, number: int, chunk: SealedChunk, scratch: _Scratch) -> _Encoded:
         started = time.perf_counter()
         effort = codec.Effort.NORMAL if self._options.compress else codec.Effort.NONE
         element = chunk.element
@@ -235,7 +226,7 @@ class ChunkWriter:
             )
         return _Encoded(encoded, scratch, now - started)
 
-    def _write_chunk(self, number: int, chunk: Chunk, result: _Encoded) -> None:
+    def _write_chunk(self, number: int, chunk: SealedChunk, result: _Encoded) -> None:
         started = time.perf_counter()
         row, encoded = self.records[number], result.encoded
         earlier = self._written.get((encoded.digest, chunk.n_bytes))
@@ -270,26 +261,14 @@ class ChunkWriter:
 
     def directory(self) -> directory.Directory:
         """Describe storages and tensors for the index. The caller adds step, rank, world and meta."""
-        captured = self._captured
-        storages = tuple(
-            directory.StorageEntry(
-                s.dtype,
-                s.n_bytes,
-                s.location,
-                self.cuts.extents[n] if s.has_data else None,
-                captured.shares.get(n, ()) if s.has_data else (),
-                captured.prints.get(n, ""),
-            )
-            for n, s in enumerate(captured.storages)
-        )
         ours = writer()  # without the host: a container depends on none
         made_by = {
             "name": ours["name"],
             "version": ours["version"],
-            "torch": TORCH_VERSION,
+            "torch": self._sealed.torch,
             "python": ours["python"],
         }
-        return directory.Directory(storages, tuple(captured.tensors), writer=made_by)
+        return directory.Directory(self._sealed.storages, self._sealed.tensors, writer=made_by)
 
 
 def index_and_footer(header: bytes, payload_bytes: int, parts: Sequence[bytes]) -> list[bytes]:

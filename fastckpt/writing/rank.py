@@ -12,12 +12,11 @@ from fastckpt.errors import SaveError, StoreFullError
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import SaveId, vote_key
 from fastckpt.format.repository_records import Parent, utc_now, writer
+from fastckpt.format.sealed_state import SealedState
 from fastckpt.format.vote import SaveInfo, Vote, save_to_json
 from fastckpt.host import cycle_collector
 from fastckpt.host.threads import WorkerPool
 from fastckpt.options import Options
-from fastckpt.state import Captured
-from fastckpt.state.chunks import ChunkSource, LiveChunks
 from fastckpt.store.base import Store
 from fastckpt.writing.container import ChunkWriter, start_workers
 from fastckpt.writing.packs import PackBuffers, PackWriter, choose_pack_bytes
@@ -57,9 +56,9 @@ class UploadThreads(NamedTuple):
     uploaders: WorkerPool
 
     @classmethod
-    def start(cls, captured: Captured, options: Options) -> UploadThreads:
-        """Start them. RuntimeError if no thread can be started. Takes some 50 µs for each thread."""
-        encoders = start_workers(captured, options, background=True)
+    def start(cls, raw_bytes: int, options: Options) -> UploadThreads:
+        """Start them. raw_bytes: all that is to be uploaded. RuntimeError if no thread can be started. Takes some 50 µs for each thread."""
+        encoders = start_workers(raw_bytes, options, background=True)
         try:
             return cls(encoders, WorkerPool(options.connections, "fastckpt-upload", nice=options.background_nice))
         except BaseException:
@@ -75,18 +74,17 @@ class UploadThreads(NamedTuple):
 
 
 def upload(
-    captured: Captured,
+    sealed: SealedState,
     store: Store,
     request: SaveRequest,
     options: Options,
-    source: ChunkSource | None = None,
     cancelled: Callable[[], bool] = lambda: False,
     buffers: PackBuffers | None = None,
     threads: UploadThreads | None = None,
 ) -> Vote:
     """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
 
-    source: gives the captured state's chunks; None: they are read from the state itself. cancelled: asked before every chunk; True ends the
+    The chunks' source has to be closed by the caller. cancelled: asked before every chunk; True ends the
     save with a SaveError. buffers: kept by the caller for its next save. threads: closed by this function. Memory needed besides the state:
     `options.chunks_in_flight` × 16 MiB and `connections + 1` packs.
     """
@@ -94,9 +92,9 @@ def upload(
     target = f"{store.url} step {request.save.step}"
     packs: PackWriter | None = None
     try:
-        threads = threads or UploadThreads.start(captured, options)
+        threads = threads or UploadThreads.start(sealed.own_bytes, options)
         try:
-            pack_bytes = choose_pack_bytes(captured.own_bytes, options)
+            pack_bytes = choose_pack_bytes(sealed.own_bytes, options)
             with PackWriter(
                 store,
                 request.save,
@@ -107,14 +105,14 @@ def upload(
                 cancelled,
                 buffers,
             ) as packs:
-                chunks = ChunkWriter(captured, packs, target, options, threads.encoders, source or LiveChunks(captured))
+                chunks = ChunkWriter(sealed, packs, target, options, threads.encoders)
                 chunks.tell_start(skeleton_s=0.0)
                 chunks.run()
                 files = packs.finish()
         finally:
             threads.close()
-        vote, data = _build(chunks, captured, files, request, packs.stored_bytes)
-        vote = replace(vote, groups=captured.groups)
+        vote, data = _build(chunks, sealed, files, request, packs.stored_bytes)
+        vote = replace(vote, groups=sealed.groups)
         if cancelled():  # the last moment at which the save can still be cancelled
             raise SaveError(f"the save of step {request.save.step} was cancelled. Nothing was committed")
         store.put(vote_key(vote.name), data)
@@ -126,7 +124,7 @@ def upload(
     events.emit(
         events.SaveFinished(
             target=target,
-            raw_bytes=captured.own_bytes,
+            raw_bytes=sealed.own_bytes,
             file_bytes=packs.stored_bytes + len(data),
             seconds=time.perf_counter() - started,
             durable_s=0.0,
@@ -136,7 +134,7 @@ def upload(
 
 
 def _build(
-    chunks: ChunkWriter, captured: Captured, files: Sequence[FileEntry], request: SaveRequest, stored_bytes: int
+    chunks: ChunkWriter, sealed: SealedState, files: Sequence[FileEntry], request: SaveRequest, stored_bytes: int
 ) -> tuple[Vote, bytes]:
     """Build the vote and its bytes. SaveError if a reader would refuse it."""
     asked = request.asked
@@ -146,7 +144,7 @@ def _build(
         request.parent,
         asked.trigger,
         asked.metrics,
-        captured.own_bytes,
+        sealed.own_bytes,
         stored_bytes,
         seconds,
         utc_now(),
@@ -162,4 +160,4 @@ def _build(
         save=save_to_json(info),
     )
     with cycle_collector.held_off():
-        return build_vote(request.save, listed, files, chunks.records, captured.skeleton)
+        return build_vote(request.save, listed, files, chunks.records, sealed.skeleton)

@@ -62,7 +62,7 @@ def states(draw: Any) -> Any:
     return [draw(trees), tensors, shared]
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(states())
 def test_random_states(state: Any) -> None:
     same(state)

@@ -20,12 +20,12 @@ from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.joint_commit import JointTurn
 from fastckpt.repository.object_board import ObjectBoard
 from fastckpt.repository.repository import Repository
-from fastckpt.state import capture
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training.joint_decisions import JointDecisions
 from fastckpt.training.save_queue import MAX_JOBS
 from fastckpt.writing.rank import SaveAsked
+from tests.support.states import sealed
 from tests.support.virtual_time import VirtualTime
 
 OPTIONS = Options(threads=1, connections=1)
@@ -230,7 +230,7 @@ class Simulation:
             if one.dead:
                 return
             try:
-                one.incarnation.save(capture(state, __import__("pickle"), 2), job.asked, turn=job.turn)
+                one.incarnation.save(sealed(state), job.asked, turn=job.turn)
                 one.outcomes[name] = "committed"
             except AbandonedError:
                 one.outcomes[name] = "abandoned"

@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
+import datetime
+import json
+import platform
+from pathlib import Path
+
 import pytest
 
+import fastckpt
 from fastckpt import Every
 from tests.distributed.simulated import Simulation
 
+RESULT = Path(__file__).parent / "results" / "skewed_clocks.json"
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_saves_by_time_with_skewed_clocks_and_one_slow_link(seed: int) -> None:
-    """200 saves and more; the rank with a tenth of the others' rate holds all of them up. Takes some 20 s: 4 ranks, 12 threads."""
+
+def test_saves_by_time_with_skewed_clocks_and_one_slow_link() -> None:
+    """The rank with a tenth of the others' rate holds all of them up. Takes some 5 s: 4 ranks, 12 threads."""
+    skewed(seed=1, calls=400, at_least=40)
+
+
+@pytest.mark.slow
+def test_200_saves_by_time_with_skewed_clocks_and_one_slow_link() -> None:
+    """The same for longer: some 30 s for each seed."""
+    begun = {seed: skewed(seed, calls=3300, at_least=200) for seed in (1, 2)}
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "fastckpt": fastckpt.__version__,
+        "python": platform.python_version(),
+        "calls of step": 3300,
+        "saves begun, committed (by seed)": begun,
+    }
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def skewed(seed: int, calls: int, at_least: int) -> tuple[int, int]:
+    """Saves that were begun, and those that all ranks have committed."""
     world = Simulation(
         4, seed=seed, every=Every(minutes=0.1), step_s=0.5, upload_s=lambda rank: 4.0 if rank == 2 else 0.4
     )
-    world.run(calls=3300)
+    world.run(calls)
     began = len({step for one in world.ranks for _, step in one.outcomes})
     print(seed, began, world.committed)
-    assert began >= 200
+    assert began >= at_least
     assert world.committed >= 0.9 * began
+    return began, world.committed
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_link_that_is_too_slow_for_the_interval(seed: int) -> None:
     """Ranks do not agree on a save for which one has no room: the slow link is always busy, and nothing is copied in vain."""
     world = Simulation(
         4, seed=seed, every=Every(minutes=0.1), step_s=0.5, upload_s=lambda rank: 14.0 if rank == 1 else 1.0
     )
-    world.run(calls=800)
+    world.run(calls=300)
     began = len({step for one in world.ranks for _, step in one.outcomes})
     print(seed, began, world.committed)
-    assert world.committed == began >= 26
+    assert world.committed == began >= 9
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_by_steps_a_rank_without_room_has_a_save_abandoned_by_all(seed: int) -> None:
     world = Simulation(
         4, seed=seed, every=Every(steps=12), step_s=0.5, upload_s=lambda rank: 14.0 if rank == 1 else 1.0

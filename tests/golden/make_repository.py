@@ -26,7 +26,7 @@ from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
 from fastckpt.writing.rank import SaveAsked
 from tests.support.repositories import IN_PARALLEL, begin, reuse, save_ranks, vote
-from tests.support.states import captured
+from tests.support.states import sealed
 
 ROOT = Path(__file__).resolve().parent / "repository"
 
@@ -51,13 +51,13 @@ def write(store: Store) -> None:
     job.choose_and_claim()
     for step in (1, 2, 3):
         job.save(
-            captured(state(step)), SaveAsked(step, metrics={"loss": 1 / step, "odd": float("nan")}, meta={"note": "µ"})
+            sealed(state(step)), SaveAsked(step, metrics={"loss": 1 / step, "odd": float("nan")}, meta={"note": "µ"})
         )
         job.retain(Keep(last=2), grace_s=0.0)
     job = Incarnation(Repository(store), IN_PARALLEL)
     job.choose_and_claim(2)
     for step in (3, 4):
-        commit = job.save(captured(state(10 + step)), step)
+        commit = job.save(sealed(state(10 + step)), step)
     found = Repository(store).commit(CheckpointId(2, 4))
     assert isinstance(found, Commit), commit
     begin(store, 2, found)

@@ -14,7 +14,7 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
 BUILD_SECONDS, RUN_SECONDS = 200, 100
-FUZZ_SECONDS = 5  # for each of two fuzzers
+FUZZ_SECONDS = 2  # for each of two fuzzers
 
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 
@@ -99,7 +99,7 @@ def test_aarch64(build: Path, vectors: Path, tmp_path: Path) -> None:
 
 
 def test_fuzzers(build: Path) -> None:
-    """Ten seconds of libFuzzer, and 15 of clang: what it finds in that time would be found by nearly any damaged file."""
+    """Four seconds of libFuzzer, and 15 of clang: what it finds in that time would be found by nearly any damaged file."""
     need("clang++", "g++")
     if not links(build, "clang++", "-fsanitize=address,undefined"):
         pytest.skip("clang's sanitizer runtime libraries are missing")

@@ -60,7 +60,7 @@ def check_limits(cuts: Cuts, shapes: list[StorageShape]) -> None:
 
 
 @given(shapes=storages())
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_every_byte_is_in_one_chunk_and_extents_agree(shapes: list[StorageShape]) -> None:
     cuts = cut(shapes)
     check_limits(cuts, shapes)

@@ -13,7 +13,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
 from fastckpt.writing.rank import SaveAsked
 from tests.support.repositories import IN_PARALLEL, save_steps, vote
-from tests.support.states import captured, rich_state
+from tests.support.states import rich_state, sealed
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
@@ -34,5 +34,5 @@ def rewound(store: LocalStore) -> None:
     save_steps(store, [1, 2, 3], {1: {"loss": 3.0}, 2: {"loss": 1.0}, 3: {"loss": float("nan")}})
     job = Incarnation(Repository(store), IN_PARALLEL)
     job.choose_and_claim(2)
-    job.save(captured(rich_state(4)), SaveAsked(4, metrics={"loss": 2.0}))
+    job.save(sealed(rich_state(4)), SaveAsked(4, metrics={"loss": 2.0}))
     vote(store, 2, 9, 0, 2, rich_state(9))

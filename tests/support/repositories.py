@@ -27,11 +27,12 @@ from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.rank_reader import open_rank
 from fastckpt.repository.repository import Repository
 from fastckpt.state import Captured
+from fastckpt.state.sealing import seal
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
 from fastckpt.writing.container import index_and_footer
 from fastckpt.writing.rank import SaveAsked, SaveRequest, upload
-from tests.support.states import captured, rich_state
+from tests.support.states import captured, rich_state, sealed
 
 OPTIONS = Options(threads=1, connections=1, host_budget_bytes=256 << 20)
 """Nothing at the same time, which makes the order of requests that of the calls."""
@@ -59,7 +60,7 @@ def save_steps(
     job = Incarnation(Repository(store), IN_PARALLEL)
     job.choose_and_claim()
     for step in steps:
-        job.save(captured(rich_state(step)), SaveAsked(step, metrics=(metrics or {}).get(step, {})))
+        job.save(sealed(rich_state(step)), SaveAsked(step, metrics=(metrics or {}).get(step, {})))
     return job
 
 
@@ -77,7 +78,7 @@ def vote(
     """One rank's part of a save: packs and vote."""
     of = None if parent is None else Parent(parent.checkpoint, parent.digest)
     request = SaveRequest(asked=SaveAsked(step), save=SaveId(epoch, step, attempt), parent=of, rank=rank, world=world)
-    return upload(captured(obj), store, request, IN_PARALLEL)
+    return upload(sealed(obj), store, request, IN_PARALLEL)
 
 
 def shared(obj: Any, rank: int, shares: Mapping[str, Sequence[tuple[int, int]]]) -> Captured:
@@ -95,7 +96,7 @@ def vote_shared(store: Store, epoch: int, step: int, world: int, state: Captured
     """A rank's part of a save, of a state that `shared` has made."""
     save = SaveId(epoch, step, 0)
     request = SaveRequest(asked=SaveAsked(step), save=save, parent=None, rank=state.rank, world=world)
-    return upload(state, store, request, IN_PARALLEL)
+    return upload(seal(state), store, request, IN_PARALLEL)
 
 
 def save_shared(store: Store, epoch: int, step: int, states: Sequence[Captured]) -> Commit:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastckpt.format.sealed_state import SealedState
 from fastckpt.state import Captured, capture
+from fastckpt.state.sealing import seal
 
 
 def small_state(value: float) -> dict[str, Any]:
@@ -38,8 +40,13 @@ def rich_state(seed: int, n: int = 300_000) -> dict[str, Any]:
 
 
 def captured(obj: Any) -> Captured:
-    """As a save takes it."""
+    """As a save finds it."""
     return capture(obj, pickle, 2)
+
+
+def sealed(obj: Any) -> SealedState:
+    """As an upload takes it."""
+    return seal(captured(obj))
 
 
 def same(a: Any, b: Any) -> bool:

@@ -14,7 +14,7 @@ from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
 from fastckpt.store.memory import MemoryStore
 from tests.support.repositories import IN_PARALLEL, flip, keys_of, save_steps
-from tests.support.states import captured, rich_state
+from tests.support.states import rich_state, sealed
 
 
 @st.composite
@@ -148,7 +148,7 @@ def test_a_rewind_leaves_a_branch(store: MemoryStore) -> None:
     job = Incarnation(Repository(store), IN_PARALLEL)
     job.choose_and_claim(1)
     assert [c.step for c in catalog(store).history()] == [1], "even before its first save"
-    job.save(captured(rich_state(9)), 2)
+    job.save(sealed(rich_state(9)), 2)
     assert list(catalog(store).history()) == [CheckpointId(2, 2), CheckpointId(1, 1)]
     assert catalog(store).branches() == [CheckpointId(1, 3), CheckpointId(1, 2)]
     old = catalog(store).choose(3)

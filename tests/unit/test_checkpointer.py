@@ -21,6 +21,7 @@ from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
 from fastckpt.store.memory import MemoryStore
+from tests.support.states import sealed
 from tests.support.stores import GivenNotices, HeldStore
 from tests.support.training import SHORT_S, Training, checkpointer, living, losses
 
@@ -330,22 +331,17 @@ def test_another_store_class_is_accepted_and_left_open(store: HeldStore) -> None
 
 def test_an_incarnation_that_saved_is_seen_by_one_that_claims_meanwhile(store: HeldStore) -> None:
     """Row 14 of docs/guarantees.md: a commit between choice and claim is not left behind."""
-    from fastckpt.state import capture
-
-    def captured(value: float) -> Any:
-        import pickle
-
-        return capture({"t": torch.tensor([value])}, pickle, 2)
-
     options = Options(threads=1, connections=1)
     old = Incarnation(Repository(store), options)
-    old.save(captured(1), 1)
+    old.save(sealed({"t": torch.tensor([1.0])}), 1)
     put_if_absent = store.put_if_absent
 
     def commit_first(key: str, data: Any) -> None:
         if key == keys.epoch_key(2):
             store.put_if_absent = put_if_absent  # type: ignore[method-assign]
-            assert old.save(captured(2), 2).save.step == 2  # acknowledged: no newer epoch in sight
+            assert (
+                old.save(sealed({"t": torch.tensor([2.0])}), 2).save.step == 2
+            )  # acknowledged: no newer epoch in sight
         put_if_absent(key, data)
 
     store.put_if_absent = commit_first  # type: ignore[method-assign]

@@ -38,7 +38,7 @@ from tests.support.repositories import (
     save_steps,
     vote,
 )
-from tests.support.states import captured, rich_state, small_state
+from tests.support.states import rich_state, sealed, small_state
 
 SAVE = SaveId(1, 7, 0)
 KEY = commit_key(SAVE.checkpoint)
@@ -220,7 +220,7 @@ def test_a_save_ends_whose_vote_is_gone(store: MemoryStore) -> None:
     run.repository.initialise()
     run.choose_and_claim()
     with pytest.raises(RepositoryError, match="was placed and is gone"):
-        run.save(captured(small_state(1.0)), 1)
+        run.save(sealed(small_state(1.0)), 1)
 
 
 @pytest.mark.parametrize("mode", ["before", "after", "delayed"])

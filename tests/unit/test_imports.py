@@ -53,6 +53,19 @@ def test_a_broken_rule_is_named_with_file_line_and_edge(path: str, source: str, 
     assert broken(path, source) == ([] if problem is None else [problem])
 
 
+def test_whoever_uploads_takes_sealed_states_alone() -> None:
+    """Of the rooms that know torch it imports nothing; torch's old format is written by torch itself."""
+    trees = house.sources(PACKAGE / "writing")
+    for path, tree in trees.items():
+        imported = {
+            alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in [node.module or ""]
+        }
+        wrong = {
+            name for name in imported if name.startswith(("fastckpt.state", "fastckpt.snapshot", "fastckpt.host.torch"))
+        }
+        assert not wrong or path.name == "legacy.py", (path, wrong)
+
+
 def test_rooms_behind_the_snapshot_do_not_know_torch() -> None:
     for room in KNOW_NO_TORCH:
         for path, tree in house.sources(PACKAGE / room).items():

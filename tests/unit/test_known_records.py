@@ -21,7 +21,7 @@ from fastckpt.store.cloud_listing import NotAListingError, read_page
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
 from tests.support.repositories import OPTIONS
-from tests.support.states import captured
+from tests.support.states import sealed
 
 ONE, TWO = CheckpointId(1, 1), CheckpointId(1, 2)
 
@@ -51,7 +51,7 @@ def test_a_record_is_read_again_only_when_the_list_shows_another_object() -> Non
     run = Incarnation(Repository(store), OPTIONS)
     run.choose_and_claim()
     for step in (1, 2):
-        run.save(captured(float(step)), step)
+        run.save(sealed(float(step)), step)
     pin = pin_bytes(Pin(ONE, 10, "the test", utc_now()))
     store.put(keys.pin_key("p"), pin)
     reads = Reads(store)
@@ -84,7 +84,7 @@ def test_ls_reads_each_record_once() -> None:
     run = Incarnation(Repository(store), OPTIONS)
     run.choose_and_claim()
     for step in (1, 2, 3):
-        run.save(captured(float(step)), step)
+        run.save(sealed(float(step)), step)
     run.retain(Keep(last=1))
     reads = Reads(store)
     found = list_repository(Repository(reads))
@@ -97,7 +97,7 @@ def test_a_record_that_is_another_one_since_the_list_is_an_error_or_itself(n_byt
     store = MemoryStore()
     run = Incarnation(Repository(store), OPTIONS)
     run.choose_and_claim()
-    run.save(captured(1.0), 1)
+    run.save(sealed(1.0), 1)
     known = KnownRecords(store)
     listing = known.list()
     store.put(keys.commit_key(ONE), bytes(n_bytes))

@@ -19,14 +19,14 @@ from fastckpt.training.checkpointer import Checkpointer
 from fastckpt.upkeep.check.repository import check_repository
 from fastckpt.upkeep.repair import plan_repair, repair
 from tests.support.repositories import check_all, history, incarnation, keys_of
-from tests.support.states import captured, small_state
+from tests.support.states import sealed, small_state
 
 
 def job(store: MemoryStore, steps: list[int]) -> Any:
     run = incarnation(store)
     run.choose_and_claim()
     for step in steps:
-        run.save(captured(small_state(step)), step)
+        run.save(sealed(small_state(step)), step)
     return run
 
 
@@ -37,7 +37,7 @@ def test_a_running_job_puts_its_records_back_and_the_next_start_goes_on() -> Non
     for key in keys_of(store, ""):  # the rule
         store.delete(key)
     for step in (4, 5, 6):
-        run.save(captured(small_state(step)), step)
+        run.save(sealed(small_state(step)), step)
         run.retain(Keep(last=2), grace_s=0.0)
     assert store.get(keys.MARKER) == marker
     assert store.get("epochs/000001.json") == epoch
@@ -55,7 +55,7 @@ def test_other_bytes_there_end_the_job(key: str) -> None:
     job(other, [1])
     store.put(key, other.get(key))
     with pytest.raises(SupersededError, match="somebody else's now"):
-        run.save(captured(small_state(2)), 2)
+        run.save(sealed(small_state(2)), 2)
 
 
 @pytest.mark.parametrize("end", [b"", b"x"])
@@ -64,7 +64,7 @@ def test_a_record_that_was_cut_off_is_another(end: bytes) -> None:
     run = job(store, [1])
     store.put("epochs/000001.json", store.get("epochs/000001.json")[:-1] + end)
     with pytest.raises(SupersededError):
-        run.save(captured(small_state(2)), 2)
+        run.save(sealed(small_state(2)), 2)
 
 
 @pytest.mark.parametrize("call", ["initialise", "require"])
@@ -97,7 +97,7 @@ def test_a_commit_that_vanishes_is_not_acknowledged() -> None:
 
     run = job(Losing(), [1])
     with pytest.raises(RepositoryError, match="is not there any more"):
-        run.save(captured(small_state(2)), 2)
+        run.save(sealed(small_state(2)), 2)
 
 
 def test_the_next_number_is_above_everything_that_was_ever_written() -> None:
@@ -118,12 +118,12 @@ def test_the_history_follows_the_parents_of_commits_where_a_record_is_missing() 
     job(store, [1, 2, 3])
     rewound = incarnation(store)
     rewound.choose_and_claim(2)
-    rewound.save(captured(small_state(4.0)), 4)
+    rewound.save(sealed(small_state(4.0)), 4)
     store.delete("epochs/000002.json")
     assert [c.step for c in history(store)] == [4, 2, 1], "step 3 was left behind"
     fresh = incarnation(store)
     fresh.begin(fresh=True)
-    fresh.save(captured(small_state(1.0)), 1)
+    fresh.save(sealed(small_state(1.0)), 1)
     store.delete(f"epochs/{fresh.epoch.number:06}.json")  # type: ignore[union-attr]
     assert [c.step for c in history(store)] == [1]
 
@@ -153,7 +153,7 @@ def test_expired_tombstones_are_missed_by_nobody() -> None:
         run.retain(Keep(last=1), grace_s=0.0)
     for step in (1, 2):
         store.delete(commit_key(CheckpointId(1, step)))
-    run.save(captured(small_state(4)), 4)
+    run.save(sealed(small_state(4)), 4)
     for _ in range(2):
         assert not run.retain(Keep(last=1), grace_s=0.0).warnings
     assert [c.step for c in history(store)] == [4]
@@ -191,7 +191,7 @@ def test_of_two_jobs_that_got_one_number_one_is_told() -> None:
     b.choose()
     store.conditional = False
     assert a.claim(chosen, "latest", set())
-    a.save(captured(small_state(2)), 2)
+    a.save(sealed(small_state(2)), 2)
     store.delete("epochs/000002.json")
     store.delete(commit_key(CheckpointId(2, 2)))
     for prefix in ("votes/000002-000000000002-000/", "data/000002-000000000002-000/"):
@@ -199,6 +199,6 @@ def test_of_two_jobs_that_got_one_number_one_is_told() -> None:
             store.delete(key)
     assert b.claim(chosen, "latest", set())
     assert a.epoch.number == b.epoch.number  # type: ignore[union-attr]
-    b.save(captured(small_state(3)), 3)
+    b.save(sealed(small_state(3)), 3)
     with pytest.raises(SupersededError):
-        a.save(captured(small_state(4)), 4)
+        a.save(sealed(small_state(4)), 4)

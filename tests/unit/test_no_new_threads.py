@@ -226,8 +226,7 @@ def test_saves_of_a_checkpointer_are_done_when_they_return(ended: None) -> None:
     job.check(store, [3, 4])  # retention has been there too
 
 
-@pytest.mark.parametrize("hooks", [True, False], ids=["fenced", "eager"])
-@pytest.mark.parametrize("spill", [True, False], ids=["spill", "no spill"])
+@pytest.mark.parametrize(("hooks", "spill"), [(True, True), (False, False)], ids=["fenced-spill", "eager-no spill"])
 def test_a_state_larger_than_the_budget(tmp_path: Path, ended: None, hooks: bool, spill: bool) -> None:
     store, job = MemoryStore(), Trained(14)  # 68 MB
     options = Options(**{**vars(RING), "spill_dir": str(tmp_path) if spill else ""})

@@ -31,6 +31,7 @@ from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
 from fastckpt.training.checkpointer import Checkpointer
 from tests.support.repositories import incarnation
+from tests.support.states import sealed
 
 SHORT_S = 60.0
 
@@ -224,7 +225,7 @@ def test_a_head_that_moves_while_it_loads_is_loaded_again(moves: int) -> None:
                 step = 10 - left[0]
                 torch.nn.init.constant_(state["model"]["weight"], step)
                 with contextlib.suppress(SupersededError):
-                    other.save(_captured(state), step)
+                    other.save(sealed(state), step)
             super().get_into(key, offset, out)
 
     with Checkpointer(Moving(store), {"model": net}, spot=None) as ckpt:
@@ -233,14 +234,6 @@ def test_a_head_that_moves_while_it_loads_is_loaded_again(moves: int) -> None:
         ckpt.save_now(20).wait(SHORT_S)
     commit = Repository(store).commit(CheckpointId(Repository(store).newest_epoch(), 20))
     assert commit.parent is not None  # type: ignore[union-attr]
-
-
-def _captured(state: Any) -> Any:
-    import pickle
-
-    from fastckpt.state import capture
-
-    return capture(state, pickle, 2)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import torch
 from fastckpt import RNGState, load
 from fastckpt.options import Options
 from fastckpt.state import Captured, Recapturer, capture, recapture
+from fastckpt.state.sealing import seal
 from fastckpt.writing.container import write
 from fastckpt.writing.sinks import FileObject
 
@@ -24,7 +25,7 @@ OPTIONS = Options(threads=1)
 
 def loaded(captured: Captured) -> Any:
     file = io.BytesIO()
-    write(captured, FileObject(file), "x", OPTIONS, None, 0.0)
+    write(seal(captured), FileObject(file), "x", OPTIONS, None, 0.0)
     file.seek(0)
     return load(file, weights_only=False)
 

@@ -28,7 +28,7 @@ from fastckpt.repository.retention import (
 from fastckpt.repository.vote_set import VoteSetState
 from fastckpt.store.memory import MemoryStore
 from tests.support.repositories import begin, check_all, flip, keys_of, living, reuse, save_steps, vote
-from tests.support.states import captured, rich_state
+from tests.support.states import rich_state, sealed
 
 GRACE_S = 100.0
 numbers = st.floats(allow_nan=True, allow_infinity=True)
@@ -350,7 +350,7 @@ def test_one_object_that_cannot_be_deleted_keeps_no_other_and_is_told_once() -> 
     store.held = set(keys_of(store, "votes/"))
     told = []
     for step in range(2, 9):
-        job.save(captured(rich_state(step, 100)), step)
+        job.save(sealed(rich_state(step, 100)), step)
         now_s[0] += 10.0
         told += job.retain(Keep(last=1), 0.0).refused
     assert [str(error) for error in told] == [f"{key} is under legal hold" for key in store.held]
@@ -393,7 +393,7 @@ def test_a_tombstone_of_the_living_epoch_goes_a_grace_after_all_of_its_checkpoin
     seen: dict[str, float] = {}
     for step in range(3, 12):
         now_s[0] += GRACE_S / 2
-        job.save(captured(rich_state(step, 100)), step)
+        job.save(sealed(rich_state(step, 100)), step)
         job.retain(Keep(last=1), GRACE_S)
         for what, prefix in (("pack", "data/000001-000000000001"), ("tombstone", "commits/000001-000000000001")):
             if not any(key.startswith(prefix) for key in keys_of(store, "")):
@@ -409,7 +409,7 @@ def test_one_over_a_save_that_was_never_committed_stays_while_its_epoch_lives() 
     vote(store, 1, 2, 0, 2, rich_state(2, 100))  # the other rank's never came
     for step in range(3, 12):
         now_s[0] += 2 * GRACE_S
-        job.save(captured(rich_state(step, 100)), step)
+        job.save(sealed(rich_state(step, 100)), step)
         job.retain(Keep(last=1), GRACE_S)
     assert not keys_of(store, "data/000001-000000000002-000/")
     assert commit_key(CheckpointId(1, 2)) in keys_of(store, "commits/")

@@ -21,12 +21,13 @@ from fastckpt.reading.tensor_reader import TensorReader
 from fastckpt.repository.commit import try_commit
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
+from fastckpt.state.sealing import seal
 from fastckpt.store.local import LocalStore
 from fastckpt.upkeep.check.container import check_container
 from fastckpt.upkeep.salvage import FoundIn, SalvageReport, choose_try, salvage
 from fastckpt.writing.rank import SaveAsked, SaveRequest, upload
 from tests.support.repositories import IN_PARALLEL, OPTIONS, begin, flip, keys_of, save_ranks, save_steps, vote
-from tests.support.states import captured, rich_state, same
+from tests.support.states import captured, rich_state, same, sealed
 
 NAMES = [
     "array",
@@ -129,7 +130,7 @@ def test_history_goes_before_abandoned_branches(store: LocalStore, out: Path) ->
 
     job = Incarnation(Repository(store), IN_PARALLEL)
     job.choose_and_claim(1)
-    job.save(captured(rich_state(3)), 3)
+    job.save(sealed(rich_state(3)), 3)
     (pack,) = keys_of(store, "data/000002-000000000003-000/")
     store.delete(pack)
     report = run(store, 3, out, epoch=2)
@@ -277,7 +278,7 @@ def test_arrays_of_the_other_byte_order_are_salvaged_with_their_bytes(store: Loc
     obj.storages[0].dtype = "numpy:>f8"
     obj.tensors[0] = obj.tensors[0]._replace(dtype="numpy:>f8")
     save = SaveId(epoch, 1, 0)
-    upload(obj, store, SaveRequest(asked=SaveAsked(1), save=save, parent=None, rank=0, world=1), OPTIONS)
+    upload(seal(obj), store, SaveRequest(asked=SaveAsked(1), save=save, parent=None, rank=0, world=1), OPTIONS)
     assert try_commit(store, save)
     report = run(store, 1, out)
     assert report.nothing_lost

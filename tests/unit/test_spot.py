@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastckpt.events import NoticeReceived, subscribe
 from fastckpt.spot import Ec2Source, FileSource, Notice, SignalSource, Watcher, machine, open_sources
 from fastckpt.spot import select as spot_open
 from fastckpt.spot.ladder import GUARD_S, Rung, rung_of
@@ -171,6 +172,22 @@ def test_the_watcher_survives_its_sources_and_says_that_it_is_blind() -> None:
         watcher.close()
 
 
+def test_times_are_those_of_the_given_clock() -> None:
+    now_s, source, received = 100.0, Broken(), list[NoticeReceived]()
+    watcher = Watcher([source], clock=lambda: now_s)
+    watcher.poll()
+    now_s = 700.0
+    watcher.poll()
+    assert watcher.blind == {"broken": 100.0}
+    source.working = True
+    with subscribe(lambda event: received.append(event) if isinstance(event, NoticeReceived) else None):
+        watcher.poll()
+    assert watcher.blind == {}
+    assert watcher.final is not None
+    assert watcher.final.deadline_s == 705.0
+    assert [event.seconds_left for event in received] == [5.0]
+
+
 def test_garbage_from_a_source_is_told_and_does_not_end_the_watch(caplog: pytest.LogCaptureFixture) -> None:
     class Strange(Broken):
         def poll(self, now_s: float) -> list[Notice]:
@@ -179,17 +196,12 @@ def test_garbage_from_a_source_is_told_and_does_not_end_the_watch(caplog: pytest
             return [None, *notice, "soon"]  # type: ignore[list-item]
 
     source = Strange()
-    watcher = Watcher([source], poll_s=0.01)
-    watcher.start()
-    try:
-        for _ in range(3):
-            assert source.asked.acquire(timeout=SHORT_S)
-        source.working = True
-        deadline = time.monotonic() + SHORT_S
-        while watcher.early is None:
-            assert time.monotonic() < deadline
-    finally:
-        watcher.close()
+    watcher = Watcher([source])
+    watcher.poll()
+    assert watcher.early is None
+    source.working = True
+    watcher.poll()
+    assert watcher.early is not None
     assert "poll returned NoneType, str: expected fastckpt.spot.Notice" in caplog.text
 
 

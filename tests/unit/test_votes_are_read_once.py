@@ -19,7 +19,7 @@ from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
 from fastckpt.training.checkpointer import Checkpointer
 from tests.support.repositories import OPTIONS, flip, keys_of, reuse, save_steps
-from tests.support.states import captured
+from tests.support.states import sealed
 
 N_TENSORS = 300
 
@@ -84,7 +84,7 @@ def test_a_save_and_its_retention_read_no_vote(store: Counting, monkeypatch: pyt
     run = Incarnation(Repository(store), OPTIONS)
     run.choose_and_claim()
     for step in (1, 2, 3):
-        run.save(captured(state(step)), step)
+        run.save(sealed(state(step)), step)
         run.retain(Keep(last=2), grace_s=0.0)
         assert counts.take() == (0, 0, 0)
 
@@ -108,7 +108,7 @@ def test_who_only_reads_reads_the_vote_once(store: Counting, monkeypatch: pytest
     save_steps(store, [1])
     run = Incarnation(Repository(store), OPTIONS)
     run.choose_and_claim()
-    run.save(captured(state(2)), 2)
+    run.save(sealed(state(2)), 2)
     counts = Counts(store, monkeypatch)
     counts.take()
     assert read_checkpoint(store, "latest", lambda reader: len(reader.directory.tensors)) >= N_TENSORS
@@ -121,7 +121,7 @@ def test_retention_reads_one_range_of_an_earlier_incarnations_vote(
     run = Incarnation(Repository(store), OPTIONS)
     run.choose_and_claim()
     for step in (1, 2, 3):
-        run.save(captured(state(step)), step)
+        run.save(sealed(state(step)), step)
     packs = set(keys_of(store, keys.DATA))
     counts = Counts(store, monkeypatch)
     collector = Collector(Repository(store))

@@ -109,7 +109,7 @@ class StoredBytes:
 
 
 class SalvagedChunks:
-    """A ChunkSource: the chunks of a new container, whose bytes are read from stored ones when they are encoded.
+    """A `CutSource`: the chunks of a new container, whose bytes are read from stored ones when they are encoded.
 
     cuts: where the new container's storages are cut. stored_as: number of a new storage → its number in the old index.
     """

@@ -25,6 +25,7 @@ from fastckpt.reading.storage_loader import check_size
 from fastckpt.state import capture
 from fastckpt.state.capture import is_plain_array
 from fastckpt.state.chunks import cuts_of
+from fastckpt.state.sealing import seal
 from fastckpt.upkeep.salvage.chunks import SalvagedChunks, StoredBytes
 from fastckpt.upkeep.salvage.report import LostTensor, SalvagedRank
 from fastckpt.writing.background import write_now
@@ -124,7 +125,7 @@ def write_tensors(
     captured = capture(state, pickle, 2)
     stored_as = {tensor.storage: stored_at[str(tensor.name[0])] for tensor in captured.tensors}
     source = SalvagedChunks(cuts_of(captured), stored, stored_as)
-    write_now(captured, AtomicFile(path), path, options, 0.0, source)
+    write_now(seal(captured, source), AtomicFile(path), path, options, 0.0)
     result.file, result.saved, result.saved_bytes = path, list(state), captured.n_bytes
 
 

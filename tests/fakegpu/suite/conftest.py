@@ -19,7 +19,10 @@ device.load()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "gpu" in metafunc.fixturenames:
+    chosen = any(
+        mark.args[0] == "gpu" for mark in metafunc.definition.iter_markers("parametrize")
+    )  # see `schedules.on`
+    if "gpu" in metafunc.fixturenames and not chosen:
         metafunc.parametrize("gpu", ALL, ids=[f"gpu-{schedule}" for schedule in ALL], indirect=True)
 
 

@@ -43,3 +43,9 @@ NAMES = os.environ.get("FAKEGPU_SCHEDULES", "eager,lazy,copy_late,compute_late,s
 ALL = [Schedule(name) for name in NAMES]
 if NAMES != ["threads"]:
     ALL += [Schedule("random", seed) for seed in range(SEEDS)]
+
+
+def on(*names: str) -> pytest.MarkDecorator:
+    """For a test whose outcome the other schedules hardly change: the fixture `gpu` under these alone, as far as the suite has them."""
+    chosen = [schedule for schedule in ALL if schedule.name in ("threads", *names)]
+    return pytest.mark.parametrize("gpu", chosen, ids=[f"gpu-{schedule}" for schedule in chosen], indirect=True)

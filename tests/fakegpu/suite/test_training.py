@@ -9,11 +9,13 @@ import torch
 
 from fastckpt.options import Options
 from tests.fakegpu.suite.models import JOBS
+from tests.fakegpu.suite.schedules import on
 from tests.fakegpu.suite.tools import equal, host, train
 
 ROUGHLY = {"rtol": 1e-3, "atol": 1e-4}
 
 
+@on("eager", "lazy", "random")
 @pytest.mark.parametrize("name", sorted(set(JOBS) - {"mixed_precision", "lbfgs", "mixed_devices"}))
 def test_training_is_that_of_the_host(gpu: torch.device, name: str) -> None:
     ours, theirs = JOBS[name](gpu), JOBS[name](torch.device("cpu"))
@@ -26,6 +28,7 @@ def test_training_is_that_of_the_host(gpu: torch.device, name: str) -> None:
                 assert torch.allclose(a.cpu().float(), b.float(), **ROUGHLY), (key, path)
 
 
+@on("copy_late", "compute_late", "random")
 @pytest.mark.parametrize("name", sorted(JOBS))
 def test_checkpoints_hold_the_state_of_their_step(gpu: torch.device, name: str) -> None:
     """States are compared with copies that synchronise, so the schedule has less to say; the next test leaves it alone."""
@@ -50,8 +53,11 @@ def test_nothing_is_reported_while_copies_run_beside_training(gpu: torch.device,
     saved.check()
 
 
-@pytest.mark.parametrize("budget_mib", [20, 32, 64])
-@pytest.mark.parametrize("spills", [False, True], ids=["waits", "spills"])
+@pytest.mark.parametrize(
+    ("budget_mib", "spills"),
+    [(20, False), (32, False), (32, True), (64, True)],
+    ids=["20-waits", "32-waits", "32-spills", "64-spills"],
+)
 def test_a_state_larger_than_the_budget_goes_through_a_ring(
     gpu: torch.device, budget_mib: int, spills: bool, tmp_path: Path
 ) -> None:

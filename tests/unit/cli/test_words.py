@@ -23,7 +23,7 @@ from fastckpt.store.local import LocalStore
 from fastckpt.writing.rank import SaveAsked
 from tests.support.command_line import run, run_json
 from tests.support.repositories import IN_PARALLEL, flip, keys_of, save_steps
-from tests.support.states import captured
+from tests.support.states import sealed
 
 # what goes wrong
 
@@ -130,7 +130,7 @@ def test_names_metrics_and_meta_cannot_reach_the_terminal(
     job = Incarnation(Repository(store), IN_PARALLEL)
     evil = EVIL.replace("\n", "")
     obj = {EVIL: torch.randn(1000)}
-    job.save(captured(obj), SaveAsked(1, trigger=evil, metrics={evil: 1.0}, meta={"x": evil}))
+    job.save(sealed(obj), SaveAsked(1, trigger=evil, metrics={evil: 1.0}, meta={"x": evil}))
     flip(store, keys_of(store, "data/")[0])
     out = str(tmp_path / "out")
     commands = [["ls", url], ["show", url], ["check", url], ["salvage", url, "--out", out, "--force"]]
