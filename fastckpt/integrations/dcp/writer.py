@@ -23,6 +23,7 @@ from fastckpt.integrations.dcp.places import rank_url, require_url
 from fastckpt.integrations.dcp.staging import WriterBase
 from fastckpt.integrations.dcp.turns import Assignment, begin, commit, follow, retire_others, step_of
 from fastckpt.options import Options
+from fastckpt.state.sealing import seal
 from fastckpt.store.base import Store
 from fastckpt.store.open import open_store
 from fastckpt.writing.rank import SaveAsked, SaveRequest, upload
@@ -95,7 +96,7 @@ class FastckptWriter(StorageWriter, WriterBase):  # type: ignore[misc]
             parent = None if turn.parent is None else Parent(*turn.parent)
             asked = SaveAsked(turn.save.step, trigger="dcp", meta=meta_of(planner))
             request = SaveRequest(asked=asked, save=turn.save, parent=parent, rank=turn.rank, world=turn.world)
-            vote = upload(captured, store, request, options)
+            vote = upload(seal(captured), store, request, options)
         captured.release()
         if self._turn is not None:
             self._vote = vote
