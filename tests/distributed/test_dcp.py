@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from fastckpt.cli import main
 from fastckpt.dcp import FastckptReader
 from tests.distributed.dcp_programs import in_turn, same, save_until_killed, save_with_a_failing_rank, whole, writer
 from tests.distributed.programs import TRAINS_FSDP2
@@ -37,6 +38,7 @@ def test_layouts_change_between_saving_and_loading(tmp_path: Path) -> None:
     for (loaded,) in run_ranks(3, in_turn, ("load", ours, "fsdp")):
         assert same(saved, loaded)
     assert same(whole(FastckptReader(ours).read_state_dict()), saved)
+    assert main(["check", ours]) == 0
 
 
 WAYS = ["save", "thread", *(["process", "cached plans", "alone"] if HAS_USE_COLLECTIVES else [])]

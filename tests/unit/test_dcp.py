@@ -291,6 +291,13 @@ def test_each_rank_for_itself(tmp_path: Path) -> None:
     assert load(tmp_path, {"x": torch.zeros(2)})["x"].all()
 
 
+@pytest.mark.skipif("no_dist" not in inspect.signature(dcp_save).parameters, reason="torch 2.6 decides it by itself")
+def test_one_process_by_request(tmp_path: Path) -> None:
+    settings: Any = {"no_dist": True}
+    save(tmp_path, {"x": torch.ones(2)}, **settings)
+    assert load(tmp_path, {"x": torch.zeros(2)}, **settings)["x"].all()
+
+
 def test_async_save_copies_the_state(tmp_path: Path) -> None:
     weight = torch.ones(70_000)
     state = {"x": weight, "tied": weight, "nested": [{"y": torch.ones(3)}], "steps": [1, 2]}

@@ -83,6 +83,21 @@ def test_an_overwritten_checkpoint_stays_until_the_new_one_is_committed(
     assert len(packs(tmp_path)) == (2 if place != "begin" else 1)  # an unfinished save stays for its grace
 
 
+def test_of_two_jobs_the_later_claim_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = writer.begin
+
+    def begin(*arguments: Any) -> Any:
+        found = real(*arguments)
+        monkeypatch.setattr(writer, "begin", real)
+        save(tmp_path, {"x": torch.full((50_000,), 2.0)})  # another job: claims, saves and commits
+        return found
+
+    monkeypatch.setattr(writer, "begin", begin)
+    save(tmp_path, {"x": torch.rand(50_000)})
+    assert (load(tmp_path, {"x": torch.zeros(50_000)})["x"] == 2).all()
+    assert main(["check", str(tmp_path)]) == 0
+
+
 def test_without_overwriting(tmp_path: Path) -> None:
     save(tmp_path, {"x": 1})
     with pytest.raises(CheckpointException) as caught:

@@ -154,7 +154,7 @@ class _Items:
                 row._replace(storage=number, stride=tuple(kept.stride()), offset=int(kept.storage_offset()))
             )
         for device in devices - {None}:  # the threads that read the bytes do so in a stream of their own
-            torch.get_device_module(device).synchronize(device)
+            torch.accelerator.synchronize(device)
         return captured
 
 

@@ -19,7 +19,7 @@ class NoStager:
 
 
 class CopyingStager(BlockingAsyncStager):
-    """Copies to host memory also what lies there already: torch's own stager, until 2.7, copies what lies on devices only."""
+    """Copies to host memory also what lies there already: the stager of an older torch (2.6) copies what lies on devices only."""
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """A state that training does not change."""
