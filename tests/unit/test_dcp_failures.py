@@ -27,7 +27,7 @@ from fastckpt.errors import (
     TooLargeError,
 )
 from fastckpt.format.directory import Directory, GlobalPlace, TensorEntry
-from fastckpt.integrations.dcp import opened, writer
+from fastckpt.integrations.dcp import opened, turns, writer
 from fastckpt.integrations.dcp.layout import Layout, layout_of
 from fastckpt.integrations.dcp.nested import nested_state
 from fastckpt.options import Options
@@ -84,7 +84,7 @@ def test_an_overwritten_checkpoint_stays_until_the_new_one_is_committed(
 
 
 def test_of_two_jobs_the_later_claim_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = writer.begin
+    real = turns.begin
 
     def begin(*arguments: Any) -> Any:
         found = real(*arguments)
