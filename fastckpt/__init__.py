@@ -43,6 +43,7 @@ The rooms, from the bottom up. A room imports only from rooms that stand before 
                  due), save_queue, final_save. State back into live objects: stateful, exact, filling and placement.
                  elastic_sampler: the data's position, for any number of ranks; sample_order, sample_steps; positions: counts steps in it
     upkeep/      a person with a repository: check/, repair, export, salvage/, analyze
+    integrations/ plug-ins. dcp/: storage for torch.distributed.checkpoint, also called fastckpt.dcp
     api          save, load, save_async, open: torch's shapes
     cli/         one module for each command, with what it prints; output: tables, bars, exit statuses
     testing/     for other people's tests: the store contract, faults, a metadata server

@@ -43,6 +43,7 @@ import errno
 import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 _MESSAGE_LINES = 10
 
@@ -83,6 +84,7 @@ class CorruptCheckpointError(UnreadableError):
     def __init__(self, source: str, damage: Iterable[Damage], advice: str = "") -> None:
         self.source = source
         self.damage = tuple(damage)
+        self.advice = advice
         lines = [str(item) for item in self.damage[:_MESSAGE_LINES]]
         if len(self.damage) > _MESSAGE_LINES:
             lines.append(f"… and {len(self.damage) - _MESSAGE_LINES} more")
@@ -92,6 +94,9 @@ class CorruptCheckpointError(UnreadableError):
             + "\nNothing was loaded. "
             + (advice or "Use another copy of it; `fastckpt check` lists everything affected.")
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:  # ranks tell each other their errors
+        return type(self), (self.source, self.damage, self.advice)
 
 
 class UnsupportedFormatError(UnreadableError):
@@ -131,7 +136,11 @@ class AbandonedError(SaveError):
     def __init__(self, step: int, why: str) -> None:
         """why: as it stands on the board; a reason that begins with "!" is another rank's error, others are no failure of anybody."""
         self.is_failure = why.startswith("!")
+        self._made_of = step, why
         super().__init__(f"step {step} was abandoned by all ranks: {why.lstrip('!')}. Nothing was committed")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_of
 
 
 class TargetBusyError(SaveError):
