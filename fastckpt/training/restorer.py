@@ -184,8 +184,8 @@ class Restorer:
                 raise RestoreError(
                     f"{location} was saved by {commit.world} ranks, and this job has {world.size}. What each of them had for itself has no "
                     f"place here: {words}. Nothing was changed. Restore on {commit.world} ranks, or say what becomes of it: "
-                    "Checkpointer(reassign=lambda key, states, rank, world: states[rank % len(states)]); replicated=(…) names what is taken "
-                    "from rank 0"
+                    "Checkpointer(reassign=lambda key, states, rank, world: states[rank % len(states)]); replicated=(…) names what is "
+                    "taken from rank 0"
                 )
             for key in differing:
                 states = SavedStates(key, ranks, self._options, weights_only=asked.weights_only)
