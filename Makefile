@@ -19,7 +19,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl) csrc/compile_flags.txt
 CSRC_FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-many-ranks bench-objects bench-scale bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-many-ranks bench-objects bench-resharding bench-scale bench-stall clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,10 @@ bench-many-ranks: venv ## compare a save of four ranks with torch.distributed.ch
 
 bench-objects: venv ## measure what grows with the number of tensors, views and numbers
 	$(PY) benchmarks/objects.py $(ARGS)
+
+bench-resharding: venv ## measure what a restore on another layout costs: a plan for 1,024 ranks, and loads against two others
+	@$(PIP) --no-deps torch_checkpointing==0.1.1 || echo "Without torch_checkpointing: its rows will say so."
+	$(PY) benchmarks/resharding.py $(ARGS)
 
 bench-scale: venv ## what a save asks of stores with 1,024 and 16,384 ranks, simulated
 	$(PY) benchmarks/scale.py $(ARGS)

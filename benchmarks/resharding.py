@@ -20,7 +20,7 @@ import torch
 import fastckpt
 from benchmarks import ROOT, measure, output, tables
 from benchmarks.processes import in_process
-from benchmarks.resharding_loads import loads
+from benchmarks.resharding_loads import ABOUT, loads
 from benchmarks.resharding_votes import write_votes
 
 BARS = {"seconds": 10.0, "memory, bytes": 2 << 30}
@@ -64,6 +64,8 @@ def markdown(result: output.Result) -> str:
         "",
         *lines("One rank's plan", result["plans"]),
         *lines("Loads", result["loads"]),
+        ABOUT,
+        "",
     ]
     return "\n".join(text)
 

@@ -36,8 +36,13 @@ class SavedRanks:
             self._wholes[rank] = with_owners(self._store, self.commit, self.vote(rank))
         return self._wholes[rank]
 
+    def forget(self, rank: int) -> None:
+        """Let go of a vote: 1,024 of them would take gigabytes."""
+        self._votes.pop(rank, None)
+        self._wholes.pop(rank, None)
+
     def list_in(self, wholes: Wholes, first: int, connections: int) -> None:
-        """Enter in `wholes` what all votes list, that of rank `first` before the others. Of a vote that is not needed for more, two ranges
+        """Enter in `wholes` what all votes list, that of rank `first` before the others. Of a vote that was not read before, two ranges
         are read; a few votes ahead, by `connections` threads.
         """
         store, commit = self._store, self.commit
@@ -46,13 +51,18 @@ class SavedRanks:
         if not others:
             return
         pool = WorkerPool(min(connections, len(others)), "fastckpt-votes")
-        pending: deque[tuple[int, Future[bytes]]] = deque()
+        pending: deque[tuple[int, Future[bytes] | None]] = deque()
+        """None: the vote was read before."""
         try:
             while others or pending:
                 while others and len(pending) < 2 * connections:
                     rank = others.popleft()
-                    pending.append((rank, pool.submit(functools.partial(read_directory, store, commit, rank))))
+                    reading = functools.partial(read_directory, store, commit, rank)
+                    pending.append((rank, None if rank in self._votes else pool.submit(reading)))
                 rank, data = pending.popleft()
+                if data is None:
+                    wholes.add(rank, self.vote(rank).directory)
+                    continue
                 text = data.result()
                 if not wholes.add_unwanted(text):
                     wholes.add(rank, parse_directory(store, commit, rank, text))

@@ -11,14 +11,16 @@ import torch
 
 import fastckpt
 from fastckpt.format import directory_reader, keys
+from fastckpt.format.wholes import Wholes
 from fastckpt.repository.collector import Collector
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep, plan_retention
+from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
 from fastckpt.training.checkpointer import Checkpointer
-from tests.support.repositories import OPTIONS, flip, keys_of, reuse, save_steps
+from tests.support.repositories import OPTIONS, begin, flip, keys_of, reuse, save_ranks, save_steps
 from tests.support.states import sealed
 
 N_TENSORS = 300
@@ -113,6 +115,21 @@ def test_who_only_reads_reads_the_vote_once(store: Counting, monkeypatch: pytest
     counts.take()
     assert read_checkpoint(store, "latest", lambda reader: len(reader.directory.tensors)) >= N_TENSORS
     assert counts.take() == (1, 0, 1)
+
+
+def test_votes_that_are_open_are_listed_without_another_read(store: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ranks 0 and 2 of a world of four; the other two are read by two ranges each, and parsed."""
+    begin(store, 4)
+    commit = save_ranks(store, 1, 1, [state(0) for _ in range(4)])
+    ranks, wholes = SavedRanks(store, commit), Wholes()
+    for rank in (0, 2):
+        ranks.vote(rank)
+    counts = Counts(store, monkeypatch)
+    counts.take()
+    ranks.list_in(wholes, 0, connections=2)
+    assert counts.take() == (0, 4, 2)
+    assert not wholes.problems
+    assert len(wholes.found) >= N_TENSORS
 
 
 def test_retention_reads_one_range_of_an_earlier_incarnations_vote(
