@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fastckpt.format.directory import Directory, TensorEntry
+from fastckpt.format.shares import Claim, claims_of
 from fastckpt.format.tensor_names import BOX, Name, dotted
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -38,6 +39,14 @@ class Whole:
     """Of a DTensor each block once, whichever ranks have it; else one for each rank that has a tensor of this name, all of it."""
     entry: TensorEntry | None = None
     """As the first rank lists it; None: it was a DTensor."""
+    doubtful: list[tuple[Block, Block]] = field(default_factory=list)
+    """Of the same place in the whole, on two ranks that do not say that they hold it alike: the first one's block, and another's."""
+    location: str = "cpu"
+    """Where the first rank had it, in torch's spelling."""
+    ranks: list[int] = field(default_factory=list)
+    """That have something of this name."""
+    is_contradicted: bool = False
+    """Whether ranks have something of this name that is of another shape or type."""
 
     @property
     def was_spread(self) -> bool:
@@ -57,10 +66,12 @@ class Wholes:
         self.found: dict[Name, Whole] = {}
         self.problems: list[str] = []
         """What votes say of one name and cannot both be true, in words."""
-        self._seen: dict[Name, set[Box]] = {}
+        self._seen: dict[Name, dict[Box, tuple[Block, Claim | None]]] = {}
+        """The first block of each place, and what is said of who holds it."""
 
     def add(self, rank: int, listed: Directory) -> None:
         """Enter what the vote of a rank lists."""
+        claims = {number: claim for claim, number in claims_of(listed).items()}
         boxes: dict[Name, list[TensorEntry]] = defaultdict(list)
         for entry in listed.tensors:
             if _is_box(entry):
@@ -69,41 +80,62 @@ class Wholes:
             if _is_box(entry):
                 continue
             rows = boxes.get(entry.name) or ([entry] if entry.place is not None else [])
+            place = rows[0].place if rows else None
+            whole = self.found.get(entry.name)
+            if whole is None:
+                shape = entry.shape if place is None else place.shape
+                location = listed.storages[entry.storage].location
+                whole = Whole(entry.dtype, shape, entry.kind, entry.requires_grad, location=location)
+                whole.entry = None if rows else entry
+                self.found[entry.name] = whole
+            whole.ranks.append(rank)
             if rows:
-                self._add_blocks(rank, entry, rows)
+                self._add_blocks(rank, entry, rows, whole, claims)
             else:
-                self._add_plain(rank, entry)
+                self._add_plain(rank, entry, whole, claims)
 
-    def _add_blocks(self, rank: int, entry: TensorEntry, rows: Sequence[TensorEntry]) -> None:
+    def _add_blocks(
+        self, rank: int, entry: TensorEntry, rows: Sequence[TensorEntry], whole: Whole, claims: Mapping[int, Claim]
+    ) -> None:
         """entry: the row of the part; rows: those of its blocks."""
-        place = rows[0].place
-        whole = self.found.setdefault(
-            entry.name, Whole(entry.dtype, () if place is None else place.shape, entry.kind, entry.requires_grad)
-        )
         for row in rows:
             shape = None if row.place is None else row.place.shape
             if whole.entry is not None or (entry.dtype, shape) != (whole.dtype, whole.shape):
                 here = f"{entry.dtype} {None if shape is None else list(shape)}, a DTensor"
+                whole.is_contradicted = True
                 self.problems.append(
                     f"{dotted(entry.name)} is {here} in the vote of rank {rank}, and {whole} in another"
                 )
                 return
             if row.place is None or 0 in row.shape or not self._wanted(entry.name, row):
                 continue
-            seen = self._seen.setdefault(entry.name, set())
-            if (row.place.offset, row.shape) not in seen:
-                seen.add((row.place.offset, row.shape))
-                whole.blocks.append(_block(rank, row, row.place.offset))
+            block = _block(rank, row, row.place.offset)
+            if self._is_first(entry.name, whole, block, claims.get(row.storage)):
+                whole.blocks.append(block)
 
-    def _add_plain(self, rank: int, entry: TensorEntry) -> None:
-        whole = self.found.setdefault(
-            entry.name, Whole(entry.dtype, entry.shape, entry.kind, entry.requires_grad, entry=entry)
-        )
+    def _add_plain(self, rank: int, entry: TensorEntry, whole: Whole, claims: Mapping[int, Claim]) -> None:
         if whole.entry is None:
             here = f"{entry.dtype} {list(entry.shape)}"
+            whole.is_contradicted = True
             self.problems.append(f"{dotted(entry.name)} is {here} in the vote of rank {rank}, and {whole} in another")
-        else:
-            whole.blocks.append(_block(rank, entry, (0,) * len(entry.shape)))
+            return
+        block = _block(rank, entry, (0,) * len(entry.shape))
+        whole.blocks.append(block)
+        if (entry.dtype, entry.shape) != (whole.dtype, whole.shape):
+            whole.is_contradicted = True
+        elif 0 not in entry.shape:
+            self._is_first(entry.name, whole, block, claims.get(entry.storage))
+
+    def _is_first(self, name: Name, whole: Whole, block: Block, claim: Claim | None) -> bool:
+        """Whether no rank before had this place. If one had, it is noted unless both say that they hold the same."""
+        seen = self._seen.setdefault(name, {})
+        first, said = seen.setdefault((block.at, block.shape), (block, claim))
+        if first is block:
+            return True
+        alike = claim is not None and claim == said and (first.offset, first.stride) == (block.offset, block.stride)
+        if not alike:
+            whole.doubtful.append((first, block))
+        return False
 
 
 def _block(rank: int, row: TensorEntry, at: tuple[int, ...]) -> Block:

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+
+import torch
+
 from fastckpt.format.directory import Directory
 from fastckpt.format.repository_records import Commit
+from fastckpt.host.threads import WorkerPool
+from fastckpt.options import Options
+from fastckpt.reading.assembly import Target, assemble, ranks_needed
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote
-from fastckpt.repository.rank_reader import with_owners
+from fastckpt.repository.rank_reader import opened_votes, with_owners
 from fastckpt.repository.vote_directory import read_directory
 from fastckpt.store.base import Store
+
+_DIRECTORIES_AHEAD = 8
+NONE: Mapping[int, Reader] = types.MappingProxyType({})
 
 
 class SavedRanks:
     """See the module. Used by one thread. Errors of all methods: UnreadableError, StoreError."""
 
-    def __init__(self, store: Store, commit: Commit) -> None:
+    def __init__(self, store: Store, commit: Commit, opened: Mapping[int, Reader] = NONE) -> None:
+        """opened: votes that were read before."""
         self._store, self.commit = store, commit
-        self._votes: dict[int, Reader] = {}
+        self._votes: dict[int, Reader] = {**opened}
         self._wholes: dict[int, Reader] = {}
 
     def vote(self, rank: int) -> Reader:
@@ -36,3 +51,37 @@ class SavedRanks:
         if rank in self._votes:
             return self._votes[rank].directory
         return read_directory(self._store, self.commit, rank)
+
+    def directories(self) -> Iterator[tuple[int, Directory]]:
+        """Rank and directory of all votes, in order, a few of them read ahead. See `directory`."""
+        ranks = deque(range(self.commit.world))
+        if len(ranks) == 1:
+            yield 0, self.directory(0)
+            return
+        pool = WorkerPool(_DIRECTORIES_AHEAD, "fastckpt-votes")
+        try:
+            pending: deque[tuple[int, Future[Directory]]] = deque()
+            while ranks or pending:
+                while ranks and len(pending) < _DIRECTORIES_AHEAD:
+                    rank = ranks.popleft()
+                    pending.append((rank, pool.submit(functools.partial(self.directory, rank))))
+                rank, read = pending.popleft()
+                yield rank, read.result()
+        finally:
+            pool.close()
+
+    def open_votes(self, ranks: Iterable[int]) -> None:
+        """Open the votes of these ranks, a few at once, for `vote`."""
+        for rank, opened in opened_votes(self._store, self.commit, sorted(set(ranks) - self._votes.keys())):
+            self._votes[rank] = opened.result()
+
+    def assemble(
+        self, targets: Sequence[Target], options: Options, threads: int, *, stay: bool = True
+    ) -> Iterator[torch.Tensor]:
+        """Put tensors together from what the ranks have saved. See `reading.assembly.assemble`."""
+        sources = {source.rank for target in targets for source, _ in target.moves}
+        self.open_votes(sources)
+        needed = ranks_needed({rank: self.vote(rank).directory for rank in sources}, targets)
+        needed = {rank for rank in needed if rank < self.commit.world}  # what others lack is damage
+        self.open_votes(needed)
+        return assemble({rank: self.vote(rank) for rank in needed}, targets, options, threads, stay=stay)
