@@ -20,10 +20,10 @@ from fastckpt.reading.object_loader import load_object
 from fastckpt.reading.opening import for_torch, is_ours, leave_behind, open_reader, open_source
 from fastckpt.reading.sources import PathSource
 from fastckpt.reading.tensor_reader import TensorReader
+from fastckpt.reading.whole_contents import contents_of
+from fastckpt.reading.whole_objects import load_checkpoint
 from fastckpt.repository.locate import locate
 from fastckpt.repository.newest import read_checkpoint
-from fastckpt.repository.whole_contents import contents_of
-from fastckpt.repository.whole_objects import load_checkpoint
 from fastckpt.snapshot.kept import kept, stage
 from fastckpt.state import capture, unsafe_globals
 from fastckpt.state.rebuild import resolve_weights_only

@@ -1,4 +1,4 @@
-"""What a `TensorReader` reads from: one container, or the checkpoint of many ranks (`repository.whole_contents`)."""
+"""What a `TensorReader` reads from: one container, or the checkpoint of many ranks (`reading.whole_contents`)."""
 
 from __future__ import annotations
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import functools
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
-
-import torch
 
 from fastckpt.format.directory import Directory
 from fastckpt.format.repository_records import Commit
 from fastckpt.host.threads import WorkerPool
-from fastckpt.options import Options
-from fastckpt.reading.assembly import Target, assemble, ranks_needed
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote
 from fastckpt.repository.rank_reader import opened_votes, with_owners
@@ -26,13 +22,23 @@ NONE: Mapping[int, Reader] = types.MappingProxyType({})
 
 
 class SavedRanks:
-    """See the module. Used by one thread. Errors of all methods: UnreadableError, StoreError."""
+    """See the module; a `reading.ranks.Ranks`. Used by one thread. Errors of all methods: UnreadableError, StoreError."""
 
     def __init__(self, store: Store, commit: Commit, opened: Mapping[int, Reader] = NONE) -> None:
         """opened: votes that were read before."""
         self._store, self.commit = store, commit
         self._votes: dict[int, Reader] = {**opened}
         self._wholes: dict[int, Reader] = {}
+
+    @property
+    def world(self) -> int:
+        """How many ranks have saved."""
+        return self.commit.world
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all of them."""
+        return self.commit.stored_bytes
 
     def vote(self, rank: int) -> Reader:
         """A rank's index; of what it shares with others only its own share."""
@@ -74,14 +80,3 @@ class SavedRanks:
         """Open the votes of these ranks, a few at once, for `vote`."""
         for rank, opened in opened_votes(self._store, self.commit, sorted(set(ranks) - self._votes.keys())):
             self._votes[rank] = opened.result()
-
-    def assemble(
-        self, targets: Sequence[Target], options: Options, threads: int, *, stay: bool = True
-    ) -> Iterator[torch.Tensor]:
-        """Put tensors together from what the ranks have saved. See `reading.assembly.assemble`."""
-        sources = {source.rank for target in targets for source, _ in target.moves}
-        self.open_votes(sources)
-        needed = ranks_needed({rank: self.vote(rank).directory for rank in sources}, targets)
-        needed = {rank for rank in needed if rank < self.commit.world}  # what others lack is damage
-        self.open_votes(needed)
-        return assemble({rank: self.vote(rank) for rank in needed}, targets, options, threads, stay=stay)

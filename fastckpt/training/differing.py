@@ -13,7 +13,7 @@ from typing import Any
 from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.format.wholes import Wholes
 from fastckpt.options import Options
-from fastckpt.repository.alike import unlike, values_of, values_unlike
+from fastckpt.reading.alike import unlike, values_of, values_unlike
 from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.training.partly import load_partly
 from fastckpt.training.rng import RNGState

@@ -21,6 +21,7 @@ from fastckpt.format.wholes import Block, Box, Whole, Wholes, touches
 from fastckpt.host.torch_names import local_of
 from fastckpt.options import Options
 from fastckpt.reading.assembly import Target, contiguous, is_whole, moves_of
+from fastckpt.reading.ranks import assemble_from
 from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.state.sharding import boxes_of
 from fastckpt.state.shards import is_box, placed
@@ -151,7 +152,9 @@ class Resharding:
                 f"{f' and {len(lacking) - 20} more' if len(lacking) > 20 else ''}. Nothing was changed"
             )
         made: dict[Name, torch.Tensor] = {}
-        for target, tensor in zip(targets, self._ranks.assemble(targets, self._options, self._threads), strict=True):
+        for target, tensor in zip(
+            targets, assemble_from(self._ranks, targets, self._options, self._threads), strict=True
+        ):
             place = plan.places[plan.entries[target.name].storage]
             made[target.name] = tensor if place == "cpu" else tensor.to(place)
         return {

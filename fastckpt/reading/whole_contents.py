@@ -20,10 +20,10 @@ from fastckpt.format.element_types import element_type
 from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.format.wholes import Whole, Wholes
 from fastckpt.options import Options
+from fastckpt.reading.alike import unlike
 from fastckpt.reading.assembly import Move, Source, Target, contiguous, is_whole, moves_of
 from fastckpt.reading.contents import Contents, OfContainer
-from fastckpt.repository.alike import unlike
-from fastckpt.repository.saved_ranks import SavedRanks
+from fastckpt.reading.ranks import Ranks, assemble_from
 
 _NOTHING = StorageEntry("uint8", 0, "cpu", None)
 
@@ -31,7 +31,7 @@ _NOTHING = StorageEntry("uint8", 0, "cpu", None)
 class WholeContents:
     """See the module; a `reading.contents.Contents`. Used by one thread. Errors: UnreadableError, StoreError."""
 
-    def __init__(self, ranks: SavedRanks, options: Options, name: str) -> None:
+    def __init__(self, ranks: Ranks, options: Options, name: str) -> None:
         """Reads the directories of all votes. name: where the checkpoint is, for errors."""
         self.ranks, self.options, self.name = ranks, options, name
         self.threads = max(options.threads, options.connections)
@@ -49,12 +49,12 @@ class WholeContents:
 
     @property
     def summary(self) -> dict[str, Any]:
-        commit, storages = self.ranks.commit, self.directory.storages
-        self.ranks.open_votes(range(commit.world))
+        storages = self.directory.storages
+        self.ranks.open_votes(range(self.ranks.world))
         return {
-            "container_bytes": commit.stored_bytes,
+            "container_bytes": self.ranks.stored_bytes,
             "raw_bytes": sum(storage.n_bytes for storage in storages if storage.extents is not None),
-            "chunks": sum(len(self.ranks.vote(rank).records) for rank in range(commit.world)),
+            "chunks": sum(len(self.ranks.vote(rank).records) for rank in range(self.ranks.world)),
             "tensors": len(self.directory.tensors),
             "storages": len(storages),
         }
@@ -94,15 +94,15 @@ class WholeContents:
         return found
 
     def assemble(self, targets: Sequence[Target], *, stay: bool = False) -> Iterator[torch.Tensor]:
-        return self.ranks.assemble(targets, self.options, self.threads, stay=stay)
+        return assemble_from(self.ranks, targets, self.options, self.threads, stay=stay)
 
     def close(self) -> None:
         """Does nothing: whoever opened the store closes it."""
 
 
-def contents_of(ranks: SavedRanks, where: str, rank: int | None, options: Options) -> Contents:
+def contents_of(ranks: Ranks, where: str, rank: int | None, options: Options) -> Contents:
     """What one rank had or, for None, all of them together. NoCheckpointError if there is no such rank."""
-    world = ranks.commit.world
+    world = ranks.world
     if rank is None and world > 1:
         return WholeContents(ranks, options, where)
     if not 0 <= (rank or 0) < world:

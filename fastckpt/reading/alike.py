@@ -20,14 +20,14 @@ from fastckpt.options import Options
 from fastckpt.reading.assembly import Move, Source, Target
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
-from fastckpt.repository.saved_ranks import SavedRanks
+from fastckpt.reading.ranks import Ranks, assemble_from
 
 
-def unlike(ranks: SavedRanks, wholes: Mapping[Name, Whole], options: Options, threads: int) -> set[Name]:
+def unlike(ranks: Ranks, wholes: Mapping[Name, Whole], options: Options, threads: int) -> set[Name]:
     """Names of wholes of which two ranks hold the same place with other bytes.
 
     Raises:
-        As `SavedRanks.assemble`.
+        As `assemble_from`.
     """
     by_ranks: dict[tuple[int, int], list[_Pair]] = defaultdict(list)
     for name, whole in wholes.items():
@@ -40,7 +40,7 @@ def unlike(ranks: SavedRanks, wholes: Mapping[Name, Whole], options: Options, th
         unsure = [pair for pair in pairs if pair.name not in found and not _same_chunks(*votes, pair)]
         firsts = [_target(pair, pair.first) for pair in unsure]
         others = [_target(pair, pair.other) for pair in unsure]
-        both = (ranks.assemble(targets, options, threads, stay=False) for targets in (firsts, others))
+        both = (assemble_from(ranks, targets, options, threads, stay=False) for targets in (firsts, others))
         found |= {
             pair.name for pair, a, b in zip(unsure, *both, strict=True) if not np.array_equal(_bytes(a), _bytes(b))
         }
@@ -85,7 +85,7 @@ def _bytes(tensor: torch.Tensor) -> Any:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def values_of(ranks: SavedRanks, rank: int, options: Options, threads: int, **how: Any) -> Any:
+def values_of(ranks: Ranks, rank: int, options: Options, threads: int, **how: Any) -> Any:
     """A rank's objects; for tensors there are meta tensors. how: further arguments of `load_object`."""
     reader = ranks.vote(rank)
     arrays = [n for n, one in enumerate(reader.directory.storages) if one.dtype.startswith(NUMPY_PREFIX)]

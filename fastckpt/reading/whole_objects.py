@@ -19,10 +19,10 @@ from fastckpt.format.directory import Directory, TensorEntry
 from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.host.torch_names import fake_mode, is_meta_location, restore_location
 from fastckpt.options import Options
+from fastckpt.reading.alike import values_of, values_unlike
 from fastckpt.reading.object_loader import load_object
-from fastckpt.repository.alike import values_of, values_unlike
-from fastckpt.repository.saved_ranks import SavedRanks
-from fastckpt.repository.whole_contents import WholeContents
+from fastckpt.reading.ranks import Ranks
+from fastckpt.reading.whole_contents import WholeContents
 from fastckpt.state.naming import named_tensors
 from fastckpt.state.shards import is_box
 
@@ -43,7 +43,7 @@ class Swaps(NamedTuple):
     """Of tensors that only other ranks had."""
 
 
-def load_checkpoint(ranks: SavedRanks, where: str, options: Options, **how: Any) -> Any:
+def load_checkpoint(ranks: Ranks, where: str, options: Options, **how: Any) -> Any:
     """Load the objects of a checkpoint, of one rank or of many. Errors as those of `load_whole`.
 
     Args:
@@ -52,7 +52,7 @@ def load_checkpoint(ranks: SavedRanks, where: str, options: Options, **how: Any)
         options: threads, connections and limits.
         how: further arguments of `load_object`.
     """
-    if ranks.commit.world > 1:
+    if ranks.world > 1:
         return load_whole(WholeContents(ranks, options, where), **how)
     return load_object(ranks.whole(0), options, max(options.threads, options.connections), **how)
 
@@ -153,7 +153,7 @@ def _tell_what_was_left(contents: WholeContents, state: Any, swaps: Swaps, how: 
     own = [name for name in contents.wholes if contents.ranks_of(name)]
     of_first = {dotted(name) for name in own if 0 in contents.ranks_of(name)}
     first = values_of(ranks, 0, contents.options, contents.threads, **how)
-    for rank in range(1, ranks.commit.world):
+    for rank in range(1, ranks.world):
         other = values_of(ranks, rank, contents.options, contents.threads, **how)
         of_first |= {dotted(name[:2]) for name in values_unlike(first, other, ())}
     lacking = {dotted(n) for n in swaps.added if _module_of(state, n) is not None or not _holds(state, n)}
