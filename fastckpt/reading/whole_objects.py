@@ -77,7 +77,9 @@ def load_whole(contents: WholeContents, *, map_location: Any, **how: Any) -> Any
     wanted = [n for n in range(len(own.directory.storages)) if n not in swaps.unread]
     state = load_object(own, options, threads, map_location=map_location, wanted=wanted, **how)
     put_in(contents, state, swaps, lambda numbers: _filled(contents, numbers, map_location))
-    _tell_what_was_left(contents, state, swaps, {"map_location": "cpu", **how})
+    words = left_out(contents, state, swaps, **how)
+    if words:
+        logger.warning("%s: %s", contents.name, words)
     return state
 
 
@@ -147,9 +149,9 @@ def _filled(contents: WholeContents, numbers: Sequence[int], map_location: Any) 
         }
 
 
-def _tell_what_was_left(contents: WholeContents, state: Any, swaps: Swaps, how: Mapping[str, Any]) -> None:
-    """One warning of all that is not in the loaded state."""
-    ranks = contents.ranks
+def left_out(contents: WholeContents, state: Any, swaps: Swaps, **how: Any) -> str:
+    """In words, all that ranks have saved and is not in the loaded state. how: further arguments of `load_object`."""
+    ranks, how = contents.ranks, {"map_location": "cpu", **how}
     own = [name for name in contents.wholes if contents.ranks_of(name)]
     of_first = {dotted(name) for name in own if 0 in contents.ranks_of(name)}
     first = values_of(ranks, 0, contents.options, contents.threads, **how)
@@ -158,12 +160,16 @@ def _tell_what_was_left(contents: WholeContents, state: Any, swaps: Swaps, how: 
         of_first |= {dotted(name[:2]) for name in values_unlike(first, other, ())}
     lacking = {dotted(n) for n in swaps.added if _module_of(state, n) is not None or not _holds(state, n)}
     lacking |= {dotted(name) for name in own} - of_first
-    words = [
-        *([f"each rank had its own {_some(sorted(of_first))}, of which that of rank 0 was loaded"] if of_first else []),
-        *([f"rank 0 did not have {_some(sorted(lacking))}, which fastckpt.open reads"] if lacking else []),
-    ]
-    if words:
-        logger.warning("%s: %s", contents.name, "; ".join(words))
+    return "; ".join(
+        [
+            *(
+                [f"each rank had its own {_some(sorted(of_first))}, of which that of rank 0 was loaded"]
+                if of_first
+                else []
+            ),
+            *([f"rank 0 did not have {_some(sorted(lacking))}, which fastckpt.open reads"] if lacking else []),
+        ]
+    )
 
 
 def _holds(state: Any, name: Name) -> bool:
@@ -193,4 +199,4 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-__all__ = ["Swaps", "load_checkpoint", "load_whole", "put_in", "swaps_for"]
+__all__ = ["Swaps", "left_out", "load_checkpoint", "load_whole", "put_in", "swaps_for"]

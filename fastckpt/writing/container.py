@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -98,11 +99,12 @@ def write(
     pool: WorkerPool | None,
     skeleton_s: float,
     source: ChunkSource | None = None,
+    step: int | None = None,
 ) -> int:
     """Write a container to the sink and commit it. Returns its bytes.
 
-    source: gives the captured state's chunks; None: they are read from the state itself. On any error, KeyboardInterrupt included, the sink
-    is abandoned and the error raised. Closes the pool and the source.
+    source: gives the captured state's chunks; None: they are read from the state itself. step: what the container says that it is of. On
+    any error, KeyboardInterrupt included, the sink is abandoned and the error raised. Closes the pool and the source.
     """
     source = source or LiveChunks(captured)
     started = time.perf_counter()
@@ -111,7 +113,7 @@ def write(
             payload = _ContainerPayload(sink)
             writer = ChunkWriter(captured, payload, target, options, pool, source)
             writer.tell_start(skeleton_s)
-            n_bytes = _write_parts(writer, payload, sink, captured.skeleton)
+            n_bytes = _write_parts(writer, payload, sink, captured.skeleton, step)
             commit_from = time.perf_counter()
     except BaseException as error:
         events.emit(events.SaveFailed(target=target, error=error))
@@ -129,13 +131,13 @@ def write(
     return n_bytes
 
 
-def _write_parts(writer: ChunkWriter, payload: _ContainerPayload, sink: Sink, skeleton: bytes) -> int:
+def _write_parts(writer: ChunkWriter, payload: _ContainerPayload, sink: Sink, skeleton: bytes, step: int | None) -> int:
     """Write header, payload, index and footer to the sink, which is not committed. Returns their bytes."""
     header = container.build_header()
     sink.write(header)
     writer.run()
     with cycle_collector.held_off():
-        listed = directory.build(writer.directory())
+        listed = directory.build(replace(writer.directory(), step=step))
     parts = [listed, b"[]", writer.records.tobytes(), skeleton]
     rest = index_and_footer(header, payload.n_bytes, parts)
     for part in rest:
