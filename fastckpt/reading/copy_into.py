@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,13 +14,14 @@ from fastckpt.errors import UnknownTensorError
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.format.wholes import Box
-from fastckpt.host.torch_names import local_of
+from fastckpt.host.torch_names import local_of, persistent_buffers
 from fastckpt.reading.assembly import Target, is_whole, moves_of
 from fastckpt.reading.contents import Contents
 from fastckpt.state.invariants import require_fit
 from fastckpt.state.naming import Named, named_tensors
 from fastckpt.state.sharding import Box as Part
 from fastckpt.state.sharding import boxes_of, has_partial_sums
+from fastckpt.state.wrappers import names_inside
 
 _LOCAL = "_local_tensor"
 """The name that a DTensor's part has in it."""
@@ -58,7 +60,7 @@ class CopyInto:
     def run(self, state: Any, *, strict: bool) -> list[str]:
         """See `TensorReader.load_into`."""
         plan, problems = [], []
-        for named in named_tensors(state):
+        for named in named_tensors(_with_registered(state)):
             if isinstance(named.value, torch.Tensor):
                 found = self._copy_for(named)
                 if isinstance(found, str):
@@ -128,6 +130,28 @@ class CopyInto:
             for copy, value in zip(places, before, strict=True):
                 copy.target.copy_(value)
             raise
+
+
+def _with_registered(value: Any) -> Any:
+    """The state with dictionaries in place of modules: the tensors that a module's state dict has, by the names without wrappers. What a
+    framework keeps beside them (FSDP has flat copies) is nobody's to load.
+    """
+    if isinstance(value, torch.nn.Module):
+        inside = names_inside(value)
+        own: dict[str, torch.Tensor] = dict(value.named_parameters(remove_duplicate=False))
+        buffers = dict(value.named_buffers(remove_duplicate=False))
+        for path, module in value.named_modules(remove_duplicate=False):
+            names = (f"{path}.{name}" if path else name for name in persistent_buffers(module))
+            own |= {name: buffers[name] for name in names if name in buffers}
+        return own if inside is None else {inside.name(name): tensor for name, tensor in own.items()}
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        made = {key: _with_registered(child) for key, child in value.items()}
+        return value if all(made[key] is child for key, child in value.items()) else made
+    if kind in (list, tuple):
+        items = [_with_registered(child) for child in value]
+        return value if all(one is other for one, other in zip(items, value, strict=True)) else items
+    return value
 
 
 def _dtensor_of(named: Named) -> Any:
