@@ -100,7 +100,7 @@ class Wholes:
         """entry: the row of the part; rows: those of its blocks."""
         for row in rows:
             shape = None if row.place is None else row.place.shape
-            if whole.entry is not None or (entry.dtype, shape) != (whole.dtype, whole.shape):
+            if whole.entry is not None or (entry.dtype, shape) != (whole.dtype, whole.shape) or not _is_inside(row):
                 here = f"{entry.dtype} {None if shape is None else list(shape)}, a DTensor"
                 whole.is_contradicted = True
                 self.problems.append(
@@ -136,6 +136,16 @@ class Wholes:
         if not alike:
             whole.doubtful.append((first, block))
         return False
+
+
+def _is_inside(row: TensorEntry) -> bool:
+    """Whether a block is one of the whole that it says it is of. Only a hostile vote says otherwise."""
+    if row.place is None or row.kind in ("array", "quantized"):
+        return row.place is None
+    shape, offset = row.place.shape, row.place.offset
+    return len(shape) == len(offset) == len(row.shape) and all(
+        at + size <= n for at, size, n in zip(offset, row.shape, shape, strict=True)
+    )
 
 
 def _block(rank: int, row: TensorEntry, at: tuple[int, ...]) -> Block:

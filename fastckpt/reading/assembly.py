@@ -124,7 +124,7 @@ def assemble(
     layout = _Layout(readers)
     plans = [layout.plan(target) for target in targets]
     if not any(plan.storages for plan in plans):
-        yield from (torch.empty(target.shape, dtype=getattr(torch, target.dtype)) for target in targets)
+        yield from (torch.empty(target.shape, dtype=getattr(torch, target.dtype), device="cpu") for target in targets)
         return
     reader = layout.reader()
     check_size(reader, sum(storage.n_bytes for storage in reader.directory.storages), options.max_load_bytes)
@@ -313,7 +313,7 @@ def _made(target: Target, plan: _Plan, loader: StorageLoader) -> torch.Tensor:
     dtype = getattr(torch, target.dtype)
     if plan.is_direct:
         return _over(loader.take(plan.storages[0]), dtype, target.shape, contiguous(target.shape))
-    whole = torch.empty(target.shape, dtype=dtype)
+    whole = torch.empty(target.shape, dtype=dtype, device="cpu")
     bits = _BY_WIDTH[dtype.itemsize]
     moves = [move for move in target.moves if 0 not in move.source.shape]
     for (source, to), number in zip(moves, plan.storages, strict=True):
@@ -324,7 +324,7 @@ def _made(target: Target, plan: _Plan, loader: StorageLoader) -> torch.Tensor:
 
 
 def _over(storage: UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, stride)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
 
 
 __all__ = ["Move", "Source", "Target", "assemble", "contiguous", "is_whole", "moves_of", "ranks_needed"]

@@ -68,6 +68,11 @@ def load_whole(contents: WholeContents, *, map_location: Any, **how: Any) -> Any
     Raises:
         RestoreError: a tensor is in an object where it cannot be replaced, or no rank has saved all of it. Others as `load_object`.
     """
+    if fake_mode() is not None:
+        raise RestoreError(
+            f"{contents.name} was saved by {contents.ranks.world} ranks, and cannot be loaded under a FakeTensorMode: its tensors are put "
+            'together from data. Load it outside, with map_location="meta" if you need shapes alone'
+        )
     ranks, options, threads = contents.ranks, contents.options, contents.threads
     own = ranks.whole(0)
     swaps = swaps_for(contents, own.directory)
@@ -137,7 +142,7 @@ def _module_of(state: Any, name: Name) -> OrderedDict[Any, Any] | None:
 
 def _filled(contents: WholeContents, numbers: Sequence[int], map_location: Any) -> dict[int, UntypedStorage | None]:
     """Storages read, and put where `map_location` says."""
-    if is_meta_location(map_location) or fake_mode() is not None:
+    if is_meta_location(map_location):
         return dict.fromkeys(numbers)
     locations = [contents.directory.storages[number].location for number in numbers]
     stay = set(locations) <= {"cpu"} if map_location is None else map_location in ("cpu", torch.device("cpu"))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import fastckpt
 from fastckpt.errors import (
+    CheckpointError,
     CorruptCheckpointError,
     NoCheckpointError,
     NotACheckpointError,
@@ -185,6 +186,26 @@ def test_map_location_and_weights_only_keep_their_meaning(url: str) -> None:
         fastckpt.load(url, mmap=True)
 
 
+def test_a_default_device_changes_nothing(url: str) -> None:
+    with torch.device("meta"):
+        found = fastckpt.load(url, weights_only=False)
+        with fastckpt.open(url) as reader:
+            columns = reader["model.columns"]
+        state = {"model": {"grid": torch.zeros(V, device="cpu")}}
+        with fastckpt.open(url) as reader:
+            reader.load_into(state)
+    assert same(columns, wholes()["columns"])
+    assert same(state["model"]["grid"], wholes()["grid"])
+    assert all(same(found["model"][name].detach(), whole) for name, whole in wholes().items())
+
+
+def test_a_fake_mode_is_refused(url: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), pytest.raises(RestoreError, match="cannot be loaded under a FakeTensorMode"):
+        fastckpt.load(url, weights_only=False)
+
+
 class Counting(Wrapper):
     """Counts the bytes of packs that are read."""
 
@@ -267,6 +288,19 @@ def test_parts_of_several_blocks() -> None:
         assert list(reader) == ["w"]
         assert same(reader["w"], whole)
     assert same(loaded(store)["w"], whole)
+
+
+@pytest.mark.parametrize(
+    ("shape", "offset"), [((4,), (0,)), ((4, 2, 1), (0, 0, 0)), ((4, 2), (3, 0)), ((4, 2), (0,)), ((2**50, 2), (0, 0))]
+)
+def test_places_that_cannot_be_are_errors(shape: tuple[int, ...], offset: tuple[int, ...]) -> None:
+    """As a hostile vote may name them."""
+    store = MemoryStore()
+    save_parts(store, [captured_parts({"w": torch.ones(2, 2)}, {"w": (shape, offset)}, rank) for rank in range(2)])
+    with opened(store) as reader, pytest.raises(CheckpointError):
+        reader["w"]
+    with pytest.raises(CheckpointError):
+        loaded(store)
 
 
 class Box:
