@@ -20,6 +20,7 @@ from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.format.wholes import Block, Box, Whole, Wholes, touches
 from fastckpt.host.torch_names import local_of
 from fastckpt.options import Options
+from fastckpt.reading.alike import unlike
 from fastckpt.reading.assembly import Target, contiguous, is_whole, moves_of
 from fastckpt.reading.ranks import assemble_from
 from fastckpt.repository.saved_ranks import SavedRanks
@@ -99,6 +100,7 @@ class Resharding:
                 f"{self._where}: the votes of its ranks contradict each other: {'; '.join(wholes.problems[:20])}"
             )
         parts = dict(_parts(entries, wholes.found, patterns, targets, base.directory))
+        self._refuse_several({name: wholes.found[name] for name in parts if wholes.found[name].was_spread})
         plan = plan_placement(targets, _listed(base.directory, parts), self._where)
         state = self._state(parts, plan)
         if isinstance(state, dict):
@@ -106,6 +108,15 @@ class Resharding:
         shapes = {name: torch.empty(part.shape, dtype=_dtype(part), device="meta") for name, part in parts.items()}
         stateful.refuse_misfits(self._targets, replaced(state, shapes), self._where, plan)
         return replaced(state, self._assembled(parts, wholes.found, plan)), plan
+
+    def _refuse_several(self, spread: Mapping[Name, Whole]) -> None:
+        """RestoreError for DTensors of which ranks have parts of different ones: pipeline stages number theirs alike."""
+        found = sorted(map(dotted, unlike(self._ranks, spread, self._options, self._threads)))
+        if found:
+            raise RestoreError(
+                f"{self._where}: of {', '.join(found[:20])} ranks had parts of different tensors. Nothing was changed. Restore on "
+                f"{self._ranks.commit.world} ranks in the same layout"
+            )
 
     def _state(self, parts: Mapping[Name, _Part], plan: PlacementPlan) -> Any:
         """The base rank's objects, with meta tensors for the parts."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastckpt
+from fastckpt import Checkpointer
 from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -207,11 +210,19 @@ def test_a_fake_mode_is_refused(url: str) -> None:
 
 
 class Counting(Wrapper):
-    """Counts the bytes of packs that are read."""
+    """Counts the bytes of packs, and the requests for votes."""
 
     def __init__(self, inner: Store) -> None:
         super().__init__(inner)
         self.n_bytes = 0
+        self.votes: Counter[int] = Counter()
+        """Requests for the vote of each rank."""
+
+    def _call(self, verb: str, key: str, operation: Callable[[], Any]) -> Any:
+        name = keys.parse_vote(key)
+        if name is not None:
+            self.votes[name.rank] += 1
+        return operation()
 
     def get_into(self, key: str, offset: int, out: Any) -> None:
         super().get_into(key, offset, out)
@@ -223,6 +234,10 @@ def test_only_what_is_needed_is_read(store: MemoryStore) -> None:
     commit = commit_of(store, 1)
     reader = TensorReader(WholeContents(SavedRanks(counting, commit), OPTIONS, "here"))
     assert counting.n_bytes == 0
+    assert counting.votes == dict.fromkeys(range(WORLD), 2), "footer and directory"
+    counting.votes.clear()
+    assert reader["model.layer2"].shape == (3,)
+    assert set(counting.votes) == {2}
     assert reader["model.grid"].shape == V
     # Small tensors of one type lie in one chunk of each rank.
     assert counting.n_bytes < 4_000
@@ -258,6 +273,25 @@ def test_ranks_with_different_tensors_of_one_name_have_no_whole() -> None:
         assert reader["n"].item() == 1
     with pytest.raises(RestoreError, match=r"optim\.a, optim\.b, optim\.c ranks had parts of different tensors"):
         loaded(store)
+
+
+def test_a_restore_does_not_mix_different_tensors_of_one_name() -> None:
+    for differs in (False, True):
+        store, live = MemoryStore(), {"d": {"a": torch.zeros(4, 3)}}
+        states = []
+        for rank in range(WORLD):
+            stage, half = divmod(rank, 2)
+            part = torch.full((2, 3), float(half + 10 * stage * differs))
+            states.append(captured_parts({"d": {"a": part}}, {"d.a": ((4, 3), (2 * half, 0))}, rank))
+        save_parts(store, states)
+        with Checkpointer(store, live, every=None, spot=None, read_only=True) as ckpt:
+            if differs:
+                with pytest.raises(RestoreError, match=r"of d\.a ranks had parts of different tensors"):
+                    ckpt.restore()
+                assert not live["d"]["a"].any()
+            else:
+                assert ckpt.restore() == 1
+                assert live["d"]["a"][:, 0].tolist() == [0, 0, 1, 1]
 
 
 def test_what_no_rank_has_saved_is_an_error_of_that_tensor_alone() -> None:
