@@ -36,7 +36,7 @@ class Whole:
     kind: str
     requires_grad: bool
     blocks: list[Block] = field(default_factory=list)
-    """Of a DTensor each block once, whichever ranks have it; else one for each rank that has a tensor of this name, all of it."""
+    """Of a DTensor each block once, whichever ranks have it; else all of it, as the first rank has it."""
     entry: TensorEntry | None = None
     """As the first rank lists it; None: it was a DTensor."""
     doubtful: list[tuple[Block, Block]] = field(default_factory=list)
@@ -120,7 +120,8 @@ class Wholes:
             self.problems.append(f"{dotted(entry.name)} is {here} in the vote of rank {rank}, and {whole} in another")
             return
         block = _block(rank, entry, (0,) * len(entry.shape))
-        whole.blocks.append(block)
+        if not whole.blocks:
+            whole.blocks.append(block)
         if (entry.dtype, entry.shape) != (whole.dtype, whole.shape):
             whole.is_contradicted = True
         elif 0 not in entry.shape:

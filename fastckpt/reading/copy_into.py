@@ -104,8 +104,7 @@ class CopyInto:
         boxes = () if has_partial_sums(owner) else boxes_of(owner)
         if not boxes:
             return f"nobody can tell what this rank has of it: its placements are {tuple(owner.placements)}"
-        blocks = saved.blocks if saved.was_spread else saved.blocks[:1]
-        part = Target(saved.dtype, tuple(value.shape), tuple(moves_of(blocks, _wanted(boxes))), entry.name)
+        part = Target(saved.dtype, tuple(value.shape), tuple(moves_of(saved.blocks, _wanted(boxes))), entry.name)
         if not is_whole(part):
             at = " and ".join(f"{list(box.shape)} at {list(box.offset)}" for box in boxes)
             return f"the checkpoint does not have all of {at} of {list(shape)}, which is this rank's part"

@@ -58,9 +58,9 @@ class SavedRanks:
             return self._votes[rank].directory
         return read_directory(self._store, self.commit, rank)
 
-    def directories(self) -> Iterator[tuple[int, Directory]]:
-        """Rank and directory of all votes, in order, a few of them read ahead. See `directory`."""
-        ranks = deque(range(self.commit.world))
+    def directories(self, first: int = 0) -> Iterator[tuple[int, Directory]]:
+        """Rank and directory of all votes, that of rank `first` before the others, a few of them read ahead. See `directory`."""
+        ranks = deque([first, *(rank for rank in range(self.commit.world) if rank != first)])
         if len(ranks) == 1:
             yield 0, self.directory(0)
             return

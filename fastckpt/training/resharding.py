@@ -17,7 +17,7 @@ import torch
 from fastckpt.errors import RestoreError
 from fastckpt.format.directory import Directory, GlobalPlace, StorageEntry, TensorEntry
 from fastckpt.format.tensor_names import Name, dotted
-from fastckpt.format.wholes import Block, Box, Whole, Wholes, touches
+from fastckpt.format.wholes import Box, Whole, Wholes, touches
 from fastckpt.host.torch_names import local_of
 from fastckpt.options import Options
 from fastckpt.reading.alike import unlike
@@ -93,7 +93,7 @@ class Resharding:
             return name not in boxes or touches(row, boxes[name])
 
         wholes = Wholes(wanted)
-        for rank, listed in self._ranks.directories():
+        for rank, listed in self._ranks.directories(self._base):
             wholes.add(rank, listed)
         if wholes.problems:
             raise RestoreError(
@@ -153,7 +153,7 @@ class Resharding:
             first = firsts.setdefault((part.identity, part.whole.dtype, part.shape, part.boxes), name)
             if first is not name:
                 continue
-            moves = tuple(moves_of(self._blocks(wholes[name]), part.boxes))
+            moves = tuple(moves_of(wholes[name].blocks, part.boxes))
             targets.append(Target(part.whole.dtype, part.shape, moves, name))
             if not is_whole(targets[-1]):
                 lacking.append(name)
@@ -172,11 +172,6 @@ class Resharding:
             name: made[firsts[(part.identity, part.whole.dtype, part.shape, part.boxes)]]
             for name, part in parts.items()
         }
-
-    def _blocks(self, whole: Whole) -> Sequence[Block]:
-        """What is taken of a whole: of one that was no DTensor, that of the base rank if it had it."""
-        own = [block for block in whole.blocks if block.rank == self._base]
-        return whole.blocks if whole.was_spread else own or whole.blocks[:1]
 
 
 def _as_wholes(listed: Directory, targets: Mapping[str, Any]) -> dict[Name, TensorEntry]:
