@@ -23,12 +23,14 @@ from fastckpt.format.element_types import element_type
 from fastckpt.format.shares import Claim, claims_of
 from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.format.wholes import Block, Box, is_covered, overlaps
+from fastckpt.host.pages import fresh_pages
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.gathered import Gathered
 from fastckpt.reading.merged_reader import MergedReader
 from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, StorageLoader, check_size
 
+_MAPPED_BYTES = 1 << 20
 _BY_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """Types that torch copies exactly, by their bytes: it has no copy for some of its newer ones."""
 
@@ -313,7 +315,7 @@ def _made(target: Target, plan: _Plan, loader: StorageLoader) -> torch.Tensor:
     dtype = getattr(torch, target.dtype)
     if plan.is_direct:
         return _over(loader.take(plan.storages[0]), dtype, target.shape, contiguous(target.shape))
-    whole = torch.empty(target.shape, dtype=dtype, device="cpu")
+    whole = _new(target.shape, dtype)
     bits = _BY_WIDTH[dtype.itemsize]
     moves = [move for move in target.moves if 0 not in move.source.shape]
     for (source, to), number in zip(moves, plan.storages, strict=True):
@@ -321,6 +323,14 @@ def _made(target: Target, plan: _Plan, loader: StorageLoader) -> torch.Tensor:
         place = tuple(slice(start, start + size) for start, size in zip(to, source.shape, strict=True))
         whole.view(bits)[place].copy_(block)
     return whole
+
+
+def _new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory straight from the kernel, where it is much: what threads take from malloc may never be given back."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if n_bytes < _MAPPED_BYTES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return _over(torch.from_numpy(fresh_pages(n_bytes)).untyped_storage(), dtype, shape, contiguous(shape))
 
 
 def _over(storage: UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:

@@ -54,8 +54,8 @@ def export_whole_to(
 ) -> Exported:
     """Write a checkpoint of many ranks to a path, which is replaced.
 
-    Takes, beside the indexes of all ranks, 256 MiB of chunks and tensors, and the largest tensor twice. Reads no foreign code: what
-    `fastckpt.load` refuses is refused here.
+    Takes 256 MiB of tensors ahead, the encoder's buffers, the largest tensor twice, and the indexes of all ranks. Runs no foreign code:
+    what `fastckpt.load` refuses by default is refused here.
 
     Args:
         path: of the file.
