@@ -50,7 +50,7 @@ def main(folder: str, cut: str, out: str) -> None:
     assert first is not None
     box = box_of(cut, commit.world, first.shape)
     wholes = Wholes(lambda name, block: touches(block, [box]))
-    ranks.list_in(wholes, 0, 8)
+    ranks.list_in(wholes, 0)
     looked_s = time.perf_counter() - began_s
     targets = []
     for name, whole in wholes.found.items():

@@ -15,10 +15,13 @@ from fastckpt.host.sink import abandoning
 from fastckpt.host.torch_names import check_can_write, check_dill
 from fastckpt.options import Options
 from fastckpt.reading import foreign
+from fastckpt.reading.contents import OfContainer
 from fastckpt.reading.object_loader import load_object
 from fastckpt.reading.opening import for_torch, is_ours, leave_behind, open_reader, open_source
 from fastckpt.reading.sources import PathSource
 from fastckpt.reading.tensor_reader import TensorReader
+from fastckpt.reading.whole_contents import contents_of
+from fastckpt.reading.whole_objects import load_checkpoint
 from fastckpt.repository.locate import locate
 from fastckpt.repository.newest import read_checkpoint
 from fastckpt.snapshot.kept import kept, stage
@@ -162,7 +165,8 @@ def load(
     Args:
         f: a path, a URL, or a file object that can seek; afterwards its position is behind the loaded object. The path or URL of a
             repository means its newest checkpoint; a job may write there meanwhile (`Checkpointer(read_only=True)` restores into objects).
-            If an object has the same name, it is loaded instead.
+            If an object has the same name, it is loaded instead. Of a checkpoint of many ranks, the objects of rank 0 are loaded, every
+            DTensor as one plain tensor, whole (docs/how-to/many-ranks.md); a warning names what each rank had for itself.
         map_location: as for torch.load. "meta" reads no tensor data.
         pickle_module: as for torch.load.
         weights_only: as for torch.load. None and True run no foreign code.
@@ -178,6 +182,7 @@ def load(
         NotACheckpointError: the file has no known format.
         TooLargeError: larger than `Options.max_load_bytes`.
         NoCheckpointError: the repository has no checkpoint.
+        RestoreError: a tensor that was spread over ranks is not whole, or is in an object where it cannot be replaced.
         pickle.UnpicklingError: `weights_only` refuses something; the text is torch's.
         OSError: the path cannot be read. StoreError: the URL cannot be read.
     """
@@ -197,8 +202,7 @@ def load(
             raise ValueError("f must be a file path in order to use the mmap argument")
         options = Options.from_env()
         if isinstance(found, Store):
-            threads = max(options.threads, options.connections)
-            return read_checkpoint(found, "latest", lambda reader: load_object(reader, options, threads, **how))
+            return read_checkpoint(found, "latest", lambda ranks, where: load_checkpoint(ranks, where, options, **how))
         reader = open_reader(found)
         result = load_object(reader, options, options.threads, **how)
         leave_behind(found, reader)
@@ -252,7 +256,7 @@ def get_unsafe_globals(f: Any) -> list[str]:
             raise CorruptCheckpointError(source.name, [damage]) from error
 
 
-def open(f: Any, *, step: int | None = None) -> TensorReader:
+def open(f: Any, *, step: int | None = None, rank: int | None = None) -> TensorReader:
     """Open a checkpoint to inspect names, shapes and dtypes, and to read single tensors. No pickle is read.
 
     Threads: may be called from any thread; each reader must be used by one thread.
@@ -260,36 +264,45 @@ def open(f: Any, *, step: int | None = None) -> TensorReader:
     Args:
         f: as for `load`; files of torch.save and safetensors are refused.
         step: for a repository: the step of the checkpoint; None: the newest.
+        rank: for a repository: read what this rank had, of DTensors its parts. None: every DTensor is one tensor, whole, and what each rank
+            had for itself cannot be read (`TensorReader.of_each_rank` lists it).
 
     Returns:
-        A reader. Use it as a context manager, or call its `close`.
+        A reader. Use it as a context manager, or call its `close`. Of a checkpoint of many ranks the lists of tensors have been read, two
+        ranges of each rank's index; the rest is read when it is needed, at the latest when all names are asked for.
 
     Raises:
-        NotACheckpointError: `f` is no container; or a `step` is given, and `f` is no repository.
-        NoCheckpointError: the repository has no such checkpoint.
+        NotACheckpointError: `f` is no container; or a `step` or `rank` is given, and `f` is no repository.
+        NoCheckpointError: the repository has no such checkpoint, or the checkpoint no such rank.
         Exception: other errors, as for `load`.
     """
-    source = locate(f, repository=step is not None)
+    source = locate(f, repository=step is not None or rank is not None)
     if isinstance(source, Store):
         store, options = source, Options.from_env()
         try:
-            return read_checkpoint(
-                store, "latest" if step is None else step, lambda reader: TensorReader(reader, options, store.close)
+            contents = read_checkpoint(
+                store,
+                "latest" if step is None else step,
+                lambda ranks, where: contents_of(ranks, where, rank, options),
             )
+            return TensorReader(contents, store.close)
         except BaseException:
             store.close()
             raise
-    if step is not None:
+    if step is not None or rank is not None:
         source.close()
+        what = " and ".join(
+            [*([f"step {step}"] if step is not None else []), *([f"rank {rank}"] if rank is not None else [])]
+        )
         raise NotACheckpointError(
-            f"{describe(f)} is no repository, so it has no checkpoint of step {step}. Leave step out for a file"
+            f"{describe(f)} is no repository, so it has no checkpoint of {what}. Leave step and rank out for a file"
         )
     try:
         if not is_ours(source):
             raise NotACheckpointError(
                 f"{source.name} is no fastckpt container: fastckpt.load reads files of torch.save and safetensors"
             )
-        return TensorReader(open_reader(source), Options.from_env())
+        return TensorReader(OfContainer(open_reader(source), Options.from_env()))
     except BaseException:
         source.close()
         raise

@@ -103,17 +103,23 @@ def _print_repository(found: Mapping[str, Any]) -> None:
     if not found["checkpoints"]:
         note(f"{found['url']}: no checkpoints")
         return
-    rows: list[list[object]] = [["epoch", "step", "when (UTC)", "size", "state", "trigger", "metrics", ""]]
+    shows_ranks = any(one["error"] is None and one["world"] > 1 for one in found["checkpoints"])
+    ranks = ["ranks"] if shows_ranks else []
+    rows: list[list[object]] = [["epoch", "step", *ranks, "when (UTC)", "size", "state", "trigger", "metrics", ""]]
     for one in found["checkpoints"]:
         if one["error"] is None:
             when = one["utc"].replace("T", " ").removesuffix("Z")
             sizes = [human(one["stored_bytes"]), human(one["raw_bytes"])]
             mark = "newest" if one["newest"] else "" if one["branch"] == "history" else one["branch"]
-            rows.append([one["epoch"], one["step"], when, *sizes, one["trigger"], _metrics(one["metrics"]), mark])
+            ranks = [one["world"]] if shows_ranks else []
+            rows.append(
+                [one["epoch"], one["step"], *ranks, when, *sizes, one["trigger"], _metrics(one["metrics"]), mark]
+            )
         else:
             words = one["error"] if one["branch"] == "unfinished" else "see fastckpt check"
-            rows.append([one["epoch"], one["step"], "", "", "", "", "", f"{one['branch']}: {words}"])
-    table(rows, right=(0, 1, 3, 4))
+            nothing = [""] * (6 if shows_ranks else 5)
+            rows.append([one["epoch"], one["step"], *nothing, f"{one['branch']}: {words}"])
+    table(rows, right=(0, 1, 2, 4, 5) if shows_ranks else (0, 1, 3, 4))
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""restore: writes one rank of a checkpoint of a repository as a file that fastckpt.load reads."""
+"""restore: writes a checkpoint of a repository, or what one rank of it had, as a file that fastckpt.load reads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from fastckpt.errors import NoCheckpointError
 from fastckpt.repository.catalog import Catalog, Which
 from fastckpt.repository.repository import Repository
 from fastckpt.upkeep.export import export_to
+from fastckpt.upkeep.export_whole import export_whole_to
 
-HELP = "write one rank of a checkpoint as a file that fastckpt.load reads"
+HELP = "write a checkpoint, or one rank of it, as a file that fastckpt.load reads"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_endpoint(parser)
     parser.add_argument("url", metavar="URL")
     add_checkpoint(parser)
-    parser.add_argument("--rank", type=int, default=0, metavar="R", help="which rank (default 0)")
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="what this rank had, parts of DTensors; otherwise all of them, whole"
+    )
     parser.add_argument("--out", required=True, metavar="FILE")
     parser.add_argument("--force", action="store_true", help="replace the file")
 
@@ -51,15 +54,23 @@ def _restore(repository: Repository, arguments: argparse.Namespace) -> int:
     if choice is None:
         raise NoCheckpointError(f"{repository.url} has no checkpoint yet: nothing was ever committed")
     commit = choice.commit
-    n_bytes = export_to(out, repository, commit, arguments.rank, options(), bar(out))
-    checkpoint = {"epoch": commit.save.epoch, "step": commit.save.step, "rank": arguments.rank, "world": commit.world}
+    words = ""
+    if arguments.rank is None and commit.world > 1:
+        n_bytes, words = export_whole_to(out, repository, commit, options(), bar(out))
+        which, rank = f"{commit.world} ranks as one", None
+    else:
+        rank = arguments.rank or 0
+        n_bytes = export_to(out, repository, commit, rank, options(), bar(out))
+        which = f"rank {rank} of {commit.world}"
+    checkpoint = {"epoch": commit.save.epoch, "step": commit.save.step, "rank": rank, "world": commit.world}
     if arguments.json:
         print_json("restore", {"url": repository.url, **checkpoint, "path": out, "container_bytes": n_bytes})
-    else:
-        where = f"epoch {commit.save.epoch}, step {commit.save.step}, rank {arguments.rank} of {commit.world}"
-        say(f"{out}: {where}, {human(n_bytes)}; fastckpt.load reads it")
-    if commit.world > 1 and not arguments.json:
-        note(f"this is rank {arguments.rank} alone: --rank takes one of the others")
+        return OK
+    say(f"{out}: epoch {commit.save.epoch}, step {commit.save.step}, {which}, {human(n_bytes)}; fastckpt.load reads it")
+    if words:
+        note(f"{words[0].upper()}{words[1:]}. --rank writes what one rank had")
+    elif rank is not None and commit.world > 1:
+        note(f"this is rank {rank} alone: without --rank, tensors of all ranks are written, whole")
     return OK
 
 

@@ -19,6 +19,7 @@ from fastckpt.format.repository_records import Commit, Tombstone
 from fastckpt.format.shares import owners_needed
 from fastckpt.format.tensor_names import dotted, to_json
 from fastckpt.format.vote import save_info
+from fastckpt.format.wholes import Wholes
 from fastckpt.reading.chunk_reader import Reader, storage_bytes, summary
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.commit import open_vote
@@ -54,12 +55,13 @@ def _show_repository(repository: Repository, arguments: argparse.Namespace) -> i
     checkpoint = find(repository.url, inside, _living(catalog), arguments.step, arguments.epoch)
     commit = repository.commit(checkpoint)
     assert isinstance(commit, Commit)
-    ranks = [_rank(repository, commit, rank) for rank in range(commit.world)]
-    row = commit_row(commit, inside)
+    wholes = Wholes(lambda name, entry: False)  # which blocks there are, nobody asks
+    ranks = [_rank(repository, commit, rank, wholes) for rank in range(commit.world)]
+    row = {**commit_row(commit, inside), "dtensors": sum(whole.was_spread for whole in wholes.found.values())}
     if arguments.json:
         print_json("show-repository", {"url": repository.url, **row, "writer": commit.writer, "ranks": ranks})
     else:
-        _print_commit(repository, row, commit)
+        _print_commit(repository, row, commit, _layout(commit, wholes))
         _print_ranks(ranks)
     broken = [rank for rank in ranks if rank["error"] is not None]
     for rank in broken:
@@ -82,13 +84,21 @@ def _living(catalog: Catalog) -> list[CheckpointId]:
     return found
 
 
-def _rank(repository: Repository, commit: Commit, rank: int) -> dict[str, Any]:
+def _layout(commit: Commit, wholes: Wholes) -> str:
+    n_spread = sum(whole.was_spread for whole in wholes.found.values())
+    if not n_spread:
+        return ""
+    return f"{commit.world} ranks, {n_spread} of {len(wholes.found)} names are DTensors: their parts are listed below"
+
+
+def _rank(repository: Repository, commit: Commit, rank: int, wholes: Wholes) -> dict[str, Any]:
     name = commit.vote(rank)
     try:
         reader = open_vote(repository.store, name)
         info = save_info(reader.directory, name, reader.source.name)
     except UnreadableError as error:
         return {"rank": rank, "error": str(error)}
+    wholes.add(rank, reader.directory)
     return {
         "rank": rank,
         "error": None,
@@ -115,7 +125,7 @@ def _shared_bytes(reader: Reader, save: SaveId) -> int:
     return sum(places.values())
 
 
-def _print_commit(repository: Repository, row: Mapping[str, Any], commit: Commit) -> None:
+def _print_commit(repository: Repository, row: Mapping[str, Any], commit: Commit, layout: str) -> None:
     mark = "newest" if row["newest"] else row["branch"]
     parent = "none" if commit.parent is None else "epoch {}, step {}".format(*commit.parent.checkpoint)
     lines = [
@@ -124,6 +134,7 @@ def _print_commit(repository: Repository, row: Mapping[str, Any], commit: Commit
         ("parent", parent),
         ("saved", f"{commit.utc}, trigger {commit.trigger}, {commit.seconds:.1f} s"),
         ("size", f"{human(commit.stored_bytes)} stored for {human(commit.raw_bytes)} of state, {commit.world} ranks"),
+        ("layout", layout),
         ("metrics", " ".join(f"{name}={value}" for name, value in row["metrics"].items())),
         ("meta", commit.meta or ""),
         ("writer", " ".join(f"{key} {value}" for key, value in commit.writer.items() if key != "name")),

@@ -7,11 +7,12 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fastckpt.format.directory import Directory, TensorEntry
+from fastckpt.format.shares import Claim, claims_of
 from fastckpt.format.tensor_names import BOX, Name, dotted
 
 _TENSORS, _END = b'"tensors":[', b"]}"
@@ -47,6 +48,14 @@ class Whole:
     """Of a DTensor each block once, whichever ranks have it; else all of it, as the first rank has it."""
     entry: TensorEntry | None = None
     """As the first rank lists it; None: it was a DTensor."""
+    doubtful: list[tuple[Block, Block]] = field(default_factory=list)
+    """Of the same place in the whole, on two ranks that do not say that they hold it alike: the first one's block, and another's."""
+    location: str = "cpu"
+    """Where the first rank had it, in torch's spelling."""
+    ranks: list[int] = field(default_factory=list)
+    """That have something of this name."""
+    is_contradicted: bool = False
+    """Whether ranks have something of this name that is of another shape or type."""
 
     @property
     def was_spread(self) -> bool:
@@ -66,12 +75,14 @@ class Wholes:
         self.found: dict[Name, Whole] = {}
         self.problems: list[str] = []
         """What votes say of one name and cannot both be true, in words."""
-        self._seen: dict[Name, set[Box]] = {}
+        self._seen: dict[Name, dict[Box, tuple[Block, Claim | None]]] = {}
+        """The first block of each place, and what is said of who holds it."""
         self._names: dict[bytes, Name] = {}
         """Of JSON."""
 
     def add(self, rank: int, listed: Directory) -> None:
         """Enter what the vote of a rank lists."""
+        claims = {number: claim for claim, number in claims_of(listed).items()}
         boxes: dict[Name, list[TensorEntry]] = defaultdict(list)
         for entry in listed.tensors:
             if _is_box(entry):
@@ -80,41 +91,63 @@ class Wholes:
             if _is_box(entry):
                 continue
             rows = boxes.get(entry.name) or ([entry] if entry.place is not None else [])
+            place = rows[0].place if rows else None
+            whole = self.found.get(entry.name)
+            if whole is None:
+                shape = entry.shape if place is None else place.shape
+                location = listed.storages[entry.storage].location
+                whole = Whole(entry.dtype, shape, entry.kind, entry.requires_grad, location=location)
+                whole.entry = None if rows else entry
+                self.found[entry.name] = whole
+            whole.ranks.append(rank)
             if rows:
-                self._add_blocks(rank, entry, rows)
+                self._add_blocks(rank, entry, rows, whole, claims)
             else:
-                self._add_plain(rank, entry)
+                self._add_plain(rank, entry, whole, claims)
 
-    def _add_blocks(self, rank: int, entry: TensorEntry, rows: Sequence[TensorEntry]) -> None:
+    def _add_blocks(
+        self, rank: int, entry: TensorEntry, rows: Sequence[TensorEntry], whole: Whole, claims: Mapping[int, Claim]
+    ) -> None:
         """entry: the row of the part; rows: those of its blocks."""
-        place = rows[0].place
-        whole = self.found.setdefault(
-            entry.name, Whole(entry.dtype, () if place is None else place.shape, entry.kind, entry.requires_grad)
-        )
         for row in rows:
             shape = None if row.place is None else row.place.shape
-            if whole.entry is not None or (entry.dtype, shape) != (whole.dtype, whole.shape):
+            if whole.entry is not None or (entry.dtype, shape) != (whole.dtype, whole.shape) or not _is_inside(row):
                 here = f"{entry.dtype} {None if shape is None else list(shape)}, a DTensor"
+                whole.is_contradicted = True
                 self.problems.append(
                     f"{dotted(entry.name)} is {here} in the vote of rank {rank}, and {whole} in another"
                 )
                 return
-            if row.place is None or 0 in row.shape:
+            if row.place is None or 0 in row.shape or not self._wanted(entry.name, (row.place.offset, row.shape)):
                 continue
-            box, seen = (row.place.offset, row.shape), self._seen.setdefault(entry.name, set())
-            if box not in seen and self._wanted(entry.name, box):
-                seen.add(box)
-                whole.blocks.append(_block(rank, row, row.place.offset))
+            block = _block(rank, row, row.place.offset)
+            if self._is_first(entry.name, whole, block, claims.get(row.storage)):
+                whole.blocks.append(block)
 
-    def _add_plain(self, rank: int, entry: TensorEntry) -> None:
-        whole = self.found.get(entry.name)
-        if whole is None:
-            whole = Whole(entry.dtype, entry.shape, entry.kind, entry.requires_grad, entry=entry)
-            whole.blocks.append(_block(rank, entry, (0,) * len(entry.shape)))
-            self.found[entry.name] = whole
-        elif whole.entry is None:
+    def _add_plain(self, rank: int, entry: TensorEntry, whole: Whole, claims: Mapping[int, Claim]) -> None:
+        if whole.entry is None:
             here = f"{entry.dtype} {list(entry.shape)}"
+            whole.is_contradicted = True
             self.problems.append(f"{dotted(entry.name)} is {here} in the vote of rank {rank}, and {whole} in another")
+            return
+        block = _block(rank, entry, (0,) * len(entry.shape))
+        if not whole.blocks:
+            whole.blocks.append(block)
+        if (entry.dtype, entry.shape) != (whole.dtype, whole.shape):
+            whole.is_contradicted = True
+        elif 0 not in entry.shape:
+            self._is_first(entry.name, whole, block, claims.get(entry.storage))
+
+    def _is_first(self, name: Name, whole: Whole, block: Block, claim: Claim | None) -> bool:
+        """Whether no rank before had this place. If one had, it is noted unless both say that they hold the same."""
+        seen = self._seen.setdefault(name, {})
+        first, said = seen.setdefault((block.at, block.shape), (block, claim))
+        if first is block:
+            return True
+        alike = claim is not None and claim == said and (first.offset, first.stride) == (block.offset, block.stride)
+        if not alike:
+            whole.doubtful.append((first, block))
+        return False
 
     def add_unwanted(self, data: bytes) -> bool:
         """Whether a directory has nothing to enter: names, shapes and types are known, and its blocks are not wanted. Then nothing is left
@@ -148,6 +181,16 @@ class Wholes:
         if whole.entry is not None or whole.shape != _numbers(whole_text):
             return False
         return 0 in shape or not self._wanted(name, (_numbers(offset), shape))
+
+
+def _is_inside(row: TensorEntry) -> bool:
+    """Whether a block is one of the whole that it says it is of. Only a hostile vote says otherwise."""
+    if row.place is None or row.kind in ("array", "quantized"):
+        return row.place is None
+    shape, offset = row.place.shape, row.place.offset
+    return len(shape) == len(offset) == len(row.shape) and all(
+        at + size <= n for at, size, n in zip(offset, row.shape, shape, strict=True)
+    )
 
 
 @functools.lru_cache(maxsize=65536)

@@ -297,6 +297,11 @@ def compiled_module_attribute(kind: type) -> str | None:
     return "_orig_mod" if made is not None and issubclass(kind, made) else None
 
 
+def persistent_buffers(module: torch.nn.Module) -> list[str]:
+    """Names of the buffers that a module itself, not one in it, saves. `_non_persistent_buffers_set` since 1.6."""
+    return [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+
+
 def gradient_hooks(module: torch.nn.parallel.DistributedDataParallel) -> list[Any]:
     """What averages the gradients in place of torch's own way; [] where nothing does. A list of the module since 2.0."""
     return [hook for hook, _ in getattr(module, "_comm_hooks", ())]

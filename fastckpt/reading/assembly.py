@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,12 +22,15 @@ from fastckpt.format.directory import Directory, Extent, StorageEntry, TensorEnt
 from fastckpt.format.element_types import element_type
 from fastckpt.format.shares import Claim, claims_of
 from fastckpt.format.tensor_names import Name, dotted
+from fastckpt.format.wholes import Block, Box, is_covered, overlaps
+from fastckpt.host.pages import fresh_pages
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.gathered import Gathered
 from fastckpt.reading.merged_reader import MergedReader
 from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, StorageLoader, check_size
 
+_MAPPED_BYTES = 1 << 20
 _BY_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """Types that torch copies exactly, by their bytes: it has no copy for some of its newer ones."""
 
@@ -68,8 +71,44 @@ class _Stretch(NamedTuple):
     stop: int
 
 
+def moves_of(blocks: Sequence[Block], boxes: Iterable[tuple[Box, tuple[int, ...]]]) -> Iterator[Move]:
+    """Where wanted blocks of a whole come from. Nothing for a block that the saved ones do not make up.
+
+    Args:
+        blocks: what was saved of the whole.
+        boxes: what is wanted of it, and where in the target each block begins.
+    """
+    for box, to in boxes:
+        found = list(overlaps(blocks, box))
+        if not is_covered(found, box):
+            continue
+        for one in found:
+            start = one.block.offset + sum(at * step for at, step in zip(one.within, one.block.stride, strict=True))
+            source = Source(one.block.rank, one.block.storage, start, one.block.stride, one.shape)
+            yield Move(source, tuple(a + b for a, b in zip(to, one.to, strict=True)))
+
+
+def is_whole(target: Target) -> bool:
+    """Whether the moves of a target make up all of it."""
+    return sum(math.prod(move.source.shape) for move in target.moves) == math.prod(target.shape)
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
 def assemble(
-    readers: Mapping[int, Reader], targets: Sequence[Target], options: Options, threads: int
+    readers: Mapping[int, Reader],
+    targets: Sequence[Target],
+    options: Options,
+    threads: int,
+    *,
+    stay: bool = True,
 ) -> Iterator[torch.Tensor]:
     """Read and verify what the targets need. Yields their tensors, contiguous, in host memory, in order.
 
@@ -79,6 +118,7 @@ def assemble(
         targets: what to put together.
         options: `max_load_bytes` is for all targets together.
         threads: number of threads that read and decode.
+        stay: whether all tensors stay in host memory. If not, few of them are read before they are asked for.
 
     Raises:
         CorruptCheckpointError: lists all damage, with the names of the targets; before anything is yielded where a share is missing.
@@ -87,13 +127,13 @@ def assemble(
     layout = _Layout(readers)
     plans = [layout.plan(target) for target in targets]
     if not any(plan.storages for plan in plans):
-        yield from (torch.empty(target.shape, dtype=getattr(torch, target.dtype)) for target in targets)
+        yield from (torch.empty(target.shape, dtype=getattr(torch, target.dtype), device="cpu") for target in targets)
         return
     reader = layout.reader()
     check_size(reader, sum(storage.n_bytes for storage in reader.directory.storages), options.max_load_bytes)
     reader.require_readable()
     # What is read on the way to a target is needed for a moment only.
-    window = None if all(plan.is_direct for plan in plans) else DEVICE_WINDOW_BYTES
+    window = None if stay and all(plan.is_direct for plan in plans) else DEVICE_WINDOW_BYTES
     with StorageLoader(reader, threads, window) as loader:
         for target, plan in zip(targets, plans, strict=True):
             yield _made(target, plan, loader)
@@ -208,6 +248,12 @@ class _Layout:
         storages, tensors = [], []
         for number, ((target, n_bytes, _), parts) in enumerate(zip(self._entries, pieces, strict=True)):
             extents = [extent for rank, first, count in parts for extent in moved[rank][first : first + count]]
+            if (
+                sum(extent.n_bytes for extent in extents) != n_bytes
+            ):  # what it lacks would be whatever lay in fresh memory
+                raise ValueError(
+                    f"{own.source.name} has no data of {dotted(target.name)}: it was saved as a meta tensor"
+                )
             storages.append(StorageEntry("uint8", n_bytes, "cpu", tuple(extents)))
             tensors.append(TensorEntry(target.name, "uint8", (n_bytes,), (1,), 0, number, "tensor", False))
         listed = Directory(tuple(storages), tuple(tensors), None, 0, 1, {}, {}, None)
@@ -269,8 +315,8 @@ def _span(source: Source) -> int:
 def _made(target: Target, plan: _Plan, loader: StorageLoader) -> torch.Tensor:
     dtype = getattr(torch, target.dtype)
     if plan.is_direct:
-        return _over(loader.take(plan.storages[0]), dtype, target.shape, _contiguous(target.shape))
-    whole = torch.empty(target.shape, dtype=dtype)
+        return _over(loader.take(plan.storages[0]), dtype, target.shape, contiguous(target.shape))
+    whole = _new(target.shape, dtype)
     bits = _BY_WIDTH[dtype.itemsize]
     moves = [move for move in target.moves if 0 not in move.source.shape]
     for (source, to), number in zip(moves, plan.storages, strict=True):
@@ -280,16 +326,16 @@ def _made(target: Target, plan: _Plan, loader: StorageLoader) -> torch.Tensor:
     return whole
 
 
+def _new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory straight from the kernel, where it is much: what threads take from malloc may never be given back."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    if n_bytes < _MAPPED_BYTES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    return _over(torch.from_numpy(fresh_pages(n_bytes)).untyped_storage(), dtype, shape, contiguous(shape))
+
+
 def _over(storage: UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, stride)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
 
 
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
-__all__ = ["Move", "Source", "Target", "assemble", "ranks_needed"]
+__all__ = ["Move", "Source", "Target", "assemble", "contiguous", "is_whole", "moves_of", "ranks_needed"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.storage import UntypedStorage
 
 from fastckpt import events
 from fastckpt.errors import CheckpointError
@@ -15,7 +16,7 @@ from fastckpt.format.element_types import NUMPY_PREFIX
 from fastckpt.host import cycle_collector
 from fastckpt.host.torch_names import fake_mode, is_meta_location
 from fastckpt.options import Options
-from fastckpt.reading.chunk_reader import Reader, storage_bytes
+from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, StorageLoader, check_size
 from fastckpt.state import Rebuild, may_be_refused, unsafe_globals
 
@@ -34,15 +35,18 @@ def load_object(
     load_args: dict[str, Any],
     places: Sequence[str] | None = None,
     beyond_torch: bool = False,
+    wanted: Sequence[int] | None = None,
 ) -> Any:
     """Unpickle the object; `threads` threads read, verify and decode its storages ahead of the unpickler.
 
-    places, beyond_torch: see `Rebuild`.
+    places, beyond_torch: see `Rebuild`. wanted: the only storages that are read, by number; tensors over others are meta tensors.
 
     CorruptCheckpointError lists all damage; TooLargeError is raised before anything is allocated; pickle.UnpicklingError.
     """
     started = time.perf_counter()
-    n_bytes = storage_bytes(reader)
+    storages = reader.directory.storages
+    numbers = range(len(storages)) if wanted is None else wanted
+    n_bytes = sum(storages[n].n_bytes for n in numbers if storages[n].extents is not None)
     if not reader.skeleton:
         raise CheckpointError(
             f"{reader.source.name} holds tensors but no object to load: fetch them with fastckpt.open"
@@ -52,14 +56,16 @@ def load_object(
     # Do not read ahead if the load will be refused, or needs no data.
     read_ahead = not meta and not refused and fake_mode() is None
     # Checked even without reading ahead: storages before a refused global are read anyway, and arrays are read even for "meta".
-    check_size(reader, _array_bytes(reader) if meta else n_bytes, options.max_load_bytes)
+    arrays = sum(storages[n].n_bytes for n in numbers if storages[n].dtype.startswith(NUMPY_PREFIX))
+    check_size(reader, arrays if meta else n_bytes, options.max_load_bytes)
     reader.require_readable()
     events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
-    window = (None if _stays_on_host(reader, map_location, places) else DEVICE_WINDOW_BYTES) if read_ahead else 0
-    with StorageLoader(reader, threads, window) as loader:
+    stays = _stays_on_host(reader, map_location, places, numbers)
+    window = (None if stays else DEVICE_WINDOW_BYTES) if read_ahead else 0
+    with StorageLoader(reader, threads, window, wanted) as loader:
         rebuild = Rebuild(
             reader.skeleton,
-            loader,
+            loader if wanted is None else _Some(loader, frozenset(wanted)),
             reader.source.name,
             map_location,
             weights_only,
@@ -77,8 +83,20 @@ def load_object(
     return result
 
 
-def _array_bytes(reader: Reader) -> int:
-    return sum(storage.n_bytes for storage in reader.directory.storages if storage.dtype.startswith(NUMPY_PREFIX))
+class _Some(NamedTuple):
+    """A StorageProvider of some storages; the others have no data."""
+
+    loader: StorageLoader
+    wanted: frozenset[int]
+
+    def n_bytes(self, number: int) -> int | None:
+        return self.loader.n_bytes(number)
+
+    def has_data(self, number: int) -> bool:
+        return number in self.wanted and self.loader.has_data(number)
+
+    def take(self, number: int) -> UntypedStorage:
+        return self.loader.take(number)
 
 
 def _refuses(reader: Reader, beyond_torch: bool) -> bool:
@@ -91,9 +109,9 @@ def _refuses(reader: Reader, beyond_torch: bool) -> bool:
         return True
 
 
-def _stays_on_host(reader: Reader, map_location: Any, places: Sequence[str] | None) -> bool:
+def _stays_on_host(reader: Reader, map_location: Any, places: Sequence[str] | None, numbers: Sequence[int]) -> bool:
     if places is not None:
-        return all(place in ("cpu", "meta") for place in places)
+        return all(places[n] in ("cpu", "meta") for n in numbers)
     if map_location is None:
-        return all(storage.location == "cpu" for storage in reader.directory.storages)
+        return all(reader.directory.storages[n].location == "cpu" for n in numbers)
     return isinstance(map_location, (str, torch.device)) and str(map_location) == "cpu"

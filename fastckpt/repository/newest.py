@@ -9,14 +9,12 @@ from fastckpt.errors import (
     CorruptCheckpointError,
     NoCheckpointError,
     ObjectNotFoundError,
-    RestoreError,
     RetiredError,
 )
 from fastckpt.format import keys
-from fastckpt.reading.chunk_reader import Reader
-from fastckpt.reading.merged_reader import merge
-from fastckpt.repository.catalog import Catalog, Which
+from fastckpt.repository.catalog import Catalog, Which, open_checked
 from fastckpt.repository.repository import Repository
+from fastckpt.repository.saved_ranks import NONE, SavedRanks
 from fastckpt.store.base import Store
 
 T = TypeVar("T")
@@ -31,11 +29,11 @@ def is_repository(store: Store) -> bool:
     return True
 
 
-def read_checkpoint(store: Store, step: Which, read: Callable[[Reader], T]) -> T:
-    """Return the result of `read` for a checkpoint. Sends only GET, HEAD and LIST, so it disturbs nobody.
+def read_checkpoint(store: Store, step: Which, read: Callable[[SavedRanks, str], T]) -> T:
+    """Return the result of `read` for a checkpoint and its location. Sends only GET, HEAD and LIST, so it disturbs nobody.
 
     If retention removes the checkpoint meanwhile and no step was asked for, the then newest checkpoint is read, once; otherwise
-    RetiredError. NoCheckpointError, RestoreError for a checkpoint of several ranks, CorruptCheckpointError, StoreError.
+    RetiredError. NoCheckpointError, CorruptCheckpointError, StoreError.
     """
     try:
         return _read(store, step, read)
@@ -45,19 +43,20 @@ def read_checkpoint(store: Store, step: Which, read: Callable[[Reader], T]) -> T
     return _read(store, step, read)
 
 
-def _read(store: Store, step: Which, read: Callable[[Reader], T]) -> T:
-    catalog = Catalog(Repository(store))
+def _read(store: Store, step: Which, read: Callable[[SavedRanks, str], T]) -> T:
+    repository = Repository(store)
+    catalog = Catalog(repository, checks_votes=False)
     choice = catalog.choose(step)
     if choice is None:
         raise NoCheckpointError(f"{store.url} has no checkpoint yet: there is nothing to read")
     commit = choice.commit
-    if commit.world != 1:
-        raise RestoreError(
-            f"{catalog.repository.location(commit.checkpoint)} was saved by {commit.world} ranks; this version reads those of one. "
-            "`fastckpt restore --rank` exports each rank's state"
-        )
     try:
-        assert choice.reader is not None
-        return read(merge(choice.reader, {}))  # its own shares, which one rank has all of
+        # The votes of many ranks are read as far as they are needed.
+        opened = {0: open_checked(store, commit)} if commit.world == 1 else NONE
+    except (CorruptCheckpointError, ObjectNotFoundError) as error:
+        found = catalog.blame(commit.checkpoint, error)
+        raise (Catalog(repository).with_advice(commit.checkpoint, found) if isinstance(step, str) else found) from error
+    try:
+        return read(SavedRanks(store, commit, opened), repository.location(commit.checkpoint))
     except (CorruptCheckpointError, ObjectNotFoundError) as error:
         raise catalog.blame(commit.checkpoint, error) from error

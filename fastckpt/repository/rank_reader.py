@@ -44,7 +44,7 @@ def add_owners(store: Store, commit: Commit, merging: Merging) -> None:
     for rank in merging.needed:
         if rank >= commit.world:
             merging.lose(rank, f"none: the checkpoint has ranks 0 to {commit.world - 1}")
-    for rank, opened in _opened(store, commit, sorted(rank for rank in merging.needed if rank < commit.world)):
+    for rank, opened in opened_votes(store, commit, sorted(rank for rank in merging.needed if rank < commit.world)):
         try:
             merging.add(rank, opened.result())
         except MissingObjectError:
@@ -53,7 +53,7 @@ def add_owners(store: Store, commit: Commit, merging: Merging) -> None:
             merging.lose(rank, error)
 
 
-def _opened(store: Store, commit: Commit, ranks: Iterable[int]) -> Iterator[tuple[int, Future[Reader]]]:
+def opened_votes(store: Store, commit: Commit, ranks: Iterable[int]) -> Iterator[tuple[int, Future[Reader]]]:
     """Votes of these ranks, in order, a few of them opened ahead."""
     waiting = deque(ranks)
     if not waiting:
@@ -112,4 +112,4 @@ def _names(store: Store, commit: Commit, unmet: Sequence[UnmetClaim]) -> tuple[s
     return tuple(names)
 
 
-__all__ = ["LostShares", "add_owners", "lost_shares", "open_rank", "with_owners"]
+__all__ = ["LostShares", "add_owners", "lost_shares", "open_rank", "opened_votes", "with_owners"]

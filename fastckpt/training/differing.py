@@ -6,20 +6,14 @@ optimizers. Most of it is found alike by the digests of its chunks, and not read
 
 from __future__ import annotations
 
-import math
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
-from fastckpt.format.directory import TensorEntry
-from fastckpt.format.element_types import NUMPY_PREFIX
-from fastckpt.format.shares import Claim, claims_of
-from fastckpt.format.tensor_names import Name, dotted, key_of
+from fastckpt.format.tensor_names import Name, dotted
+from fastckpt.format.wholes import Wholes
 from fastckpt.options import Options
-from fastckpt.reading.assembly import Move, Source, Target, assemble
-from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.alike import unlike, values_of, values_unlike
 from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.training.partly import load_partly
 from fastckpt.training.replicas import is_in
@@ -53,11 +47,11 @@ class Differing:
             return found
         first: Any = None
         for number in others:
-            unlike = [*self._tensors_unlike(number)]
+            names = [*self._tensors_unlike(number)]
             if not self._has_same_values(number):
                 first = self._values(0) if first is None else first
-                unlike += _values_unlike(first, self._values(number), ())
-            for name in unlike:
+                names += values_unlike(first, self._values(number), ())
+            for name in names:
                 key = str(name[0]) if name else ""
                 if key in self._targets and not any(is_in(dotted(name), one) for one in self._declared):
                     found.setdefault(key, f"{dotted(name)} of rank {number} is not that of rank 0")
@@ -74,105 +68,16 @@ class Differing:
 
     def _values(self, rank: int) -> Any:
         """A rank's objects without tensors."""
-        reader = self._ranks.vote(rank)
-        arrays = [n for n, one in enumerate(reader.directory.storages) if one.dtype.startswith(NUMPY_PREFIX)]
-        reader = self._ranks.whole(rank) if any(reader.directory.storages[n].shares for n in arrays) else reader
-        return load_partly(
-            reader,
-            arrays,
-            self._options,
-            self._threads,
-            places=None,
-            map_location="cpu",
-            weights_only=self._weights_only,
-        )
+        how = {"map_location": "cpu", "pickle_module": pickle, "load_args": {"encoding": "utf-8"}, "beyond_torch": True}
+        return values_of(self._ranks, rank, self._options, self._threads, weights_only=self._weights_only, **how)
 
     def _tensors_unlike(self, rank: int) -> Iterator[Name]:
-        one, other = self._ranks.vote(0), self._ranks.vote(rank)
-        there = {entry.name: entry for entry in other.directory.tensors}
-        claims, others = _by_number(one), _by_number(other)
-        unsure: list[tuple[TensorEntry, TensorEntry]] = []
-        for entry in one.directory.tensors:
-            match = there.get(entry.name)
-            if match is None or entry.place is not None or match.place is not None or entry.kind == "part":
-                continue
-            if (entry.dtype, entry.shape) != (match.dtype, match.shape):
-                yield entry.name
-            elif entry.storage in claims or match.storage in others:
-                if claims.get(entry.storage) != others.get(match.storage):
-                    yield entry.name
-            elif 0 not in entry.shape and not _same_chunks(one, entry, other, match):
-                unsure.append((entry, match))
-        readers = {0: one, rank: other}
-        of_first = assemble(readers, [_target(0, entry) for entry, _ in unsure], self._options, self._threads)
-        of_other = assemble(readers, [_target(rank, match) for _, match in unsure], self._options, self._threads)
-        for (entry, _), a, b in zip(unsure, of_first, of_other, strict=True):
-            if not np.array_equal(_bytes(a), _bytes(b)):
-                yield entry.name
-
-
-def _by_number(reader: Reader) -> dict[int, Claim]:
-    return {number: claim for claim, number in claims_of(reader.directory).items()}
-
-
-def _same_chunks(one: Reader, entry: TensorEntry, other: Reader, match: TensorEntry) -> bool:
-    if (entry.offset, entry.stride) != (match.offset, match.stride):
-        return False
-    a, b = (
-        [(r.records["digest"][p.chunk].tobytes(), p.offset, p.n_bytes) for p in r.pieces(number)]
-        for r, number in ((one, entry.storage), (other, match.storage))
-    )
-    return a == b
-
-
-def _target(rank: int, entry: TensorEntry) -> Target:
-    if entry.dtype.startswith(NUMPY_PREFIX):  # as bytes, whatever the element is
-        itemsize = np.dtype(entry.dtype.removeprefix(NUMPY_PREFIX)).itemsize
-        n_bytes = math.prod(entry.shape) * itemsize
-        return Target("uint8", (n_bytes,), (Move(Source(rank, entry.storage, 0, (1,), (n_bytes,)), (0,)),), entry.name)
-    source = Source(rank, entry.storage, entry.offset, entry.stride, entry.shape)
-    return Target(entry.dtype, entry.shape, (Move(source, (0,) * len(entry.shape)),), entry.name)
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-def _values_unlike(one: Any, other: Any, name: Name) -> Iterator[Name]:
-    """Names of what is no tensor and differs. What only one has is somebody else's business: layers of a pipeline."""
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in one:
-            if key in other:
-                yield from _values_unlike(one[key], other[key], (*name, key_of(key)))
-        if len(name) > 1 and one.keys() != other.keys() and not _has_tensors(one):
-            yield name
-    elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        if len(one) != len(other):
-            yield name
-        for number, (a, b) in enumerate(zip(one, other, strict=False)):
-            yield from _values_unlike(a, b, (*name, number))
-    elif not _equal(one, other):
-        yield name
-
-
-def _has_tensors(value: Mapping[Any, Any]) -> bool:
-    return any(
-        isinstance(child, torch.Tensor) or (isinstance(child, Mapping) and _has_tensors(child))
-        for child in value.values()
-    )
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, np.ndarray):
-        return (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
-    try:
-        return bool(one == other) or bool(one != one and other != other)  # noqa: PLR0124 - NaN
-    except Exception:  # some objects cannot be compared
-        return False
+        wholes = Wholes(lambda name, box: False)
+        for number in (0, rank):
+            wholes.add(number, self._ranks.vote(number).directory)
+        plain = {name: whole for name, whole in wholes.found.items() if not whole.was_spread}
+        yield from (name for name, whole in plain.items() if whole.is_contradicted)
+        yield from unlike(self._ranks, plain, self._options, self._threads)
 
 
 class SavedStates(Sequence[Any]):

@@ -8,29 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.storage import UntypedStorage
 
 from fastckpt.format.tensor_names import Name, key_of
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
-from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, StorageLoader, check_size
-from fastckpt.state import Rebuild
-
-
-class _Some:
-    """A StorageProvider of some storages; the others have no data."""
-
-    def __init__(self, loader: StorageLoader, wanted: Sequence[int]) -> None:
-        self._loader, self._wanted = loader, frozenset(wanted)
-
-    def n_bytes(self, number: int) -> int | None:
-        return self._loader.n_bytes(number)
-
-    def has_data(self, number: int) -> bool:
-        return number in self._wanted and self._loader.has_data(number)
-
-    def take(self, number: int) -> UntypedStorage:
-        return self._loader.take(number)
+from fastckpt.reading.object_loader import load_object
 
 
 def load_partly(
@@ -52,22 +34,18 @@ def load_partly(
     Raises:
         As `load_object`.
     """
-    storages = reader.directory.storages
-    check_size(reader, sum(storages[n].n_bytes for n in wanted), options.max_load_bytes)
-    reader.require_readable()
-    stays = places is None or all(places[n] in ("cpu", "meta") for n in wanted)
-    with StorageLoader(reader, threads, None if stays else DEVICE_WINDOW_BYTES, wanted) as loader:
-        return Rebuild(
-            reader.skeleton,
-            _Some(loader, wanted),
-            reader.source.name,
-            map_location,
-            weights_only,
-            pickle,
-            {"encoding": "utf-8"},
-            places,
-            beyond_torch=True,
-        ).run()
+    return load_object(
+        reader,
+        options,
+        threads,
+        map_location=map_location,
+        pickle_module=pickle,
+        weights_only=weights_only,
+        load_args={"encoding": "utf-8"},
+        places=places,
+        beyond_torch=True,
+        wanted=wanted,
+    )
 
 
 def replaced(value: Any, given: Mapping[Name, torch.Tensor]) -> Any:

@@ -17,10 +17,12 @@ import torch
 from fastckpt.errors import RestoreError
 from fastckpt.format.directory import Directory, GlobalPlace, StorageEntry, TensorEntry
 from fastckpt.format.tensor_names import Name, dotted
-from fastckpt.format.wholes import Box, Whole, Wholes, is_covered, overlaps, touches
+from fastckpt.format.wholes import Box, Whole, Wholes, touches
 from fastckpt.host.torch_names import local_of
 from fastckpt.options import Options
-from fastckpt.reading.assembly import Move, Source, Target, assemble, ranks_needed
+from fastckpt.reading.alike import unlike
+from fastckpt.reading.assembly import Target, contiguous, is_whole, moves_of
+from fastckpt.reading.ranks import assemble_from
 from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.state.sharding import boxes_of
 from fastckpt.state.shards import is_box, placed
@@ -91,22 +93,31 @@ class Resharding:
             return name not in boxes or touches(box, boxes[name])
 
         wholes = Wholes(wanted)
-        self._ranks.list_in(wholes, self._base, self._options.connections)
+        self._ranks.list_in(wholes, self._base)
         if wholes.problems:
             raise RestoreError(
                 f"{self._where}: the votes of its ranks contradict each other: {'; '.join(wholes.problems[:20])}"
             )
         parts = dict(_parts(entries, wholes.found, patterns, targets, base.directory))
-        listed = _listed(base.directory, parts)
-        plan = plan_placement(targets, listed, self._where)
-        state = self._state(listed, parts, plan)
+        self._refuse_several({name: wholes.found[name] for name in parts if wholes.found[name].was_spread})
+        plan = plan_placement(targets, _listed(base.directory, parts), self._where)
+        state = self._state(parts, plan)
         if isinstance(state, dict):
             state = {key: given.get(key, value) for key, value in state.items() if key not in left}
         shapes = {name: torch.empty(part.shape, dtype=_dtype(part), device="meta") for name, part in parts.items()}
         refuse_misfits(self._targets, replaced(state, shapes), self._where, plan, strict=self._asked.strict)
         return replaced(state, self._assembled(parts, wholes.found, plan)), plan
 
-    def _state(self, listed: Directory, parts: Mapping[Name, _Part], plan: PlacementPlan) -> Any:
+    def _refuse_several(self, spread: Mapping[Name, Whole]) -> None:
+        """RestoreError for DTensors of which ranks have parts of different ones: pipeline stages number theirs alike."""
+        found = sorted(map(dotted, unlike(self._ranks, spread, self._options, self._threads)))
+        if found:
+            raise RestoreError(
+                f"{self._where}: of {', '.join(found[:20])} ranks had parts of different tensors. Nothing was changed. Restore on "
+                f"{self._ranks.commit.world} ranks in the same layout"
+            )
+
+    def _state(self, parts: Mapping[Name, _Part], plan: PlacementPlan) -> Any:
         """The base rank's objects, with meta tensors for the parts."""
         base = self._ranks.whole(self._base)
         moved = {part.whole.storage for part in parts.values()}
@@ -141,37 +152,25 @@ class Resharding:
             first = firsts.setdefault((part.identity, part.whole.dtype, part.shape, part.boxes), name)
             if first is not name:
                 continue
-            moves = tuple(self._moves(name, part, wholes[name]))
-            if sum(_count(move.source.shape) for move in moves) != _count(part.shape):
-                lacking.append(name)
+            moves = tuple(moves_of(wholes[name].blocks, part.boxes))
             targets.append(Target(part.whole.dtype, part.shape, moves, name))
+            if not is_whole(targets[-1]):
+                lacking.append(name)
         if lacking:
             raise RestoreError(
                 f"{self._where}: no rank has saved all that this one needs of {', '.join(map(dotted, lacking[:20]))}"
                 f"{f' and {len(lacking) - 20} more' if len(lacking) > 20 else ''}. Nothing was changed"
             )
-        readers = {source.rank: self._ranks.vote(source.rank) for target in targets for source, _ in target.moves}
-        needed = ranks_needed({rank: reader.directory for rank, reader in readers.items()}, targets)
-        readers |= {rank: self._ranks.vote(rank) for rank in needed}
         made: dict[Name, torch.Tensor] = {}
-        for target, tensor in zip(targets, assemble(readers, targets, self._options, self._threads), strict=True):
+        for target, tensor in zip(
+            targets, assemble_from(self._ranks, targets, self._options, self._threads), strict=True
+        ):
             place = plan.places[plan.entries[target.name].storage]
             made[target.name] = tensor if place == "cpu" else tensor.to(place)
         return {
             name: made[firsts[(part.identity, part.whole.dtype, part.shape, part.boxes)]]
             for name, part in parts.items()
         }
-
-    def _moves(self, name: Name, part: _Part, whole: Whole) -> Iterator[Move]:
-        """Where each block that this rank needs comes from."""
-        for box, to in part.boxes:
-            found = list(overlaps(whole.blocks, box))
-            if not is_covered(found, box):
-                continue
-            for one in found:
-                start = one.block.offset + sum(at * step for at, step in zip(one.within, one.block.stride, strict=True))
-                source = Source(one.block.rank, one.block.storage, start, one.block.stride, one.shape)
-                yield Move(source, tuple(a + b for a, b in zip(to, one.to, strict=True)))
 
 
 def _as_wholes(listed: Directory, targets: Mapping[str, Any]) -> dict[Name, TensorEntry]:
@@ -196,7 +195,7 @@ def _as_wholes(listed: Directory, targets: Mapping[str, Any]) -> dict[Name, Tens
 
 def _whole(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
     place = GlobalPlace(shape, (0,) * len(shape))
-    return entry._replace(shape=shape, stride=_contiguous(shape), offset=0, place=place)
+    return entry._replace(shape=shape, stride=contiguous(shape), offset=0, place=place)
 
 
 def _follows(entry: TensorEntry, parameters: Mapping[str, Sequence[torch.Tensor]]) -> bool:
@@ -227,7 +226,7 @@ def _parts(
     for name, whole in wholes.items():
         is_of_module = len(name) == 2 and isinstance(targets.get(str(name[0])), torch.nn.Module)
         if is_of_module and name not in saved and whole.kind in _PLAIN:
-            stride, nowhere = _contiguous(whole.shape), len(listed.storages)
+            stride, nowhere = contiguous(whole.shape), len(listed.storages)
             entry = TensorEntry(name, whole.dtype, whole.shape, stride, 0, nowhere, whole.kind, whole.requires_grad)
             yield name, _part(entry, patterns.get(name), name)
 
@@ -241,7 +240,7 @@ def _part(entry: TensorEntry, pattern: Any, identity: Any) -> _Part:
     if tuple(pattern.shape) != entry.shape or not boxes or entry.kind not in _PLAIN:
         return _Part(entry, (entry,), (), identity)
     shape = tuple(local.shape)
-    _, rows = placed(entry._replace(shape=shape, stride=_contiguous(shape), offset=0, place=None), pattern)
+    _, rows = placed(entry._replace(shape=shape, stride=contiguous(shape), offset=0, place=None), pattern)
     needed = tuple(((box.offset, box.shape), box.local_offset) for box in boxes if 0 not in box.shape)
     return _Part(entry, tuple(rows), needed, identity)
 
@@ -258,21 +257,6 @@ def _listed(base: Directory, parts: Mapping[Name, _Part]) -> Directory:
     return replace(base, storages=tuple(storages), tensors=tuple(tensors))
 
 
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
 def _dtype(part: _Part) -> torch.dtype:
     found: torch.dtype = getattr(torch, part.whole.dtype)
     return found
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n

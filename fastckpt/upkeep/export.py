@@ -140,14 +140,14 @@ def _open(store: Store, commit: Commit, rank: int) -> Reader:
         reader = open_rank(store, commit, rank)
     except ObjectNotFoundError as error:
         damage = Damage("vote", vote_key(name), f"{name.n_bytes} bytes", "no such object")
-        raise CorruptCheckpointError(f"{store.url}/{vote_key(name)}", [damage], _ADVICE) from error
+        raise CorruptCheckpointError(f"{store.url}/{vote_key(name)}", [damage], ADVICE) from error
     except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(error.source, error.damage, _ADVICE) from error
+        raise CorruptCheckpointError(error.source, error.damage, ADVICE) from error
     reader.require_readable()
     return reader
 
 
-_ADVICE = "Take another step (`fastckpt ls` lists them), or get out what can be read with `fastckpt salvage`"
+ADVICE = "Take another step (`fastckpt ls` lists them), or get out what can be read with `fastckpt salvage`"
 
 
 def _write(reader: Reader, store: Store, sink: Sink, options: Options, progress: Progress) -> int:
@@ -164,7 +164,7 @@ def _write(reader: Reader, store: Store, sink: Sink, options: Options, progress:
         done += run.n_bytes
         progress(done, layout.payload_bytes)
     if damage:
-        raise CorruptCheckpointError(reader.source.name, damage, _ADVICE)
+        raise CorruptCheckpointError(reader.source.name, damage, ADVICE)
     listed = replace(reader.directory, save=None)
     parts = [directory.build(listed), b"[]", layout.records.tobytes(), reader.skeleton]
     rest = index_and_footer(header, layout.payload_bytes, parts)
@@ -230,4 +230,4 @@ def _users(reader: Reader, layout: Layout, chunk: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for other in chunks for name in reader.tensors_of(other)))
 
 
-__all__ = ["Layout", "RangeRead", "export", "lay_out"]
+__all__ = ["ADVICE", "Layout", "RangeRead", "export", "lay_out"]

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -94,10 +95,12 @@ def write(
     options: Options,
     pool: WorkerPool | None,
     skeleton_s: float,
+    step: int | None = None,
 ) -> int:
     """Write a container to the sink and commit it. Returns its bytes.
 
-    On any error, KeyboardInterrupt included, the sink is abandoned and the error raised. Closes the pool and the source of the chunks.
+    step: what the container says that it is of. On any error, KeyboardInterrupt included, the sink is abandoned and the error raised.
+    Closes the pool and the source of the chunks.
     """
     started = time.perf_counter()
     try:
@@ -105,7 +108,7 @@ def write(
             payload = _ContainerPayload(sink)
             writer = ChunkWriter(sealed, payload, target, options, pool)
             writer.tell_start(skeleton_s)
-            n_bytes = _write_parts(writer, payload, sink, sealed.skeleton)
+            n_bytes = _write_parts(writer, payload, sink, sealed.skeleton, step)
             commit_from = time.perf_counter()
     except BaseException as error:
         events.emit(events.SaveFailed(target=target, error=error))
@@ -123,13 +126,13 @@ def write(
     return n_bytes
 
 
-def _write_parts(writer: ChunkWriter, payload: _ContainerPayload, sink: Sink, skeleton: bytes) -> int:
+def _write_parts(writer: ChunkWriter, payload: _ContainerPayload, sink: Sink, skeleton: bytes, step: int | None) -> int:
     """Write header, payload, index and footer to the sink, which is not committed. Returns their bytes."""
     header = container.build_header()
     sink.write(header)
     writer.run()
     with cycle_collector.held_off():
-        listed = directory.build(writer.directory())
+        listed = directory.build(replace(writer.directory(), step=step))
     parts = [listed, b"[]", writer.records.tobytes(), skeleton]
     rest = index_and_footer(header, payload.n_bytes, parts)
     for part in rest:

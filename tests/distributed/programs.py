@@ -203,6 +203,20 @@ def load_wholes(urls: list[str], mode: str) -> list[list[str]]:
     return wrong
 
 
+def fill_wholes(sources: list[str], saved: str, mode: str) -> list[str]:
+    """Load the model of each of several checkpoints into another training's. What `save_whole` returned lies at `saved`. Returns the names
+    of tensors that came back otherwise.
+    """
+    wrong = []
+    for source in sources:
+        training = Training(mode, seed=99)
+        with fastckpt.open(source) as reader:
+            reader.load_into({"model": training.model})
+        wholes, found = torch.load(saved), training.wholes()
+        wrong += [n for n, tensor in wholes.items() if n.startswith("model.") and not same(tensor, found[n])]
+    return wrong
+
+
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 

@@ -19,6 +19,7 @@ from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, parse_footer
 from fastckpt.format.records import unpack
 from fastckpt.format.tensor_names import dotted
 from tests.faults.tools import ARRAY_GLOBALS, as_path, container_of, rich_state, seeded
+from tests.support.readers import index_of
 
 PARTS = {"header", "payload", "directory", "file table", "records", "skeleton", "footer"}
 
@@ -32,7 +33,7 @@ def good() -> bytes:
 def names_of_chunks() -> list[tuple[int, int, frozenset[str]]]:
     """Where the stored bytes of each record are, and which tensors need them."""
     with fastckpt.open(io.BytesIO(good())) as reader:
-        inner = reader._reader
+        inner = index_of(reader)
         found = []
         for record, row in enumerate(inner.records):
             begin, size = int(row["offset"]), int(row["stored_bytes"])

@@ -16,6 +16,7 @@ from fastckpt.format import container, records
 from fastckpt.format.directory import FileEntry
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.contents import OfContainer
 from fastckpt.reading.merged_reader import merge
 from fastckpt.reading.object_source import BytesSource
 from fastckpt.reading.sources import PathSource, Source
@@ -73,7 +74,7 @@ def merged(folder: Path, votes: dict[int, bytes], rank: int) -> None:
             assert piece.position == at
             at += piece.n_bytes
         assert at == (0 if storage.extents is None else storage.n_bytes), "memory that nothing was read into"
-    with TensorReader(reader, OPTIONS) as found:
+    with TensorReader(OfContainer(reader, OPTIONS)) as found:
         for entry in reader.directory.tensors:
             found[entry.name]
 

@@ -17,6 +17,7 @@ import fastckpt
 from fastckpt.errors import CheckpointError
 from fastckpt.format.container import FOOTER_BYTES, HEADER_BYTES, PartEntry, build_footer, build_header, parse_footer
 from fastckpt.format.digest import digest
+from tests.support.readers import index_of
 
 SEED = int(os.environ.get("FASTCKPT_TEST_SEED", "20250101"))
 ARRAY_GLOBALS: list[Any] = [
@@ -95,7 +96,7 @@ def fetch_all(source: Any) -> dict[str, Any]:
     """Every tensor by name, and every error instead of one. What `open` raises is raised."""
     found: dict[str, Any] = {}
     with fastckpt.open(source) as reader:
-        for entry in reader._reader.directory.tensors:
+        for entry in index_of(reader).directory.tensors:
             try:
                 found[str(entry.name)] = reader[entry.name]
             except Exception as error:  # the caller judges it

@@ -19,6 +19,7 @@ from fastckpt import errors
 from fastckpt.format.tensor_names import ReprKey, from_json
 from tests.golden import reference_decoder
 from tests.golden.test_reference import compare
+from tests.support.readers import index_of
 
 HERE = Path(__file__).resolve().parent
 MUST_READ: dict[str, Any] = json.loads((HERE / "must_read/expected.json").read_text(encoding="utf-8"))
@@ -72,7 +73,7 @@ def test_load(file: str, kind: str) -> None:
 def test_fetch_by_name(file: str, kind: str) -> None:
     expected = MUST_READ[file]["tensors"]
     with fastckpt.open(opener(kind, HERE / "must_read" / file)) as reader:
-        assert len(reader._reader.directory.tensors) == len(expected)
+        assert len(index_of(reader).directory.tensors) == len(expected)
         for text, tensor in expected.items():
             name = from_json(json.loads(text))
             entry = reader.entry(name)
@@ -134,7 +135,7 @@ def refuse(call: Callable[[], Any], expected: dict[str, Any]) -> None:
 
 def fetch_all(source: Any) -> None:
     with fastckpt.open(source) as reader:
-        for entry in reader._reader.directory.tensors:
+        for entry in index_of(reader).directory.tensors:
             reader[entry.name]
 
 

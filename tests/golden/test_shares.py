@@ -15,6 +15,7 @@ from fastckpt.format.directory import FileEntry
 from fastckpt.format.tensor_names import to_json
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.contents import OfContainer
 from fastckpt.reading.merged_reader import merge
 from fastckpt.reading.object_source import BytesSource
 from fastckpt.reading.sources import PathSource, Source
@@ -61,7 +62,7 @@ def test_they_are_read(case: str) -> None:
     for rank, tensors in enumerate(ranks):
         reader = merge(votes[rank], votes)
         assert not any(storage.shares for storage in reader.directory.storages)
-        with TensorReader(reader, Options()) as found:
+        with TensorReader(OfContainer(reader, Options())) as found:
             names = {json.dumps(to_json(entry.name)): entry.name for entry in reader.directory.tensors}
             contents = {text: found[name] for text, name in names.items()}
         digests = {text: sha256(v.contiguous().view(torch.uint8).numpy().tobytes()) for text, v in contents.items()}

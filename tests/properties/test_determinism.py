@@ -14,6 +14,7 @@ import torch
 import fastckpt
 from tests.faults.tools import ARRAY_GLOBALS, Parts
 from tests.properties.test_kernels import ISAS, _native
+from tests.support.readers import index_of
 
 
 def state() -> dict[str, Any]:
@@ -44,7 +45,7 @@ def first() -> bytes:
 
 def rows_of(data: bytes) -> Any:
     with fastckpt.open(io.BytesIO(data)) as reader:
-        return reader._reader.records
+        return index_of(reader).records
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
@@ -92,7 +93,7 @@ def test_without_compression_all_is_raw_or_constant(monkeypatch: pytest.MonkeyPa
 
 def test_equal_chunks_share_bytes_but_not_memory() -> None:
     with fastckpt.open(io.BytesIO(first())) as reader:
-        directory, rows = reader._reader.directory, reader._reader.records
+        directory, rows = index_of(reader).directory, index_of(reader).records
         a, b = (directory.storages[reader.entry(name).storage] for name in ("big", "copy"))
     assert a.extents is not None
     assert b.extents is not None

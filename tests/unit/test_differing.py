@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from fastckpt.format.repository_records import Commit
+from fastckpt.reading import alike
 from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.store.memory import MemoryStore
-from fastckpt.training import differing, partly
+from fastckpt.training import differing
 from tests.support.repositories import OPTIONS, begin, save_ranks
 
 WORLD = 4
@@ -32,13 +33,13 @@ def found(states: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> tupl
     store = MemoryStore()
     begin(store, WORLD)
     commit: Commit = save_ranks(store, 1, 1, states)
-    right, calls = partly.load_partly, []
+    right, calls = alike.values_of, []
 
-    def load_partly(*given: Any, **settings: Any) -> Any:
+    def values_of(*given: Any, **settings: Any) -> Any:
         calls.append(given)
         return right(*given, **settings)
 
-    monkeypatch.setattr(differing, "load_partly", load_partly)
+    monkeypatch.setattr(differing, "values_of", values_of)
     targets = dict.fromkeys(states[0])
     look = differing.Differing(targets, (), SavedRanks(store, commit), OPTIONS, weights_only=False)
     return look.find(range(WORLD)), len(calls)

@@ -22,6 +22,7 @@ from fastckpt.store.local import LocalStore
 from fastckpt.upkeep.check.container import ContainerReport, check_container
 from fastckpt.upkeep.export import export, lay_out
 from fastckpt.writing.sinks import FileObject
+from tests.support.readers import index_of
 from tests.support.repositories import IN_PARALLEL, begin, commit_of, flip, keys_of, save_ranks, save_steps
 from tests.support.states import rich_state, same
 
@@ -57,8 +58,8 @@ def test_the_file_loads_bit_for_bit_and_passes_check(store: LocalStore, tmp_path
     assert report.ok, report.damage
     with fastckpt.open(out) as tensors:
         assert same(tensors["model.weight"], rich_state(2)["model"]["weight"])
-        assert tensors._reader.directory.step == 2
-        assert tensors._reader.directory.save is None
+        assert index_of(tensors).directory.step == 2
+        assert index_of(tensors).directory.save is None
 
 
 def test_nothing_is_decoded(store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,7 @@ def test_several_ranks(store: LocalStore, tmp_path: Path) -> None:
         exported(store, 4, tmp_path / f"{rank}", rank)
         assert same(fastckpt.load(tmp_path / f"{rank}", weights_only=False), rich_state(rank))
         with fastckpt.open(tmp_path / f"{rank}") as tensors:
-            assert (tensors._reader.directory.rank, tensors._reader.directory.world) == (rank, 3)
+            assert (index_of(tensors).directory.rank, index_of(tensors).directory.world) == (rank, 3)
     with pytest.raises(NoCheckpointError, match="no rank 3"):
         exported(store, 4, tmp_path / "3", 3)
     assert not (tmp_path / "3").exists()

@@ -19,6 +19,7 @@ import fastckpt
 from fastckpt.format.tensor_names import ReprKey, key_of
 from fastckpt.state import capture
 from fastckpt.state.naming import named_tensors
+from tests.support.readers import index_of
 
 
 def names(state: Any, pickle_module: Any = None) -> list[str]:
@@ -26,7 +27,7 @@ def names(state: Any, pickle_module: Any = None) -> list[str]:
     fastckpt.save(state, file, **({"pickle_module": pickle_module} if pickle_module else {}))
     file.seek(0)
     with fastckpt.open(file) as reader:
-        return [".".join(map(str, entry.name)) for entry in reader._reader.directory.tensors]
+        return [".".join(map(str, entry.name)) for entry in index_of(reader).directory.tensors]
 
 
 class Explosive:

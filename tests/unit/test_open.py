@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastckpt
 from fastckpt.errors import UnknownTensorError
+from tests.support.readers import index_of
 
 # torch deprecates its quantized types, which people still have in their files.
 pytestmark = pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions:UserWarning")
@@ -106,13 +107,13 @@ def test_from_a_file_object(state: object) -> None:
 
 def chunk_reads(reader: fastckpt.TensorReader, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The records that are read from now on."""
-    read, inner = [], reader._reader.read_chunk
+    read, inner = [], index_of(reader).read_chunk
 
     def counted(number: int, *arguments: Any) -> Any:
         read.append(number)
         return inner(number, *arguments)
 
-    monkeypatch.setattr(reader._reader, "read_chunk", counted)
+    monkeypatch.setattr(index_of(reader), "read_chunk", counted)
     return read
 
 
@@ -172,13 +173,13 @@ def test_small_tensors_are_not_decoded_a_bundle_each(tmp_path: Path, monkeypatch
     state = {str(number): torch.full((4,), float(number)) for number in range(500)}
     fastckpt.save(state, tmp_path / "x.fckpt")
     with fastckpt.open(tmp_path / "x.fckpt") as reader:
-        pieces, inner = [], reader._reader.pieces
+        pieces, inner = [], index_of(reader).pieces
 
         def counted(number: int) -> Any:
             pieces.append(number)
             return inner(number)
 
-        monkeypatch.setattr(reader._reader, "pieces", counted)
+        monkeypatch.setattr(index_of(reader), "pieces", counted)
         read = chunk_reads(reader, monkeypatch)
         assert all(torch.equal(reader[name], state[name]) for name in reader)
         assert len(pieces) == 500, "every fetch looks at every storage"

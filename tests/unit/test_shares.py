@@ -19,6 +19,7 @@ from fastckpt.format.vote import replica_conflicts
 from fastckpt.host.files import AtomicFile
 from fastckpt.options import Options
 from fastckpt.ranks.ownership import Replicated, share_out
+from fastckpt.reading.contents import OfContainer
 from fastckpt.reading.merged_reader import merge
 from fastckpt.reading.tensor_reader import TensorReader
 from fastckpt.repository.catalog import open_checked
@@ -97,7 +98,7 @@ def test_what_is_alike_is_written_once(store: MemoryStore) -> None:
 
 def test_tensors_are_fetched_by_name(store: MemoryStore) -> None:
     reader = open_rank(store, reopened(store), 2)
-    with TensorReader(reader, Options()) as found:
+    with TensorReader(OfContainer(reader, Options())) as found:
         state = state_of(2)
         assert same(found["model.weight"], state["model"]["weight"])
         assert same(found["model.half"], state["model"]["half"])

@@ -113,7 +113,7 @@ def test_who_only_reads_reads_the_vote_once(store: Counting, monkeypatch: pytest
     run.save(sealed(state(2)), 2)
     counts = Counts(store, monkeypatch)
     counts.take()
-    assert read_checkpoint(store, "latest", lambda reader: len(reader.directory.tensors)) >= N_TENSORS
+    assert read_checkpoint(store, "latest", lambda ranks, _: len(ranks.whole(0).directory.tensors)) >= N_TENSORS
     assert counts.take() == (1, 0, 1)
 
 
@@ -126,7 +126,7 @@ def test_votes_that_are_open_are_listed_without_another_read(store: Counting, mo
         ranks.vote(rank)
     counts = Counts(store, monkeypatch)
     counts.take()
-    ranks.list_in(wholes, 0, connections=2)
+    ranks.list_in(wholes, 0)
     assert counts.take() == (0, 4, 2)
     assert not wholes.problems
     assert len(wholes.found) >= N_TENSORS
