@@ -18,7 +18,6 @@ checkpoint, to show that the comparison notices.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -29,12 +28,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from demo_parts import CONTEXT, GPT, Progress, differences, english_text, fingerprint, raw_bytes
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -43,50 +43,10 @@ from fastckpt.testing.metadata_server import MetadataServer
 
 SEED = 20
 THREADS = 2  # float sums depend on how they are split: every process must use the same number of threads
-CONTEXT, BATCH = 128, 8
+BATCH = 8
 WIDTH, LAYERS, HEADS = 256, 5, 8  # 4.0 M parameters: 48 MB of state with AdamW, 0.3 s a step on two cores
 PARTS = ("model", "optimizer", "scheduler", "data", "rng")
 EVERY = 5  # steps between checkpoints
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-        self.drop = nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(b, t, WIDTH)))
-        mlp: Tensor = self.mlp(self.norm2(x))
-        mixed: Tensor = x + self.drop(mlp)
-        return mixed
-
-
-class GPT(nn.Module):
-    """Byte-level GPT. Input and output embedding are one tensor, so that the checkpoint has a shared storage in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token, self.place = nn.Embedding(256, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-        self.head.weight = self.token.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.place.weight[: tokens.shape[1]]
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
-        return logits
 
 
 # --- the data --------------------------------------------------------------------------------------------------------
@@ -100,10 +60,7 @@ class Batches:
     """
 
     def __init__(self) -> None:
-        from pydoc_data.topics import topics
-
-        text = "\n".join(topics[name] for name in sorted(topics))
-        self.text = torch.tensor(list(text.encode()), dtype=torch.int64)
+        self.text = english_text()
         self.epoch, self.position = -1, 0
         self.order: list[int] = []
 
@@ -142,7 +99,7 @@ class Training:
         self.losses: list[float] = []
         self.times: list[tuple[float, float]] = []
         """When each step began and ended, Unix seconds."""
-        self.model, self.data = GPT(), Batches()
+        self.model, self.data = GPT(WIDTH, LAYERS, HEADS), Batches()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.1)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=1e-3, total_steps=steps + 1)
 
@@ -181,60 +138,6 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self.parts.items()}
-
-
-class Progress:
-    """One line that moves on a terminal, a few plain lines elsewhere. On stderr: stdout is for the result."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, max(total, 1), 0
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, text: str) -> None:
-        self.done += 1
-        if self.live:
-            full = 24 * self.done // self.total
-            print(f"\r{self.what:<10} [{'#' * full}{'.' * (24 - full)}] {text}", end="", file=sys.stderr, flush=True)
-        elif self.done == self.total or self.done % max(self.total // 4, 1) == 0:
-            print(f"{self.what:<10} {text}", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self.live:
-            print(file=sys.stderr)
-
-
-# --- fingerprints ----------------------------------------------------------------------------------------------------
-
-
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(item, f"{name}/{key}" if name else str(key))
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from leaves(item, f"{name}/{i}")
-    else:
-        yield name, value
-
-
-def fingerprint(state: dict[str, Any]) -> dict[str, str]:
-    """One digest for each tensor (its type, shape and bytes) and the exact text of everything else."""
-    prints = {}
-    for name, value in leaves(state):
-        if isinstance(value, Tensor):
-            data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digest = hashlib.sha256(data.tobytes()).hexdigest()
-            prints[name] = f"{value.dtype} {list(value.shape)} {digest}"
-        else:
-            text = value.hex() if isinstance(value, float) else repr(value)
-            prints[name] = text if len(text) <= 64 else hashlib.sha256(text.encode()).hexdigest()
-    return prints
-
-
-def raw_bytes(state: dict[str, Any]) -> int:
-    """Bytes of the tensors; memory that two of them share counts once."""
-    storages = [value.untyped_storage() for _, value in leaves(state) if isinstance(value, Tensor)]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 # --- the three processes ---------------------------------------------------------------------------------------------
@@ -327,13 +230,6 @@ def run_role(role: str, args: argparse.Namespace) -> int:
     result = reference(args) if role == "reference" else job(args)
     (Path(args.out) / f"{role}.json").write_text(json.dumps(result, indent=1))
     return int(result.get("exit_code", 0))
-
-
-def differences(expected: dict[str, str], found: dict[str, str], what: str) -> list[str]:
-    names = sorted(expected.keys() | found.keys())
-    bad = [name for name in names if expected.get(name) != found.get(name)]
-    shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-    return [f"{what}: {len(bad)} of {len(names)} differ: {shown}"] if bad else []
 
 
 def judge(ref: dict[str, Any], one: dict[str, Any], two: dict[str, Any]) -> list[str]:
