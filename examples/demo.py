@@ -8,7 +8,9 @@
 Then every loss, every parameter, the optimizer, the scheduler, the data position and all random generators of (2) and (3) are compared
 with (1), bit for bit. The exit code is 0 if they are equal and 1 if not.
 
-    python examples/demo.py [--steps N] [--out DIR] [--json] [--forget PART]
+    python examples/demo.py [--steps N] [--ranks N] [--out DIR] [--json] [--forget PART]
+
+``--ranks 4`` is another demo: four processes train, one is killed, three go on (``demo_ranks.py``).
 
 The repository is a local directory, or what FASTCKPT_URL names (``s3://bucket/prefix``; a folder of its own is made there). A timeline
 is drawn to demo-out/timeline.png (``--out``). ``--forget rng`` (or data, optimizer, scheduler, model) leaves one part out of the
@@ -261,8 +263,7 @@ def saves(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def run_all(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     begun = time.time()
-    base = os.environ.get("FASTCKPT_URL") or str(work / "runs")
-    url = f"{base.rstrip('/')}/demo-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    url = new_url(work)
     notice_at = args.steps // 2
     with MetadataServer() as server:
         ref = child("reference", args, work, url, server, None)
@@ -367,33 +368,50 @@ def verdict(result: dict[str, Any]) -> str:
     )
 
 
+def new_url(work: Path) -> str:
+    """A place for this run alone: in the directory, or where FASTCKPT_URL says."""
+    base = os.environ.get("FASTCKPT_URL") or str(work / "runs")
+    return f"{base.rstrip('/')}/demo-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def run_demo(args: argparse.Namespace, work: Path) -> int:
+    """The exit status. Prints the result."""
+    if args.ranks is None:
+        result = run_all(args, work)
+        text = f"{table(result)}\n{verdict(result)}"
+    else:
+        import demo_ranks
+
+        result = demo_ranks.run_all(args, new_url(work), work)
+        text = f"{demo_ranks.table(result)}\n{demo_ranks.verdict(result)}"
+    print(json.dumps(result, indent=1) if args.json else text)
+    return 0 if result["ok"] else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=24, help="training steps of the reference (default 24)")
+    parser.add_argument("--ranks", type=int, help="2 to 12: so many processes train, one is killed, the others go on")
     parser.add_argument("--out", help="keep all files in this directory (default: only demo-out/timeline.png stays)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--forget", choices=PARTS, help="leave this part out of the checkpoint: must be noticed")
     parser.add_argument("--role", choices=("reference", "first", "second"), help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.steps < 8:
-        parser.error("--steps must be at least 8")
+    if args.ranks is not None and not 2 <= args.ranks <= 12:
+        parser.error("--ranks must be 2 to 12: a step has 12 samples")
+    least = 8 if args.ranks is None else 12
+    if args.steps < least:
+        parser.error(f"--steps must be at least {least}")
     if args.role:
         return run_role(args.role, args)
     args.keep = args.out
     if args.out:
         work = Path(args.out)
         work.mkdir(parents=True, exist_ok=True)
-        result = run_all(args, work)
-    else:
-        with tempfile.TemporaryDirectory(prefix="fastckpt-demo-") as temporary:
-            result = run_all(args, Path(temporary))
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print(table(result))
-        print(verdict(result))
-    return 0 if result["ok"] else 1
+        return run_demo(args, work)
+    with tempfile.TemporaryDirectory(prefix="fastckpt-demo-") as temporary:
+        return run_demo(args, Path(temporary))
 
 
 if __name__ == "__main__":
