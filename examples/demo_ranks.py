@@ -92,7 +92,7 @@ class Job:
         self._lines: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
         # The store at which the ranks meet is here, as torchrun has it in its agent: it outlives each of them.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._logs = [logs / f"{name}-rank-{rank}.log" for rank in range(ranks)]
+        self._logs = [logs / f"{name.replace(' ', '-')}-rank-{rank}.log" for rank in range(ranks)]
         self.processes = [self._start(rank, arguments) for rank in range(ranks)]
 
     def _start(self, rank: int, arguments: list[str]) -> subprocess.Popen[str]:
@@ -181,14 +181,16 @@ def loses_a_rank(ranks: int, arguments: list[str], steps: int, logs: Path) -> tu
     with job(f"{ranks} ranks", ranks, arguments, logs) as running:
 
         def maybe_kill(rank: int, step: int) -> None:
-            if rank == victim and step >= kill_after and running.told.durable is not None and not killed:
+            # Not while a save is under way: the others would wait for the dead rank's part of it before they end, for some 20 s.
+            all_durable = running.told.durable == step - step % EVERY
+            if rank == victim and not killed and step >= kill_after and (all_durable or step >= steps - 2):
                 running.processes[victim].kill()
                 killed.update(rank=victim, after_step=step, at=time.time())
 
         follow(running, Progress(running.name, steps), steps, maybe_kill)
         statuses = running.told.statuses
         if not killed:
-            raise SystemExit(f"demo: no checkpoint was durable before the job ended, with {statuses}\n{running.log}")
+            raise SystemExit(f"demo: the job ended before a rank was killed, with {statuses}\n{running.log}")
         if statuses[victim] != -signal.SIGKILL or any(
             status <= 0 for status in statuses[:victim] + statuses[victim + 1 :]
         ):
@@ -215,6 +217,10 @@ def copy_of(url: str, target: str) -> None:
             copy.put(info.key, source.get(info.key))
 
 
+def counted(n: int) -> str:
+    return f"{n} ranks" if n > 1 else "1 rank"
+
+
 def words(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -223,6 +229,7 @@ def run_all(args: argparse.Namespace, url: str, work: Path) -> dict[str, Any]:
     """All three starts; the result, as demo.py prints it."""
     begun = time.time()
     n, steps = args.ranks, args.steps
+    fewer = counted(n - 1)
     forget = ["--forget", args.forget] if args.forget else []
     settings = ["--steps", str(steps), *forget]
     why = "" if WRAPPER == "FSDP2" else f" (FSDP2 of torch {torch.__version__} does not train on a CPU)"
@@ -230,14 +237,12 @@ def run_all(args: argparse.Namespace, url: str, work: Path) -> dict[str, Any]:
     one, killed = loses_a_rank(n, [f"{url}/run", *settings, "--saves"], steps, work)
     words(
         f"   Rank {killed['rank']} was killed with SIGKILL after step {killed['after_step']}. The others found out, and the job had ended "
-        f"{killed['job_ended_s']:.1f} s later.\n2. {n - 1} ranks go on from the last durable checkpoint."
+        f"{killed['job_ended_s']:.1f} s later.\n2. {fewer} go on from the last durable checkpoint."
     )
     copy_of(f"{url}/run", f"{url}/copy")
     begin = one.durable or 0
-    two = finishes(f"{n - 1} ranks", n - 1, [f"{url}/run", *settings, "--saves"], steps, begin, work)
-    words(
-        f"   They began with step {two.restored_at + 1}.\n3. {n - 1} other ranks do the same from a copy of that checkpoint."
-    )
+    two = finishes(fewer, n - 1, [f"{url}/run", *settings, "--saves"], steps, begin, work)
+    words(f"3. The reference: {fewer} of another start, from a copy of that checkpoint.")
     ref = finishes("reference", n - 1, [f"{url}/copy", *settings], steps, begin, work)
     found = judge(one, two, ref, steps)
     return {
@@ -268,12 +273,14 @@ def judge(one: Told, two: Told, ref: Told, steps: int) -> list[str]:
     begin, at_first, at_last = two.restored_at, "state at first", "state at last"
     found = []
     if begin != ref.restored_at:
-        found.append(f"{two.ranks} ranks began after step {begin}, the reference after step {ref.restored_at}")
+        found.append(f"{counted(two.ranks)} began after step {begin}, the reference after step {ref.restored_at}")
     if begin < (one.durable or 0):
         found.append(f"step {one.durable} was durable, but step {begin} was restored")
     saved = f"state at {begin}"
     found += differences(
-        one.states[saved], two.states[at_first], f"what {one.ranks} ranks had at step {begin} and {two.ranks} restored"
+        one.states[saved],
+        two.states[at_first],
+        f"what {one.ranks} ranks had at step {begin}, and what {two.ranks} restored",
     )
     for rank, generators in two.generators[at_first].items():
         found += differences(
@@ -324,13 +331,13 @@ def table(result: dict[str, Any]) -> str:
         ),
         ("the others had ended", f"{result['job_ended_seconds']:.1f} s later"),
         ("restored", f"step {result['restored_step']}: {repeated} steps had to be done again"),
-        ("restore", f"{result['restore_seconds']:.3f} s, on {fewer} ranks, of what {n} had saved"),
+        ("restore", f"{result['restore_seconds']:.3f} s, on {counted(fewer)}, of what {n} had saved"),
         (
             "killed, to the next step",
-            f"{result['killed_to_next_step_seconds']:.1f} s, the start of {fewer} processes included",
+            f"{result['killed_to_next_step_seconds']:.1f} s, the start of new processes included",
         ),
         ("samples of the epoch", f"{result['samples']}: {first} seen by {n} ranks, {then} by {fewer}"),
-        ("the three starts", f"{each}  ({n} ranks / {fewer} ranks / reference)"),
+        ("the three starts", f"{each}  ({n} ranks / {counted(fewer)} / reference)"),
         ("all of it", f"{result['seconds']:.1f} s"),
     ]
     return "\n".join(f"  {name:<26}{value}" for name, value in rows)

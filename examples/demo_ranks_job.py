@@ -147,6 +147,8 @@ def train(training: Training, args: argparse.Namespace) -> None:
                 done = training.step(numbers, windows)
                 step += 1
                 ckpt.step(step)
+                if args.saves and step == EVERY:
+                    ckpt.save_now(step).wait()  # however slow the machine is: there has to be something to go on from
                 if args.forget == "data":
                     training.sampler.advance()  # where the Checkpointer knows the sampler, it counts
                 say("step", step=step, **done, durable=ckpt.stats.durable_step)
