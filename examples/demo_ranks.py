@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import queue
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -295,6 +297,9 @@ def judge(one: Told, two: Told, ref: Told, steps: int) -> list[str]:
         wrong = [step for step in range(begin + 1, steps + 1) if a[step] != b[step]]
         if wrong:
             found.append(f"{what} of {len(wrong)} steps are not the reference's, first at step {wrong[0]}")
+    first, last = (statistics.fmean(losses.values()) for losses in (one.losses[1], two.losses[steps]))
+    if not math.isfinite(first) or not last < first:
+        found.append(f"the run did not learn: loss {first} at first, {last} at last")
     return found + judge_samples(one, two, steps)
 
 
