@@ -8,18 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-import fastckpt
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
-from tests.distributed.programs import TRAINS_FSDP2
 from tests.support.torchrun import EXAMPLES, Agent, run, torchrun
 
 EXAMPLE = EXAMPLES / "train_ddp.py"
 STEPS = 40
-SAMPLES = 256
-"""Of an epoch of the examples."""
 RESTARTS = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 """Otherwise gloo and NCCL may find addresses of the dead workers in the agent's store: docs/how-to/many-ranks.md."""
 SETTINGS = ("--steps", STEPS, "--every", 5, "--digest")
@@ -74,7 +71,7 @@ def test_a_killed_worker_is_started_again_and_training_goes_on(tmp_path: Path, u
     assert durable_steps(tmp_path / "run")[0] == STEPS
 
 
-@pytest.mark.skipif(not TRAINS_FSDP2, reason="FSDP2 of this torch trains on no CPU")
+@pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch trains on no CPU")
 def test_fsdp2_goes_on_too(tmp_path: Path) -> None:
     """Shards of both ranks. Takes some 30 s: a run that nothing disturbs, and one that loses a worker."""
     example = EXAMPLES / "train_fsdp2.py"
@@ -92,18 +89,6 @@ def test_fsdp2_goes_on_too(tmp_path: Path) -> None:
         assert agent.wait() == 0, agent.log
     assert min(restored(agent)[2:]) >= 5
     assert agent.digests == digests_of(example, tmp_path / "undisturbed")
-
-
-def test_another_number_of_ranks_goes_on(tmp_path: Path) -> None:
-    """Two ranks, then three, in the middle of the second epoch. Two starts of torchrun: some 20 s."""
-    log = tmp_path / "log"
-    run(log, EXAMPLE, tmp_path / "run", "--steps", 13)
-    after = run(log, EXAMPLE, tmp_path / "run", "--steps", 20, n=3)
-    assert restored(after) == [13, 13, 13]
-    sampler = fastckpt.ElasticSampler(SAMPLES, 24)
-    with fastckpt.Checkpointer(tmp_path / "run", {"sampler": sampler}, spot=None, read_only=True) as ckpt:
-        assert ckpt.restore(strict=False) == 20
-    assert (sampler.epoch, sampler.samples) == (1, 9 * 24)  # 11 steps in the first epoch
 
 
 def test_a_notice_to_the_agent_ends_all_ranks_at_one_durable_step(tmp_path: Path, undisturbed: list[str]) -> None:
