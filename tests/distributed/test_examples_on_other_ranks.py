@@ -15,8 +15,7 @@ BATCH, SAMPLES = 24, 256
 """Of a step and of an epoch: 11 steps, the last of them with 16 samples."""
 
 
-@pytest.mark.parametrize("name", ["train_ddp.py", "train_fsdp2.py"])
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+@pytest.mark.parametrize(("name", "before", "after"), [("train_ddp.py", 2, 3), ("train_fsdp2.py", 3, 1)])
 def test_another_number_of_ranks(tmp_path: Path, name: str, before: int, after: int) -> None:
     """In the middle of the second epoch. Five or four processes: some 4 s."""
     if name == "train_fsdp2.py" and not TRAINS_FSDP2:
