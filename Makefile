@@ -47,7 +47,7 @@ native: $(READY) ## rebuild the C++ kernels (FASTCKPT_SANITIZE=address,undefined
 	@rm -f $(NATIVE)
 	@$(MAKE) --no-print-directory $(NATIVE)
 
-demo: venv ## train until a spot notice, finish in a new process, compare every bit
+demo: venv ## train until a spot notice, finish in a new process, compare every bit; ARGS="--ranks 4": lose a rank, go on with three
 	@$(PY) examples/demo.py $(ARGS)
 
 demo-s3: venv ## the same against a real S3 server on loopback (radosgw)

@@ -8,7 +8,9 @@
 Then every loss, every parameter, the optimizer, the scheduler, the data position and all random generators of (2) and (3) are compared
 with (1), bit for bit. The exit code is 0 if they are equal and 1 if not.
 
-    python examples/demo.py [--steps N] [--out DIR] [--json] [--forget PART]
+    python examples/demo.py [--steps N] [--ranks N] [--out DIR] [--json] [--forget PART]
+
+``--ranks 4`` is another demo: four processes train, one is killed, three go on (``demo_ranks.py``).
 
 The repository is a local directory, or what FASTCKPT_URL names (``s3://bucket/prefix``; a folder of its own is made there). A timeline
 is drawn to demo-out/timeline.png (``--out``). ``--forget rng`` (or data, optimizer, scheduler, model) leaves one part out of the
@@ -18,7 +20,6 @@ checkpoint, to show that the comparison notices.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -29,12 +30,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from demo_parts import CONTEXT, GPT, Progress, differences, english_text, fingerprint, raw_bytes
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -43,50 +45,10 @@ from fastckpt.testing.metadata_server import MetadataServer
 
 SEED = 20
 THREADS = 2  # float sums depend on how they are split: every process must use the same number of threads
-CONTEXT, BATCH = 128, 8
+BATCH = 8
 WIDTH, LAYERS, HEADS = 256, 5, 8  # 4.0 M parameters: 48 MB of state with AdamW, 0.3 s a step on two cores
 PARTS = ("model", "optimizer", "scheduler", "data", "rng")
 EVERY = 5  # steps between checkpoints
-
-
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-        self.drop = nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, t, _ = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(b, t, WIDTH)))
-        mlp: Tensor = self.mlp(self.norm2(x))
-        mixed: Tensor = x + self.drop(mlp)
-        return mixed
-
-
-class GPT(nn.Module):
-    """Byte-level GPT. Input and output embedding are one tensor, so that the checkpoint has a shared storage in it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token, self.place = nn.Embedding(256, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
-        self.head.weight = self.token.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.token(tokens) + self.place.weight[: tokens.shape[1]]
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
-        return logits
 
 
 # --- the data --------------------------------------------------------------------------------------------------------
@@ -100,10 +62,7 @@ class Batches:
     """
 
     def __init__(self) -> None:
-        from pydoc_data.topics import topics
-
-        text = "\n".join(topics[name] for name in sorted(topics))
-        self.text = torch.tensor(list(text.encode()), dtype=torch.int64)
+        self.text = english_text()
         self.epoch, self.position = -1, 0
         self.order: list[int] = []
 
@@ -142,7 +101,7 @@ class Training:
         self.losses: list[float] = []
         self.times: list[tuple[float, float]] = []
         """When each step began and ended, Unix seconds."""
-        self.model, self.data = GPT(), Batches()
+        self.model, self.data = GPT(WIDTH, LAYERS, HEADS), Batches()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.1)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=1e-3, total_steps=steps + 1)
 
@@ -181,60 +140,6 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self.parts.items()}
-
-
-class Progress:
-    """One line that moves on a terminal, a few plain lines elsewhere. On stderr: stdout is for the result."""
-
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done = what, max(total, 1), 0
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, text: str) -> None:
-        self.done += 1
-        if self.live:
-            full = 24 * self.done // self.total
-            print(f"\r{self.what:<10} [{'#' * full}{'.' * (24 - full)}] {text}", end="", file=sys.stderr, flush=True)
-        elif self.done == self.total or self.done % max(self.total // 4, 1) == 0:
-            print(f"{self.what:<10} {text}", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self.live:
-            print(file=sys.stderr)
-
-
-# --- fingerprints ----------------------------------------------------------------------------------------------------
-
-
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(item, f"{name}/{key}" if name else str(key))
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from leaves(item, f"{name}/{i}")
-    else:
-        yield name, value
-
-
-def fingerprint(state: dict[str, Any]) -> dict[str, str]:
-    """One digest for each tensor (its type, shape and bytes) and the exact text of everything else."""
-    prints = {}
-    for name, value in leaves(state):
-        if isinstance(value, Tensor):
-            data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            digest = hashlib.sha256(data.tobytes()).hexdigest()
-            prints[name] = f"{value.dtype} {list(value.shape)} {digest}"
-        else:
-            text = value.hex() if isinstance(value, float) else repr(value)
-            prints[name] = text if len(text) <= 64 else hashlib.sha256(text.encode()).hexdigest()
-    return prints
-
-
-def raw_bytes(state: dict[str, Any]) -> int:
-    """Bytes of the tensors; memory that two of them share counts once."""
-    storages = [value.untyped_storage() for _, value in leaves(state) if isinstance(value, Tensor)]
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 # --- the three processes ---------------------------------------------------------------------------------------------
@@ -329,13 +234,6 @@ def run_role(role: str, args: argparse.Namespace) -> int:
     return int(result.get("exit_code", 0))
 
 
-def differences(expected: dict[str, str], found: dict[str, str], what: str) -> list[str]:
-    names = sorted(expected.keys() | found.keys())
-    bad = [name for name in names if expected.get(name) != found.get(name)]
-    shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-    return [f"{what}: {len(bad)} of {len(names)} differ: {shown}"] if bad else []
-
-
 def judge(ref: dict[str, Any], one: dict[str, Any], two: dict[str, Any]) -> list[str]:
     """What is not equal, in words. Floats are compared by their bits; JSON keeps all of them."""
     found = []
@@ -365,8 +263,7 @@ def saves(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def run_all(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     begun = time.time()
-    base = os.environ.get("FASTCKPT_URL") or str(work / "runs")
-    url = f"{base.rstrip('/')}/demo-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    url = new_url(work)
     notice_at = args.steps // 2
     with MetadataServer() as server:
         ref = child("reference", args, work, url, server, None)
@@ -471,33 +368,50 @@ def verdict(result: dict[str, Any]) -> str:
     )
 
 
+def new_url(work: Path) -> str:
+    """A place for this run alone: in the directory, or where FASTCKPT_URL says."""
+    base = os.environ.get("FASTCKPT_URL") or str(work / "runs")
+    return f"{base.rstrip('/')}/demo-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def run_demo(args: argparse.Namespace, work: Path) -> int:
+    """The exit status. Prints the result."""
+    if args.ranks is None:
+        result = run_all(args, work)
+        text = f"{table(result)}\n{verdict(result)}"
+    else:
+        import demo_ranks
+
+        result = demo_ranks.run_all(args, new_url(work), work)
+        text = f"{demo_ranks.table(result)}\n{demo_ranks.verdict(result)}"
+    print(json.dumps(result, indent=1) if args.json else text)
+    return 0 if result["ok"] else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=24, help="training steps of the reference (default 24)")
+    parser.add_argument("--ranks", type=int, help="2 to 12: so many processes train, one is killed, the others go on")
     parser.add_argument("--out", help="keep all files in this directory (default: only demo-out/timeline.png stays)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--forget", choices=PARTS, help="leave this part out of the checkpoint: must be noticed")
     parser.add_argument("--role", choices=("reference", "first", "second"), help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.steps < 8:
-        parser.error("--steps must be at least 8")
+    if args.ranks is not None and not 2 <= args.ranks <= 12:
+        parser.error("--ranks must be 2 to 12: a step has 12 samples")
+    least = 8 if args.ranks is None else 12
+    if args.steps < least:
+        parser.error(f"--steps must be at least {least}")
     if args.role:
         return run_role(args.role, args)
     args.keep = args.out
     if args.out:
         work = Path(args.out)
         work.mkdir(parents=True, exist_ok=True)
-        result = run_all(args, work)
-    else:
-        with tempfile.TemporaryDirectory(prefix="fastckpt-demo-") as temporary:
-            result = run_all(args, Path(temporary))
-    if args.json:
-        print(json.dumps(result, indent=1))
-    else:
-        print(table(result))
-        print(verdict(result))
-    return 0 if result["ok"] else 1
+        return run_demo(args, work)
+    with tempfile.TemporaryDirectory(prefix="fastckpt-demo-") as temporary:
+        return run_demo(args, Path(temporary))
 
 
 if __name__ == "__main__":

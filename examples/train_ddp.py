@@ -1,6 +1,8 @@
 """Data-parallel training (DDP) that may be killed at any moment, and goes on bit for bit when it is started again:
 
 torchrun --nproc-per-node 2 examples/train_ddp.py DIR_OR_S3_URL [--steps 40] [--every 10] [--digest]
+
+With another --nproc-per-node it goes on too: no sample of an epoch is lost or seen twice.
 """
 
 import argparse
@@ -14,16 +16,7 @@ from torch import nn
 
 import fastckpt
 
-BATCH, SAMPLES, WIDTH = 8, 256, 64
-
-
-def batch_of(step: int, data: torch.Tensor) -> torch.Tensor:
-    """This rank's samples of a step. Their order depends on the epoch alone, so a run that goes on sees what it would have seen."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    epoch, number = divmod(step, SAMPLES // (BATCH * world))
-    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(epoch))
-    return data[order[rank::world][number * BATCH : (number + 1) * BATCH]]
-
+BATCH, SAMPLES, WIDTH = 24, 256, 64  # samples of an optimizer step, of all ranks together; of an epoch
 
 parser = argparse.ArgumentParser()
 parser.add_argument("url")
@@ -41,11 +34,18 @@ net = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.ReLU(), nn.Dropout(0.1), nn.
 model = nn.parallel.DistributedDataParallel(net.to(device))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 torch.manual_seed(dist.get_rank())  # each rank drops other values: generators are saved for each rank
-state = {"model": model, "optimizer": optimizer, "rng": fastckpt.RNGState()}
-with fastckpt.Checkpointer(args.url, state, every=fastckpt.Every(steps=args.every)) as ckpt:
-    for step in range(ckpt.restore(), args.steps):  # every rank makes the same calls
+sampler = fastckpt.ElasticSampler(SAMPLES, batch_size=BATCH, endless=True)
+state = {"model": model, "optimizer": optimizer, "sampler": sampler, "rng": fastckpt.RNGState()}
+every = fastckpt.Every(steps=args.every)
+# On another number of ranks each goes on with the generators of the saved rank of its number.
+reassign = lambda name, states, rank, world: states[rank % len(states)]  # noqa: E731
+with fastckpt.Checkpointer(args.url, state, every=every, reassign=reassign) as ckpt:
+    for step, samples in zip(
+        range(ckpt.restore(), args.steps), sampler, strict=False
+    ):  # every rank makes the same calls
+        loss = model(data[samples]).pow(2).mean() * sampler.weight()
         optimizer.zero_grad()
-        model(batch_of(step, data)).pow(2).mean().backward()
+        loss.backward()
         optimizer.step()
         if ckpt.step(step + 1):  # a notice to one rank ends all of them at one step
             break

@@ -1,6 +1,8 @@
 """Training with FSDP2 (fully_shard) that may be killed at any moment, and goes on bit for bit when it is started again:
 
 torchrun --nproc-per-node 2 examples/train_fsdp2.py DIR_OR_S3_URL [--steps 40] [--every 10] [--digest]
+
+With another --nproc-per-node it goes on too: no sample of an epoch is lost or seen twice.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import fastckpt
 
-BATCH, WIDTH, LAYERS = 8, 64, 3
+BATCH, SAMPLES, WIDTH, LAYERS = 24, 256, 64, 3  # BATCH: samples of an optimizer step, of all ranks together
 
 parser = argparse.ArgumentParser()
 parser.add_argument("url")
@@ -30,17 +32,24 @@ if device.type == "cuda":
 dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 rank, mesh = dist.get_rank(), init_device_mesh(device.type, (dist.get_world_size(),))
 torch.manual_seed(0)
+data = torch.randn(SAMPLES, WIDTH).to(device)
 model = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(LAYERS))).to(device)
 for layer in model:
     fully_shard(layer, mesh=mesh)
 fully_shard(model, mesh=mesh)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # after fully_shard: of this rank's shards
-state = {"model": model, "optimizer": optimizer, "rng": fastckpt.RNGState()}
-with fastckpt.Checkpointer(args.url, state, every=fastckpt.Every(steps=args.every)) as ckpt:
-    for step in range(ckpt.restore(), args.steps):  # every rank makes the same calls
-        samples = torch.Generator().manual_seed(step * dist.get_world_size() + rank)
+sampler = fastckpt.ElasticSampler(SAMPLES, batch_size=BATCH, endless=True)
+state = {"model": model, "optimizer": optimizer, "sampler": sampler, "rng": fastckpt.RNGState()}
+every = fastckpt.Every(steps=args.every)
+# On another number of ranks each goes on with the generators of the saved rank of its number.
+reassign = lambda name, states, rank, world: states[rank % len(states)]  # noqa: E731
+with fastckpt.Checkpointer(args.url, state, every=every, reassign=reassign) as ckpt:
+    for step, samples in zip(
+        range(ckpt.restore(), args.steps), sampler, strict=False
+    ):  # every rank makes the same calls
+        loss = model(data[samples]).pow(2).mean() * sampler.weight()
         optimizer.zero_grad()
-        model(torch.randn(BATCH, WIDTH, generator=samples).to(device)).pow(2).mean().backward()
+        loss.backward()
         optimizer.step()
         if ckpt.step(step + 1):  # a notice to one rank ends all of them at one step
             break

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from typing import Any
 
 import torch
@@ -60,3 +62,30 @@ def train(url: str | None, steps: int, state: dict[str, Any] | None = None) -> d
         sampler.advance()
         ckpt.restore()
     return {"samples": found, "state": {name: one.state_dict() for name, one in parts.items()}}
+
+
+def train_example(script: str, url: str, steps: int) -> tuple[int, int, int]:
+    """Run an example in this process, which is in a process group already.
+
+    Returns the step that it restored, and the position of its sampler at the end: epoch, samples.
+    """
+    found: dict[str, Any] = {}
+
+    class Kept(fastckpt.Checkpointer):
+        def __init__(self, url: str, state: dict[str, Any], **settings: Any) -> None:
+            super().__init__(url, state, **settings)
+            found.update(state)
+
+        def restore(self, *arguments: Any, **settings: Any) -> int:
+            found["restored"] = super().restore(*arguments, **settings)
+            return int(found["restored"])
+
+    fastckpt.Checkpointer = Kept  # type: ignore[misc]
+    torch.distributed.init_process_group = lambda *_, **__: None  # type: ignore[assignment]
+    sys.argv = [script, url, "--steps", str(steps)]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    return found["restored"], found["sampler"].epoch, found["sampler"].samples
