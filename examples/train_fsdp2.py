@@ -59,6 +59,6 @@ if args.digest:
     tensors = [*model.parameters(), *(t for one in optimizer.state.values() for t in one.values())]
     local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
     found = hashlib.sha256(b"".join(t.detach().cpu().numpy().tobytes() for t in local))
-    print(f"rank {rank}: {found.hexdigest()}", flush=True)
+    sys.stdout.write(f"rank {rank}: {found.hexdigest()}\n")  # as one write: torchrun's workers are not buffered
 dist.destroy_process_group()
 sys.exit(ckpt.exit_code)

@@ -17,7 +17,7 @@ from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.training.engine import Engine
 from fastckpt.training.joint_start import adopt, claimed
 from fastckpt.training.restore_asked import Reassign, RestoreAsked
-from fastckpt.training.restorer import MOST_ROUNDS, Damaged, Loaded, Restorer
+from fastckpt.training.restorer import MOST_ROUNDS, Compared, Damaged, Loaded, Restorer
 
 T = TypeVar("T")
 _DOING = "restoring"
@@ -45,9 +45,9 @@ class JointRestorer(Restorer):
             found: Loaded | None = None
             said: dict[str, Any] = {}
             if told is not None:
-                differing, said = self._compare_and_tell(told, asked)
+                compared, said = self._compare_and_tell(told, asked)
                 if not said:
-                    found, said = self._load_and_tell(told, asked, differing)
+                    found, said = self._load_and_tell(told, asked, compared)
 
             def judge(
                 all_said: list[dict[str, Any]],
@@ -84,11 +84,10 @@ class JointRestorer(Restorer):
         epoch, step = commit.checkpoint
         return {"epoch": epoch, "step": step, "digest": commit.digest, "world": commit.world, "nonce": nonce}
 
-    def _compare_and_tell(self, told: dict[str, Any], asked: RestoreAsked) -> tuple[dict[str, str], dict[str, Any]]:
-        """What saved ranks had for themselves: each rank compares some of them. {} where there are as many ranks as have saved."""
-        world = self._team.world
-        if told["world"] == world.size:
-            return {}, {}
+    def _compare_and_tell(self, told: dict[str, Any], asked: RestoreAsked) -> tuple[Compared | None, dict[str, Any]]:
+        """What saved ranks had for themselves: each rank compares some of them. None where there are as many ranks as have saved."""
+        if told["world"] == self._team.world.size:
+            return None, {}
         mine, said = self._told_of(lambda: self._compare(told, asked))
 
         def join(all_found: list[dict[str, str] | None]) -> dict[str, str]:
@@ -97,23 +96,25 @@ class JointRestorer(Restorer):
                 joined = {**(found or {}), **joined}
             return joined
 
-        return self._team.roll.decide(_DOING, mine, join), said
+        differing = self._team.roll.decide(_DOING, None if mine is None else dict(mine.differing), join)
+        return None if mine is None else mine._replace(differing=differing), said
 
-    def _compare(self, told: dict[str, Any], asked: RestoreAsked) -> dict[str, str]:
+    def _compare(self, told: dict[str, Any], asked: RestoreAsked) -> Compared:
         commit = self._same_record(CheckpointId(told["epoch"], told["step"]), told["digest"])
         some = range(self._world.rank, commit.world, self._world.size)
         ranks = SavedRanks(self._repository.store, commit)
-        return self._with_damage_named(commit, lambda: self._differing(ranks, asked, some))
+        differing = self._with_damage_named(commit, lambda: self._differing(ranks, asked, some))
+        return Compared(ranks, differing)
 
     def _load_and_tell(
-        self, told: dict[str, Any], asked: RestoreAsked, differing: dict[str, str]
+        self, told: dict[str, Any], asked: RestoreAsked, compared: Compared | None
     ) -> tuple[Loaded | None, dict[str, Any]]:
         """This rank's part, and what it has to say of it."""
 
         def load() -> Loaded:
+            if compared is not None:
+                return self._load(compared.ranks.commit, asked, compared=compared)
             commit = self._same_record(CheckpointId(told["epoch"], told["step"]), told["digest"])
-            if commit.world != self._world.size:
-                return self._load(commit, asked, differing=differing)
             own = vote_key(commit.vote(self._world.rank))
             with shared_votes(self._repository.store, self._world, told["nonce"], own) as store:
                 return self._load(commit, asked, store=store)

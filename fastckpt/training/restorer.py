@@ -49,6 +49,14 @@ class Loaded(NamedTuple):
     """Names of objects that stay as they are: `reassign` has said so."""
 
 
+class Compared(NamedTuple):
+    """What was found out of the ranks that have saved a checkpoint."""
+
+    ranks: SavedRanks
+    differing: Mapping[str, str]
+    """What they had for themselves: names of objects → in words."""
+
+
 class Damaged(Exception):
     """Damage that a load has found in a checkpoint."""
 
@@ -125,13 +133,13 @@ class Restorer:
         asked: RestoreAsked,
         reader: Reader | None = None,
         store: Store | None = None,
-        differing: Mapping[str, str] | None = None,
+        compared: Compared | None = None,
     ) -> Loaded:
-        """reader: of this rank's part, if it was opened before. store: where this rank reads; None: in the repository's. differing: what
-        saved ranks had for themselves, where all ranks have found that out together.
+        """reader: of this rank's part, if it was opened before. store: where this rank reads; None: in the repository's. compared: if all
+        ranks have compared the saved ones together.
         """
         store = store or self._repository.store
-        return self._with_damage_named(commit, lambda: self._loaded(commit, asked, reader, store, differing))
+        return self._with_damage_named(commit, lambda: self._loaded(commit, asked, reader, store, compared))
 
     def _loaded(
         self,
@@ -139,7 +147,7 @@ class Restorer:
         asked: RestoreAsked,
         reader: Reader | None,
         store: Store,
-        differing: Mapping[str, str] | None,
+        compared: Compared | None,
     ) -> Loaded:
         location, targets = self._repository.location(commit.checkpoint), self._live.targets
         try:
@@ -152,8 +160,8 @@ class Restorer:
                     refuse_misfits(targets, loaded, location, plan, strict=asked.strict)
                     return Loaded(commit, loaded, plan, asked.strict)
             # Not through `store`: what one rank of a node leaves there is not what the others need.
-            ranks = SavedRanks(self._repository.store, commit)
-            return self._load_resharded(ranks, location, asked, differing)
+            ranks = SavedRanks(self._repository.store, commit) if compared is None else compared.ranks
+            return self._load_resharded(ranks, location, asked, None if compared is None else compared.differing)
         except pickle.UnpicklingError as error:
             if not asked.weights_only:
                 raise
@@ -202,11 +210,16 @@ class Restorer:
         return Loaded(commit, loaded, plan, asked.strict, frozenset(left))
 
     def _differing(self, ranks: SavedRanks, asked: RestoreAsked, numbers: Iterable[int]) -> dict[str, str]:
-        """What of the objects is not the same on these saved ranks."""
+        """What of the objects is not the same on these saved ranks. RefusedStateError where that cannot be seen without running code."""
         compared = Differing(
             self._live.targets, self._live.replicated, ranks, self._options, weights_only=asked.weights_only
         )
-        return compared.find(numbers)
+        try:
+            return compared.find(numbers)
+        except pickle.UnpicklingError as error:
+            if not asked.weights_only:
+                raise
+            raise _refused(ranks.vote(0), self._repository.location(ranks.commit.checkpoint), error) from error
 
     def _load_whole(self, reader: Reader, plan: PlacementPlan, weights_only: bool) -> Any:
         # Threads wait for the network more than they compute: use as many as there may be connections.

@@ -23,8 +23,17 @@ LAYOUTS = [
 ]
 
 
+OFTEN = {("ddp", 2), ("fsdp_tp", 4), ("hsdp", 4), ("pipeline", 2), ("experts", 2)}
+"""The others are slow: what they do, these do too, or test_any_layout.py."""
+
+
 @pytest.mark.parametrize(
-    ("mode", "n"), [(mode, n) for mode, n in LAYOUTS if programs.TRAINS_FSDP2 or mode not in programs.NEEDS_FSDP2]
+    ("mode", "n"),
+    [
+        pytest.param(mode, n, marks=() if (mode, n) in OFTEN else pytest.mark.slow)
+        for mode, n in LAYOUTS
+        if programs.TRAINS_FSDP2 or mode not in programs.NEEDS_FSDP2
+    ],
 )
 def test_every_tensor_of_every_rank(tmp_path: Path, mode: str, n: int) -> None:
     """Saved at step 5 of 8; the second job begins with other weights. 2–4 processes, twice: some 10 s."""

@@ -76,6 +76,7 @@ def test_a_killed_worker_is_started_again_and_training_goes_on(tmp_path: Path, u
     assert durable_steps(tmp_path / "run")[0] == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch trains on no CPU")
 def test_fsdp2_goes_on_too(tmp_path: Path) -> None:
     """Shards of both ranks. Takes some 20 s: torchrun starts both workers twice."""

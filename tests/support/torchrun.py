@@ -56,8 +56,10 @@ class Agent:
 
     @property
     def digests(self) -> list[str]:
-        """What examples with --digest have printed last, rank 0's first."""
-        found = dict(re.findall(r"rank (\d+): ([0-9a-f]{64})\b", self.log))
+        """What examples with --digest have printed last, rank 0's first. torchrun's workers write unbuffered: the end of a line may come
+        after what the other rank writes.
+        """
+        found = dict(re.findall(r"rank (\d+): ([0-9a-f]{64})", self.log))
         return [found[rank] for rank in sorted(found, key=int)]
 
     def kill(self) -> None:
