@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fastckpt.format.tensor_names import Name, key_of
+from fastckpt.errors import RestoreError
+from fastckpt.format.tensor_names import Name, dotted, key_of
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
@@ -52,10 +53,21 @@ def replaced(value: Any, given: Mapping[Name, torch.Tensor]) -> Any:
     """A loaded state with other tensors under some names. Containers in which something changes are copied, the others are kept.
 
     Args:
-        value: dictionaries, lists and tuples, as a restricted load makes them.
+        value: nested dictionaries, lists and tuples, and kinds of these.
         given: name → the tensor that stands there. Where a parameter was, it becomes one. A tensor that is given under two names stays one.
+
+    Raises:
+        RestoreError: some of the names lie in other objects, where nothing can be put in.
     """
-    return _Replacing(given).within(value, ())
+    replacing = _Replacing(given)
+    found = replacing.within(value, ())
+    lost = sorted(map(dotted, given.keys() - replacing.reached))
+    if lost:
+        raise RestoreError(
+            f"{', '.join(lost[:20])} cannot be put together for another layout, because of the objects that they lie in: only "
+            "dictionaries, lists and tuples are copied. Nothing was changed. Restore in the layout that was saved"
+        )
+    return found
 
 
 class _Replacing:
@@ -65,29 +77,36 @@ class _Replacing:
         """Names of what has something given in it."""
         self._parameters: dict[int, torch.nn.Parameter] = {}
         """id() of a given tensor → the parameter over it."""
+        self.reached: set[Name] = set()
 
     def within(self, value: Any, name: Name) -> Any:
-        if name in self._given:
+        if name in self._given and isinstance(value, torch.Tensor):
+            self.reached.add(name)
             return self._as(value, self._given[name])
         if name not in self._above:
             return value
-        kind = type(value)
-        if kind in (dict, OrderedDict):
-            made = kind((key, self.within(child, (*name, key_of(key)))) for key, child in value.items())
-            if kind is OrderedDict:  # a module's state dict has `_metadata`
-                made.__dict__.update(value.__dict__)
+        if isinstance(value, dict):
+            made: Any = copy.copy(value)  # with what else it has: a module's state dict has `_metadata`
+            for key, child in value.items():
+                made[key] = self.within(child, (*name, key_of(key)))
             return made
-        if kind in (list, tuple):
-            return kind(self.within(child, (*name, number)) for number, child in enumerate(value))
+        if isinstance(value, (list, tuple)):
+            children = [self.within(child, (*name, number)) for number, child in enumerate(value)]
+            if isinstance(value, list):
+                made = copy.copy(value)
+                made[:] = children
+                return made
+            make: Any = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
+            return make(children)
         return value
 
-    def _as(self, old: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def _as(self, old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         if isinstance(old, torch.nn.Parameter):
             found = self._parameters.get(id(tensor))
             if found is None:
                 found = self._parameters[id(tensor)] = torch.nn.Parameter(tensor, requires_grad=old.requires_grad)
             return found
-        return tensor.requires_grad_(old.requires_grad) if isinstance(old, torch.Tensor) else tensor
+        return tensor.requires_grad_(old.requires_grad)
 
 
 __all__ = ["load_partly", "replaced"]

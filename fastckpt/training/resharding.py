@@ -83,7 +83,8 @@ class Resharding:
         """
         base = self._ranks.whole(self._base)
         targets = {key: target for key, target in self._targets.items() if key not in given}
-        entries = {n: entry for n, entry in _as_wholes(base.directory, targets).items() if n[0] not in {*given, *left}}
+        # What has no place here is refused, or passed over: it is not read.
+        entries = {n: e for n, e in _as_wholes(base.directory, targets).items() if n[0] in targets and n[0] not in left}
         _, patterns = live_and_sharded(targets, entries)
         boxes: dict[Name, tuple[Box, ...]] = {}
         for name, pattern in patterns.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -144,16 +144,22 @@ def _into(value: Any, name: Name, sharded: Mapping[Name, Any], made: dict[int, A
     """made: id() of loaded objects → what stands for them. One that is there twice stays one."""
     if id(value) in made:
         return made[id(value)]
-    kind, found = type(value), value
+    found = value
     if isinstance(value, torch.Tensor):
         if name in sharded and local_of(value) is None:
             found = _around(value, sharded[name])
-    elif kind in (dict, OrderedDict):
-        found = kind((key, _into(child, (*name, key_of(key)), sharded, made)) for key, child in value.items())
-        if kind is OrderedDict:  # a module's state dict has `_metadata`
-            found.__dict__.update(value.__dict__)
-    elif kind in (list, tuple):
-        found = kind(_into(child, (*name, number), sharded, made) for number, child in enumerate(value))
+    elif isinstance(value, dict):
+        found = copy.copy(value)  # with what else it has: a module's state dict has `_metadata`
+        for key, child in value.items():
+            found[key] = _into(child, (*name, key_of(key)), sharded, made)
+    elif isinstance(value, (list, tuple)):
+        children = [_into(child, (*name, number), sharded, made) for number, child in enumerate(value)]
+        if isinstance(value, list):
+            found = copy.copy(value)
+            found[:] = children
+        else:
+            make: Any = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
+            found = make(children)
     made[id(value)] = found
     return found
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from fastckpt.errors import RestoreError
 from fastckpt.host.torch_names import dtensor_around
 from fastckpt.state.local_state import LocalState
 from fastckpt.store.memory import MemoryStore
+from fastckpt.training.partly import replaced
 from tests.support.fake_ranks import as_rank, each_on_its_own
 
 
@@ -271,6 +274,32 @@ def test_a_model_that_was_not_sharded_gives_each_rank_its_part() -> None:
         assert torch.equal(state["exp_avg"].to_local(), optimizer.state[model.a.weight]["exp_avg"][4:])
         assert torch.equal(state["step"], optimizer.state[model.a.weight]["step"])
         update(second["model"], second["optim"])
+
+
+class Pair(NamedTuple):
+    one: Any
+    two: int
+
+
+def test_all_kinds_of_containers_are_filled_with_parts() -> None:
+    whole = torch.arange(8.0).view(4, 2)
+
+    def build(tensor: Callable[[], Any]) -> dict[str, Any]:
+        return {
+            "d": {"deep": defaultdict(list, {"w": tensor(), 3: [tensor(), "x"]}), "t": (1, tensor())},
+            "o": OrderedDict(w=tensor()),
+        }
+
+    here = build(lambda: around(torch.zeros(2, 2)))
+    restore(saved(build(whole.clone)), here)
+    found = [here["d"]["deep"]["w"], here["d"]["deep"][3][0], here["d"]["t"][1], here["o"]["w"]]
+    assert all(torch.equal(one.to_local(), whole[2:]) for one in found)
+    assert isinstance(here["d"]["deep"], defaultdict)
+    made = replaced({"p": Pair(whole, 1)}, {("p", 0): whole + 1})
+    assert isinstance(made["p"], Pair)
+    assert torch.equal(made["p"].one, whole + 1)
+    with pytest.raises(RestoreError, match=r"p.0 cannot be put together"):
+        replaced({"p": SimpleNamespace(one=whole)}, {("p", 0): whole})
 
 
 def test_state_that_is_spread_as_nothing_here_becomes_whole() -> None:
