@@ -18,7 +18,7 @@ from fastckpt.errors import RestoreError
 from fastckpt.format.directory import Directory, GlobalPlace, StorageEntry, TensorEntry
 from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.format.wholes import Box, Whole, Wholes, touches
-from fastckpt.host.torch_names import local_of
+from fastckpt.host.torch_names import dtensor_class, local_of
 from fastckpt.options import Options
 from fastckpt.reading.alike import unlike
 from fastckpt.reading.assembly import Target, contiguous, is_whole, moves_of
@@ -30,6 +30,7 @@ from fastckpt.training.fitting import refuse_misfits
 from fastckpt.training.partly import load_partly, replaced
 from fastckpt.training.placement import PlacementPlan, live_and_sharded, parameter_groups, plan_placement
 from fastckpt.training.restore_asked import RestoreAsked
+from fastckpt.training.sharded import was_spread
 
 _PLAIN = ("tensor", "parameter")
 _Entries = Mapping[Name, TensorEntry]
@@ -51,6 +52,15 @@ class _Part(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of this rank's own tensor."""
         return self.rows[0].shape
+
+
+class _Optimizer(NamedTuple):
+    """A live one."""
+
+    parameters: Sequence[torch.Tensor]
+    state: Mapping[Any, Any]
+    spread: Collection[int]
+    """id() of those that were DTensors in the checkpoint, too: what was plain beside them stays so."""
 
 
 class Resharding:
@@ -84,7 +94,8 @@ class Resharding:
         base = self._ranks.whole(self._base)
         targets = {key: target for key, target in self._targets.items() if key not in given}
         # What has no place here is refused, or passed over: it is not read.
-        entries = {n: e for n, e in _as_wholes(base.directory, targets).items() if n[0] in targets and n[0] not in left}
+        wholes_here = _as_wholes(base.directory, targets)
+        entries = {n: entry for n, entry in wholes_here.items() if n[0] in targets and n[0] not in left}
         _, patterns = live_and_sharded(targets, entries)
         boxes: dict[Name, tuple[Box, ...]] = {}
         for name, pattern in patterns.items():
@@ -174,15 +185,18 @@ class Resharding:
         }
 
 
+def is_to_be_spread(targets: Mapping[str, Any], plan: PlacementPlan) -> bool:
+    """Whether a saved rank has a plain tensor for what is to be a DTensor here, as its parameter is: state of an optimizer."""
+    optimizers = _optimizers(targets, plan.live, plan.entries)
+    return bool(optimizers) and any(e.place is None and _follows(e, optimizers) for e in plan.entries.values())
+
+
 def _as_wholes(listed: Directory, targets: Mapping[str, Any]) -> dict[Name, TensorEntry]:
     """What a saved rank lists, each tensor as the whole that it was a part of. With a place: it was spread, or is to be."""
     found: dict[Name, TensorEntry] = {}
     places = {entry.name[:-2]: entry.place for entry in listed.tensors if is_box(entry)}
-    parameters = {
-        key: [p for group in parameter_groups(target) for p in group["params"]]
-        for key, target in targets.items()
-        if isinstance(target, torch.optim.Optimizer)
-    }
+    known = {entry.name: entry for entry in listed.tensors}
+    optimizers = _optimizers(targets, live_and_sharded(targets, known)[0], known)
     for entry in listed.tensors:
         if is_box(entry):
             continue
@@ -190,8 +204,24 @@ def _as_wholes(listed: Directory, targets: Mapping[str, Any]) -> dict[Name, Tens
         if place is not None:
             found[entry.name] = _whole(entry, place.shape)
         else:
-            found[entry.name] = _whole(entry, entry.shape) if _follows(entry, parameters) else entry
+            found[entry.name] = _whole(entry, entry.shape) if _follows(entry, optimizers) else entry
     return found
+
+
+def _optimizers(
+    targets: Mapping[str, Any], live: Mapping[Name, torch.Tensor], entries: _Entries
+) -> dict[str, _Optimizer]:
+    """None where there are no DTensors."""
+    if dtensor_class() is None:
+        return {}
+    spread = {id(tensor) for name, tensor in live.items() if name in entries and was_spread(name, entries)}
+    return {
+        key: _Optimizer(
+            [p for group in parameter_groups(target) for p in group["params"]], getattr(target, "state", {}), spread
+        )
+        for key, target in targets.items()
+        if isinstance(target, torch.optim.Optimizer)
+    }
 
 
 def _whole(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
@@ -199,15 +229,21 @@ def _whole(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
     return entry._replace(shape=shape, stride=contiguous(shape), offset=0, place=place)
 
 
-def _follows(entry: TensorEntry, parameters: Mapping[str, Sequence[torch.Tensor]]) -> bool:
+def _follows(entry: TensorEntry, optimizers: Mapping[str, _Optimizer]) -> bool:
     """Whether this is state of an optimizer that is to be spread as its parameter is."""
-    of = parameters.get(str(entry.name[0]), ())
-    if entry.name[1:2] != ("state",) or len(entry.name) < 4:
+    optimizer = optimizers.get(str(entry.name[0]))
+    if optimizer is None or entry.name[1:2] != ("state",) or len(entry.name) < 4:
         return False
-    number = entry.name[2]
-    if not isinstance(number, int) or not 0 <= number < len(of):
+    number, word = entry.name[2:4]
+    if not isinstance(number, int) or not 0 <= number < len(optimizer.parameters):
         return False
-    return local_of(of[number]) is not None and tuple(of[number].shape) == entry.shape
+    parameter = optimizer.parameters[number]
+    if local_of(parameter) is None or tuple(parameter.shape) != entry.shape or id(parameter) in optimizer.spread:
+        return False
+    live = optimizer.state.get(parameter, {}).get(word) if len(entry.name) == 4 else None
+    if isinstance(live, torch.Tensor):
+        return local_of(live) is not None
+    return entry.shape != () or word != "step"  # of a parameter of one number, its step has the same shape
 
 
 def _parts(

@@ -30,7 +30,7 @@ from fastckpt.training.differing import Differing, SavedStates
 from fastckpt.training.engine import Engine
 from fastckpt.training.fitting import refuse_misfits, spread_otherwise
 from fastckpt.training.placement import PlacementPlan, plan_placement
-from fastckpt.training.resharding import Resharding
+from fastckpt.training.resharding import Resharding, is_to_be_spread
 from fastckpt.training.restore_asked import Reassign, RestoreAsked
 
 T = TypeVar("T")
@@ -155,7 +155,7 @@ class Restorer:
                 rank = self._world.rank
                 reader = open_rank(store, commit, rank) if reader is None else with_owners(store, commit, reader)
                 plan = plan_placement(targets, reader.directory, location)
-                if not spread_otherwise(targets, plan):
+                if not (spread_otherwise(targets, plan) or is_to_be_spread(targets, plan)):
                     loaded = self._load_whole(reader, plan, asked.weights_only)
                     refuse_misfits(targets, loaded, location, plan, strict=asked.strict)
                     return Loaded(commit, loaded, plan, asked.strict)

@@ -60,7 +60,7 @@ def refused(store: MemoryStore, state: dict[str, Any]) -> str:
 
 def around(local: torch.Tensor, *placements: Any, whole: tuple[int, ...] | None = None) -> Any:
     """A DTensor with this part."""
-    shape = torch.Size(whole or (2 * local.shape[0], *local.shape[1:]))
+    shape = torch.Size((2 * local.shape[0], *local.shape[1:]) if whole is None else whole)
     return DTensor.from_local(
         local,
         init_device_mesh("cpu", (2,)),
@@ -274,6 +274,26 @@ def test_a_model_that_was_not_sharded_gives_each_rank_its_part() -> None:
         assert torch.equal(state["exp_avg"].to_local(), optimizer.state[model.a.weight]["exp_avg"][4:])
         assert torch.equal(state["step"], optimizer.state[model.a.weight]["step"])
         update(second["model"], second["optim"])
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_the_step_of_a_parameter_of_one_number_stays_plain(steps: int) -> None:
+    def build(parameter: Any) -> dict[str, Any]:
+        return {"optim": torch.optim.AdamW([parameter], foreach=False), "p": parameter}
+
+    first = build(nn.Parameter(torch.tensor(2.0)))
+    here = build(nn.Parameter(around(torch.tensor(1.0), Replicate(), whole=())))
+    for one, n in ((first, 1), (here, steps)):
+        for _ in range(n):
+            one["p"].grad = torch.full_like(one["p"], 0.5)
+            one["optim"].step()
+    restore(saved(first), here)
+    (state,) = here["optim"].state.values()
+    assert type(state["step"]) is torch.Tensor
+    assert state["step"] == 1
+    assert isinstance(state["exp_avg"], DTensor)
+    assert here["p"].to_local() == first["p"]
+    here["optim"].step()
 
 
 class Pair(NamedTuple):
