@@ -10,6 +10,8 @@ import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.format.wholes import Wholes
 from fastckpt.options import Options
@@ -50,7 +52,7 @@ class Differing:
             names = [*self._tensors_unlike(number)]
             if not self._has_same_values(number):
                 first = self._values(0) if first is None else first
-                names += values_unlike(first, self._values(number), ())
+                names += values_unlike(first, self._values(number), (), self._joins)
             for name in names:
                 key = str(name[0]) if name else ""
                 if key in self._targets and not any(is_in(dotted(name), one) for one in self._declared):
@@ -58,6 +60,13 @@ class Differing:
             if len(others) > _KEPT:
                 self._ranks.forget(number)
         return found
+
+    def _joins(self, name: Name, first: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+        """Whether dictionaries with other keys are put together from all ranks: tensors of modules are."""
+        if len(name) != 1:
+            return not name
+        is_module = isinstance(self._targets.get(str(name[0])), torch.nn.Module)
+        return is_module and all(isinstance(other[key], torch.Tensor) for key in other.keys() - first.keys())
 
     def _has_same_values(self, rank: int) -> bool:
         """Whether a look at the pickle is enough: unpickling takes longer than all else here, and most ranks have rank 0's to the byte.

@@ -111,7 +111,9 @@ class Resharding:
                 f"{self._where}: the votes of its ranks contradict each other: {'; '.join(wholes.problems[:20])}"
             )
         parts = dict(_parts(entries, wholes.found, patterns, targets, base.directory))
-        self._refuse_several({name: wholes.found[name] for name in parts if wholes.found[name].was_spread})
+        known = {entry.name for entry in base.directory.tensors}
+        of_others = {name: wholes.found[name] for name in parts if wholes.found[name].was_spread or name not in known}
+        self._refuse_several(of_others)
         plan = plan_placement(targets, _listed(base.directory, parts), self._where)
         state = self._state(parts, plan)
         if isinstance(state, dict):
@@ -120,13 +122,16 @@ class Resharding:
         refuse_misfits(self._targets, replaced(state, shapes), self._where, plan, strict=self._asked.strict)
         return replaced(state, self._assembled(parts, wholes.found, plan)), plan
 
-    def _refuse_several(self, spread: Mapping[Name, Whole]) -> None:
-        """RestoreError for DTensors of which ranks have parts of different ones: pipeline stages number theirs alike."""
-        found = sorted(map(dotted, unlike(self._ranks, spread, self._options, self._threads)))
+    def _refuse_several(self, of_others: Mapping[Name, Whole]) -> None:
+        """RestoreError for DTensors of which ranks have parts of different ones: pipeline stages number theirs alike. Also for what the
+        base rank does not have, where others have each its own: buffers.
+        """
+        different = unlike(self._ranks, of_others, self._options, self._threads)
+        found = sorted(map(dotted, different | {name for name, whole in of_others.items() if whole.is_contradicted}))
         if found:
             raise RestoreError(
-                f"{self._where}: of {', '.join(found[:20])} ranks had parts of different tensors. Nothing was changed. Restore on "
-                f"{self._ranks.commit.world} ranks in the same layout"
+                f"{self._where}: of {', '.join(found[:20])} ranks had parts of different tensors, or different ones. Nothing was changed. "
+                f"Restore on {self._ranks.commit.world} ranks in the same layout"
             )
 
     def _state(self, parts: Mapping[Name, _Part], plan: PlacementPlan) -> Any:
@@ -254,12 +259,12 @@ def _parts(
     listed: Directory,
 ) -> Iterator[tuple[Name, _Part]]:
     """What this rank puts together: what was spread, or is to be, and what shares memory with that; and of modules what other ranks had."""
-    saved = {entry.name: entry for entry in listed.tensors}
+    saved = {entry.name for entry in listed.tensors}
     moved = {entry.storage for name, entry in entries.items() if name in patterns or wholes[name].was_spread}
     for name, entry in entries.items():
         if entry.storage in moved:
-            own = saved[name]
-            yield name, _part(entry, patterns.get(name), (own.storage, own.offset, own.stride, own.shape))
+            # Not by what the base rank has: its parts without elements may all lie at one place of one storage.
+            yield name, _part(entry, patterns.get(name), tuple(wholes[name].blocks) or name)
     for name, whole in wholes.items():
         is_of_module = len(name) == 2 and isinstance(targets.get(str(name[0])), torch.nn.Module)
         if is_of_module and name not in saved and whole.kind in _PLAIN:

@@ -1,0 +1,114 @@
+"""What several ranks have saved, in one process: nothing of a rank is left out without a word, and nothing is taken from the wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from fastckpt import Checkpointer
+from fastckpt.errors import RestoreError
+from fastckpt.format.keys import SaveId
+from fastckpt.ranks.world import World
+from fastckpt.repository.commit import try_commit
+from fastckpt.store.memory import MemoryStore
+from fastckpt.training.live_state import LiveState
+from tests.support.fake_ranks import as_rank
+from tests.support.repositories import begin, save_ranks, vote_shared
+
+
+def saved_plain(states: Sequence[Any]) -> MemoryStore:
+    store = MemoryStore()
+    begin(store, len(states))
+    save_ranks(store, 1, 1, states)
+    return store
+
+
+def saved_by(n: int, build: Callable[[int], dict[str, Any]]) -> MemoryStore:
+    """As ranks of a process group save what `build` makes for each of them."""
+    store = MemoryStore()
+    begin(store, n)
+    for rank in range(n):
+        with as_rank(rank, n):
+            taken = LiveState(build(rank), sampled=False, world=World(rank, n)).take().captured
+            taken.rank = rank
+            vote_shared(store, 1, 1, n, taken)
+    assert try_commit(store, SaveId(1, 1, 0)) is not None
+    return store
+
+
+def restore(store: MemoryStore, state: dict[str, Any], reassign: Any = None) -> None:
+    with Checkpointer(store, state, every=None, spot=None, read_only=True, reassign=reassign) as ckpt:
+        assert ckpt.restore() == 1
+
+
+def refused(store: MemoryStore, state: dict[str, Any]) -> str:
+    with pytest.raises(RestoreError) as error:
+        restore(store, state)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "name"),
+    [
+        ({"a": 1}, {"a": 1, "b": 2}, "notes"),
+        ({"a": 1, "b": 2}, {"a": 1}, "notes"),
+        ({"a": torch.ones(2)}, {"a": torch.ones(2), "b": torch.ones(2)}, "notes"),
+        ({"ema": {"a": torch.ones(2)}}, {"ema": {"a": torch.ones(2), "b": torch.ones(2)}}, "notes.ema"),
+        ({"a": None}, {"a": torch.ones(2)}, "notes.a"),
+        ({"a": torch.ones(2)}, {"a": 1.0}, "notes.a"),
+    ],
+)
+def test_what_one_rank_alone_has_needs_a_word(first: Any, other: Any, name: str) -> None:
+    live: dict[str, Any] = {"notes": {"before": 1}}
+    assert f"'notes': {name} of rank 1 is not that of rank 0" in refused(
+        saved_plain([{"notes": first}, {"notes": other}]), live
+    )
+    assert live == {"notes": {"before": 1}}
+
+
+class Buffers(nn.Module):
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+@pytest.mark.parametrize("other", [torch.full((3,), 2.0), torch.ones(4)])
+def test_layers_that_rank_0_does_not_have_and_others_have_each_its_own(other: torch.Tensor) -> None:
+    tensors = [{"a": torch.ones(3)}, {"b": torch.ones(3)}, {"b": other}]
+    live = Buffers(a=torch.zeros(3), b=torch.zeros(3))
+    store = saved_plain([{"model": Buffers(**one).state_dict()} for one in tensors])
+    assert "of model.b ranks had parts of different tensors, or different ones" in refused(store, {"model": live})
+    assert not live.get_buffer("a").any()
+    restore(
+        saved_plain([{"model": Buffers(**one).state_dict()} for one in (*tensors[:2], tensors[1])]), {"model": live}
+    )
+    assert live.get_buffer("b").tolist() == [1, 1, 1]
+
+
+def test_parts_without_elements_at_one_place_of_a_storage() -> None:
+    """As an optimizer with one flat buffer has them: two tensors of three ranks, of which the one whose objects are taken has nothing."""
+    wholes = {"first": torch.arange(6.0).reshape(2, 3), "second": torch.arange(6.0, 12.0).reshape(2, 3)}
+
+    def build(rank: int) -> dict[str, Any]:
+        place, flat, at = 2 - rank, torch.zeros(12), 0
+        found: dict[str, Any] = {}
+        for name, whole in wholes.items():
+            rows = whole[place : place + 1]
+            part = flat[at : at + rows.numel()].view(-1, 3).copy_(rows)
+            at += rows.numel()
+            mesh = DeviceMesh("cpu", [2, 1, 0])
+            found[name] = DTensor.from_local(
+                part, mesh, [Shard(0)], shape=whole.shape, stride=whole.stride(), run_check=False
+            )
+        return {"t": found}
+
+    live = {"t": {name: torch.zeros(2, 3) for name in wholes}}
+    restore(saved_by(3, build), live)
+    assert all(torch.equal(live["t"][name], whole) for name, whole in wholes.items())
