@@ -17,9 +17,11 @@ from fastckpt.format.wholes import Wholes
 from fastckpt.options import Options
 from fastckpt.reading.alike import unlike, values_of, values_unlike
 from fastckpt.repository.saved_ranks import SavedRanks
+from fastckpt.state.naming import named_tensors
 from fastckpt.training.partly import load_partly
 from fastckpt.training.replicas import is_in
 from fastckpt.training.rng import RNGState
+from fastckpt.training.sharded import was_spread
 
 _KEPT = 8  # votes, which are needed again when parts are put together; one may take 10 MB
 
@@ -94,6 +96,8 @@ class SavedStates(Sequence[Any]):
 
     def __init__(self, key: str, ranks: SavedRanks, options: Options, *, weights_only: bool) -> None:
         self._key, self._ranks, self._options, self._weights_only = key, ranks, options, weights_only
+        self.parts: dict[int, torch.Tensor] = {}
+        """id() → tensors of elements that stand for a rank's parts of DTensors."""
 
     def __len__(self) -> int:
         return self._ranks.commit.world
@@ -114,6 +118,10 @@ class SavedStates(Sequence[Any]):
             map_location="cpu",
             weights_only=self._weights_only,
         )
+        entries = {entry.name: entry for entry in reader.directory.tensors}
+        for named in named_tensors(state[self._key], (self._key,)):
+            if named.name in entries and was_spread(named.name, entries) and isinstance(named.value, torch.Tensor):
+                self.parts[id(named.value)] = named.value
         return state[self._key]
 
 

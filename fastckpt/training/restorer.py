@@ -6,6 +6,8 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from fastckpt.errors import (
     CorruptCheckpointError,
     NoCheckpointError,
@@ -184,6 +186,7 @@ class Restorer:
         commit, world, targets = ranks.commit, self._world, self._live.targets
         given: dict[str, Any] = {}
         left: set[str] = set()
+        parts: dict[int, torch.Tensor] = {}
         if commit.world != world.size:
             if differing is None:
                 differing = self._differing(ranks, asked, range(commit.world))
@@ -203,10 +206,11 @@ class Restorer:
                     left.add(key)
                 else:
                     given[key] = value
+                    parts |= states.parts
         base = world.rank if commit.world == world.size else 0
         taken = {key: target for key, target in targets.items() if key not in left}
         resharding = Resharding(taken, ranks, base, self._options, location, asked)
-        loaded, plan = resharding.load(given, left)
+        loaded, plan = resharding.load(given, left, parts)
         return Loaded(commit, loaded, plan, asked.strict, frozenset(left))
 
     def _differing(self, ranks: SavedRanks, asked: RestoreAsked, numbers: Iterable[int]) -> dict[str, str]:

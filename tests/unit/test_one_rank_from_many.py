@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from fastckpt import Checkpointer
 from fastckpt.errors import RestoreError
@@ -112,3 +113,48 @@ def test_parts_without_elements_at_one_place_of_a_storage() -> None:
     live = {"t": {name: torch.zeros(2, 3) for name in wholes}}
     restore(saved_by(3, build), live)
     assert all(torch.equal(live["t"][name], whole) for name, whole in wholes.items())
+
+
+def own_and_spread(rank: int, n: int = 2) -> dict[str, Any]:
+    """A module of which each rank has a buffer of its own, an optimizer, and a dictionary, all with DTensors."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5))
+    model[1].get_buffer("running_mean").fill_(rank)
+    noted = torch.arange(8.0)
+    if n > 1:
+        mesh = DeviceMesh("cpu", list(range(n)))
+        fully_shard(model, mesh=mesh)
+        noted = distribute_tensor(noted, mesh, [Shard(0)], src_data_rank=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1 + rank, momentum=0.9, foreach=False)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, number)
+    optimizer.step()
+    return {"model": model, "optim": optimizer, "notes": {"spread": noted, "rank": rank}}
+
+
+def test_reassigned_objects_with_dtensors_are_whole() -> None:
+    """The state that `reassign` gives has that rank's own values, and of DTensors what belongs here."""
+    store, live = saved_by(2, own_and_spread), own_and_spread(7, 1)
+    for tensor in live["model"].state_dict().values():
+        tensor.zero_()
+    restore(store, live, lambda key, states, rank, world: states[1])
+    momenta = [live["optim"].state[p]["momentum_buffer"] for p in live["model"].parameters()]
+    assert [m.unique().tolist() for m in momenta] == [[0], [1], [2], [3]]
+    assert [m.shape for m in momenta] == [p.shape for p in live["model"].parameters()]
+    assert live["model"][1].running_mean.tolist() == [1.0] * 5
+    assert live["optim"].param_groups[0]["lr"] == 1.1
+    assert live["notes"] == {"spread": live["notes"]["spread"], "rank": 1}
+    assert live["notes"]["spread"].tolist() == list(range(8))
+
+
+def test_reassigned_parts_that_cannot_be_put_together() -> None:
+    """Rank 0 has nothing of that name."""
+
+    def build(rank: int) -> dict[str, Any]:
+        notes = own_and_spread(rank)["notes"]
+        return {"notes": notes if rank else {"rank": 0}}
+
+    live = {"notes": {"before": 1}}
+    with pytest.raises(RestoreError, match=r"a rank's parts of notes\.spread, which cannot be put together"):
+        restore(saved_by(2, build), live, lambda key, states, rank, world: states[1])
+    assert live == {"notes": {"before": 1}}
