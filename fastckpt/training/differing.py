@@ -7,7 +7,7 @@ optimizers. Most of it is found alike by the digests of its chunks, and not read
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,12 @@ class Differing:
             if len(others) > _KEPT:
                 self._ranks.forget(number)
         return found
+
+    def mixed(self, rank: int, spread: Collection[Name]) -> list[Name]:
+        """Of tensors that are to be spread, those that were plain and of which this rank had other bytes than rank 0: each rank takes its
+        part of its own. If all ranks look, all are compared. Errors as those of a restore.
+        """
+        return sorted((name for name in self._tensors_unlike(rank) if name in spread), key=dotted)
 
     def _joins(self, name: Name, first: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
         """Whether dictionaries with other keys are put together from all ranks: tensors of modules are."""

@@ -18,6 +18,7 @@ from fastckpt.errors import (
 )
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit, Skipped
+from fastckpt.format.tensor_names import dotted
 from fastckpt.ranks.world import ALONE
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
@@ -211,7 +212,22 @@ class Restorer:
         taken = {key: target for key, target in targets.items() if key not in left}
         resharding = Resharding(taken, ranks, base, self._options, location, asked)
         loaded, plan = resharding.load(given, left, parts)
+        if base:
+            self._refuse_mixture(ranks, base, plan, asked)
         return Loaded(commit, loaded, plan, asked.strict, frozenset(left))
+
+    def _refuse_mixture(self, ranks: SavedRanks, base: int, plan: PlacementPlan, asked: RestoreAsked) -> None:
+        """RestoreError if DTensors would be made of plain tensors of several ranks that are not the same."""
+        compared = Differing(
+            self._live.targets, self._live.replicated, ranks, self._options, weights_only=asked.weights_only
+        )
+        found = [dotted(name) for name in compared.mixed(base, plan.sharded)]
+        if found:
+            raise RestoreError(
+                f"{self._repository.location(ranks.commit.checkpoint)}: {', '.join(found[:20])} of rank {base} is not that of rank 0, and "
+                "is to be spread over ranks here, which would mix them. Nothing was changed. Restore in the layout that was saved, or load "
+                "one rank's with fastckpt.open(url, rank=…)"
+            )
 
     def _differing(self, ranks: SavedRanks, asked: RestoreAsked, numbers: Iterable[int]) -> dict[str, str]:
         """What of the objects is not the same on these saved ranks. RefusedStateError where that cannot be seen without running code."""
