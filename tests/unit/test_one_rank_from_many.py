@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,14 +11,17 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+import fastckpt
 from fastckpt import Checkpointer
 from fastckpt.errors import RestoreError
 from fastckpt.format.keys import SaveId
 from fastckpt.ranks.world import World
 from fastckpt.repository.commit import try_commit
+from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
+from fastckpt.store.open import open_store
 from fastckpt.training.live_state import LiveState
 from tests.support.fake_ranks import as_rank
 from tests.support.repositories import begin, save_ranks, vote_shared
@@ -30,9 +34,9 @@ def saved_plain(states: Sequence[Any]) -> MemoryStore:
     return store
 
 
-def saved_by(n: int, build: Callable[[int], dict[str, Any]]) -> MemoryStore:
-    """As ranks of a process group save what `build` makes for each of them."""
-    store = MemoryStore()
+def saved_by(n: int, build: Callable[[int], dict[str, Any]], store: Store | None = None) -> Store:
+    """As ranks of a process group save what `build` makes for each of them. store: None for one in memory."""
+    store = store or MemoryStore()
     begin(store, n)
     for rank in range(n):
         with as_rank(rank, n):
@@ -43,12 +47,12 @@ def saved_by(n: int, build: Callable[[int], dict[str, Any]]) -> MemoryStore:
     return store
 
 
-def restore(store: MemoryStore, state: dict[str, Any], reassign: Any = None) -> None:
+def restore(store: Store, state: dict[str, Any], reassign: Any = None) -> None:
     with Checkpointer(store, state, every=None, spot=None, read_only=True, reassign=reassign) as ckpt:
         assert ckpt.restore() == 1
 
 
-def refused(store: MemoryStore, state: dict[str, Any]) -> str:
+def refused(store: Store, state: dict[str, Any]) -> str:
     with pytest.raises(RestoreError) as error:
         restore(store, state)
     return str(error.value)
@@ -158,3 +162,19 @@ def test_reassigned_parts_that_cannot_be_put_together() -> None:
     with pytest.raises(RestoreError, match=r"a rank's parts of notes\.spread, which cannot be put together"):
         restore(saved_by(2, build), live, lambda key, states, rank, world: states[1])
     assert live == {"notes": {"before": 1}}
+
+
+def test_parts_that_torch_has_not_computed_yet(tmp_path: Path) -> None:
+    """Conjugates and negatives are lazy: the bytes of the storage are not the values."""
+    conjugate = torch.complex(torch.arange(4.0), torch.ones(4)).conj()
+    lazy = {"conjugate": conjugate, "negative": torch.complex(torch.zeros(4), torch.arange(4.0)).conj().imag}
+
+    def build(rank: int) -> dict[str, Any]:
+        mesh = DeviceMesh("cpu", [0, 1])
+        return {"t": {name: DTensor.from_local(t, mesh, [Replicate()], run_check=False) for name, t in lazy.items()}}
+
+    live = {"t": {name: torch.zeros(4, dtype=t.dtype) for name, t in lazy.items()}}
+    restore(saved_by(2, build), live)
+    saved_by(2, build, open_store(tmp_path / "run"))
+    for found in (live["t"], fastckpt.load(tmp_path / "run")["t"]):
+        assert all(torch.equal(found[name], tensor) for name, tensor in lazy.items())
