@@ -31,7 +31,7 @@ from fastckpt.store.base import Store
 from fastckpt.training import stateful
 from fastckpt.training.differing import Differing, SavedStates
 from fastckpt.training.engine import Engine
-from fastckpt.training.fitting import refuse_misfits, spread_otherwise
+from fastckpt.training.fitting import refuse_misfits, refuse_untied, spread_otherwise
 from fastckpt.training.placement import PlacementPlan, plan_placement
 from fastckpt.training.resharding import Resharding, is_to_be_spread
 from fastckpt.training.restore_asked import Reassign, RestoreAsked
@@ -161,6 +161,7 @@ class Restorer:
                 if not (spread_otherwise(targets, plan) or is_to_be_spread(targets, plan)):
                     loaded = self._load_whole(reader, plan, asked.weights_only)
                     refuse_misfits(targets, loaded, location, plan, strict=asked.strict)
+                    refuse_untied(targets, loaded, location)
                     return Loaded(commit, loaded, plan, asked.strict)
             # Not through `store`: what one rank of a node leaves there is not what the others need.
             ranks = SavedRanks(self._repository.store, commit) if compared is None else compared.ranks
@@ -212,6 +213,7 @@ class Restorer:
         taken = {key: target for key, target in targets.items() if key not in left}
         resharding = Resharding(taken, ranks, base, self._options, location, asked)
         loaded, plan = resharding.load(given, left, parts)
+        refuse_untied(taken, loaded, location)
         if base:
             self._refuse_mixture(ranks, base, plan, asked)
         return Loaded(commit, loaded, plan, asked.strict, frozenset(left))

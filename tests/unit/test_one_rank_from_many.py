@@ -178,3 +178,23 @@ def test_parts_that_torch_has_not_computed_yet(tmp_path: Path) -> None:
     saved_by(2, build, open_store(tmp_path / "run"))
     for found in (live["t"], fastckpt.load(tmp_path / "run")["t"]):
         assert all(torch.equal(found[name], tensor) for name, tensor in lazy.items())
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_weights_that_are_tied_here_and_were_not(n: int) -> None:
+    """One of two values would be lost."""
+
+    def build(tied: bool, *numbers: float) -> nn.Module:
+        model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+        if tied:
+            model[1].weight = model[0].weight
+        for layer, number in zip(model, numbers, strict=True):
+            nn.init.constant_(layer.get_parameter("weight"), number)
+        return model
+
+    live = build(True, 7.0, 7.0)
+    store = saved_plain([{"model": build(False, 1.0, 2.0).state_dict()}] * n)
+    assert "model.0.weight and model.1.weight are one tensor here" in refused(store, {"model": live})
+    assert live.get_parameter("0.weight").unique().tolist() == [7]
+    restore(saved_plain([{"model": build(False, 1.0, 1.0).state_dict()}] * n), {"model": live})
+    assert live.get_parameter("0.weight").unique().tolist() == [1]
