@@ -77,11 +77,14 @@ class Wholes:
         """What votes say of one name and cannot both be true, in words."""
         self._seen: dict[Name, dict[Box, tuple[Block, Claim | None]]] = {}
         """The first block of each place, and what is said of who holds it."""
+        self._first: int | None = None
+        """The rank that was entered first."""
         self._names: dict[bytes, Name] = {}
         """Of JSON."""
 
     def add(self, rank: int, listed: Directory) -> None:
         """Enter what the vote of a rank lists."""
+        self._first = rank if self._first is None else self._first
         claims = {number: claim for claim, number in claims_of(listed).items()}
         boxes: dict[Name, list[TensorEntry]] = defaultdict(list)
         for entry in listed.tensors:
@@ -177,7 +180,8 @@ class Wholes:
             return False
         shape = _numbers(shape_text)
         if not whole_text:
-            return whole.entry is not None and whole.shape == shape
+            # What the first rank does not have comes from another: then all of them are to be compared.
+            return whole.entry is not None and whole.shape == shape and whole.ranks[0] == self._first
         if whole.entry is not None or whole.shape != _numbers(whole_text):
             return False
         return 0 in shape or not self._wanted(name, (_numbers(offset), shape))

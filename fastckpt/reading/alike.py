@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from fastckpt.reading.assembly import Move, Source, Target
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
 from fastckpt.reading.ranks import Ranks, assemble_from
+
+Joins: TypeAlias = Callable[[Name, Mapping[Any, Any], Mapping[Any, Any]], bool]
 
 
 def unlike(ranks: Ranks, wholes: Mapping[Name, Whole], options: Options, threads: int) -> set[Name]:
@@ -93,21 +95,26 @@ def values_of(ranks: Ranks, rank: int, options: Options, threads: int, **how: An
     return load_object(reader, options, threads, wanted=arrays, **how)
 
 
-def values_unlike(one: Any, other: Any, name: Name) -> Iterator[Name]:
-    """Names of what is no tensor and differs. What only one has is somebody else's business: layers of a pipeline."""
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+def joins_with_tensors(name: Name, one: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+    """Whether what only one rank has in these dictionaries is somebody else's business: layers of a pipeline."""
+    return len(name) < 2 or _has_tensors(one)
+
+
+def values_unlike(one: Any, other: Any, name: Name, joins: Joins = joins_with_tensors) -> Iterator[Name]:
+    """Names of what is no tensor, or none on one of both, and differs. joins: of dictionaries with other keys, which are no difference."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return
     if isinstance(one, dict) and isinstance(other, dict):
         for key in one:
             if key in other:
-                yield from values_unlike(one[key], other[key], (*name, key_of(key)))
-        if len(name) > 1 and one.keys() != other.keys() and not _has_tensors(one):
+                yield from values_unlike(one[key], other[key], (*name, key_of(key)), joins)
+        if one.keys() != other.keys() and not joins(name, one, other):
             yield name
     elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         if len(one) != len(other):
             yield name
         for number, (a, b) in enumerate(zip(one, other, strict=False)):
-            yield from values_unlike(a, b, (*name, number))
+            yield from values_unlike(a, b, (*name, number), joins)
     elif not _equal(one, other):
         yield name
 

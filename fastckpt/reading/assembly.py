@@ -93,6 +93,13 @@ def is_whole(target: Target) -> bool:
     return sum(math.prod(move.source.shape) for move in target.moves) == math.prod(target.shape)
 
 
+def as_computed(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The values of a tensor whose bytes were saved before torch had computed them: conjugates and negatives are lazy, as `like` is."""
+    if like.is_conj():
+        tensor = tensor.conj().resolve_conj()
+    return -tensor if like.is_neg() else tensor
+
+
 def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
     strides, step = [], 1
@@ -338,4 +345,4 @@ def _over(storage: UntypedStorage, dtype: torch.dtype, shape: tuple[int, ...], s
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, stride)
 
 
-__all__ = ["Move", "Source", "Target", "assemble", "contiguous", "is_whole", "moves_of", "ranks_needed"]
+__all__ = ["Move", "Source", "Target", "as_computed", "assemble", "contiguous", "is_whole", "moves_of", "ranks_needed"]

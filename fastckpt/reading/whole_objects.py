@@ -20,6 +20,7 @@ from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.host.torch_names import fake_mode, is_meta_location, restore_location
 from fastckpt.options import Options
 from fastckpt.reading.alike import values_of, values_unlike
+from fastckpt.reading.assembly import as_computed
 from fastckpt.reading.object_loader import load_object
 from fastckpt.reading.ranks import Ranks
 from fastckpt.reading.whole_contents import WholeContents
@@ -193,6 +194,7 @@ def _tensor(entry: TensorEntry, storage: UntypedStorage | None, old: torch.Tenso
     else:
         made = torch.empty(0, dtype=dtype, device=storage.device)
         made.set_(storage, entry.offset, entry.shape, entry.stride)
+    made = made if old is None else as_computed(made, old)
     requires_grad = entry.requires_grad if old is None else old.requires_grad
     if isinstance(old, torch.nn.Parameter):
         return torch.nn.Parameter(made, requires_grad=requires_grad)

@@ -7,17 +7,21 @@ optimizers. Most of it is found alike by the digests of its chunks, and not read
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.format.wholes import Wholes
 from fastckpt.options import Options
 from fastckpt.reading.alike import unlike, values_of, values_unlike
 from fastckpt.repository.saved_ranks import SavedRanks
+from fastckpt.state.naming import named_tensors
 from fastckpt.training.partly import load_partly
 from fastckpt.training.replicas import is_in
 from fastckpt.training.rng import RNGState
+from fastckpt.training.sharded import was_spread
 
 _KEPT = 8  # votes, which are needed again when parts are put together; one may take 10 MB
 
@@ -50,7 +54,7 @@ class Differing:
             names = [*self._tensors_unlike(number)]
             if not self._has_same_values(number):
                 first = self._values(0) if first is None else first
-                names += values_unlike(first, self._values(number), ())
+                names += values_unlike(first, self._values(number), (), self._joins)
             for name in names:
                 key = str(name[0]) if name else ""
                 if key in self._targets and not any(is_in(dotted(name), one) for one in self._declared):
@@ -58,6 +62,19 @@ class Differing:
             if len(others) > _KEPT:
                 self._ranks.forget(number)
         return found
+
+    def mixed(self, rank: int, spread: Collection[Name]) -> list[Name]:
+        """Of tensors that are to be spread, those that were plain and of which this rank had other bytes than rank 0: each rank takes its
+        part of its own. If all ranks look, all are compared. Errors as those of a restore.
+        """
+        return sorted((name for name in self._tensors_unlike(rank) if name in spread), key=dotted)
+
+    def _joins(self, name: Name, first: Mapping[Any, Any], other: Mapping[Any, Any]) -> bool:
+        """Whether dictionaries with other keys are put together from all ranks: tensors of modules are."""
+        if len(name) != 1:
+            return not name
+        is_module = isinstance(self._targets.get(str(name[0])), torch.nn.Module)
+        return is_module and all(isinstance(other[key], torch.Tensor) for key in other.keys() - first.keys())
 
     def _has_same_values(self, rank: int) -> bool:
         """Whether a look at the pickle is enough: unpickling takes longer than all else here, and most ranks have rank 0's to the byte.
@@ -85,6 +102,8 @@ class SavedStates(Sequence[Any]):
 
     def __init__(self, key: str, ranks: SavedRanks, options: Options, *, weights_only: bool) -> None:
         self._key, self._ranks, self._options, self._weights_only = key, ranks, options, weights_only
+        self.parts: dict[int, torch.Tensor] = {}
+        """id() → tensors of elements that stand for a rank's parts of DTensors."""
 
     def __len__(self) -> int:
         return self._ranks.commit.world
@@ -105,6 +124,10 @@ class SavedStates(Sequence[Any]):
             map_location="cpu",
             weights_only=self._weights_only,
         )
+        entries = {entry.name: entry for entry in reader.directory.tensors}
+        for named in named_tensors(state[self._key], (self._key,)):
+            if named.name in entries and was_spread(named.name, entries) and isinstance(named.value, torch.Tensor):
+                self.parts[id(named.value)] = named.value
         return state[self._key]
 
 

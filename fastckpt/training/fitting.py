@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,48 @@ def refuse_misfits(
             ", ".join(map(dotted, plain[:_SHOWN]))
             + (f" and {len(plain) - _SHOWN} more" if len(plain) > _SHOWN else ""),
         )
+
+
+def refuse_untied(targets: Mapping[str, Any], loaded: Mapping[str, Any], where: str) -> None:
+    """RestoreError for tensors that are one in a module here, and for which the loaded state has several values: one would be lost."""
+    found = [
+        words
+        for name, target in targets.items()
+        if isinstance(target, torch.nn.Module) and isinstance(loaded.get(name), dict) and copies_plainly(target)
+        for words in _untied(name, target, loaded[name])
+    ]
+    if found:
+        raise RestoreError(
+            f"{where} does not fit the Checkpointer's state:\n  "
+            + "\n  ".join(found)
+            + "\nNothing was changed. Tie in the module what was "
+            "tied when it was saved, and nothing else"
+        )
+
+
+def _untied(name: str, target: torch.nn.Module, value: dict[str, Any]) -> Iterator[str]:
+    live = target.state_dict(keep_vars=True)
+    names = names_inside(target)
+    value = value if names is None else names.to_own(value, live)
+    firsts: dict[int, str] = {}
+    for key, tensor in live.items():
+        first = firsts.setdefault(id(tensor), key)
+        one, other = value.get(first), value.get(key)
+        if first == key or not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+            continue
+        if not _are_alike(one, other):
+            yield f"{name}.{first} and {name}.{key} are one tensor here and have different values in the checkpoint"
+
+
+def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """To the bit. What cannot be compared so is not looked at: composite tensors, and those without memory."""
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout is torch.strided for t in (one, other))
+    if one is other or not plain or one.is_meta or other.is_meta or one.is_nested or one.is_quantized:
+        return True
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return True  # told elsewhere
+    bits = [t.detach().resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8) for t in (one, other)]
+    return torch.equal(*bits)
 
 
 def _advice(loaded: Mapping[Any, Any], found: _Misfits) -> str:

@@ -12,6 +12,7 @@ import torch
 from fastckpt.errors import RestoreError
 from fastckpt.format.tensor_names import Name, dotted, key_of
 from fastckpt.options import Options
+from fastckpt.reading.assembly import as_computed
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
 
@@ -101,6 +102,7 @@ class _Replacing:
         return value
 
     def _as(self, old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = as_computed(tensor, old)
         if isinstance(old, torch.nn.Parameter):
             found = self._parameters.get(id(tensor))
             if found is None:

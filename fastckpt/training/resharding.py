@@ -24,6 +24,7 @@ from fastckpt.reading.alike import unlike
 from fastckpt.reading.assembly import Target, contiguous, is_whole, moves_of
 from fastckpt.reading.ranks import assemble_from
 from fastckpt.repository.saved_ranks import SavedRanks
+from fastckpt.state.naming import named_tensors
 from fastckpt.state.sharding import boxes_of
 from fastckpt.state.shards import is_box, placed
 from fastckpt.training.fitting import refuse_misfits
@@ -80,11 +81,14 @@ class Resharding:
         self._options, self._where, self._asked = options, where, asked
         self._threads = max(options.threads, options.connections)
 
-    def load(self, given: Mapping[str, Any], left: Collection[str] = ()) -> tuple[Any, PlacementPlan]:
+    def load(
+        self, given: Mapping[str, Any], left: Collection[str] = (), saved_parts: Collection[int] = ()
+    ) -> tuple[Any, PlacementPlan]:
         """Read this rank's part. Returns the state, and the plan by which it is put into the objects.
 
         Args:
             given: for some of the objects, by name, the state that is taken instead of the saved one.
+            saved_parts: id() of tensors in `given` that are a saved rank's parts of DTensors: for these, this rank's are put together.
             left: names of objects in the checkpoint that stay as they are.
 
         Raises:
@@ -94,9 +98,10 @@ class Resharding:
         base = self._ranks.whole(self._base)
         targets = {key: target for key, target in self._targets.items() if key not in given}
         # What has no place here is refused, or passed over: it is not read.
-        wholes_here = _as_wholes(base.directory, targets)
-        entries = {n: entry for n, entry in wholes_here.items() if n[0] in targets and n[0] not in left}
-        _, patterns = live_and_sharded(targets, entries)
+        wholes_here = _as_wholes(base.directory, self._targets)
+        together = self._together(given, saved_parts, wholes_here)
+        entries = {n: e for n, e in wholes_here.items() if (n[0] in targets and n[0] not in left) or n in together}
+        _, patterns = live_and_sharded(self._targets, wholes_here)
         boxes: dict[Name, tuple[Box, ...]] = {}
         for name, pattern in patterns.items():
             boxes[name] = tuple((box.offset, box.shape) for box in boxes_of(pattern))
@@ -111,22 +116,56 @@ class Resharding:
                 f"{self._where}: the votes of its ranks contradict each other: {'; '.join(wholes.problems[:20])}"
             )
         parts = dict(_parts(entries, wholes.found, patterns, targets, base.directory))
-        self._refuse_several({name: wholes.found[name] for name in parts if wholes.found[name].was_spread})
-        plan = plan_placement(targets, _listed(base.directory, parts), self._where)
+        known = {entry.name for entry in base.directory.tensors}
+        of_others = {name: wholes.found[name] for name in parts if wholes.found[name].was_spread or name not in known}
+        self._refuse_several(of_others)
+        without = {n for n in wholes_here if n[0] in given and (n in patterns or wholes_here[n].place is not None)}
+        plan = plan_placement(self._targets, _listed(base.directory, parts, without), self._where)
         state = self._state(parts, plan)
         if isinstance(state, dict):
             state = {key: given.get(key, value) for key, value in state.items() if key not in left}
+        self._refuse_other_parts(given, together, plan)
         shapes = {name: torch.empty(part.shape, dtype=_dtype(part), device="meta") for name, part in parts.items()}
         refuse_misfits(self._targets, replaced(state, shapes), self._where, plan, strict=self._asked.strict)
         return replaced(state, self._assembled(parts, wholes.found, plan)), plan
 
-    def _refuse_several(self, spread: Mapping[Name, Whole]) -> None:
-        """RestoreError for DTensors of which ranks have parts of different ones: pipeline stages number theirs alike."""
-        found = sorted(map(dotted, unlike(self._ranks, spread, self._options, self._threads)))
+    def _together(self, given: Mapping[str, Any], saved_parts: Collection[int], wholes: _Entries) -> set[Name]:
+        """Names of given tensors that a saved rank had a part of. RestoreError for those that the base rank had none of."""
+        found = {name for name, tensor in _tensors_in(given) if id(tensor) in saved_parts}
+        lost = sorted(dotted(name) for name in found if name not in wholes or wholes[name].place is None)
+        if lost:
+            raise RestoreError(
+                f"{self._where}: `reassign` has given a rank's parts of {', '.join(lost[:20])}, which cannot be put together: rank "
+                f"{self._base} had none. Nothing was changed. Restore on {self._ranks.commit.world} ranks in the same layout"
+            )
+        return found
+
+    def _refuse_other_parts(self, given: Mapping[str, Any], together: Collection[Name], plan: PlacementPlan) -> None:
+        """RestoreError for plain tensors that `reassign` has made for DTensors and that are no parts of them."""
+        wrong = [
+            f"{dotted(name)} is {list(tensor.shape)}, and this rank's part is {list(part.shape)}"
+            for name, tensor in _tensors_in(given)
+            if name not in together
+            and local_of(tensor) is None
+            and (part := local_of(plan.sharded.get(name))) is not None
+            and part.shape != tensor.shape
+        ]
+        if wrong:
+            raise RestoreError(
+                f"{self._where}: `reassign` has given tensors that do not fit DTensors: {'; '.join(wrong[:20])}. Nothing was changed. "
+                "Return a state as it was saved, of which parts are put together, or parts of that shape"
+            )
+
+    def _refuse_several(self, of_others: Mapping[Name, Whole]) -> None:
+        """RestoreError for DTensors of which ranks have parts of different ones: pipeline stages number theirs alike. Also for what the
+        base rank does not have, where others have each its own: buffers.
+        """
+        different = unlike(self._ranks, of_others, self._options, self._threads)
+        found = sorted(map(dotted, different | {name for name, whole in of_others.items() if whole.is_contradicted}))
         if found:
             raise RestoreError(
-                f"{self._where}: of {', '.join(found[:20])} ranks had parts of different tensors. Nothing was changed. Restore on "
-                f"{self._ranks.commit.world} ranks in the same layout"
+                f"{self._where}: of {', '.join(found[:20])} ranks had parts of different tensors, or different ones. Nothing was changed. "
+                f"Restore on {self._ranks.commit.world} ranks in the same layout"
             )
 
     def _state(self, parts: Mapping[Name, _Part], plan: PlacementPlan) -> Any:
@@ -254,12 +293,12 @@ def _parts(
     listed: Directory,
 ) -> Iterator[tuple[Name, _Part]]:
     """What this rank puts together: what was spread, or is to be, and what shares memory with that; and of modules what other ranks had."""
-    saved = {entry.name: entry for entry in listed.tensors}
+    saved = {entry.name for entry in listed.tensors}
     moved = {entry.storage for name, entry in entries.items() if name in patterns or wholes[name].was_spread}
     for name, entry in entries.items():
         if entry.storage in moved:
-            own = saved[name]
-            yield name, _part(entry, patterns.get(name), (own.storage, own.offset, own.stride, own.shape))
+            # Not by what the base rank has: its parts without elements may all lie at one place of one storage.
+            yield name, _part(entry, patterns.get(name), tuple(wholes[name].blocks) or name)
     for name, whole in wholes.items():
         is_of_module = len(name) == 2 and isinstance(targets.get(str(name[0])), torch.nn.Module)
         if is_of_module and name not in saved and whole.kind in _PLAIN:
@@ -282,10 +321,18 @@ def _part(entry: TensorEntry, pattern: Any, identity: Any) -> _Part:
     return _Part(entry, tuple(rows), needed, identity)
 
 
-def _listed(base: Directory, parts: Mapping[Name, _Part]) -> Directory:
-    """What a directory of this rank would list."""
+def _tensors_in(given: Mapping[str, Any]) -> Iterator[tuple[Name, torch.Tensor]]:
+    for key, state in given.items():
+        for named in named_tensors(state, (key,)):
+            if isinstance(named.value, torch.Tensor):
+                yield named.name, named.value
+
+
+def _listed(base: Directory, parts: Mapping[Name, _Part], without: Collection[Name]) -> Directory:
+    """What a directory of this rank would list. without: names that have no row, unless they are of a part."""
     storages = list(base.storages)
-    tensors = [entry for entry in base.tensors if (entry.name[:-2] if is_box(entry) else entry.name) not in parts]
+    others = {*parts, *without}
+    tensors = [entry for entry in base.tensors if (entry.name[:-2] if is_box(entry) else entry.name) not in others]
     for part in parts.values():
         old = part.whole.storage
         location = base.storages[old].location if old < len(base.storages) else "cpu"

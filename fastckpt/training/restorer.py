@@ -6,6 +6,8 @@ import pickle
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from fastckpt.errors import (
     CorruptCheckpointError,
     NoCheckpointError,
@@ -16,6 +18,7 @@ from fastckpt.errors import (
 )
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit, Skipped
+from fastckpt.format.tensor_names import dotted
 from fastckpt.ranks.world import ALONE
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
@@ -28,7 +31,7 @@ from fastckpt.store.base import Store
 from fastckpt.training import stateful
 from fastckpt.training.differing import Differing, SavedStates
 from fastckpt.training.engine import Engine
-from fastckpt.training.fitting import refuse_misfits, spread_otherwise
+from fastckpt.training.fitting import refuse_misfits, refuse_untied, spread_otherwise
 from fastckpt.training.placement import PlacementPlan, plan_placement
 from fastckpt.training.resharding import Resharding, is_to_be_spread
 from fastckpt.training.restore_asked import Reassign, RestoreAsked
@@ -158,6 +161,7 @@ class Restorer:
                 if not (spread_otherwise(targets, plan) or is_to_be_spread(targets, plan)):
                     loaded = self._load_whole(reader, plan, asked.weights_only)
                     refuse_misfits(targets, loaded, location, plan, strict=asked.strict)
+                    refuse_untied(targets, loaded, location)
                     return Loaded(commit, loaded, plan, asked.strict)
             # Not through `store`: what one rank of a node leaves there is not what the others need.
             ranks = SavedRanks(self._repository.store, commit) if compared is None else compared.ranks
@@ -184,6 +188,7 @@ class Restorer:
         commit, world, targets = ranks.commit, self._world, self._live.targets
         given: dict[str, Any] = {}
         left: set[str] = set()
+        parts: dict[int, torch.Tensor] = {}
         if commit.world != world.size:
             if differing is None:
                 differing = self._differing(ranks, asked, range(commit.world))
@@ -203,11 +208,28 @@ class Restorer:
                     left.add(key)
                 else:
                     given[key] = value
+                    parts |= states.parts
         base = world.rank if commit.world == world.size else 0
         taken = {key: target for key, target in targets.items() if key not in left}
         resharding = Resharding(taken, ranks, base, self._options, location, asked)
-        loaded, plan = resharding.load(given, left)
+        loaded, plan = resharding.load(given, left, parts)
+        refuse_untied(taken, loaded, location)
+        if base:
+            self._refuse_mixture(ranks, base, plan, asked)
         return Loaded(commit, loaded, plan, asked.strict, frozenset(left))
+
+    def _refuse_mixture(self, ranks: SavedRanks, base: int, plan: PlacementPlan, asked: RestoreAsked) -> None:
+        """RestoreError if DTensors would be made of plain tensors of several ranks that are not the same."""
+        compared = Differing(
+            self._live.targets, self._live.replicated, ranks, self._options, weights_only=asked.weights_only
+        )
+        found = [dotted(name) for name in compared.mixed(base, plan.sharded)]
+        if found:
+            raise RestoreError(
+                f"{self._repository.location(ranks.commit.checkpoint)}: {', '.join(found[:20])} of rank {base} is not that of rank 0, and "
+                "is to be spread over ranks here, which would mix them. Nothing was changed. Restore in the layout that was saved, or load "
+                "one rank's with fastckpt.open(url, rank=…)"
+            )
 
     def _differing(self, ranks: SavedRanks, asked: RestoreAsked, numbers: Iterable[int]) -> dict[str, str]:
         """What of the objects is not the same on these saved ranks. RefusedStateError where that cannot be seen without running code."""
