@@ -334,10 +334,12 @@ def _made(target: Target, plan: _Plan, loader: StorageLoader) -> torch.Tensor:
 
 
 def _new(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Memory straight from the kernel, where it is much: what threads take from malloc may never be given back."""
+    """Memory straight from the kernel, where it is much: what threads take from malloc may never be given back. All zeros: blocks of
+    hostile votes may overlap, and leave something out.
+    """
     n_bytes = math.prod(shape) * dtype.itemsize
     if n_bytes < _MAPPED_BYTES:
-        return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.zeros(shape, dtype=_BY_WIDTH[dtype.itemsize], device="cpu").view(dtype)
     return _over(torch.from_numpy(fresh_pages(n_bytes)).untyped_storage(), dtype, shape, contiguous(shape))
 
 

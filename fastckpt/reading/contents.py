@@ -16,6 +16,7 @@ from fastckpt.format.wholes import Whole, Wholes
 from fastckpt.options import Options
 from fastckpt.reading.assembly import Target, assemble
 from fastckpt.reading.chunk_reader import Reader, summary
+from fastckpt.reading.lazy_views import lazy_views
 from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, LastChunk, StorageLoader, check_size
 
 
@@ -50,6 +51,9 @@ class Contents(Protocol):
 
     def ranks_of(self, name: Name) -> tuple[int, ...]:
         """Where each of several ranks had its own tensor of this name: the ranks. () for all others. May read."""
+
+    def lazy_views_of(self, name: Name) -> frozenset[str]:
+        """See `reading.lazy_views`: what a tensor of this name may be."""
 
     def require_fetchable(self, n_bytes: int) -> None:
         """TooLargeError, UnsupportedFormatError if a storage of so many bytes cannot be read here."""
@@ -91,6 +95,13 @@ class OfContainer:
 
     def ranks_of(self, name: Name) -> tuple[int, ...]:
         return ()
+
+    def lazy_views_of(self, name: Name) -> frozenset[str]:
+        return self._lazy_views
+
+    @cached_property
+    def _lazy_views(self) -> frozenset[str]:
+        return lazy_views(self.reader.skeleton)
 
     def require_fetchable(self, n_bytes: int) -> None:
         check_size(self.reader, n_bytes, self._options.max_load_bytes)

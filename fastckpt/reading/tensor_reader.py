@@ -137,7 +137,21 @@ class TensorReader(Mapping[str, Any]):
                 raise UnsupportedFormatError(
                     f"{dotted(entry.name)!r} is quantized: its scales are in the skeleton, use fastckpt.load"
                 )
+            self._require_plain(entry)
             self._contents.require_fetchable(self._contents.directory.storages[entry.storage].n_bytes)
+
+    def _require_plain(self, entry: TensorEntry) -> None:
+        """UnsupportedFormatError for a tensor whose bytes may not be its values."""
+        element = None if entry.dtype.startswith(NUMPY_PREFIX) else getattr(torch, entry.dtype)
+        if element is None or not (element.is_complex or element.is_floating_point):
+            return
+        lazies = self._contents.lazy_views_of(entry.name) - (set() if element.is_complex else {"conj"})
+        if lazies:
+            kinds = " or ".join({"conj": "conjugated", "neg": "negated"}[kind] for kind in sorted(lazies))
+            raise UnsupportedFormatError(
+                f"{dotted(entry.name)!r} may be {kinds} when it is read, as c.conj() and c.conj().imag are: only the skeleton says which "
+                "tensors of this object are. Use fastckpt.load; or save c.resolve_conj().resolve_neg()"
+            )
 
     def _lend(self, entry: TensorEntry) -> UntypedStorage | None:
         """The storage that is shared with a tensor of another name, if one of those is alive."""

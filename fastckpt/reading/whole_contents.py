@@ -23,6 +23,7 @@ from fastckpt.options import Options
 from fastckpt.reading.alike import unlike
 from fastckpt.reading.assembly import Move, Source, Target, contiguous, is_whole, moves_of
 from fastckpt.reading.contents import Contents, OfContainer
+from fastckpt.reading.lazy_views import lazy_views
 from fastckpt.reading.ranks import Ranks, assemble_from
 
 _NOTHING = StorageEntry("uint8", 0, "cpu", None)
@@ -46,6 +47,8 @@ class WholeContents:
                     firsts[rank, entry.storage] = listed.storages[entry.storage]
         self.wholes: Mapping[Name, Whole] = wholes.found
         self.directory, self._targets = _listed(wholes.found, firsts)
+        self._lazy_views: dict[int, frozenset[str]] = {}
+        """By rank."""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -71,6 +74,16 @@ class WholeContents:
         """Of what several ranks have, and do not say that they have alike: the names of what is not."""
         doubtful = {n: whole for n, whole in self.wholes.items() if whole.doubtful and not _overlap(whole)}
         return unlike(self.ranks, doubtful, self.options, self.threads)
+
+    def lazy_views_of(self, name: Name) -> frozenset[str]:
+        """Opens the votes that the tensor is read from anyway."""
+        whole = self.wholes.get(name)
+        found: frozenset[str] = frozenset()
+        for rank in {block.rank for block in whole.blocks} if whole is not None else ():
+            if rank not in self._lazy_views:
+                self._lazy_views[rank] = lazy_views(self.ranks.vote(rank).skeleton)
+            found |= self._lazy_views[rank]
+        return found
 
     def require_fetchable(self, n_bytes: int) -> None:
         if n_bytes > self.options.max_load_bytes:

@@ -12,7 +12,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fastckpt
-from fastckpt.errors import UnknownTensorError
+from fastckpt.errors import UnknownTensorError, UnsupportedFormatError
+from fastckpt.reading.lazy_views import lazy_views
 from tests.support.readers import index_of
 
 # torch deprecates its quantized types, which people still have in their files.
@@ -209,3 +210,39 @@ def test_names_that_look_alike_are_not_mixed_up(tmp_path: Path) -> None:
         assert (state["a.b"].item(), state["a"]["b"].item()) == (1, 0)  # type: ignore[attr-defined]
         with pytest.raises(UnknownTensorError):
             reader.load_into({"a": (torch.zeros(1),)})
+
+
+def saved_and_opened(state: Any) -> Any:
+    file = io.BytesIO()
+    fastckpt.save(state, file)
+    file.seek(0)
+    return fastckpt.open(file)
+
+
+def test_what_torch_conjugates_when_it_is_read_is_refused_in_words() -> None:
+    """The bytes of such a tensor are not its values, and only the skeleton says which tensors these are."""
+    c = torch.complex(torch.arange(4.0), torch.ones(4))
+    for state, names in (
+        ({"x": c.conj(), "real": torch.ones(2), "n": torch.arange(3)}, ["x"]),
+        ({"x": c.conj().imag, "c": c.clone(), "n": torch.arange(3)}, ["x", "c"]),
+    ):
+        reader = saved_and_opened(state)
+        for name, value in state.items():
+            if name in names:
+                with pytest.raises(UnsupportedFormatError, match=r"may be (conjugated|negated).*fastckpt\.load"):
+                    reader[name]
+            else:
+                assert torch.equal(reader[name], value)
+        with pytest.raises(UnsupportedFormatError):
+            reader.load_into({"x": torch.empty_like(state["x"].resolve_conj().resolve_neg())})
+    resolved: dict[str, Any] = {
+        "x": c.conj().resolve_conj(),
+        "y": c.conj().imag.resolve_neg(),
+        "conj": c.clone(),
+        "neg": torch.ones(1),
+        "conjugate": True,
+    }
+    reader = saved_and_opened(resolved)
+    assert all(torch.equal(reader[name], resolved[name]) for name in ("x", "y", "conj", "neg"))
+    assert lazy_views(b"") == frozenset()
+    assert lazy_views(b"X\x04\x00\x00\x00conj\x88neg") == {"conj", "neg"}, "a stream that cannot be scanned"
