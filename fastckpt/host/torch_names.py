@@ -305,3 +305,9 @@ def persistent_buffers(module: torch.nn.Module) -> list[str]:
 def gradient_hooks(module: torch.nn.parallel.DistributedDataParallel) -> list[Any]:
     """What averages the gradients in place of torch's own way; [] where nothing does. A list of the module since 2.0."""
     return [hook for hook, _ in getattr(module, "_comm_hooks", ())]
+
+
+def negative_view(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, negated when it is read. `torch._neg_view` since 1.10."""
+    found: torch.Tensor = torch._neg_view(tensor)
+    return found

@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch.storage import UntypedStorage
 
-from fastckpt.format.directory import Directory
+from fastckpt.format.directory import Directory, TensorEntry
 from fastckpt.format.tensor_names import Name
 from fastckpt.format.wholes import Whole, Wholes
 from fastckpt.options import Options
 from fastckpt.reading.assembly import Target, assemble
 from fastckpt.reading.chunk_reader import Reader, summary
-from fastckpt.reading.lazy_views import lazy_views
+from fastckpt.reading.lazy_views import View, lazy_views
 from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, LastChunk, StorageLoader, check_size
 
 
@@ -52,8 +52,8 @@ class Contents(Protocol):
     def ranks_of(self, name: Name) -> tuple[int, ...]:
         """Where each of several ranks had its own tensor of this name: the ranks. () for all others. May read."""
 
-    def lazy_views_of(self, name: Name) -> frozenset[str]:
-        """See `reading.lazy_views`: what a tensor of this name may be."""
+    def lazy_kinds_of(self, entry: TensorEntry) -> frozenset[str] | None:
+        """See `reading.lazy_views`: what this tensor is. None: that cannot be said, though it may be something."""
 
     def require_fetchable(self, n_bytes: int) -> None:
         """TooLargeError, UnsupportedFormatError if a storage of so many bytes cannot be read here."""
@@ -96,11 +96,13 @@ class OfContainer:
     def ranks_of(self, name: Name) -> tuple[int, ...]:
         return ()
 
-    def lazy_views_of(self, name: Name) -> frozenset[str]:
-        return self._lazy_views
+    def lazy_kinds_of(self, entry: TensorEntry) -> frozenset[str] | None:
+        found = self._lazy_views
+        view = (entry.storage, entry.offset, entry.shape, entry.stride)
+        return None if found is None else found.get(view, frozenset())
 
     @cached_property
-    def _lazy_views(self) -> frozenset[str]:
+    def _lazy_views(self) -> Mapping[View, frozenset[str]] | None:
         return lazy_views(self.reader.skeleton)
 
     def require_fetchable(self, n_bytes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from fastckpt.format.directory import TensorEntry
 from fastckpt.format.element_types import NUMPY_PREFIX
 from fastckpt.format.shares import some_ranks
 from fastckpt.format.tensor_names import Key, Name, dotted
-from fastckpt.host.torch_names import storage_behind
+from fastckpt.host.torch_names import negative_view, storage_behind
 from fastckpt.reading.contents import Contents, Storages
 from fastckpt.reading.copy_into import CopyInto
 
@@ -142,16 +142,18 @@ class TensorReader(Mapping[str, Any]):
 
     def _require_plain(self, entry: TensorEntry) -> None:
         """UnsupportedFormatError for a tensor whose bytes may not be its values."""
-        element = None if entry.dtype.startswith(NUMPY_PREFIX) else getattr(torch, entry.dtype)
-        if element is None or not (element.is_complex or element.is_floating_point):
-            return
-        lazies = self._contents.lazy_views_of(entry.name) - (set() if element.is_complex else {"conj"})
-        if lazies:
-            kinds = " or ".join({"conj": "conjugated", "neg": "negated"}[kind] for kind in sorted(lazies))
+        if self._lazy_kinds(entry) is None:
             raise UnsupportedFormatError(
-                f"{dotted(entry.name)!r} may be {kinds} when it is read, as c.conj() and c.conj().imag are: only the skeleton says which "
-                "tensors of this object are. Use fastckpt.load; or save c.resolve_conj().resolve_neg()"
+                f"{dotted(entry.name)!r} may be conjugated or negated when it is read, as c.conj() and c.conj().imag are: only the "
+                "skeleton says which tensors of this object are. Use fastckpt.load; or save c.resolve_conj().resolve_neg()"
             )
+
+    def _lazy_kinds(self, entry: TensorEntry) -> frozenset[str] | None:
+        """See `reading.lazy_views`. None of what cannot be it."""
+        element = None if entry.dtype.startswith(NUMPY_PREFIX) else getattr(torch, entry.dtype, None)
+        if element is None or not (element.is_complex or element.is_floating_point):
+            return frozenset()
+        return self._contents.lazy_kinds_of(entry)
 
     def _lend(self, entry: TensorEntry) -> UntypedStorage | None:
         """The storage that is shared with a tensor of another name, if one of those is alive."""
@@ -168,7 +170,7 @@ class TensorReader(Mapping[str, Any]):
             if storage is None:
                 dtype = getattr(torch, entry.dtype)
                 return torch.empty_strided(entry.shape, entry.stride, dtype=dtype, device="meta")
-            return _view(entry, storage)
+            return _lazily(_view(entry, storage), self._lazy_kinds(entry) or ())
         except (RuntimeError, ValueError, OverflowError, AttributeError) as error:
             # Only a hostile directory gets here: a shape that contains a 0 may have any stride, and torch and NumPy have limits.
             damage = Damage("directory", f"tensor {dotted(entry.name)!r}", "a tensor that can be made", str(error))
@@ -215,6 +217,13 @@ class TensorReader(Mapping[str, Any]):
 def _take(storages: Storages, entry: TensorEntry) -> UntypedStorage | None:
     """A storage; None for a meta tensor's."""
     return storages.take(entry.storage) if storages.has_data(entry.storage) else None
+
+
+def _lazily(tensor: Any, kinds: Collection[str]) -> Any:
+    """As the saved tensor was: over the same memory, computed when it is read."""
+    if "conj" in kinds:
+        tensor = tensor.conj()
+    return negative_view(tensor) if "neg" in kinds else tensor
 
 
 def _view(entry: TensorEntry, storage: UntypedStorage) -> Any:

@@ -47,7 +47,7 @@ class WholeContents:
                     firsts[rank, entry.storage] = listed.storages[entry.storage]
         self.wholes: Mapping[Name, Whole] = wholes.found
         self.directory, self._targets = _listed(wholes.found, firsts)
-        self._lazy_views: dict[int, frozenset[str]] = {}
+        self._has_lazy_views: dict[int, bool] = {}
         """By rank."""
 
     @property
@@ -75,15 +75,15 @@ class WholeContents:
         doubtful = {n: whole for n, whole in self.wholes.items() if whole.doubtful and not _overlap(whole)}
         return unlike(self.ranks, doubtful, self.options, self.threads)
 
-    def lazy_views_of(self, name: Name) -> frozenset[str]:
-        """Opens the votes that the tensor is read from anyway."""
-        whole = self.wholes.get(name)
-        found: frozenset[str] = frozenset()
+    def lazy_kinds_of(self, entry: TensorEntry) -> frozenset[str] | None:
+        """None where one of the ranks that it is read from has any: opens their votes, which are needed anyway."""
+        whole = self.wholes.get(entry.name)
         for rank in {block.rank for block in whole.blocks} if whole is not None else ():
-            if rank not in self._lazy_views:
-                self._lazy_views[rank] = lazy_views(self.ranks.vote(rank).skeleton)
-            found |= self._lazy_views[rank]
-        return found
+            if rank not in self._has_lazy_views:
+                self._has_lazy_views[rank] = lazy_views(self.ranks.vote(rank).skeleton) != {}
+            if self._has_lazy_views[rank]:
+                return None
+        return frozenset()
 
     def require_fetchable(self, n_bytes: int) -> None:
         if n_bytes > self.options.max_load_bytes:
