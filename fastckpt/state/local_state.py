@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import types
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -117,7 +117,7 @@ class _Walk:
                     changed[key] = made
         if not changed:
             return value
-        copied = _copy_of(value)
+        copied = copy_of(value)
         for key, made in changed.items():
             copied[key] = made
         return copied
@@ -129,14 +129,7 @@ class _Walk:
         made = [self.replaced(one, (*name, number), depth + 1) for number, one in enumerate(base.__iter__(value))]
         if all(one is other for one, other in zip(made, base.__iter__(value), strict=True)):
             return value
-        if type(value) in (list, tuple):
-            return base(made)
-        if isinstance(value, list):
-            copied = copy.copy(value)
-            copied[:] = made
-            return copied
-        make: Any = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
-        return make(made)
+        return sequence_of(value, made)
 
     def _plain(self, tensor: Any, name: Name) -> Any:
         local = local_of(tensor)
@@ -165,7 +158,18 @@ def _as(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
-def _copy_of(value: Any) -> Any:
+def sequence_of(value: Any, items: Sequence[Any]) -> Any:
+    """A list or tuple of the same kind as another one, with other items."""
+    if isinstance(value, list):
+        copied = copy.copy(value)
+        copied[:] = items
+        return copied
+    make: Any = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
+    return make(items)
+
+
+def copy_of(value: Any) -> Any:
+    """A copy of a dictionary, of whatever kind, with what else it has."""
     kind = type(value)
     if kind not in (dict, OrderedDict):
         return copy.copy(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from fastckpt.options import Options
 from fastckpt.reading.assembly import as_computed
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
+from fastckpt.state.local_state import copy_of, sequence_of
 
 
 def load_partly(
@@ -87,18 +87,12 @@ class _Replacing:
         if name not in self._above:
             return value
         if isinstance(value, dict):
-            made: Any = copy.copy(value)  # with what else it has: a module's state dict has `_metadata`
+            made = copy_of(value)
             for key, child in value.items():
                 made[key] = self.within(child, (*name, key_of(key)))
             return made
         if isinstance(value, (list, tuple)):
-            children = [self.within(child, (*name, number)) for number, child in enumerate(value)]
-            if isinstance(value, list):
-                made = copy.copy(value)
-                made[:] = children
-                return made
-            make: Any = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
-            return make(children)
+            return sequence_of(value, [self.within(child, (*name, number)) for number, child in enumerate(value)])
         return value
 
     def _as(self, old: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from fastckpt.format.directory import TensorEntry
 from fastckpt.format.tensor_names import BOX, Name, dotted, key_of
 from fastckpt.host.torch_names import dtensor_around, local_of, replicated_like
-from fastckpt.state.local_state import localised
+from fastckpt.state.local_state import copy_of, localised, sequence_of
 from fastckpt.state.naming import named_tensors
 from fastckpt.state.sharding import boxes_of
 from fastckpt.state.shards import is_box
@@ -149,17 +148,11 @@ def _into(value: Any, name: Name, sharded: Mapping[Name, Any], made: dict[int, A
         if name in sharded and local_of(value) is None:
             found = _around(value, sharded[name])
     elif isinstance(value, dict):
-        found = copy.copy(value)  # with what else it has: a module's state dict has `_metadata`
+        found = copy_of(value)
         for key, child in value.items():
             found[key] = _into(child, (*name, key_of(key)), sharded, made)
     elif isinstance(value, (list, tuple)):
-        children = [_into(child, (*name, number), sharded, made) for number, child in enumerate(value)]
-        if isinstance(value, list):
-            found = copy.copy(value)
-            found[:] = children
-        else:
-            make: Any = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
-            found = make(children)
+        found = sequence_of(value, [_into(c, (*name, number), sharded, made) for number, c in enumerate(value)])
     made[id(value)] = found
     return found
 
