@@ -26,6 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import measure, output
+from benchmarks.processes import enter_rank
 from benchmarks.tables import cell
 
 BARS = {"cpu_s": 0.8, "seconds": 0.6}
@@ -49,14 +50,7 @@ class Disk:
 
 def rank_main(rank: int, settings: dict[str, Any], results: Any) -> None:
     """One rank: all contenders in turn, round after round."""
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(settings["ranks"]),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(settings["ranks"]),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(settings["port"]),
-    )
+    enter_rank(rank, settings)
     import torch
     import torch.distributed as dist
 

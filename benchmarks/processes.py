@@ -44,3 +44,15 @@ def answer(result: dict[str, Any], load_average: float, out: str) -> NoReturn:
     Path(out).write_text(json.dumps({**result, "load_average": load_average, "at": time.time()}))
     sys.stdout.flush()
     os._exit(0)  # no waiting for a rival's threads, no complaints of a process group that nobody took down
+
+
+def enter_rank(rank: int, settings: dict[str, Any]) -> None:
+    """Let torch find the other ranks of a job on this machine. settings: with "ranks", how many there are, and the "port" of rank 0."""
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(settings["ranks"]),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(settings["ranks"]),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(settings["port"]),
+    )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure
+from benchmarks.processes import enter_rank
 from benchmarks.tables import cell
 
 SAVED = ("FSDP2", 4)
@@ -141,14 +142,7 @@ def run_job(kind: str, n: int, function: str, settings: dict[str, Any]) -> list[
 
 
 def _rank_main(rank: int, settings: dict[str, Any], out: str) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(settings["ranks"]),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(settings["ranks"]),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(settings["port"]),
-    )
+    enter_rank(rank, settings)
     import torch
     import torch.distributed as dist
 
