@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,16 +36,19 @@ def load_object(
     places: Sequence[str] | None = None,
     beyond_torch: bool = False,
     wanted: Sequence[int] | None = None,
+    aliases: Mapping[int, UntypedStorage] | None = None,
 ) -> Any:
     """Unpickle the object; `threads` threads read, verify and decode its storages ahead of the unpickler.
 
     places, beyond_torch: see `Rebuild`. wanted: the only storages that are read, by number; tensors over others are meta tensors.
+    aliases: storages that are not read: the tensors of the object are over these instead, which keep what they hold. `fill` reads them.
 
     CorruptCheckpointError lists all damage; TooLargeError is raised before anything is allocated; pickle.UnpicklingError.
     """
     started = time.perf_counter()
     storages = reader.directory.storages
-    numbers = range(len(storages)) if wanted is None else wanted
+    aliases = aliases or {}
+    numbers = [n for n in (range(len(storages)) if wanted is None else wanted) if n not in aliases]
     n_bytes = sum(storages[n].n_bytes for n in numbers if storages[n].extents is not None)
     if not reader.skeleton:
         raise CheckpointError(
@@ -62,10 +65,10 @@ def load_object(
     events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
     stays = _stays_on_host(reader, map_location, places, numbers)
     window = (None if stays else DEVICE_WINDOW_BYTES) if read_ahead else 0
-    with StorageLoader(reader, threads, window, wanted) as loader:
+    with StorageLoader(reader, threads, window, numbers) as loader:
         rebuild = Rebuild(
             reader.skeleton,
-            loader if wanted is None else _Some(loader, frozenset(wanted)),
+            loader if wanted is None and not aliases else _Some(loader, frozenset(numbers), aliases),
             reader.source.name,
             map_location,
             weights_only,
@@ -84,19 +87,20 @@ def load_object(
 
 
 class _Some(NamedTuple):
-    """A StorageProvider of some storages; the others have no data."""
+    """A StorageProvider of some storages, and of aliases of others; the rest has no data."""
 
     loader: StorageLoader
     wanted: frozenset[int]
+    aliases: Mapping[int, UntypedStorage]
 
     def n_bytes(self, number: int) -> int | None:
         return self.loader.n_bytes(number)
 
     def has_data(self, number: int) -> bool:
-        return number in self.wanted and self.loader.has_data(number)
+        return number in self.aliases or (number in self.wanted and self.loader.has_data(number))
 
     def take(self, number: int) -> UntypedStorage:
-        return self.loader.take(number)
+        return self.aliases[number] if number in self.aliases else self.loader.take(number)
 
 
 def _refuses(reader: Reader, beyond_torch: bool) -> bool:

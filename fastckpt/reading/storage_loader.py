@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import NoReturn
 
@@ -68,10 +68,10 @@ def _pool(threads: int, name: str) -> WorkerPool | None:
 class _Loading:
     """A storage in flight: its memory, and the number of chunks that are still missing."""
 
-    def __init__(self, n_bytes: int, missing: int) -> None:
+    def __init__(self, n_bytes: int, missing: int, given: U8 | None) -> None:
         # NumPy's memory: a storage over it cannot be resized, like torch.load's. A resizable storage would let a hostile skeleton ask for a
         # tensor past its end, and read whatever fresh memory holds.
-        self.view = _new_memory(n_bytes)
+        self.view = _new_memory(n_bytes) if given is None else given
         self.storage: UntypedStorage = torch.from_numpy(self.view).untyped_storage()
         self.missing = missing
 
@@ -79,9 +79,10 @@ class _Loading:
 class _Window:
     """The storages in memory that were not taken yet. Under the loader's lock, except for `view`."""
 
-    def __init__(self, limit_bytes: int | None) -> None:
-        """limit_bytes: the window is full from this size on; None: never."""
+    def __init__(self, limit_bytes: int | None, given: Mapping[int, U8]) -> None:
+        """limit_bytes: the window is full from this size on; None: never. given: memory of the caller, by number of storage."""
         self._limit_bytes = limit_bytes
+        self._given = given
         self._held_bytes = 0
         self._loading: dict[int, _Loading] = {}
         self._entered: set[int] = set()
@@ -96,7 +97,7 @@ class _Window:
         """Give a storage its memory, unless it has had it. n_chunks: number of chunks that have to arrive."""
         if number not in self._entered:
             self._entered.add(number)
-            self._loading[number] = _Loading(n_bytes, n_chunks)
+            self._loading[number] = _Loading(n_bytes, n_chunks, self._given.get(number))
             self._held_bytes += n_bytes
 
     def view(self, number: int) -> U8:
@@ -182,12 +183,15 @@ class StorageLoader:
         window_bytes: int | None,
         wanted: Sequence[int] | None = None,
         last_chunk: LastChunk | None = None,
+        given: Mapping[int, U8] | None = None,
     ) -> None:
-        """window_bytes: see the module; None: no limit. wanted: see `LoadPlan`. last_chunk: a cache of the caller, for small tensors."""
+        """window_bytes: see the module; None: no limit. wanted: see `LoadPlan`. last_chunk: a cache of the caller, for small tensors.
+        given: memory of the caller that storages are written into, by number; each as long as its storage.
+        """
         self._reader = reader
         self._storages = reader.directory.storages
         self._plan = LoadPlan(reader, wanted)
-        self._window = _Window(window_bytes)
+        self._window = _Window(window_bytes, given or {})
         self._last_chunk = last_chunk
         self._scheduled: set[int] = set()
         """Numbers of the chunks that were given to threads, or loaded."""
