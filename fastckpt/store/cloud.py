@@ -19,7 +19,6 @@ import email.utils
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from fastckpt.errors import ObjectExistsError, ObjectNotFoundError, StoreError, StoreUnavailableError
@@ -28,7 +27,7 @@ from fastckpt.kernels.checksums import crc64nvme
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_name, check_prefix
 from fastckpt.store.cloud_connection import Connection, connect
 from fastckpt.store.cloud_errors import BeyondEndError
-from fastckpt.store.cloud_http import HttpClient, HttpResponse
+from fastckpt.store.cloud_http import HttpResponse
 from fastckpt.store.cloud_lifecycle import NotRulesError, harms, read_rules
 from fastckpt.store.cloud_listing import NotAListingError, read_page
 from fastckpt.store.cloud_requests import MOST_ERROR_BYTES, ChecksumError, Requests, fill
@@ -231,12 +230,9 @@ class S3Store(Store):
 
     def harmful_rules(self) -> tuple[str, ...]:
         """As the contract says: lifecycle rules that delete by age under the prefix, or archive (s3:GetLifecycleConfiguration)."""
-        server = self.connection.server
-        patience_s, connect_s = (min(_ADVICE_S, s) for s in (server.stall_timeout_s, server.connect_timeout_s))
-        client = HttpClient(replace(server, connect_timeout_s=connect_s, stall_timeout_s=patience_s))
         doing = "look at the lifecycle rules of"
         try:
-            with self._requests.ask(doing, "", "GET", query={"lifecycle": ""}, http=client) as response:
+            with self._requests.ask(doing, "", "GET", query={"lifecycle": ""}, most_s=_ADVICE_S) as response:
                 rules = read_rules(response.read(_MOST_RULES_BYTES))
         except (
             StoreError,
@@ -244,8 +240,6 @@ class S3Store(Store):
         ) as error:  # not allowed, not known to the server, not set, too slow: advice only, so no error
             logger.debug("%s: lifecycle rules are not known: %s", self.url, error)
             return ()
-        finally:
-            client.close()
         return tuple(harms(rules, self.connection.prefix))
 
     def close(self) -> None:

@@ -14,12 +14,10 @@ import socket
 import ssl
 import time
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from fastckpt.errors import StoreError
 from fastckpt.events import logger
-from fastckpt.store.cloud_proxy import proxy_of
 from fastckpt.store.cloud_socket import Connection, HttpError, PlainSocket, Server, Watch, tls_context, words_of
 
 _MOST_UNREAD_BYTES = 64 << 10  # rest of an answer: more is not read just to keep a connection
@@ -33,18 +31,20 @@ _TELL_AGAIN_S = 30.0
 
 
 class HttpClient:
-    """Requests to one server, from any thread. A forked process opens connections of its own."""
+    """Requests to one server, from any thread. A forked process opens connections of its own.
 
-    def __init__(self, server: Server) -> None:
+    proxy: host, port and headers of the proxy to the server, as `proxy_of` finds it. None: no proxy.
+    """
+
+    def __init__(self, server: Server, proxy: tuple[str, int, dict[str, str]] | None = None) -> None:
         parts = urllib.parse.urlsplit(server.endpoint)
         self.server = server
         self._tls = parts.scheme == "https"
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if self._tls else 80)
-        self._proxy = proxy_of(server.endpoint)
+        self._proxy = proxy
         # A deque needs no lock; a fork could leave a lock locked.
         self._idle: collections.deque[tuple[int, float, Connection]] = collections.deque()
-        self._closed = False
         self._told_s = -_TELL_AGAIN_S
 
     @property
@@ -54,12 +54,19 @@ class HttpClient:
         return f"{host}:{self._port}" + (f" (by the proxy {self._proxy[0]}:{self._proxy[1]})" if self._proxy else "")
 
     def request(
-        self, method: str, target: str, headers: Mapping[str, str], body: memoryview | None = None
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: memoryview | None = None,
+        *,
+        most_s: float | None = None,
     ) -> HttpResponse:
         """Send a request and wait for the head of the answer. HttpError. `target`: path and query, quoted. Content-Length is added if there
-        is a body.
+        is a body. most_s: shorter time-outs than the server's, for a request that nobody should wait for.
         """
-        connection = self._connection()
+        server = self.server if most_s is None else self.server.within(most_s)
+        connection = self._connection(server)
         try:
             if self._proxy and not self._tls:
                 target = urllib.parse.urlunsplit(("http", headers["host"], *urllib.parse.urlsplit(target)[2:]))
@@ -68,7 +75,7 @@ class HttpClient:
             if body is not None or method == "PUT":
                 lines.append(f"content-length: {0 if body is None else body.nbytes}")
             head = "\r\n".join([*lines, "", ""]).encode("ascii")
-            watch = self._watch(method, connection, 0 if body is None else body.nbytes)
+            watch = self._watch(server, method, connection, 0 if body is None else body.nbytes)
             return self._exchange(connection, watch, method, head, body)
         except OSError as error:  # ssl.SSLError is one
             connection.close()
@@ -94,8 +101,8 @@ class HttpClient:
             raise
         return HttpResponse(self, connection, watch, method)
 
-    def _watch(self, method: str, connection: Connection, body_bytes: int) -> Watch:
-        return Watch(self.server, self.place, method, connection, body_bytes, self._tell)
+    def _watch(self, server: Server, method: str, connection: Connection, body_bytes: int) -> Watch:
+        return Watch(server, self.place, method, connection, body_bytes, self._tell)
 
     def _tell(self, text: str) -> None:
         """Warn that something takes long, at most once in 30 s."""
@@ -104,54 +111,62 @@ class HttpClient:
             self._told_s = now
             logger.warning("%s", text)
 
-    def _connection(self) -> Connection:
-        if self._closed:
-            raise StoreError(f"the connections to {self.place} are closed")
+    def _connection(self, server: Server) -> Connection:
         while True:
             try:
                 pid, since_s, connection = self._idle.pop()
             except IndexError:
-                return self._connect()
+                return self._connect(server)
             if pid == os.getpid() and time.monotonic() - since_s < _IDLE_S and connection.is_quiet():
                 return connection
             connection.close()
 
     def keep(self, connection: Connection) -> None:
         """Take back a connection whose answer was read completely."""
-        if self._closed or len(self._idle) >= self.server.connections:
+        self._drop(lambda since_s: time.monotonic() - since_s >= _IDLE_S)
+        if len(self._idle) >= self.server.connections:
             connection.close()
         else:
             self._idle.append((os.getpid(), time.monotonic(), connection))
 
-    def close(self) -> None:
-        """Close idle connections; requests in flight go on."""
-        self._closed = True
-        while self._idle:
-            self._idle.pop()[2].close()
+    def drop_idle(self) -> None:
+        """Close idle connections; requests in flight go on, and later ones open new connections."""
+        self._drop(lambda since_s: True)
 
-    def _connect(self) -> Connection:
+    def _drop(self, is_old: Callable[[float], bool]) -> None:
+        while True:
+            try:
+                oldest = self._idle.popleft()
+            except IndexError:
+                return
+            if not is_old(oldest[1]):
+                self._idle.appendleft(oldest)
+                return
+            oldest[2].close()
+
+    def _connect(self, server: Server) -> Connection:
         host, port = self._proxy[:2] if self._proxy else (self._host, self._port)
         plain: socket.socket | None = None
         try:
-            found = socket.create_connection((host, port), self.server.connect_timeout_s)
+            found = socket.create_connection((host, port), server.connect_timeout_s)
             plain = PlainSocket(fileno=found.detach())
-            plain.settimeout(self.server.connect_timeout_s)
+            plain.settimeout(server.connect_timeout_s)
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if not self._tls:
-                return Connection(plain, self.server.stall_timeout_s)
+                return Connection(plain, server.stall_timeout_s)
             if self._proxy:
-                self._tunnel(Connection(plain, self.server.stall_timeout_s))
-                plain.settimeout(self.server.connect_timeout_s)
-            encrypted = tls_context(self.server.ca_bundle).wrap_socket(plain, server_hostname=self._host)
-            return Connection(encrypted, self.server.stall_timeout_s)
+                self._tunnel(server, Connection(plain, server.stall_timeout_s))
+                plain.settimeout(server.connect_timeout_s)
+            encrypted = tls_context(server.ca_bundle).wrap_socket(plain, server_hostname=self._host)
+            return Connection(encrypted, server.stall_timeout_s)
         except BaseException as error:
             if plain is not None:
                 plain.close()
             if isinstance(error, (OSError, UnicodeError)):  # UnicodeError: a name that DNS cannot have
-                raise self._no_connection(error) from error
+                raise self._no_connection(server, error) from error
             raise
 
-    def _tunnel(self, connection: Connection) -> None:
+    def _tunnel(self, server: Server, connection: Connection) -> None:
         assert self._proxy is not None
         name = f"{self._host}:{self._port}"
         lines = [
@@ -159,14 +174,14 @@ class HttpClient:
             f"host: {name}",
             *(f"{name}: {value}" for name, value in self._proxy[2].items()),
         ]
-        watch = self._watch("CONNECT", connection, 0)
+        watch = self._watch(server, "CONNECT", connection, 0)
         connection.send(memoryview("\r\n".join([*lines, "", ""]).encode("ascii")), watch)
         status, _ = connection.read_head(watch)
         if not 200 <= status < 300:
             raise HttpError(f"the proxy {self._proxy[0]}:{self._proxy[1]} refuses with HTTP {status}", never_sent=True)
 
-    def _no_connection(self, error: OSError | UnicodeError) -> HttpError:
-        place, timeout_s = self.place, self.server.connect_timeout_s
+    def _no_connection(self, server: Server, error: OSError | UnicodeError) -> HttpError:
+        place, timeout_s = self.place, server.connect_timeout_s
         if isinstance(error, ssl.SSLCertVerificationError):
             return HttpError(
                 f"the certificate of {place} is not trusted ({error.verify_message}). Name the authority's certificate in AWS_CA_BUNDLE or "

@@ -21,7 +21,8 @@ from fastckpt.store.cloud_errors import (
     translate,
     wants_checksum,
 )
-from fastckpt.store.cloud_http import HttpClient, HttpResponse
+from fastckpt.store.cloud_http import HttpResponse
+from fastckpt.store.cloud_pool import shared_client
 from fastckpt.store.cloud_proxy import host_header
 from fastckpt.store.cloud_signature import NO_PAYLOAD, UNSIGNED_PAYLOAD, quoted_path, quoted_query, signed
 from fastckpt.store.cloud_socket import HttpError
@@ -42,7 +43,7 @@ class Requests:
         self.url = f"s3://{connection.bucket}" + (f"/{connection.prefix}" if connection.prefix else "")
         self.bucket_seen = False
         """Whether any answer has shown that the bucket exists."""
-        self._http = HttpClient(connection.server)
+        self._http = shared_client(connection.server)
         self._closed = False
 
     def _path(self, name: str) -> str:
@@ -65,12 +66,12 @@ class Requests:
         query: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         body: memoryview | None = None,
-        http: HttpClient | None = None,
+        most_s: float | None = None,
     ) -> Iterator[HttpResponse]:
         """Send one request and return its answer, if that is a success; else raise a subclass of StoreError. With `query` the request is
         for the bucket, else for the object `key`.
 
-        http: a client with shorter time-outs, to be used instead of the store's.
+        most_s: longest time without progress, if that is to be shorter than the store's.
         """
         if self._closed:
             raise StoreError(f"{self.url} is closed")
@@ -93,8 +94,8 @@ class Requests:
             datetime.datetime.now(datetime.timezone.utc),
         )
         try:
-            with (http or self._http).request(
-                method, f"{path}?{asked}" if asked else path, {**sent, **_NOT_SIGNED}, body
+            with self._http.request(
+                method, f"{path}?{asked}" if asked else path, {**sent, **_NOT_SIGNED}, body, most_s=most_s
             ) as response:
                 if 200 <= response.status < 300:
                     yield response
@@ -149,9 +150,8 @@ class Requests:
         return found
 
     def close(self) -> None:
-        """Send nothing more. Requests in flight go on."""
+        """Send nothing more. Requests in flight go on. The connections stay, for other stores of this process."""
         self._closed = True
-        self._http.close()
 
 
 def fill(response: HttpResponse, view: memoryview) -> None:

@@ -20,7 +20,7 @@ import struct
 import termios
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _PIECE_BYTES = 1 << 20
 _MOST_HEAD_BYTES = 64 << 10
@@ -58,6 +58,14 @@ class Server:
     slowest_bytes_per_s: int = 256 << 10
     connections: int = 16
     """Number of connections kept open between requests."""
+
+    def within(self, most_s: float) -> Server:
+        """The same server with time-outs of at most `most_s`."""
+        return replace(
+            self,
+            connect_timeout_s=min(most_s, self.connect_timeout_s),
+            stall_timeout_s=min(most_s, self.stall_timeout_s),
+        )
 
 
 class Watch:

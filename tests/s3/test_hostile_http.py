@@ -74,13 +74,13 @@ def test_an_answer_that_is_none_is_an_error(serve: Start, first: bytes, again: b
     client = serve(first, again)
     with pytest.raises(HttpError, match=words):
         whole(client)
-    client.close()
+    client.drop_idle()
 
 
 def test_an_honest_answer_in_chunks(serve: Start) -> None:
     client = serve(CHUNKED + b"5;x=y\r\nhello\r\n1\r\n!\r\n0\r\na: b\r\n\r\n", b"")
     assert whole(client) == b"hello!"
-    client.close()
+    client.drop_idle()
 
 
 REFUSAL = b"HTTP/1.1 403 Forbidden\r\ncontent-length: 4\r\n\r\nwhy?"

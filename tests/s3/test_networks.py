@@ -28,7 +28,7 @@ from fastckpt.errors import (
 )
 from fastckpt.store.cloud import S3Store, open_s3
 from fastckpt.store.cloud_connection import connect
-from fastckpt.store.cloud_http import proxy_of
+from fastckpt.store.cloud_proxy import proxy_of
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.fault_proxy import FaultProxy
 from fastckpt.writing.object_sink import ObjectSink
