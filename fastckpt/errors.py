@@ -222,6 +222,14 @@ class ObjectExistsError(StoreError):
     """`put_if_absent` found an existing object."""
 
 
+class ObjectChangedError(StoreError):
+    """`replace_if_match` found another version of the object than the one that was read. Nothing was written."""
+
+
+class UnsupportedVerbError(StoreError):
+    """The store does not have this optional operation. Nothing was written."""
+
+
 def as_save_error(error: BaseException, step: int) -> BaseException:
     """Convert an error of the machine into the one that a Checkpointer's save raises: a SaveError with `error` as its cause.
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from fastckpt import events
-from fastckpt.errors import CheckpointError, MissingObjectError, StoreUnavailableError, UnreadableError
+from fastckpt.errors import (
+    CheckpointError,
+    MissingObjectError,
+    ObjectChangedError,
+    StoreUnavailableError,
+    UnreadableError,
+    UnsupportedVerbError,
+)
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId
 from fastckpt.format.repository_records import Commit, Tombstone, tombstone_bytes, utc_now
 from fastckpt.repository.catalog import Catalog
-from fastckpt.repository.commit import create, read_commit
+from fastckpt.repository.commit import create, read_for_replacing
 from fastckpt.repository.file_tables import packs_of
 from fastckpt.repository.inventory import Inventory, take_inventory
 from fastckpt.repository.known_records import KnownRecords
@@ -224,10 +231,7 @@ class Collector:
 
     def _put_tombstone(self, checkpoint: CheckpointId, key: str, why: str) -> bool:
         """Put a tombstone. False if an unfinished save turned out to be committed: then the save stays."""
-        try:
-            found: Commit | Tombstone | None = read_commit(self._store, checkpoint)  # the record as it is now
-        except MissingObjectError:
-            found = None
+        found, version = read_for_replacing(self._store, checkpoint)  # the record as it is now
         if isinstance(found, Tombstone):
             return True
         if (found is None) != (why == UNFINISHED):  # the state has changed since the plan was made
@@ -237,10 +241,27 @@ class Collector:
         if found is None:
             if create(self._store, key, data) != data:
                 return False
-        else:
-            self._store.put(key, data)
+        elif not self._replace(key, data, version):
+            return False
         self._living.discard(checkpoint)
         events.emit(events.Retired(target=self._store.url, epoch=checkpoint.epoch, step=checkpoint.step, why=why))
+        return True
+
+    def _replace(self, key: str, data: bytes, version: str | None) -> bool:
+        """Replace a record. False if somebody has changed it since it was read: the next pass looks at it again.
+
+        A bucket's policy may allow a replacement only with the condition that the record is still the one that was read. A store that
+        cannot check that gets a plain overwrite.
+        """
+        if version is not None:
+            try:
+                self._store.replace_if_match(key, data, version)
+                return True
+            except ObjectChangedError:
+                return False
+            except UnsupportedVerbError:
+                pass
+        self._store.put(key, data)
         return True
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from fastckpt import events
 from fastckpt.errors import (
@@ -18,6 +19,7 @@ from fastckpt.errors import (
     ObjectExistsError,
     ObjectNotFoundError,
     RepositoryError,
+    UnsupportedVerbError,
 )
 from fastckpt.format import keys
 from fastckpt.format.digest import digest
@@ -31,6 +33,8 @@ from fastckpt.reading.object_source import BytesSource, ObjectSource
 from fastckpt.repository.inventory import take_inventory
 from fastckpt.repository.vote_set import VoteSetState, vote_set_of
 from fastckpt.store.base import ObjectInfo, Store
+
+T = TypeVar("T")
 
 MAX_VOTE_BYTES = 2 << 30
 _READS_AT_ONCE = 64
@@ -133,12 +137,34 @@ def read_sealed(store: Store, key: str, listed: ObjectInfo | None = None) -> byt
     if listed is None:
         with named_object(store, key):
             listed = store.head(key)
-    n_bytes = listed.n_bytes
+    with named_object(store, key):
+        return _read_small(store, key, listed.n_bytes, store.get)
+
+
+def _read_small(store: Store, key: str, n_bytes: int, get: Callable[[str], T]) -> T:
+    """CorruptCheckpointError if the object is larger than any record; it is not read then."""
     if n_bytes > MAX_SEALED_BYTES:
         damage = Damage(key.partition("/")[0], "length", f"at most {MAX_SEALED_BYTES}", str(n_bytes))
         raise CorruptCheckpointError(f"{store.url}/{key}", [damage])
-    with named_object(store, key):
-        return store.get(key)
+    return get(key)
+
+
+def read_for_replacing(store: Store, checkpoint: CheckpointId) -> tuple[Commit | Tombstone | None, str | None]:
+    """The record at a commit key, if there is one, and its version for `replace_if_match`; None: the store tells no versions apart.
+
+    UnreadableError.
+    """
+    key, version = commit_key(checkpoint), None
+    try:
+        with named_object(store, key):
+            listed = store.head(key)
+            try:
+                data, version = _read_small(store, key, listed.n_bytes, store.get_version)
+            except UnsupportedVerbError:
+                data = read_sealed(store, key, listed)
+    except MissingObjectError:
+        return None, None
+    return parse_commit_record(data, checkpoint, f"{store.url}/{key}"), version
 
 
 def create(store: Store, key: str, data: bytes) -> bytes:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from fastckpt.errors import StoreError
+from fastckpt.errors import StoreError, UnsupportedVerbError
 
 MAX_KEY_BYTES = 1024
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]{1,255}")
@@ -87,6 +87,7 @@ class Store(abc.ABC):
     * StoreFullError: there is no room for the object, on the disk or by a quota. Nothing of it was written.
     * ObjectNotFoundError: of `get`, `get_into` and `head`.
     * ObjectExistsError: of `put_if_absent`.
+    * ObjectChangedError: of `replace_if_match`. UnsupportedVerbError: of `get_version` and `replace_if_match`, which a store may leave out.
     * StoreError itself: anything else (an invalid key, a closed store); another try will not help.
     """
 
@@ -177,6 +178,34 @@ class Store(abc.ABC):
         Raises:
             StoreError: as the class says.
         """
+
+    def get_version(self, key: str) -> tuple[bytes, str]:
+        """Return the whole object, as `get` does, and a name for this version of it, for `replace_if_match`. Optional.
+
+        Raises:
+            UnsupportedVerbError: the store does not have this operation.
+            ObjectNotFoundError: there is no object.
+            StoreError: as the class says.
+        """
+        raise UnsupportedVerbError(f"{self.url} does not tell versions of {key} apart")
+
+    def replace_if_match(self, key: str, data: Any, version: str) -> None:
+        """Replace an object if it is still the version that `get_version` has read. Optional.
+
+        A bucket's policy may forbid to replace a record in any other way (docs/stores.md).
+
+        Args:
+            key: what `check_key` accepts.
+            data: as for `put`.
+            version: from `get_version`.
+
+        Raises:
+            UnsupportedVerbError: the store does not have this operation.
+            ObjectChangedError: the object is another version now; it stays as it is.
+            ObjectNotFoundError: there is none any more.
+            StoreError: as for `put`.
+        """
+        raise UnsupportedVerbError(f"{self.url} has no conditional replacement of {key}")
 
     def harmful_rules(self) -> tuple[str, ...]:
         """Sentences for a person about rules of the storage service itself that delete objects of this store, or make them unreadable.

@@ -21,16 +21,22 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from fastckpt.errors import ObjectExistsError, ObjectNotFoundError, StoreError, StoreUnavailableError
+from fastckpt.errors import (
+    ObjectChangedError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StoreError,
+    StoreUnavailableError,
+    UnsupportedVerbError,
+)
 from fastckpt.events import logger
 from fastckpt.kernels.checksums import crc64nvme
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_name, check_prefix
 from fastckpt.store.cloud_connection import Connection, connect
 from fastckpt.store.cloud_errors import BeyondEndError
-from fastckpt.store.cloud_http import HttpResponse
 from fastckpt.store.cloud_lifecycle import NotRulesError, harms, read_rules
 from fastckpt.store.cloud_listing import NotAListingError, read_page
-from fastckpt.store.cloud_requests import MOST_ERROR_BYTES, ChecksumError, Requests, fill
+from fastckpt.store.cloud_requests import MOST_ERROR_BYTES, ChecksumError, Requests, fill, require_etag
 
 MAX_PUT_BYTES = 5 << 30
 """S3's limit for one PUT."""
@@ -54,6 +60,7 @@ class S3Store(Store):
         self.url = self._requests.url
         self._check: Callable[[str], str] = check_name if any_names else check_key
         self._checksum = connection.checksum
+        self._bare_etags = False
         self._strangers_told = False
 
     def __repr__(self) -> str:
@@ -67,6 +74,27 @@ class S3Store(Store):
         try.
         """
         self._put("put_if_absent", key, data, {"if-none-match": "*"})
+
+    def replace_if_match(self, key: str, data: Any, version: str) -> None:
+        """As the contract says: a PUT with If-Match. RFC 9110 quotes the ETag; Ceph 16 answers 412 to that, and takes it without quotes.
+        So after a 412 the object is looked at: if it has not changed, the other form is tried, and used from then on.
+        """
+        for bare in (self._bare_etags, not self._bare_etags):
+            try:
+                self._put("replace", key, data, {"if-match": version.strip('"') if bare else version})
+            except ObjectExistsError:
+                if self._etag(key) != version:
+                    raise ObjectChangedError(f"replace {self.url}/{key}: it is not the version that was read") from None
+                continue
+            self._bare_etags = bare
+            return
+        raise UnsupportedVerbError(
+            f"replace {self.url}/{key}: the server says that the object has changed, and it has not: its If-Match cannot be used"
+        )
+
+    def _etag(self, key: str) -> str:
+        with self._requests.ask("head", key, "HEAD") as response:
+            return response.headers.get("etag", "")
 
     def _put(self, doing: str, key: str, data: Any, headers: dict[str, str]) -> None:
         self._check(key)
@@ -96,23 +124,21 @@ class S3Store(Store):
             doing, key, "PUT", headers={**headers, **_checksum_headers(self._checksum, body)}, body=body
         ) as response:
             response.read(MOST_ERROR_BYTES)
-            self._check_etag(doing, key, response)
+            require_etag(response, f"{doing} {self.url}/{key}")
 
     def get(self, key: str) -> bytes:
+        return self.get_version(key)[0]
+
+    def get_version(self, key: str) -> tuple[bytes, str]:
+        """As the contract says; the version is the ETag."""
         self._check(key)
         with self._requests.ask("get", key, "GET") as response:
-            self._check_etag("get", key, response)
+            require_etag(response, f"get {self.url}/{key}")
             if response.n_bytes is None:
                 raise StoreUnavailableError(f"get {self.url}/{key}: the answer does not say how long it is")
             out = bytearray(response.n_bytes)
             fill(response, memoryview(out))
-            return bytes(out)
-
-    def _check_etag(self, doing: str, key: str, response: HttpResponse) -> None:
-        if "etag" not in response.headers:  # an error page sent with status 200; S3 never omits it
-            raise StoreUnavailableError(
-                f"{doing} {self.url}/{key}: the answer is not one of S3 (it has no ETag): a proxy or a login page may have spoken"
-            )
+            return bytes(out), response.headers["etag"]
 
     def get_into(self, key: str, offset: int, out: Any) -> None:
         """As the contract says. The bytes go directly from the connection into `out`."""
@@ -125,7 +151,7 @@ class S3Store(Store):
         end = offset + view.nbytes
         try:
             with self._requests.ask("get", key, "GET", headers={"range": f"bytes={offset}-{end - 1}"}) as response:
-                self._check_etag("get", key, response)
+                require_etag(response, f"get {self.url}/{key}")
                 found = _RANGE.fullmatch(response.headers.get("content-range", ""))
                 start, stop, size = (int(found[1]), int(found[2]) + 1, int(found[3])) if found else (0, 0, 0)
                 if found is None or response.status != 206 or start != offset or stop != min(end, size):
@@ -142,7 +168,7 @@ class S3Store(Store):
         self._check(key)
         try:
             with self._requests.ask("head", key, "HEAD") as response:
-                self._check_etag("head", key, response)
+                require_etag(response, f"head {self.url}/{key}")
                 at = email.utils.parsedate_to_datetime(response.headers.get("last-modified", ""))
                 if response.n_bytes is None:
                     raise ValueError("it has no length")

@@ -20,6 +20,7 @@ from fastckpt.errors import (
     StoreError,
     StoreFullError,
     StoreUnavailableError,
+    UnsupportedVerbError,
 )
 
 _MAX_MESSAGE = 300
@@ -205,4 +206,5 @@ def _classify(answer: Answer, region: str) -> tuple[type[StoreError], str]:
         step = _NEXT_STEPS.get(code, "Check the credentials and the policies of user and bucket")
         return StoreAccessError, f"not allowed ({answer}). {step}"
     step = _NEXT_STEPS.get(code, "")
-    return StoreError, f"refused ({answer})" + (f". {step}" if step else "")
+    kind = UnsupportedVerbError if status == 501 else StoreError
+    return kind, f"refused ({answer})" + (f". {step}" if step else "")

@@ -154,6 +154,14 @@ class Requests:
         self._closed = True
 
 
+def require_etag(response: HttpResponse, what: str) -> None:
+    """StoreUnavailableError for an answer without an ETag: an error page sent with status 200; S3 never omits it."""
+    if "etag" not in response.headers:
+        raise StoreUnavailableError(
+            f"{what}: the answer is not one of S3 (it has no ETag): a proxy or a login page may have spoken"
+        )
+
+
 def fill(response: HttpResponse, view: memoryview) -> None:
     """Fill the view with the body. HttpError if it has another length."""
     at = 0

@@ -128,19 +128,12 @@ class LocalStore(Store):
         with self._mapped(key, "reading"), self._opened(key) as fd:
             n_bytes = os.fstat(fd).st_size
             out = bytearray(n_bytes)
-            self._fill(fd, 0, memoryview(out), key)
+            _fill(fd, 0, memoryview(out), f"{self.url}/{key}")
             return bytes(out)
 
     def get_into(self, key: str, offset: int, out: Any) -> None:
         with self._mapped(key, "reading"), self._opened(key) as fd:
-            self._fill(fd, offset, memoryview(out).cast("B"), key)
-
-    def _fill(self, fd: int, offset: int, view: memoryview, key: str) -> None:
-        while view.nbytes:
-            n = os.preadv(fd, [view[:_MAX_READ_BYTES]], offset)
-            if n == 0:
-                raise EOFError(f"{self.url}/{key} ends at byte {offset}: {view.nbytes} more were expected")
-            view, offset = view[n:], offset + n
+            _fill(fd, offset, memoryview(out).cast("B"), f"{self.url}/{key}")
 
     def head(self, key: str) -> ObjectInfo:
         with self._mapped(key, "looking at"):
@@ -184,24 +177,33 @@ class LocalStore(Store):
                 remove_file(path)
             directory = os.path.dirname(path)
             with contextlib.suppress(OSError):  # deleted meanwhile, or not permitted
-                self._remove_debris(directory)
+                _remove_debris(directory)
             remove_empty_directories(directory, self._root)
 
-    def _remove_debris(self, directory: str) -> None:
-        """Remove unfinished files of killed writers, if nothing else is left in the directory.
 
-        Such files exist only where the file system has no unnamed files; they would keep a save's directory for ever. The search ends at
-        the first other entry, so deleting all objects of a directory stays cheap.
-        """
-        stale = []
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if not _is_temporary(entry.name):
-                    return
-                stale.append(entry.path)
-        if all(time.time() - os.lstat(path).st_mtime > _STALE_S for path in stale):
-            for path in stale:
-                os.unlink(path)
+def _fill(fd: int, offset: int, view: memoryview, where: str) -> None:
+    while view.nbytes:
+        n = os.preadv(fd, [view[:_MAX_READ_BYTES]], offset)
+        if n == 0:
+            raise EOFError(f"{where} ends at byte {offset}: {view.nbytes} more were expected")
+        view, offset = view[n:], offset + n
+
+
+def _remove_debris(directory: str) -> None:
+    """Remove unfinished files of killed writers, if nothing else is left in the directory.
+
+    Such files exist only where the file system has no unnamed files; they would keep a save's directory for ever. The search ends at
+    the first other entry, so deleting all objects of a directory stays cheap.
+    """
+    stale = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if not _is_temporary(entry.name):
+                return
+            stale.append(entry.path)
+    if all(time.time() - os.lstat(path).st_mtime > _STALE_S for path in stale):
+        for path in stale:
+            os.unlink(path)
 
 
 def _is_temporary(name: str) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fastckpt.errors import ObjectExistsError, ObjectNotFoundError
+from fastckpt.errors import ObjectChangedError, ObjectExistsError, ObjectNotFoundError
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_prefix
 
 
@@ -25,12 +25,19 @@ class MemoryStore(Store):
         self._clock = clock
         self._lock = threading.Lock()
         self._objects: dict[str, tuple[bytes, float]] = {}
+        self._versions: dict[str, int] = {}
+        """How often each key was written."""
 
     def put(self, key: str, data: Any) -> None:
         check_key(key)
         copy = bytes(memoryview(data).cast("B"))
         with self._lock:
-            self._objects[key] = copy, self._clock()
+            self._write(key, copy)
+
+    def _write(self, key: str, copy: bytes) -> None:
+        """Under the lock."""
+        self._objects[key] = copy, self._clock()
+        self._versions[key] = self._versions.get(key, 0) + 1
 
     def put_if_absent(self, key: str, data: Any) -> None:
         check_key(key)
@@ -38,7 +45,25 @@ class MemoryStore(Store):
         with self._lock:
             if key in self._objects:
                 raise ObjectExistsError(f"{self.url}/{key} exists already")
-            self._objects[key] = copy, self._clock()
+            self._write(key, copy)
+
+    def get_version(self, key: str) -> tuple[bytes, str]:
+        check_key(key)
+        with self._lock:
+            found, version = self._objects.get(key), self._versions.get(key, 0)
+        if found is None:
+            raise ObjectNotFoundError(f"{self.url}/{key} does not exist")
+        return found[0], str(version)
+
+    def replace_if_match(self, key: str, data: Any, version: str) -> None:
+        check_key(key)
+        copy = bytes(memoryview(data).cast("B"))
+        with self._lock:
+            if key not in self._objects:
+                raise ObjectNotFoundError(f"{self.url}/{key} does not exist")
+            if str(self._versions[key]) != version:
+                raise ObjectChangedError(f"{self.url}/{key} is not the version that was read")
+            self._write(key, copy)
 
     def _find(self, key: str) -> tuple[bytes, float]:
         check_key(key)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from fastckpt import events
-from fastckpt.errors import ObjectExistsError, StoreUnavailableError
+from fastckpt.errors import ObjectChangedError, ObjectExistsError, StoreUnavailableError
 from fastckpt.events import logger
 from fastckpt.store import late_writes
 from fastckpt.store.base import ObjectInfo, Store
@@ -38,6 +38,12 @@ class Wrapper(Store):
 
     def put_if_absent(self, key: str, data: Any) -> None:
         self._call("put_if_absent", key, lambda: self.inner.put_if_absent(key, data))
+
+    def get_version(self, key: str) -> tuple[bytes, str]:
+        return self._call("get_version", key, lambda: self.inner.get_version(key))
+
+    def replace_if_match(self, key: str, data: Any, version: str) -> None:
+        self._call("replace_if_match", key, lambda: self.inner.replace_if_match(key, data, version))
 
     def get(self, key: str) -> bytes:
         return self._call("get", key, lambda: self.inner.get(key))
@@ -70,7 +76,8 @@ class Retrying(Wrapper):
     try.
 
     If an earlier try of a create ended without an answer, and the next one meets an object, the object is read back: equal bytes count as
-    ours. A put without an answer is noted (`late_writes`), because it may still arrive.
+    ours. So too for a replacement that meets another version. A put without an answer is noted (`late_writes`), because it may still
+    arrive.
     """
 
     def __init__(
@@ -116,6 +123,22 @@ class Retrying(Wrapper):
                     raise
 
         self._call("put_if_absent", key, once)
+
+    def replace_if_match(self, key: str, data: Any, version: str) -> None:
+        unanswered = False
+
+        def once() -> None:
+            nonlocal unanswered
+            try:
+                self.inner.replace_if_match(key, data, version)
+            except StoreUnavailableError:
+                unanswered = True
+                raise
+            except ObjectChangedError:
+                if not unanswered or self.inner.get(key) != bytes(memoryview(data).cast("B")):
+                    raise
+
+        self._call("replace_if_match", key, once)
 
     def _call(self, verb: str, key: str, operation: Callable[[], T]) -> T:
         started, attempt = self._clock(), 0

@@ -52,7 +52,7 @@ class FaultyStore(Wrapper):
                 self._hook(number, verb, key, "after")
         if self._mode == "after":
             operation()
-        elif self._mode == "delayed" and verb in ("put", "put_if_absent", "delete"):
+        elif self._mode == "delayed" and verb in ("put", "put_if_absent", "replace_if_match", "delete"):
             self._late.append(operation)
         raise self._error(f"operation {number}, {verb} {key}, was made to fail ({self._mode})")
 
@@ -64,6 +64,10 @@ class FaultyStore(Wrapper):
     def put_if_absent(self, key: str, data: Any) -> None:
         copy = bytes(memoryview(data).cast("B")) if self._mode == "delayed" else data
         super().put_if_absent(key, copy)
+
+    def replace_if_match(self, key: str, data: Any, version: str) -> None:
+        copy = bytes(memoryview(data).cast("B")) if self._mode == "delayed" else data
+        super().replace_if_match(key, copy, version)
 
     def release(self) -> None:
         """Let the delayed writes take effect; the store's answers to them are ignored."""

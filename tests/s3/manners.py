@@ -10,11 +10,14 @@ it answers, and returns True, or returns False and lets the next one see it. Whe
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import email.utils
+import fnmatch
 import hashlib
 import itertools
+import json
 import re
 import socket
 import ssl
@@ -31,6 +34,8 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 import torch
+
+from fastckpt.kernels.checksums import crc64nvme
 
 NAMESPACE = "http://s3.amazonaws.com/doc/2006-03-01/"
 Manner = Callable[["Request"], bool]
@@ -105,6 +110,13 @@ class Request(BaseHTTPRequestHandler):
     def _put(self) -> None:
         with self.server.lock:
             if self.headers.get("If-None-Match") == "*" and self.key in self.server.objects:
+                self.refuse(412, "PreconditionFailed")
+                return
+            wanted = self.headers.get("If-Match")
+            if wanted is not None and self.key not in self.server.objects:
+                self.refuse(404, "NoSuchKey")
+                return
+            if wanted is not None and wanted != _etag(self.server.objects[self.key]):
                 self.refuse(412, "PreconditionFailed")
                 return
             self.server.objects[self.key] = self.body
@@ -262,6 +274,70 @@ def object_lock(request: Request) -> bool:
         "InvalidRequest",
         "Content-MD5 OR x-amz-checksum- HTTP header is required for Put Object requests with Object Lock parameters",
     )
+
+
+def no_if_none_match(request: Request) -> bool:
+    """Backblaze B2, by its documents, and S3-like servers of before 2024: the header is ignored, and the object overwritten."""
+    if "If-None-Match" in request.headers:
+        del request.headers["If-None-Match"]
+    return False
+
+
+def no_if_match(request: Request) -> bool:
+    """As `no_if_none_match`, for the other condition."""
+    if "If-Match" in request.headers:
+        del request.headers["If-Match"]
+    return False
+
+
+def bare_if_match(request: Request) -> bool:
+    """Ceph 16 compares If-Match with the ETag as it keeps it, without quotes: ceph/ceph, rgw_op.cc, RGWPutObj."""
+    wanted = request.headers.get("If-Match")
+    if wanted is not None:
+        request.headers.replace_header("If-Match", f'"{wanted}"')
+    return False
+
+
+def if_match_is_never_met(request: Request) -> bool:
+    return "If-Match" in request.headers and request.refuse(412, "PreconditionFailed")
+
+
+def no_ranges(request: Request) -> bool:
+    """A gateway or cache that sends the whole object with status 200, as RFC 9110, section 14.2, allows."""
+    if "Range" in request.headers:
+        del request.headers["Range"]
+    return False
+
+
+def verifies_checksums(request: Request) -> bool:
+    """S3's manual, "Checking object integrity": a body that differs from its checksum is refused."""
+    md5 = request.headers.get("Content-MD5")
+    crc = request.headers.get("x-amz-checksum-crc64nvme")
+    if md5 and md5 != base64.b64encode(hashlib.md5(request.body).digest()).decode():
+        return request.refuse(400, "BadDigest", "The Content-MD5 you specified did not match what we received.")
+    if crc and crc != base64.b64encode(crc64nvme(request.body).to_bytes(8, "big")).decode():
+        return request.refuse(400, "BadDigest", "The CRC64NVME you specified did not match what we received.")
+    return False
+
+
+def denies(policy: str) -> Manner:
+    """A bucket's policy as S3's manual describes it, "Enforce conditional writes": its Deny statements with the condition Null."""
+    statements = [one for one in json.loads(policy)["Statement"] if one["Effect"] == "Deny"]
+    asked = {"s3:if-match": "If-Match", "s3:if-none-match": "If-None-Match"}
+
+    def denied(request: Request, statement: Any) -> bool:
+        name = f"arn:aws:s3:::{request.bucket}/{request.key}"
+        return (
+            request.command == "PUT"
+            and "s3:PutObject" in statement["Action"]
+            and any(fnmatch.fnmatchcase(name, resource) for resource in statement["Resource"])
+            and all(
+                (asked[condition] not in request.headers) == (null == "true")
+                for condition, null in statement["Condition"]["Null"].items()
+            )
+        )
+
+    return lambda request: any(denied(request, one) for one in statements) and request.refuse(403, "AccessDenied", "no")
 
 
 def lifecycle(rules: str) -> Manner:
