@@ -1,10 +1,10 @@
-"""The command line: fastckpt ls | show | check | analyze | prune | restore | salvage | trace (docs/cli.md).
+"""The command line: fastckpt ls | show | check | analyze | probe | prune | restore | salvage | trace (docs/cli.md).
 
 Data goes to stdout, messages to stderr; `--json` is a contract.
 
 exit status
   0    done; nothing wrong
-  1    check found damage, or something that it cannot vouch for; salvage could not get out everything
+  1    check found damage, or something that it cannot vouch for; salvage could not get out everything; probe: no repository can be held
   2    wrong usage; or a question that nobody answered (--yes)
   3    no checkpoint, repository or recording, or damaged so that it cannot be read, or of another version
   4    the operating system or the store said no: no such file, permission denied, no answer
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fastckpt._version import __version__
-from fastckpt.cli import analyze, check, ls, prune, restore, salvage, show, trace
+from fastckpt.cli import analyze, check, ls, probe, prune, restore, salvage, show, trace
 from fastckpt.cli.output import (
     BAD_CHECKPOINT,
     INTERRUPTED,
@@ -54,6 +54,7 @@ COMMANDS: dict[str, Command] = {
     "show": show,
     "check": check,
     "analyze": analyze,
+    "probe": probe,
     "prune": prune,
     "restore": restore,
     "salvage": salvage,

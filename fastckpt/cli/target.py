@@ -70,13 +70,20 @@ def local_path(text: str) -> Path | None:
     return None if is_url(found) else Path(os.path.expanduser(found))
 
 
-def _store(url: str, endpoint_url: str | None, *, single_object: bool = False) -> Store:
+def open_any_store(text: str, endpoint_url: str | None, *, connections: int) -> Store:
+    """The store at a path or URL, whatever is there. connections: to keep open, where that can be set. StoreError, WrongUsageError."""
+    path = local_path(text)
+    return _store(str(path) if path is not None else text, endpoint_url, connections=connections)
+
+
+def _store(url: str, endpoint_url: str | None, *, single_object: bool = False, connections: int | None = None) -> Store:
     """Open a store. WrongUsageError: the URL is invalid; StoreError: the store cannot be used."""
     settings: dict[str, Any] = {}
     try:
         if location(url).startswith("s3://"):
             settings |= {"endpoint_url": endpoint_url} if endpoint_url is not None else {}
             settings |= {"any_names": True} if single_object else {}
+            settings |= {"connections": connections} if connections is not None else {}
         return open_store(url, **settings)
     except StoreError as error:
         if _names_a_place(url):

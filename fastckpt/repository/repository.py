@@ -6,12 +6,11 @@ RepositoryError.
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from collections.abc import Iterable
 from typing import NoReturn
 
-from fastckpt.errors import ObjectNotFoundError, RepositoryError, StoreError
+from fastckpt.errors import ObjectNotFoundError, RepositoryError
 from fastckpt.format import keys
 from fastckpt.format.keys import epoch_key
 from fastckpt.format.repository_records import (
@@ -29,6 +28,8 @@ from fastckpt.repository.commit import create, read_sealed
 from fastckpt.repository.inventory import take_inventory
 from fastckpt.repository.record_reader import RecordReader
 from fastckpt.store.base import Store
+from fastckpt.store.findings import refusals
+from fastckpt.store.probe import look
 
 _README = """This is a fastckpt repository: the checkpoints of a training run.
 
@@ -45,7 +46,6 @@ pins/      checkpoints that are being read
 Do not delete, move or change anything here by hand, and set no lifecycle rule that deletes or archives objects by age: old files in data/
 can belong to the newest checkpoint. A rule that aborts incomplete multipart uploads, or one that expires *noncurrent versions*, is safe.
 """
-_PROBE = "probe/"
 
 
 class Repository(RecordReader):
@@ -123,22 +123,12 @@ class Repository(RecordReader):
 
     def probe(self) -> None:
         """RepositoryError unless `put_if_absent` refuses to replace an object, and a new object can be listed and read at once."""
-        place = f"{_PROBE}{secrets.token_hex(8)}/"
-        key = f"{place}object"
-        first, second = b"first " + key.encode(), b"second " + key.encode()
-        try:
-            there = create(self.store, key, first), create(self.store, key, second)
-            listed = [info.key for info in self.store.list(place)]
-            if there != (first, first) or key not in listed:
-                raise RepositoryError(
-                    f"{self.url}: this store overwrites where it was asked to create, or does not list what was written: two "
-                    "processes could destroy each other's checkpoints. Use a store with conditional writes (docs/stores.md)"
-                )
-        finally:
-            with contextlib.suppress(
-                StoreError
-            ):  # without the right to delete, some 40 bytes stay: a writer does not need that right
-                self.store.delete(key)
+        why = refusals(look(self.store))
+        if why:
+            raise RepositoryError(
+                f"{self.url} cannot hold a repository: {'; '.join(why)}. Use a store with conditional writes (docs/stores.md); `fastckpt "
+                "probe` shows what this one does. fastckpt.save and load need none"
+            )
 
     def claim(
         self,

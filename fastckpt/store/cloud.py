@@ -34,9 +34,10 @@ from fastckpt.kernels.checksums import crc64nvme
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_name, check_prefix
 from fastckpt.store.cloud_connection import Connection, connect
 from fastckpt.store.cloud_errors import BeyondEndError
+from fastckpt.store.cloud_http import HttpResponse
 from fastckpt.store.cloud_lifecycle import NotRulesError, harms, read_rules
 from fastckpt.store.cloud_listing import NotAListingError, read_page
-from fastckpt.store.cloud_requests import MOST_ERROR_BYTES, ChecksumError, Requests, fill, require_etag
+from fastckpt.store.cloud_requests import MOST_ERROR_BYTES, ChecksumError, Requests, fill, fill_from_whole, require_etag
 
 MAX_PUT_BYTES = 5 << 30
 """S3's limit for one PUT."""
@@ -61,6 +62,7 @@ class S3Store(Store):
         self._check: Callable[[str], str] = check_name if any_names else check_key
         self._checksum = connection.checksum
         self._bare_etags = False
+        self._ranges_told = False
         self._strangers_told = False
 
     def __repr__(self) -> str:
@@ -152,13 +154,16 @@ class S3Store(Store):
         try:
             with self._requests.ask("get", key, "GET", headers={"range": f"bytes={offset}-{end - 1}"}) as response:
                 require_etag(response, f"get {self.url}/{key}")
-                found = _RANGE.fullmatch(response.headers.get("content-range", ""))
-                start, stop, size = (int(found[1]), int(found[2]) + 1, int(found[3])) if found else (0, 0, 0)
-                if found is None or response.status != 206 or start != offset or stop != min(end, size):
-                    raise StoreUnavailableError(
-                        f"get {self.url}/{key}: bytes {start} to {stop} of {size} came (HTTP {response.status}): expected {offset} to {end}"
-                    )
-                fill(response, view[: stop - start])
+                if response.status == 200 and response.n_bytes is not None:
+                    size = response.n_bytes
+                    if not self._ranges_told:
+                        self._ranges_told = True
+                        logger.warning(
+                            "%s: the server ignores ranges and sends whole objects: reading takes longer", self.url
+                        )
+                    fill_from_whole(response, offset, view, f"get {self.url}/{key}")
+                else:
+                    size = _fill_range(response, offset, view, f"get {self.url}/{key}")
         except BeyondEndError as error:
             raise EOFError(f"{self.url}/{key} ends at or before byte {offset}: expected {end} or more") from error
         if size < end:
@@ -272,6 +277,19 @@ class S3Store(Store):
         self._requests.close()
 
 
+def _fill_range(response: HttpResponse, offset: int, view: memoryview, what: str) -> int:
+    """Fill the view, as far as the object reaches, with a range of it; returns the object's size. StoreUnavailableError: another range."""
+    end = offset + view.nbytes
+    found = _RANGE.fullmatch(response.headers.get("content-range", ""))
+    start, stop, size = (int(found[1]), int(found[2]) + 1, int(found[3])) if found else (0, 0, 0)
+    if found is None or response.status != 206 or start != offset or stop != min(end, size):
+        raise StoreUnavailableError(
+            f"{what}: bytes {start} to {stop} of {size} came (HTTP {response.status}): expected {offset} to {end}"
+        )
+    fill(response, view[: stop - start])
+    return size
+
+
 def _checksum_headers(kind: str | None, body: memoryview) -> dict[str, str]:
     if kind == "crc64nvme":
         value = crc64nvme(body).to_bytes(8, "big")
@@ -307,8 +325,9 @@ def open_s3(
     `expected_bucket_owner`: 12 digits; S3 refuses requests to a bucket of another AWS account.
     `anonymous`: requests without a signature, for public buckets. None: whether AWS_NO_SIGN_REQUEST is true.
     `request_payer`: the reader of a Requester Pays bucket agrees to pay. None: whether AWS_REQUEST_PAYER is "requester".
-    `checksum`: of each body, "crc64nvme" or "md5". None: over https crc64nvme, or md5 if AWS_REQUEST_CHECKSUM_CALCULATION (or the
-        profile's request_checksum_calculation) is when_required; over http no checksum, because the payload is signed.
+    `checksum`: of each body, "crc64nvme" or "md5"; "sha256": no header, the payload is signed instead, over https too. None: over https
+        crc64nvme, or md5 if AWS_REQUEST_CHECKSUM_CALCULATION (or the profile's request_checksum_calculation) is when_required; over http no
+        header, because the payload is signed.
     `stall_timeout_s`: a request without progress for so long ends with StoreUnavailableError; a PUT gets its size /
         `slowest_bytes_per_s` in addition.
     `connections`: number of connections kept open between requests. The number of simultaneous requests is not limited.

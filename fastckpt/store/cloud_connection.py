@@ -50,7 +50,7 @@ class Connection:
     anonymous: bool = False
     request_payer: bool = False
     checksum: str | None = None
-    """The checksum header for a body: "crc64nvme", "md5" or None."""
+    """What protects a body: the header "crc64nvme" or "md5"; "sha256", its signature, over https too; or None."""
 
     @property
     def endpoint(self) -> str:
@@ -205,8 +205,8 @@ def _check_account(who: Account) -> None:
 def _check_options(
     *, checksum: Any, sse: Any = None, sse_kms_key_id: Any = None, expected_bucket_owner: Any = None
 ) -> None:
-    if checksum not in (None, "crc64nvme", "md5"):
-        raise StoreError(f'checksum is {checksum!r}: expected None, "crc64nvme" or "md5"')
+    if checksum not in (None, "crc64nvme", "md5", "sha256"):
+        raise StoreError(f'checksum is {checksum!r}: expected None, "crc64nvme", "md5" or "sha256"')
     if sse not in (None, "AES256", "aws:kms"):
         raise StoreError(f'sse is {sse!r}: expected None, "AES256" or "aws:kms"')
     if sse_kms_key_id is not None and sse != "aws:kms":

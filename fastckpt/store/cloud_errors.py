@@ -160,12 +160,17 @@ def translate(answer: Answer, doing: str, where: str, secrets: Iterable[str], re
 
 def refuses_checksum(answer: Answer) -> bool:
     """Whether the server refuses the header with the body's checksum. R2 answers 501, Backblaze B2 400; both name the header."""
-    return answer.status in (400, 501) and "x-amz-checksum" in answer.message.lower()
+    return answer.status in (400, 501) and _names(answer, "x-amz-checksum")
 
 
 def wants_checksum(answer: Answer) -> bool:
     """Whether the server requires a checksum. S3 does in buckets with Object Lock, and names the header that all servers know."""
-    return answer.status == 400 and "content-md5" in answer.message.lower()
+    return answer.status == 400 and _names(answer, "content-md5")
+
+
+def _names(answer: Answer, header: str) -> bool:
+    """Whether the answer is about a header, and does not say that the body differs from it: then the same body is sent again."""
+    return answer.code not in _DAMAGED_CODES and header in answer.message.lower()
 
 
 def _host_of(url: str) -> str:

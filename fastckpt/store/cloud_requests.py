@@ -28,6 +28,8 @@ from fastckpt.store.cloud_signature import NO_PAYLOAD, UNSIGNED_PAYLOAD, quoted_
 from fastckpt.store.cloud_socket import HttpError
 
 MOST_ERROR_BYTES = 64 << 10
+MOST_WHOLE_BYTES = 64 << 20
+"""The largest object that is read whole for a part of it; packs are smaller."""
 _NOT_SIGNED = {"accept-encoding": "identity", "user-agent": f"fastckpt/{__version__}"}  # proxies change these
 
 
@@ -67,11 +69,13 @@ class Requests:
         headers: Mapping[str, str] | None = None,
         body: memoryview | None = None,
         most_s: float | None = None,
+        payload_sha256: str | None = None,
     ) -> Iterator[HttpResponse]:
         """Send one request and return its answer, if that is a success; else raise a subclass of StoreError. With `query` the request is
         for the bucket, else for the object `key`.
 
-        most_s: longest time without progress, if that is to be shorter than the store's.
+        most_s: longest time without progress, if that is to be shorter than the store's. payload_sha256: signed in
+        place of what the settings say about a body.
         """
         if self._closed:
             raise StoreError(f"{self.url} is closed")
@@ -88,7 +92,7 @@ class Requests:
             path,
             asked,
             {"host": host_header(connection.endpoint), **self._common_headers(), **(headers or {})},
-            self._payload(body),
+            payload_sha256 or self._payload(body),
             keys,
             connection.region,
             datetime.datetime.now(datetime.timezone.utc),
@@ -117,11 +121,8 @@ class Requests:
     def _payload(self, body: memoryview | None) -> str:
         if body is None:
             return NO_PAYLOAD
-        return (
-            UNSIGNED_PAYLOAD
-            if self._connection.encrypted or self._connection.anonymous
-            else hashlib.sha256(body).hexdigest()
-        )
+        signs = self._connection.checksum == "sha256" or not self._connection.encrypted
+        return hashlib.sha256(body).hexdigest() if signs and not self._connection.anonymous else UNSIGNED_PAYLOAD
 
     def _no_answer(self, error: HttpError, doing: str, where: str) -> StoreError:
         text = cut_secrets(f"{doing} {where}: {error}", self._connection.credentials.secrets)
@@ -172,3 +173,25 @@ def fill(response: HttpResponse, view: memoryview) -> None:
         at += n
     if response.read(1):
         raise HttpError(f"more bytes came than the {view.nbytes} announced")
+
+
+def fill_from_whole(response: HttpResponse, offset: int, view: memoryview, what: str) -> None:
+    """Fill the view, as far as the object reaches, from an answer that has the whole object though a range was asked for.
+
+    StoreError for a large object: each read of a part of it would get all of it. HttpError.
+    """
+    size = response.n_bytes or 0
+    if size > MOST_WHOLE_BYTES:
+        raise StoreError(
+            f"{what}: the server ignores ranges and sends all {size} bytes; more than {MOST_WHOLE_BYTES} are not read for a part. Copy the "
+            "object to a disk, or use a server or proxy that knows Range"
+        )
+    scratch = memoryview(bytearray(min(max(offset, 1), 1 << 20)))
+    left = min(offset, size)
+    while left and (n := response.read_into(scratch[:left])):
+        left -= n
+    part, at = view[: max(0, size - offset)], 0
+    while at < part.nbytes and (n := response.read_into(part[at:])):
+        at += n
+    if left or at < part.nbytes:
+        raise HttpError(f"{what}: the answer ended early")

@@ -32,6 +32,7 @@ from tests.s3.manners import (
     redirects,
     refuses,
     requester_pays,
+    verifies_checksums,
 )
 
 pytestmark = pytest.mark.usefixtures("environment")
@@ -83,6 +84,26 @@ def test_object_lock_over_http(server: MannersServer) -> None:
     store.put("b", b"2")
     assert checksums(server) == ["", "content-md5", "content-md5"]
     assert server.objects == {"run/a": b"1", "run/b": b"2"}
+
+
+@pytest.mark.parametrize("checksum", ["crc64nvme", "md5"])
+def test_a_body_that_arrived_damaged_is_sent_again_as_it_was(checksum: str, encrypted: MannersServer) -> None:
+    """S3's words for it name the header, as its words for a missing header do."""
+    flips: list[int] = []
+
+    def flips_once(request: Any) -> bool:
+        if request.command == "PUT" and not flips:
+            flips.append(1)
+            request.body = b"2"
+        return False
+
+    encrypted.manners += [flips_once, verifies_checksums]
+    with Retrying(open_s3("s3://lab/run", checksum=checksum), sleep=lambda seconds: None) as store:
+        store.put("a", b"1")
+    assert encrypted.objects == {"run/a": b"1"}
+    assert [name.removeprefix("x-amz-checksum-").removeprefix("content-") for name in checksums(encrypted)] == [
+        checksum
+    ] * 2
 
 
 def test_an_unknown_checksum_setting_is_refused(server: MannersServer, environment: pytest.MonkeyPatch) -> None:
