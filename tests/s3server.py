@@ -1,7 +1,7 @@
 """A real S3 server for the tests: Ceph's radosgw on loopback, in memory, up in about a second.
 
 FASTCKPT_TEST_S3 = radosgw | moto | none chooses; unset: radosgw if its programs are installed (`make system` does that on Debian), else the
-`moto` emulator if it can be imported, else the tests that need a server are skipped and say why. FASTCKPT_TEST_S3_PORT: the port of its http
+`moto` emulator if it can be imported, else the tests that need a server are skipped and say why. FASTCKPT_TEST_S3_PORT: port of its http
 side (in a shaped link's network); unset: any free one.
 
 Differences that tests ask about are attributes of `S3Server`. Nothing here leaves 127.0.0.1. The daemons are children of this process,
