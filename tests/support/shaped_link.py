@@ -96,8 +96,10 @@ def _delayed(link: ShapedLink, delay_s: float) -> Iterator[None]:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
                 raise RuntimeError("the kernel has no queues of packets (nfnetlink_queue): see the messages on stderr")
+            # Packets wait where they arrive. Where they leave, those that wait would still be the sender's, and its TCP would hold back the
+            # next small write (autocorking) and limit the bytes in flight (small queues): a delay that no real link has.
             for queue, direction in (("1", "--dport"), ("2", "--sport")):
-                chosen = ("OUTPUT", "-o", "lo", "-p", "tcp", direction, str(link.port))
+                chosen = ("INPUT", "-i", "lo", "-p", "tcp", direction, str(link.port))
                 link.run("iptables-legacy", "-A", *chosen, "-j", "NFQUEUE", "--queue-num", queue)
             yield
         finally:
