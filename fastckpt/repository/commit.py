@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from fastckpt import events
 from fastckpt.errors import (
@@ -32,6 +33,8 @@ from fastckpt.repository.inventory import take_inventory
 from fastckpt.repository.vote_set import VoteSetState, vote_set_of
 from fastckpt.store.base import ObjectInfo, Store
 
+T = TypeVar("T")
+
 MAX_VOTE_BYTES = 2 << 30
 _READS_AT_ONCE = 64
 """Votes of many ranks are read by one: an answer takes 30 ms, and one by one they would take longer than others wait."""
@@ -44,6 +47,16 @@ def named_object(store: Store, key: str) -> Iterator[None]:
         yield
     except ObjectNotFoundError as error:
         raise MissingObjectError(str(error)) from error
+
+
+def read_again(read: Callable[[], T]) -> T:
+    """What `read` returns; if it finds damage, what a second try returns or raises. A bit that flipped on the way is not damage of what is
+    stored, and a save or a start should not fail of it.
+    """
+    try:
+        return read()
+    except CorruptCheckpointError:
+        return read()
 
 
 def read_vote_bytes(store: Store, name: VoteName, listed: ObjectInfo | None = None) -> bytes:
@@ -59,12 +72,16 @@ def read_vote_bytes(store: Store, name: VoteName, listed: ObjectInfo | None = No
     if found != name.n_bytes or found > MAX_VOTE_BYTES:
         expected = f"{name.n_bytes} bytes, as its name says, and at most {MAX_VOTE_BYTES}"
         raise CorruptCheckpointError(source, [Damage("vote", "length", expected, str(found))])
-    with named_object(store, key):
-        data = store.get(key)
-    actual = digest(data).hex()
-    if actual != name.digest:
-        raise CorruptCheckpointError(source, [Damage("vote", "digest", f"{name.digest}, as its name says", actual)])
-    return data
+
+    def read() -> bytes:
+        with named_object(store, key):
+            data = store.get(key)
+        actual = digest(data).hex()
+        if actual != name.digest:
+            raise CorruptCheckpointError(source, [Damage("vote", "digest", f"{name.digest}, as its name says", actual)])
+        return data
+
+    return read_again(read)
 
 
 def open_vote(store: Store, name: VoteName, listed: ObjectInfo | None = None) -> Reader:
@@ -109,7 +126,7 @@ def has_all_votes(store: Store, save: SaveId) -> bool:
 def read_commit(store: Store, checkpoint: CheckpointId, listed: ObjectInfo | None = None) -> Commit | Tombstone:
     """Read the record at a commit key. listed: see `read_sealed`. UnreadableError; its subclass MissingObjectError if there is none."""
     key = commit_key(checkpoint)
-    return parse_commit_record(read_sealed(store, key, listed), checkpoint, f"{store.url}/{key}")
+    return read_again(lambda: parse_commit_record(read_sealed(store, key, listed), checkpoint, f"{store.url}/{key}"))
 
 
 def poll_commit(store: Store, checkpoint: CheckpointId) -> Commit | Tombstone | None:
@@ -119,10 +136,9 @@ def poll_commit(store: Store, checkpoint: CheckpointId) -> Commit | Tombstone | 
     """
     key = commit_key(checkpoint)
     try:
-        data = store.get(key)
+        return read_again(lambda: parse_commit_record(store.get(key), checkpoint, f"{store.url}/{key}"))
     except ObjectNotFoundError:
         return None
-    return parse_commit_record(data, checkpoint, f"{store.url}/{key}")
 
 
 def read_sealed(store: Store, key: str, listed: ObjectInfo | None = None) -> bytes:
@@ -188,6 +204,8 @@ def commit_votes(store: Store, votes: Sequence[Vote]) -> Commit:
     key = commit_key(save.checkpoint)
     try:
         stands = create(store, key, record)
+        if stands != record:  # a bit may have flipped on the way
+            stands = read_sealed(store, key)
     except MissingObjectError as error:  # do not put it again: the record was retired, and its packs are being deleted
         raise RepositoryError(
             f"{store.url}/{key}: another record stood there and is gone again: step {save.step} of epoch {save.epoch} was retired while it "
