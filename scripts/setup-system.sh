@@ -37,6 +37,12 @@ missing_for_s3() {
     command -v openssl >/dev/null || echo openssl
 }
 
+# What tests over a link with a limited rate and a delay want; they need root and Linux, too.
+missing_for_links() {
+    command -v ip >/dev/null && command -v tc >/dev/null || echo iproute2
+    command -v iptables-legacy >/dev/null || echo iptables
+}
+
 # What tests of the C++ sources want: clang for the fuzzers, qemu and a cross compiler for ARM.
 missing_for_native() {
     command -v clang++ >/dev/null || echo clang
@@ -91,6 +97,20 @@ if [ "${FASTCKPT_TEST_S3:-}" != none ]; then
     if [ -n "$packages" ]; then
         say "not found:" $packages
         say "The tests of S3 use the moto emulator or are skipped. On Debian and Ubuntu:" \
+            "apt-get install --no-install-recommends" $packages
+    fi
+fi
+
+# Nobody but root can use them.
+if [ "$(id -u)" = 0 ]; then
+    packages=$(missing_for_links)
+    if [ -n "$packages" ] && install $packages; then
+        hash -r
+        packages=$(missing_for_links)
+    fi
+    if [ -n "$packages" ]; then
+        say "not found:" $packages
+        say "The tests over a shaped link are skipped. On Debian and Ubuntu:" \
             "apt-get install --no-install-recommends" $packages
     fi
 fi

@@ -1,7 +1,8 @@
 """A real S3 server for the tests: Ceph's radosgw on loopback, in memory, up in about a second.
 
 FASTCKPT_TEST_S3 = radosgw | moto | none chooses; unset: radosgw if its programs are installed (`make system` does that on Debian), else the
-`moto` emulator if it can be imported, else the tests that need a server are skipped and say why.
+`moto` emulator if it can be imported, else the tests that need a server are skipped and say why. FASTCKPT_TEST_S3_PORT: port of its http
+side (in a shaped link's network); unset: any free one.
 
 Differences that tests ask about are attributes of `S3Server`. Nothing here leaves 127.0.0.1. The daemons are children of this process,
 outlive a Ctrl-C long enough for the fixture to end them, and die with this process if it is killed.
@@ -335,6 +336,7 @@ debug memstore = 0/0
 def _start_radosgw(server: S3Server) -> None:
     directory = server.directory
     mon_v2, mon_v1, http, https = free_ports(4)
+    http = int(os.environ.get("FASTCKPT_TEST_S3_PORT") or http)
     fsid, osd = (Path("/proc/sys/kernel/random/uuid").read_text().strip() for _ in range(2))
     monitors = f"[v2:127.0.0.1:{mon_v2},v1:127.0.0.1:{mon_v1}]"
     (directory / "ceph.conf").write_text(_CEPH_CONF.format(fsid=fsid, monitors=monitors, directory=directory))

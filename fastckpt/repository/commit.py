@@ -50,6 +50,16 @@ def named_object(store: Store, key: str) -> Iterator[None]:
         raise MissingObjectError(str(error)) from error
 
 
+def read_again(read: Callable[[], T]) -> T:
+    """What `read` returns; if it finds damage, what a second try returns or raises. A bit that flipped on the way is not damage of what is
+    stored, and a save or a start should not fail of it.
+    """
+    try:
+        return read()
+    except CorruptCheckpointError:
+        return read()
+
+
 def read_vote_bytes(store: Store, name: VoteName, listed: ObjectInfo | None = None) -> bytes:
     """The bytes of a vote, checked against length and digest in its name. listed: see `read_sealed`. CorruptCheckpointError,
     MissingObjectError.
@@ -63,12 +73,16 @@ def read_vote_bytes(store: Store, name: VoteName, listed: ObjectInfo | None = No
     if found != name.n_bytes or found > MAX_VOTE_BYTES:
         expected = f"{name.n_bytes} bytes, as its name says, and at most {MAX_VOTE_BYTES}"
         raise CorruptCheckpointError(source, [Damage("vote", "length", expected, str(found))])
-    with named_object(store, key):
-        data = store.get(key)
-    actual = digest(data).hex()
-    if actual != name.digest:
-        raise CorruptCheckpointError(source, [Damage("vote", "digest", f"{name.digest}, as its name says", actual)])
-    return data
+
+    def read() -> bytes:
+        with named_object(store, key):
+            data = store.get(key)
+        actual = digest(data).hex()
+        if actual != name.digest:
+            raise CorruptCheckpointError(source, [Damage("vote", "digest", f"{name.digest}, as its name says", actual)])
+        return data
+
+    return read_again(read)
 
 
 def open_vote(store: Store, name: VoteName, listed: ObjectInfo | None = None) -> Reader:
@@ -113,7 +127,7 @@ def has_all_votes(store: Store, save: SaveId) -> bool:
 def read_commit(store: Store, checkpoint: CheckpointId, listed: ObjectInfo | None = None) -> Commit | Tombstone:
     """Read the record at a commit key. listed: see `read_sealed`. UnreadableError; its subclass MissingObjectError if there is none."""
     key = commit_key(checkpoint)
-    return parse_commit_record(read_sealed(store, key, listed), checkpoint, f"{store.url}/{key}")
+    return read_again(lambda: parse_commit_record(read_sealed(store, key, listed), checkpoint, f"{store.url}/{key}"))
 
 
 def poll_commit(store: Store, checkpoint: CheckpointId) -> Commit | Tombstone | None:
@@ -123,10 +137,9 @@ def poll_commit(store: Store, checkpoint: CheckpointId) -> Commit | Tombstone | 
     """
     key = commit_key(checkpoint)
     try:
-        data = store.get(key)
+        return read_again(lambda: parse_commit_record(store.get(key), checkpoint, f"{store.url}/{key}"))
     except ObjectNotFoundError:
         return None
-    return parse_commit_record(data, checkpoint, f"{store.url}/{key}")
 
 
 def read_sealed(store: Store, key: str, listed: ObjectInfo | None = None) -> bytes:
@@ -214,6 +227,8 @@ def commit_votes(store: Store, votes: Sequence[Vote]) -> Commit:
     key = commit_key(save.checkpoint)
     try:
         stands = create(store, key, record)
+        if stands != record:  # a bit may have flipped on the way
+            stands = read_sealed(store, key)
     except MissingObjectError as error:  # do not put it again: the record was retired, and its packs are being deleted
         raise RepositoryError(
             f"{store.url}/{key}: another record stood there and is gone again: step {save.step} of epoch {save.epoch} was retired while it "

@@ -11,7 +11,7 @@ from fastckpt.errors import MissingObjectError, UnreadableError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit, Epoch, Pin, Tombstone, parse_epoch_record, parse_pin
-from fastckpt.repository.commit import read_commit, read_sealed
+from fastckpt.repository.commit import read_again, read_commit, read_sealed
 from fastckpt.repository.inventory import Inventory, take_inventory
 from fastckpt.store.base import ObjectInfo, Store
 
@@ -52,7 +52,9 @@ class RecordReader:
     def epoch(self, number: int) -> Epoch:
         """An epoch record."""
         key = keys.epoch_key(number)
-        return parse_epoch_record(read_sealed(self.store, key, self._listed(key)), number, f"{self.url}/{key}")
+        return read_again(
+            lambda: parse_epoch_record(read_sealed(self.store, key, self._listed(key)), number, f"{self.url}/{key}")
+        )
 
     def commit(self, checkpoint: CheckpointId) -> Commit | Tombstone:
         """Read the record at a commit key."""
@@ -69,7 +71,7 @@ class RecordReader:
     def pin(self, name: str) -> Pin:
         """A pin."""
         key = keys.pin_key(name)
-        return parse_pin(read_sealed(self.store, key, self._listed(key)), f"{self.url}/{key}")
+        return read_again(lambda: parse_pin(read_sealed(self.store, key, self._listed(key)), f"{self.url}/{key}"))
 
     def read_all(self, listing: Inventory) -> AllCommits:
         """Read all commit records and tombstones; records that could not be read come with their error."""

@@ -24,7 +24,7 @@ from fastckpt.format.repository_records import (
     utc_now,
     writer,
 )
-from fastckpt.repository.commit import create, read_sealed
+from fastckpt.repository.commit import create, read_again, read_sealed
 from fastckpt.repository.inventory import take_inventory
 from fastckpt.repository.record_reader import RecordReader
 from fastckpt.store.base import Store
@@ -59,12 +59,15 @@ class Repository(RecordReader):
 
     def marker(self) -> Marker | None:
         """The marker, or None: nothing was ever saved here."""
-        try:
+
+        def read() -> tuple[Marker, bytes]:
             data = read_sealed(self.store, keys.MARKER)
+            return parse_marker(data, f"{self.url}/{keys.MARKER}"), data
+
+        try:
+            marker, self._marker_bytes = read_again(read)
         except ObjectNotFoundError:
             return None
-        marker = parse_marker(data, f"{self.url}/{keys.MARKER}")
-        self._marker_bytes = data
         return marker
 
     def require(self) -> Marker | None:
@@ -107,6 +110,8 @@ class Repository(RecordReader):
         there = create(self.store, keys.MARKER, mine)
         if there == mine:
             self.store.put(keys.README, _README.encode())
+        else:  # a bit may have flipped on the way
+            there = read_sealed(self.store, keys.MARKER)
         self._marker_bytes = there
         return parse_marker(there, f"{self.url}/{keys.MARKER}")
 
@@ -153,15 +158,22 @@ class Repository(RecordReader):
 
 
 def stands(store: Store, key: str, mine: bytes) -> bool:
-    """Whether an object has these bytes, or was missing and has been put back with them. False: it has other bytes."""
+    """Whether an object has these bytes, or was missing and has been put back with them. False: it has other bytes, twice read: a job
+    should not be stopped by a bit that flipped on the way.
+    """
     found = bytearray(len(mine))
-    try:
-        store.get_into(key, 0, found)  # reads as many bytes as expected: one request, whatever the object's length is
-    except EOFError:
-        return False
-    except ObjectNotFoundError:
-        return create(store, key, mine) == mine
-    return bytes(found) == mine
+    for _ in range(2):
+        try:
+            store.get_into(
+                key, 0, found
+            )  # reads as many bytes as expected: one request, whatever the object's length is
+        except EOFError:
+            return False
+        except ObjectNotFoundError:
+            return create(store, key, mine) == mine
+        if bytes(found) == mine:
+            return True
+    return False
 
 
 def _highest_number(store: Store) -> int:

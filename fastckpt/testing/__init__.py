@@ -1,1 +1,2 @@
-"""Test tools of this project that other projects may use, too: the store contract, faulty stores, a fault proxy, a metadata server."""
+"""Test tools of this project that other projects may use, too: the store contract, faulty stores, a fault proxy, a null server,
+a metadata server."""

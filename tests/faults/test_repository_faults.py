@@ -15,7 +15,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
-from fastckpt.store.wrap import Retrying
+from fastckpt.store.wrap import Retrying, Wrapper
 from fastckpt.testing.faulty_store import FaultyStore, Mode
 from tests.support.repositories import check_all, history, incarnation, living, read
 from tests.support.states import same, sealed, small_state
@@ -112,6 +112,45 @@ def test_every_lost_reply_is_seen_through_by_retrying(scenario: str) -> None:
         assert history(store)[0].step == max(allowed)
         check_all(store)
     assert creates >= 2
+
+
+class FlipsOnce(Wrapper):
+    """One bit of the answer to the n-th read of an object is wrong. Counts reads, and names the one."""
+
+    def __init__(self, inner: Store, number: int | None = None) -> None:
+        super().__init__(inner)
+        self.reads, self.where = 0, ""
+        self._number = number
+
+    def get(self, key: str) -> bytes:
+        data = bytearray(self.inner.get(key))
+        self._flip(key, data)
+        return bytes(data)
+
+    def get_into(self, key: str, offset: int, out: Any) -> None:
+        self.inner.get_into(key, offset, out)
+        self._flip(key, memoryview(out).cast("B"))
+
+    def _flip(self, key: str, data: bytearray | memoryview) -> None:
+        if self.reads == self._number:
+            data[len(data) // 2] ^= 4
+            self.where = key
+        self.reads += 1
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_bit_that_flips_on_the_way_is_read_again(scenario: str) -> None:
+    """Of a record, an index or the marker. The bytes of an acknowledged step are what they were; no job is told that another took over."""
+    prepare, act, allowed = SCENARIOS[scenario]
+    counting = FlipsOnce(prepare())
+    act(counting)
+    assert counting.reads > 2
+    for number in range(counting.reads):
+        store = prepare()
+        flipping = FlipsOnce(store, number)
+        act(flipping)
+        assert history(store)[0].step == max(allowed), flipping.where
+        check_all(store)
 
 
 def test_a_store_that_is_down_for_good_is_one_error() -> None:

@@ -55,21 +55,21 @@ class Node:
 @contextlib.contextmanager
 def two_nodes(shared: Path) -> Iterator[tuple[Node, Node]]:
     """Two machines, connected by a cable. shared: the directory that both see."""
-    _remove_left()
+    remove_left()
     tag = f"{os.getpid()}"
     nodes = tuple(
         Node(f"fastckpt-{end}-{tag}", f"10.213.7.{n}", f"fc{end}{tag}", shared) for n, end in ((1, "a"), (2, "b"))
     )
     with contextlib.ExitStack() as made:
         for node in nodes:
-            _ip("netns", "add", node.namespace)
-            made.callback(_ip, "netns", "delete", node.namespace)  # its end of the cable goes with it
-        _ip("link", "add", nodes[0].interface, "type", "veth", "peer", "name", nodes[1].interface)
+            ip("netns", "add", node.namespace)
+            made.callback(ip, "netns", "delete", node.namespace)  # its end of the cable goes with it
+        ip("link", "add", nodes[0].interface, "type", "veth", "peer", "name", nodes[1].interface)
         for node in nodes:
-            _ip("link", "set", node.interface, "netns", node.namespace)
-            _ip("-n", node.namespace, "address", "add", f"{node.address}/24", "dev", node.interface)
-            _ip("-n", node.namespace, "link", "set", node.interface, "up")
-            _ip("-n", node.namespace, "link", "set", "lo", "up")
+            ip("link", "set", node.interface, "netns", node.namespace)
+            ip("-n", node.namespace, "address", "add", f"{node.address}/24", "dev", node.interface)
+            ip("-n", node.namespace, "link", "set", node.interface, "up")
+            ip("-n", node.namespace, "link", "set", "lo", "up")
         yield nodes[0], nodes[1]
 
 
@@ -85,15 +85,16 @@ def why_not() -> str | None:
         return f"no namespaces of networks: {error}"
 
 
-def _remove_left() -> None:
-    """Remove machines of tests that were killed."""
+def remove_left() -> None:
+    """Remove namespaces of tests that were killed."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
-    for name, pid in re.findall(r"(?m)^(fastckpt-[ab]-(\d+))\b", listed):
+    for name, pid in re.findall(r"(?m)^(fastckpt-[a-z0-9]+-(\d+))\b", listed):
         if not Path(f"/proc/{pid}").exists():
-            _ip("netns", "delete", name)
+            ip("netns", "delete", name)
 
 
-def _ip(*arguments: str) -> None:
+def ip(*arguments: str) -> None:
+    """Run `ip`. RuntimeError."""
     command: Sequence[str] = ["ip", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -9,9 +9,9 @@ from typing import Literal
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
-from fastckpt.format.repository_records import Commit, Epoch, Parent, Tombstone, parse_marker, parse_pin
+from fastckpt.format.repository_records import Commit, Epoch, Parent, Pin, Tombstone, parse_marker, parse_pin
 from fastckpt.repository.catalog import history, stand_in
-from fastckpt.repository.commit import read_sealed
+from fastckpt.repository.commit import read_again, read_sealed
 from fastckpt.repository.inventory import Inventory
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
@@ -31,7 +31,7 @@ class Records:
 def check_marker(store: Store, inventory: Inventory, found: ReportBuilder) -> None:
     """Read the marker, and look for the README beside it."""
     where = f"{store.url}/{keys.MARKER}"
-    marker = found.read(keys.MARKER, lambda: parse_marker(read_sealed(store, keys.MARKER), where))
+    marker = found.read(keys.MARKER, lambda: read_again(lambda: parse_marker(read_sealed(store, keys.MARKER), where)))
     if marker is not None:
         found.report.repository = marker.repository
     if keys.README not in inventory.infos:
@@ -84,12 +84,16 @@ def check_parents(read: Records, found: ReportBuilder) -> None:
             found.add(key, [damage])
 
 
+def _read_pin(store: Store, key: str) -> Pin:
+    return parse_pin(read_sealed(store, key), f"{store.url}/{key}")
+
+
 def check_pins(store: Store, inventory: Inventory, read: Records, found: ReportBuilder) -> None:
     """Read every pin. A pin that is missing since the LIST was removed by its owner: that is not damage."""
     for info in inventory.pins.values():
         key, modified_s = info.key, info.modified_s
         try:
-            pin = parse_pin(read_sealed(store, key), f"{store.url}/{key}")
+            pin = read_again(functools.partial(_read_pin, store, key))
         except ObjectNotFoundError:
             continue
         except CorruptCheckpointError as error:
