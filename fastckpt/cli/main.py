@@ -1,4 +1,4 @@
-"""The command line: fastckpt ls | show | check | analyze | prune | restore | salvage | trace (docs/cli.md).
+"""The command line: fastckpt ls | show | check | analyze | prune | restore | salvage | cp | mirror | trace (docs/cli.md).
 
 Data goes to stdout, messages to stderr; `--json` is a contract.
 
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fastckpt._version import __version__
-from fastckpt.cli import analyze, check, ls, prune, restore, salvage, show, trace
+from fastckpt.cli import analyze, check, cp, ls, mirror, prune, restore, salvage, show, trace
 from fastckpt.cli.output import (
     BAD_CHECKPOINT,
     INTERRUPTED,
@@ -57,6 +57,8 @@ COMMANDS: dict[str, Command] = {
     "prune": prune,
     "restore": restore,
     "salvage": salvage,
+    "cp": cp,
+    "mirror": mirror,
     "trace": trace,
 }
 
