@@ -1,4 +1,4 @@
-"""The command line: fastckpt ls | show | check | analyze | prune | restore | salvage | cp | mirror | trace (docs/cli.md).
+"""The command line: fastckpt ls | show | check | analyze | prune | restore | salvage | cp | mirror | prefetch | trace (docs/cli.md).
 
 Data goes to stdout, messages to stderr; `--json` is a contract.
 
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fastckpt._version import __version__
-from fastckpt.cli import analyze, check, cp, ls, mirror, prune, restore, salvage, show, trace
+from fastckpt.cli import analyze, check, cp, ls, mirror, prefetch, prune, restore, salvage, show, trace
 from fastckpt.cli.output import (
     BAD_CHECKPOINT,
     INTERRUPTED,
@@ -59,6 +59,7 @@ COMMANDS: dict[str, Command] = {
     "salvage": salvage,
     "cp": cp,
     "mirror": mirror,
+    "prefetch": prefetch,
     "trace": trace,
 }
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from fastckpt.cli.output import FOUND_DAMAGE, OK, WrongUsageError, bar, human, note, print_json, say
-from fastckpt.cli.target import add_endpoint, add_epoch, open_repository, open_target_store, options
+from fastckpt.cli.target import add_endpoint, add_epoch, open_repository, open_store_at, options
 from fastckpt.repository.repository import Repository
 from fastckpt.upkeep.mirror.mirror import mirror
 from fastckpt.upkeep.mirror.plan import MirrorAsked, MirrorReport
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 def carry_out(source: Repository, asked: MirrorAsked, arguments: argparse.Namespace, name: str) -> int:
     """Mirror to the target that the arguments name, and print what was done. Returns the exit status."""
     endpoint = arguments.to_endpoint_url or arguments.endpoint_url
-    with open_target_store(arguments.target, endpoint) as target:
+    with open_store_at(arguments.target, endpoint) as target:
         report = mirror(source.store, target, asked, options(), bar(target.url, always=arguments.progress))
     if arguments.json:
         print_json(name, _to_json(report))

@@ -136,8 +136,8 @@ def open_repository(text: str, endpoint_url: str | None) -> Iterator[Repository]
 
 
 @contextmanager
-def open_target_store(text: str, endpoint_url: str | None) -> Iterator[Store]:
-    """The store at a path or URL where something will be written; nothing need be there. WrongUsageError, StoreError."""
+def open_store_at(text: str, endpoint_url: str | None) -> Iterator[Store]:
+    """The store at a path or URL; nothing need be there. WrongUsageError, StoreError."""
     path = local_path(text)
     with _store(str(path) if path is not None else text, endpoint_url) as store:
         yield store

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from fastckpt.errors import CorruptCheckpointError, Damage
 from fastckpt.format import keys
-from fastckpt.format.container import FOOTER_BYTES, MIN_BYTES, parse_footer
-from fastckpt.format.directory import FileEntry, parse_file_table
+from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import Commit
 from fastckpt.repository.commit import read_vote_bytes
+from fastckpt.repository.file_tables import file_table
 from fastckpt.store.base import Store
 from fastckpt.upkeep.mirror.transfer import in_parallel
 
@@ -58,15 +58,6 @@ def votes_of(
     return zip(names, in_parallel(calls, connections, "fastckpt-votes"), strict=True)
 
 
-def file_table(vote: bytes, source: str) -> tuple[FileEntry, ...]:
-    """The file table of a vote whose digest was verified. CorruptCheckpointError, UnsupportedFormatError."""
-    if len(vote) < MIN_BYTES:
-        damage = Damage("vote", "length", f"at least {MIN_BYTES} bytes", str(len(vote)))
-        raise CorruptCheckpointError(source, [damage])
-    part = parse_footer(vote[-FOOTER_BYTES:], len(vote), source).parts["file table"]
-    return parse_file_table(vote[part.offset : part.offset + part.n_bytes], False, source)
-
-
 def _enter(found: NamedObjects, file: FileEntry, commit: Commit, source: str) -> None:
     save = keys.parse_pack(file.key)
     if save is None or save.epoch > commit.save.epoch:  # the copy's next epoch may have this key for itself
@@ -77,4 +68,4 @@ def _enter(found: NamedObjects, file: FileEntry, commit: Commit, source: str) ->
         raise CorruptCheckpointError(source, [Damage("file table", file.key, str(there[1:]), str(file[1:]))])
 
 
-__all__ = ["NamedObjects", "file_table", "read_named", "votes_of"]
+__all__ = ["NamedObjects", "read_named", "votes_of"]
