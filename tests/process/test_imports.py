@@ -54,7 +54,7 @@ def test_as_a_module_it_is_the_command_line_too(tmp_path: Path) -> None:
     )
     assert "No such file" in done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "fastckpt.cli.ls" in imported
+    assert "fastckpt.repository.catalog" in imported
     assert "torch" not in imported
 
 
