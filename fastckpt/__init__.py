@@ -42,7 +42,7 @@ The rooms, from the bottom up. A room imports only from rooms that stand before 
     training/    the loop's object. checkpointer (face), saver, restorer, fence, ending (notices, exceptions), schedule (when a save is
                  due), save_queue, final_save. State back into live objects: stateful, exact, filling and placement.
                  elastic_sampler: the data's position, for any number of ranks; sample_order, sample_steps; positions: counts steps in it
-    upkeep/      a person with a repository: check/, repair, export, salvage/, analyze
+    upkeep/      a person with a repository: check/, repair, export, salvage/, analyze, mirror/, prefetch
     integrations/ plug-ins. dcp/: storage for torch.distributed.checkpoint, also called fastckpt.dcp
     api          save, load, save_async, open: torch's shapes
     cli/         one module for each command, with what it prints; output: tables, bars, exit statuses
@@ -53,8 +53,11 @@ docs/architecture.md says why, docs/format.md has the bytes, docs/guarantees.md 
 
 from __future__ import annotations
 
+import importlib as _importlib
 import importlib.metadata as _metadata
+import os as _os
 import sys as _sys
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if (
     _sys.byteorder != "little"
@@ -63,46 +66,65 @@ if (
 
 from fastckpt.host.cycle_collector import held_off as _held_off
 
-with _held_off():  # a collection during this import would walk all of torch: 0.08 s of 0.14
-    from fastckpt import errors, events
-    from fastckpt._version import __version__
-    from fastckpt.api import SaveHandle, get_unsafe_globals, load, open, release_memory, save, save_async
-    from fastckpt.errors import (
-        CheckpointError,
-        CorruptCheckpointError,
-        EmptyCheckpointError,
-        NoCheckpointError,
-        NotACheckpointError,
-        ObjectNotFoundError,
-        OutOfHostMemoryError,
-        PartialRestoreError,
-        RanksError,
-        RefusedStateError,
-        RepositoryError,
-        RestoreError,
-        SaveError,
-        SnapshotStalledError,
-        StoreAccessError,
-        StoreError,
-        StoreFullError,
-        StoreUnavailableError,
-        SupersededError,
-        TooLargeError,
-        TornSnapshotError,
-        UnknownTensorError,
-        UnreadableError,
-        UnsupportedFormatError,
-    )
-    from fastckpt.options import Options
-    from fastckpt.reading.tensor_reader import TensorReader
-    from fastckpt.repository.retention import Keep
-    from fastckpt.spot.notice import Notice
-    from fastckpt.store.base import Store
-    from fastckpt.training.checkpointer import EXIT_CODE_NOTICE, Checkpointer, Stats
-    from fastckpt.training.elastic_sampler import ElasticSampler
-    from fastckpt.training.rng import RNGState
-    from fastckpt.training.save_queue import CommitHandle
-    from fastckpt.training.schedule import Every
+
+def _is_command_line() -> bool:
+    """Whether this process is `fastckpt …` or `python -m fastckpt …`: few of its commands need torch, which takes a second to import."""
+    name = _os.path.basename(_sys.argv[0]) if _sys.argv else ""
+    return name == "fastckpt" or (name == "-m" and _sys.orig_argv[_sys.orig_argv.index("-m") + 1] == "fastckpt")
+
+
+if _TYPE_CHECKING or "_wanted" in globals() or not _is_command_line():
+    with _held_off():  # a collection during this import would walk all of torch: 0.08 s of 0.14
+        from fastckpt import errors, events
+        from fastckpt._version import __version__
+        from fastckpt.api import SaveHandle, get_unsafe_globals, load, open, release_memory, save, save_async
+        from fastckpt.errors import (
+            CheckpointError,
+            CorruptCheckpointError,
+            EmptyCheckpointError,
+            NoCheckpointError,
+            NotACheckpointError,
+            ObjectNotFoundError,
+            OutOfHostMemoryError,
+            PartialRestoreError,
+            RanksError,
+            RefusedStateError,
+            RepositoryError,
+            RestoreError,
+            SaveError,
+            SnapshotStalledError,
+            StoreAccessError,
+            StoreError,
+            StoreFullError,
+            StoreUnavailableError,
+            SupersededError,
+            TooLargeError,
+            TornSnapshotError,
+            UnknownTensorError,
+            UnreadableError,
+            UnsupportedFormatError,
+        )
+        from fastckpt.options import Options
+        from fastckpt.reading.tensor_reader import TensorReader
+        from fastckpt.repository.retention import Keep
+        from fastckpt.spot.notice import Notice
+        from fastckpt.store.base import Store
+        from fastckpt.training.checkpointer import EXIT_CODE_NOTICE, Checkpointer, Stats
+        from fastckpt.training.elastic_sampler import ElasticSampler
+        from fastckpt.training.rng import RNGState
+        from fastckpt.training.save_queue import CommitHandle
+        from fastckpt.training.schedule import Every
+
+else:
+
+    def __getattr__(name: str) -> object:
+        """In a command, what others may ask for that it has imported: a pickle's classes, with --trust-pickle."""
+        if name in ("errors", "events") or name not in globals().get("__all__", ()):
+            raise AttributeError(f"module 'fastckpt' has no attribute {name!r}")  # a room: it is imported then
+        globals()["_wanted"] = True
+        _importlib.reload(_sys.modules[__name__])
+        return globals()[name]
+
 
 __all__ = [
     "EXIT_CODE_NOTICE",

@@ -107,6 +107,9 @@ class Options:
     join_timeout_s: float = 300.0
     """How much later than the first one the last rank of a job may come to where all ranks meet: when their Checkpointers are made, at a
     restore, at the first save. Longer: slow nodes may come; shorter: a rank that never comes is told sooner."""
+    cache_dir: str = ""
+    """A folder of this machine that `fastckpt prefetch` fills: `restore`, `load` and `open` read packs and votes of a repository there, and
+    from the store what is not there. "": none."""
     max_load_bytes: int = 0
     """Largest state that load will allocate host memory for. 0: this machine's (or cgroup's) memory.
     Protects against files of a few kilobytes that say they hold terabytes."""

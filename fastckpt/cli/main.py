@@ -1,4 +1,4 @@
-"""The command line: fastckpt ls | show | check | analyze | probe | prune | restore | salvage | trace (docs/cli.md).
+"""The command line: fastckpt ls | show | check | analyze | probe | prune | restore | salvage | cp | mirror | prefetch | trace (docs/cli.md).
 
 Data goes to stdout, messages to stderr; `--json` is a contract.
 
@@ -14,13 +14,13 @@ exit status
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from fastckpt._version import __version__
-from fastckpt.cli import analyze, check, ls, probe, prune, restore, salvage, show, trace
 from fastckpt.cli.output import (
     BAD_CHECKPOINT,
     INTERRUPTED,
@@ -48,23 +48,27 @@ class Command(Protocol):
         """Run the command. Returns the exit status; errors are raised."""
 
 
-# In the order of the help.
-COMMANDS: dict[str, Command] = {
-    "ls": ls,
-    "show": show,
-    "check": check,
-    "analyze": analyze,
-    "probe": probe,
-    "prune": prune,
-    "restore": restore,
-    "salvage": salvage,
-    "trace": trace,
-}
+# In the order of the help. Each is a module of this room, and imported only when it is needed: some need torch, which takes a second.
+COMMANDS = (
+    "ls",
+    "show",
+    "check",
+    "analyze",
+    "probe",
+    "prune",
+    "restore",
+    "salvage",
+    "cp",
+    "mirror",
+    "prefetch",
+    "trace",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(argv).parse_args(argv)
     try:
         require_environment()
         require_endpoint(getattr(arguments, "endpoint_url", None))
@@ -86,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Parses the command that is named first; of all commands if that is none, for the help and the error."""
     parser = argparse.ArgumentParser(
         prog="fastckpt",
         description="Look at, check, thin out and rescue fastckpt checkpoints: files, and repositories (a directory or s3:// URL).",
@@ -95,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastckpt {__version__}")
     verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
+    named = argv[:1] if argv and argv[0] in COMMANDS else COMMANDS
+    for name in named:
+        command = cast(Command, importlib.import_module(f"fastckpt.cli.{name}"))
         verb = verbs.add_parser(name, help=command.HELP, description=command.HELP, allow_abbrev=False)
         verb.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
         command.add_arguments(verb)

@@ -69,9 +69,12 @@ def table(rows: Sequence[Sequence[object]], right: Sequence[int] = ()) -> None:
         print("  ".join(padded).rstrip())
 
 
-def bar(label: str) -> Callable[[int, int], None]:
-    """Make a progress callback that draws a bar on stderr, if that is a terminal. Its arguments are the amount done and the total."""
-    if not sys.stderr.isatty():
+def bar(label: str, *, always: bool = False) -> Callable[[int, int], None]:
+    """Make a progress callback that draws a bar on stderr, if that is a terminal. Its arguments are the amount done and the total.
+
+    always: draw it elsewhere, too.
+    """
+    if not always and not sys.stderr.isatty():
         return lambda done, total: None
     shown = -1
 

@@ -6,12 +6,19 @@ import argparse
 import os
 import urllib.parse
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fastckpt.cli.output import WrongUsageError, note
-from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, NotACheckpointError, RepositoryError, StoreError
+from fastckpt.errors import (
+    CorruptCheckpointError,
+    NoCheckpointError,
+    NotACheckpointError,
+    ObjectNotFoundError,
+    RepositoryError,
+    StoreError,
+)
 from fastckpt.format import keys
 from fastckpt.format.container import MAGIC
 from fastckpt.format.keys import CheckpointId
@@ -133,6 +140,29 @@ def open_repository(text: str, endpoint_url: str | None) -> Iterator[Repository]
         except CorruptCheckpointError:
             note(f"fastckpt: {repository.url}/{keys.MARKER} is damaged: see fastckpt check")
         yield repository
+
+
+@contextmanager
+def open_store_at(text: str, endpoint_url: str | None) -> Iterator[Store]:
+    """The store at a path or URL; nothing need be there. WrongUsageError, StoreError."""
+    path = local_path(text)
+    with _store(str(path) if path is not None else text, endpoint_url) as store:
+        yield store
+
+
+@contextmanager
+def open_target_object(text: str, endpoint_url: str | None, *, force: bool) -> Iterator[tuple[Store, str]]:
+    """Store and key of an object that will be written. WrongUsageError if there is one, unless `force`; StoreError."""
+    url = location(text)
+    root, _, key = url.rpartition("/")
+    if not key or root.endswith(("/", ":")):
+        raise WrongUsageError(f"{text!r} names no object: expected scheme://place/…/name")
+    with _store(root, endpoint_url, single_object=True) as store:
+        if not force:
+            with suppress(ObjectNotFoundError):
+                store.head(key)
+                raise WrongUsageError(f"{text} exists already: --force replaces it")
+        yield store, key
 
 
 def open_source(text: str, endpoint_url: str | None) -> Source:

@@ -17,12 +17,23 @@ from fastckpt.format.sealed import seal, seal_of, unseal
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The repository that a copy was first made of."""
+
+    repository: str
+    url: str
+    """Where it was then; for people."""
+
+
+@dataclass(frozen=True)
 class Marker:
     """The object that makes a directory or prefix a repository."""
 
     repository: str
     utc: str
     writer: dict[str, str] = field(default_factory=dict)
+    origin: Origin | None = None
+    """Of a copy: the repository that it was made of."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,10 @@ def parent_to_json(parent: Parent | None) -> dict[str, Any] | None:
 
 
 def marker_bytes(marker: Marker) -> bytes:
-    return seal("marker", {"repository": marker.repository, "utc": marker.utc, "writer": marker.writer})
+    members: dict[str, Any] = {"repository": marker.repository, "utc": marker.utc, "writer": marker.writer}
+    if marker.origin is not None:
+        members["origin"] = {"repository": marker.origin.repository, "url": marker.origin.url}
+    return seal("marker", members)
 
 
 def epoch_bytes(epoch: Epoch) -> bytes:
@@ -211,7 +225,9 @@ def parse_marker(data: bytes, source: str) -> Marker:
     same.
     """
     value = JsonFields(unseal(data, "marker", source), Findings("marker", source))
-    marker = Marker(value.hex32("repository"), value.text("utc"), value.strings("writer"))
+    inner = value.optional("origin")
+    origin = None if inner is None else Origin(inner.hex32("repository"), inner.text("url"))
+    marker = Marker(value.hex32("repository"), value.text("utc"), value.strings("writer"), origin)
     value.findings.raise_damage()
     return marker
 

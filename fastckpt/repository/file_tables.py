@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fastckpt.errors import CorruptCheckpointError
-from fastckpt.format.container import MAX_PART_BYTES
+from fastckpt.errors import CorruptCheckpointError, Damage
+from fastckpt.format.container import FOOTER_BYTES, MAX_PART_BYTES, MIN_BYTES, parse_footer
 from fastckpt.format.directory import FileEntry, build_file_table, parse_file_table
 from fastckpt.format.keys import pack_key, vote_key
 from fastckpt.format.repository_records import Commit
@@ -40,3 +40,12 @@ def _table_alone(store: Store, commit: Commit, rank: int) -> tuple[FileEntry, ..
         return None
     own = [pack_key(commit.save, rank, number) for number in range(len(files))]
     return files if [file.key for file in files] == own and build_file_table(files) == data else None
+
+
+def file_table(vote: bytes, source: str) -> tuple[FileEntry, ...]:
+    """The file table of a vote whose digest was verified. CorruptCheckpointError, UnsupportedFormatError."""
+    if len(vote) < MIN_BYTES:
+        damage = Damage("vote", "length", f"at least {MIN_BYTES} bytes", str(len(vote)))
+        raise CorruptCheckpointError(source, [damage])
+    part = parse_footer(vote[-FOOTER_BYTES:], len(vote), source).parts["file table"]
+    return parse_file_table(vote[part.offset : part.offset + part.n_bytes], False, source)

@@ -7,8 +7,10 @@ from typing import Any
 
 from fastckpt.errors import ObjectNotFoundError, SaveError, StoreAccessError, StoreError
 from fastckpt.events import logger
+from fastckpt.options import Options
 from fastckpt.reading.opening import open_source
 from fastckpt.reading.sources import Source
+from fastckpt.repository.cached_store import cached
 from fastckpt.repository.newest import is_repository
 from fastckpt.store.base import Store
 from fastckpt.store.location import is_url, location
@@ -42,7 +44,7 @@ def _repository(where: str) -> Store | None:
     try:
         store = open_store(where)
         if is_repository(store):
-            return store
+            return cached(store, Options.from_env().cache_dir)
     except StoreError as error:  # the caller's own error says more
         logger.debug("looking for a repository at %s: %s", where, error)
     except BaseException:

@@ -16,6 +16,7 @@ from fastckpt.format.keys import epoch_key
 from fastckpt.format.repository_records import (
     Epoch,
     Marker,
+    Origin,
     Parent,
     Skipped,
     epoch_bytes,
@@ -104,9 +105,12 @@ class Repository(RecordReader):
             self._probed = True
         return marker or self.make_marker()
 
-    def make_marker(self) -> Marker:
-        """Make the marker, unless there is one. Returns the marker that is there now, ours or that of somebody else."""
-        mine = marker_bytes(Marker(secrets.token_hex(16), utc_now(), writer()))
+    def make_marker(self, origin: Origin | None = None) -> Marker:
+        """Make the marker, unless there is one. Returns the marker that is there now, ours or that of somebody else.
+
+        origin: the repository that this one will be a copy of.
+        """
+        mine = marker_bytes(Marker(secrets.token_hex(16), utc_now(), writer(), origin))
         there = create(self.store, keys.MARKER, mine)
         if there == mine:
             self.store.put(keys.README, _README.encode())

@@ -12,6 +12,7 @@ from fastckpt.events import logger
 from fastckpt.options import Options
 from fastckpt.ranks.team import Team
 from fastckpt.ranks.world import ALONE, World
+from fastckpt.repository.cached_store import cached
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.object_board import ObjectBoard
 from fastckpt.repository.repository import Repository
@@ -62,8 +63,9 @@ class Engine(NamedTuple):
         StoreError; SaveError if nothing can be written to `spill_dir`; ValueError if a sampler has not enough samples for all ranks.
         """
         positions = Positions(live.targets)
-        store = url if isinstance(url, Store) else open_store(url)
-        owned = None if store is url else store
+        given = isinstance(url, Store)
+        store = cached(url if isinstance(url, Store) else open_store(url), options.cache_dir)
+        owned = None if given else store
         with contextlib.ExitStack() as failed:
             if owned is not None:
                 failed.callback(owned.close)

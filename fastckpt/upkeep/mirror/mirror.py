@@ -1,0 +1,300 @@
+"""Mirrors a repository: its checkpoints, under their own names, into a repository that has an id of its own and names its origin.
+
+    marker (id of its own, origin) ─→ epoch records ─→ for each checkpoint, the newest first: pin at the source, packs, votes, commit record
+
+The order is that of a save, so a mirror that is killed leaves what a killed save leaves: whole checkpoints, and debris that the next run
+uses. Epoch records come before the packs of their epochs: whoever goes on from the copy can then claim none of their numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import socket
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fastckpt._types import Progress
+from fastckpt.errors import (
+    MissingObjectError,
+    ObjectNotFoundError,
+    RepositoryError,
+    RetiredError,
+    TooLargeError,
+    UnreadableError,
+)
+from fastckpt.format import keys
+from fastckpt.format.keys import CheckpointId, commit_key, epoch_key, vote_key
+from fastckpt.format.repository_records import (
+    Commit,
+    Marker,
+    Origin,
+    Tombstone,
+    parse_commit_record,
+    parse_epoch_record,
+)
+from fastckpt.options import Options
+from fastckpt.repository.catalog import Catalog
+from fastckpt.repository.commit import create, read_sealed
+from fastckpt.repository.inventory import Inventory, take_inventory
+from fastckpt.repository.pinning import Pinning
+from fastckpt.repository.repository import Repository
+from fastckpt.store.base import Store
+from fastckpt.upkeep.mirror.follow import follow
+from fastckpt.upkeep.mirror.named import NamedObjects, read_named, votes_of
+from fastckpt.upkeep.mirror.plan import MirrorAsked, MirrorReport, require_not_gone_on, require_related, select
+from fastckpt.upkeep.mirror.transfer import Transfer, in_parallel
+
+_TURNS = 3  # a job retires while its newest checkpoint is being chosen: then there is a newer one
+
+
+def mirror(
+    source: Store,
+    target: Store,
+    asked: MirrorAsked | None = None,
+    options: Options | None = None,
+    progress: Progress = lambda done, total: None,
+) -> MirrorReport:
+    """Bring checkpoints to the target that it lacks. May be stopped anywhere and run again; a job may write to the source meanwhile.
+
+    Takes a quarter of `options.host_budget_bytes`, 64 MiB of votes and `options.connections` threads.
+
+    Args:
+        source: only pins are written there. Without the right to write them it is read without.
+        target: nothing, or an earlier mirror of this source.
+        asked: None: the whole history.
+        options: None for the defaults.
+        progress: called with bytes done and, as far as they are known, bytes in all.
+
+    Returns:
+        What was copied, and what was not. Damage of a checkpoint at the source is listed in `failed`, and the others are copied.
+
+    Raises:
+        RepositoryError: the source is no repository; the target is no copy of it, or has gone on without it. Nothing was written.
+        NoCheckpointError: there is nothing to copy; RetiredError: the step that was asked for is gone now.
+        StoreError: a store failed. What was copied so far is whole, and the next run goes on from there.
+    """
+    asked, options = asked or MirrorAsked(), options or Options()
+    for turn in range(_TURNS):
+        report = _Mirror(source, target, asked, options, progress).run()
+        if report.copied or report.present or report.failed or not report.left_out or turn == _TURNS - 1:
+            break
+    return report
+
+
+class _Pair(NamedTuple):
+    source: Repository
+    target: Repository
+
+
+class _Mirror:
+    """One run. Used by one thread."""
+
+    def __init__(self, source: Store, target: Store, asked: MirrorAsked, options: Options, progress: Progress) -> None:
+        self._pair = _Pair(Repository(source), Repository(target))
+        self._asked, self._progress = asked, progress
+        self._transfer = Transfer(source, target, options, contents=asked.contents)
+        self._report = MirrorReport(source.url, target.url)
+        self._epochs: dict[int, bytes] = {}
+        """Records of the source's epochs, which the target may have too."""
+        self._done_bytes = self._all_bytes = 0
+
+    def run(self) -> MirrorReport:
+        source = self._pair.source
+        marker = source.marker()
+        if marker is None:
+            raise RepositoryError(
+                f"{source.url} is no fastckpt repository with a {keys.MARKER}: check the URL. If a lifecycle rule has deleted it, "
+                "`fastckpt check --repair` makes it anew"
+            )
+        self._report.origin = marker.repository
+        catalog = Catalog(source, checks_votes=False)
+        wanted = select(catalog, self._asked)
+        self._epochs = self._read_epochs(source.store, catalog.listing)
+        there = self._open_target(marker)
+        self._put_epochs(there)
+        commits = self._records(wanted, there)
+        self._all_bytes = sum(commit.stored_bytes for commit, _ in commits.values())
+        with Pinning(source.store, f"fastckpt mirror on {socket.gethostname()}, to {self._pair.target.url}") as pins:
+            for checkpoint, (commit, record) in commits.items():
+                pins.hold(checkpoint)
+                self._mirror_one(commit, record, pins)
+                pins.release(checkpoint)
+            if pins.refused is not None:
+                self._report.notes.append(f"the source was read without a pin: {pins.refused}")
+        if self._asked.prune:
+            self._report.retired = follow(self._pair.target, catalog, self._report.notes)
+        self._progress(1, 1)
+        return self._report
+
+    # -- what stands before the first checkpoint -----------------------------------------------------------------------
+
+    def _read_epochs(self, store: Store, listing: Inventory) -> dict[int, bytes]:
+        """Epoch records. UnreadableError."""
+
+        def read(number: int) -> bytes:
+            data = read_sealed(store, epoch_key(number), listing.infos[epoch_key(number)])
+            parse_epoch_record(data, number, f"{store.url}/{epoch_key(number)}")
+            return data
+
+        calls = (functools.partial(read, number) for number in listing.epochs)
+        found = in_parallel(calls, self._transfer.connections, "fastckpt-mirror")
+        return dict(zip(listing.epochs, found, strict=True))
+
+    def _open_target(self, source: Marker) -> Inventory:
+        """The names of the target's records, after its marker was made or compared. RepositoryError."""
+        target, origin = self._pair.target, self._pair.source
+        marker = target.marker()
+        there = target.list()
+        if marker is None and (there.commits or there.epochs):
+            target.initialise()  # raises what says how to mend it
+        if marker is not None:
+            require_related(source, marker, origin.url, target.url)
+            require_not_gone_on(self._epochs, self._read_epochs(target.store, there), origin.url, target.url)
+        target.probe()
+        if marker is None:
+            marker = target.make_marker(Origin(source.repository, origin.url))
+            require_related(source, marker, origin.url, target.url)  # somebody else's may have come first
+        self._report.repository = marker.repository
+        return there
+
+    def _put_epochs(self, there: Inventory) -> None:
+        store = self._pair.target.store
+        for number in sorted(self._epochs.keys() - set(there.epochs)):  # in order: a parent before its child
+            found = create(store, epoch_key(number), self._epochs[number])
+            require_not_gone_on(self._epochs, {number: found}, self._pair.source.url, self._pair.target.url)
+
+    def _records(self, wanted: list[CheckpointId], there: Inventory) -> dict[CheckpointId, tuple[Commit, bytes]]:
+        """Records of the checkpoints that are to be copied, in order. What will not be is noted in the report."""
+        found: dict[CheckpointId, tuple[Commit, bytes]] = {}
+        for checkpoint in wanted:
+            try:
+                record = self._record(checkpoint)
+                if isinstance(record, str):
+                    self._leave_out(checkpoint, record)
+                elif checkpoint not in there.commits or not self._stands(checkpoint, record[1]):
+                    found[checkpoint] = record
+            except UnreadableError as error:
+                self._report.failed.append((checkpoint, error))
+        return found
+
+    def _record(self, checkpoint: CheckpointId) -> tuple[Commit, bytes] | str:
+        """The source's commit and its bytes; or why there is none."""
+        store, key = self._pair.source.store, commit_key(checkpoint)
+        try:
+            data = read_sealed(store, key)
+        except MissingObjectError:
+            return "retired at the source"
+        commit = parse_commit_record(data, checkpoint, f"{store.url}/{key}")
+        return "retired at the source" if isinstance(commit, Tombstone) else (commit, data)
+
+    def _leave_out(self, checkpoint: CheckpointId, why: str) -> None:
+        if self._asked.step is not None:
+            raise RetiredError(f"{self._pair.source.location(checkpoint)}: {why}. `fastckpt ls` lists what is there")
+        self._report.left_out.append((checkpoint, why))
+
+    def _stands(self, checkpoint: CheckpointId, record: bytes) -> bool:
+        """Whether the target needs nothing of a checkpoint whose key it has. RepositoryError: it has another one."""
+        target = self._pair.target
+        try:
+            found = read_sealed(target.store, commit_key(checkpoint))
+        except MissingObjectError:  # a tombstone whose time was over
+            return False
+        if found == record:
+            if self._asked.contents:
+                return False
+            self._report.present.append(checkpoint)
+            return True
+        other = parse_commit_record(found, checkpoint, target.location(checkpoint))
+        if isinstance(other, Tombstone):
+            self._report.left_out.append((checkpoint, f"retired at the target ({other.why})"))
+            return True
+        raise RepositoryError(
+            f"{target.location(checkpoint)} is not {self._pair.source.location(checkpoint)}: the target is no copy of "
+            "the source. Nothing was changed; name an empty place"
+        )
+
+    # -- one checkpoint ------------------------------------------------------------------------------------------------
+
+    def _mirror_one(self, commit: Commit, record: bytes, pins: Pinning) -> None:
+        checkpoint = commit.checkpoint
+        before = self._report.sent_objects
+        try:
+            self._copy(commit, record, pins)
+        except (UnreadableError, TooLargeError) as error:
+            if isinstance(self._record(checkpoint), str):
+                self._leave_out(checkpoint, "retired at the source while it was copied")
+            else:
+                self._report.failed.append((checkpoint, error))
+            return
+        there = self._asked.contents and self._report.sent_objects == before
+        (self._report.present if there else self._report.copied).append(checkpoint)
+
+    def _copy(self, commit: Commit, record: bytes, pins: Pinning) -> None:
+        source, target = self._pair.source.store, self._pair.target.store
+        named = read_named(source, commit, self._transfer.connections)
+        sizes = self._sizes(named, commit)
+        for carried in self._transfer.carry(named.files.values(), sizes):
+            if carried.replaced:
+                self._report.replaced.append(carried.file.key)
+            self._count(carried.file.n_bytes, sent=carried.sent, own=keys.parse_pack(carried.file.key) == commit.save)
+            pins.renew()
+        kept = named.votes
+        rest = [rank for rank in range(commit.world) if commit.vote(rank) not in kept]
+        votes = votes_of(source, commit, self._transfer.connections, rest)
+        for name, data in (*kept.items(), *votes):
+            key = vote_key(name)
+            if sizes.get(key) != len(data) or (self._asked.contents and target.get(key) != data):
+                target.put(
+                    key, data
+                )  # its name holds the digest of its bytes: whatever lies there is replaced by what belongs there
+                self._count(len(data), sent=True, own=False)
+            pins.renew()
+        self._require_whole(named, commit)
+        self._commit(commit, record)
+
+    def _count(self, n_bytes: int, *, sent: bool, own: bool) -> None:
+        if sent:
+            self._report.sent_objects += 1
+            self._report.sent_bytes += n_bytes
+        if own:
+            self._done_bytes += n_bytes
+        self._progress(min(self._done_bytes, self._all_bytes - 1), self._all_bytes)
+
+    def _sizes(self, named: NamedObjects, commit: Commit) -> dict[str, int]:
+        """Lengths of the target's objects, of all that the checkpoint may need."""
+        saves = sorted({*named.saves, commit.save})
+        prefixes = (*(f"{keys.DATA}{save}/" for save in saves), keys.votes_prefix(commit.save))
+        return take_inventory(self._pair.target.store, *prefixes).sizes
+
+    def _require_whole(self, named: NamedObjects, commit: Commit) -> None:
+        """Right before the commit: all is there in its length, and nobody has gone on from the target. RepositoryError."""
+        target = self._pair.target
+        wanted: dict[str, int] = {file.key: file.n_bytes for file in named.files.values()}
+        wanted |= {vote_key(commit.vote(rank)): commit.votes[rank].n_bytes for rank in range(commit.world)}
+        sizes = self._sizes(named, commit)
+        wrong = sorted(key for key, n_bytes in wanted.items() if sizes.get(key) != n_bytes)
+        if wrong:
+            shown = f"{', '.join(wrong[:3])}{' …' if len(wrong) > 3 else ''}"
+            raise RepositoryError(
+                f"{target.url}: {len(wrong)} objects of step {commit.save.step} are gone that were put there just now ({shown}): somebody "
+                "deletes what the mirror copies. The step is not committed"
+            )
+        own: Mapping[int, bytes] = {number: b"" for number in target.list().epochs if number not in self._epochs}
+        require_not_gone_on(self._epochs, own, self._pair.source.url, target.url)
+
+    def _commit(self, commit: Commit, record: bytes) -> None:
+        target = self._pair.target
+        try:
+            found = create(target.store, commit_key(commit.checkpoint), record)
+        except ObjectNotFoundError as error:
+            raise RepositoryError(
+                f"{target.location(commit.checkpoint)} was retired while it was copied. It is not committed"
+            ) from error
+        if found != record:
+            raise RepositoryError(
+                f"{target.location(commit.checkpoint)} was made by somebody else, or retired, meanwhile. It is not committed: run the "
+                "mirror again"
+            )
+
+
+__all__ = ["mirror"]
