@@ -1,0 +1,60 @@
+"""The table of one result of benchmarks/storage.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import tables
+from benchmarks.machine_text import load_words, machine_words
+
+Result = dict[str, Any]
+WORDS = {True: "yes", False: "**no**", None: ""}
+
+
+def number(value: float | None) -> str:
+    """Three digits that count."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    value = number(row["measured"])
+    low, high = number(row["smallest"]), number(row["largest"])
+    spread = f" ({low}–{high})" if low != high else ""
+    measured = f"{value}{spread} {row['unit']}" if value else row["note"] or "not measured"
+    others = ", ".join(f"{name} {number(other)}" for name, other in row["against"].items())
+    bar = f"{number(row['bar'])} {row['unit']}" if row["bar"] is not None else ""
+    floor = f"{number(row['floor'])} {row['unit']}" if row["floor"] is not None else ""
+    note = row["note"] if value else ""
+    found = [row["group"], row["what"], row["asked"], measured, others, bar, floor, WORDS[row["met"]], note]
+    return [text.replace("|", "/").replace("\n", " ") for text in found]
+
+
+def markdown(result: Result) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    settings = result["settings"]
+    busy = max(settings["load_averages"], default=0.0) > 2 * result["machine"]["cores"]
+    start = settings["load_average"]["start"][0]
+    lines = [
+        f"# Storage, {result['date'][:10]}",
+        "",
+        f"{machine_words(result)}; kernels {result['machine']['kernels']}. {versions}.",
+        f"Workload gpt-{settings['size']}, {settings['state_bytes'] / 1e6:.0f} MB, {settings['rounds']} rounds, "
+        f"{settings['seconds']:.0f} s in all. {load_words(start, settings['load_averages'] or [start], busy)}",
+        "",
+        "Medians (smallest–largest). Contenders take turns; each measurement is made in a process of its own, after a rehearsal with a "
+        "few bytes. *Bar*: the largest value that is asked for, made from the other figures of the same run. *Floor*: what the same work "
+        "cannot do without. MB = 10^6 bytes.",
+        "",
+        *tables.head(["row", "what", "asked", "measured", "others", "bar", "floor", "met", "note"]),
+        *(tables.row(cells(row)) for row in result["rows"]),
+        "",
+        *(text for note in result["notes"] for text in (f"* {note}",)),
+        "",
+        "## Settings",
+        "",
+        *tables.settings_lines(result["contenders"]),
+        "",
+    ]
+    return "\n".join(lines)
