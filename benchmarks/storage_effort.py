@@ -62,9 +62,8 @@ def measure(lab: Lab) -> list[Row]:
 
 def force(effort: str) -> None:
     """Let all saves of this process encode with this effort."""
-    from fastckpt.writing.uplink import Uplink
-
     from fastckpt.codec import Effort
+    from fastckpt.writing.uplink import Uplink
 
     if not hasattr(Uplink, "effort"):
         raise RuntimeError(f"{SEAT}.Uplink has no effort: the benchmark does not know how to fix it")

@@ -160,6 +160,13 @@ PyObject* crc64nvme_portable(PyObject*, PyObject* object) {
     return PyLong_FromUnsignedLongLong(found);
 }
 
+PyObject* crc64nvme_combine(PyObject*, PyObject* args) {
+    Number first("first", ~0ull), second("second", ~0ull), n_bytes("second_bytes", ~0ull);
+    if (!PyArg_ParseTuple(args, "O&O&O&:crc64nvme_combine", to_number, &first, to_number, &second, to_number, &n_bytes))
+        return nullptr;
+    return PyLong_FromUnsignedLongLong(fastckpt_crc64nvme_combine(first.value, second.value, n_bytes.value));
+}
+
 PyObject* xxh3_128(PyObject*, PyObject* object) {
     Buffer data;
     if (!data.get(object)) return nullptr;
@@ -389,6 +396,8 @@ PyObject* use_isa(PyObject*, PyObject* name) {
 
 PyMethodDef methods[] = {
     {"crc64nvme", crc64nvme, METH_VARARGS, "crc64nvme(data, crc=0) -> int"},
+    {"crc64nvme_combine", crc64nvme_combine, METH_VARARGS,
+     "crc64nvme_combine(first, second, second_bytes) -> int; of two stretches one after the other"},
     {"crc64nvme_portable", crc64nvme_portable, METH_O, "crc64nvme_portable(data) -> int; tables only, for tests"},
     {"xxh3_128", xxh3_128, METH_O, "xxh3_128(data) -> bytes; 241 bytes or more"},
     {"is_constant", is_constant, METH_VARARGS, "is_constant(raw, lane_bytes) -> bool"},

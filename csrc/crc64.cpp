@@ -33,6 +33,16 @@ u64 power_of_x(unsigned n) {
     return r;
 }
 
+// a * b mod P in reflected bit order.
+u64 product(u64 a, u64 b) {
+    u64 r = 0;
+    for (; a; a <<= 1) {
+        if (a >> 63) r ^= b;
+        b = (b >> 1) ^ ((b & 1) ? kPolynomialReflected : 0);
+    }
+    return r;
+}
+
 }  // namespace
 
 // The register's low half stands `bits` + 64 before the target, its high half `bits`; a reflected carry-less product
@@ -55,6 +65,16 @@ u64 crc_by_table(u64 crc, const u8* p, size_t n) {
 
 extern "C" uint64_t fastckpt_crc64nvme_portable(uint64_t crc, const void* data, size_t n_bytes) {
     return ~fastckpt::crc_by_table(~crc, static_cast<const uint8_t*>(data), n_bytes);
+}
+
+// The bytes of the second part move the first part's register on as so many zeros would, whatever they are.
+extern "C" uint64_t fastckpt_crc64nvme_combine(uint64_t first, uint64_t second, uint64_t second_bytes) {
+    uint64_t moved = first;
+    for (uint64_t power = uint64_t{1} << (63 - 8); second_bytes; second_bytes >>= 1) {  // x^8, x^16, x^32, ...
+        if (second_bytes & 1) moved = fastckpt::product(moved, power);
+        power = fastckpt::product(power, power);
+    }
+    return moved ^ second;
 }
 
 extern "C" uint64_t fastckpt_crc64nvme(uint64_t crc, const void* data, size_t n_bytes) {

@@ -60,6 +60,9 @@ uint64_t fastckpt_crc64nvme(uint64_t crc, const void* data, size_t n_bytes);
 /* The same by table look-ups only; the definition for the other. */
 uint64_t fastckpt_crc64nvme_portable(uint64_t crc, const void* data, size_t n_bytes);
 
+/* The CRC-64/NVME of two stretches of bytes, one after the other, from the CRC of each: without the bytes. */
+uint64_t fastckpt_crc64nvme_combine(uint64_t first, uint64_t second, uint64_t second_bytes);
+
 /* XXH3-128 of data in canonical (big-endian) form. n_bytes >= FASTCKPT_MIN_DIGEST_BYTES, else FASTCKPT_BAD_LENGTH. */
 int fastckpt_xxh3_128(const void* data, size_t n_bytes, uint8_t digest[16]);
 

@@ -50,6 +50,8 @@ _MIB = 1 << 20
 CHUNK_IN_FLIGHT_BYTES = 16 * _MIB
 MIN_PACK_BYTES = MAX_RAW_BYTES  # a chunk never crosses the border of a pack
 MAX_PACK_BYTES = 32 * _MIB
+_CONNECTIONS, _MOST_CONNECTIONS = 8, 64
+_PACK_OF_MANY_BYTES = 8 * _MIB  # the more connections there are, the less a long pack gains
 
 
 def _physical_memory_bytes() -> int:
@@ -102,8 +104,11 @@ class Options:
     spill_dir: str = ""
     """A directory on a local disk for snapshots that are larger than the budget: what the store is too slow to take goes there, so that
     training need not wait for it. "": none."""
-    connections: int = 8
-    """Uploads and downloads under way at once, for stores. One connection to S3 gives some 80 MB/s; each holds one pack of up to 32 MiB."""
+    connections: int = 0
+    """Uploads and downloads under way at once, for stores. One connection to S3 gives some 80 MB/s; each holds one pack of up to 32 MiB.
+    0: 8, and uploads follow the link: as long as more of them carry more, there are more, up to `max_connections`."""
+    max_connections: int = 0
+    """Most uploads under way at once. 0: 64 if `connections` is 0, otherwise as many as `connections`, which then does not change."""
     join_timeout_s: float = 300.0
     """How much later than the first one the last rank of a job may come to where all ranks meet: when their Checkpointers are made, at a
     restore, at the first save. Longer: slow nodes may come; shorter: a rank that never comes is told sooner."""
@@ -125,6 +130,10 @@ class Options:
             object.__setattr__(self, name, bounded(getattr(self, name)))
         if not self.threads:
             object.__setattr__(self, "threads", min(_cpus(), 16))
+        if not self.max_connections:
+            object.__setattr__(self, "max_connections", self.connections or _MOST_CONNECTIONS)
+        if not self.connections:
+            object.__setattr__(self, "connections", min(_CONNECTIONS, self.max_connections))
         if not self.host_budget_bytes:
             object.__setattr__(self, "host_budget_bytes", _physical_memory_bytes() // 2)
         if not self.max_load_bytes:
@@ -136,9 +145,20 @@ class Options:
         return max(1, min(2 * self.threads, self.host_budget_bytes // 4 // _chunk_in_flight_bytes()))
 
     @property
-    def max_pack_bytes(self) -> int:
-        """Length of the longest pack: all buffers together take a quarter of the budget, or the minimum if that is more."""
-        return max(MIN_PACK_BYTES, min(self.host_budget_bytes // 4 // (self.connections + 1), MAX_PACK_BYTES))
+    def encoders(self) -> int:
+        """Number of packs that threads fill at once."""
+        return min(self.threads, self.chunks_in_flight)
+
+    @property
+    def pack_bytes(self) -> int:
+        """Host memory for packs: a quarter of the budget; no more than all connections can use, no less than one pack for each."""
+        useful = max((self.connections + 1) * MAX_PACK_BYTES, (self.max_connections + 1) * _PACK_OF_MANY_BYTES)
+        return max((self.connections + 1) * MIN_PACK_BYTES, min(self.host_budget_bytes // 4, useful))
+
+    @property
+    def pack_buffer_bytes(self) -> int:
+        """Host memory for the packs of a save that is encoded in them: an encoder then needs no memory of its own for stored bytes."""
+        return self.pack_bytes + self.encoder_bytes - self.encoders * (_chunk_in_flight_bytes() - MAX_RAW_BYTES)
 
     @property
     def encoder_bytes(self) -> int:
@@ -148,14 +168,15 @@ class Options:
     @property
     def snapshot_bytes(self) -> int:
         """The part of the budget that is left for snapshots, after encoders and uploads have theirs. 0: nothing."""
-        return max(0, self.host_budget_bytes - self.encoder_bytes - (self.connections + 1) * self.max_pack_bytes)
+        return max(0, self.host_budget_bytes - self.encoder_bytes - self.pack_bytes)
 
     def shared_by(self, n: int) -> Options:
         """These, for one of `n` processes of a machine, which share cores, memory and link as far as those were left to the defaults."""
         if n == 1:
             return self
         default = Options()
-        shares = {"threads": 1, "host_budget_bytes": 1 << 20, "max_load_bytes": 1 << 20, "connections": 4}
+        shares = {"threads": 1, "host_budget_bytes": 1 << 20, "max_load_bytes": 1 << 20}
+        shares |= {"connections": 4, "max_connections": 4}
         return replace(
             self,
             **{
@@ -167,9 +188,9 @@ class Options:
 
     def for_store(self, useful_connections: int | None) -> Options:
         """These options, with no more connections than the store can use: each one takes memory."""
-        if useful_connections is None or useful_connections >= self.connections:
+        if useful_connections is None or useful_connections >= self.max_connections:
             return self
-        return replace(self, connections=useful_connections)
+        return replace(self, connections=min(useful_connections, self.connections), max_connections=useful_connections)
 
     @classmethod
     def from_env(cls) -> Options:
@@ -213,8 +234,6 @@ def _expected(name: str, kind: Any, value: Any) -> str | None:
         return '"sampled", "always", "first" or "off"'
     if name == "background_nice" and value > 19:
         return "at most 19"
-    if name == "connections" and not value:
-        return "at least 1"
     if name == "host_budget_bytes" and 0 < value < CHUNK_IN_FLIGHT_BYTES:
         return f"0, for half of the memory, or more: one chunk in flight needs {CHUNK_IN_FLIGHT_BYTES}"
     return None

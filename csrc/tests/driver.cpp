@@ -403,6 +403,10 @@ int vectors(const std::string& folder, const std::string& out) {
             if (fastckpt_crc64nvme(fastckpt_crc64nvme(0, c.raw.data(), part), c.raw.data() + part, n - part) !=
                 number(64, 8))
                 c.wrong("crc64nvme in two parts");
+            if (fastckpt_crc64nvme_combine(fastckpt_crc64nvme(0, c.raw.data(), part),
+                                           fastckpt_crc64nvme(0, c.raw.data() + part, n - part), n - part) !=
+                number(64, 8))
+                c.wrong("crc64nvme of two parts, combined");
             const Bytes made = round_trip(context, c, stream, r);
             if (!frame.empty() && made != frame) c.wrong("another frame than by the instruction set before");
             frame = made;

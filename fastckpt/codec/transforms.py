@@ -7,6 +7,7 @@ Every function may be called from any thread; large work releases the GIL. Besid
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,39 @@ def encode(
     floating-point numbers. base: for deltas; as long as raw. out: a buffer for stored bytes, at least as long as raw; None: it is
     allocated.
     """
+    found = _smaller(raw, const_lane_bytes, float_lane_bytes, base, effort, out)
+    return found or Encoded(Transform.RAW, 1, 0, NO_PARAMETER, raw, digest(raw), crc64nvme(raw))
+
+
+def encode_into(
+    raw: U8, const_lane_bytes: int, float_lane_bytes: int, out: U8, *, effort: Effort = Effort.NORMAL
+) -> Encoded:
+    """As `encode`, but all stored bytes lie at the beginning of `out`, those of a RAW chunk, too: `raw` may change afterwards."""
+    found = _smaller(raw, const_lane_bytes, float_lane_bytes, None, effort, out)
+    if found is None:
+        return _copied(raw, out)
+    if type(found.stored) is bytes and found.stored:  # libzstd allocates its frames itself
+        out[: len(found.stored)] = np.frombuffer(found.stored, np.uint8)
+        return replace(found, stored=out[: len(found.stored)])
+    return found
+
+
+def _copied(raw: U8, out: U8) -> Encoded:
+    """A RAW chunk as a copy. Native kernels copy, digest and checksum piece by piece: the memory is read once."""
+    kernel, stored = kernels(raw.size), out[: raw.size]
+    if kernel.encode is not None:
+        found = kernel.encode(raw, None, Transform.RAW, 1, 0, stored)
+        assert found is not None
+        fused = found[2] if raw.size >= _MIN_FUSED_BYTES else digest(raw)
+        return Encoded(Transform.RAW, 1, 0, NO_PARAMETER, stored, fused, found[1])
+    np.copyto(stored, raw)
+    return Encoded(Transform.RAW, 1, 0, NO_PARAMETER, stored, digest(stored), crc64nvme(stored))
+
+
+def _smaller(
+    raw: U8, const_lane_bytes: int, float_lane_bytes: int, base: U8 | None, effort: Effort, out: U8 | None
+) -> Encoded | None:
+    """The chunk as CONST or as a frame; None if neither pays."""
     if kernels(raw.size).is_constant(raw, const_lane_bytes):
         lane = raw[:const_lane_bytes].tobytes().ljust(8, b"\0")
         return Encoded(Transform.CONST, const_lane_bytes, 0, lane, b"", digest(raw), 0)
@@ -66,7 +100,7 @@ def encode(
                 return encoded
             # ROTU met a sign bit that the sample had missed: try ROT. Any other transform does not pay: store RAW.
             coding = Coding(Transform.ROT if coding.transform is Transform.ROTU else Transform.RAW)
-    return Encoded(Transform.RAW, 1, 0, NO_PARAMETER, raw, digest(raw), crc64nvme(raw))
+    return None
 
 
 def encode_as(coding: Coding, raw: U8, base: U8 | None, lane_bytes: int, out: U8 | None = None) -> Encoded | None:

@@ -220,15 +220,15 @@ class WorkerPool:
                 self._nice = 0 if _hurried else nice
                 if self._nice:
                     _pools.add(self)
-                self._start(self._nice)
+                self._start(self._n, self._nice)
         except BaseException:
             self.close()
             raise
         self.inline = not self._threads
 
-    def _start(self, nice: int) -> None:
+    def _start(self, n: int, nice: int) -> None:
         """The caller holds the lock, so that a concurrent `close` knows of all threads."""
-        for _ in range(self._n):
+        for _ in range(n):
             thread = start_thread(lambda: self._work(nice), f"{self._name}-{len(self._threads)}")
             if thread is None:
                 return
@@ -239,7 +239,19 @@ class WorkerPool:
         with _lock:
             if self._nice and not self._cancelled:
                 self._nice = 0
-                self._start(0)
+                self._start(self._n, 0)
+
+    def grow(self, n: int) -> None:
+        """Start n threads more, or as many as can be started."""
+        with _lock:
+            if not self._cancelled and not self.inline:
+                with contextlib.suppress(
+                    RuntimeError
+                ):  # no more threads can be started: continue with the existing ones
+                    self._start(n, self._nice)
+
+    def __len__(self) -> int:
+        return len(self._threads)
 
     def _work(self, nice: int) -> None:
         if nice:

@@ -23,6 +23,11 @@ def digest_of(parts: Iterable[Any]) -> bytes:
     return found.digest()
 
 
+def crc64nvme_combine(first: int, second: int, second_bytes: int) -> int:
+    """CRC-64/NVME of two stretches of bytes, one after the other, from the CRC of each and the length of the second. Some 3 µs."""
+    return kernels().crc64nvme_combine(first, second, second_bytes)
+
+
 def crc64nvme(data: Any) -> int:
     """CRC-64/NVME of stored bytes."""
     return kernels(memoryview(data).nbytes).crc64nvme(data)

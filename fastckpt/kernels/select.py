@@ -23,6 +23,8 @@ class Kernels(NamedTuple):
 
     name: str
     crc64nvme: Callable[[Any], int]
+    crc64nvme_combine: Callable[[int, int, int], int]
+    """(crc of some bytes, crc of the bytes after them, number of these) → crc of all."""
     split: Callable[[Any, Any, int, int, int, Any], int | None]
     """(raw, base, transform, lane bytes, pack bits, stream) → stream bytes; None: the stream does not fit, or the transform cannot take
     these numbers.
@@ -61,6 +63,7 @@ def load(name: str) -> Kernels:
         return Kernels(
             name,
             n.crc64nvme,
+            n.crc64nvme_combine,
             n.split,
             n.merge,
             sample,
@@ -76,10 +79,34 @@ def load(name: str) -> Kernels:
         from fastckpt.kernels import numba_cpu as c
 
         return Kernels(
-            name, c.crc64nvme, c.split, c.merge, r.sample, r.cast, r.is_constant, r.gather, r.lines, r.rows, None, None
+            name,
+            c.crc64nvme,
+            r.crc64nvme_combine,
+            c.split,
+            c.merge,
+            r.sample,
+            r.cast,
+            r.is_constant,
+            r.gather,
+            r.lines,
+            r.rows,
+            None,
+            None,
         )
     return Kernels(
-        name, r.crc64nvme, r.split, r.merge, r.sample, r.cast, r.is_constant, r.gather, r.lines, r.rows, None, None
+        name,
+        r.crc64nvme,
+        r.crc64nvme_combine,
+        r.split,
+        r.merge,
+        r.sample,
+        r.cast,
+        r.is_constant,
+        r.gather,
+        r.lines,
+        r.rows,
+        None,
+        None,
     )
 
 

@@ -25,8 +25,8 @@ from fastckpt.repository.commit import list_votes, require_vote, try_commit
 from fastckpt.repository.joint_commit import Cancelled, JointCommit, JointTurn, abandon, begin
 from fastckpt.repository.repository import Repository, stands
 from fastckpt.repository.retention import GRACE_S, Keep, RetentionPlan, plan_retention
-from fastckpt.writing.packs import PackBuffers
 from fastckpt.writing.rank import SaveAsked, SaveRequest, UploadThreads, upload
+from fastckpt.writing.uplink import Uplink
 
 _MAX_POLL_S = 5.0
 # A generator of our own: drawing from the global one would change the numbers that training draws.
@@ -58,7 +58,7 @@ class Incarnation:
         self._team = team
         self._attempts: dict[int, int] = {}
         self._collector = Collector(repository)
-        self._buffers = PackBuffers()
+        self.uplink = Uplink(options)
         self._told: Fate | None = None
         """Of the last save that all ranks made."""
         self._sleep, self._clock = sleep, clock
@@ -174,7 +174,7 @@ class Incarnation:
         try:
             if turn is not None:
                 return self._save_jointly(sealed, request, turn, commit_timeout_s, cancelled, threads)
-            vote = upload(sealed, self.repository.store, request, self._options, cancelled, self._buffers, threads)
+            vote = upload(sealed, self.repository.store, request, self._options, cancelled, self.uplink, threads)
             commit = self._commit(vote, commit_timeout_s)
             if self._world == 1 and commit.vote(0) == vote.name:
                 self._collector.know(commit, [file.key for file in vote.files])
@@ -205,7 +205,7 @@ class Incarnation:
                 with contextlib.suppress(BoardLostError):
                     earlier.forget()
             begin(fate, self._rank, step)
-            vote = upload(sealed, store, request, self._options, ends, self._buffers, threads)
+            vote = upload(sealed, store, request, self._options, ends, self.uplink, threads)
             commit = JointCommit(store, self._team, fate, self.acknowledge, cancelled, commit_timeout_s).run(vote)
         except BaseException as error:
             if ends.why is not None and not isinstance(error, AbandonedError):
@@ -295,7 +295,7 @@ class Incarnation:
 
     def close(self) -> None:
         """Free the memory that was kept for another save."""
-        self._buffers.drop()
+        self.uplink.buffers.drop()
 
     def retain(
         self, keep: Keep | None, grace_s: float = GRACE_S, interrupted: Callable[[], bool] = lambda: False

@@ -240,6 +240,10 @@ class Snapshot:
                     self._progress.fail(error)
                     raise
 
+    def fail(self, error: BaseException) -> None:
+        """The save has failed: the training thread, if it waits for copies, is to learn of this error and of no consequence of it."""
+        self._progress.fail(error)
+
     def confirm(self) -> None:
         """To be called after all chunks have been read, before the commit. Raises the snapshot's error."""
         with self._progress.changed:

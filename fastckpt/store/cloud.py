@@ -32,6 +32,7 @@ from fastckpt.errors import (
 from fastckpt.events import logger
 from fastckpt.kernels.checksums import crc64nvme
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_name, check_prefix
+from fastckpt.store.body import known_crc64nvme
 from fastckpt.store.cloud_connection import Connection, connect
 from fastckpt.store.cloud_errors import BeyondEndError
 from fastckpt.store.cloud_http import HttpResponse
@@ -110,8 +111,9 @@ class S3Store(Store):
             headers["x-amz-server-side-encryption"] = self.connection.sse
         if self.connection.sse_kms_key_id:
             headers["x-amz-server-side-encryption-aws-kms-key-id"] = self.connection.sse_kms_key_id
+        known = known_crc64nvme(data)
         try:
-            self._put_once(doing, key, body, headers)
+            self._put_once(doing, key, body, headers, known)
         except ChecksumError as error:
             if self._checksum == "md5":
                 raise StoreError(
@@ -121,10 +123,12 @@ class S3Store(Store):
             self._checksum = "md5"
             self._put_once(doing, key, body, headers)
 
-    def _put_once(self, doing: str, key: str, body: memoryview, headers: Mapping[str, str]) -> None:
-        with self._requests.ask(
-            doing, key, "PUT", headers={**headers, **_checksum_headers(self._checksum, body)}, body=body
-        ) as response:
+    def _put_once(
+        self, doing: str, key: str, body: memoryview, headers: Mapping[str, str], known: int | None = None
+    ) -> None:
+        """known: the body's crc64nvme; None: it is computed if it is sent."""
+        checksum = _checksum_headers(self._checksum, body, known)
+        with self._requests.ask(doing, key, "PUT", headers={**headers, **checksum}, body=body) as response:
             response.read(MOST_ERROR_BYTES)
             require_etag(response, f"{doing} {self.url}/{key}")
 
@@ -290,9 +294,9 @@ def _fill_range(response: HttpResponse, offset: int, view: memoryview, what: str
     return size
 
 
-def _checksum_headers(kind: str | None, body: memoryview) -> dict[str, str]:
+def _checksum_headers(kind: str | None, body: memoryview, known: int | None) -> dict[str, str]:
     if kind == "crc64nvme":
-        value = crc64nvme(body).to_bytes(8, "big")
+        value = (crc64nvme(body) if known is None else known).to_bytes(8, "big")
         return {"x-amz-checksum-crc64nvme": base64.b64encode(value).decode()}
     if kind == "md5":
         value = hashlib.md5(body, usedforsecurity=False).digest()

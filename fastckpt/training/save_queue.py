@@ -207,6 +207,8 @@ class SaveQueue:
         except BaseException as raised:
             error = as_save_error(raised, job.step)
             self._log(job, error)
+            if isinstance(job.source, Snapshot):
+                job.source.fail(error)
             _forget_locals(raised)
         try:
             if self._finish(job, error):

@@ -239,7 +239,8 @@ class Saver:
         try:
             # Start them now, even if an earlier save is under way: if that ends while the interpreter exits, no thread can be started any
             # more.
-            threads = UploadThreads.start(taken.captured.own_bytes, self._options)
+            connections = self._incarnation.uplink.link.connections
+            threads = UploadThreads.start(taken.captured.own_bytes, self._options, connections)
             job = Job(asked, taken.captured, source, beginning.handle, threads, beginning.turn, self._owner())
             beginning.runs_here = not self._queue.put(job)
         except BaseException:

@@ -17,14 +17,11 @@ from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-
 from fastckpt import codec, events
 from fastckpt._types import U8
 from fastckpt.format import container, directory, records
 from fastckpt.format.container import HEADER_BYTES, PartEntry
 from fastckpt.format.digest import digest
-from fastckpt.format.repository_records import writer
 from fastckpt.format.sealed_state import SealedChunk, SealedState
 from fastckpt.host import cycle_collector
 from fastckpt.host.pages import fresh_pages
@@ -32,6 +29,7 @@ from fastckpt.host.sink import Sink, committing
 from fastckpt.host.threads import WorkerPool
 from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
 from fastckpt.options import Options
+from fastckpt.writing.chunk_writer import ChunkWriter
 
 _INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
 
@@ -106,7 +104,7 @@ def write(
     try:
         with committing(sink), closing(sealed.source), closing(pool) if pool is not None else nullcontext():
             payload = _ContainerPayload(sink)
-            writer = ChunkWriter(sealed, payload, target, options, pool)
+            writer = OrderedWriter(sealed, payload, target, options, pool)
             writer.tell_start(skeleton_s)
             n_bytes = _write_parts(writer, payload, sink, sealed.skeleton, step)
             commit_from = time.perf_counter()
@@ -126,7 +124,9 @@ def write(
     return n_bytes
 
 
-def _write_parts(writer: ChunkWriter, payload: _ContainerPayload, sink: Sink, skeleton: bytes, step: int | None) -> int:
+def _write_parts(
+    writer: OrderedWriter, payload: _ContainerPayload, sink: Sink, skeleton: bytes, step: int | None
+) -> int:
     """Write header, payload, index and footer to the sink, which is not committed. Returns their bytes."""
     header = container.build_header()
     sink.write(header)
@@ -140,37 +140,14 @@ def _write_parts(writer: ChunkWriter, payload: _ContainerPayload, sink: Sink, sk
     return HEADER_BYTES + payload.n_bytes + sum(map(len, rest))
 
 
-class ChunkWriter:
+class OrderedWriter(ChunkWriter):
     """Encodes the chunks of a state and hands them, in order, to a payload. Used once, by one thread."""
 
     def __init__(
-        self,
-        sealed: SealedState,
-        payload: Payload,
-        target: str,
-        options: Options,
-        pool: WorkerPool | None,
+        self, sealed: SealedState, payload: Payload, target: str, options: Options, pool: WorkerPool | None
     ) -> None:
-        self._sealed, self._source, self.chunks = sealed, sealed.source, sealed.chunks
-        self._payload = payload
-        self._target = target
-        self._options = options
-        self._pool = pool
-        self.records = np.zeros(len(self.chunks), records.LAYOUT)
-        self._written: dict[tuple[bytes, int], int] = {}
-        """(digest, raw bytes) of each chunk that is stored → the number of its record."""
-
-    def tell_start(self, skeleton_s: float) -> None:
-        """Emit SaveStarted. skeleton_s: seconds that the capture took."""
-        events.emit(
-            events.SaveStarted(
-                target=self._target,
-                raw_bytes=self._sealed.own_bytes,
-                chunks=len(self.chunks),
-                storages=len(self._sealed.storages),
-                skeleton_s=skeleton_s,
-            )
-        )
+        super().__init__(sealed, target)
+        self._payload, self._options, self._pool = payload, options, pool
 
     def run(self) -> None:
         """Encode and store all chunks. Afterwards `records` is complete and the source has confirmed its bytes. The first error cancels the
@@ -231,47 +208,23 @@ class ChunkWriter:
 
     def _write_chunk(self, number: int, chunk: SealedChunk, result: _Encoded) -> None:
         started = time.perf_counter()
-        row, encoded = self.records[number], result.encoded
-        earlier = self._written.get((encoded.digest, chunk.n_bytes))
-        stored_bytes = 0
-        if earlier is not None:
-            self.records[number] = self.records[earlier]
-        else:
+        encoded, stored_bytes = result.encoded, 0
+        if not self.is_stored(number, encoded):
             stored_bytes = len(encoded.stored)
-            row["transform"], row["lane_bytes"], row["pack_bits"] = (
-                encoded.transform,
-                encoded.lane_bytes,
-                encoded.pack_bits,
-            )
-            row["raw_bytes"], row["stored_bytes"] = chunk.n_bytes, stored_bytes
-            row["digest"], row["crc64nvme"] = np.void(encoded.digest), encoded.crc64nvme
-            row["parameter"] = np.void(encoded.parameter)
-            if stored_bytes:
-                row["file"], row["offset"] = self._payload.add(encoded.stored)
-                self._written[encoded.digest, chunk.n_bytes] = number
+            self.enter(number, encoded, *(self._payload.add(encoded.stored) if stored_bytes else (0, 0)))
         self._source.release(number)
-        events.emit(
-            events.ChunkStored(
-                target=self._target,
-                record=number,
-                transform=records.transform_of(self.records[number]),
-                raw_bytes=chunk.n_bytes,
-                stored_bytes=stored_bytes,
-                encode_s=result.seconds,
-                write_s=time.perf_counter() - started,
+        if events.enabled():
+            events.emit(
+                events.ChunkStored(
+                    target=self._target,
+                    record=number,
+                    transform=records.transform_of(self.records[number]),
+                    raw_bytes=chunk.n_bytes,
+                    stored_bytes=stored_bytes,
+                    encode_s=result.seconds,
+                    write_s=time.perf_counter() - started,
+                )
             )
-        )
-
-    def directory(self) -> directory.Directory:
-        """Describe storages and tensors for the index. The caller adds step, rank, world and meta."""
-        ours = writer()  # without the host: a container depends on none
-        made_by = {
-            "name": ours["name"],
-            "version": ours["version"],
-            "torch": self._sealed.torch,
-            "python": ours["python"],
-        }
-        return directory.Directory(self._sealed.storages, self._sealed.tensors, writer=made_by)
 
 
 def index_and_footer(header: bytes, payload_bytes: int, parts: Sequence[bytes]) -> list[bytes]:

@@ -1,138 +1,90 @@
 """Packs: the chunks of a save, gathered into objects of some megabytes and uploaded over several connections.
 
-    add(stored) ─→ pack buffer ──full──→ queue ─→ connections × put, whole, in any order ─→ finish(): all durable
+    begin() ─→ Pack: chunks are encoded in its memory ─→ seal(pack) ─→ connections × put, whole, in any order ─→ finish()
 
-A pack is one put, retried whole: no multipart state, no debris that nobody sees. At most `connections + 1` buffers exist; when all are on
-their way, `add` waits, and that wait is the back-pressure that the encoder feels.
+A pack is one put, retried whole: no multipart state, no debris that nobody sees. Each encoding thread fills a pack of its own, so no byte
+is copied between the encoder and the store. When all memory is on its way, `begin` waits, and that wait is the back-pressure that the
+encoder feels.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from fastckpt import events
+from fastckpt._types import U8
 from fastckpt.errors import SaveError, StoreError
 from fastckpt.events import logger
-from fastckpt.format.digest import crc64nvme
+from fastckpt.format.digest import crc64nvme_combine
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import SaveId, pack_key
-from fastckpt.host.pages import fresh_pages
 from fastckpt.host.threads import WorkerPool
-from fastckpt.options import MIN_PACK_BYTES, Options
 from fastckpt.store.base import Store
+from fastckpt.store.body import Body
+from fastckpt.writing.uplink import Uplink
 
-Buffer = npt.NDArray[np.uint8]
-
-
-def choose_pack_bytes(raw_bytes: int, options: Options) -> int:
-    """Choose the length of the packs of a save: small enough that each connection gets two packs, and that all buffers fit their part of
-    the budget.
-    """
-    return max(MIN_PACK_BYTES, min(raw_bytes // (2 * options.connections), options.max_pack_bytes))
+_LOOK_S = 0.5
+"""Interval at which somebody who waits looks whether the save was cancelled."""
 
 
-class PackBuffers:
-    """Memory for packs, kept from save to save: allocating fresh pages costs three times as much as the copy into them. Used by one save at
-    a time.
-    """
+class Pack:
+    """One pack that is being filled, by one thread."""
 
-    def __init__(self) -> None:
-        self._free: list[Buffer] = []
+    __slots__ = ("_buffer", "_capacity", "crc64nvme", "n_bytes", "number")
 
-    def take(self, n_bytes: int) -> Buffer:
-        """A buffer of at least this size, and at most twice as large."""
-        self._free = [one for one in self._free if n_bytes <= one.size <= 2 * n_bytes]
-        return self._free.pop() if self._free else fresh_pages(n_bytes)
+    def __init__(self, buffer: U8, capacity: int) -> None:
+        self._buffer, self._capacity = buffer, capacity
+        self.number: int | None = None
+        """None: nothing has been kept in it yet. A pack without bytes is never put."""
+        self.n_bytes = self.crc64nvme = 0
 
-    def give_back(self, buffers: list[Buffer]) -> None:
-        """Take buffers back that nobody reads any more."""
-        self._free += buffers
+    @property
+    def buffer(self) -> U8:
+        """All of its memory."""
+        return self._buffer
 
-    def drop(self) -> None:
-        """Free the memory; there will be no other save."""
-        self._free = []
+    @property
+    def room(self) -> int:
+        """Bytes that may still be added."""
+        return self._capacity - self.n_bytes
 
+    @property
+    def rest(self) -> U8:
+        """The memory that nothing has been kept in."""
+        return self._buffer[self.n_bytes :]
 
-class _Rotation:
-    """The buffers of one save: filled, sent, and filled again. Used by the thread that adds chunks."""
-
-    def __init__(self, buffers: PackBuffers, n_bytes: int, most: int) -> None:
-        """buffers: where buffers come from and go back to. n_bytes: size of each buffer. most: largest number of buffers."""
-        self._buffers, self._n_bytes, self._most = buffers, n_bytes, most
-        self._taken: list[Buffer] = []
-        self._free: list[Buffer] = []
-
-    def take(self) -> Buffer | None:
-        """An empty buffer; None while all are being sent."""
-        if self._free:
-            return self._free.pop()
-        if len(self._taken) == self._most:
-            return None
-        self._taken.append(self._buffers.take(self._n_bytes))
-        return self._taken[-1]
-
-    def put_back(self, buffer: Buffer) -> None:
-        """The buffer's content has been sent: it may be filled again."""
-        self._free.append(buffer)
-
-    def close(self) -> None:
-        """Give all buffers back: nobody reads them any more."""
-        self._buffers.give_back(self._taken)
-        self._taken, self._free = [], []
-
-
-class _Pack:
-    """One pack that is being filled or sent."""
-
-    def __init__(self, number: int, buffer: Buffer) -> None:
-        self.number, self.buffer = number, buffer
-        self.n_bytes = 0
-        """Number of bytes of the buffer that are filled."""
-
-    def add(self, view: memoryview) -> int:
-        """Append bytes; returns their offset."""
+    def keep(self, n_bytes: int, crc64nvme: int) -> int:
+        """The first bytes of `rest` belong to the pack now; returns their offset in it. crc64nvme: of these bytes."""
         offset = self.n_bytes
-        np.copyto(self.buffer[offset : offset + view.nbytes], np.frombuffer(view, np.uint8))  # releases the GIL
-        self.n_bytes += view.nbytes
+        self.crc64nvme = crc64nvme_combine(self.crc64nvme, crc64nvme, n_bytes) if offset else crc64nvme
+        self.n_bytes = offset + n_bytes
         return offset
 
 
 class PackWriter:
-    """A Payload whose bytes go to a store. One thread adds; `connections` threads upload. Use as a context manager."""
+    """Gives out packs, and puts those that were filled. Any thread. Use as a context manager."""
 
     def __init__(
         self,
         store: Store,
         save: SaveId,
         rank: int,
-        pack_bytes: int,
-        connections: int,
         pool: WorkerPool,
+        uplink: Uplink,
         cancelled: Callable[[], bool] = lambda: False,
-        buffers: PackBuffers | None = None,
     ) -> None:
-        """pool: the uploading threads, one for each connection; closed with this object. cancelled: asked before every chunk; once it says
-        True, `add` and `finish` raise SaveError.
+        """pool: the uploading threads, one for each connection; closed with this object. uplink: the save has begun there.
+        cancelled: asked before every chunk; once it says True, everything here raises SaveError.
         """
-        self._cancelled = cancelled
-        self._store = store
-        self._save = save
-        self._rank = rank
-        self._pack_bytes = pack_bytes
-        self._pool = pool
-        self._buffers = _Rotation(buffers or PackBuffers(), pack_bytes, connections + 1)
-        self._current: _Pack | None = None
-        self._sealed = 0
-        self._pending: deque[Future[tuple[Buffer, FileEntry]]] = deque()
-        self._files: list[FileEntry] = []
+        self._store, self._save, self._rank = store, save, rank
+        self._pool, self._uplink, self._buffers, self._cancelled = pool, uplink, uplink.buffers, cancelled
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+        self._n_numbers = self._waiting = self._sending = 0
+        self._files: dict[int, FileEntry] = {}
         self.stored_bytes = 0
 
     def __enter__(self) -> PackWriter:
@@ -140,13 +92,12 @@ class PackWriter:
 
     def __exit__(self, *error: object) -> None:
         self._pool.close()
-        self._buffers.close()
 
     def remove(self) -> None:
         """After a failure, before there is a vote: delete what was uploaded. Packs that the store does not delete stay as debris, as after
         a kill.
         """
-        for number in range(self._sealed):
+        for number in range(self._n_numbers):
             key = pack_key(self._save, self._rank, number)
             try:
                 self._store.delete(key)
@@ -154,59 +105,94 @@ class PackWriter:
                 logger.warning("what is left of the failed save of step %d stays: %s", self._save.step, error)
                 return
 
-    def add(self, stored: Any) -> tuple[int, int]:
-        self._refuse_cancelled()
-        view = memoryview(stored).cast("B")
-        if self._current is not None and self._current.n_bytes + view.nbytes > self._pack_bytes:
-            self._seal(self._current)
-        if self._current is None:
-            self._current = _Pack(self._sealed, self._buffer())
-        offset = self._current.add(view)
-        self.stored_bytes += view.nbytes
-        return self._sealed + 1, offset  # file 0 is the vote itself
+    # -- the encoders --------------------------------------------------------------------------------------------------
 
-    def _refuse_cancelled(self) -> None:
+    def refuse(self) -> None:
+        """Raise the error of an upload, or SaveError if the save was cancelled."""
+        if self._error is not None:
+            raise self._error
         if self._cancelled():
             raise SaveError(f"the save of step {self._save.step} was cancelled. Nothing was committed")
 
-    def _buffer(self) -> Buffer:
-        while (buffer := self._buffers.take()) is None:
-            self._collect()
-        return buffer
+    def fail(self, error: BaseException) -> None:
+        """Make everything here raise this error, unless there was one before."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
 
-    def _collect(self) -> None:
-        """Take back the buffer of the oldest pack in flight. Raises the error of its upload."""
-        buffer, entry = self._pending.popleft().result()
-        self._files.append(entry)
-        self._buffers.put_back(buffer)
+    def begin(self, left_bytes: int) -> Pack:
+        """An empty pack, once there is memory for it. left_bytes: raw bytes that are still to be saved. Raises what `refuse` does."""
+        with self._changed:
+            while True:
+                self.refuse()
+                buffer = self._buffers.take(self._uplink.packs_at_once)
+                if buffer is not None:
+                    return Pack(buffer, self._uplink.pack_bytes(left_bytes, buffer.size))
+                self._changed.wait(_LOOK_S)
 
-    def _seal(self, pack: _Pack) -> None:
-        """Start the upload of a pack; nothing is added to it any more."""
-        self._pending.append(self._pool.submit(functools.partial(self._upload, pack)))
-        self._sealed += 1
-        self._current = None
+    def keep(self, pack: Pack, n_bytes: int, crc64nvme: int) -> tuple[int, int]:
+        """Keep the first bytes of the pack's rest. Returns the file number and the offset. One thread at a time, over all packs."""
+        if pack.number is None:
+            pack.number, self._n_numbers = self._n_numbers, self._n_numbers + 1
+        self.stored_bytes += n_bytes
+        return pack.number + 1, pack.keep(n_bytes, crc64nvme)  # file 0 is the vote itself
 
-    def _upload(self, pack: _Pack) -> tuple[Buffer, FileEntry]:
-        started = time.perf_counter()
+    def seal(self, pack: Pack) -> None:
+        """Start the upload of a pack; nothing is added to it any more. An empty one, or one of a failed save, is only taken back."""
+        with self._changed:
+            if pack.number is None or self._error is not None:
+                self._buffers.give_back(pack.buffer)
+                self._changed.notify_all()
+                return
+            self._waiting += 1
+        self._pool.submit(functools.partial(self._upload, pack))
+
+    # -- the connections -----------------------------------------------------------------------------------------------
+
+    def _upload(self, pack: Pack) -> None:
+        with self._changed:
+            self._waiting, self._sending = self._waiting - 1, self._sending + 1
+        try:
+            entry = None if self._error is not None else self._put(pack)
+        except BaseException as error:
+            self.fail(error)
+            entry = None
+        with self._changed:
+            self._sending -= 1
+            if entry is not None and pack.number is not None:
+                self._files[pack.number] = entry
+            self._buffers.give_back(pack.buffer)
+            self._changed.notify_all()
+
+    def _put(self, pack: Pack) -> FileEntry:
+        assert pack.number is not None
         key = pack_key(self._save, self._rank, pack.number)
-        stored = pack.buffer.data[: pack.n_bytes]
-        entry = FileEntry(key, pack.n_bytes, crc64nvme(stored))
-        self._store.put(key, stored)
-        stored.release()
-        seconds = time.perf_counter() - started
-        events.emit(
-            events.PackStored(
-                target=self._store.url, key=key, stored_bytes=pack.n_bytes, seconds=seconds, step=self._save.step
+        started = time.perf_counter()
+        self._store.put(key, Body.of(pack.buffer[: pack.n_bytes], pack.crc64nvme))
+        now = time.perf_counter()
+        with self._changed:
+            more = self._uplink.put_finished(
+                now, pack.n_bytes, now - started, waiting=self._waiting, sending=self._sending
             )
-        )
-        return pack.buffer, entry
+        if more:
+            self._pool.grow(more)
+        if events.enabled():
+            events.emit(
+                events.PackStored(
+                    target=self._store.url,
+                    key=key,
+                    stored_bytes=pack.n_bytes,
+                    seconds=now - started,
+                    step=self._save.step,
+                )
+            )
+        return FileEntry(key, pack.n_bytes, pack.crc64nvme)
 
     def finish(self) -> list[FileEntry]:
-        """Upload the rest and wait for all. Returns the packs in the order of their file numbers, which start at 1."""
-        if self._current is not None:
-            self._seal(self._current)
-        while self._pending:
-            self._refuse_cancelled()
-            self._collect()
-        self._refuse_cancelled()
-        return self._files
+        """Wait until all packs are durable. Returns them in the order of their file numbers, which start at 1."""
+        with self._changed:
+            while self._waiting or self._sending:
+                self.refuse()
+                self._changed.wait(_LOOK_S)
+            self.refuse()
+            return [self._files[number] for number in range(self._n_numbers)]

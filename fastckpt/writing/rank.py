@@ -18,8 +18,10 @@ from fastckpt.host import cycle_collector
 from fastckpt.host.threads import WorkerPool
 from fastckpt.options import Options
 from fastckpt.store.base import Store
-from fastckpt.writing.container import ChunkWriter, start_workers
-from fastckpt.writing.packs import PackBuffers, PackWriter, choose_pack_bytes
+from fastckpt.writing.container import start_workers
+from fastckpt.writing.packing import PackingWriter
+from fastckpt.writing.packs import PackWriter
+from fastckpt.writing.uplink import Uplink
 from fastckpt.writing.vote_builder import build_vote
 
 
@@ -56,11 +58,15 @@ class UploadThreads(NamedTuple):
     uploaders: WorkerPool
 
     @classmethod
-    def start(cls, raw_bytes: int, options: Options) -> UploadThreads:
-        """Start them. raw_bytes: all that is to be uploaded. RuntimeError if no thread can be started. Takes some 50 µs for each thread."""
+    def start(cls, raw_bytes: int, options: Options, connections: int | None = None) -> UploadThreads:
+        """Start them. raw_bytes: all that is to be uploaded. connections: other than in `options`. Takes some 50 µs for each thread.
+
+        RuntimeError if no thread can be started.
+        """
         encoders = start_workers(raw_bytes, options, background=True)
         try:
-            return cls(encoders, WorkerPool(options.connections, "fastckpt-upload", nice=options.background_nice))
+            n = options.connections if connections is None else connections
+            return cls(encoders, WorkerPool(n, "fastckpt-upload", nice=options.background_nice))
         except BaseException:
             if encoders is not None:
                 encoders.close()
@@ -79,33 +85,25 @@ def upload(
     request: SaveRequest,
     options: Options,
     cancelled: Callable[[], bool] = lambda: False,
-    buffers: PackBuffers | None = None,
+    uplink: Uplink | None = None,
     threads: UploadThreads | None = None,
 ) -> Vote:
     """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
 
     The chunks' source has to be closed by the caller. cancelled: asked before every chunk; True ends the
-    save with a SaveError. buffers: kept by the caller for its next save. threads: closed by this function. Memory needed besides the state:
-    `options.chunks_in_flight` × 16 MiB and `connections + 1` packs.
+    save with a SaveError. uplink: kept by the caller for its next save to this store. threads: closed by this function. Memory needed
+    besides the state: `options.encoder_bytes` and `options.pack_bytes`.
     """
     started = time.perf_counter()
     target = f"{store.url} step {request.save.step}"
     packs: PackWriter | None = None
+    uplink = uplink or Uplink(options)
     try:
-        threads = threads or UploadThreads.start(sealed.own_bytes, options)
+        threads = threads or UploadThreads.start(sealed.own_bytes, options, uplink.link.connections)
         try:
-            pack_bytes = choose_pack_bytes(sealed.own_bytes, options)
-            with PackWriter(
-                store,
-                request.save,
-                request.rank,
-                pack_bytes,
-                options.connections,
-                threads.uploaders,
-                cancelled,
-                buffers,
-            ) as packs:
-                chunks = ChunkWriter(sealed, packs, target, options, threads.encoders)
+            uplink.begin(sealed.own_bytes)
+            with PackWriter(store, request.save, request.rank, threads.uploaders, uplink, cancelled) as packs:
+                chunks = PackingWriter(sealed, packs, target, threads.encoders, uplink, options.encoders)
                 chunks.tell_start(skeleton_s=0.0)
                 chunks.run()
                 files = packs.finish()
@@ -134,7 +132,7 @@ def upload(
 
 
 def _build(
-    chunks: ChunkWriter, sealed: SealedState, files: Sequence[FileEntry], request: SaveRequest, stored_bytes: int
+    chunks: PackingWriter, sealed: SealedState, files: Sequence[FileEntry], request: SaveRequest, stored_bytes: int
 ) -> tuple[Vote, bytes]:
     """Build the vote and its bytes. SaveError if a reader would refuse it."""
     asked = request.asked

@@ -80,6 +80,20 @@ def test_crc_is_that_of_the_definition(kernels: Kernels, data: bytes) -> None:
     assert kernels.crc64nvme(data) == crc_bit_by_bit(data)
 
 
+@given(data=st.binary(max_size=400), cut=st.integers(0, 400))
+@settings(deadline=None, max_examples=40)
+def test_crc_of_two_parts_is_that_of_the_whole(kernels: Kernels, data: bytes, cut: int) -> None:
+    first, second = data[:cut], data[cut:]
+    parts = kernels.crc64nvme(first), kernels.crc64nvme(second)
+    assert kernels.crc64nvme_combine(*parts, len(second)) == kernels.crc64nvme(data)
+
+
+def test_crc_of_long_parts(kernels: Kernels) -> None:
+    first, second = some_bytes(1_000_003), some_bytes(3_145_731)
+    parts = kernels.crc64nvme(first), kernels.crc64nvme(second)
+    assert kernels.crc64nvme_combine(*parts, len(second)) == kernels.crc64nvme(first + second)
+
+
 @pytest.mark.parametrize(
     "n", [0, 1, 7, 8, 9, 127, 128, 129, 255, 256, 511, 512, 513, 8191, 8192, 8193, 131071, 1_000_003]
 )

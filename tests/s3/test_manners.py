@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,8 @@ from fastckpt.errors import (
     StoreError,
     StoreUnavailableError,
 )
+from fastckpt.store import cloud
+from fastckpt.store.body import Body
 from fastckpt.store.cloud import S3Store, open_s3
 from fastckpt.store.wrap import Retrying
 from tests.s3.manners import (
@@ -54,6 +57,18 @@ def test_a_store_that_refuses_checksum_headers_gets_content_md5(manner: Any, enc
         store.put_if_absent("b", b"2")
         assert store.get("a") == b"1"
     assert checksums(encrypted) == ["x-amz-checksum-crc64nvme", "content-md5", "content-md5"]
+
+
+def test_a_checksum_that_is_known_is_not_computed_again(
+    encrypted: MannersServer, environment: pytest.MonkeyPatch
+) -> None:
+    body = Body.of(np.frombuffer(b"123456789", np.uint8), 0xAE8B14860A799888)
+    environment.setattr(cloud, "crc64nvme", None)
+    with open_s3("s3://lab/run") as store:
+        Retrying(store).put("a", body)
+        assert store.get("a") == b"123456789"
+    (put,) = encrypted.requests("PUT")
+    assert put.headers["x-amz-checksum-crc64nvme"] == "rosUhgp5mIg="
 
 
 @pytest.mark.parametrize("way", ["variable", "profile", "option"])

@@ -45,7 +45,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("FASTCKPT_MAX_STALL_S", "nan", "a number ≥ 0"),
         ("FASTCKPT_MAX_STALL_S", "soon", "a number ≥ 0"),
         ("FASTCKPT_VERIFY_SNAPSHOT", "on", '"sampled", "always", "first" or "off"'),
-        ("FASTCKPT_CONNECTIONS", "0", "at least 1"),
+        ("FASTCKPT_CONNECTIONS", "-1", "an integer ≥ 0"),
         ("FASTCKPT_BACKGROUND_NICE", "20", "at most 19"),
     ],
 )
@@ -89,7 +89,7 @@ def test_every_variable_that_is_read_is_known() -> None:
 def test_frozen_and_bounded() -> None:
     options = Options(threads=8, host_budget_bytes=96 << 20)
     assert options.chunks_in_flight * 4 * 8 << 20 == options.host_budget_bytes, "a quarter, where native kernels run"
-    assert options.snapshot_bytes == options.host_budget_bytes - (24 << 20) - 9 * options.max_pack_bytes
+    assert options.snapshot_bytes == options.host_budget_bytes - (24 << 20) - 9 * (4 << 20)
     with pytest.raises(dataclasses.FrozenInstanceError):
         options.threads = 1  # type: ignore[misc]
 

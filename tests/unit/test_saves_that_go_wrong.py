@@ -28,7 +28,7 @@ from fastckpt.spot import Notice
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training import save_queue
 from fastckpt.training.checkpointer import Checkpointer
-from fastckpt.writing import container
+from fastckpt.writing import container, packing
 from fastckpt.writing.rank import SaveAsked
 from tests.support.repositories import history
 from tests.support.stores import HeldStore
@@ -234,7 +234,7 @@ def test_failed_saves_leave_no_buffers_to_the_collector() -> None:
         gc.disable()
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(container, "fresh_pages", lambda n: made.append(_Watched(fresh(n))) or made[-1].array)
+                patch.setattr(packing, "fresh_pages", lambda n: made.append(_Watched(fresh(n))) or made[-1].array)
                 for step in (1, 2, 3):
                     with pytest.raises(StoreError):
                         ckpt.save_now(step).wait(SHORT_S)

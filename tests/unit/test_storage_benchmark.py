@@ -30,7 +30,11 @@ def state_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_bar_is_the_best_rival_s_median_times_the_factor() -> None:
-    rivals: dict[str, list[dict[str, Any]]] = {"slow": [{"seconds": 9.0}], "fast": SECONDS, "broken": [{"error": "no room"}]}
+    rivals: dict[str, list[dict[str, Any]]] = {
+        "slow": [{"seconds": 9.0}],
+        "fast": SECONDS,
+        "broken": [{"error": "no room"}],
+    }
     found = storage_rows.against_best("s3", "restore", "≤ 0.9 ×", [{"seconds": 1.7}], rivals, 0.9)
     assert found["bar"] == pytest.approx(1.8)
     assert found["met"] is True

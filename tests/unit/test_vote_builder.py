@@ -17,7 +17,8 @@ from fastckpt.format.keys import CheckpointId, SaveId, commit_key
 from fastckpt.format.tensor_names import ReprKey
 from fastckpt.repository.commit import list_votes, read_vote, try_commit
 from fastckpt.store.memory import MemoryStore
-from fastckpt.writing.container import ChunkWriter
+from fastckpt.writing.chunk_writer import ChunkWriter
+from fastckpt.writing.packing import PackingWriter
 from fastckpt.writing.packs import PackWriter
 from tests.support.repositories import begin, check_all, keys_of, vote
 from tests.support.states import rich_state
@@ -74,13 +75,13 @@ def change_tensor(**changes: Any) -> Callable[[pytest.MonkeyPatch], None]:
 
 def change_record(field: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
     def switch(patch: pytest.MonkeyPatch) -> None:
-        right = ChunkWriter.run
+        right = PackingWriter.run
 
-        def run(writer: ChunkWriter) -> None:
+        def run(writer: PackingWriter) -> None:
             right(writer)
             writer.records[field][-1] = value
 
-        patch.setattr(ChunkWriter, "run", run)
+        patch.setattr(PackingWriter, "run", run)
 
     return switch
 

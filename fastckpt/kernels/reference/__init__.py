@@ -1,6 +1,6 @@
 """The kernels in NumPy: they define what the other implementations must compute (docs/format.md, sections 1, 4.3 and 4.4)."""
 
-from fastckpt.kernels.reference.crc import crc64nvme, crc_tables
+from fastckpt.kernels.reference.crc import crc64nvme, crc64nvme_combine, crc_tables
 from fastckpt.kernels.reference.estimate import Estimate, sample
 from fastckpt.kernels.reference.memory import ROW_WORDS, WHOLE_BELOW, gather, lines, lines_bytes, rows
 from fastckpt.kernels.reference.streams import (
@@ -24,6 +24,7 @@ __all__ = [
     "cast",
     "check_arguments",
     "crc64nvme",
+    "crc64nvme_combine",
     "crc_tables",
     "difference",
     "gather",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -74,3 +75,30 @@ def crc64nvme(data: Any) -> int:
     for byte in view[start:].tobytes():
         register = (register >> 8) ^ _BYTE_TABLE[(register ^ byte) & 0xFF]
     return register ^ _ALL_ONES
+
+
+def _product(a: int, b: int) -> int:
+    """The product of two polynomials modulo the CRC's. The highest bit is x^0."""
+    result = 0
+    for bit in range(63, -1, -1):
+        if a >> bit & 1:
+            result ^= b
+        b = b >> 1 ^ (_POLYNOMIAL_REFLECTED if b & 1 else 0)
+    return result
+
+
+@functools.lru_cache(maxsize=256)
+def _power(n_bytes: int) -> int:
+    """x^(8 × n_bytes) modulo the CRC's polynomial. Cached: most chunks are equally long."""
+    result, power = 1 << 63, 1 << (63 - 8)
+    while n_bytes:
+        if n_bytes & 1:
+            result = _product(result, power)
+        power = _product(power, power)
+        n_bytes >>= 1
+    return result
+
+
+def crc64nvme_combine(first: int, second: int, second_bytes: int) -> int:
+    """CRC-64/NVME of two stretches of bytes, one after the other, from the CRC of each and the length of the second."""
+    return _product(first, _power(second_bytes)) ^ second

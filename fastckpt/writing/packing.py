@@ -1,0 +1,169 @@
+"""The chunks of a rank, encoded in the memory of its packs by several threads.
+
+    next chunk ─→ raw ─→ encode into the pack's rest ─→ keep, unless an equal one is stored ─→ release ─→ … ─→ seal the pack
+
+Each thread takes the next chunk and puts it behind the others in a pack of its own: chunks of one pack are in the order of the state, and
+which pack a chunk is in depends on which thread was faster. The index has each chunk's place, so nothing else depends on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+
+from fastckpt import codec, events
+from fastckpt._types import U8
+from fastckpt.format import records
+from fastckpt.format.sealed_state import SealedState
+from fastckpt.host.pages import fresh_pages
+from fastckpt.host.threads import WorkerPool
+from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
+from fastckpt.writing.chunk_writer import ChunkWriter
+from fastckpt.writing.packs import Pack, PackWriter
+from fastckpt.writing.uplink import Uplink
+
+
+class _Upcoming:
+    """The chunks that no encoder has taken yet, in order. Any thread."""
+
+    def __init__(self, sealed: SealedState) -> None:
+        self._chunks = sealed.chunks
+        self._lock = threading.Lock()
+        self._next, self.left_bytes = 0, sealed.own_bytes
+
+    def __bool__(self) -> bool:
+        return self._next < len(self._chunks)
+
+    def take(self, pack: Pack) -> int | None:
+        """The number of the next chunk, if there is one and it fits the pack."""
+        with self._lock:
+            number = self._next
+            if number == len(self._chunks) or self._chunks[number].n_bytes > pack.room:
+                return None
+            self._next += 1
+            self.left_bytes -= self._chunks[number].n_bytes
+            return number
+
+
+class PackingWriter(ChunkWriter):
+    """See the module. `run` is for one thread; the pool's threads do the work."""
+
+    def __init__(
+        self,
+        sealed: SealedState,
+        packs: PackWriter,
+        target: str,
+        pool: WorkerPool | None,
+        uplink: Uplink,
+        encoders: int,
+    ) -> None:
+        """pool: None: `run` encodes itself. encoders: the largest number of packs that are filled at once."""
+        super().__init__(sealed, target)
+        self._packs, self._pool, self._uplink = packs, pool, uplink
+        self._encoders = min(encoders, max(1, len(self.chunks))) if pool is not None else 1
+        self._upcoming = _Upcoming(sealed)
+        self._lock = threading.Lock()
+        """Held where a record is made."""
+        self._ended = threading.Semaphore(0)
+        """One for each encoder that has ended."""
+
+    def run(self) -> None:
+        """Encode all chunks and seal their packs. Afterwards `records` is complete and the source has confirmed its bytes. The first error
+        ends the rest and is raised.
+        """
+        try:
+            for _ in range(self._encoders):
+                self._go_on(fresh_pages(MAX_RAW_BYTES))
+            for _ in range(self._encoders):
+                self._ended.acquire()
+        except BaseException as error:  # an interrupt: nobody may write to a pack's memory any more when this ends
+            self._packs.fail(error)
+            if self._pool is not None:
+                self._pool.close()
+            raise
+        self._packs.refuse()
+        self._source.confirm()
+
+    def _go_on(self, scratch: U8) -> None:
+        """Have an encoder fill its next pack: a job for each pack, so that threads which join the pool later get some, too."""
+        if self._pool is not None:
+            self._pool.submit(functools.partial(self._fill_one, scratch))
+            return
+        while self._fill(scratch):
+            pass
+        self._ended.release()
+
+    def _fill_one(self, scratch: U8) -> None:
+        more = False
+        try:
+            more = self._fill(scratch)
+        except BaseException as error:
+            self._packs.fail(error)
+        if more:
+            self._go_on(scratch)
+        else:
+            self._ended.release()
+
+    def _fill(self, scratch: U8) -> bool:
+        """Fill one pack and seal it. Returns whether chunks are left."""
+        if not self._upcoming:
+            return False
+        began = time.perf_counter()
+        pack = self._packs.begin(self._upcoming.left_bytes)
+        waited_s = time.perf_counter() - began
+        try:
+            while (number := self._upcoming.take(pack)) is not None:
+                self._packs.refuse()
+                self._add(number, pack, scratch, waited_s)
+                waited_s = 0.0
+        except BaseException as error:
+            self._packs.fail(error)
+            raise
+        finally:
+            self._packs.seal(pack)
+        return bool(self._upcoming)
+
+    def _add(self, number: int, pack: Pack, scratch: U8, waited_s: float) -> None:
+        chunk, started = self.chunks[number], time.perf_counter()
+        element, effort = chunk.element, self._uplink.effort
+        raw = self._source.raw(number, scratch)
+        encode_from = time.perf_counter()
+        found = codec.encode_into(raw, element.const_lane_bytes, element.float_lane_bytes, pack.rest, effort=effort)
+        now = time.perf_counter()
+        with self._lock:
+            stored_bytes = 0
+            if not self.is_stored(number, found):
+                stored_bytes = len(found.stored)
+                place = self._packs.keep(pack, stored_bytes, found.crc64nvme) if stored_bytes else (0, 0)
+                self.enter(number, found, *place)
+        self._source.release(number)
+        if events.enabled():
+            self._tell(number, found, stored_bytes, encode_from - started, now - encode_from, waited_s)
+
+    def _tell(
+        self, number: int, found: codec.Encoded, stored_bytes: int, raw_s: float, seconds: float, waited_s: float
+    ) -> None:
+        target, n_bytes = self._target, self.chunks[number].n_bytes
+        events.emit(
+            events.ChunkEncoded(
+                target=target,
+                record=number,
+                transform=transform_name(found.transform),
+                raw_bytes=n_bytes,
+                stored_bytes=len(found.stored),
+                seconds=seconds,
+                raw_s=raw_s,
+            )
+        )
+        events.emit(
+            events.ChunkStored(
+                target=target,
+                record=number,
+                transform=records.transform_of(self.records[number]),
+                raw_bytes=n_bytes,
+                stored_bytes=stored_bytes,
+                encode_s=raw_s + seconds,
+                write_s=waited_s,
+            )
+        )
