@@ -1,4 +1,4 @@
-"""The command line: fastckpt ls | show | check | analyze | probe | prune | restore | salvage | cp | mirror | prefetch | trace (docs/cli.md).
+"""The command line, `fastckpt COMMAND` (docs/cli.md).
 
 Data goes to stdout, messages to stderr; `--json` is a contract.
 

@@ -127,7 +127,7 @@ class CachedStore(Wrapper):
         if folder is None or data is None:
             return None
         if digest(data).hex() != vote.digest:
-            self._refuse(folder, key)
+            _refuse(folder, key, self.url)
             return None
         return bytes(data)
 
@@ -151,7 +151,7 @@ class CachedStore(Wrapper):
                 verdict = data is not None and crc64nvme(data) == file.crc64nvme
                 self._verdicts[key] = verdict
                 if not verdict:
-                    self._refuse(folder, key)
+                    _refuse(folder, key, self.url)
         return verdict
 
     def _learned(self, folder: CacheFolder, key: str) -> FileEntry | None:
@@ -164,14 +164,16 @@ class CachedStore(Wrapper):
                 self._named.add_vote(vote, data, f"{self.url}/{vote_key(vote)}")
         return self._named.file(key)
 
-    def _refuse(self, folder: CacheFolder, key: str) -> None:
-        folder.remove(key)
-        logger.warning(
-            "%s in the cache %s is damaged, or of something else: it was removed, and is read from %s",
-            key,
-            folder.root,
-            self.url,
-        )
+
+def _refuse(folder: CacheFolder, key: str, url: str) -> None:
+    """Remove what is not what it should be, and tell."""
+    folder.remove(key)
+    logger.warning(
+        "%s in the cache %s is damaged, or of something else: it was removed, and is read from %s",
+        key,
+        folder.root,
+        url,
+    )
 
 
 class _Named:
