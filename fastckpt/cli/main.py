@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastckpt",
-        description="Look at, check, thin out and rescue fastckpt checkpoints: files, and repositories (a directory or s3:// URL).",
+        description="Look at, check, thin out and rescue fastckpt checkpoints: files, and repositories (a directory or URL).",
         epilog=(__doc__ or "").partition("contract.\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
