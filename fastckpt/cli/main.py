@@ -94,7 +94,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     """Parses the command that is named first; of all commands if that is none, for the help and the error."""
     parser = argparse.ArgumentParser(
         prog="fastckpt",
-        description="Look at, check, thin out and rescue fastckpt checkpoints: files, and repositories (a directory or s3:// URL).",
+        description="Look at, check, thin out and rescue fastckpt checkpoints: files, and repositories (a directory or URL).",
         epilog=(__doc__ or "").partition("contract.\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -91,12 +91,17 @@ class Repository(RecordReader):
         has_records = any(True for prefix in (keys.COMMITS, keys.EPOCHS) for _ in self.store.list(prefix))
         return (self.marker() if has_records else None), has_records
 
-    def initialise(self) -> Marker:
-        """The marker, made if there is none. RepositoryError if the store cannot keep G1.
+    def initialise(self, writers: int = 1) -> Marker:
+        """The marker, made if there is none. RepositoryError if the store cannot keep G1 for so many processes that write.
 
         The store is probed first, once: of two calls of `put_if_absent`, the second must fail. An existing repository is probed, too: it
         may have been moved to another store, or the bucket's settings may have changed.
         """
+        if writers > 1 and self.store.one_writer is not None:
+            raise RepositoryError(
+                f"{self.url}: {self.store.one_writer}. So one process may write here, and {writers} want to. Use another store; or, if "
+                "`fastckpt probe` shows atomic creates, open_store(…, many_writers=True)"
+            )
         marker, has_records = self._look()
         if marker is None and has_records:
             self._refuse_markerless()

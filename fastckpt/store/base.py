@@ -99,6 +99,9 @@ class Store(abc.ABC):
     most_put_bytes: int | None = None
     """The largest object that one `put` can write. None: not limited."""
 
+    one_writer: str | None = None
+    """Why only one process may write to a repository here: a sentence. None: any number may."""
+
     @abc.abstractmethod
     def put(self, key: str, data: Any) -> None:
         """Write a whole object, and replace an existing one.

@@ -32,6 +32,7 @@ class Wrapper(Store):
         self.url = inner.url
         self.useful_connections = inner.useful_connections
         self.most_put_bytes = inner.most_put_bytes
+        self.one_writer = inner.one_writer
 
     def put(self, key: str, data: Any) -> None:
         self._call("put", key, lambda: self.inner.put(key, data))

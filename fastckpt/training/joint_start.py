@@ -54,7 +54,7 @@ def share_repository(team: Team, repository: Repository) -> None:
     where = repository.url
 
     def make(urls: list[str]) -> dict[str, str]:
-        marker = repository.initialise()
+        marker = repository.initialise(team.world.size)
         repository.store.put(nonce, nonce.encode())
         return {"repository": marker.repository, "nonce": nonce, "url": urls[0]}
 

@@ -59,6 +59,8 @@ class Request(BaseHTTPRequestHandler):
     bucket: str
     key: str
     query: dict[str, str]
+    more_headers: dict[str, str]
+    """Of the answer."""
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -66,7 +68,7 @@ class Request(BaseHTTPRequestHandler):
     def answer(self, status: int, body: bytes | str = b"", headers: dict[str, str] | None = None) -> bool:
         data = body.encode() if isinstance(body, str) else body
         self.send_response(status)
-        for name, value in (headers or {}).items():
+        for name, value in {**(headers or {}), **self.more_headers}.items():
             self.send_header(name, value)
         self.send_header("x-amz-request-id", f"REQ{next(self.server.ids):06d}")
         if status != 204:
@@ -82,6 +84,7 @@ class Request(BaseHTTPRequestHandler):
         return self.answer(status, text, headers)
 
     def _work(self) -> None:
+        self.more_headers = {}
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         parts = urllib.parse.urlsplit(self.path)
         self.query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))

@@ -56,7 +56,7 @@ def step_of(checkpoint_id: str) -> int:
 def begin(store: Store, world: int, step: int, overwrite: bool) -> list[Assignment]:
     """Claim the next epoch. Returns the assignments of all ranks. RepositoryError if the place is taken."""
     repository = Repository(store)
-    repository.initialise()
+    repository.initialise(world)
     parent, is_there = _newest(repository)
     if is_there and not overwrite:
         raise RepositoryError(
