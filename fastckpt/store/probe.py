@@ -52,8 +52,10 @@ def look(store: Store) -> Findings:
     key = f"{place}object"
     with cleaned(store, [key]):
         data = b"first " + key.encode()
-        create = _create_twice(store, key, data)
-        return Findings(create=create, ranges=_part(store, key, data), strong=_is(key in _names(store, place)))
+        create, words = _create_twice(store, key, data)
+        return Findings(
+            create=create, create_words=words, ranges=_part(store, key, data), strong=_is(key in _names(store, place))
+        )
 
 
 def look_closely(store: Store) -> Findings:
@@ -85,7 +87,7 @@ def _names(store: Store, place: str) -> list[str]:
     return [info.key for info in store.list(place)]
 
 
-def _create_twice(store: Store, key: str, data: bytes) -> Create:
+def _create_twice(store: Store, key: str, data: bytes) -> tuple[Create, str]:
     try:
         store.put_if_absent(key, data)
     except ObjectExistsError:  # nobody else knows the key: it was our own request, whose reply was lost
@@ -94,13 +96,13 @@ def _create_twice(store: Store, key: str, data: bytes) -> Create:
         if type(error) not in (StoreError, UnsupportedVerbError):
             raise
         store.put(key, data)  # if this fails, too, it is not for the condition, and the error says for what
-        return Create.UNSUPPORTED
+        return Create.UNSUPPORTED, str(error)
     try:
         store.put_if_absent(key, b"second")
     except ObjectExistsError:
-        return Create.ATOMIC
+        return Create.ATOMIC, ""
     store.put(key, data)
-    return Create.IGNORED
+    return Create.IGNORED, ""
 
 
 def _part(store: Store, key: str, data: bytes) -> Ranges:
