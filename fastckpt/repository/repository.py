@@ -136,8 +136,11 @@ class Repository(RecordReader):
         )
 
     def probe(self) -> None:
-        """RepositoryError unless `put_if_absent` refuses to replace an object, and a new object can be listed and read at once."""
-        why = refusals(look(self.store))
+        """RepositoryError or StoreError unless `put_if_absent` refuses to replace an object, and a new object can be listed and read at once."""
+        found = look(self.store)
+        why = refusals(found)
+        if found.create_error is not None:
+            raise found.create_error  # the store knows best why, and what to use instead
         if why:
             raise RepositoryError(
                 f"{self.url} cannot hold a repository: {'; '.join(why)}. Use a store with conditional writes (docs/stores.md); `fastckpt "

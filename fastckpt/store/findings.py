@@ -6,6 +6,8 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fastckpt.errors import StoreError
+
 
 class Create(enum.Enum):
     """Create-if-absent: of several creates of one key, exactly one may succeed."""
@@ -70,8 +72,8 @@ class Findings:
     """By name: crc64nvme, md5, sha256 (of the signature). Empty: the store sends none."""
     checksum_in_use: str | None = None
     """The name of the one that bodies go with. None: none."""
-    create_words: str = ""
-    """What the store said of a create that it does not support."""
+    create_error: StoreError | None = field(default=None, compare=False)
+    """What the store raised at a create that it does not support."""
 
 
 _CREATE = {
@@ -85,8 +87,7 @@ def refusals(found: Findings) -> list[str]:
     """Why no repository can be held here; [] if one can. Objects of `save` and `load` need less: see `losses`."""
     why = []
     if found.create in _CREATE:
-        said = f" ({found.create_words})" if found.create_words else ""
-        why.append(f"{_CREATE[found.create]}{said}: two processes could destroy each other's checkpoints")
+        why.append(f"{_CREATE[found.create]}: two processes could destroy each other's checkpoints")
     if found.ranges is Ranges.WRONG:
         why.append("a part of an object is not what was written there")
     if found.strong is Listing.NO:

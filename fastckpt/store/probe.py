@@ -52,9 +52,9 @@ def look(store: Store) -> Findings:
     key = f"{place}object"
     with cleaned(store, [key]):
         data = b"first " + key.encode()
-        create, words = _create_twice(store, key, data)
+        create, error = _create_twice(store, key, data)
         return Findings(
-            create=create, create_words=words, ranges=_part(store, key, data), strong=_is(key in _names(store, place))
+            create=create, create_error=error, ranges=_part(store, key, data), strong=_is(key in _names(store, place))
         )
 
 
@@ -87,7 +87,7 @@ def _names(store: Store, place: str) -> list[str]:
     return [info.key for info in store.list(place)]
 
 
-def _create_twice(store: Store, key: str, data: bytes) -> tuple[Create, str]:
+def _create_twice(store: Store, key: str, data: bytes) -> tuple[Create, StoreError | None]:
     try:
         store.put_if_absent(key, data)
     except ObjectExistsError:  # nobody else knows the key: it was our own request, whose reply was lost
@@ -96,13 +96,13 @@ def _create_twice(store: Store, key: str, data: bytes) -> tuple[Create, str]:
         if type(error) not in (StoreError, UnsupportedVerbError):
             raise
         store.put(key, data)  # if this fails, too, it is not for the condition, and the error says for what
-        return Create.UNSUPPORTED, str(error)
+        return Create.UNSUPPORTED, error
     try:
         store.put_if_absent(key, b"second")
     except ObjectExistsError:
-        return Create.ATOMIC, ""
+        return Create.ATOMIC, None
     store.put(key, data)
-    return Create.IGNORED, ""
+    return Create.IGNORED, None
 
 
 def _part(store: Store, key: str, data: bytes) -> Ranges:
