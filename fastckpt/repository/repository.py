@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Iterable
 from typing import NoReturn
 
-from fastckpt.errors import ObjectNotFoundError, RepositoryError
+from fastckpt.errors import ObjectNotFoundError, RepositoryError, UnsupportedVerbError
 from fastckpt.format import keys
 from fastckpt.format.keys import epoch_key
 from fastckpt.format.repository_records import (
@@ -136,10 +136,10 @@ class Repository(RecordReader):
         )
 
     def probe(self) -> None:
-        """RepositoryError or StoreError unless `put_if_absent` refuses to replace an object, and a new object can be listed and read at once."""
+        """Raise unless `put_if_absent` refuses to replace an object, and a new object can be listed and read at once."""
         found = look(self.store)
         why = refusals(found)
-        if found.create_error is not None:
+        if isinstance(found.create_error, UnsupportedVerbError):
             raise found.create_error  # the store knows best why, and what to use instead
         if why:
             raise RepositoryError(

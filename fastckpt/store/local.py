@@ -17,6 +17,7 @@ from fastckpt.errors import (
     StoreAccessError,
     StoreError,
     StoreFullError,
+    UnsupportedVerbError,
 )
 from fastckpt.host.files import AtomicFile, NoAtomicCreateError, make_directories, remove_empty_directories, remove_file
 from fastckpt.host.sink import committing
@@ -73,7 +74,7 @@ class LocalStore(Store):
 
     def _translate(self, error: OSError, key: str, doing: str) -> StoreError:
         if isinstance(error, NoAtomicCreateError):
-            return StoreError(f"{self.url} cannot hold a repository: {error.strerror}")
+            return UnsupportedVerbError(f"{self.url} cannot hold a repository: {error.strerror}")
         where = f"{doing} {self.url}/{key} failed: {error.strerror or error}"
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return ObjectNotFoundError(f"{self.url}/{key} does not exist")
