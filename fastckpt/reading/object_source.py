@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
+from fastckpt.reading.sources import COLD_READS, NoFile, is_cold
 from fastckpt.store.base import Store
+
+REMOTE_READS = 16
+"""Ranges of objects that are read at once: S3 gives some 80 MB/s to each connection."""
 
 
 class ObjectSource:
@@ -21,18 +28,36 @@ class ObjectSource:
     def read_into(self, offset: int, out: Any) -> None:
         self._store.get_into(self._key, offset, out)
 
-    def is_cold(self) -> bool:
-        return False
+    @property
+    def is_file(self) -> bool:
+        return self._store.has_files
 
-    def prefetch(self, offset: int, n_bytes: int) -> None:
-        """Does nothing: a store is fast when many threads read at once."""
+    @property
+    def is_remote(self) -> bool:
+        return not self._store.has_files
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[int]:
+        fd = self._store.open_file(
+            self._key
+        )  # not kept: a checkpoint may have more packs than a process may have descriptors
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def reads_at_once(self) -> int:
+        if not self.is_file:
+            return REMOTE_READS
+        with self.opened() as fd:
+            return COLD_READS if is_cold(fd, self.n_bytes) else 0
 
     def close(self) -> None:
         if self._owns_store:
             self._store.close()
 
 
-class BytesSource:
+class BytesSource(NoFile):
     """Bytes in memory."""
 
     def __init__(self, data: bytes, name: str) -> None:
@@ -46,12 +71,6 @@ class BytesSource:
         view[: len(part)] = part
         if len(part) < view.nbytes:
             raise EOFError(f"{self.name} ends at byte {self.n_bytes}: {offset + view.nbytes} or more were expected")
-
-    def is_cold(self) -> bool:
-        return False
-
-    def prefetch(self, offset: int, n_bytes: int) -> None:
-        """Does nothing: the bytes are in memory."""
 
     def close(self) -> None:
         pass
