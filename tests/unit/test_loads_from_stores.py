@@ -20,6 +20,7 @@ from fastckpt.reading.fill import fill
 from fastckpt.reading.hedging import Hedging
 from fastckpt.reading.object_source import REMOTE_READS, ObjectSource
 from fastckpt.reading.range_reads import RangeReads
+from fastckpt.reading.sources import FileObjectSource
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
 
@@ -170,3 +171,29 @@ def test_the_slowest_read_is_made_again(store: Watched, monkeypatch: pytest.Monk
     assert is_right(found)
     over.set()
     assert is_right(found), "the read that lost has written into the state"
+
+
+def test_one_tensor_takes_as_few_requests_as_its_place_needs(saved: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length, header, index with footer, the tensor's bytes: whatever else the object holds is not read."""
+    inner = MemoryStore()
+    inner.put(_KEY, saved)
+    store = Watched(inner)
+    monkeypatch.setattr("fastckpt.reading.opening.open_object", lambda url: (store, _KEY))
+    with fastckpt.open(f"memory://place/{_KEY}") as reader:
+        assert torch.equal(reader["w3"], state()["w3"])
+    assert len(store.reads) <= 4
+    own = storage_bytes_of(saved, "w3")
+    assert sum(n for _, n in store.reads) <= own + (256 << 10) + 64
+    for _ in range(2):
+        store.reads.clear()
+        with fastckpt.open(f"memory://place/{_KEY}") as reader:
+            assert len(reader) == 8
+        assert len(store.reads) == 2
+
+
+def storage_bytes_of(saved: bytes, name: str) -> int:
+    """Stored bytes of a tensor."""
+    reader = Reader.open(FileObjectSource(io.BytesIO(saved)), alone=True)
+    (number,) = [entry.storage for entry in reader.directory.tensors if entry.name == (name,)]
+    chunks = [piece.chunk for piece in reader.pieces(number)]
+    return int(reader.records["stored_bytes"][chunks].sum())
