@@ -88,10 +88,13 @@ struct Call {
 // ---- what a thread has of its own ----
 
 // One context for each thread that encodes or decodes, as long as the thread lives: 15 MiB of address space, of which
-// ROT touches 1.5.
+// ROT touches 1.5. And room for the frame that is being read from a file.
 class ThreadContext {
 public:
-    ~ThreadContext() { std::free(memory_); }
+    ~ThreadContext() {
+        std::free(memory_);
+        std::free(frame_);
+    }
     fastckpt_context* get() {
         if (!memory_) {
             memory_ = std::aligned_alloc(64, (fastckpt_context_bytes() + 63) / 64 * 64);
@@ -99,9 +102,14 @@ public:
         }
         return context_;
     }
+    void* frame() {
+        if (!frame_) frame_ = std::malloc(FASTCKPT_MAX_RAW_BYTES);
+        return frame_;
+    }
 
 private:
     void* memory_ = nullptr;
+    void* frame_ = nullptr;
     fastckpt_context* context_ = nullptr;
 };
 thread_local ThreadContext thread_context;
@@ -295,6 +303,37 @@ PyObject* decode(PyObject*, PyObject* args) {
     return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(digest), 16);
 }
 
+PyObject* read_chunks(PyObject*, PyObject* args) {
+    PyObject *memory_object, *chunks_object, *outcomes_object;
+    int file;
+    if (!PyArg_ParseTuple(args, "iOOO:read_chunks", &file, &memory_object, &chunks_object, &outcomes_object))
+        return nullptr;
+    Buffer memory, chunks, outcomes;
+    if (!memory.get_optional(memory_object) || !chunks.get(chunks_object) ||
+        !outcomes.get(outcomes_object, PyBUF_WRITABLE))
+        return nullptr;
+    if ((file < 0) != memory.held)
+        return PyErr_Format(PyExc_ValueError, "file is %d: expected a descriptor, or -1 and memory", file);
+    const size_t n = chunks.size() / sizeof(fastckpt_chunk);
+    if (chunks.size() != n * sizeof(fastckpt_chunk) || outcomes.size() != n * sizeof(fastckpt_outcome) ||
+        reinterpret_cast<uintptr_t>(chunks.data()) % alignof(fastckpt_chunk) ||
+        reinterpret_cast<uintptr_t>(outcomes.data()) % alignof(fastckpt_outcome))
+        return PyErr_Format(PyExc_ValueError, "%zu and %zu bytes are not as many chunks of %zu and outcomes of %zu",
+                            chunks.size(), outcomes.size(), sizeof(fastckpt_chunk), sizeof(fastckpt_outcome));
+    fastckpt_context* const mine = context();
+    if (!mine) return nullptr;
+    void* const frame = file < 0 ? nullptr : thread_context.frame();
+    if (file >= 0 && !frame) return PyErr_NoMemory();
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = fastckpt_read_chunks(mine, file, memory.data(), memory.size(), frame,
+                                  frame ? FASTCKPT_MAX_RAW_BYTES : 0, static_cast<fastckpt_chunk*>(chunks.data()), n,
+                                  static_cast<fastckpt_outcome*>(outcomes.data()));
+    Py_END_ALLOW_THREADS
+    if (status) return PyErr_Format(PyExc_ValueError, "status %d", status);
+    Py_RETURN_NONE;
+}
+
 PyObject* split(PyObject*, PyObject* args) {
     Call call;
     if (!call.get(args, "OOO&O&O&O:split", call.source)) return nullptr;
@@ -411,6 +450,8 @@ PyMethodDef methods[] = {
      "fit"},
     {"decode", decode, METH_VARARGS,
      "decode(stored, base, transform, lane_bytes, pack_bits, raw) -> digest, None for a frame of another writer"},
+    {"read_chunks", read_chunks, METH_VARARGS,
+     "read_chunks(file, memory, chunks, outcomes): a file's descriptor, or -1 and the memory that has the stored bytes"},
     {"split", split, METH_VARARGS,
      "split(raw, base, transform, lane_bytes, pack_bits, stream) -> stream bytes, None if it does not fit"},
     {"merge", merge, METH_VARARGS,

@@ -30,11 +30,14 @@ enum fastckpt_status {
     FASTCKPT_NO_ROOM = 4, /* the destination is too small: stored bytes would not be fewer than the caller allows */
     FASTCKPT_UNFIT = 5,   /* the chunk is not what the transform needs (ROTU: a sign bit is set) */
     FASTCKPT_FOREIGN = 6, /* not a frame as fastckpt_encode makes it: of another zstd encoder, or damaged */
+    FASTCKPT_UNREAD = 7,  /* the stored bytes are not all there, or cannot be read */
+    FASTCKPT_DAMAGED = 8, /* a crc or a digest differs */
 };
 
 /* docs/format.md, section 4.1 */
 enum fastckpt_transform {
     FASTCKPT_RAW = 1,
+    FASTCKPT_CONST = 2, /* fastckpt_read_chunks only */
     FASTCKPT_ROT = 3,
     FASTCKPT_ROTU = 4,
     FASTCKPT_SUB = 5,
@@ -132,6 +135,34 @@ int fastckpt_encode(fastckpt_context* context, const void* raw, const void* base
 int fastckpt_decode(fastckpt_context* context, const void* stored, size_t stored_bytes, const void* base,
                     size_t n_bytes, unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw,
                     uint8_t digest[16]);
+
+/* A chunk to read: where its stored bytes are, and what they and the raw bytes must be. */
+typedef struct {
+    uint64_t offset; /* of the stored bytes, in the file or the memory */
+    uint64_t stored_bytes;
+    uint64_t raw; /* address of the room for the raw bytes */
+    uint64_t raw_bytes;
+    uint64_t crc64nvme;
+    uint8_t digest[16];
+    uint8_t parameter[8]; /* CONST: the lane */
+    uint8_t transform, lane_bytes, pack_bits;
+    uint8_t is_fresh; /* not 0: nobody has touched the memory yet, so its pages are made first */
+    uint32_t zero;
+} fastckpt_chunk;
+
+typedef struct {
+    int32_t status; /* of fastckpt_status */
+    float seconds;
+} fastckpt_outcome;
+
+/* Reads n chunks one after another, each verified: its crc before it is decoded, its digest after. outcomes: of each; a
+ * chunk whose status is not FASTCKPT_OK does not keep the others from being read, and its room holds anything. Only
+ * chunks without a base, of FASTCKPT_MIN_DIGEST_BYTES or more.
+ *
+ * file: a descriptor that is read by position; -1: the stored bytes are in memory. scratch: room for the longest frame
+ * of a file. */
+int fastckpt_read_chunks(fastckpt_context* context, int file, const void* memory, size_t memory_bytes, void* scratch,
+                         size_t scratch_bytes, const fastckpt_chunk* chunks, size_t n, fastckpt_outcome* outcomes);
 
 /* What each way of storing a chunk would cost, from samples: 64 bytes of every 4 KiB. */
 typedef struct {

@@ -47,6 +47,10 @@ class Kernels(NamedTuple):
     """Like split, but makes a complete zstd frame: (stored bytes, their crc64nvme, digest of raw). None: only native kernels have it."""
     decode: Callable[[Any, Any, int, int, int, Any], bytes | None] | None
     """(frame, base, transform, lane bytes, pack bits, raw) → digest of raw; None: the frame is from another writer, or damaged."""
+    read_chunks: Callable[[int, Any, Any, Any], None] | None
+    """(descriptor or -1, None or memory, rows, outcomes): reads, verifies and decodes chunks (`chunk_table`). None: only native kernels
+    have it.
+    """
 
 
 @functools.cache
@@ -74,6 +78,7 @@ def load(name: str) -> Kernels:
             n.rows,
             n.encode,
             n.decode,
+            n.read_chunks,
         )
     if name == "numba":
         from fastckpt.kernels import numba_cpu as c
@@ -92,6 +97,7 @@ def load(name: str) -> Kernels:
             r.rows,
             None,
             None,
+            None,
         )
     return Kernels(
         name,
@@ -105,6 +111,7 @@ def load(name: str) -> Kernels:
         r.gather,
         r.lines,
         r.rows,
+        None,
         None,
         None,
     )

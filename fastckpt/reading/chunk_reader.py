@@ -5,10 +5,8 @@ The one place where stored bytes become raw bytes: crc before the decoder sees a
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -35,8 +33,6 @@ from fastckpt.format.tensor_names import dotted
 from fastckpt.host import cycle_collector
 from fastckpt.kernels.transform import HAS_BASE, Transform, transform_name
 from fastckpt.reading.sources import Source
-
-_NO_LIMIT = contextlib.nullcontext()
 
 
 class StoredPiece(NamedTuple):
@@ -197,11 +193,11 @@ class Reader:
         found = (name for n in np.flatnonzero(self.records["file"] == file) for name in self.tensors_of(int(n)))
         return tuple(dict.fromkeys(found))
 
-    def read_chunk(self, chunk: int, out: U8, decoders: AbstractContextManager[Any] = _NO_LIMIT) -> Damage | None:
+    def read_chunk(self, chunk: int, out: U8, stored: U8 | None = None) -> Damage | None:
         """Read, verify and decode one chunk into `out` (as long as its raw bytes). Returns the damage, if there is any.
 
-        decoders: a context for the part that computes instead of waiting. Any thread. During the call it needs at most twice the chunk's
-        bytes besides `out`, and as much again for each base in the chain.
+        stored: its stored bytes, if they have been read already. Any thread. During the call it needs at most twice the chunk's bytes
+        besides `out`, and as much again for each base in the chain.
         """
         record = self.records[chunk]
         transform = Transform(int(record["transform"]))
@@ -215,14 +211,14 @@ class Reader:
             base = self._base(chunk, record)
             if isinstance(base, Damage):
                 return self._damage(chunk, f"{place}, base: {base.place}", base.expected, base.found)
-        try:
-            stored = out if transform is Transform.RAW else self._scratch_of(n_stored)
-            if n_stored:
-                self._read_stored(record, stored)
-        except (EOFError, ObjectNotFoundError) as error:
-            return self._damage(chunk, place, f"{n_stored} stored bytes", str(error))
-        with decoders:
-            return self._decode_chunk(chunk, place, stored, out, base)
+        if stored is None:
+            try:
+                stored = out if transform is Transform.RAW else self._scratch_of(n_stored)
+                if n_stored:
+                    self._read_stored(record, stored)
+            except (EOFError, ObjectNotFoundError) as error:
+                return self._damage(chunk, place, f"{n_stored} stored bytes", str(error))
+        return self._decode_chunk(chunk, place, stored, out, base)
 
     def _decode_chunk(self, chunk: int, place: str, stored: U8, out: U8, base: U8 | None) -> Damage | None:
         record = self.records[chunk]
@@ -260,16 +256,6 @@ class Reader:
     def _read_stored(self, record: Any, out: U8) -> None:
         file, offset = int(record["file"]), int(record["offset"])
         self.sources[file].read_into(offset if file else self.start + offset, out)
-
-    def prefetch(self, first: int, last: int) -> None:
-        """A hint: the stored bytes of the chunks from `first` to `last` will be needed soon. Any thread."""
-        rows = self.records[first : last + 1]
-        rows = rows[
-            (rows["file"] == 0) & (rows["stored_bytes"] > 0)
-        ]  # chunks in packs need no hint: many threads read them from a store
-        if len(rows):
-            start, stop = int(rows["offset"].min()), int((rows["offset"] + rows["stored_bytes"]).max())
-            self.source.prefetch(self.start + start, stop - start)
 
     def _damage(self, chunk: int, place: str, expected: str, found: str) -> Damage:
         return Damage("payload", place, expected, found, self.tensors_of(chunk))

@@ -25,7 +25,7 @@ def open_source(f: Any) -> Source:
         return PathSource(where)
     store, key = open_object(where)
     try:
-        return ObjectSource(store, key, owns_store=True)
+        return ObjectSource(store, key, owns_store=True, keeps_ends=True)
     except BaseException:
         store.close()
         raise
@@ -33,7 +33,11 @@ def open_source(f: Any) -> Source:
 
 def open_reader(source: Source) -> Reader:
     """Open the container in the source. A caller's file object may contain more after it."""
-    return Reader.open(source, alone=not isinstance(source, FileObjectSource))
+    try:
+        return Reader.open(source, alone=not isinstance(source, FileObjectSource))
+    finally:
+        if isinstance(source, ObjectSource):
+            source.let_ends_go()
 
 
 def leave_behind(source: Source, reader: Reader) -> None:

@@ -8,36 +8,78 @@ import io
 import os
 import stat
 import threading
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from fastckpt.errors import CheckpointError
 
 _PROBES = 16  # takes microseconds
+COLD_READS = 8
+"""Reads of a file that wait for the disk at once."""
 MARKER = "fastckpt.json"
 """The name whose presence makes a directory a repository (a copy of format.keys.MARKER)."""
 
 
 class Source(Protocol):
-    """Bytes, readable by position. Several threads may call `read_into` at once."""
+    """Bytes, readable by position. Several threads may call `read_into` and `opened` at once."""
 
     name: str
     n_bytes: int
 
+    @property
+    def is_file(self) -> bool:
+        """Whether `opened` gives a descriptor."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether each read asks a server: then some take much longer than others, and a second try may be faster."""
+
     def read_into(self, offset: int, out: Any) -> None:
         """Fill the writable buffer `out` from `offset` on. EOFError if the source ends before that."""
 
-    def is_cold(self) -> bool:
-        """Whether reads will probably wait for a disk. Then hints by `prefetch`, and more readers than cores, are worth it."""
+    def opened(self) -> AbstractContextManager[int]:
+        """A descriptor whose bytes may be read by position while the context is open. Only of a source that is a file."""
 
-    def prefetch(self, offset: int, n_bytes: int) -> None:
-        """A hint: these bytes will be needed soon. Any thread."""
+    def reads_at_once(self) -> int:
+        """How many reads under way are worth it, because each waits: for a disk some, for a server many. 0: reads do not wait."""
 
     def close(self) -> None:
         """Release the source; a caller's file object stays open."""
 
 
+class NoFile:
+    """Mixed into sources that have no descriptor, and whose reads do not wait."""
+
+    is_file = False
+    is_remote = False
+
+    def opened(self) -> AbstractContextManager[int]:
+        """See `Source`."""
+        raise io.UnsupportedOperation(f"{type(self).__name__} has no descriptor")
+
+    def reads_at_once(self) -> int:
+        """See `Source`."""
+        return 0
+
+
+def is_cold(fd: int, n_bytes: int) -> bool:
+    """Whether some of a few sampled bytes of a file are missing from the page cache."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return True
+    byte = bytearray(1)
+    try:
+        for n in range(_PROBES):
+            os.preadv(fd, [byte], n_bytes * n // _PROBES, os.RWF_NOWAIT)
+    except OSError:  # the read would have to wait (BlockingIOError), or the file system cannot tell
+        return True
+    return False
+
+
 class PathSource:
     """A regular file. Raises the errors of `open`: FileNotFoundError, IsADirectoryError, PermissionError."""
+
+    is_file = True
+    is_remote = False
 
     def __init__(self, path: str | bytes) -> None:
         self.name = os.fsdecode(path)
@@ -63,22 +105,11 @@ class PathSource:
                 raise EOFError(f"{self.name} ends at byte {offset}: {view.nbytes} more were expected")
             view, offset = view[n:], offset + n
 
-    def is_cold(self) -> bool:
-        """Whether some of a few sampled bytes are missing from the page cache."""
-        if not hasattr(os, "RWF_NOWAIT"):
-            return True
-        byte = bytearray(1)
-        try:
-            for n in range(_PROBES):
-                os.preadv(self._fd, [byte], self.n_bytes * n // _PROBES, os.RWF_NOWAIT)
-        except OSError:  # the read would have to wait (BlockingIOError), or the file system cannot tell
-            return True
-        return False
+    def opened(self) -> AbstractContextManager[int]:
+        return contextlib.nullcontext(self._fd)
 
-    def prefetch(self, offset: int, n_bytes: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # the file system may have no page cache; then there is no hint
-                os.posix_fadvise(self._fd, offset, n_bytes, os.POSIX_FADV_WILLNEED)
+    def reads_at_once(self) -> int:
+        return COLD_READS if is_cold(self._fd, self.n_bytes) else 0
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -96,7 +127,7 @@ def _why_no_directory(path: str) -> str:
     )
 
 
-class FileObjectSource:
+class FileObjectSource(NoFile):
     """A seekable file object, from its present position to its end. Offsets count from that position."""
 
     def __init__(self, file: Any) -> None:
@@ -123,13 +154,6 @@ class FileObjectSource:
                 if not n:
                     raise EOFError(f"{self.name} ends: {view.nbytes} more bytes were expected")
                 view = view[n:]
-
-    def is_cold(self) -> bool:
-        """Unknown; and a lock allows only one read at a time."""
-        return False
-
-    def prefetch(self, offset: int, n_bytes: int) -> None:
-        """Does nothing: it is unknown what is behind the caller's object."""
 
     def seek_to(self, offset: int) -> None:
         """Move the caller's file to this position."""

@@ -1,6 +1,9 @@
 """Loads storages from a container: several threads read, verify and decode them and put them in place, ahead of the unpickler.
 
-    unpickler ── take(n) ──→ StorageLoader ── schedules chunks ──→ threads: read → crc → decode → digest → into the storage
+    unpickler ── take(n) ──→ StorageLoader ── schedules ranges of chunks ──→ threads: read → crc → decode → digest → into the storage
+
+Where reads do not wait (files in the page cache), as many threads as decode read, too: a range is one native call. Where they wait, for a
+disk or a server, many ranges are read ahead into buffers (`range_reads`), and decoded there by as many threads at a time as decode.
 
 Each chunk is decoded once, directly into the memory that the caller will own; only a chunk of several storages goes through a scratch
 buffer. At most `window_bytes` of storages that were not taken yet are in memory: no limit if storages stay in host memory anyway, a few
@@ -9,35 +12,35 @@ storages if each one goes on to a device.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import NoReturn
 
 import numpy as np
-import torch
 from torch.storage import UntypedStorage
 
-from fastckpt import events
 from fastckpt._types import U8
-from fastckpt.errors import CorruptCheckpointError, Damage, TooLargeError
-from fastckpt.format.records import transform_of
-from fastckpt.host.pages import fresh_pages
+from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, StoreError, TooLargeError
 from fastckpt.host.threads import WorkerPool
+from fastckpt.kernels import kernels
 from fastckpt.reading.chunk_reader import Reader
+from fastckpt.reading.hedging import Hedging
 from fastckpt.reading.load_plan import LoadPlan
+from fastckpt.reading.range_chunks import LastChunk, RangeChunks
+from fastckpt.reading.range_reads import RangeReads
+from fastckpt.reading.ranges import Range, limits_for, plan, whole_files
+from fastckpt.reading.sources import Source
+from fastckpt.reading.window import Window
 
 # Enough chunks ahead to keep 16 threads busy while a storage is copied to a device.
 DEVICE_WINDOW_BYTES = 256 << 20
-_ALIGNMENT_BYTES = 64
-_MAPPED_BYTES = 1 << 20
-_AHEAD_CHUNKS = 32  # up to 64 MiB
-# Additional threads that wait for the disk while the others decode: 505 MB that are not cached take 0.48 s instead of 0.55, on two cores.
-# The number of threads that decode at once stays the same. For cached files they would cost 4 %, so they are not started then.
-_WAITING_THREADS = 2
+BUFFERS_BYTES = 128 << 20
+"""Most memory of ranges that have been read and not decoded yet: what a load needs beyond the state, but for 6 MiB a thread."""
 _INLINE_BYTES = 4 << 20  # for less, starting threads takes longer than the work
+_PROBED_FILES = 4  # each takes some microseconds
 
 
 def check_size(reader: Reader, needed_bytes: int, max_load_bytes: int) -> None:
@@ -50,129 +53,8 @@ def check_size(reader: Reader, needed_bytes: int, max_load_bytes: int) -> None:
         )
 
 
-def _new_memory(n_bytes: int) -> U8:
-    """New memory for one storage, aligned as torch aligns its own."""
-    if n_bytes >= _MAPPED_BYTES:
-        return fresh_pages(n_bytes)
-    room = np.empty(n_bytes + _ALIGNMENT_BYTES, np.uint8)
-    start = -room.__array_interface__["data"][0] % _ALIGNMENT_BYTES
-    return room[start : start + n_bytes]
-
-
-def _pool(threads: int, name: str) -> WorkerPool | None:
-    """Start threads. None if the interpreter is ending and allows none: then nothing is read ahead of the unpickler."""
-    pool = WorkerPool(threads, name)
-    return None if pool.inline else pool
-
-
-class _Loading:
-    """A storage in flight: its memory, and the number of chunks that are still missing."""
-
-    def __init__(self, n_bytes: int, missing: int, given: U8 | None) -> None:
-        # NumPy's memory: a storage over it cannot be resized, like torch.load's. A resizable storage would let a hostile skeleton ask for a
-        # tensor past its end, and read whatever fresh memory holds.
-        self.view = _new_memory(n_bytes) if given is None else given
-        self.storage: UntypedStorage = torch.from_numpy(self.view).untyped_storage()
-        self.missing = missing
-
-
-class _Window:
-    """The storages in memory that were not taken yet. Under the loader's lock, except for `view`."""
-
-    def __init__(self, limit_bytes: int | None, given: Mapping[int, U8]) -> None:
-        """limit_bytes: the window is full from this size on; None: never. given: memory of the caller, by number of storage."""
-        self._limit_bytes = limit_bytes
-        self._given = given
-        self._held_bytes = 0
-        self._loading: dict[int, _Loading] = {}
-        self._entered: set[int] = set()
-        """Storages that have been given memory; each gets it only once."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether storages that nobody waits for should stay out."""
-        return self._limit_bytes is not None and self._held_bytes >= self._limit_bytes
-
-    def enter(self, number: int, n_bytes: int, n_chunks: int) -> None:
-        """Give a storage its memory, unless it has had it. n_chunks: number of chunks that have to arrive."""
-        if number not in self._entered:
-            self._entered.add(number)
-            self._loading[number] = _Loading(n_bytes, n_chunks, self._given.get(number))
-            self._held_bytes += n_bytes
-
-    def view(self, number: int) -> U8:
-        """The memory of a storage in the window. Any thread."""
-        return self._loading[number].view
-
-    def arrive(self, number: int) -> None:
-        """One chunk of a storage is in place, or is known to be damaged."""
-        self._loading[number].missing -= 1
-
-    def __contains__(self, number: int) -> bool:
-        """Whether a storage is in the window."""
-        return number in self._loading
-
-    def is_whole(self, number: int) -> bool:
-        """Whether a storage has all its chunks. KeyError unless it is in the window."""
-        return not self._loading[number].missing
-
-    def take(self, number: int) -> UntypedStorage:
-        """Take a storage out of the window."""
-        storage = self._loading.pop(number).storage
-        self._held_bytes -= storage.nbytes()
-        return storage
-
-
-class _Prefetcher:
-    """Makes the disk read ahead of the decoding threads. It has a thread of its own, because the system call blocks as long as the disk is
-    busy. Any thread.
-    """
-
-    def __init__(self, reader: Reader, thread: WorkerPool) -> None:
-        """thread: closed with this object."""
-        self._reader, self._thread = reader, thread
-        self._lock = threading.Lock()
-        self._asked_for = 0
-        """The chunks below this number have been asked for."""
-
-    def reach(self, chunk: int) -> None:
-        """A chunk is being read: prefetch the chunks after it. Chunks are read nearly in the order of their numbers."""
-        with self._lock:
-            first, end = max(self._asked_for, chunk), chunk + _AHEAD_CHUNKS
-            if end - first < _AHEAD_CHUNKS // 2:
-                return
-            self._asked_for = end
-        self._thread.submit(functools.partial(self._reader.prefetch, first, end - 1))
-
-    def close(self) -> None:
-        """Stop prefetching."""
-        self._thread.close()
-
-
-class LastChunk:
-    """Keeps the chunk that was last decoded for only a part of it: a caller that fetches small tensors one by one finds the next one
-    there.
-    """
-
-    def __init__(self) -> None:
-        self._held: tuple[int, U8] | None = None
-
-    def get(self, chunk: int) -> U8 | None:
-        """The raw bytes of a chunk, if it is the kept one. Any thread."""
-        held = self._held
-        return held[1] if held is not None and held[0] == chunk else None
-
-    def put(self, chunk: int, raw: U8) -> None:
-        """Keep the verified bytes of a chunk in place of the previous one. Any thread."""
-        self._held = (chunk, raw)
-
-    def release(self) -> None:
-        """Drop the kept chunk."""
-        self._held = None
-
-
 class StorageLoader:
-    """A StorageProvider over a container. Use as a context manager; one thread takes, `threads` decode. Its 13 attributes: the plan, the
+    """A StorageProvider over a container. Use as a context manager; one thread takes, `threads` decode. Its 14 attributes: the plan, the
     data that the threads share under one lock, and the threads.
     """
 
@@ -191,21 +73,37 @@ class StorageLoader:
         self._reader = reader
         self._storages = reader.directory.storages
         self._plan = LoadPlan(reader, wanted)
-        self._window = _Window(window_bytes, given or {})
-        self._last_chunk = last_chunk
+        self._window = Window(window_bytes, given or {})
         self._scheduled: set[int] = set()
-        """Numbers of the chunks that were given to threads, or loaded."""
+        """Numbers of the ranges that were given to threads, or loaded."""
         self._next = 0
         """Number of storages of the plan's order that were scheduled ahead of the caller of `take`."""
         self._damage: list[Damage] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self._decoders = threading.BoundedSemaphore(threads)
-        inline = self._plan.n_bytes <= _INLINE_BYTES or threads == 1
-        waits = not inline and reader.source.is_cold()
-        self._pool = None if inline else _pool(threads + waits * _WAITING_THREADS, "fastckpt-load")
-        ahead = _pool(1, "fastckpt-read") if waits and self._pool is not None else None
-        self._prefetcher = None if ahead is None else _Prefetcher(reader, ahead)
+        self._chunks = RangeChunks(
+            reader, self._plan.pieces, self._window, threading.BoundedSemaphore(threads), last_chunk
+        )
+        at_once = _reads_at_once(reader, self._plan)
+        self._ranges = _ranges_of(reader, self._plan, threads, at_once)
+        self._range_of = {chunk: number for number, range_ in enumerate(self._ranges) for chunk in range_.chunks}
+        self._pool = self._start(threads, at_once)
+
+    def _start(self, threads: int, at_once: int) -> RangeReads | _Workers | None:
+        """Threads that load ranges. None: the caller's own is enough, or the interpreter is ending and allows none."""
+        if at_once and len(self._ranges) > 1:
+            is_remote = any(source.is_remote for source in _sources_of(self._reader, self._plan))
+            return RangeReads(
+                self._chunks.read,
+                self._use,
+                at_once=at_once,
+                buffers_bytes=BUFFERS_BYTES,
+                hedging=Hedging() if is_remote else None,
+            )
+        if at_once or threads == 1 or self._plan.n_bytes <= _INLINE_BYTES:
+            return None
+        pool = WorkerPool(threads, "fastckpt-load")
+        return None if pool.inline else _Workers(pool, self._load)
 
     def __enter__(self) -> StorageLoader:
         return self
@@ -213,9 +111,8 @@ class StorageLoader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for one in (self._pool, self._prefetcher):
-            if one is not None:
-                one.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def n_bytes(self, number: int) -> int | None:
         return self._storages[number].n_bytes if number < len(self._storages) else None
@@ -252,75 +149,52 @@ class StorageLoader:
     def _schedule_storage(self, number: int) -> None:
         self._allocate(number)
         for chunk in self._plan.chunks[number]:
-            if chunk in self._scheduled:
+            at = self._range_of[chunk]
+            if at in self._scheduled:
                 continue
-            self._scheduled.add(chunk)
-            for other, *_ in self._plan.pieces[chunk]:
-                self._allocate(other)
+            self._scheduled.add(at)
+            for other in self._ranges[at].chunks:
+                for piece in self._plan.pieces[other]:
+                    self._allocate(piece[0])
             if self._pool is None:
-                self._load_chunk(chunk)
+                self._load(self._ranges[at])
             else:
-                self._pool.submit(functools.partial(self._load_chunk, chunk))
+                self._pool.submit(self._ranges[at])
 
     def _allocate(self, number: int) -> None:
         if self.has_data(number):
             with self._changed:
                 self._window.enter(number, self._storages[number].n_bytes, len(self._plan.chunks[number]))
 
-    def _load_chunk(self, chunk: int) -> None:
+    def _load(self, range_: Range) -> None:
+        self._settle(range_, functools.partial(self._chunks.load, range_))
+
+    def _use(self, range_: Range, found: U8 | BaseException) -> None:
+        """Take a range that was read ahead, or the error of that."""
+        if isinstance(found, (EOFError, ObjectNotFoundError)):
+            self._settle(range_, functools.partial(self._chunks.reread, range_))
+        elif isinstance(found, BaseException):
+            self._fail(found)
+        else:
+            self._settle(range_, functools.partial(self._chunks.place, range_, found))
+
+    def _settle(self, range_: Range, load: Callable[[], list[Damage]]) -> None:
         try:
-            if self._prefetcher is not None:
-                self._prefetcher.reach(chunk)
-            damage = self._load_chunk_into_place(chunk)
+            damage = load()
         except BaseException as error:  # any error is raised by `take`
-            with self._changed:
-                self._error = self._error or error
-                self._changed.notify_all()
+            self._fail(error)
             return
         with self._changed:
-            if damage is not None:
-                self._damage.append(damage)
-            for number, *_ in self._plan.pieces[chunk]:
-                self._window.arrive(number)
+            self._damage += damage
+            for chunk in range_.chunks:
+                for piece in self._plan.pieces[chunk]:
+                    self._window.arrive(piece[0])
             self._changed.notify_all()
 
-    def _load_chunk_into_place(self, chunk: int) -> Damage | None:
-        started = time.perf_counter()
-        reader, record = self._reader, self._reader.records[chunk]
-        n_bytes = int(record["raw_bytes"])
-        pieces = self._plan.pieces[chunk]
-        number, offset, position, length = pieces[0]
-        if len(pieces) == 1 and length == n_bytes:
-            out: U8 = self._window.view(number)[position : position + n_bytes]
-            damage = reader.read_chunk(chunk, out, self._decoders)
-        else:
-            out, damage = self._whole_chunk(chunk, n_bytes)
-            for number, offset, position, length in pieces:
-                self._window.view(number)[position : position + length] = out[offset : offset + length]
-        if damage is None:
-            name = transform_of(record)
-            stored = int(record["stored_bytes"])
-            events.emit(
-                events.ChunkLoaded(
-                    source=reader.source.name,
-                    record=chunk,
-                    transform=name,
-                    raw_bytes=n_bytes,
-                    stored_bytes=stored,
-                    seconds=time.perf_counter() - started,
-                )
-            )
-        return damage
-
-    def _whole_chunk(self, chunk: int, n_bytes: int) -> tuple[U8, Damage | None]:
-        known = self._last_chunk.get(chunk) if self._last_chunk is not None else None
-        if known is not None:
-            return known, None
-        out = np.empty(n_bytes, np.uint8)
-        damage = self._reader.read_chunk(chunk, out, self._decoders)
-        if self._last_chunk is not None and damage is None:
-            self._last_chunk.put(chunk, out)
-        return out, damage
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
 
     def _raise_all_damage(self) -> NoReturn:
         """Read all chunks, because one of them is damaged: the error lists all losses."""
@@ -333,3 +207,47 @@ class StorageLoader:
             if damage is not None:
                 found.add(damage)
         raise CorruptCheckpointError(self._reader.source.name, sorted(found, key=lambda item: item.place))
+
+
+class _Workers:
+    """Threads that read and decode."""
+
+    def __init__(self, pool: WorkerPool, load: Callable[[Range], None]) -> None:
+        self._pool, self._load = pool, load
+
+    def submit(self, range_: Range) -> None:
+        self._pool.submit(functools.partial(self._load, range_))
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+def _sources_of(reader: Reader, loads: LoadPlan) -> list[Source]:
+    """Where the stored bytes of a load are, in the order of the files."""
+    chunks = reader.records[list(loads.pieces)]
+    return [reader.sources[file] for file in np.unique(chunks["file"][chunks["stored_bytes"] > 0]).tolist()]
+
+
+def _reads_at_once(reader: Reader, loads: LoadPlan) -> int:
+    """How many reads of these are worth it at once; 0 if they do not wait."""
+    sources = _sources_of(reader, loads)
+    if any(source.is_remote for source in sources):
+        return max(source.reads_at_once() for source in sources if source.is_remote)
+    most = 0
+    for source in sources[:: max(1, len(sources) // _PROBED_FILES)]:
+        with contextlib.suppress(StoreError):  # one that is missing is found when it is read
+            most = max(most, source.reads_at_once())
+    return most
+
+
+def _ranges_of(reader: Reader, loads: LoadPlan, threads: int, at_once: int) -> list[Range]:
+    by_file = not at_once and kernels().read_chunks is not None
+    if by_file and all(source.is_file for source in _sources_of(reader, loads)):
+        limits = whole_files(loads.n_bytes, threads)
+    else:
+        chunks = reader.records[list(loads.pieces)]
+        limits = limits_for(int(chunks["stored_bytes"].sum()), at_once or threads)
+    return plan(loads.pieces, reader.records, limits)
+
+
+__all__ = ["BUFFERS_BYTES", "DEVICE_WINDOW_BYTES", "LastChunk", "StorageLoader", "check_size"]

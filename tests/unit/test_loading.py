@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import codec
 from fastckpt.errors import NoCheckpointError
 from fastckpt.format import keys
 from fastckpt.host import pages
-from fastckpt.reading import sources, storage_loader
+from fastckpt.kernels import kernels
+from fastckpt.reading import sources
 from fastckpt.reading.sources import PathSource
 
 
@@ -102,7 +102,7 @@ def test_a_file_is_waited_for_if_some_of_it_is_not_in_the_page_cache(
 
     with monkeypatch.context() as patched:
         patched.setattr("os.preadv", preadv)
-        assert source.is_cold() is missing
+        assert bool(source.reads_at_once()) is missing
     assert probed[0] == 0
     assert max(probed) < source.n_bytes
     source.close()
@@ -114,16 +114,17 @@ def test_more_threads_wait_for_a_disk_but_no_more_decode(
 ) -> None:
     path, state = file
     lock, now, most, readers = threading.Lock(), 0, 0, set()
-    decode, read = codec.decode, PathSource.read_into
+    load, read = kernels().read_chunks, PathSource.read_into
+    assert load is not None
 
-    def counting_decode(*args: Any) -> Any:
+    def counting_load(*args: Any) -> None:
         nonlocal now, most
         with lock:
             now += 1
             most = max(most, now)
         time.sleep(0.002)  # so that as many as may come together do
         try:
-            return decode(*args)
+            load(*args)
         finally:
             with lock:
                 now -= 1
@@ -132,18 +133,15 @@ def test_more_threads_wait_for_a_disk_but_no_more_decode(
         readers.add(threading.current_thread().name)
         read(self, offset, out)
 
-    hints: list[int] = []
-    monkeypatch.setattr(codec, "decode", counting_decode)
+    counting = kernels()._replace(read_chunks=counting_load)
+    monkeypatch.setattr("fastckpt.reading.range_chunks.kernels", lambda: counting)
     monkeypatch.setattr(PathSource, "read_into", counting_read)
-    monkeypatch.setattr(PathSource, "prefetch", lambda self, offset, n: hints.append(offset))
-    monkeypatch.setattr(PathSource, "is_cold", lambda self: waits)
+    monkeypatch.setattr(PathSource, "reads_at_once", lambda self: sources.COLD_READS if waits else 0)
     monkeypatch.setenv("FASTCKPT_THREADS", "2")
     loaded = fastckpt.load(path)
     assert all(torch.equal(loaded[name], state[name]) for name in state)
     assert most <= 2
-    workers = {name for name in readers if name.startswith("fastckpt-load")}
-    assert len(workers) <= (2 + storage_loader._WAITING_THREADS if waits else 2)
-    assert bool(hints) is waits
+    assert bool(readers & {"fastckpt-read"}) is waits, "what is in the page cache is read by the threads that decode"
 
 
 def test_arguments_that_play_no_part_are_told_at_the_line_of_the_call(tmp_path: Path) -> None:

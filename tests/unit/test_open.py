@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import fastckpt
 from fastckpt.errors import UnknownTensorError, UnsupportedFormatError
 from fastckpt.reading.lazy_views import lazy_views
+from fastckpt.reading.range_chunks import RangeChunks
 from tests.support.readers import index_of
 
 # torch deprecates its quantized types, which people still have in their files.
@@ -106,15 +107,16 @@ def test_from_a_file_object(state: object) -> None:
     assert len(fastckpt.open(buffer)) > 5
 
 
-def chunk_reads(reader: fastckpt.TensorReader, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def chunk_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The records that are read from now on."""
-    read, inner = [], index_of(reader).read_chunk
+    read: list[int] = []
+    settle = RangeChunks._settle
 
-    def counted(number: int, *arguments: Any) -> Any:
-        read.append(number)
-        return inner(number, *arguments)
+    def counted(self: RangeChunks, chunk: int, *arguments: Any) -> None:
+        read.append(chunk)
+        settle(self, chunk, *arguments)
 
-    monkeypatch.setattr(index_of(reader), "read_chunk", counted)
+    monkeypatch.setattr(RangeChunks, "_settle", counted)
     return read
 
 
@@ -128,7 +130,7 @@ def views(tmp_path: Path) -> Path:
 
 def test_views_of_one_storage_share_it(views: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with fastckpt.open(views) as reader:
-        read = chunk_reads(reader, monkeypatch)
+        read = chunk_reads(monkeypatch)
         found = {name: reader[name] for name in reader if name != "array"}
         assert len(read) == len(set(read)), "a chunk was read again"
     assert len({tensor.untyped_storage()._cdata for tensor in found.values()}) == 1
@@ -164,7 +166,7 @@ def test_a_name_that_is_asked_for_again_has_memory_of_its_own(views: Path) -> No
 def test_load_into_reads_each_storage_once(views: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = {f"p{number}": torch.zeros(100_000) for number in range(30)}
     with fastckpt.open(views) as reader:
-        read = chunk_reads(reader, monkeypatch)
+        read = chunk_reads(monkeypatch)
         assert reader.load_into(state) == list(state)
         assert len(read) == len(set(read)), "a chunk was read again"
     assert all(torch.equal(state[f"p{n}"], torch.arange(100_000.0) + n * 100_000) for n in range(30))
@@ -181,7 +183,7 @@ def test_small_tensors_are_not_decoded_a_bundle_each(tmp_path: Path, monkeypatch
             return inner(number)
 
         monkeypatch.setattr(index_of(reader), "pieces", counted)
-        read = chunk_reads(reader, monkeypatch)
+        read = chunk_reads(monkeypatch)
         assert all(torch.equal(reader[name], state[name]) for name in reader)
         assert len(pieces) == 500, "every fetch looks at every storage"
         assert len(read) == 1

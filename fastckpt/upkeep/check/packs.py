@@ -29,6 +29,7 @@ from fastckpt.kernels.transform import MAX_RAW_BYTES
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_source import BytesSource
+from fastckpt.reading.sources import NoFile
 from fastckpt.repository.commit import read_vote_bytes
 from fastckpt.store.base import Store
 from fastckpt.upkeep.check.report import ReportBuilder
@@ -282,7 +283,7 @@ class HeldPack:
         self._local.key, self._local.data = None, None
 
 
-class HeldSource:
+class HeldSource(NoFile):
     """A Source: a pack, from this thread's memory if the thread holds it, else from the store."""
 
     def __init__(self, store: Store, file: FileEntry, local: threading.local) -> None:
@@ -299,12 +300,6 @@ class HeldSource:
         if offset + view.size > data.size:
             raise EOFError(f"{self.name} has {data.size} bytes: expected {offset + view.size} or more")
         view[:] = data[offset : offset + view.size]
-
-    def is_cold(self) -> bool:
-        return False
-
-    def prefetch(self, offset: int, n_bytes: int) -> None:
-        """Does nothing: packs are read whole."""
 
     def close(self) -> None:
         """Does nothing: the store belongs to the caller."""
