@@ -110,10 +110,15 @@ class Repository(RecordReader):
         self._marker_bytes = there
         return parse_marker(there, f"{self.url}/{keys.MARKER}")
 
-    def put_back_marker(self) -> bool:
-        """Whether the first marker is still there, or could be put back. False: there is another marker."""
+    def has_marker(self) -> bool | None:
+        """Whether the first marker is still there. None: there is none; False: there is another one."""
         mine = self._marker_bytes
-        return mine is None or stands(self.store, keys.MARKER, mine)
+        return mine is None or is_there(self.store, keys.MARKER, mine)
+
+    def put_back_marker(self) -> bool:
+        """Put the first marker back where `has_marker` has found none. False: there is another one now."""
+        mine = self._marker_bytes
+        return mine is None or create(self.store, keys.MARKER, mine) == mine
 
     def _refuse_markerless(self) -> NoReturn:
         raise RepositoryError(
@@ -162,15 +167,15 @@ class Repository(RecordReader):
         raise RepositoryError(f"{self.url}: all {keys.MAX_EPOCH} epochs are used up. Start a new repository")
 
 
-def stands(store: Store, key: str, mine: bytes) -> bool:
-    """Whether an object has these bytes, or was missing and has been put back with them. False: it has other bytes."""
+def is_there(store: Store, key: str, mine: bytes) -> bool | None:
+    """Whether an object has these bytes. None: there is no object."""
     found = bytearray(len(mine))
     try:
         store.get_into(key, 0, found)  # reads as many bytes as expected: one request, whatever the object's length is
     except EOFError:
         return False
     except ObjectNotFoundError:
-        return create(store, key, mine) == mine
+        return None
     return bytes(found) == mine
 
 
