@@ -6,7 +6,7 @@ import contextlib
 import functools
 from typing import NamedTuple
 
-from fastckpt.format.keys import epoch_key
+from fastckpt.format.keys import MARKER, epoch_key
 from fastckpt.format.repository_records import Commit, Epoch, Tombstone, epoch_bytes
 from fastckpt.host.threads import WorkerPool
 from fastckpt.repository.commit import poll_commit
@@ -38,7 +38,12 @@ def look(repository: Repository, commit: Commit, epoch: Epoch, *, at_once: bool)
             pool.submit(functools.partial(poll_commit, store, commit.checkpoint)),
             pool.submit(repository.newest_epoch),
             pool.submit(functools.partial(is_there, store, epoch_key(epoch.number), epoch_bytes(epoch))),
-            pool.submit(repository.has_marker),
+            pool.submit(functools.partial(_has_marker, repository)),
         )
         record, newest, ours, marker = looks
         return Found(record.result(), newest.result(), ours.result(), marker.result())
+
+
+def _has_marker(repository: Repository) -> bool | None:
+    mine = repository.marker_bytes
+    return mine is None or is_there(repository.store, MARKER, mine)

@@ -54,7 +54,7 @@ class Repository(RecordReader):
     def __init__(self, store: Store) -> None:
         super().__init__(store)
         self._probed = False
-        self._marker_bytes: bytes | None = None
+        self.marker_bytes: bytes | None = None
         """The marker as it was read or made here. A running job puts it back if a lifecycle rule deletes it."""
 
     def marker(self) -> Marker | None:
@@ -64,7 +64,7 @@ class Repository(RecordReader):
         except ObjectNotFoundError:
             return None
         marker = parse_marker(data, f"{self.url}/{keys.MARKER}")
-        self._marker_bytes = data
+        self.marker_bytes = data
         return marker
 
     def require(self) -> Marker | None:
@@ -107,17 +107,12 @@ class Repository(RecordReader):
         there = create(self.store, keys.MARKER, mine)
         if there == mine:
             self.store.put(keys.README, _README.encode())
-        self._marker_bytes = there
+        self.marker_bytes = there
         return parse_marker(there, f"{self.url}/{keys.MARKER}")
 
-    def has_marker(self) -> bool | None:
-        """Whether the first marker is still there. None: there is none; False: there is another one."""
-        mine = self._marker_bytes
-        return mine is None or is_there(self.store, keys.MARKER, mine)
-
     def put_back_marker(self) -> bool:
-        """Put the first marker back where `has_marker` has found none. False: there is another one now."""
-        mine = self._marker_bytes
+        """Put the first marker back: none was found. False: there is another one now."""
+        mine = self.marker_bytes
         return mine is None or create(self.store, keys.MARKER, mine) == mine
 
     def _refuse_markerless(self) -> NoReturn:

@@ -14,7 +14,7 @@ from fastckpt.store.base import ObjectInfo
 from fastckpt.store.memory import MemoryStore
 from tests.support.repositories import check_all
 
-WAIT_S = 60.0
+WAIT_S = 15.0
 MIB = 1 << 20
 
 
@@ -68,7 +68,8 @@ class Rounds(MemoryStore):
 def test_a_save_of_20_mb_takes_five_round_trips() -> None:
     store = Rounds()
     state = {"w": torch.randint(0, 256, (20 * MIB,), dtype=torch.uint8)}
-    with fastckpt.Checkpointer(store, state, every=None, keep=None, spot=None) as ckpt:
+    one = fastckpt.Options(threads=1)  # which of several is faster decides whether there are five packs or six
+    with fastckpt.Checkpointer(store, state, every=None, keep=None, spot=None, options=one) as ckpt:
         ckpt.save_now(1).wait()
         n_packs = sum(1 for _ in store.list(keys.DATA))
         assert n_packs >= 5
