@@ -10,20 +10,21 @@ import random
 import time
 from collections.abc import Callable, Collection, Sequence
 
-from fastckpt.errors import AbandonedError, MissingObjectError, RepositoryError, SaveError, SupersededError
+from fastckpt.errors import AbandonedError, RepositoryError, SaveError, SupersededError
 from fastckpt.format.keys import MARKER, MAX_STEP, MAX_TRY, SaveId, epoch_key
-from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, Tombstone, epoch_bytes
+from fastckpt.format.repository_records import Commit, Epoch, Parent, Skipped, epoch_bytes
 from fastckpt.format.sealed_state import SealedState
 from fastckpt.format.vote import Vote
 from fastckpt.options import Options
 from fastckpt.ranks.board import BoardLostError
 from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.team import Team
+from fastckpt.repository.acknowledgement import look
 from fastckpt.repository.catalog import Catalog, Choice, Which, complete_pending
 from fastckpt.repository.collector import Collector
-from fastckpt.repository.commit import list_votes, require_vote, try_commit
+from fastckpt.repository.commit import create, list_votes, require_vote, try_commit
 from fastckpt.repository.joint_commit import Cancelled, JointCommit, JointTurn, abandon, begin
-from fastckpt.repository.repository import Repository, stands
+from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import GRACE_S, Keep, RetentionPlan, plan_retention
 from fastckpt.writing.rank import SaveAsked, SaveRequest, UploadThreads, upload
 from fastckpt.writing.uplink import Uplink
@@ -265,10 +266,8 @@ class Incarnation:
         repository, number = self.repository, self.epoch.number
         self.last = Parent(commit.checkpoint, commit.digest)
         where = repository.location(commit.checkpoint)
-        try:
-            found: Commit | Tombstone | None = repository.commit(commit.checkpoint)
-        except MissingObjectError:
-            found = None
+        looked = look(repository, commit, self.epoch, at_once=self._options.connections > 1)
+        found, newest = looked.commit, looked.newest
         if found is None:
             raise RepositoryError(
                 f"{where} was committed and is not there any more: somebody deletes what this job saves, or the store loses it. Look for "
@@ -278,7 +277,6 @@ class Incarnation:
             raise SupersededError(
                 f"{where} was committed and is another record now: somebody else writes as this job. Stop this process"
             )
-        newest = repository.newest_epoch()
         if newest > number:
             raise SupersededError(
                 f"{repository.url}: another incarnation of this job (epoch {newest}) has taken over from this one (epoch "
@@ -286,7 +284,10 @@ class Incarnation:
                 "other one only evaluates, let it read: Checkpointer(…, read_only=True), fastckpt.load(url) or fastckpt.open(url)"
             )
         key = epoch_key(number)
-        if not stands(repository.store, key, epoch_bytes(self.epoch)) or not repository.put_back_marker():
+        mine = epoch_bytes(self.epoch)
+        ours = looked.epoch if looked.epoch is not None else create(repository.store, key, mine) == mine
+        marker = looked.marker if looked.marker is not None else repository.put_back_marker()
+        if not ours or not marker:
             raise SupersededError(
                 f"{repository.url}: the records of this job ({key}, {MARKER}) are somebody else's now: another job has begun there, or "
                 f"the store overwrites where it is asked to create (docs/stores.md). Step {commit.save.step} was saved, but may not be "

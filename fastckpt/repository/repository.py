@@ -55,7 +55,7 @@ class Repository(RecordReader):
     def __init__(self, store: Store) -> None:
         super().__init__(store)
         self._probed = False
-        self._marker_bytes: bytes | None = None
+        self.marker_bytes: bytes | None = None
         """The marker as it was read or made here. A running job puts it back if a lifecycle rule deletes it."""
 
     def marker(self) -> Marker | None:
@@ -66,7 +66,7 @@ class Repository(RecordReader):
             return parse_marker(data, f"{self.url}/{keys.MARKER}"), data
 
         try:
-            marker, self._marker_bytes = read_again(read)
+            marker, self.marker_bytes = read_again(read)
         except ObjectNotFoundError:
             return None
         return marker
@@ -121,13 +121,13 @@ class Repository(RecordReader):
             self.store.put(keys.README, _README.encode())
         else:  # a bit may have flipped on the way
             there = read_sealed(self.store, keys.MARKER)
-        self._marker_bytes = there
+        self.marker_bytes = there
         return parse_marker(there, f"{self.url}/{keys.MARKER}")
 
     def put_back_marker(self) -> bool:
-        """Whether the first marker is still there, or could be put back. False: there is another marker."""
-        mine = self._marker_bytes
-        return mine is None or stands(self.store, keys.MARKER, mine)
+        """Put the first marker back: none was found. False: there is another one now."""
+        mine = self.marker_bytes
+        return mine is None or create(self.store, keys.MARKER, mine) == mine
 
     def _refuse_markerless(self) -> NoReturn:
         raise RepositoryError(
@@ -169,9 +169,9 @@ class Repository(RecordReader):
         raise RepositoryError(f"{self.url}: all {keys.MAX_EPOCH} epochs are used up. Start a new repository")
 
 
-def stands(store: Store, key: str, mine: bytes) -> bool:
-    """Whether an object has these bytes, or was missing and has been put back with them. False: it has other bytes, twice read: a job
-    should not be stopped by a bit that flipped on the way.
+def is_there(store: Store, key: str, mine: bytes) -> bool | None:
+    """Whether an object has these bytes. None: there is no object. False: it has other bytes, twice read: a job should not be stopped by a
+    bit that flipped on the way.
     """
     found = bytearray(len(mine))
     for _ in range(2):
@@ -182,7 +182,7 @@ def stands(store: Store, key: str, mine: bytes) -> bool:
         except EOFError:
             return False
         except ObjectNotFoundError:
-            return create(store, key, mine) == mine
+            return None
         if bytes(found) == mine:
             return True
     return False

@@ -50,7 +50,8 @@ class Link:
         self._window: _Window | None = None
         self._before: tuple[int, float] | None = None
         """The number of connections before the one that is being tried, and what they carried."""
-        self._rest = 0
+        self._rest, self._upwards = 0, True
+        """Measurements until another number is tried, and in which direction the last try was."""
 
     def put_finished(self, now_s: float, n_bytes: int, seconds: float, *, busy: bool) -> None:
         """A put of a pack has succeeded. busy: all connections had packs to send until now."""
@@ -83,7 +84,9 @@ class Link:
         elif self._rest:
             self._rest -= 1
             if not self._rest:  # fewer take less memory; more may carry more meanwhile
-                self._try(math.floor(self.connections / _GROWTH), bytes_per_s)
+                self._upwards = not self._upwards
+                more = math.ceil(self.connections * _GROWTH)
+                self._try(more if self._upwards else math.floor(self.connections / _GROWTH), bytes_per_s)
         else:
             self._try(math.ceil(self.connections * _GROWTH), bytes_per_s)
 
