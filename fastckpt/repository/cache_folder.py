@@ -36,6 +36,7 @@ class CacheFolder:
     def __init__(self, root: str, repository: str) -> None:
         """root: DIR. repository: the id in its marker."""
         self.root = os.path.realpath(os.path.expanduser(root))
+        self.repository = repository
         self._own = os.path.join(self.root, repository)
 
     @classmethod
@@ -135,6 +136,42 @@ class CacheFolder:
         """Remove a file that is not what it should be."""
         with contextlib.suppress(OSError):
             os.unlink(self._path(key))
+
+    def claim(self, key: str, limit_s: float) -> bool:
+        """Whether the caller is the one process of this machine that is to fetch a file; it calls `let_go` at the end. The claim of a
+        process that was killed counts for `limit_s`.
+        """
+        path = self._claim_path(key)
+        for _ in range(2):
+            with contextlib.suppress(OSError):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                return True
+            try:
+                if time.time() - os.lstat(path).st_mtime <= limit_s:
+                    return False
+            except OSError:
+                continue
+            self.let_go(key)
+        return False
+
+    def is_claimed(self, key: str) -> bool:
+        """Whether some process is fetching a file."""
+        return os.path.lexists(self._claim_path(key))
+
+    def let_go(self, key: str) -> None:
+        """End a claim."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._claim_path(key))
+
+    def _claim_path(self, key: str) -> str:
+        return os.path.join(self._own, f".claim-{key.replace('/', '+')}.tmp")
+
+    def remove_before(self, folder: str, first: str) -> None:
+        """Remove folders in `folder` (as "data") whose names sort before `first`: of earlier saves."""
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(os.path.join(self._own, folder)):
+                if entry.name < first and entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
 
     def keep_only(self, wanted: Collection[str]) -> int:
         """Remove all other files of this repository, and other repositories that nobody has prefetched for a day. Returns the bytes of
