@@ -28,6 +28,8 @@ _STALE_S = 24 * 3600.0
 """How long a repository's files stay that nobody has prefetched since."""
 _UNFINISHED_S = 3600.0
 _READ_BYTES = 1 << 30
+_PIECE_BYTES = 1 << 20
+"""Stays in the cache of a core while it is verified."""
 
 
 class CacheFolder:
@@ -84,6 +86,15 @@ class CacheFolder:
             return None
         out = bytearray(n_bytes)
         return out if self.read_into(key, 0, out) else None
+
+    def pieces(self, key: str, n_bytes: int) -> Iterator[memoryview]:
+        """The bytes of a file of exactly this length, piece by piece, all in one buffer. OSError: it cannot be read, or ends before."""
+        buffer = memoryview(bytearray(min(n_bytes, _PIECE_BYTES)))
+        for offset in range(0, n_bytes, _PIECE_BYTES):
+            piece = buffer[: n_bytes - offset]
+            if not self.read_into(key, offset, piece):
+                raise OSError(f"{key} cannot be read")
+            yield piece
 
     def read_into(self, key: str, offset: int, out: Any) -> bool:
         """Fill a buffer from a file. False: it is not there, or ends before that; the buffer may be partly written then."""

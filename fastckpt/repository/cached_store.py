@@ -17,7 +17,7 @@ from typing import Any
 from fastckpt.errors import CheckpointError
 from fastckpt.events import logger
 from fastckpt.format import keys
-from fastckpt.format.digest import crc64nvme, digest
+from fastckpt.format.digest import crc64nvme_of, digest
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import SaveId, VoteName, vote_key
 from fastckpt.format.repository_records import parse_marker
@@ -26,9 +26,6 @@ from fastckpt.repository.cache_names import CacheNames, rank_of_pack
 from fastckpt.repository.node_packs import NodePacks
 from fastckpt.store.base import ObjectInfo, Store
 from fastckpt.store.wrap import Wrapper
-
-_VERIFIED_AT_ONCE = 2
-"""Packs that are in memory whole while they are verified: 32 MiB each."""
 
 
 def cached(store: Store, cache_dir: str) -> Store:
@@ -84,7 +81,6 @@ class _Cache:
         self._names = CacheNames()
         self._node: NodePacks | None = None
         self._lock = threading.Lock()
-        self._at_once = threading.BoundedSemaphore(_VERIFIED_AT_ONCE)
         self._locks: dict[str, threading.Lock] = {}
         """Of each pack that somebody has asked for: it is verified once."""
         self._verdicts: dict[str, bool] = {}
@@ -183,10 +179,12 @@ class _Cache:
             return self._verdicts[key]
 
     def _verified(self, folder: CacheFolder, file: FileEntry) -> bool:
-        with self._at_once:
-            data = folder.read(file.key, file.n_bytes)
-            if data is not None and crc64nvme(data) == file.crc64nvme:
+        try:
+            whole = folder.size(file.key) == file.n_bytes
+            if whole and crc64nvme_of(folder.pieces(file.key, file.n_bytes)) == file.crc64nvme:
                 return True
+        except OSError as error:
+            logger.debug("%s: %s", file.key, error)
         if folder.size(file.key) is not None:  # somebody may have removed it meanwhile
             self._refuse(folder, file.key)
         return False
