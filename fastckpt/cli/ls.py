@@ -9,7 +9,7 @@ from typing import Any
 
 from fastckpt.cli.output import OK, human, note, print_json, table
 from fastckpt.cli.target import add_endpoint, local_path, maybe_repository, open_repository, safe_history
-from fastckpt.errors import CheckpointError, NotACheckpointError
+from fastckpt.errors import CheckpointError, NotACheckpointError, UnreadableError
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit, metrics_to_json
 from fastckpt.reading.chunk_reader import Reader, is_container, summary
@@ -77,7 +77,24 @@ def list_repository(repository: Repository) -> dict[str, Any]:
             rows.append({**_empty_row(save.checkpoint, "unfinished", words), "try": save.attempt})
     rows.sort(key=lambda row: (row["epoch"], row["step"], row["try"] or 0), reverse=True)
     newest = max(catalog.listing.epochs, default=0)
-    return {"url": repository.url, "newest_epoch": newest, "retired": len(found.tombstones), "checkpoints": rows}
+    return {
+        "url": repository.url,
+        "origin": _origin(repository),
+        "newest_epoch": newest,
+        "retired": len(found.tombstones),
+        "checkpoints": rows,
+    }
+
+
+def _origin(repository: Repository) -> dict[str, str] | None:
+    """What the repository is a copy of; None for one that is none, or whose marker cannot be read."""
+    try:
+        marker = repository.marker()
+    except UnreadableError:
+        return None
+    if marker is None or marker.origin is None:
+        return None
+    return {"repository": marker.origin.repository, "url": marker.origin.url}
 
 
 def commit_row(commit: Commit, inside: list[CheckpointId] | None) -> dict[str, Any]:
@@ -100,6 +117,8 @@ def _empty_row(checkpoint: CheckpointId, branch: str, error: str) -> dict[str, A
 
 
 def _print_repository(found: Mapping[str, Any]) -> None:
+    if found["origin"] is not None:
+        note(f"{found['url']}: a copy of {found['origin']['url']}")
     if not found["checkpoints"]:
         note(f"{found['url']}: no checkpoints")
         return

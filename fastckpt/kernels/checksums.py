@@ -7,6 +7,7 @@ from typing import Any
 
 import xxhash
 
+from fastckpt.kernels.joined_crc import joined
 from fastckpt.kernels.select import kernels
 
 
@@ -31,3 +32,11 @@ def crc64nvme_combine(first: int, second: int, second_bytes: int) -> int:
 def crc64nvme(data: Any) -> int:
     """CRC-64/NVME of stored bytes."""
     return kernels(memoryview(data).nbytes).crc64nvme(data)
+
+
+def crc64nvme_of(parts: Iterable[Any]) -> int:
+    """As `crc64nvme`, of bytes that come in parts, one after another."""
+    found = 0
+    for part in parts:
+        found = joined(found, crc64nvme(part), memoryview(part).nbytes)
+    return found

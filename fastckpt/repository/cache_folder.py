@@ -28,6 +28,8 @@ _STALE_S = 24 * 3600.0
 """How long a repository's files stay that nobody has prefetched since."""
 _UNFINISHED_S = 3600.0
 _READ_BYTES = 1 << 30
+_PIECE_BYTES = 1 << 20
+"""Stays in the cache of a core while it is verified."""
 
 
 class CacheFolder:
@@ -36,6 +38,7 @@ class CacheFolder:
     def __init__(self, root: str, repository: str) -> None:
         """root: DIR. repository: the id in its marker."""
         self.root = os.path.realpath(os.path.expanduser(root))
+        self.repository = repository
         self._own = os.path.join(self.root, repository)
 
     @classmethod
@@ -83,6 +86,15 @@ class CacheFolder:
             return None
         out = bytearray(n_bytes)
         return out if self.read_into(key, 0, out) else None
+
+    def pieces(self, key: str, n_bytes: int) -> Iterator[memoryview]:
+        """The bytes of a file of exactly this length, piece by piece, all in one buffer. OSError: it cannot be read, or ends before."""
+        buffer = memoryview(bytearray(min(n_bytes, _PIECE_BYTES)))
+        for offset in range(0, n_bytes, _PIECE_BYTES):
+            piece = buffer[: n_bytes - offset]
+            if not self.read_into(key, offset, piece):
+                raise OSError(f"{key} cannot be read")
+            yield piece
 
     def read_into(self, key: str, offset: int, out: Any) -> bool:
         """Fill a buffer from a file. False: it is not there, or ends before that; the buffer may be partly written then."""
@@ -135,6 +147,42 @@ class CacheFolder:
         """Remove a file that is not what it should be."""
         with contextlib.suppress(OSError):
             os.unlink(self._path(key))
+
+    def claim(self, key: str, limit_s: float) -> bool:
+        """Whether the caller is the one process of this machine that is to fetch a file; it calls `let_go` at the end. The claim of a
+        process that was killed counts for `limit_s`.
+        """
+        path = self._claim_path(key)
+        for _ in range(2):
+            with contextlib.suppress(OSError):
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                return True
+            try:
+                if time.time() - os.lstat(path).st_mtime <= limit_s:
+                    return False
+            except OSError:
+                continue
+            self.let_go(key)
+        return False
+
+    def is_claimed(self, key: str) -> bool:
+        """Whether some process is fetching a file."""
+        return os.path.lexists(self._claim_path(key))
+
+    def let_go(self, key: str) -> None:
+        """End a claim."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._claim_path(key))
+
+    def _claim_path(self, key: str) -> str:
+        return os.path.join(self._own, f".claim-{key.replace('/', '+')}.tmp")
+
+    def remove_before(self, folder: str, first: str) -> None:
+        """Remove folders in `folder` (as "data") whose names sort before `first`: of earlier saves."""
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(os.path.join(self._own, folder)):
+                if entry.name < first and entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
 
     def keep_only(self, wanted: Collection[str]) -> int:
         """Remove all other files of this repository, and other repositories that nobody has prefetched for a day. Returns the bytes of

@@ -17,19 +17,15 @@ from typing import Any
 from fastckpt.errors import CheckpointError
 from fastckpt.events import logger
 from fastckpt.format import keys
-from fastckpt.format.digest import crc64nvme, digest
+from fastckpt.format.digest import crc64nvme_of, digest
 from fastckpt.format.directory import FileEntry
-from fastckpt.format.keys import CheckpointId, VoteName, vote_key
-from fastckpt.format.repository_records import Commit, parse_commit_record, parse_marker
+from fastckpt.format.keys import SaveId, VoteName, vote_key
+from fastckpt.format.repository_records import parse_marker
 from fastckpt.repository.cache_folder import CacheFolder
-from fastckpt.repository.file_tables import file_table
+from fastckpt.repository.cache_names import CacheNames, rank_of_pack
+from fastckpt.repository.node_packs import NodePacks
 from fastckpt.store.base import ObjectInfo, Store
 from fastckpt.store.wrap import Wrapper
-
-_VERIFIED_AT_ONCE = 2
-"""Packs that are in memory whole while they are verified: 32 MiB each."""
-_VOTES = 1024
-"""Votes whose file tables are remembered: those of the checkpoint that is restored, whatever is saved beside it."""
 
 
 def cached(store: Store, cache_dir: str) -> Store:
@@ -42,57 +38,97 @@ class CachedStore(Wrapper):
 
     def __init__(self, inner: Store, cache_dir: str) -> None:
         super().__init__(inner)
-        self._cache_dir = cache_dir
-        self._folder: CacheFolder | None = None
-        self._unusable = False
-        self._named = _Named()
-        self._lock = threading.Lock()
-        self._at_once = threading.BoundedSemaphore(_VERIFIED_AT_ONCE)
-        self._locks: dict[str, threading.Lock] = {}
-        """Of each pack that somebody has asked for: it is verified once."""
-        self._verdicts: dict[str, bool] = {}
-        """Packs that were verified: whether they are what they should be."""
+        self._cache = _Cache(inner, cache_dir)
 
-    # -- what passes -----------------------------------------------------------------------------------------------------
+    def share_with_node(self, save: SaveId) -> None:
+        """From now on, packs that ranks of this machine have in common are fetched by one of them. save: of the checkpoint."""
+        self._cache.share_with_node(save)
 
     def get(self, key: str) -> bytes:
         vote = keys.parse_vote(key)
-        if vote is not None:
-            data = self._vote(key, vote)
-            if data is None:
-                data = super().get(key)
-            self._named.add_vote(vote, data, f"{self.url}/{key}")
-            return data
-        data = super().get(key)
-        checkpoint = keys.parse_commit(key)
-        if checkpoint is not None:
-            self._named.add_commit(checkpoint, data, f"{self.url}/{key}")
-        elif key == keys.MARKER:
-            self._open_folder(data)
+        data = None if vote is None else self._cache.vote(key, vote)
+        if data is None:
+            data = super().get(key)
+            self._cache.passed(key, data)
         return data
 
     def head(self, key: str) -> ObjectInfo:
         vote = keys.parse_vote(key)
-        folder = self._there() if vote is not None else None
-        if vote is not None and folder is not None and folder.size(key) == vote.n_bytes:
+        if vote is not None and self._cache.has(key, vote.n_bytes):
             return ObjectInfo(key, vote.n_bytes, 0.0)
         return super().head(key)
 
     def get_into(self, key: str, offset: int, out: Any) -> None:
         vote = keys.parse_vote(key)
         if vote is not None:
-            data = self._vote(key, vote)
+            data = self._cache.vote(key, vote)
             view = memoryview(out).cast("B")
             if data is not None and offset + view.nbytes <= len(data):
                 view[:] = data[offset : offset + view.nbytes]
                 return
-        elif keys.parse_pack(key) is not None:
-            folder = self._there()
-            if folder is not None and self._is_whole(folder, key) and folder.read_into(key, offset, out):
-                return
+        elif keys.parse_pack(key) is not None and self._cache.read_pack(key, offset, out):
+            return
         super().get_into(key, offset, out)
 
-    # -- the folder ------------------------------------------------------------------------------------------------------
+
+class _Cache:
+    """What a `CachedStore` reads instead of its store."""
+
+    def __init__(self, store: Store, cache_dir: str) -> None:
+        self._store, self._cache_dir = store, cache_dir
+        self._folder: CacheFolder | None = None
+        self._unusable = False
+        self._names = CacheNames()
+        self._node: NodePacks | None = None
+        self._lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
+        """Of each pack that somebody has asked for: it is verified once."""
+        self._verdicts: dict[str, bool] = {}
+        """Packs that were verified: whether they are what they should be. Of others, False: they will be read from the store."""
+
+    def passed(self, key: str, data: bytes) -> None:
+        """Note what an object of the store says, as it was read by somebody."""
+        vote, checkpoint = keys.parse_vote(key), keys.parse_commit(key)
+        if vote is not None:
+            if self._node is not None:
+                self._node.leave(key, data)
+            self._names.add_vote(vote, data, f"{self._store.url}/{key}")
+        elif checkpoint is not None:
+            self._names.add_commit(checkpoint, data, f"{self._store.url}/{key}")
+        elif key == keys.MARKER:
+            self._open_folder(data)
+
+    def has(self, key: str, n_bytes: int) -> bool:
+        """Whether there is a file of this length."""
+        folder = self._there()
+        return folder is not None and folder.size(key) == n_bytes
+
+    def vote(self, key: str, vote: VoteName) -> bytes | None:
+        """A vote that is there, and is what its name says."""
+        folder = self._there()
+        data = None if folder is None else folder.read(key, vote.n_bytes)
+        if folder is None or data is None:
+            return None
+        if digest(data).hex() != vote.digest:
+            self._refuse(folder, key)
+            return None
+        self._names.add_vote(vote, bytes(data), f"{self._store.url}/{key}")
+        return bytes(data)
+
+    def read_pack(self, key: str, offset: int, out: Any) -> bool:
+        """Fill a buffer from a pack that is there, or that another rank of this machine needs, too. False: the store has to be read."""
+        folder = self._there()
+        return folder is not None and self._is_whole(folder, key) and folder.read_into(key, offset, out)
+
+    def share_with_node(self, save: SaveId) -> None:
+        """See `CachedStore`."""
+        self._there()
+        if self._folder is None:
+            return
+        try:
+            self._node = NodePacks(self._folder, save)
+        except (OSError, CheckpointError) as error:
+            logger.warning("ranks of this machine cannot share what they read: %s", error)
 
     def _there(self) -> CacheFolder | None:
         """The folder, if there is anything of this repository by now."""
@@ -100,129 +136,75 @@ class CachedStore(Wrapper):
             return None
         if self._folder is None:
             try:
-                self._open_folder(self.inner.get(keys.MARKER))
+                self._open_folder(self._store.get(keys.MARKER))
             except CheckpointError as error:  # whoever needs the marker is told; without it there is no cache
-                logger.debug("%s: no cache: %s", self.url, error)
+                logger.debug("%s: no cache: %s", self._store.url, error)
         folder = self._folder
         if folder is None or not folder.exists:
             return None
         why = folder.why_not()
         if why is not None:
             self._unusable = True
-            logger.warning("%s; everything is read from %s", why, self.url)
+            logger.warning("%s; everything is read from %s", why, self._store.url)
             return None
         return folder
 
     def _open_folder(self, marker: bytes) -> None:
         try:
-            repository = parse_marker(marker, f"{self.url}/{keys.MARKER}").repository
+            repository = parse_marker(marker, f"{self._store.url}/{keys.MARKER}").repository
         except CheckpointError as error:
-            logger.debug("%s: no cache: %s", self.url, error)
+            logger.debug("%s: no cache: %s", self._store.url, error)
             return
         self._folder = CacheFolder(self._cache_dir, repository)
-
-    def _vote(self, key: str, vote: VoteName) -> bytes | None:
-        folder = self._there()
-        data = None if folder is None else folder.read(key, vote.n_bytes)
-        if folder is None or data is None:
-            return None
-        if digest(data).hex() != vote.digest:
-            _refuse(folder, key, self.url)
-            return None
-        return bytes(data)
 
     def _is_whole(self, folder: CacheFolder, key: str) -> bool:
         """Whether a pack is there, and is what the file table says. Reads it whole, once."""
         verdict = self._verdicts.get(key)
         if verdict is not None:
             return verdict
-        n_bytes = folder.size(key)
-        if n_bytes is None:  # it may still come
+        if folder.size(key) is None and self._node is None:  # it may still come
             return False
-        file = self._named.file(key) or self._learned(folder, key)
-        if file is None:
+        file = self._names.file(key) or self._learned(key)
+        node = self._node if self._names.is_shared(key) else None
+        if file is None or (node is None and folder.size(key) is None):
             return False
         with self._lock:
             lock = self._locks.setdefault(key, threading.Lock())
-        with lock, self._at_once:
-            verdict = self._verdicts.get(key)
-            if verdict is None:
-                data = folder.read(key, file.n_bytes)
-                verdict = data is not None and crc64nvme(data) == file.crc64nvme
-                self._verdicts[key] = verdict
-                if not verdict:
-                    _refuse(folder, key, self.url)
-        return verdict
+        with lock:
+            if key not in self._verdicts:
+                verdict = None
+                if folder.size(key) is None and node is not None:
+                    verdict = node.bring(file, lambda data: self._store.get_into(key, 0, data))
+                self._verdicts[key] = self._verified(folder, file) if verdict is None else verdict
+            return self._verdicts[key]
 
-    def _learned(self, folder: CacheFolder, key: str) -> FileEntry | None:
+    def _verified(self, folder: CacheFolder, file: FileEntry) -> bool:
+        try:
+            whole = folder.size(file.key) == file.n_bytes
+            if whole and crc64nvme_of(folder.pieces(file.key, file.n_bytes)) == file.crc64nvme:
+                return True
+        except OSError as error:
+            logger.debug("%s: %s", file.key, error)
+        if folder.size(file.key) is not None:  # somebody may have removed it meanwhile
+            self._refuse(folder, file.key)
+        return False
+
+    def _learned(self, key: str) -> FileEntry | None:
         """What the votes in the folder say of a pack, those that a commit record names: another rank of this node may have read the votes
         that this one uses.
         """
-        for vote in self._named.unread():
-            data = self._vote(vote_key(vote), vote)
-            if data is not None:
-                self._named.add_vote(vote, data, f"{self.url}/{vote_key(vote)}")
-        return self._named.file(key)
+        for vote in self._names.unread(rank_of_pack(key)):
+            self.vote(vote_key(vote), vote)
+        return self._names.file(key)
 
-
-def _refuse(folder: CacheFolder, key: str, url: str) -> None:
-    """Remove what is not what it should be, and tell."""
-    folder.remove(key)
-    logger.warning(
-        "%s in the cache %s is damaged, or of something else: it was removed, and is read from %s",
-        key,
-        folder.root,
-        url,
-    )
-
-
-class _Named:
-    """What commit records that came from the store name. Any thread. Forgets the oldest: a run commits for ever."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._votes: dict[VoteName, dict[str, FileEntry] | None] = {}
-        """Packs that each vote names; None: the vote was not looked for yet."""
-
-    def add_commit(self, checkpoint: CheckpointId, data: bytes, source: str) -> None:
-        """Note the votes of a commit record, as it was read; a tombstone has none."""
-        try:
-            commit = parse_commit_record(data, checkpoint, source)
-        except CheckpointError:  # whoever reads it is told
-            return
-        if isinstance(commit, Commit):
-            with self._lock:
-                for rank in range(commit.world):
-                    self._votes.setdefault(commit.vote(rank), None)
-                self._forget(max(_VOTES, commit.world))
-
-    def add_vote(self, vote: VoteName, data: bytes, source: str) -> None:
-        """Note the file table of a vote whose name somebody has from a commit record."""
-        if digest(data).hex() != vote.digest:
-            return
-        try:
-            files = {file.key: file for file in file_table(data, source)}
-        except CheckpointError:  # whoever reads it is told
-            files = {}
-        with self._lock:
-            self._votes[vote] = files
-            self._forget(max(_VOTES, vote.world))
-
-    def _forget(self, most: int) -> None:
-        for vote in list(self._votes)[: max(0, len(self._votes) - most)]:
-            del self._votes[vote]
-
-    def unread(self) -> list[VoteName]:
-        """Votes that were not read yet, each given once."""
-        with self._lock:
-            found = [vote for vote, files in self._votes.items() if files is None]
-            self._votes |= {vote: {} for vote in found}
-        return found
-
-    def file(self, key: str) -> FileEntry | None:
-        """A pack's length and checksum, as far as known."""
-        with self._lock:
-            return next((files[key] for files in self._votes.values() if files and key in files), None)
+    def _refuse(self, folder: CacheFolder, key: str) -> None:
+        folder.remove(key)
+        logger.warning(
+            "%s in the cache %s is damaged, or of something else: it was removed, and is read from %s",
+            key,
+            folder.root,
+            self._store.url,
+        )
 
 
 __all__ = ["CachedStore", "cached"]

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from fastckpt.format.keys import VOTES
+from fastckpt.format.keys import VOTES, parse_vote
 from fastckpt.ranks.world import World
+from fastckpt.repository.cached_store import CachedStore
 from fastckpt.store.base import ObjectInfo, Store
 from fastckpt.store.wrap import T, Wrapper
 
@@ -34,6 +35,9 @@ def shared_votes(store: Store, world: World, nonce: str, own: str) -> Iterator[S
     if world.local_size == 1:
         yield store
         return
+    vote = parse_vote(own)
+    if isinstance(store, CachedStore) and vote is not None:
+        store.share_with_node(vote.save)
     shared = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
     folder = shared / f"fastckpt-{os.getuid()}-{nonce}-{world.rank - world.local_rank}"
     votes = _NodeVotes(store, folder, own, leads=world.leads_node)

@@ -206,7 +206,7 @@ def _fetch(
     progress: Progress,
 ) -> None:
     room = Room(max(options.host_budget_bytes // 4, 1))
-    total, done, present = sum(file.n_bytes for file in files), 0, 0
+    total, done, present = max(sum(file.n_bytes for file in files), 1), 0, 0
 
     def fetch(file: FileEntry) -> bool:
         """Whether it was fetched; it may have been there."""

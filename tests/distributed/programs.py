@@ -154,11 +154,12 @@ def checkpointer(url: str, training: Training, **settings: Any) -> fastckpt.Chec
 
 
 def train(
-    url: str, mode: str, steps: int, every: int, seed: int, sizes: dict[str, int] | None = None
+    url: str, mode: str, steps: int, every: int, seed: int, sizes: dict[str, int] | None = None, cache_dir: str = ""
 ) -> dict[str, Any]:
     """Train from what was saved, if there is anything: this rank's tensors at the end, and where it began."""
     training = Training(mode, seed=seed, **(sizes or {}))
-    with checkpointer(url, training, every=Every(steps=every)) as ckpt:
+    options = Options(**OPTIONS, cache_dir=cache_dir)
+    with checkpointer(url, training, every=Every(steps=every), options=options) as ckpt:
         start = ckpt.restore()
         for step in range(start, steps):
             training.step(step)

@@ -13,6 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastckpt.kernels.checksums import crc64nvme_of
 from fastckpt.kernels.reference import ROW_WORDS, WHOLE_BELOW, lines_bytes
 from fastckpt.kernels.select import Kernels, load
 from fastckpt.kernels.transform import PACK_BITS, Transform
@@ -72,6 +73,12 @@ def crc_bit_by_bit(data: bytes) -> int:
         for _ in range(8):
             crc = crc >> 1 ^ (0x9A6C9329AC4BC9B5 if crc & 1 else 0)
     return crc ^ ((1 << 64) - 1)
+
+
+@given(parts=st.lists(st.binary(max_size=300), max_size=5))
+@settings(deadline=None, max_examples=60)
+def test_crc_of_parts_is_that_of_the_whole(parts: list[bytes]) -> None:
+    assert crc64nvme_of(parts) == crc_bit_by_bit(b"".join(parts))
 
 
 @given(data=st.binary(max_size=900))

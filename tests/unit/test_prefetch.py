@@ -21,7 +21,7 @@ from fastckpt.errors import NoCheckpointError, RepositoryError
 from fastckpt.format import keys
 from fastckpt.format.keys import SaveId, VoteName
 from fastckpt.options import Options
-from fastckpt.repository import cached_store
+from fastckpt.repository import cache_names
 from fastckpt.repository.cache_folder import CacheFolder
 from fastckpt.repository.cached_store import CachedStore, cached
 from fastckpt.repository.repository import Repository
@@ -387,8 +387,8 @@ def test_a_checkpoint_that_is_retired_meanwhile_gives_way_to_the_newest(tmp_path
 
 
 def test_what_is_remembered_of_a_long_run_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached_store, "_VOTES", 3)
-    named = cached_store._Named()
+    monkeypatch.setattr(cache_names, "_VOTES", 3)
+    named = cache_names.CacheNames()
     for step in range(50):
         named.add_vote(VoteName(SaveId(1, step, 0), 0, 1, 0, "99aa06d3014798d86001c324468d497f"), b"", "x")
     assert len(named._votes) == 3

@@ -8,10 +8,8 @@ uses. Epoch records come before the packs of their epochs: whoever goes on from 
 
 from __future__ import annotations
 
-import functools
 import socket
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from fastckpt._types import Progress
 from fastckpt.errors import (
@@ -29,20 +27,19 @@ from fastckpt.format.repository_records import (
     Marker,
     Origin,
     Tombstone,
-    parse_commit_record,
-    parse_epoch_record,
 )
 from fastckpt.options import Options
 from fastckpt.repository.catalog import Catalog
-from fastckpt.repository.commit import create, read_sealed
-from fastckpt.repository.inventory import Inventory, take_inventory
+from fastckpt.repository.commit import create
+from fastckpt.repository.inventory import take_inventory
 from fastckpt.repository.pinning import Pinning
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.upkeep.mirror.follow import follow
 from fastckpt.upkeep.mirror.named import NamedObjects, read_named, votes_of
 from fastckpt.upkeep.mirror.plan import MirrorAsked, MirrorReport, require_not_gone_on, require_related, select
-from fastckpt.upkeep.mirror.transfer import Transfer, in_parallel
+from fastckpt.upkeep.mirror.records import AllRecords
+from fastckpt.upkeep.mirror.transfer import Transfer
 
 _TURNS = 3  # a job retires while its newest checkpoint is being chosen: then there is a newer one
 
@@ -81,16 +78,11 @@ def mirror(
     return report
 
 
-class _Pair(NamedTuple):
-    source: Repository
-    target: Repository
-
-
 class _Mirror:
     """One run. Used by one thread."""
 
     def __init__(self, source: Store, target: Store, asked: MirrorAsked, options: Options, progress: Progress) -> None:
-        self._pair = _Pair(Repository(source), Repository(target))
+        self._source, self._target = Repository(source), Repository(target)
         self._asked, self._progress = asked, progress
         self._transfer = Transfer(source, target, options, contents=asked.contents)
         self._report = MirrorReport(source.url, target.url)
@@ -99,7 +91,7 @@ class _Mirror:
         self._done_bytes = self._all_bytes = 0
 
     def run(self) -> MirrorReport:
-        source = self._pair.source
+        source = self._source
         marker = source.marker()
         if marker is None:
             raise RepositoryError(
@@ -107,14 +99,13 @@ class _Mirror:
                 "`fastckpt check --repair` makes it anew"
             )
         self._report.origin = marker.repository
-        catalog = Catalog(source, checks_votes=False)
+        records = AllRecords(source.store, self._transfer.connections)
+        catalog = Catalog(records, checks_votes=False)
         wanted = select(catalog, self._asked)
-        self._epochs = self._read_epochs(source.store, catalog.listing)
-        there = self._open_target(marker)
-        self._put_epochs(there)
-        commits = self._records(wanted, there)
+        self._epochs = records.epochs(catalog.listing)
+        commits = self._missing(wanted, records, self._open_target(marker))
         self._all_bytes = sum(commit.stored_bytes for commit, _ in commits.values())
-        with Pinning(source.store, f"fastckpt mirror on {socket.gethostname()}, to {self._pair.target.url}") as pins:
+        with Pinning(source.store, f"fastckpt mirror on {socket.gethostname()}, to {self._target.url}") as pins:
             for checkpoint, (commit, record) in commits.items():
                 pins.hold(checkpoint)
                 self._mirror_one(commit, record, pins)
@@ -122,96 +113,82 @@ class _Mirror:
             if pins.refused is not None:
                 self._report.notes.append(f"the source was read without a pin: {pins.refused}")
         if self._asked.prune:
-            self._report.retired = follow(self._pair.target, catalog, self._report.notes)
+            self._report.retired = follow(self._target, catalog, self._report.notes)
         self._progress(1, 1)
         return self._report
 
     # -- what stands before the first checkpoint -----------------------------------------------------------------------
 
-    def _read_epochs(self, store: Store, listing: Inventory) -> dict[int, bytes]:
-        """Epoch records. UnreadableError."""
-
-        def read(number: int) -> bytes:
-            data = read_sealed(store, epoch_key(number), listing.infos[epoch_key(number)])
-            parse_epoch_record(data, number, f"{store.url}/{epoch_key(number)}")
-            return data
-
-        calls = (functools.partial(read, number) for number in listing.epochs)
-        found = in_parallel(calls, self._transfer.connections, "fastckpt-mirror")
-        return dict(zip(listing.epochs, found, strict=True))
-
-    def _open_target(self, source: Marker) -> Inventory:
-        """The names of the target's records, after its marker was made or compared. RepositoryError."""
-        target, origin = self._pair.target, self._pair.source
+    def _open_target(self, source: Marker) -> AllRecords:
+        """The target's records, after its marker was made or compared and the source's epochs were put there. RepositoryError."""
+        target, origin = self._target, self._source
         marker = target.marker()
-        there = target.list()
+        records = AllRecords(target.store, self._transfer.connections)
+        there = records.list()
         if marker is None and (there.commits or there.epochs):
             target.initialise()  # raises what says how to mend it
         if marker is not None:
             require_related(source, marker, origin.url, target.url)
-            require_not_gone_on(self._epochs, self._read_epochs(target.store, there), origin.url, target.url)
+            require_not_gone_on(self._epochs, records.epochs(there), origin.url, target.url)
         target.probe()
         if marker is None:
             marker = target.make_marker(Origin(source.repository, origin.url))
             require_related(source, marker, origin.url, target.url)  # somebody else's may have come first
         self._report.repository = marker.repository
-        return there
-
-    def _put_epochs(self, there: Inventory) -> None:
-        store = self._pair.target.store
         for number in sorted(self._epochs.keys() - set(there.epochs)):  # in order: a parent before its child
-            found = create(store, epoch_key(number), self._epochs[number])
-            require_not_gone_on(self._epochs, {number: found}, self._pair.source.url, self._pair.target.url)
+            found = create(target.store, epoch_key(number), self._epochs[number])
+            require_not_gone_on(self._epochs, {number: found}, origin.url, target.url)
+        return records
 
-    def _records(self, wanted: list[CheckpointId], there: Inventory) -> dict[CheckpointId, tuple[Commit, bytes]]:
-        """Records of the checkpoints that are to be copied, in order. What will not be is noted in the report."""
+    def _missing(
+        self, wanted: list[CheckpointId], source: AllRecords, target: AllRecords
+    ) -> dict[CheckpointId, tuple[Commit, bytes]]:
+        """What has to be copied, in order: commits and their bytes. What has not, or cannot be, is noted in the report."""
         found: dict[CheckpointId, tuple[Commit, bytes]] = {}
         for checkpoint in wanted:
             try:
-                record = self._record(checkpoint)
-                if isinstance(record, str):
-                    self._leave_out(checkpoint, record)
-                elif checkpoint not in there.commits or not self._stands(checkpoint, record[1]):
-                    found[checkpoint] = record
+                commit, record = source.commit(checkpoint), source.data(commit_key(checkpoint))
+                if not isinstance(commit, Commit):
+                    self._leave_out(checkpoint, "retired at the source")
+                elif not self._stands(checkpoint, record, target):
+                    found[checkpoint] = commit, record
+            except MissingObjectError:  # deleted since the LIST
+                self._leave_out(checkpoint, "retired at the source")
             except UnreadableError as error:
                 self._report.failed.append((checkpoint, error))
         return found
 
-    def _record(self, checkpoint: CheckpointId) -> tuple[Commit, bytes] | str:
-        """The source's commit and its bytes; or why there is none."""
-        store, key = self._pair.source.store, commit_key(checkpoint)
+    def _stands(self, checkpoint: CheckpointId, record: bytes, target: AllRecords) -> bool:
+        """Whether the target needs nothing of a checkpoint. RepositoryError: it has another one under this key."""
         try:
-            data = read_sealed(store, key)
-        except MissingObjectError:
-            return "retired at the source"
-        commit = parse_commit_record(data, checkpoint, f"{store.url}/{key}")
-        return "retired at the source" if isinstance(commit, Tombstone) else (commit, data)
-
-    def _leave_out(self, checkpoint: CheckpointId, why: str) -> None:
-        if self._asked.step is not None:
-            raise RetiredError(f"{self._pair.source.location(checkpoint)}: {why}. `fastckpt ls` lists what is there")
-        self._report.left_out.append((checkpoint, why))
-
-    def _stands(self, checkpoint: CheckpointId, record: bytes) -> bool:
-        """Whether the target needs nothing of a checkpoint whose key it has. RepositoryError: it has another one."""
-        target = self._pair.target
-        try:
-            found = read_sealed(target.store, commit_key(checkpoint))
-        except MissingObjectError:  # a tombstone whose time was over
+            found = target.data(commit_key(checkpoint))
+        except (KeyError, MissingObjectError):  # never there; or a tombstone whose time was over
             return False
         if found == record:
             if self._asked.contents:
                 return False
             self._report.present.append(checkpoint)
             return True
-        other = parse_commit_record(found, checkpoint, target.location(checkpoint))
+        other = target.commit(checkpoint)
         if isinstance(other, Tombstone):
             self._report.left_out.append((checkpoint, f"retired at the target ({other.why})"))
             return True
         raise RepositoryError(
-            f"{target.location(checkpoint)} is not {self._pair.source.location(checkpoint)}: the target is no copy of "
-            "the source. Nothing was changed; name an empty place"
+            f"{target.location(checkpoint)} is not {self._source.location(checkpoint)}: the target is no copy of the source. Nothing was "
+            "changed; name an empty place"
         )
+
+    def _leave_out(self, checkpoint: CheckpointId, why: str) -> None:
+        if self._asked.step is not None:
+            raise RetiredError(f"{self._source.location(checkpoint)}: {why}. `fastckpt ls` lists what is there")
+        self._report.left_out.append((checkpoint, why))
+
+    def _is_retired(self, checkpoint: CheckpointId) -> bool:
+        """Whether the source has retired a checkpoint by now."""
+        try:
+            return isinstance(self._source.commit(checkpoint), Tombstone)
+        except UnreadableError as error:
+            return isinstance(error, MissingObjectError)
 
     # -- one checkpoint ------------------------------------------------------------------------------------------------
 
@@ -221,7 +198,7 @@ class _Mirror:
         try:
             self._copy(commit, record, pins)
         except (UnreadableError, TooLargeError) as error:
-            if isinstance(self._record(checkpoint), str):
+            if self._is_retired(checkpoint):
                 self._leave_out(checkpoint, "retired at the source while it was copied")
             else:
                 self._report.failed.append((checkpoint, error))
@@ -230,7 +207,7 @@ class _Mirror:
         (self._report.present if there else self._report.copied).append(checkpoint)
 
     def _copy(self, commit: Commit, record: bytes, pins: Pinning) -> None:
-        source, target = self._pair.source.store, self._pair.target.store
+        source, target = self._source.store, self._target.store
         named = read_named(source, commit, self._transfer.connections)
         sizes = self._sizes(named, commit)
         for carried in self._transfer.carry(named.files.values(), sizes):
@@ -258,17 +235,18 @@ class _Mirror:
             self._report.sent_bytes += n_bytes
         if own:
             self._done_bytes += n_bytes
-        self._progress(min(self._done_bytes, self._all_bytes - 1), self._all_bytes)
+        total = max(self._all_bytes, 1)
+        self._progress(min(self._done_bytes, total - 1), total)
 
     def _sizes(self, named: NamedObjects, commit: Commit) -> dict[str, int]:
         """Lengths of the target's objects, of all that the checkpoint may need."""
         saves = sorted({*named.saves, commit.save})
         prefixes = (*(f"{keys.DATA}{save}/" for save in saves), keys.votes_prefix(commit.save))
-        return take_inventory(self._pair.target.store, *prefixes).sizes
+        return take_inventory(self._target.store, *prefixes).sizes
 
     def _require_whole(self, named: NamedObjects, commit: Commit) -> None:
         """Right before the commit: all is there in its length, and nobody has gone on from the target. RepositoryError."""
-        target = self._pair.target
+        target = self._target
         wanted: dict[str, int] = {file.key: file.n_bytes for file in named.files.values()}
         wanted |= {vote_key(commit.vote(rank)): commit.votes[rank].n_bytes for rank in range(commit.world)}
         sizes = self._sizes(named, commit)
@@ -280,10 +258,10 @@ class _Mirror:
                 "deletes what the mirror copies. The step is not committed"
             )
         own: Mapping[int, bytes] = {number: b"" for number in target.list().epochs if number not in self._epochs}
-        require_not_gone_on(self._epochs, own, self._pair.source.url, target.url)
+        require_not_gone_on(self._epochs, own, self._source.url, target.url)
 
     def _commit(self, commit: Commit, record: bytes) -> None:
-        target = self._pair.target
+        target = self._target
         try:
             found = create(target.store, commit_key(commit.checkpoint), record)
         except ObjectNotFoundError as error:

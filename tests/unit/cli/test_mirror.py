@@ -38,7 +38,11 @@ def test_mirror_says_what_it_copied_and_the_copy_passes_the_check(
     assert value["repository"] != value["origin"]
     assert run(capsys, "check", copy)[0] == cli.OK
     assert history(LocalStore(copy)) == history(store)
-    shown = run_json(capsys, "ls", copy)[1]["repositories"][0]["checkpoints"]
+    assert f"a copy of {store.url}" in run(capsys, "ls", copy)[2]
+    (listed,) = run_json(capsys, "ls", copy)[1]["repositories"]
+    assert listed["origin"] == {"repository": value["origin"], "url": store.url}
+    assert run_json(capsys, "ls", url)[1]["repositories"][0]["origin"] is None
+    shown = listed["checkpoints"]
     assert [(c["step"], c["branch"]) for c in shown] == [
         (4, "history"),
         (3, "abandoned"),
