@@ -91,14 +91,6 @@ def test_a_fault_is_worth_another_try_and_leaves_no_part(
         VERBS[verb](faulty)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_retrying_gets_over_every_fault(verb: str, filled: S3Store, faulty: S3Store, proxy: FaultProxy) -> None:
-    for fault in (Fault.SLOW_DOWN, Fault.INTERNAL_ERROR, Fault.RESET, Fault.LOST_ACK):
-        proxy.add(fault)
-    VERBS[verb](Retrying(faulty, sleep=lambda seconds: None))
-    assert len([exchange for exchange in proxy.requests() if exchange.fault]) == 4
-
-
 def test_a_save_over_one_that_got_no_answer_is_told(
     faulty: S3Store, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -200,14 +192,6 @@ def test_a_refused_head_is_answered_by_a_get(filled: S3Store, faulty: S3Store, p
     for status in (400, 403, 405):
         proxy.add(Fault.ANSWER, method="HEAD", status=status, code="")
         assert faulty.head("a/x") == filled.head("a/x")
-
-
-def test_a_missing_bucket_is_no_missing_object(open_store: Callable[..., S3Store]) -> None:
-    store = open_store("s3://no-such-bucket-here/p")
-    for verb, call in VERBS.items():
-        with pytest.raises(StoreError, match="bucket does not exist") as caught:
-            call(store)
-        assert type(caught.value) is StoreError, verb
 
 
 def test_the_right_region_is_named(faulty: S3Store, proxy: FaultProxy) -> None:
