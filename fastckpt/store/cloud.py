@@ -177,13 +177,7 @@ class S3Store(Store):
         self._check(key)
         try:
             with self._requests.ask("head", key, "HEAD") as response:
-                require_etag(response, f"head {self.url}/{key}")
-                at = email.utils.parsedate_to_datetime(response.headers.get("last-modified", ""))
-                if response.n_bytes is None:
-                    raise ValueError("it has no length")
-                return ObjectInfo(key, response.n_bytes, float(int(at.timestamp())))
-        except (ValueError, OverflowError) as error:
-            raise StoreUnavailableError(f"head {self.url}/{key}: the answer is not one of S3 ({error})") from error
+                return self._info(key, response, response.n_bytes)
         except (StoreUnavailableError, ObjectExistsError):
             raise
         except StoreError as error:
@@ -191,13 +185,24 @@ class S3Store(Store):
                 raise
             problem = error
         # The answer to a HEAD has no body: a missing bucket looks like a missing object, and a wrong key like an expired token or a wrong
-        # clock. A GET tells the reason. Refused HEADs are rare, so the extra request does not matter.
+        # clock. A GET tells the reason; or it is answered, and says what a HEAD would have. Refused HEADs are rare.
         with (
             contextlib.suppress(BeyondEndError),
-            self._requests.ask("head", key, "GET", headers={"range": "bytes=0-0"}),
+            self._requests.ask("head", key, "GET", headers={"range": "bytes=0-0"}) as response,
         ):
-            pass
+            found = _RANGE.fullmatch(response.headers.get("content-range", ""))
+            return self._info(key, response, int(found[3]) if found else None)
         raise problem
+
+    def _info(self, key: str, response: HttpResponse, n_bytes: int | None) -> ObjectInfo:
+        require_etag(response, f"head {self.url}/{key}")
+        try:
+            at = email.utils.parsedate_to_datetime(response.headers.get("last-modified", ""))
+            if n_bytes is None:
+                raise ValueError("it has no length")
+            return ObjectInfo(key, n_bytes, float(int(at.timestamp())))
+        except (ValueError, OverflowError) as error:
+            raise StoreUnavailableError(f"head {self.url}/{key}: the answer is not one of S3 ({error})") from error
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """As the contract says. Objects whose keys are not valid (`check_key`) are left out, because no method would accept them."""

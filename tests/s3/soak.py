@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import fastckpt
+from fastckpt.errors import CheckpointError
 from fastckpt.store.cloud import open_s3
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.fault_proxy import Fault, FaultProxy, Rule
@@ -68,6 +69,7 @@ class Soak:
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     stalled: list[tuple[float, Rule]] = field(default_factory=list)
+    flip: Rule | None = None
     trainers: list[Any] = field(default_factory=list)
     writers: int = 0
 
@@ -125,6 +127,8 @@ class Soak:
         method, match = rng.choice(("", "PUT", "GET", "HEAD", "DELETE")), rng.choice(("", "", "list-type", *OBJECTS))
         count, answer = rng.choice((1, 1, 1, 2, 4)), rng.choice(ANSWERS)
         if kind is Fault.FLIP_RESPONSE:
+            if self.flip is not None and self.flip.count:  # what comes back wrong twice in a row counts as damage
+                return
             method, match, count = "GET", rng.choice(OBJECTS), 1
         elif kind is Fault.FLIP_REQUEST:
             method, match = "PUT", rng.choice(OBJECTS)
@@ -135,6 +139,8 @@ class Soak:
         rule = self.proxy.add(
             kind, method=method, match=match, count=count, skip=rng.randrange(4), status=answer[0], code=answer[1]
         )
+        if kind is Fault.FLIP_RESPONSE:
+            self.flip = rule
         if kind in (Fault.STALL, Fault.STALL_RESPONSE):
             self.stalled.append((time.monotonic() + rng.uniform(0.5, MOST_STALL_S), rule))
 
@@ -158,6 +164,7 @@ class Soak:
                 self.counts[exchange.fault.name] += 1
         self.proxy.clear()
         self.stalled.clear()
+        self.flip = None
 
     # -- the run -------------------------------------------------------------------------------------------------------
 
@@ -170,10 +177,10 @@ class Soak:
             self.pause_s,
         )
         steady = self.trainer(self.buckets[1], steady="steady trainer")
-        end = time.monotonic() + self.seconds
-        fault_at = time.monotonic() + 3.0
-        forget_at = time.monotonic() + 15.0
         try:
+            self.await_acknowledgement("writer-1")  # who cannot begin ends, and that is no fault
+            end = time.monotonic() + self.seconds
+            fault_at = forget_at = time.monotonic()
             while (now := time.monotonic()) < end:
                 self.tick(now)
                 self.tend()
@@ -188,13 +195,22 @@ class Soak:
                     forget_at = now + (self.rng.uniform(1, 6) if outage else 15.0)
                 for process in (reader, steady):
                     if not process.is_alive():
-                        self.problems.append(f"{process.name} ended with {process.exitcode}")
+                        last = [exchange for exchange in self.proxy.requests() if exchange.fault][-20:]
+                        self.problems.append(f"{process.name} ended with {process.exitcode}; the last faults: {last}")
                         return
                 time.sleep(0.1)  # the world's own pace; nothing waits for anything here
         finally:
             self.forget()
             for process in (reader, steady, *self.trainers):
                 self.ended(process, 150)
+
+    def await_acknowledgement(self, name: str) -> None:
+        deadline = time.monotonic() + 120
+        file = self.folder / f"{name}.jsonl"
+        while not (file.exists() and '"acked"' in file.read_text()):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} has acknowledged nothing after 120 s")
+            time.sleep(0.1)
 
     def events(self) -> list[Event]:
         return [json.loads(line) for file in self.folder.glob("*.jsonl") for line in file.read_text().splitlines()]
@@ -210,8 +226,11 @@ class Soak:
         # A reader that comes when all is quiet must find all that was acknowledged.
         notes = soak_jobs.Journal(self.folder / "last.jsonl")
         t0 = time.monotonic()
-        found, exact = soak_jobs.found_in(fastckpt.load(f"s3://{self.buckets[0]}/run"))
-        notes.note("read", t0=t0, found=found, exact=exact, newest=True)
+        try:
+            found, exact = soak_jobs.found_in(fastckpt.load(f"s3://{self.buckets[0]}/run"))
+            notes.note("read", t0=t0, found=found, exact=exact, newest=True)
+        except CheckpointError as error:
+            self.problems.append(f"a reader at the end: {error!r}")
         events = self.events()
         racing = [event for event in events if not _of_steady(event, events)]
         steady = [event for event in events if _of_steady(event, events)]

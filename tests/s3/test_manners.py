@@ -258,10 +258,14 @@ def test_a_refused_head_has_a_reason(status: int, code: str, words: str, server:
 
 
 def test_only_a_head_is_refused(server: MannersServer) -> None:
-    server.objects["run/a"] = b"1"
+    server.objects["run/a"] = b"12345"
+    server.objects["run/empty"] = b""
+    store = open_s3("s3://lab/run")
+    expected = store.head("a")
     server.manners.append(refuses(403, "", method="HEAD"))
-    with pytest.raises(StoreAccessError, match="HTTP 403"):
-        open_s3("s3://lab/run").head("a")
+    assert store.head("a") == expected
+    with pytest.raises(StoreAccessError, match="HTTP 403"):  # there is no first byte to ask for
+        store.head("empty")
 
 
 def test_new_keys_are_found_when_a_head_is_refused(
