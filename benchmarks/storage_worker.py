@@ -76,7 +76,13 @@ def restore(contender: Contender, place: Place, given: dict[str, Any]) -> dict[s
     returned = span.seconds()
     # What is mapped, or comes in pages that were there before, has not been paid for until each byte was read.
     touched = 0 if contender.in_place else measure.touch(found)
-    result: dict[str, Any] = {"seconds": span.seconds(), "returned": returned, "cpu": span.cpu(), "memory": span.peak(), **resident}
+    result: dict[str, Any] = {
+        "seconds": span.seconds(),
+        "returned": returned,
+        "cpu": span.cpu(),
+        "memory": span.peak(),
+        **resident,
+    }
     result["touched"] = touched
     if hasattr(contender, "opened_s"):
         result["opened"] = contender.opened_s

@@ -14,6 +14,7 @@ WHERE = {
     "tensorizer": "tensorizer_s3:Tensorizer",
     "runai": "runai_s3:Runai",
     "moonclip": "moonclip_s3:Moonclip",
+    "moonclip raw": "moonclip_s3:MoonclipRaw",
     "s3torchconnector": "s3_torch_connector:S3TorchConnector",
     "s3torchconnector dcp": "s3_torch_connector:S3TorchConnectorDcp",
     "torch.save": "local:TorchFile",
