@@ -21,7 +21,7 @@ from benchmarks.storage_contenders import OURS
 
 RIVALS = ROOT / ".venv-rivals" / "bin" / "python"
 NO_RIVALS = "no environment for rivals: `make bench-rivals`"
-# For those that use boto3: without it they compute a SHA-256 and a CRC of each body.
+# For rivals, which use boto3: without it they compute a SHA-256 and a CRC of each body. fastckpt takes its defaults.
 AWS_CONFIG = """\
 [default]
 region = us-east-1
@@ -115,7 +115,7 @@ class Lab:
         variables: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """The answer of a module's worker. about: for messages."""
-        given = {"AWS_CONFIG_FILE": str(self.aws_config), **(variables or {})}
+        given = {"AWS_CONFIG_FILE": str(self.aws_config) if rival else os.devnull, **(variables or {})}
         if at is not None:
             given = {**at.variables, **given}
         found = in_process(

@@ -10,6 +10,7 @@ WHERE = {
     "Checkpointer": "ours:OwnCheckpointer",
     "fastckpt.save/load": "ours:OwnFile",
     "obstore PUT": "obstore_puts:ObstorePuts",
+    "obstore PUT, signed": "obstore_puts:ObstorePutsSigned",
     "boto3 + torch.save": "boto3_torch:Boto3Torch",
     "tensorizer": "tensorizer_s3:Tensorizer",
     "runai": "runai_s3:Runai",
