@@ -98,31 +98,30 @@ def node_of(result: dict[str, Any]) -> Node:
     )
 
 
-def variations(node: Node) -> list[tuple[str, Node]]:
-    """One input changed at a time: halved and doubled, or what is usual elsewhere."""
-    found = [("as above", node)]
-    for field in fields(node):
-        for factor in (0.5, 2.0):
-            value = getattr(node, field.name) * factor
-            if field.name in ("ratio", "goodput"):
-                value = min(value, 1.0)
-            text = f"{field.name.replace('_', ' ')} × {factor:g}" if value != 1.0 else f"{field.name} 1"
-            found.append((text, replace(node, **{field.name: value})))
-    found.append(("bf16 parameters and moments: ratio 0.69", replace(node, ratio=0.69)))
-    found.append(("10 Gbit/s", replace(node, link_bytes_per_s=10e9 / 8)))
-    return found
+def changed(node: Node, name: str, factor: float) -> Node:
+    """The node with one input × factor; no share is larger than 1."""
+    value = getattr(node, name) * factor
+    return replace(node, **{name: min(value, 1.0) if name in ("ratio", "goodput") else value})
 
 
 def lines(node: Node) -> list[str]:
-    """The table."""
-    inputs = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in asdict(node).items())
-    head = ["changed", "seconds", "bound by", "link s", "processors s", "copies s", "cores that the link wants"]
-    rows = []
-    for text, changed in variations(node):
-        save = save_of(changed)
-        figures = (save.link_s, save.processor_s, save.copy_s, save.cores_for_the_link)
-        rows.append(tables.row([text, f"{save.seconds:.0f}", save.bound_by, *(f"{value:.1f}" for value in figures)]))
-    return [f"Inputs: {inputs}.", "", *tables.head(head), *rows]
+    """What the model says, and what each input changes."""
+    save = save_of(node)
+    found = [
+        f"{save.seconds:.0f} s on {node.cores:.0f} cores, bound by {save.bound_by}: link {save.link_s:.1f} s, processors "
+        f"{save.processor_s:.1f} s, copies {save.copy_s:.1f} s, before and after {node.before_s + node.after_s:.1f} s. "
+        f"{save.cores_for_the_link:.1f} cores keep up with the link. Aim: {AIM_S:.0f} s with {AIM_CORES} cores.",
+        "",
+        *tables.head(
+            ["input", "value", "seconds with half", "with twice as much", "cores for the link with half", "with twice"]
+        ),
+    ]
+    for field in fields(node):
+        less, more = (save_of(changed(node, field.name, factor)) for factor in (0.5, 2.0))
+        cells = [f"{less.seconds:.0f}", f"{more.seconds:.0f}"]
+        cells += [f"{less.cores_for_the_link:.1f}", f"{more.cores_for_the_link:.1f}"]
+        found.append(tables.row([field.name.replace("_", " "), f"{getattr(node, field.name):.4g}", *cells]))
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -136,8 +135,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{args.result}: {error}", file=sys.stderr)
         return 1
     if args.json:
-        found = {text: {**asdict(save_of(changed))} for text, changed in variations(node)}
-        print(json.dumps({"inputs": asdict(node), "saves": found}))
+        found = {
+            f"{field.name} x {factor:g}": asdict(save_of(changed(node, field.name, factor)))
+            for field in fields(node)
+            for factor in (0.5, 2.0)
+        }
+        print(json.dumps({"inputs": asdict(node), "saves": {"as given": asdict(save_of(node)), **found}}))
     else:
         print("\n".join(lines(node)))
     return 0

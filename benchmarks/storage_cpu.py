@@ -12,10 +12,11 @@ from benchmarks.storage_rows import Row, errors, figures, middle, missing, row
 SCHEMES = ("http", "https")
 PROCESSES = (1, 2)
 FLOOR, PUTS, WHOLE = "encode alone", "obstore PUT", "state to server"
+SIGNED = "obstore PUT, signed"
 
 
 def count(lab: Lab) -> int:
-    return lab.rounds * (1 + len(SCHEMES) * (len(OURS) + 1) + len(PROCESSES))
+    return lab.rounds * (1 + len(SCHEMES) * (len(OURS) + 1) + 1 + len(PROCESSES))
 
 
 def measure(lab: Lab) -> list[Row]:
@@ -24,7 +25,7 @@ def measure(lab: Lab) -> list[Row]:
         lab.keep("cpu", FLOOR, lab.process("benchmarks.storage_floor", FLOOR, asked))
         for scheme in SCHEMES[number % 2 :] + SCHEMES[: number % 2]:
             with null(tls=scheme == "https") as (at, _):
-                for name in (*OURS, PUTS):
+                for name in (*OURS, PUTS, *([SIGNED] if scheme == "http" else [])):
                     root = f"s3://{at.bucket}/{OURS.index(name) if name in OURS else 'puts'}"
                     lab.run(name, "save", root, at=at, into=f"cpu, {scheme}", source=f"s3://{at.bucket}/0", repeats=2)
         for n in PROCESSES:
@@ -57,6 +58,8 @@ def rows(lab: Lab) -> list[Row]:
                 found.append(missing("cpu", words, asked, _why(lab, what, name)))
                 continue
             parts = {"obstore put": put / gib, "encode": encode / gib}
+            signed = middle(per_gib(lab.of(what, SIGNED), gib))
+            parts |= {"obstore put, signed": signed} if signed is not None else {}
             bar, floor = 1.3 * (put + encode) / gib, (put + encode) / gib
             found.append(row("cpu", words, asked, used, unit="s/GiB", bar=bar, against=parts, floor=floor))
     return found + [_whole(lab, n, encode / gib, gib) for n in PROCESSES]

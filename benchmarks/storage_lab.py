@@ -21,7 +21,7 @@ from benchmarks.storage_contenders import OURS
 
 RIVALS = ROOT / ".venv-rivals" / "bin" / "python"
 NO_RIVALS = "no environment for rivals: `make bench-rivals`"
-# For those that use boto3: without it they compute a SHA-256 and a CRC of each body.
+# For rivals, which use boto3: without it they compute a SHA-256 and a CRC of each body. fastckpt takes its defaults.
 AWS_CONFIG = """\
 [default]
 region = us-east-1
@@ -80,7 +80,13 @@ class Lab:
     def can(self, name: str) -> bool:
         return name in OURS or self.rivals is not None
 
-    def run(
+    def run(self, name: str, action: str, root: str, *, into: str = "", **more: Any) -> dict[str, Any]:
+        """As `worker`, and keeps the answer under `into`, by default the action's name."""
+        found = self.worker(name, action, root, **more)
+        self.keep(into or action, name, found)
+        return found
+
+    def worker(
         self,
         name: str,
         action: str,
@@ -89,20 +95,24 @@ class Lab:
         at: Endpoint | None = None,
         source: str = "",
         size: str = "",
-        into: str = "",
+        variables: Mapping[str, str] | None = None,
         **given: Any,
     ) -> dict[str, Any]:
-        """One measurement of one contender (storage_worker.py). into: the name that its answer is kept under, by default the action's."""
+        """One measurement of one contender (storage_worker.py). given: what else its worker is asked."""
+        if not self.can(name):
+            return {"error": NO_RIVALS}
         size = size or self.size
         place = {"root": root, "size": size, "endpoint": at.url if at else "", "source": source}
         asked = {"contender": name, "action": action, "place": place, **given}
         asked |= {"state": str(self.state(size)), "tiny": str(self.tiny)}
-        if not self.can(name):
-            found: dict[str, Any] = {"error": NO_RIVALS}
-        else:
-            found = self.process("benchmarks.storage_worker", f"{name}, {action}", asked, at=at, rival=name not in OURS)
-        self.keep(into or action, name, found)
-        return found
+        return self.process(
+            "benchmarks.storage_worker",
+            f"{name}, {action}",
+            asked,
+            at=at,
+            rival=name not in OURS,
+            variables=variables,
+        )
 
     def process(
         self,
@@ -115,7 +125,7 @@ class Lab:
         variables: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """The answer of a module's worker. about: for messages."""
-        given = {"AWS_CONFIG_FILE": str(self.aws_config), **(variables or {})}
+        given = {"AWS_CONFIG_FILE": str(self.aws_config) if rival else os.devnull, **(variables or {})}
         if at is not None:
             given = {**at.variables, **given}
         found = in_process(
@@ -129,10 +139,11 @@ class Lab:
         self.load_averages += [found["load_average"]] if "load_average" in found else []
         return found
 
-    def keep(self, what: str, name: str, found: dict[str, Any]) -> None:
-        """Keep an answer, and tell of it."""
-        if "version" in found:
-            self.contenders[name] = {"version": found["version"], "settings": found.pop("settings", {})}
+    def keep(self, what: str, name: str, found: dict[str, Any], *, described: bool = True) -> None:
+        """Keep an answer, and tell of it. described: `name` is that of a contender, whose settings the report is to show."""
+        settings = found.pop("settings", {})
+        if described and "version" in found:
+            self.contenders[name] = {"version": found["version"], "settings": settings}
         self.samples.setdefault(what, {}).setdefault(name, []).append(found)
         words = found.get("error") or ", ".join(
             f"{key} {found[key]:.3f}" for key in ("seconds", "cpu") if isinstance(found.get(key), float)

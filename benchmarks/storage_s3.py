@@ -14,6 +14,7 @@ SAVED = (
     ("boto3 + torch.save",),
     ("tensorizer",),
     ("moonclip",),
+    ("moonclip raw",),
     ("runai",),
 )
 RESTORED = (
@@ -22,12 +23,13 @@ RESTORED = (
     ("boto3 + torch.save",),
     ("tensorizer",),
     ("moonclip",),
+    ("moonclip raw",),
     ("runai",),
 )
 ONE = (("fastckpt.save/load",), ("Checkpointer",), ("tensorizer",), ("runai",))
 ON_MOTO = (("Checkpointer",), ("s3torchconnector",), ("s3torchconnector dcp",))
-RESTORE_RIVALS = ("boto3 + torch.save", "tensorizer", "moonclip", "runai")
-SAVE_RIVALS = ("boto3 + torch.save", "tensorizer", "moonclip")
+RESTORE_RIVALS = ("boto3 + torch.save", "tensorizer", "moonclip", "moonclip raw", "runai")
+SAVE_RIVALS = ("boto3 + torch.save", "tensorizer", "moonclip", "moonclip raw")
 MEMORY_BAR = 256 << 20
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import boto3
 import torch
-from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from benchmarks.storage_contenders.base import CONNECTIONS, Contender, Place, State
@@ -27,9 +26,31 @@ def client(place: Place) -> Any:
     return boto3.client("s3", endpoint_url=place.endpoint, config=config)
 
 
+class _Part:
+    """Bytes that botocore reads without a copy: a file whose pieces are views. Shorter pieces cost a hand-over of the lock each."""
+
+    def __init__(self, view: memoryview) -> None:
+        self._view, self._at = view, 0
+
+    def __len__(self) -> int:
+        return self._view.nbytes
+
+    def read(self, _: int = -1) -> memoryview:
+        piece = self._view[self._at : self._at + (8 << 20)]
+        self._at += piece.nbytes
+        return piece
+
+    def seek(self, at: int, whence: int = 0) -> int:
+        self._at = (0, self._at, len(self))[whence] + at
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+
 class Boto3Torch(Contender):
     settings = {
-        "save": "torch.save into a BytesIO; upload_fileobj, parts of 16 MiB, 8 at once, no checksums, bodies not signed",
+        "save": "torch.save into a BytesIO; upload_part of parts of 16 MiB, 8 at once, from views of it, no checksums, bodies not signed",
         "restore": "get_object of ranges of 16 MiB, 8 at once, read into one BytesIO; torch.load of it",
     }
 
@@ -45,11 +66,17 @@ class Boto3Torch(Contender):
     def save(self) -> None:
         made = io.BytesIO()
         torch.save(self._state, made)
-        made.seek(0)
-        config = TransferConfig(
-            multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=CONNECTIONS
-        )
-        self._client.upload_fileobj(made, self._place.bucket, self._key, Config=config)
+        where = {"Bucket": self._place.bucket, "Key": self._key}
+        begun = self._client.create_multipart_upload(**where)["UploadId"]
+        view = made.getbuffer()
+
+        def send(number: int) -> dict[str, Any]:
+            part = _Part(view[number * PART_BYTES : (number + 1) * PART_BYTES])
+            done = self._client.upload_part(**where, UploadId=begun, PartNumber=number + 1, Body=part)
+            return {"ETag": done["ETag"], "PartNumber": number + 1}
+
+        parts = list(self._threads.map(send, range(-(-view.nbytes // PART_BYTES))))
+        self._client.complete_multipart_upload(**where, UploadId=begun, MultipartUpload={"Parts": parts})
 
     def restore(self) -> Any:
         n_bytes = self._client.head_object(Bucket=self._place.bucket, Key=self._key)["ContentLength"]

@@ -23,8 +23,9 @@ class _Holder:
 
 
 class Moonclip(Contender):
+    level = 1  # its fastest that compresses
     settings = {
-        "save": "CheckpointManager(level 1: its fastest that compresses; keep_base_in_memory=False).save, flush, sync_now",
+        "save": "CheckpointManager(compression_level=1, keep_base_in_memory=False).save, flush, sync_now",
         "restore": "a new local directory; restore_from_remote, load_latest",
     }
 
@@ -39,7 +40,7 @@ class Moonclip(Contender):
     def _make(self) -> Any:
         return CheckpointManager(
             self._folder,
-            compression_level=1,
+            compression_level=self.level,
             keep_base_in_memory=False,
             world_size=1,
             rank=0,
@@ -66,3 +67,8 @@ class Moonclip(Contender):
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class MoonclipRaw(Moonclip):
+    level = 0
+    settings = {**Moonclip.settings, "save": f"{Moonclip.settings['save']}, with level 0: it does not compress"}

@@ -11,6 +11,7 @@ from benchmarks.storage_contenders.base import CONNECTIONS, Contender, Place, St
 
 
 class ObstorePuts(Contender):
+    signed = False
     settings = {"save": "one put of each of fastckpt's objects, 8 at once, from memory, bodies not signed"}
 
     def version(self) -> str:
@@ -24,7 +25,7 @@ class ObstorePuts(Contender):
             region="us-east-1",
             access_key_id=keys()["access"],
             secret_access_key=keys()["secret"],
-            unsigned_payload=True,
+            unsigned_payload=not self.signed,
             virtual_hosted_style_request=False,
             client_options={"allow_http": True, "allow_invalid_certificates": True, "timeout": "300s"},
         )
@@ -40,3 +41,10 @@ class ObstorePuts(Contender):
 
     def save(self) -> None:
         list(self._threads.map(self._put, map(str, range(len(self._bodies))), self._bodies))
+
+
+class ObstorePutsSigned(ObstorePuts):
+    """As this project does over plain http, where nothing else protects a body."""
+
+    signed = True
+    settings = {"save": f"{ObstorePuts.settings['save'].removesuffix('not signed')}signed: its default"}

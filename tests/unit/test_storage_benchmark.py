@@ -81,8 +81,8 @@ def test_the_model_reads_a_result(tmp_path: Path, capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["inputs"]["other_s_per_gib"] == pytest.approx(0.7)
     link_s = 640e9 * 0.83 / (12.5e9 * 0.9)
-    assert found["saves"]["as above"]["link_s"] == pytest.approx(link_s)
-    assert found["saves"]["as above"]["processor_s"] == pytest.approx(640e9 / gib / 8)
+    assert found["saves"]["as given"]["link_s"] == pytest.approx(link_s)
+    assert found["saves"]["as given"]["processor_s"] == pytest.approx(640e9 / gib / 8)
     path.write_text(json.dumps({"samples": {}}))
     assert scale_model.main([str(path)]) == 1
     assert "make bench-storage" in capsys.readouterr().err
