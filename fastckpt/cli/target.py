@@ -31,9 +31,10 @@ from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.newest import is_repository
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
+from fastckpt.store.blob import parse_blob_url
 from fastckpt.store.cloud_connection import parse_s3_url
 from fastckpt.store.location import is_url, location
-from fastckpt.store.open import open_store
+from fastckpt.store.open import BLOB_SCHEMES, open_store
 
 
 def options() -> Options:
@@ -87,8 +88,10 @@ def _store(url: str, endpoint_url: str | None, *, single_object: bool = False, c
     """Open a store. WrongUsageError: the URL is invalid; StoreError: the store cannot be used."""
     settings: dict[str, Any] = {}
     try:
-        if location(url).startswith("s3://"):
-            settings |= {"endpoint_url": endpoint_url} if endpoint_url is not None else {}
+        scheme = location(url).partition("://")[0]
+        if scheme == "s3" and endpoint_url is not None:
+            settings["endpoint_url"] = endpoint_url
+        if scheme in ("s3", *BLOB_SCHEMES):
             settings |= {"any_names": True} if single_object else {}
             settings |= {"connections": connections} if connections is not None else {}
         return open_store(url, **settings)
@@ -100,10 +103,14 @@ def _store(url: str, endpoint_url: str | None, *, single_object: bool = False, c
 
 def _names_a_place(url: str) -> bool:
     url = location(url)
-    if not url.startswith("s3://"):
-        return not is_url(url) or url.startswith("memory://")
+    scheme = url.partition("://")[0]
+    if scheme not in ("s3", *BLOB_SCHEMES):
+        return not is_url(url) or scheme == "memory"
     try:
-        parse_s3_url(url)
+        if scheme == "s3":
+            parse_s3_url(url)
+        else:
+            parse_blob_url(url)
     except StoreError:
         return False
     return True

@@ -61,16 +61,13 @@ def load(name: str) -> Kernels:
     if name == "native":
         import fastckpt._native as n
 
-        def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
-            return Estimate(*n.sample(raw, base, lane_bytes))
-
         return Kernels(
             name,
             n.crc64nvme,
             n.crc64nvme_combine,
             n.split,
             n.merge,
-            sample,
+            lambda raw, base, lane_bytes: Estimate(*n.sample(raw, base, lane_bytes)),
             n.cast,
             n.is_constant,
             n.gather,

@@ -177,6 +177,18 @@ def _is_key(text: str) -> bool:
     return True
 
 
+def parse_blob_url(url: str) -> tuple[str, str, str]:
+    """Scheme as it is shown, bucket or container, and prefix (no / at either end) of a URL. StoreError."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, prefix = rest.partition("/")
+    prefix = prefix.removesuffix("/")
+    if scheme not in _SHOWN or not bucket or "@" in bucket:
+        raise StoreError(f"{url!r} is no location of a store: expected gs://bucket/prefix or az://container/prefix")
+    if prefix:
+        check_name(prefix)
+    return _SHOWN[scheme], bucket, prefix
+
+
 def open_blobs(
     url: str,
     *,
@@ -190,7 +202,8 @@ def open_blobs(
     connections: int = 16,
     any_names: bool = False,
 ) -> BlobStore:
-    """The store at `gs://bucket/prefix` or `az://container/prefix`. Nothing is sent yet. StoreError.
+    """The store at `gs://bucket/prefix` or `az://container/prefix`. Nothing is sent yet. StoreError: without obstore, or with settings that
+    it does not take.
 
     `config`, `client_options`, `credential_provider`: obstore's, before the environment (AZURE_…, GOOGLE_…); az:// needs an account's name.
     `many_writers`: let several processes write to a repository though the scheme is experimental; see `fastckpt probe` first.
@@ -200,13 +213,7 @@ def open_blobs(
     `connections`: number of connections kept open between requests.
     `any_names`: allow all names that `check_name` allows, for single objects; a repository does not need this.
     """
-    scheme, _, rest = url.partition("://")
-    bucket, _, prefix = rest.partition("/")
-    prefix = prefix.removesuffix("/")
-    if scheme not in _SHOWN or not bucket or "@" in bucket:
-        raise StoreError(f"{url!r} is no location of a store: expected gs://bucket/prefix or az://container/prefix")
-    if prefix:
-        check_name(prefix)
+    scheme, bucket, prefix = parse_blob_url(url)
     numbers = {
         "connect_timeout_s": connect_timeout_s,
         "timeout_s": timeout_s,
@@ -217,7 +224,7 @@ def open_blobs(
         if not value > 0:
             raise StoreError(f"{name} is {value!r}: expected more than 0")
     place = Place(
-        _SHOWN[scheme],
+        scheme,
         bucket,
         dict(config or {}),
         dict(client_options or {}),
@@ -227,4 +234,5 @@ def open_blobs(
         slowest_bytes_per_s,
         connections,
     )
+    client_of(place, 0)  # wrong settings are found now
     return BlobStore(place, prefix, any_names=any_names, many_writers=many_writers)

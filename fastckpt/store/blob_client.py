@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from fastckpt.errors import StoreError
-from fastckpt.store.blob_errors import translate
+from fastckpt.store.blob_errors import ACCESS_STEP, first_words
 
 _USUAL_BYTES = 64 << 20
 _MOST_KEPT = 16
@@ -106,8 +106,9 @@ def _make(place: Place, doublings: int) -> Any:
             retry_config={"max_retries": 0, "retry_timeout": timeout},
             **given,
         )
-    except Exception as error:
-        raise translate(error, "open", place.url) from None
+    except Exception as error:  # its text may hold a secret
+        words = first_words(str(error))
+    raise StoreError(f"{place.url} cannot be opened: {words}. {ACCESS_STEP}")
 
 
 def _in_forked_child() -> None:

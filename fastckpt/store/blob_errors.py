@@ -28,7 +28,7 @@ _NO_PLACE = frozenset(
 )
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _REFUSED = frozenset({408, 409, 425, 429, 503})
-_ACCESS_STEP = (
+ACCESS_STEP = (
     "Check the credentials (az://: AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, a SAS token or an identity; gs://: "
     "GOOGLE_APPLICATION_CREDENTIALS or the machine's service account) and their rights on this place"
 )
@@ -44,7 +44,7 @@ def translate(error: Exception, doing: str, where: str) -> StoreError:
     text = str(error).partition("Debug source")[0]
     found = _STATUS.search(text)
     status, code = int(found[1]) if found else 0, (_CODE.search(text) or [None, ""])[1]
-    said = " ".join(part for part in (f"HTTP {status}" if status else "", code or "") if part) or _words(text)
+    said = " ".join(part for part in (f"HTTP {status}" if status else "", code or "") if part) or first_words(text)
     what = f"{doing} {where}: "
     if code in _NO_PLACE:
         return StoreError(f"{what}the bucket or container does not exist. Create it, or check its name ({said})")
@@ -53,7 +53,7 @@ def translate(error: Exception, doing: str, where: str) -> StoreError:
     if names & {"NotFoundError", "FileNotFoundError"} or status == 404:
         return ObjectNotFoundError(f"{what}no such object ({said})")
     if names & {"PermissionDeniedError", "UnauthenticatedError", "PermissionError"} or status in (401, 403):
-        return StoreAccessError(f"{what}not allowed ({said}). {_ACCESS_STEP}")
+        return StoreAccessError(f"{what}not allowed ({said}). {ACCESS_STEP}")
     if "NotSupportedError" in names or "NotImplementedError" in names or status == 501:
         return UnsupportedVerbError(f"{what}this is not supported there ({said})")
     if status == 416 or "Wanted range starting at" in text:
@@ -61,7 +61,7 @@ def translate(error: Exception, doing: str, where: str) -> StoreError:
     if status == 507:
         return StoreFullError(f"{what}there is no room for the object ({said})")
     if "token request" in text or "redential" in text:
-        return StoreAccessError(f"{what}credentials could not be had ({said}). {_ACCESS_STEP}")
+        return StoreAccessError(f"{what}credentials could not be had ({said}). {ACCESS_STEP}")
     if "certificate" in text:
         return StoreError(
             f"{what}the server's certificate is not trusted ({said}). Name the authority's in SSL_CERT_FILE"
@@ -69,7 +69,7 @@ def translate(error: Exception, doing: str, where: str) -> StoreError:
     if "UnknownConfigurationKeyError" in names or not (
         names & {"BaseError", "OSError"}
     ):  # settings that obstore does not take, a bug
-        return StoreError(f"{what}{type(error).__name__}: {_words(text)}")
+        return StoreError(f"{what}{type(error).__name__}: {first_words(text)}")
     if not status or status in _AGAIN or status >= 520:
         again = StoreUnavailableError(f"{what}no answer, or the server asks for another try ({said})")
         again.refused = status in _REFUSED
@@ -77,7 +77,8 @@ def translate(error: Exception, doing: str, where: str) -> StoreError:
     return StoreError(f"{what}refused ({said})")
 
 
-def _words(text: str) -> str:
-    """The first words, without URLs and whatever looks like a secret."""
+def first_words(text: str) -> str:
+    """The first words of obstore's text, without URLs and whatever looks like a secret."""
+    text = text.partition("Debug source")[0]
     line = " ".join(_SECRET.sub(r"\1***", _URL.sub("…", text)).split())
     return line[:_MOST_WORDS]

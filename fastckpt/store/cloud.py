@@ -86,7 +86,9 @@ class S3Store(Store):
             try:
                 self._put("replace", key, data, {"if-match": version.strip('"') if bare else version})
             except ObjectExistsError:
-                if self._etag(key) != version:
+                with self._requests.ask("head", key, "HEAD") as response:
+                    now = response.headers.get("etag", "")
+                if now != version:
                     raise ObjectChangedError(f"replace {self.url}/{key}: it is not the version that was read") from None
                 continue
             self._bare_etags = bare
@@ -94,10 +96,6 @@ class S3Store(Store):
         raise UnsupportedVerbError(
             f"replace {self.url}/{key}: the server says that the object has changed, and it has not: its If-Match cannot be used"
         )
-
-    def _etag(self, key: str) -> str:
-        with self._requests.ask("head", key, "HEAD") as response:
-            return response.headers.get("etag", "")
 
     def _put(self, doing: str, key: str, data: Any, headers: dict[str, str]) -> None:
         self._check(key)
@@ -177,7 +175,7 @@ class S3Store(Store):
         self._check(key)
         try:
             with self._requests.ask("head", key, "HEAD") as response:
-                return self._info(key, response, response.n_bytes)
+                return _info(f"{self.url}/{key}", key, response, response.n_bytes)
         except (StoreUnavailableError, ObjectExistsError):
             raise
         except StoreError as error:
@@ -191,18 +189,8 @@ class S3Store(Store):
             self._requests.ask("head", key, "GET", headers={"range": "bytes=0-0"}) as response,
         ):
             found = _RANGE.fullmatch(response.headers.get("content-range", ""))
-            return self._info(key, response, int(found[3]) if found else None)
+            return _info(f"{self.url}/{key}", key, response, int(found[3]) if found else None)
         raise problem
-
-    def _info(self, key: str, response: HttpResponse, n_bytes: int | None) -> ObjectInfo:
-        require_etag(response, f"head {self.url}/{key}")
-        try:
-            at = email.utils.parsedate_to_datetime(response.headers.get("last-modified", ""))
-            if n_bytes is None:
-                raise ValueError("it has no length")
-            return ObjectInfo(key, n_bytes, float(int(at.timestamp())))
-        except (ValueError, OverflowError) as error:
-            raise StoreUnavailableError(f"head {self.url}/{key}: the answer is not one of S3 ({error})") from error
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """As the contract says. Objects whose keys are not valid (`check_key`) are left out, because no method would accept them."""
@@ -284,6 +272,17 @@ class S3Store(Store):
 
     def close(self) -> None:
         self._requests.close()
+
+
+def _info(where: str, key: str, response: HttpResponse, n_bytes: int | None) -> ObjectInfo:
+    require_etag(response, f"head {where}")
+    try:
+        at = email.utils.parsedate_to_datetime(response.headers.get("last-modified", ""))
+        if n_bytes is None:
+            raise ValueError("it has no length")
+        return ObjectInfo(key, n_bytes, float(int(at.timestamp())))
+    except (ValueError, OverflowError) as error:
+        raise StoreUnavailableError(f"head {where}: the answer is not one of S3 ({error})") from error
 
 
 def _fill_range(response: HttpResponse, offset: int, view: memoryview, what: str) -> int:

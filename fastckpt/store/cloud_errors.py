@@ -8,6 +8,7 @@ token repeats the token. So S3's text is never passed on as a whole, only its co
 
 from __future__ import annotations
 
+import email.utils
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -74,8 +75,19 @@ _NEXT_STEPS = {
     "InvalidObjectState": "The object lies in an archive: restore it there first, and take the prefix out of the rule that moves it",
     "NotImplemented": "This server lacks something that the request asked for. fastckpt needs PUT with If-None-Match: *; checksums in "
     "headers it can do without (AWS_REQUEST_CHECKSUM_CALCULATION=when_required)",
-    "RequestTimeTooSkewed": "Set this machine's clock",
+    "RequestTimeTooSkewed": "Set this machine's clock, and keep it right (chrony, systemd-timesyncd)",
+    "SlowDown": "It is asked too often. S3 raises the limit of a prefix within minutes; fewer connections or ranks at once ask less",
 }
+_RIGHTS = {
+    "put": "s3:PutObject",
+    "put_if_absent": "s3:PutObject",
+    "replace": "s3:PutObject",
+    "get": "s3:GetObject; and s3:ListBucket, without which a missing object is refused, too",
+    "head": "s3:GetObject; and s3:ListBucket, without which a missing object is refused, too",
+    "list": "s3:ListBucket",
+    "delete": "s3:DeleteObject",
+}
+"""The action that a policy has to allow, by what was done."""
 
 
 _ELSEWHERE_CODES = frozenset(
@@ -98,6 +110,8 @@ class Answer:
     region: str = ""
     location: str = ""
     """Target of a redirect."""
+    date: str = ""
+    """The server's time, as HTTP writes it."""
 
     @property
     def elsewhere(self) -> bool:
@@ -125,6 +139,7 @@ def read_answer(status: int, headers: Mapping[str, str], body: bytes) -> Answer:
         request_id=_tag("RequestId", text) or headers.get("x-amz-request-id", ""),
         region=_tag("Region", text) or headers.get("x-amz-bucket-region", ""),
         location=headers.get("location", ""),
+        date=headers.get("date", ""),
     )
 
 
@@ -146,12 +161,19 @@ def harmless(error: BaseException, secrets: Iterable[str]) -> BaseException:
         return RuntimeError(f"{type(error).__name__}: {text}")
 
 
-def translate(answer: Answer, doing: str, where: str, secrets: Iterable[str], region: str) -> StoreError:
+def translate(
+    answer: Answer, doing: str, where: str, secrets: Iterable[str], region: str, now_s: float | None = None
+) -> StoreError:
     """The StoreError for an answer that ended `doing` ("get", "put", …) at the URL `where`.
 
-    `region`: the signed region; named in the error if S3 says that the bucket is in another one.
+    `region`: the signed region; named in the error if S3 says that the bucket is in another one. `now_s`: this machine's time in seconds
+    since 1970, to be compared with the server's if that finds it wrong.
     """
     kind, text = _classify(answer, region)
+    if answer.code == "AccessDenied" and doing in _RIGHTS:
+        text += f". This request needs {_RIGHTS[doing]}"
+    if answer.code == "RequestTimeTooSkewed" and now_s is not None:
+        text += _skew(answer.date, now_s)
     found = kind(cut_secrets(f"{doing} {where}: {text}", secrets))
     if isinstance(found, StoreUnavailableError):
         found.refused = answer.status in _REFUSED_STATUSES or answer.code in _DAMAGED_CODES
@@ -171,6 +193,15 @@ def wants_checksum(answer: Answer) -> bool:
 def _names(answer: Answer, header: str) -> bool:
     """Whether the answer is about a header, and does not say that the body differs from it: then the same body is sent again."""
     return answer.code not in _DAMAGED_CODES and header in answer.message.lower()
+
+
+def _skew(date: str, now_s: float) -> str:
+    """How far this machine's clock is from the server's, in words; "" if the server has not told its time."""
+    try:
+        ahead_s = now_s - email.utils.parsedate_to_datetime(date).timestamp()
+    except (ValueError, OverflowError):
+        return ""
+    return f": it is {abs(ahead_s) / 60:.0f} minutes {'ahead of' if ahead_s > 0 else 'behind'} the server's"
 
 
 def _host_of(url: str) -> str:
@@ -206,7 +237,8 @@ def _classify(answer: Answer, region: str) -> tuple[type[StoreError], str]:
     if code in _DAMAGED_CODES:
         return StoreUnavailableError, f"the data was damaged on its way; the server did not take it ({answer})"
     if status in _AGAIN_STATUSES or status >= _OWN_STATUSES or code in _AGAIN_CODES:
-        return StoreUnavailableError, f"the server asks for another try ({answer})"
+        step = _NEXT_STEPS.get(code, "")
+        return StoreUnavailableError, f"the server asks for another try ({answer})" + (f". {step}" if step else "")
     if status in (401, 403) or code in CREDENTIAL_CODES:
         step = _NEXT_STEPS.get(code, "Check the credentials and the policies of user and bucket")
         return StoreAccessError, f"not allowed ({answer}). {step}"

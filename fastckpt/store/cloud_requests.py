@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -134,7 +135,7 @@ class Requests:
 
     def _refused(self, answer: Answer, doing: str, where: str, generation: int) -> StoreError:
         credentials = self._connection.credentials
-        found = translate(answer, doing, where, credentials.secrets, self._connection.region)
+        found = translate(answer, doing, where, credentials.secrets, self._connection.region, time.time())
         if isinstance(found, (ObjectExistsError, ObjectNotFoundError)) and answer.code:
             self.bucket_seen = True
         if refuses_checksum(answer) or wants_checksum(answer):

@@ -70,28 +70,9 @@ class LocalStore(Store):
         try:
             yield
         except OSError as error:
-            raise self._translate(error, key, doing) from error
+            raise _translate(error, self.url, key, doing) from error
         except SaveError as error:  # AtomicFile's error for a directory that was removed
             raise StoreError(f"{doing} {self.url}/{key} failed: {error}") from error
-
-    def _translate(self, error: OSError, key: str, doing: str) -> StoreError:
-        if isinstance(error, NoAtomicCreateError):
-            return UnsupportedVerbError(f"{self.url} cannot hold a repository: {error.strerror}")
-        where = f"{doing} {self.url}/{key} failed: {error.strerror or error}"
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return ObjectNotFoundError(f"{self.url}/{key} does not exist")
-        if error.errno == errno.EEXIST:
-            return ObjectExistsError(f"{self.url}/{key} exists already")
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return StoreAccessError(
-                f"{where}. Check the permissions of the directory (and that its file system has hard links)"
-            )
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return StoreFullError(
-                f"{where}. Free some space, or keep fewer checkpoints (keep=) and retired ones for a shorter time (grace_s=): these stay "
-                "until their grace is over"
-            )
-        return StoreError(where)
 
     def put(self, key: str, data: Any) -> None:
         self._write(key, data, exclusive=False)
@@ -186,6 +167,26 @@ class LocalStore(Store):
             with contextlib.suppress(OSError):  # deleted meanwhile, or not permitted
                 _remove_debris(directory)
             remove_empty_directories(directory, self._root)
+
+
+def _translate(error: OSError, url: str, key: str, doing: str) -> StoreError:
+    if isinstance(error, NoAtomicCreateError):
+        return UnsupportedVerbError(f"{url} cannot hold a repository: {error.strerror}")
+    where = f"{doing} {url}/{key} failed: {error.strerror or error}"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return ObjectNotFoundError(f"{url}/{key} does not exist")
+    if error.errno == errno.EEXIST:
+        return ObjectExistsError(f"{url}/{key} exists already")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StoreAccessError(
+            f"{where}. Check the permissions of the directory (and that its file system has hard links)"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFullError(
+            f"{where}. Free some space, or keep fewer checkpoints (keep=) and retired ones for a shorter time (grace_s=): these stay "
+            "until their grace is over"
+        )
+    return StoreError(where)
 
 
 def _fill(fd: int, offset: int, view: memoryview, where: str) -> None:

@@ -188,10 +188,20 @@ def test_wrong_places_and_options(url: str, options: dict[str, Any], words: str)
         open_store(url, **options)
 
 
-def test_settings_that_obstore_does_not_take() -> None:
-    store = open_blobs("gs://lab/run", config={"no_such_setting": "1"})
-    with pytest.raises(StoreError, match="no_such_setting"):
-        store.get("a")
+@pytest.mark.parametrize(
+    ("url", "config", "words"),
+    [
+        ("gs://lab/run", {"no_such_setting": "1"}, "no_such_setting"),
+        ("gs://lab/run", {"service_account_key": "TOPSECRET"}, "cannot be opened"),
+        ("az://lab/run", {}, "Account must be specified.*AZURE_STORAGE_ACCOUNT_NAME"),
+        ("az://lab/run", {"account_name": "a", "account_key": "TOPSECRET"}, "cannot be opened"),
+    ],
+)
+def test_settings_that_obstore_does_not_take(url: str, config: dict[str, str], words: str) -> None:
+    with pytest.raises(StoreError, match=words) as caught:
+        open_blobs(url, config=config)
+    assert type(caught.value) is StoreError
+    assert "TOPSECRET" not in f"{caught.value!r} {caught.value.__cause__!r} {caught.value.__context__!r}"
 
 
 def test_clients_are_kept_and_large_objects_get_more_time(gs: BlobStore, google: GoogleServer) -> None:

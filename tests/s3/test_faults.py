@@ -16,6 +16,7 @@ from fastckpt.errors import (
     StoreAccessError,
     StoreError,
     StoreUnavailableError,
+    UnsupportedVerbError,
 )
 from fastckpt.store.base import Store
 from fastckpt.store.cloud import S3Store
@@ -161,7 +162,7 @@ def test_a_flipped_bit_in_an_answer_passes(filled: S3Store, faulty: S3Store, pro
         (412, "PreconditionFailed", "put_if_absent", ObjectExistsError),
         (429, "", "list", StoreUnavailableError),
         (500, "InternalError", "delete", StoreUnavailableError),
-        (501, "NotImplemented", "put_if_absent", StoreError),
+        (501, "NotImplemented", "put_if_absent", UnsupportedVerbError),
         (502, "", "get_into", StoreUnavailableError),
         (503, "ServiceUnavailable", "head", StoreUnavailableError),
         (504, "", "put", StoreUnavailableError),

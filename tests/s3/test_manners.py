@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import email.utils
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,3 +285,63 @@ def test_new_keys_are_found_when_a_head_is_refused(
     store = Retrying(open_s3("s3://lab/run"), sleep=lambda seconds: None)
     file.write_text("[default]\naws_access_key_id = NEW\naws_secret_access_key = secret\n")
     assert store.head("a").n_bytes == 1
+
+
+RIGHTS: list[tuple[Callable[[S3Store], Any], str]] = [
+    (lambda store: store.put("a", b"1"), "s3:PutObject"),
+    (lambda store: store.put_if_absent("a", b"1"), "s3:PutObject"),
+    (lambda store: store.replace_if_match("a", b"1", "x"), "s3:PutObject"),
+    (lambda store: store.get("a"), "s3:GetObject; and s3:ListBucket"),
+    (lambda store: store.get_into("a", 0, bytearray(1)), "s3:GetObject; and s3:ListBucket"),
+    (lambda store: store.head("a"), "s3:GetObject; and s3:ListBucket"),
+    (lambda store: list(store.list("")), "s3:ListBucket"),
+    (lambda store: store.delete("a"), "s3:DeleteObject"),
+]
+
+
+@pytest.mark.parametrize(("call", "right"), RIGHTS)
+def test_the_right_that_is_missing_is_named(call: Callable[[S3Store], Any], right: str, server: MannersServer) -> None:
+    server.manners.append(refuses(403, "AccessDenied"))
+    with pytest.raises(StoreAccessError, match=f"This request needs {right}"):
+        call(open_s3("s3://lab/run"))
+
+
+@pytest.mark.parametrize(("ahead_s", "words"), [(1200, "20 minutes ahead of"), (-3600, "60 minutes behind")])
+def test_a_wrong_clock_is_told_how_wrong_it_is(ahead_s: int, words: str, server: MannersServer) -> None:
+    def refuses_with_its_time(request: Any) -> bool:
+        request.date_time_string = lambda: email.utils.formatdate(time.time() - ahead_s, usegmt=True)
+        return bool(request.refuse(403, "RequestTimeTooSkewed"))
+
+    server.manners.append(refuses_with_its_time)
+    with pytest.raises(StoreAccessError, match=f"Set this machine's clock.*it is {words} the server's"):
+        open_s3("s3://lab/run").get("a")
+
+
+def test_slow_down_says_what_helps(server: MannersServer) -> None:
+    server.manners.append(refuses(503, "SlowDown"))
+    with pytest.raises(StoreUnavailableError, match=r"SlowDown.*fewer connections or ranks.*given up after"):
+        Retrying(open_s3("s3://lab/run"), give_up_s=0.0).put("a", b"1")
+
+
+@pytest.mark.parametrize("part", ["/data/", "/votes/", "/commits/"])
+def test_each_write_of_a_save_may_be_refused_alone(part: str, server: MannersServer) -> None:
+    """One kind of object may not be put: the save fails with the right that is missing, and the one before it stands."""
+    state = {"s": {"t": torch.randn(10_000)}}
+    with fastckpt.Checkpointer("s3://lab/run", state, spot=None) as ckpt:
+        ckpt.save_now(1).wait(60)
+
+    def save_without_the_right() -> None:
+        with fastckpt.Checkpointer("s3://lab/run", state, spot=None) as ckpt:
+            ckpt.restore()
+            state["s"]["t"] += 1
+            server.manners.append(
+                lambda request: (
+                    request.command == "PUT" and part in request.path and request.refuse(403, "AccessDenied")
+                )
+            )
+            ckpt.save_now(2).wait(60)
+
+    with pytest.raises(StoreAccessError, match=f"{part}.*s3:PutObject"):
+        save_without_the_right()
+    with fastckpt.Checkpointer("s3://lab/run", state, spot=None, read_only=True) as ckpt:
+        assert ckpt.restore() == 1

@@ -195,11 +195,11 @@ def test_torch_finds_in_the_methods_what_it_looks_for() -> None:
 
 def test_places(tmp_path: Path) -> None:
     for kind in (FastckptWriter, FastckptReader):
-        good = ("s3://b/p", tmp_path, str(tmp_path), f"file://{tmp_path}", "memory://x")
+        good = ("s3://b/p", "gs://b/p", "az://b/p", tmp_path, str(tmp_path), f"file://{tmp_path}", "memory://x")
         assert all(kind.validate_checkpoint_id(one) for one in good)
-        assert not any(kind.validate_checkpoint_id(one) for one in ("", "gs://b/p", "file://relative"))
-        with pytest.raises(StoreError, match="gs://b"):
-            kind("gs://b/p")
+        assert not any(kind.validate_checkpoint_id(one) for one in ("", "hdfs://b/p", "file://relative"))
+        with pytest.raises(StoreError, match="hdfs://b"):
+            kind("hdfs://b/p")
         with pytest.raises(StoreError):
             kind().reset("hdfs://x/y")
         one = kind("s3://bucket/run/")

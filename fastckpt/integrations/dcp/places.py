@@ -6,8 +6,9 @@ import os
 
 from fastckpt.errors import StoreError
 from fastckpt.store.location import is_url, location
+from fastckpt.store.open import BLOB_SCHEMES
 
-_SCHEMES = ("s3", "memory")
+_SCHEMES = ("s3", *BLOB_SCHEMES, "memory")
 
 
 def require_url(checkpoint_id: str | os.PathLike[str]) -> str:
@@ -15,7 +16,9 @@ def require_url(checkpoint_id: str | os.PathLike[str]) -> str:
     url = location(checkpoint_id)
     scheme = url.partition("://")[0] if is_url(url) else ""
     if not url or (scheme and scheme not in _SCHEMES):
-        raise StoreError(f"{url!r}: expected a directory, file:///path, s3://bucket/prefix or memory://name")
+        raise StoreError(
+            f"{url!r}: expected a directory, file:///path, s3://, gs:// or az://bucket/prefix, or memory://name"
+        )
     return url
 
 
