@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +40,7 @@ from benchmarks.runner import names_of
 from benchmarks.storage_contenders import OURS
 from benchmarks.storage_lab import Lab, find_rivals
 from benchmarks.storage_report import markdown
+from benchmarks.storage_rows import Row, missing
 from fastckpt.kernels import kernels
 
 GROUPS: dict[str, ModuleType] = {
@@ -61,7 +63,7 @@ def measured(args: argparse.Namespace) -> output.Result:
     rows = []
     try:
         for name in args.only:
-            rows += GROUPS[name].measure(lab)
+            rows += group(name, lab)
     finally:
         shutil.rmtree(lab.work, ignore_errors=True)
     return {
@@ -81,10 +83,21 @@ def measured(args: argparse.Namespace) -> output.Result:
             "seconds": time.monotonic() - started,
         },
         "rows": rows,
-        "notes": lab.notes,
+        "broken": lab.broken,
         "contenders": lab.contenders,
         "samples": lab.samples,
     }
+
+
+def group(name: str, lab: Lab) -> list[Row]:
+    """The rows of one group. An error of it is a row, so that the others' figures are not lost."""
+    try:
+        found: list[Row] = GROUPS[name].measure(lab)
+    except Exception as error:
+        lab.broken.append(f"{name}: {type(error).__name__}: {error}")
+        traceback.print_exc()
+        return [missing(name, "all of it", "", lab.broken[-1])]
+    return found
 
 
 def kernel_words() -> str:
@@ -97,8 +110,8 @@ def kernel_words() -> str:
 
 
 def failures(result: output.Result) -> list[str]:
-    """What makes a figure worthless: bytes that came back wrong."""
-    found = []
+    """What makes a run or a figure worthless: a group that broke, bytes that came back wrong."""
+    found = list(result["broken"])
     for what, contenders in result["samples"].items():
         for name, samples in contenders.items():
             wrong = [text for one in samples for text in one.get("differences", []) if text.startswith("WRONG")]

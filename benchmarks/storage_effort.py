@@ -11,6 +11,7 @@ from benchmarks.storage_rows import Row, against_best, missing
 
 RATES = (0.2e9, 1e9, 4e9)  # bits a second
 CONTROLLER, FIXED = "auto", ("none", "fast", "normal", "high")
+HALF = "21m"
 SHARE = 0.95
 """Of the best fixed choice's speed."""
 
@@ -24,9 +25,13 @@ def why_not() -> str:
     return "" if known else "this version has no effort controller: effort normal always"
 
 
+def _is_slow(rate: float) -> bool:
+    """At the slowest rate a save of the whole state takes a quarter of a minute, and hardly varies: one round with half of it will do."""
+    return rate < 1e9
+
+
 def _rounds(lab: Lab, rate: float) -> int:
-    """A save at the slowest rate takes a quarter of a minute, and hardly varies."""
-    return 1 if rate < 1e9 else lab.rounds
+    return 1 if _is_slow(rate) else lab.rounds
 
 
 def measure(lab: Lab) -> list[Row]:
@@ -35,6 +40,7 @@ def measure(lab: Lab) -> list[Row]:
         return [missing("effort", "effort controller", asked, why_not())]
     found = []
     for rate in RATES:
+        size = HALF if _is_slow(rate) and not lab.quick else lab.size
         into = f"effort, {rate / 1e9:g} Gbit/s"
         for number in range(_rounds(lab, rate)):
             names = (CONTROLLER, *FIXED)
@@ -46,6 +52,7 @@ def measure(lab: Lab) -> list[Row]:
                         "save",
                         f"s3://{at.bucket}/run",
                         at=at,
+                        size=size,
                         variables={"FASTCKPT_EFFORT": name},
                         repeats=2,
                     )

@@ -66,7 +66,8 @@ class Lab:
     load_averages: list[float] = field(default_factory=list)
     samples: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
     """What was done → contender → answers of all rounds."""
-    notes: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    """Groups that ended with an error."""
 
     def __post_init__(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
