@@ -48,6 +48,9 @@ _MIB = 1 << 20
 # Scratch memory of one chunk in flight: raw copy, ROT stream, frame (≤ 4 MiB each) and the finished bytes waiting for the writer. Native
 # kernels need only the first and the last.
 CHUNK_IN_FLIGHT_BYTES = 16 * _MIB
+# Scratch memory of a thread that decodes: planes of a stripe (2 MiB), and a frame of a file or the chunk of several small storages.
+DECODER_BYTES = 2 * _MIB + MAX_RAW_BYTES
+LEAST_LOAD_EXTRA_BYTES = 24 * _MIB
 MIN_PACK_BYTES = MAX_RAW_BYTES  # a chunk never crosses the border of a pack
 MAX_PACK_BYTES = 32 * _MIB
 
@@ -103,13 +106,18 @@ class Options:
     """A directory on a local disk for snapshots that are larger than the budget: what the store is too slow to take goes there, so that
     training need not wait for it. "": none."""
     connections: int = 8
-    """Uploads and downloads under way at once, for stores. One connection to S3 gives some 80 MB/s; each holds one pack of up to 32 MiB."""
+    """Uploads under way at once, for stores; a load has twice as many reads under way. One connection to S3 gives some 80 MB/s; an upload
+    holds one pack of up to 32 MiB, a read up to 8 MiB."""
     join_timeout_s: float = 300.0
     """How much later than the first one the last rank of a job may come to where all ranks meet: when their Checkpointers are made, at a
     restore, at the first save. Longer: slow nodes may come; shorter: a rank that never comes is told sooner."""
     max_load_bytes: int = 0
     """Largest state that load will allocate host memory for. 0: this machine's (or cgroup's) memory.
     Protects against files of a few kilobytes that say they hold terabytes."""
+    load_extra_bytes: int = 0
+    """Most host memory that a load or a restore takes beyond the state and the indexes: stored bytes on their way, what decodes them, and
+    storages that wait to go on to a device. 0: 256 MiB. Less: fewer reads are under way at once, and fewer threads decode. A storage that
+    goes on to a device is in host memory whole, and so is a tensor that is put together from several ranks' parts."""
 
     def __post_init__(self) -> None:
         wrong = (
@@ -126,6 +134,8 @@ class Options:
             object.__setattr__(self, "host_budget_bytes", _physical_memory_bytes() // 2)
         if not self.max_load_bytes:
             object.__setattr__(self, "max_load_bytes", _physical_memory_bytes())
+        if not self.load_extra_bytes:
+            object.__setattr__(self, "load_extra_bytes", 256 * _MIB)
 
     @property
     def chunks_in_flight(self) -> int:
@@ -136,6 +146,11 @@ class Options:
     def max_pack_bytes(self) -> int:
         """Length of the longest pack: all buffers together take a quarter of the budget, or the minimum if that is more."""
         return max(MIN_PACK_BYTES, min(self.host_budget_bytes // 4 // (self.connections + 1), MAX_PACK_BYTES))
+
+    @property
+    def load_threads(self) -> int:
+        """Threads that decode: at most half of the extra memory of a load is for them."""
+        return max(1, min(self.threads, self.load_extra_bytes // 2 // DECODER_BYTES))
 
     @property
     def encoder_bytes(self) -> int:
@@ -214,6 +229,8 @@ def _expected(name: str, kind: Any, value: Any) -> str | None:
         return "at least 1"
     if name == "host_budget_bytes" and 0 < value < CHUNK_IN_FLIGHT_BYTES:
         return f"0, for half of the memory, or more: one chunk in flight needs {CHUNK_IN_FLIGHT_BYTES}"
+    if name == "load_extra_bytes" and 0 < value < LEAST_LOAD_EXTRA_BYTES:
+        return f"0, for 256 MiB, or at least {LEAST_LOAD_EXTRA_BYTES}"
     return None
 
 
