@@ -48,6 +48,9 @@ _MIB = 1 << 20
 # Scratch memory of one chunk in flight: raw copy, ROT stream, frame (≤ 4 MiB each) and the finished bytes waiting for the writer. Native
 # kernels need only the first and the last.
 CHUNK_IN_FLIGHT_BYTES = 16 * _MIB
+# Scratch memory of a thread that decodes: planes of a stripe (2 MiB), and a frame of a file or the chunk of several small storages.
+DECODER_BYTES = 2 * _MIB + MAX_RAW_BYTES
+LEAST_LOAD_EXTRA_BYTES = 24 * _MIB
 MIN_PACK_BYTES = MAX_RAW_BYTES  # a chunk never crosses the border of a pack
 MAX_PACK_BYTES = 32 * _MIB
 _CONNECTIONS, _MOST_CONNECTIONS = 8, 64
@@ -105,8 +108,9 @@ class Options:
     """A directory on a local disk for snapshots that are larger than the budget: what the store is too slow to take goes there, so that
     training need not wait for it. "": none."""
     connections: int = 0
-    """Uploads and downloads under way at once, for stores. One connection to S3 gives some 80 MB/s; each holds one pack of up to 32 MiB.
-    0: 8, and uploads follow the link: as long as more of them carry more, there are more, up to `max_connections`."""
+    """Uploads under way at once, for stores; a load has twice as many reads under way. One connection to S3 gives some 80 MB/s; an upload
+    holds one pack of up to 32 MiB, a read up to 8 MiB. 0: 8, and uploads follow the link: as long as more of them carry more, there are
+    more, up to `max_connections`."""
     max_connections: int = 0
     """Most uploads under way at once. 0: 64 if `connections` is 0, otherwise as many as `connections`, which then does not change."""
     join_timeout_s: float = 300.0
@@ -118,6 +122,10 @@ class Options:
     max_load_bytes: int = 0
     """Largest state that load will allocate host memory for. 0: this machine's (or cgroup's) memory.
     Protects against files of a few kilobytes that say they hold terabytes."""
+    load_extra_bytes: int = 0
+    """Most host memory that a load or a restore takes beyond the state and the indexes: stored bytes on their way, what decodes them, and
+    storages that wait to go on to a device. 0: 256 MiB. Less: fewer reads are under way at once, and fewer threads decode. A storage that
+    goes on to a device is in host memory whole, and so is a tensor that is put together from several ranks' parts."""
 
     def __post_init__(self) -> None:
         wrong = (
@@ -138,6 +146,8 @@ class Options:
             object.__setattr__(self, "host_budget_bytes", _physical_memory_bytes() // 2)
         if not self.max_load_bytes:
             object.__setattr__(self, "max_load_bytes", _physical_memory_bytes())
+        if not self.load_extra_bytes:
+            object.__setattr__(self, "load_extra_bytes", 256 * _MIB)
 
     @property
     def chunks_in_flight(self) -> int:
@@ -159,6 +169,11 @@ class Options:
     def pack_buffer_bytes(self) -> int:
         """Host memory for the packs of a save that is encoded in them: an encoder then needs no memory of its own for stored bytes."""
         return self.pack_bytes + self.encoder_bytes - self.encoders * (_chunk_in_flight_bytes() - MAX_RAW_BYTES)
+
+    @property
+    def load_threads(self) -> int:
+        """Threads that decode: at most half of the extra memory of a load is for them."""
+        return max(1, min(self.threads, self.load_extra_bytes // 2 // DECODER_BYTES))
 
     @property
     def encoder_bytes(self) -> int:
@@ -236,6 +251,8 @@ def _expected(name: str, kind: Any, value: Any) -> str | None:
         return "at most 19"
     if name == "host_budget_bytes" and 0 < value < CHUNK_IN_FLIGHT_BYTES:
         return f"0, for half of the memory, or more: one chunk in flight needs {CHUNK_IN_FLIGHT_BYTES}"
+    if name == "load_extra_bytes" and 0 < value < LEAST_LOAD_EXTRA_BYTES:
+        return f"0, for 256 MiB, or at least {LEAST_LOAD_EXTRA_BYTES}"
     return None
 
 

@@ -28,7 +28,8 @@ from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.gathered import Gathered
 from fastckpt.reading.merged_reader import MergedReader
-from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, StorageLoader, check_size
+from fastckpt.reading.reads import Reads
+from fastckpt.reading.storage_loader import StorageLoader, check_size
 
 _MAPPED_BYTES = 1 << 20
 _BY_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
@@ -140,8 +141,9 @@ def assemble(
     check_size(reader, sum(storage.n_bytes for storage in reader.directory.storages), options.max_load_bytes)
     reader.require_readable()
     # What is read on the way to a target is needed for a moment only.
-    window = None if stay and all(plan.is_direct for plan in plans) else DEVICE_WINDOW_BYTES
-    with StorageLoader(reader, threads, window) as loader:
+    reads = Reads.of(options)
+    window = None if stay and all(plan.is_direct for plan in plans) else reads.window_bytes
+    with StorageLoader(reader, min(threads, options.load_threads), window, reads=reads) as loader:
         for target, plan in zip(targets, plans, strict=True):
             yield _made(target, plan, loader)
 

@@ -17,7 +17,8 @@ from fastckpt.options import Options
 from fastckpt.reading.assembly import Target, assemble
 from fastckpt.reading.chunk_reader import Reader, summary
 from fastckpt.reading.lazy_views import View, lazy_views
-from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, LastChunk, StorageLoader, check_size
+from fastckpt.reading.reads import Reads
+from fastckpt.reading.storage_loader import LastChunk, StorageLoader, check_size
 
 
 class Storages(Protocol):
@@ -110,8 +111,9 @@ class OfContainer:
         self.reader.require_readable()
 
     def storages(self, numbers: Sequence[int]) -> StorageLoader:
-        window_bytes = DEVICE_WINDOW_BYTES if len(numbers) > 1 else 0
-        return StorageLoader(self.reader, self._options.threads, window_bytes, numbers, self._last_chunk)
+        reads, threads = Reads.of(self._options), self._options.load_threads
+        window_bytes = reads.window_bytes if len(numbers) > 1 else 0
+        return StorageLoader(self.reader, threads, window_bytes, numbers, self._last_chunk, reads=reads)
 
     def assemble(self, targets: Sequence[Target]) -> Iterator[torch.Tensor]:
         threads = self._options.threads

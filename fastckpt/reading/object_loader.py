@@ -17,7 +17,8 @@ from fastckpt.host import cycle_collector
 from fastckpt.host.torch_names import fake_mode, is_meta_location
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
-from fastckpt.reading.storage_loader import DEVICE_WINDOW_BYTES, StorageLoader, check_size
+from fastckpt.reading.reads import Reads
+from fastckpt.reading.storage_loader import StorageLoader, check_size
 from fastckpt.state import Rebuild, may_be_refused, unsafe_globals
 
 # Such a load ends within a second or two, so the cycle collector can be held off: small tensors are many objects, but few bytes.
@@ -63,9 +64,9 @@ def load_object(
     check_size(reader, arrays if meta else n_bytes, options.max_load_bytes)
     reader.require_readable()
     events.emit(events.LoadStarted(source=reader.source.name, raw_bytes=n_bytes, chunks=len(reader.records)))
-    stays = _stays_on_host(reader, map_location, places, numbers)
-    window = (None if stays else DEVICE_WINDOW_BYTES) if read_ahead else 0
-    with StorageLoader(reader, threads, window, numbers) as loader:
+    reads, stays = Reads.of(options), _stays_on_host(reader, map_location, places, numbers)
+    window = (None if stays else reads.window_bytes) if read_ahead else 0
+    with StorageLoader(reader, min(threads, options.load_threads), window, numbers, reads=reads) as loader:
         rebuild = Rebuild(
             reader.skeleton,
             loader if wanted is None and not aliases else _Some(loader, frozenset(numbers), aliases),

@@ -10,8 +10,8 @@ from typing import Any
 from fastckpt.reading.sources import COLD_READS, NoFile, is_cold
 from fastckpt.store.base import Store
 
-REMOTE_READS = 16
-"""Ranges of objects that are read at once: S3 gives some 80 MB/s to each connection."""
+REMOTE_READS = 64
+"""Ranges of objects that may be read at once: S3 gives some 80 MB/s to each connection."""
 _HEAD_BYTES = 64  # a container's header
 _TAIL_BYTES = 256 << 10
 """Footer and index of some thousand tensors. A request costs as much time as 256 KiB at 10 MB/s."""
@@ -91,7 +91,7 @@ class ObjectSource:
 
     def reads_at_once(self) -> int:
         if not self.is_file:
-            return REMOTE_READS
+            return min(REMOTE_READS, self._store.useful_connections or REMOTE_READS)
         with self.opened() as fd:
             return COLD_READS if is_cold(fd, self.n_bytes) else 0
 

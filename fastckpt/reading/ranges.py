@@ -64,10 +64,14 @@ class _Open:
     chunks: list[int] = field(default_factory=list)
 
 
-def limits_for(stored_bytes: int, at_once: int) -> Limits:
-    """Limits for so many wanted bytes and reads at once: small states are cut finer, so that all connections have something to do."""
+def limits_for(stored_bytes: int, at_once: int, buffer_bytes: int = Limits().range_bytes) -> Limits:
+    """Limits for so many wanted bytes and reads at once: small states are cut finer, so that all connections have something to do.
+
+    buffer_bytes: room for a range.
+    """
     default = Limits()
-    return default._replace(range_bytes=min(default.range_bytes, max(_MIB, stored_bytes // max(1, at_once))))
+    fair = max(_MIB, stored_bytes // max(1, at_once))
+    return default._replace(range_bytes=max(1, min(default.range_bytes, buffer_bytes, fair)))
 
 
 def whole_files(raw_bytes: int, threads: int) -> Limits:

@@ -32,13 +32,10 @@ from fastckpt.reading.load_plan import LoadPlan
 from fastckpt.reading.range_chunks import LastChunk, RangeChunks
 from fastckpt.reading.range_reads import RangeReads
 from fastckpt.reading.ranges import Range, limits_for, plan, whole_files
+from fastckpt.reading.reads import PLAIN_READS, Reads
 from fastckpt.reading.sources import Source
 from fastckpt.reading.window import Window
 
-# Enough chunks ahead to keep 16 threads busy while a storage is copied to a device.
-DEVICE_WINDOW_BYTES = 256 << 20
-BUFFERS_BYTES = 128 << 20
-"""Most memory of ranges that have been read and not decoded yet: what a load needs beyond the state, but for 6 MiB a thread."""
 _INLINE_BYTES = 4 << 20  # for less, starting threads takes longer than the work
 _PROBED_FILES = 4  # each takes some microseconds
 
@@ -66,9 +63,11 @@ class StorageLoader:
         wanted: Sequence[int] | None = None,
         last_chunk: LastChunk | None = None,
         given: Mapping[int, U8] | None = None,
+        reads: Reads = PLAIN_READS,
     ) -> None:
         """window_bytes: see the module; None: no limit. wanted: see `LoadPlan`. last_chunk: a cache of the caller, for small tensors.
-        given: memory of the caller that storages are written into, by number; each as long as its storage.
+        given: memory of the caller that storages are written into, by number; each as long as its storage. reads: how many, where they
+        wait.
         """
         self._reader = reader
         self._storages = reader.directory.storages
@@ -84,23 +83,23 @@ class StorageLoader:
         self._chunks = RangeChunks(
             reader, self._plan.pieces, self._window, threading.BoundedSemaphore(threads), last_chunk
         )
-        at_once = _reads_at_once(reader, self._plan)
-        self._ranges = _ranges_of(reader, self._plan, threads, at_once)
+        reads = reads._replace(at_once=min(reads.at_once, _reads_at_once(reader, self._plan)))
+        self._ranges = _ranges_of(reader, self._plan, threads, reads)
         self._range_of = {chunk: number for number, range_ in enumerate(self._ranges) for chunk in range_.chunks}
-        self._pool = self._start(threads, at_once)
+        self._pool = self._start(threads, reads)
 
-    def _start(self, threads: int, at_once: int) -> RangeReads | _Workers | None:
+    def _start(self, threads: int, reads: Reads) -> RangeReads | _Workers | None:
         """Threads that load ranges. None: the caller's own is enough, or the interpreter is ending and allows none."""
-        if at_once and len(self._ranges) > 1:
+        if reads.at_once and len(self._ranges) > 1:
             is_remote = any(source.is_remote for source in _sources_of(self._reader, self._plan))
             return RangeReads(
                 self._chunks.read,
                 self._use,
-                at_once=at_once,
-                buffers_bytes=BUFFERS_BYTES,
+                at_once=reads.at_once,
+                buffers_bytes=reads.buffers_bytes,
                 hedging=Hedging() if is_remote else None,
             )
-        if at_once or threads == 1 or self._plan.n_bytes <= _INLINE_BYTES:
+        if reads.at_once or threads == 1 or self._plan.n_bytes <= _INLINE_BYTES:
             return None
         pool = WorkerPool(threads, "fastckpt-load")
         return None if pool.inline else _Workers(pool, self._load)
@@ -240,14 +239,15 @@ def _reads_at_once(reader: Reader, loads: LoadPlan) -> int:
     return most
 
 
-def _ranges_of(reader: Reader, loads: LoadPlan, threads: int, at_once: int) -> list[Range]:
-    by_file = not at_once and kernels().read_chunks is not None
+def _ranges_of(reader: Reader, loads: LoadPlan, threads: int, reads: Reads) -> list[Range]:
+    by_file = not reads.at_once and kernels().read_chunks is not None
     if by_file and all(source.is_file for source in _sources_of(reader, loads)):
         limits = whole_files(loads.n_bytes, threads)
     else:
         chunks = reader.records[list(loads.pieces)]
-        limits = limits_for(int(chunks["stored_bytes"].sum()), at_once or threads)
+        at_once = reads.at_once or threads
+        limits = limits_for(int(chunks["stored_bytes"].sum()), at_once, reads.buffers_bytes // at_once)
     return plan(loads.pieces, reader.records, limits)
 
 
-__all__ = ["BUFFERS_BYTES", "DEVICE_WINDOW_BYTES", "LastChunk", "StorageLoader", "check_size"]
+__all__ = ["LastChunk", "StorageLoader", "check_size"]

@@ -35,7 +35,7 @@ class WholeContents:
     def __init__(self, ranks: Ranks, options: Options, name: str) -> None:
         """Reads the directories of all votes. name: where the checkpoint is, for errors."""
         self.ranks, self.options, self.name = ranks, options, name
-        self.threads = max(options.threads, options.connections)
+        self.threads = options.load_threads
         wholes = Wholes()
         firsts: dict[tuple[int, int], StorageEntry] = {}
         """Storages of what was no DTensor, as the first rank lists them."""

@@ -55,7 +55,7 @@ def load_checkpoint(ranks: Ranks, where: str, options: Options, **how: Any) -> A
     """
     if ranks.world > 1:
         return load_whole(WholeContents(ranks, options, where), **how)
-    return load_object(ranks.whole(0), options, max(options.threads, options.connections), **how)
+    return load_object(ranks.whole(0), options, options.load_threads, **how)
 
 
 def load_whole(contents: WholeContents, *, map_location: Any, **how: Any) -> Any:

@@ -41,7 +41,7 @@ class Differing:
         """declared: names, and beginnings of names up to a dot, of what is the same on all ranks: it is not compared."""
         self._declared = declared
         self._targets, self._ranks, self._options, self._weights_only = targets, ranks, options, weights_only
-        self._threads = max(options.threads, options.connections)
+        self._threads = options.load_threads
 
     def find(self, numbers: Iterable[int]) -> dict[str, str]:
         """Names of objects that are not the same on some of these ranks → what is not, in words. Errors as those of a restore."""
@@ -114,7 +114,7 @@ class SavedStates(Sequence[Any]):
         number = range(len(self))[rank]
         reader = self._ranks.whole(number)
         wanted = sorted({entry.storage for entry in reader.directory.tensors if entry.name[:1] == (self._key,)})
-        threads = max(self._options.threads, self._options.connections)
+        threads = self._options.load_threads
         state = load_partly(
             reader,
             [n for n in wanted if reader.directory.storages[n].extents is not None],

@@ -79,7 +79,7 @@ class Resharding:
         """base: the saved rank whose objects, and all in them that is no tensor, this rank gets."""
         self._targets, self._ranks, self._base = targets, ranks, base
         self._options, self._where, self._asked = options, where, asked
-        self._threads = max(options.threads, options.connections)
+        self._threads = options.load_threads
 
     def load(
         self, given: Mapping[str, Any], left: Collection[str] = (), saved_parts: Collection[int] = ()

@@ -244,8 +244,7 @@ class Restorer:
             raise _refused(ranks.vote(0), self._repository.location(ranks.commit.checkpoint), error) from error
 
     def _load_whole(self, reader: Reader, plan: PlacementPlan, weights_only: bool) -> Any:
-        # Threads wait for the network more than they compute: use as many as there may be connections.
-        threads = max(self._options.threads, self._options.connections)
+        threads = self._options.load_threads
         return load_object(
             reader,
             self._options,

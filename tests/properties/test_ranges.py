@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastckpt.format import records
+from fastckpt.options import DECODER_BYTES, Options
 from fastckpt.reading.ranges import Limits, Range, limits_for, plan, whole_files
+from fastckpt.reading.reads import Reads
 
 
 @st.composite
@@ -100,3 +102,15 @@ def test_limits_follow_what_there_is_to_read() -> None:
     assert limits_for(0, 0).range_bytes == 1 << 20
     assert whole_files(1 << 40, 2).raw_bytes == Limits().raw_bytes
     assert whole_files(64 << 20, 16).raw_bytes == 4 << 20
+
+
+@given(st.integers(1, 64), st.integers(24 << 20, 1 << 30) | st.just(0), st.integers(1, 200))
+def test_a_load_keeps_within_its_extra_memory(threads: int, extra_bytes: int, connections: int) -> None:
+    options = Options(threads=threads, load_extra_bytes=extra_bytes, connections=connections)
+    reads = Reads.of(options)
+    assert 1 <= reads.at_once <= 64
+    assert 1 <= options.load_threads <= threads
+    least = limits_for(1 << 40, reads.at_once, reads.buffers_bytes // reads.at_once).range_bytes
+    assert least * reads.at_once <= reads.buffers_bytes
+    taken = options.load_threads * DECODER_BYTES + reads.at_once * (2 << 20) + reads.buffers_bytes + reads.window_bytes
+    assert taken <= options.load_extra_bytes

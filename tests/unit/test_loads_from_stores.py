@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +20,11 @@ from fastckpt.reading import storage_loader
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.fill import fill
 from fastckpt.reading.hedging import Hedging
-from fastckpt.reading.object_source import REMOTE_READS, ObjectSource
+from fastckpt.reading.object_source import ObjectSource
 from fastckpt.reading.range_reads import RangeReads
+from fastckpt.reading.reads import Reads
 from fastckpt.reading.sources import FileObjectSource
+from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
 
@@ -84,7 +88,7 @@ def is_right(found: dict[int, np.ndarray[Any, np.dtype[np.uint8]]]) -> bool:
 
 def test_chunks_side_by_side_come_with_one_request(store: Watched, saved: bytes) -> None:
     assert is_right(loaded(store))
-    assert len(store.reads) <= REMOTE_READS + 1
+    assert len(store.reads) <= Reads().at_once + 1
     assert sum(n for _, n in store.reads) <= len(saved)
     assert max(n for _, n in store.reads) <= max(8 << 20, 5 << 20)
 
@@ -148,7 +152,8 @@ def test_reads_under_way_have_bounded_memory(store: Watched, monkeypatch: pytest
         return found
 
     monkeypatch.setattr(RangeReads, "_buffer_for", watched)
-    monkeypatch.setattr(storage_loader, "BUFFERS_BYTES", 16 << 20)
+    small = Reads(at_once=16, buffers_bytes=16 << 20)
+    monkeypatch.setattr(storage_loader.StorageLoader.__init__, "__defaults__", (None, None, None, small))
     assert is_right(loaded(store))
     assert 0 < most <= 16 << 20
 
@@ -197,3 +202,35 @@ def storage_bytes_of(saved: bytes, name: str) -> int:
     (number,) = [entry.storage for entry in reader.directory.tensors if entry.name == (name,)]
     chunks = [piece.chunk for piece in reader.pieces(number)]
     return int(reader.records["stored_bytes"][chunks].sum())
+
+
+class Files(Wrapper):
+    """Counts what is asked of a directory."""
+
+    def __init__(self, inner: LocalStore) -> None:
+        super().__init__(inner)
+        self.asked: list[str] = []
+
+    def _call(self, verb: str, key: str, operation: Callable[[], Any]) -> Any:
+        self.asked.append(verb)
+        return operation()
+
+
+@pytest.mark.parametrize("is_cold", [False, True])
+def test_objects_that_are_files_are_opened_and_not_copied(
+    saved: bytes, is_cold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastckpt.reading.object_source.is_cold", lambda fd, n_bytes: is_cold)
+    store = Files(LocalStore(tmp_path))
+    store.put(_KEY, saved)
+    reader = Reader.open(ObjectSource(store, _KEY), alone=True)
+    memory = {n: np.zeros(one.n_bytes, np.uint8) for n, one in enumerate(reader.directory.storages)}
+    store.asked.clear()
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    fill(reader, memory, 2)
+    assert is_right(memory)
+    assert len(store.asked) <= 20
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+    store.inner.delete(_KEY)
+    with pytest.raises(CorruptCheckpointError, match="does not exist"):
+        fill(reader, memory, 2)

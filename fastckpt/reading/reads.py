@@ -1,0 +1,36 @@
+"""How much a load may have under way: a pure consequence of the options."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastckpt.options import DECODER_BYTES, Options
+from fastckpt.reading.ranges import Limits
+
+_READER_BYTES = 2 << 20  # planes of a stripe: whoever has read a range decodes it
+_MOST_AT_ONCE = 64
+_DEVICE_WINDOW_BYTES = 256 << 20  # enough chunks ahead to keep 16 threads busy while a storage is copied to a device
+
+
+class Reads(NamedTuple):
+    """See the module. The defaults are those of `Options()` on a machine with few processors."""
+
+    at_once: int = 16
+    """Reads of a store under way."""
+    buffers_bytes: int = 128 << 20
+    """Most memory of ranges that have been read and not decoded yet."""
+    window_bytes: int = 128 << 20
+    """Of storages that go on to a device, from which size on no more are read ahead."""
+
+    @classmethod
+    def of(cls, options: Options) -> Reads:
+        """What the options allow. The memory of a load beyond the state stays below `load_extra_bytes`."""
+        at_once = min(_MOST_AT_ONCE, 2 * options.connections)
+        left = options.load_extra_bytes - options.load_threads * DECODER_BYTES
+        at_once = max(1, min(at_once, left // (2 * _READER_BYTES)))
+        left -= at_once * _READER_BYTES
+        buffers_bytes = min(at_once * Limits().range_bytes, left // 2)
+        return cls(at_once, buffers_bytes, min(_DEVICE_WINDOW_BYTES, left - buffers_bytes))
+
+
+PLAIN_READS = Reads()
