@@ -6,15 +6,16 @@ from collections.abc import Mapping
 
 from fastckpt._types import U8
 from fastckpt.reading.chunk_reader import Reader
-from fastckpt.reading.storage_loader import StorageLoader
+from fastckpt.reading.storage_loader import Sink, StorageLoader
 
 
-def fill(reader: Reader, memory: Mapping[int, U8], threads: int) -> None:
+def fill(reader: Reader, memory: Mapping[int, U8 | Sink], threads: int) -> None:
     """Read, verify and decode storages into the caller's memory, in the order of the mapping.
 
     Args:
         reader: of the container or vote.
-        memory: number of a storage → host memory as long as the storage; written by several threads until this returns.
+        memory: number of a storage → host memory as long as the storage, or what takes its bytes to a device; written by several threads
+            until this returns.
         threads: how many read and decode at once.
 
     Raises:

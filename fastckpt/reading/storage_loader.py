@@ -9,12 +9,13 @@ storages if each one goes on to a device.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -65,22 +66,31 @@ def _pool(threads: int, name: str) -> WorkerPool | None:
     return None if pool.inline else pool
 
 
+class Sink(Protocol):
+    """Takes the bytes of a storage that lies out of the threads' reach, such as on a device. Any thread, several at once."""
+
+    def room(self, position: int, n_bytes: int) -> contextlib.AbstractContextManager[U8]:
+        """Context with host memory for these bytes of the storage; at its end they are on their way. It may wait for memory."""
+
+
 class _Loading:
     """A storage in flight: its memory, and the number of chunks that are still missing."""
 
-    def __init__(self, n_bytes: int, missing: int, given: U8 | None) -> None:
+    def __init__(self, n_bytes: int, missing: int, given: U8 | Sink | None) -> None:
         # NumPy's memory: a storage over it cannot be resized, like torch.load's. A resizable storage would let a hostile skeleton ask for a
         # tensor past its end, and read whatever fresh memory holds.
         self.view = _new_memory(n_bytes) if given is None else given
-        self.storage: UntypedStorage = torch.from_numpy(self.view).untyped_storage()
+        self.storage = (
+            torch.from_numpy(self.view).untyped_storage() if isinstance(self.view, np.ndarray) else UntypedStorage(0)
+        )
         self.missing = missing
 
 
 class _Window:
     """The storages in memory that were not taken yet. Under the loader's lock, except for `view`."""
 
-    def __init__(self, limit_bytes: int | None, given: Mapping[int, U8]) -> None:
-        """limit_bytes: the window is full from this size on; None: never. given: memory of the caller, by number of storage."""
+    def __init__(self, limit_bytes: int | None, given: Mapping[int, U8 | Sink]) -> None:
+        """limit_bytes: the window is full from this size on; None: never. given: memory of the caller, or sinks, by number of storage."""
         self._limit_bytes = limit_bytes
         self._given = given
         self._held_bytes = 0
@@ -100,9 +110,12 @@ class _Window:
             self._loading[number] = _Loading(n_bytes, n_chunks, self._given.get(number))
             self._held_bytes += n_bytes
 
-    def view(self, number: int) -> U8:
-        """The memory of a storage in the window. Any thread."""
-        return self._loading[number].view
+    def room(self, number: int, position: int, n_bytes: int) -> contextlib.AbstractContextManager[U8]:
+        """Context with the memory for some bytes of a storage in the window. Any thread."""
+        view = self._loading[number].view
+        if isinstance(view, np.ndarray):
+            return contextlib.nullcontext(view[position : position + n_bytes])
+        return view.room(position, n_bytes)
 
     def arrive(self, number: int) -> None:
         """One chunk of a storage is in place, or is known to be damaged."""
@@ -183,10 +196,10 @@ class StorageLoader:
         window_bytes: int | None,
         wanted: Sequence[int] | None = None,
         last_chunk: LastChunk | None = None,
-        given: Mapping[int, U8] | None = None,
+        given: Mapping[int, U8 | Sink] | None = None,
     ) -> None:
         """window_bytes: see the module; None: no limit. wanted: see `LoadPlan`. last_chunk: a cache of the caller, for small tensors.
-        given: memory of the caller that storages are written into, by number; each as long as its storage.
+        given: memory of the caller that storages are written into, by number, each as long as its storage; or sinks.
         """
         self._reader = reader
         self._storages = reader.directory.storages
@@ -291,12 +304,13 @@ class StorageLoader:
         pieces = self._plan.pieces[chunk]
         number, offset, position, length = pieces[0]
         if len(pieces) == 1 and length == n_bytes:
-            out: U8 = self._window.view(number)[position : position + n_bytes]
-            damage = reader.read_chunk(chunk, out, self._decoders)
+            with self._window.room(number, position, n_bytes) as out:
+                damage = reader.read_chunk(chunk, out, self._decoders)
         else:
-            out, damage = self._whole_chunk(chunk, n_bytes)
+            whole, damage = self._whole_chunk(chunk, n_bytes)
             for number, offset, position, length in pieces:
-                self._window.view(number)[position : position + length] = out[offset : offset + length]
+                with self._window.room(number, position, length) as place:
+                    place[:] = whole[offset : offset + length]
         if damage is None:
             name = transform_of(record)
             stored = int(record["stored_bytes"])
