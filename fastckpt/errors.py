@@ -88,12 +88,10 @@ class CorruptCheckpointError(UnreadableError):
         lines = [str(item) for item in self.damage[:_MESSAGE_LINES]]
         if len(self.damage) > _MESSAGE_LINES:
             lines.append(f"… and {len(self.damage) - _MESSAGE_LINES} more")
-        super().__init__(
-            f"{source} is damaged:\n  "
-            + "\n  ".join(lines)
-            + "\nNothing was loaded. "
-            + (advice or "Use another copy of it; `fastckpt check` lists everything affected.")
-        )
+        self.findings = f"{source} is damaged:\n  " + "\n  ".join(lines)
+        """What is damaged, in words."""
+        then = advice or "Use another copy of it; `fastckpt check` lists everything affected."
+        super().__init__(f"{self.findings}\nNothing was loaded. {then}")
 
     def __reduce__(self) -> tuple[Any, ...]:  # ranks tell each other their errors
         return type(self), (self.source, self.damage, self.advice)
@@ -176,7 +174,9 @@ class RefusedStateError(RestoreError, pickle.UnpicklingError):
 
 
 class PartialRestoreError(RestoreError):
-    """Loading the state into its objects failed halfway: they are a mixture of old and new values. Training must not continue from here."""
+    """A restore failed when it had begun to write into the objects: they are a mixture of old and new values. Training must not continue
+    from here; a restore that succeeds writes all of them. The cause, such as CorruptCheckpointError, is chained.
+    """
 
 
 class RepositoryError(CheckpointError):

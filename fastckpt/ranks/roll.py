@@ -132,7 +132,11 @@ def _alike(what: str, values: list[dict[str, Any]]) -> list[Any]:
 def _error_bytes(error: BaseException) -> bytes:
     told: dict[str, Any] = {"error": type(error).__name__, "words": str(error)}
     if isinstance(error, CorruptCheckpointError):
-        told |= {"source": error.source, "damage": [asdict(damage) for damage in error.damage[:_SHOWN]]}
+        told |= {
+            "source": error.source,
+            "advice": error.advice,
+            "damage": [asdict(damage) for damage in error.damage[:_SHOWN]],
+        }
     return json.dumps(told).encode()
 
 
@@ -142,8 +146,9 @@ def _verdict(data: bytes) -> Any:
     if "verdict" in value:
         return value["verdict"]
     if "damage" in value:
-        damaged = CorruptCheckpointError(value["source"], [_damage_of(one) for one in value["damage"]])
-        damaged.args = (value["words"],)  # with rank 0's advice
+        damage = [_damage_of(one) for one in value["damage"]]
+        damaged = CorruptCheckpointError(value["source"], damage, value["advice"])
+        damaged.args = (value["words"],)  # of all that rank 0 has found
         raise damaged
     raise remote_error(value["error"], value["words"])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from fastckpt.kernels.chunk_table import OUTCOME, can_be_read, table_of
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.load_plan import Piece
 from fastckpt.reading.ranges import Range
+from fastckpt.reading.window import Sink
 
 _NOTHING = np.empty(0, np.uint8)
 _FOREIGN = 6  # FASTCKPT_FOREIGN
@@ -34,6 +35,7 @@ class Memory(Protocol):
     view: U8
     address: int
     is_fresh: bool
+    sink: Sink | None
 
 
 class Memories(Protocol):
@@ -130,7 +132,16 @@ class RangeChunks:
 
     def _place(self, range_: Range, file: int | None, stored: U8 | None) -> list[Damage]:
         """file: a descriptor; -1: they are in `stored`; None: nowhere yet."""
-        rooms = [self._room(chunk) for chunk in range_.chunks]
+        if not any(self._is_far(chunk) for chunk in range_.chunks):
+            return self._place_in(range_, [self._room(chunk) for chunk in range_.chunks], file, stored)
+        damage = []
+        # A sink has few rooms, and who waits for one must not hold another: one chunk after the other.
+        for chunk in range_.chunks:
+            with ExitStack() as held:
+                damage += self._place_in(range_._replace(chunks=(chunk,)), [self._far_room(chunk, held)], file, stored)
+        return damage
+
+    def _place_in(self, range_: Range, rooms: Sequence[_Room], file: int | None, stored: U8 | None) -> list[Damage]:
         whole: set[int] = set()
         if self._native is not None and file is not None:
             step = 1 if events.enabled() else len(rooms)  # an event is emitted when its span ends
@@ -210,9 +221,27 @@ class RangeChunks:
         view = np.empty(n_bytes, np.uint8)
         return _Room(view, view.__array_interface__["data"][0], False, True)
 
+    def _is_far(self, chunk: int) -> bool:
+        return self._memories.loading(self._pieces[chunk][0][0]).sink is not None
+
+    def _far_room(self, chunk: int, held: ExitStack) -> _Room:
+        """As `_room`; what has to be given back is added to `held`."""
+        n_bytes = int(self._reader.records["raw_bytes"][chunk])
+        number, _, position, length = self._pieces[chunk][0]
+        sink = self._memories.loading(number).sink
+        if sink is None or len(self._pieces[chunk]) > 1 or length != n_bytes:
+            return self._room(chunk)
+        view = held.enter_context(sink.room(position, n_bytes))
+        return _Room(view, view.__array_interface__["data"][0], False, False)
+
     def _spread(self, chunk: int, raw: U8) -> None:
         for number, offset, position, length in self._pieces[chunk]:
-            self._memories.loading(number).view[position : position + length] = raw[offset : offset + length]
+            memory = self._memories.loading(number)
+            if memory.sink is None:
+                memory.view[position : position + length] = raw[offset : offset + length]
+            else:
+                with memory.sink.room(position, length) as place:
+                    place[:] = raw[offset : offset + length]
 
     def _place_known(self, range_: Range) -> set[int]:
         """Put chunks in place that the caller has kept. Returns them."""

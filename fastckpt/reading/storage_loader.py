@@ -34,7 +34,7 @@ from fastckpt.reading.range_reads import RangeReads
 from fastckpt.reading.ranges import Range, limits_for, plan, whole_files
 from fastckpt.reading.reads import PLAIN_READS, Reads
 from fastckpt.reading.sources import Source
-from fastckpt.reading.window import Window
+from fastckpt.reading.window import Sink, Window
 
 _INLINE_BYTES = 4 << 20  # for less, starting threads takes longer than the work
 _PROBED_FILES = 4  # each takes some microseconds
@@ -62,12 +62,12 @@ class StorageLoader:
         window_bytes: int | None,
         wanted: Sequence[int] | None = None,
         last_chunk: LastChunk | None = None,
-        given: Mapping[int, U8] | None = None,
+        given: Mapping[int, U8 | Sink] | None = None,
         reads: Reads = PLAIN_READS,
     ) -> None:
         """window_bytes: see the module; None: no limit. wanted: see `LoadPlan`. last_chunk: a cache of the caller, for small tensors.
-        given: memory of the caller that storages are written into, by number; each as long as its storage. reads: how many, where they
-        wait.
+        given: memory of the caller that storages are written into, by number, each as long as its storage; or sinks. reads: how many,
+        where they wait.
         """
         self._reader = reader
         self._storages = reader.directory.storages

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,13 +26,22 @@ def _new_memory(n_bytes: int) -> U8:
     return room[start : start + n_bytes]
 
 
+class Sink(Protocol):
+    """Takes the bytes of a storage that lies out of the threads' reach, such as on a device. Any thread, several at once."""
+
+    def room(self, position: int, n_bytes: int) -> AbstractContextManager[U8]:
+        """Context with host memory for these bytes of the storage; at its end they are on their way. It may wait for memory."""
+
+
 class Loading:
     """A storage in flight: its memory, and the number of chunks that are still missing."""
 
-    def __init__(self, n_bytes: int, missing: int, given: U8 | None) -> None:
+    def __init__(self, n_bytes: int, missing: int, given: U8 | Sink | None) -> None:
+        self.sink = given if given is not None and not isinstance(given, np.ndarray) else None
+        """Where the bytes go that `view` has no room for: then it is empty."""
         # NumPy's memory: a storage over it cannot be resized, like torch.load's. A resizable storage would let a hostile skeleton ask for a
         # tensor past its end, and read whatever fresh memory holds.
-        self.view = _new_memory(n_bytes) if given is None else given
+        self.view = given if isinstance(given, np.ndarray) else _new_memory(0 if self.sink is not None else n_bytes)
         self.address: int = self.view.__array_interface__["data"][0]
         self.is_fresh = given is None and n_bytes >= _MAPPED_BYTES
         """Nobody has touched its pages."""
@@ -41,8 +52,10 @@ class Loading:
 class Window:
     """See the module. Under the loader's lock, except for `loading`."""
 
-    def __init__(self, limit_bytes: int | None, given: Mapping[int, U8]) -> None:
-        """limit_bytes: the window is full from this size on; None: never. given: memory of the caller, by number of storage."""
+    def __init__(self, limit_bytes: int | None, given: Mapping[int, U8 | Sink]) -> None:
+        """limit_bytes: the window is full from this size on; None: never. given: memory of the caller, or sinks, by number of
+        storage.
+        """
         self._limit_bytes = limit_bytes
         self._given = given
         self._held_bytes = 0

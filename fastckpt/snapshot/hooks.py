@@ -56,6 +56,11 @@ class FenceHooks:
         return bool(self._devices) and not self._distrusted and len(self._fired) == len(self._devices)
 
     @property
+    def are_set(self) -> bool:
+        """Whether every optimizer has taken its hook, and none was found out to be stepped without."""
+        return bool(self._handles) and not self._distrusted and len(self._handles) == len(self._devices)
+
+    @property
     def see_all(self) -> bool:
         """Whether `begun` reliably tells of every step: each optimizer has called its hook before, and no change was seen without a
         hook.

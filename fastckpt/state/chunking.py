@@ -77,7 +77,7 @@ def cut(storages: Iterable[StorageShape]) -> Cuts:
     """Cut large storages and bundle small ones, in canonical order of names; nameless storages come last, ordered by number."""
     ordered = sorted(storages, key=_order)
     groups: list[tuple[Chunk, ...]] = []
-    first_of_group: list[tuple[bool, object, int]] = []
+    first_of_group: list[tuple[bool, bool, object, int]] = []
     bundles: dict[tuple[str, str, bool, str, bool], list[StorageShape]] = defaultdict(list)
     for storage in ordered:
         _, own_bytes = storage.stretch
@@ -98,8 +98,9 @@ def cut(storages: Iterable[StorageShape]) -> Cuts:
     return Cuts(chunks, _extents(ordered, chunks))
 
 
-def _order(storage: StorageShape) -> tuple[bool, object, int]:
-    return (storage.name is None, canonical(storage.name or ()), storage.number)
+def _order(storage: StorageShape) -> tuple[bool, bool, object, int]:
+    """State of optimizers comes after all other tensors with names: a restore may let it come last."""
+    return (storage.name is None, bool(storage.role), canonical(storage.name or ()), storage.number)
 
 
 def _cut_one(storage: StorageShape) -> Iterator[Chunk]:

@@ -10,6 +10,8 @@ from fastckpt.errors import SaveError
 from fastckpt.format.keys import MAX_STEP
 from fastckpt.format.repository_records import metrics_to_json
 from fastckpt.repository.retention import Keep
+from fastckpt.state.rebuild import resolve_weights_only
+from fastckpt.training.restore_asked import RestoreAsked
 from fastckpt.training.schedule import Every
 from fastckpt.writing.rank import SaveAsked
 
@@ -101,3 +103,15 @@ def asked_for(
     if last is not None and step < last.step:
         raise SaveError(f"step {step} comes after step {last.step}: to go back, call restore(step=…)")
     return SaveAsked(step, trigger=trigger, metrics=numbers, meta=copy)
+
+
+def asked_of(step: object, weights_only: bool | None, *, strict: bool, atomic: bool, overlap: bool) -> RestoreAsked:
+    """Describe the restore that a call asks for. weights_only: None leaves it to torch's environment variables. ValueError."""
+    if overlap and (atomic or step == "latest-valid"):
+        other = "atomic=True" if atomic else 'step="latest-valid"'
+        raise ValueError(
+            f"restore(overlap=True) returns before all bytes are verified, and {other} has them verified first: choose one"
+        )
+    if weights_only is None:
+        weights_only = resolve_weights_only(None, None)
+    return RestoreAsked(weights_only, strict, atomic, overlap)

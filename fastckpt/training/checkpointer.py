@@ -1,6 +1,6 @@
 """The training loop's object: saves when a step is due or the machine is about to go, restores in place.
 
-A facade over four parts: `Saver` begins saves, `Restorer` reads them back, `Fence` keeps optimizers' steps and copies apart, `Ending`
+A facade over four parts: `Saver` begins saves, `Restoring` reads them back, `Fence` keeps optimizers' steps and copies apart, `Ending`
 handles notices, exceptions and `close`. Its 13 attributes are these parts, and the guards of each call.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
-from fastckpt.errors import CheckpointError, PartialRestoreError, SaveError
+from fastckpt.errors import CheckpointError, SaveError
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.host.deadline import Deadline, bounded
@@ -26,14 +26,14 @@ from fastckpt.ranks.world import current_world
 from fastckpt.repository.catalog import Which
 from fastckpt.repository.retention import GRACE_S, Keep
 from fastckpt.spot import Notice, open_sources
-from fastckpt.state.rebuild import resolve_weights_only
 from fastckpt.store.base import Store
-from fastckpt.training.arguments import asked_for, check_settings
+from fastckpt.training.arguments import asked_for, asked_of, check_settings
 from fastckpt.training.ending import EXIT_CODE_NOTICE, Ending, exit_after, in_a_hurry
 from fastckpt.training.engine import Engine
 from fastckpt.training.joint import decisions_of, restorer_of
 from fastckpt.training.live_state import LiveState
-from fastckpt.training.restore_asked import Reassign, RestoreAsked
+from fastckpt.training.restore_asked import Reassign
+from fastckpt.training.restoring import Restoring
 from fastckpt.training.save_queue import CommitHandle
 from fastckpt.training.saver import Saver
 from fastckpt.training.schedule import Every
@@ -108,7 +108,6 @@ class Checkpointer:
         live = LiveState(state, sampled=sampled, replicated=replicated, verify_replicas=verify_replicas, world=world)
         self._read_only = read_only
         self._closed, self._pid = False, os.getpid()
-        self._broken: PartialRestoreError | None = None
         self._last: SaveAsked | None = None
         """The last step with its metrics and meta: as given to `step` or `save_now`, or as stored in the checkpoint that was restored."""
         self._stall_s = 0.0
@@ -119,10 +118,13 @@ class Checkpointer:
             self._engine = Engine.start(url, live, options, keep, grace_s, hurry, hooked=not read_only, world=world)
             opened.callback(self._engine.close)
             self._saver = Saver(self._engine, weakref.ref(self), fresh=fresh)
-            self._restorer = restorer_of(self._engine, read_only=read_only, reassign=reassign)
             self._ending = Ending(self._engine, self._saver, on_exception, bounded(close_timeout_s))
             self._decisions = decisions_of(self._engine, self._saver, self._ending, every)
             opened.callback(self._ending.close)
+            restorer = restorer_of(self._engine, read_only=read_only, reassign=reassign)
+            parts = restorer, self._saver, self._ending, self._decisions
+            self._restoring = Restoring(self._engine, *parts, read_only=read_only)
+            opened.callback(self._restoring.give_up)
             alike = {"keys of the state": sorted(live.targets), "every": repr(every), "replicated": list(replicated)}
             alike["samplers"] = self._engine.positions.shared
             self._engine.open({**alike, **switches}, read_only=read_only)
@@ -132,7 +134,15 @@ class Checkpointer:
 
     # -- restoring -----------------------------------------------------------------------------------------------------
 
-    def restore(self, step: Which = "latest", *, weights_only: bool | None = None, strict: bool = True) -> int:
+    def restore(
+        self,
+        step: Which = "latest",
+        *,
+        weights_only: bool | None = None,
+        strict: bool = True,
+        atomic: bool = False,
+        overlap: bool = False,
+    ) -> int:
         """Put the newest complete checkpoint (or the one asked for) into the objects, in place.
 
         What becomes of modules, optimizers, dicts and lists, and which devices tensors go to: docs/how-to/training-loop.md. A warning names
@@ -144,50 +154,28 @@ class Checkpointer:
                 TORCH_FORCE_WEIGHTS_ONLY_LOAD and TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says otherwise.
             strict: False: objects, and tensors of modules, that are not in the checkpoint stay as they are, and what it has besides is
                 passed over. A warning lists both. What has another shape is refused all the same.
+            atomic: True: verify every byte before anything is changed. Takes memory for the whole state, which is read straight into
+                parameters and optimizer state otherwise.
+            overlap: True: return when all but the state of optimizers is there. That comes meanwhile, and an optimizer's `step`, `step`,
+                `save_now`, `fence` and `close` wait for it. Where that cannot be relied on, this waits for it.
 
         Returns:
             The step of the checkpoint; 0 if the repository has never had one.
 
         Raises:
-            CorruptCheckpointError, RefusedStateError, NoCheckpointError, StoreError, TooLargeError, RestoreError: nothing was changed.
+            CorruptCheckpointError, RefusedStateError, NoCheckpointError, StoreError, TooLargeError, RestoreError: this has changed nothing.
                 NoCheckpointError, with `read_only`, also if the repository never had a checkpoint: there is nothing to evaluate.
-            PartialRestoreError: an object did not take its state; `step` raises until a restore succeeds.
+            PartialRestoreError: tensors were found damaged, or could not be read, when some had been written; or an object did not take
+                its state. The objects are a mixture: `step` and `save_now` raise this until a restore succeeds.
+            ValueError: `overlap` with `atomic`, or with "latest-valid".
         """
         self._require_open()
-        if weights_only is None:
-            weights_only = resolve_weights_only(None, None)
-        engine = self._engine
-        engine.live.weights_only = weights_only
-        engine.fence.wait("restore")
-        engine.queue.wait_idle()
-        self._engine.raise_failures()
-        engine.queue.retaining.halt()  # otherwise retention might retire the checkpoint that is being restored
-        try:
-            return self._restore(step, RestoreAsked(weights_only, strict))
-        finally:
-            engine.queue.retaining.go_on()
-
-    def _restore(self, step: Which, asked: RestoreAsked) -> int:
-        if self._saver.fresh and step == "latest":
-            self._saver.claim()
+        commit = self._restoring.restore(
+            step, asked_of(step, weights_only, strict=strict, atomic=atomic, overlap=overlap)
+        )
+        if commit is None:
             return 0
-        found = self._restorer.restore(step, asked)
-        self._saver.begins_after(claimed=not self._read_only)
-        if found is None:
-            return 0
-        commit = found.commit
-        self._ending.forget_step()
-        try:
-            self._restorer.put_in(found)
-        except PartialRestoreError as error:
-            self._broken = error
-            raise
-        self._broken, self.restored = None, commit
-        self._last = SaveAsked(commit.save.step, metrics=commit.metrics, meta=commit.meta)
-        self._decisions.restored()
-        self._engine.positions.restored(commit.save.step)
-        self._saver.has_restored(commit, looked_at=not self._read_only)
-        self._ending.mark_step()
+        self.restored, self._last = commit, SaveAsked(commit.save.step, metrics=commit.metrics, meta=commit.meta)
         return commit.save.step
 
     # -- saving --------------------------------------------------------------------------------------------------------
@@ -366,7 +354,7 @@ class Checkpointer:
             try:
                 with self._closing() as open_yet:
                     if open_yet:
-                        self._ending.after_exception(notice, None if self._broken is not None else self._last)
+                        self._ending.after_exception(notice, self._last if self._restoring.is_whole else None)
             except Exception as ours:
                 # The user's exception is the one to raise; the error of closing is logged beside it.
                 logger.error("closing the Checkpointer after an exception: %s: %s", type(ours).__name__, ours)
@@ -383,8 +371,7 @@ class Checkpointer:
                 f"this Checkpointer of {self._engine.repository.url} was opened with read_only=True: it restores, and saves nothing. Leave "
                 "that out where the training loop is"
             )
-        if self._broken is not None:
-            raise self._broken
+        self._restoring.require_whole()
 
     def _require_open(self) -> None:
         if os.getpid() != self._pid:

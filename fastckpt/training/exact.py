@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from fastckpt.format.directory import TensorEntry
 from fastckpt.format.tensor_names import Name, dotted, key_of
 from fastckpt.training.placement import PlacementPlan
 
@@ -46,6 +47,35 @@ def load_exactly(
     return restoring.followed if restoring.done else None
 
 
+def takes_the_given(optimizer: Any) -> bool:
+    """Whether an optimizer's state will be the tensors that it is given: torch's own `load_state_dict`, and nothing before or after it."""
+    return (
+        isinstance(optimizer, torch.optim.Optimizer)
+        and type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict
+        and "load_state_dict" not in vars(optimizer)
+        and type(optimizer).__setstate__.__module__.startswith("torch.")
+        and not any(getattr(optimizer, f"_optimizer_load_state_dict_{when}_hooks", True) for when in ("pre", "post"))
+    )
+
+
+class SavedPlaces:
+    """Where an optimizer's state was when it was saved. key: its name in the checkpoint."""
+
+    def __init__(self, key: str, plan: PlacementPlan) -> None:
+        self._locations = plan.locations
+        self._on_device = {
+            name[2]
+            for name, location in plan.locations.items()
+            if name[:2] == (key, "state") and len(name) > 2 and location != "cpu"
+        }
+
+    def was_on_device(self, number: int, parameter: TensorEntry | None) -> bool:
+        """Whether a parameter, whose entry this is, or any state of it was on a device."""
+        return number in self._on_device or (
+            parameter is not None and self._locations[parameter.name] not in ("cpu", "meta")
+        )
+
+
 def _register(optimizer: Any, restoring: _Restoring) -> list[RemovableHandle]:
     """Register hooks at the optimizer, or at the one that it wraps: accelerate's wrapper has torch's class, but calls no hooks itself."""
     seen = set()
@@ -74,11 +104,7 @@ class _Restoring:
 
     def put_back(self, optimizer: torch.optim.Optimizer) -> None:
         saved = self.plan.saved_parameters()
-        on_device = {
-            name[2]
-            for name, location in self.plan.locations.items()
-            if name[:2] == (self.key, "state") and len(name) > 2 and location != "cpu"
-        }
+        places = SavedPlaces(self.key, self.plan)
         numbers = itertools.chain.from_iterable(group["params"] for group in self.given["param_groups"])
         parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
         for number, parameter in zip(numbers, parameters, strict=True):
@@ -90,10 +116,7 @@ class _Restoring:
                 self.followed.append(
                     f"{dotted(entry.name)} was saved as {entry.dtype} and is {_type(parameter)} here: its floating-point state follows it"
                 )
-            was_on_device = number in on_device or (
-                entry is not None and self.plan.locations[entry.name] not in ("cpu", "meta")
-            )
-            one = _Parameter(parameter, changed, was_on_device, self.plan.locations)
+            one = _Parameter(parameter, changed, places.was_on_device(number, entry), self.plan.locations)
             name = (self.key, "state", key_of(number))
             optimizer.state[parameter] = one.exact(self.given["state"][number], optimizer.state[parameter], name)
         self.done = True

@@ -50,6 +50,8 @@ class Fence:
         """Seconds for which hooks have kept the training thread."""
         self.updated = False
         """Whether an optimizer has updated the state since `forget_updates`."""
+        self.arriving: Callable[[], None] | None = None
+        """Waits for what a restore has left to come later, and raises if it cannot come."""
         # Weakly: an optimizer must not keep alive a Checkpointer that was dropped without being closed.
         self.hooks = FenceHooks(optimizers, _weakly(self._before_update))
 
@@ -83,8 +85,9 @@ class Fence:
 
     def wait(self, why: str, deadline: Deadline = NEVER) -> None:
         """Wait until the state has been copied, for `max_stall_s` at most and until the deadline at most. May be called again after an
-        interrupt: the snapshot is kept until the next one begins.
+        interrupt: the snapshot is kept until the next one begins. First wait, without a limit, for what a restore has left to come.
         """
+        self._let_arrive()
         probation, self._probation = self._probation, None
         if probation is not None:
             self._proven = probation.passed()
@@ -154,10 +157,16 @@ class Fence:
                 outcome,
             )
 
+    def _let_arrive(self) -> None:
+        arriving = self.arriving
+        if arriving is not None:
+            arriving()
+
     def _before_update(self) -> None:
+        started = time.monotonic()
+        self._let_arrive()  # also in a forked child, which would train with states that never come
         if os.getpid() != self._pid:
             return  # a forked child trains a copy; the snapshot and the threads that would end this wait belong to the parent
-        started = time.monotonic()
         self.updated = True
         self.wait("optimizer step")
         self.stall_s += time.monotonic() - started

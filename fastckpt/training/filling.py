@@ -21,14 +21,35 @@ _MAX_DEPTH = 100  # deeper values are replaced as a whole
 class Filling:
     """One restore of one dictionary or list."""
 
-    def __init__(self, plan: PlacementPlan) -> None:
-        self._plan = plan
+    def __init__(self, plan: PlacementPlan, *, tries: bool = False) -> None:
+        """tries: True changes nothing, and only finds out what would be copied into which live tensor. Loaded tensors may be on the meta
+        device then.
+        """
+        self._plan, self._tries = plan, tries
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """Live tensors, each with the loaded one that it takes."""
         self._made: dict[int, Any] = {}
         """id() of a loaded object → the object that stands for it. An object that occurs twice stays one object."""
         self._used: set[int] = set()
         """id() of live objects that have taken a state. A second state needs another object."""
         self._kept: list[Any] = []
         """Holds loaded and live objects, so that their ids are not given to new objects meanwhile."""
+
+    def fill_top(self, live: Any, value: Any) -> None:
+        """Give a dictionary or list of a Checkpointer's state its content. Both are dictionaries, or both are lists."""
+        self.enter(live, value)
+        if isinstance(live, dict):
+            content = {key: self.fill(live.get(key), child) for key, child in value.items()}
+            self._put_items(live, content)
+        else:
+            items = self.items(live, value)
+            if not self._tries:
+                live[:] = items
+
+    def _put_items(self, live: dict[Any, Any], content: dict[Any, Any]) -> None:
+        if not self._tries:
+            live.clear()
+            live.update(content)
 
     def fill(self, live: Any, value: Any, depth: int = 0, *, in_list: bool = False) -> Any:
         """Return the object that shall stand in the place of `live`: `live` itself, filled with `value`, if it can take that; else
@@ -40,21 +61,24 @@ class Filling:
         if takes and type(value) in (dict, OrderedDict):
             self.enter(live, value)
             content = {key: self.fill(live.get(key), child, depth + 1) for key, child in value.items()}
-            live.clear()
-            live.update(content)
-            if type(live) is OrderedDict:  # a module's state dict has an attribute `_metadata`
+            self._put_items(live, content)
+            if type(live) is OrderedDict and not self._tries:  # a module's state dict has an attribute `_metadata`
                 live.__dict__.update(value.__dict__)
             return live
         if takes and type(value) is list:
             self.enter(live, value)
-            live[:] = self.items(live, value, depth + 1)
+            items = self.items(live, value, depth + 1)
+            if not self._tries:
+                live[:] = items
             return live
         if isinstance(live, torch.Tensor):
             into, content = _memory_of(live, value)
-            if self._may_be_filled(into, in_list) and _fits(into, content):
+            if self._may_be_filled(into, in_list) and _fits(into, content, may_be_meta=self._tries):
                 self.enter(live, value)
-                with torch.no_grad():
-                    into.copy_(content)
+                self.copies.append((into, content))
+                if not self._tries:
+                    with torch.no_grad():
+                        into.copy_(content)
                 return live
         return value
 
@@ -83,7 +107,7 @@ def _memory_of(live: torch.Tensor, value: Any) -> tuple[torch.Tensor, Any]:
     return (into, content) if alike and live.requires_grad == value.requires_grad else (live, value)
 
 
-def _fits(live: torch.Tensor, value: Any) -> bool:
+def _fits(live: torch.Tensor, value: Any, *, may_be_meta: bool = False) -> bool:
     """Whether a copy into `live` makes it equal to `value` in every respect."""
     return (
         type(live) is type(value)
@@ -91,14 +115,20 @@ def _fits(live: torch.Tensor, value: Any) -> bool:
         and (live.dtype, live.shape, live.layout, live.requires_grad)
         == (value.dtype, value.shape, value.layout, value.requires_grad)
         and live.layout is torch.strided
-        and not (live.is_meta or value.is_meta or live.is_quantized or live.is_nested or value.is_nested)
+        and not (
+            live.is_meta
+            or (value.is_meta and not may_be_meta)
+            or live.is_quantized
+            or live.is_nested
+            or value.is_nested
+        )
         and not live.is_inference()
         and not value.__dict__
-        and _has_a_place_for_each_element(live)
+        and has_a_place_for_each_element(live)
     )
 
 
-def _has_a_place_for_each_element(tensor: torch.Tensor) -> bool:
+def has_a_place_for_each_element(tensor: torch.Tensor) -> bool:
     """False if elements may share memory with one another, as in an expanded tensor."""
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from fastckpt.errors import RestoreError
 from fastckpt.events import logger
-from fastckpt.format.tensor_names import dotted
+from fastckpt.format.tensor_names import Name, dotted
 from fastckpt.host.torch_names import local_of
 from fastckpt.state.wrappers import names_inside
 from fastckpt.training.elastic_sampler import ElasticSampler
@@ -94,6 +94,25 @@ def refuse_untied(targets: Mapping[str, Any], loaded: Mapping[str, Any], where: 
             + "\n  ".join(found)
             + "\nNothing was changed. Tie in the module what was "
             "tied when it was saved, and nothing else"
+        )
+
+
+def named_places(targets: Mapping[str, Any], plan: PlacementPlan) -> set[Name]:
+    """What a restore of this checkpoint changes: objects, and tensors of modules."""
+    inside = {name for name in plan.entries if name and isinstance(targets.get(str(name[0])), torch.nn.Module)}
+    return {(key,) for key in targets} | inside
+
+
+def refuse_leftovers(mixed: Collection[Name], loaded: Mapping[Any, Any], where: str, plan: PlacementPlan) -> None:
+    """RestoreError if something that a failed restore has written would stay as it is: the checkpoint has nothing for it.
+
+    mixed: what was written, as `named_places` says it.
+    """
+    found = [name for name in mixed if name[0] not in loaded or (len(name) > 1 and name not in plan.entries)]
+    if found:
+        raise RestoreError(
+            f"{where} has nothing for {', '.join(sorted(map(dotted, found))[:20])}, which the last restore has changed before it failed. "
+            "They would stay a mixture. Restore a checkpoint that has all of them, or make the objects anew"
         )
 
 

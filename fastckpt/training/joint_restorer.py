@@ -17,7 +17,7 @@ from fastckpt.repository.saved_ranks import SavedRanks
 from fastckpt.training.engine import Engine
 from fastckpt.training.joint_start import adopt, claimed
 from fastckpt.training.restore_asked import Reassign, RestoreAsked
-from fastckpt.training.restorer import MOST_ROUNDS, Compared, Damaged, Loaded, Restorer
+from fastckpt.training.restorer import MOST_ROUNDS, Compared, Damaged, Loaded, Restorer, found_or_refused
 
 T = TypeVar("T")
 _DOING = "restoring"
@@ -39,7 +39,7 @@ class JointRestorer(Restorer):
 
             def choose(_: list[Any], choice: list[Choice | None] = choice, claims_first: bool = claims_first) -> Any:
                 choice.append(self._choose(step, known_bad, own, claims_first=claims_first))
-                return self._told(choice[0])
+                return _told(choice[0])
 
             told = decide(_DOING, None, choose, meets=True)
             found: Loaded | None = None
@@ -58,6 +58,8 @@ class JointRestorer(Restorer):
                 again = self._judge(all_said, choice[0], step, known_bad, retired)
                 if again is not None:
                     return {"again": again}
+                if any("lacks" in said for said in all_said):
+                    return {"fill": True}
                 if not (self._read_only or claims_first or self._incarnation.claim(choice[0], step, own)):
                     return {"again": "moved"}
                 epoch = self._incarnation.epoch
@@ -65,24 +67,18 @@ class JointRestorer(Restorer):
 
             try:
                 verdict = decide(_DOING, said, judge)
+                if "fill" in verdict:  # no rank writes before all have found that what they have read fits
+                    verdict = decide(_DOING, self._fill_and_tell(found), judge)
             finally:
                 if told is not None:
                     remove_shared_votes(self._world, told["nonce"])
             if "again" not in verdict:
                 if verdict["claimed"] is not None:
                     adopt(self._team, self._incarnation, verdict["claimed"])
-                return self._found(found)
+                return found_or_refused(found, self._repository.url, read_only=self._read_only)
             del found
             retired += verdict["again"] == "retired"
             rounds += verdict["again"] == "moved"
-
-    def _told(self, choice: Choice | None) -> dict[str, Any] | None:
-        """What rank 0 tells the others of its choice."""
-        if choice is None:
-            return None
-        commit, nonce = choice.commit, secrets.token_hex(8)
-        epoch, step = commit.checkpoint
-        return {"epoch": epoch, "step": step, "digest": commit.digest, "world": commit.world, "nonce": nonce}
 
     def _compare_and_tell(self, told: dict[str, Any], asked: RestoreAsked) -> tuple[Compared | None, dict[str, Any]]:
         """What saved ranks had for themselves: each rank compares some of them. None where there are as many ranks as have saved."""
@@ -119,7 +115,14 @@ class JointRestorer(Restorer):
             with shared_votes(self._repository.store, self._world, told["nonce"], own) as store:
                 return self._load(commit, asked, store=store)
 
-        return self._told_of(load)
+        found, said = self._told_of(load)
+        return found, {"lacks": True} if found is not None and found.straight.storages else said
+
+    def _fill_and_tell(self, found: Loaded | None) -> dict[str, Any]:
+        """Read what goes straight into the objects of this rank, and tell how that went."""
+        assert found is not None  # every rank has loaded its part
+        self.writing.begins(found.plan)  # others may have, and it is one restore
+        return self._told_of(lambda: self._fill(found))[1]
 
     def _told_of(self, call: Callable[[], T]) -> tuple[T | None, dict[str, Any]]:
         """The result of a call, or what this rank has to say of its failure."""
@@ -188,3 +191,12 @@ class JointRestorer(Restorer):
                     raise PartialRestoreError(f"rank {rank}: {said}")
 
         self._team.roll.decide("putting the restored state into the objects", words, judge)
+
+
+def _told(choice: Choice | None) -> dict[str, Any] | None:
+    """What rank 0 tells the others of its choice."""
+    if choice is None:
+        return None
+    commit, nonce = choice.commit, secrets.token_hex(8)
+    epoch, step = commit.checkpoint
+    return {"epoch": epoch, "step": step, "digest": commit.digest, "world": commit.world, "nonce": nonce}

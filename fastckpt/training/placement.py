@@ -26,6 +26,8 @@ from fastckpt.state.wrappers import names_inside
 from fastckpt.training.rng import RNGState
 from fastckpt.training.sharded import dtensors_in, patterns_of_state
 
+_FSDP = "torch.distributed.fsdp._fully_shard."
+
 
 @dataclass(frozen=True)
 class PlacementPlan:
@@ -46,6 +48,10 @@ class PlacementPlan:
     """id() of live tensors whose memory no other object of the state uses; of a DTensor, of its local tensor."""
     tied: frozenset[int]
     """id() of live tensors that share memory with others, and share it in the checkpoint in the same way."""
+    states: Mapping[Name, torch.Tensor]
+    """The state that optimizers have now; of DTensors, this process's part."""
+    sole: frozenset[int]
+    """id() of tensors, in `live` (of a DTensor, of its part) or `states`, each of which has one name, and fills its memory."""
 
     @property
     def map_location(self) -> dict[Any, str]:
@@ -68,9 +74,26 @@ def copies_its_state(target: Any) -> bool:
 
 def copies_plainly(target: torch.nn.Module) -> bool:
     """Whether, in addition, the module keeps its names and shapes: no hook and no overridden method can change what it takes."""
-    hooks = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    return _takes_what_it_is_given(target, lambda _: False)
+
+
+def takes_in_place(target: Any) -> bool:
+    """Whether a module copies each given value to where it is already, if it is there: hooks of FSDP only bring its parameters into the
+    form in which they are saved.
+    """
+    return copies_its_state(target) and _takes_what_it_is_given(
+        target, lambda hook: str(getattr(hook, "__module__", "")).startswith(_FSDP)
+    )
+
+
+def _takes_what_it_is_given(target: torch.nn.Module, harmless: Callable[[Any], bool]) -> bool:
+    names = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
     return copies_its_state(target) and not any(
-        any(getattr(module, name, None) for name in hooks)
+        any(
+            not harmless(getattr(hook, "hook", hook))
+            for name in names
+            for hook in (getattr(module, name, None) or {}).values()
+        )
         or not getattr(type(module), "_load_from_state_dict").__module__.startswith("torch.")  # noqa: B009 - private, named once
         for module in target.modules()
     )
@@ -90,7 +113,8 @@ def plan_placement(targets: Mapping[str, Any], directory: Directory, where: str)
     entries = {entry.name: entry for entry in directory.tensors}
     locations = {entry.name: directory.storages[entry.storage].location for entry in directory.tensors}
     live, sharded = live_and_sharded(targets, entries)
-    alone, tied = _sharing(targets, live, entries)
+    states = {name: tensor for key in targets for name, tensor in _state_of_optimizer(key, targets[key])}
+    alone, tied, sole = _sharing(targets, live, states, entries)
     problems = [problem for key in targets for problem in _on_meta(key, targets[key], live, locations)]
     if problems:
         raise RestoreError(
@@ -121,6 +145,8 @@ def plan_placement(targets: Mapping[str, Any], directory: Directory, where: str)
         sharded=sharded,
         alone=alone,
         tied=tied,
+        states=states,
+        sole=sole,
     )
 
 
@@ -266,22 +292,41 @@ def _device(location: str) -> Any:
         return location
 
 
+def _state_of_optimizer(key: str, target: Any) -> Iterator[tuple[Name, torch.Tensor]]:
+    """Names as in a checkpoint → tensors of the state that an optimizer has for its parameters."""
+    if not isinstance(target, torch.optim.Optimizer):
+        return
+    parameters = [p for group in parameter_groups(target) for p in group["params"]]
+    state: Mapping[Any, Any] = getattr(target, "state", {})
+    for number, parameter in enumerate(parameters):
+        for name, tensor in dtensors_in(state.get(parameter, {}), (key, "state", number)):
+            yield name, part_of(tensor)
+
+
+def part_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Of a DTensor, this process's part; other tensors as they are."""
+    local = local_of(tensor)
+    return tensor if local is None else local
+
+
 def _sharing(
-    targets: Mapping[str, Any], live: Mapping[Name, torch.Tensor], entries: Mapping[Name, TensorEntry]
-) -> tuple[frozenset[int], frozenset[int]]:
-    """Compute `alone` and `tied` of a plan."""
+    targets: Mapping[str, Any],
+    live: Mapping[Name, torch.Tensor],
+    states: Mapping[Name, torch.Tensor],
+    entries: Mapping[Name, TensorEntry],
+) -> tuple[frozenset[int], frozenset[int], frozenset[int]]:
+    """Compute `alone`, `tied` and `sole` of a plan."""
     groups: dict[int, list[tuple[Name, torch.Tensor]]] = defaultdict(list)
     for name, whole in live.items():
-        local = local_of(whole)
-        tensor = whole if local is None else local
-        if _has_plain_memory(tensor):
+        tensor = part_of(whole)
+        if has_plain_memory(tensor):
             groups[identity(tensor.untyped_storage())].append((name, tensor))
     held = {
         identity(tensor.untyped_storage())
         for target in targets.values()
         if isinstance(target, torch.optim.Optimizer)
         for tensor in _tensors_of(target)
-        if _has_plain_memory(tensor)
+        if has_plain_memory(tensor)
     }
     alone, tied = set(), set()
     for storage, group in groups.items():
@@ -292,7 +337,12 @@ def _sharing(
                 alone.add(id(tensor))
         elif _is_shared_alike(group, entries):
             tied |= {id(tensor) for _, tensor in group}
-    return frozenset(alone), frozenset(tied)
+    for name, tensor in states.items():
+        if has_plain_memory(tensor):
+            groups[identity(tensor.untyped_storage())].append((name, tensor))
+    only = [group[0][1] for group in groups.values() if len(group) == 1]
+    sole = {id(tensor) for tensor in only if tensor.nbytes == tensor.untyped_storage().nbytes()}
+    return frozenset(alone), frozenset(tied), frozenset(sole)
 
 
 def _is_shared_alike(group: Sequence[tuple[Name, torch.Tensor]], entries: Mapping[Name, TensorEntry]) -> bool:
@@ -306,7 +356,8 @@ def _is_shared_alike(group: Sequence[tuple[Name, torch.Tensor]], entries: Mappin
     return len(storages) == 1
 
 
-def _has_plain_memory(tensor: torch.Tensor) -> bool:
+def has_plain_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is an ordinary one, strided and with a storage of its own."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
         and tensor.layout is torch.strided

@@ -14,3 +14,5 @@ class RestoreAsked(NamedTuple):
 
     weights_only: bool = True
     strict: bool = True
+    atomic: bool = False
+    overlap: bool = False

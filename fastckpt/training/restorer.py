@@ -1,4 +1,7 @@
-"""Chooses a checkpoint, loads it, and claims an epoch that continues from it. The live objects are not changed here."""
+"""Chooses a checkpoint, loads it, and claims an epoch that continues from it.
+
+What goes straight into the live objects is read last, when all else has been loaded and found to fit: until then nothing was changed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,6 @@ from fastckpt.format.repository_records import Commit, Skipped
 from fastckpt.format.tensor_names import dotted
 from fastckpt.ranks.world import ALONE
 from fastckpt.reading.chunk_reader import Reader
-from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog, Choice, Which
 from fastckpt.repository.commit import open_vote
 from fastckpt.repository.rank_reader import open_rank, with_owners
@@ -32,9 +34,13 @@ from fastckpt.training import stateful
 from fastckpt.training.differing import Differing, SavedStates
 from fastckpt.training.engine import Engine
 from fastckpt.training.fitting import refuse_misfits, refuse_untied, spread_otherwise
+from fastckpt.training.live_writing import LiveWriting
 from fastckpt.training.placement import PlacementPlan, plan_placement
 from fastckpt.training.resharding import Resharding, is_to_be_spread
 from fastckpt.training.restore_asked import Reassign, RestoreAsked
+from fastckpt.training.state_loader import load_state
+from fastckpt.training.straight import NOTHING, Straight
+from fastckpt.training.straight_fill import StraightFill
 
 T = TypeVar("T")
 MOST_ROUNDS = 2
@@ -42,7 +48,7 @@ MOST_ROUNDS = 2
 
 
 class Loaded(NamedTuple):
-    """A checkpoint that was read completely and fits the objects."""
+    """A checkpoint that fits the objects, and was read completely but for what goes straight into them."""
 
     commit: Commit
     state: Any
@@ -50,6 +56,11 @@ class Loaded(NamedTuple):
     strict: bool
     left: frozenset[str] = frozenset()
     """Names of objects that stay as they are: `reassign` has said so."""
+    reader: Reader | None = None
+    """Reads what goes straight."""
+    straight: Straight = NOTHING
+    choice: Choice | None = None
+    """What is to be claimed, if it was not."""
 
 
 class Compared(NamedTuple):
@@ -77,11 +88,13 @@ class Restorer:
         self._incarnation, self._repository = engine.incarnation, engine.repository
         self._live, self._options, self._read_only = engine.live, engine.options, read_only
         self._world = ALONE if engine.team is None else engine.team.world
+        self.writing = LiveWriting(engine.repository.url, engine.live.targets, engine.options)
 
     def restore(self, step: Which, asked: RestoreAsked) -> Loaded | None:
-        """Load the state that is to be put into the objects. Unless `read_only`, also claim an epoch that continues from it.
+        """Load the state that is to be put into the objects. Unless `read_only`, also claim an epoch that continues from it; with `overlap`
+        that is left to `arrive`, as are states of optimizers: the result has a `choice` then.
 
-        None: nothing was ever committed. Errors as those of `Checkpointer.restore`.
+        None: nothing was ever committed. Errors as those of `Checkpointer.restore`; if `writing` has begun, they leave a mixture.
         """
         known_bad: list[Skipped] = []
         own: set[int] = set()
@@ -94,6 +107,8 @@ class Restorer:
             try:
                 choice = self._choose(step, known_bad, own, claims_first=claims_first)
                 found = None if choice is None else self._load(choice.commit, asked, choice.reader)
+                if found is not None:
+                    self._fill(found, states=not asked.overlap)
             except RetiredError:
                 retired += 1
                 if not isinstance(step, str) or retired > 1:
@@ -102,20 +117,39 @@ class Restorer:
             except Damaged as damaged:
                 known_bad = self._pass_over(damaged, step, choice)
                 continue
+            if asked.overlap and found is not None and found.straight.states:
+                return found._replace(choice=choice)
             if self._read_only or claims_first or self._incarnation.claim(choice, step, own):
-                return self._found(found)
+                return found_or_refused(found, self._repository.url, read_only=self._read_only)
             rounds += 1
-
-    def _found(self, found: Loaded | None) -> Loaded | None:
-        if self._read_only and found is None:
-            raise NoCheckpointError(f"{self._repository.url} has no checkpoint yet: there is nothing to read")
-        return found
 
     def put_in(self, found: Loaded) -> None:
         """Put a loaded state into the objects. PartialRestoreError if one of them refuses its part."""
+        self.writing.begins(found.plan)
         where = self._repository.location(found.commit.checkpoint)
         taken = {key: target for key, target in self._live.targets.items() if key not in found.left}
         stateful.apply(taken, found.state, where, found.plan, strict=found.strict)
+
+    def _fill(self, found: Loaded, *, states: bool = True) -> None:
+        """Read what goes straight into the objects. states: those of optimizers, too. Damaged, RetiredError, StoreError."""
+
+        def run(call: Callable[[], None]) -> None:
+            self._with_damage_named(found.commit, call)
+
+        self.writing.fill(found.reader, found.straight, found.plan, run, states=states)
+
+    def arrive(self, found: Loaded, step: Which, fill: StraightFill, stops: Callable[[], bool]) -> None:
+        """Read states of optimizers, then claim. Any error means that the objects are a mixture."""
+        choice = found.choice
+        try:
+            self._with_damage_named(found.commit, lambda: fill.run(stops))
+            if not self._incarnation.claim(choice, step, set()):
+                raise RestoreError(f"{self._repository.url} has a newer checkpoint by now: restore again")
+        except BaseException as error:
+            self.writing.begins(found.plan)
+            if isinstance(error, Damaged):
+                self._pass_over(error, step, choice)
+            raise
 
     def _choose(self, step: Which, known_bad: list[Skipped], own: set[int], *, claims_first: bool) -> Choice | None:
         if self._read_only:
@@ -159,10 +193,11 @@ class Restorer:
                 reader = open_rank(store, commit, rank) if reader is None else with_owners(store, commit, reader)
                 plan = plan_placement(targets, reader.directory, location)
                 if not (spread_otherwise(targets, plan) or is_to_be_spread(targets, plan)):
-                    loaded = self._load_whole(reader, plan, asked.weights_only)
+                    loaded, straight = load_state(reader, plan, targets, self._options, asked)
                     refuse_misfits(targets, loaded, location, plan, strict=asked.strict)
                     refuse_untied(targets, loaded, location)
-                    return Loaded(commit, loaded, plan, asked.strict)
+                    self.writing.refuse_leftovers(loaded, location, plan)
+                    return Loaded(commit, loaded, plan, asked.strict, reader=reader, straight=straight)
             # Not through `store`: what one rank of a node leaves there is not what the others need.
             ranks = SavedRanks(self._repository.store, commit) if compared is None else compared.ranks
             return self._load_resharded(ranks, location, asked, None if compared is None else compared.differing)
@@ -214,6 +249,7 @@ class Restorer:
         resharding = Resharding(taken, ranks, base, self._options, location, asked)
         loaded, plan = resharding.load(given, left, parts)
         refuse_untied(taken, loaded, location)
+        self.writing.refuse_leftovers({key: loaded[key] for key in loaded if key not in left}, location, plan)
         if base:
             self._refuse_mixture(ranks, base, plan, asked)
         return Loaded(commit, loaded, plan, asked.strict, frozenset(left))
@@ -243,19 +279,12 @@ class Restorer:
                 raise
             raise _refused(ranks.vote(0), self._repository.location(ranks.commit.checkpoint), error) from error
 
-    def _load_whole(self, reader: Reader, plan: PlacementPlan, weights_only: bool) -> Any:
-        threads = self._options.load_threads
-        return load_object(
-            reader,
-            self._options,
-            threads,
-            map_location=plan.map_location,
-            pickle_module=pickle,
-            weights_only=weights_only,
-            load_args={"encoding": "utf-8"},
-            places=plan.places,
-            beyond_torch=True,
-        )
+
+def found_or_refused(found: Loaded | None, url: str, *, read_only: bool) -> Loaded | None:
+    """NoCheckpointError, where nothing is to be written, if there is nothing to read."""
+    if read_only and found is None:
+        raise NoCheckpointError(f"{url} has no checkpoint yet: there is nothing to read")
+    return found
 
 
 def _refused(reader: Reader, location: str, error: pickle.UnpicklingError) -> RefusedStateError:

@@ -129,16 +129,8 @@ def _put(name: str, target: Any, value: Any, plan: PlacementPlan, strict: bool) 
             raise TypeError(f"expected {target.dtype} {list(target.shape)}, found {found}")
         with torch.no_grad():
             _fill(target, value)
-    elif isinstance(target, dict) and isinstance(value, dict):
-        filling = Filling(plan)
-        filling.enter(target, value)
-        content = {key: filling.fill(target.get(key), child) for key, child in value.items()}
-        target.clear()
-        target.update(content)
-    elif isinstance(target, list) and isinstance(value, list):
-        filling = Filling(plan)
-        filling.enter(target, value)
-        target[:] = filling.items(target, value)
+    elif any(isinstance(target, kind) and isinstance(value, kind) for kind in (dict, list)):
+        Filling(plan).fill_top(target, value)
     else:
         raise TypeError(f"expected a {type(target).__name__}, found a {type(value).__name__}")
     return []

@@ -77,7 +77,7 @@ def loaded(store: Watched, change: Change | None = None) -> dict[int, np.ndarray
     store.reads.clear()
     store.change = change or store.change
     memory = {n: np.zeros(one.n_bytes, np.uint8) for n, one in enumerate(reader.directory.storages)}
-    fill(reader, memory, 2)
+    fill(reader, memory, fastckpt.Options(threads=2))
     return memory
 
 
@@ -153,7 +153,7 @@ def test_reads_under_way_have_bounded_memory(store: Watched, monkeypatch: pytest
 
     monkeypatch.setattr(RangeReads, "_buffer_for", watched)
     small = Reads(at_once=16, buffers_bytes=16 << 20)
-    monkeypatch.setattr(storage_loader.StorageLoader.__init__, "__defaults__", (None, None, None, small))
+    monkeypatch.setattr(Reads, "of", lambda options: small)
     assert is_right(loaded(store))
     assert 0 < most <= 16 << 20
 
@@ -227,10 +227,10 @@ def test_objects_that_are_files_are_opened_and_not_copied(
     memory = {n: np.zeros(one.n_bytes, np.uint8) for n, one in enumerate(reader.directory.storages)}
     store.asked.clear()
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    fill(reader, memory, 2)
+    fill(reader, memory, fastckpt.Options(threads=2))
     assert is_right(memory)
     assert len(store.asked) <= 20
     assert not before or len(os.listdir("/proc/self/fd")) == before
     store.inner.delete(_KEY)
     with pytest.raises(CorruptCheckpointError, match="does not exist"):
-        fill(reader, memory, 2)
+        fill(reader, memory, fastckpt.Options(threads=2))
