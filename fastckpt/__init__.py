@@ -28,7 +28,7 @@ The rooms, from the bottom up. A room imports only from rooms that stand before 
     codec/       bytes to fewer bytes. choose: which transform a chunk gets; transforms does it
     format/      bytes on storage. container: header, footer; records: of chunks; directory: of tensors; vote, keys, repository_records
     store/       bytes by key. base: the contract; memory; local: a directory; cloud: S3 (cloud_http: connections, cloud_errors: its
-                 answers, cloud_credentials, …); wrap: tries failed requests again
+                 answers, cloud_credentials, …); blob: Azure, Google; probe: what a store can do; wrap: tries failed requests again
     state/       object ↔ pickle stream + storages + names. capture, naming, chunking (where to cut), rebuild (torch's unpicklers), refused
     spot/        notices that the machine goes. sources/: one module for each cloud, signal or file; watcher; ladder: what the seconds allow
     snapshot/    device → private host memory, beside training. stager, snapshot, copier, ring, hooks (before an optimizer's step),

@@ -91,6 +91,10 @@ class S3Store(Store):
                 if now != version:
                     raise ObjectChangedError(f"replace {self.url}/{key}: it is not the version that was read") from None
                 continue
+            except StoreError as error:
+                if type(error) is not StoreError:
+                    raise
+                raise UnsupportedVerbError(f"{error}. The server may not take If-Match") from error
             self._bare_etags = bare
             return
         raise UnsupportedVerbError(

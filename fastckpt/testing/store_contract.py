@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastckpt.errors import ObjectExistsError, ObjectNotFoundError, StoreError
+from fastckpt.errors import (
+    ObjectChangedError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StoreError,
+    StoreUnavailableError,
+    UnsupportedVerbError,
+)
 from fastckpt.store.base import Store
 
 HOSTILE_KEYS = [
@@ -108,6 +115,50 @@ class StoreContract:
                 thread.join()
             assert len(won) == 1
             assert store.get(key) == b"%d" % won[0] * 1000
+
+    def test_versions(self, store: Store) -> None:
+        """Of the optional verbs. A store without them must say so, in both."""
+        store.put("k", b"1")
+        try:
+            data, first = store.get_version("k")
+        except UnsupportedVerbError:
+            with pytest.raises(UnsupportedVerbError):
+                store.replace_if_match("k", b"2", "")
+            assert store.get("k") == b"1"
+            return
+        assert data == b"1"
+        store.replace_if_match("k", bytearray(b"2"), first)
+        with pytest.raises(ObjectChangedError, match="k"):
+            store.replace_if_match("k", b"3", first)
+        data, second = store.get_version("k")
+        assert (data, first != second) == (b"2", True)
+        for number in range(self.rounds // 5):
+            self._race_of_replacements(store, number)
+        store.delete("k")
+        for call in (lambda: store.get_version("k"), lambda: store.replace_if_match("k", b"4", second)):
+            with pytest.raises((ObjectNotFoundError, ObjectChangedError)):
+                call()
+
+    def _race_of_replacements(self, store: Store, number: int) -> None:
+        _, version = store.get_version("k")
+        won: list[bytes] = []
+        start = threading.Barrier(4)
+
+        def replace(data: bytes) -> None:
+            start.wait()
+            try:
+                store.replace_if_match("k", data, version)
+            except (ObjectChangedError, StoreUnavailableError):  # Ceph 16 answers 500 to some of those that lose
+                return
+            won.append(data)
+
+        threads = [threading.Thread(target=replace, args=(b"%d %d" % (number, i),)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) <= 1
+        assert not won or store.get("k") == won[0]
 
     def test_a_reader_sees_old_or_new(self, store: Store) -> None:
         values = [b"a" * 300_000, b"b" * 200_000]

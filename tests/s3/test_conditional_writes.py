@@ -84,7 +84,14 @@ def test_versions_on_servers_of_both_forms(manner: Any, server: MannersServer) -
     assert len(server.requests("PUT")) == before + 1
 
 
-@pytest.mark.parametrize("manner", [if_match_is_never_met, refuses(501, "NotImplemented", method="PUT")])
+@pytest.mark.parametrize(
+    "manner",
+    [
+        if_match_is_never_met,
+        refuses(501, "NotImplemented", method="PUT"),
+        refuses(400, "InvalidArgument", "If-Match", method="PUT"),
+    ],
+)
 def test_a_server_without_if_match_is_said_to_have_none(manner: Any, server: MannersServer) -> None:
     server.objects["run/a"] = b"1"
     server.manners.append(manner)
