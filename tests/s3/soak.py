@@ -177,8 +177,10 @@ class Soak:
             self.pause_s,
         )
         steady = self.trainer(self.buckets[1], steady="steady trainer")
+        self.trainers.append(self.trainer(self.buckets[0]))
         try:
-            self.await_acknowledgement("writer-1")  # who cannot begin ends, and that is no fault
+            for name in ("writer-1", "writer-2"):  # who cannot begin ends, and that is no fault
+                self.await_acknowledgement(name)
             end = time.monotonic() + self.seconds
             fault_at = forget_at = time.monotonic()
             while (now := time.monotonic()) < end:
@@ -217,18 +219,20 @@ class Soak:
 
     def judge(self, server: s3server.S3Server) -> dict[str, Any]:
         """Problems of all journals and of what the server has at the end; and figures."""
-        for number, bucket in enumerate(self.buckets):
+        for bucket in self.buckets:
             with Retrying(open_s3(f"s3://{bucket}/run", endpoint_url=server.url)) as store:
                 try:
                     check_all(store)
                 except Exception as error:
-                    self.problems.append(f"repository {number} at the end: {error!r}")
+                    self.problems.append(f"{bucket} at the end: {error!r}")
         # A reader that comes when all is quiet must find all that was acknowledged.
         notes = soak_jobs.Journal(self.folder / "last.jsonl")
         t0 = time.monotonic()
         try:
             found, exact = soak_jobs.found_in(fastckpt.load(f"s3://{self.buckets[0]}/run"))
             notes.note("read", t0=t0, found=found, exact=exact, newest=True)
+        except soak_jobs.NOTHING:
+            notes.note("none", t0=t0)
         except CheckpointError as error:
             self.problems.append(f"a reader at the end: {error!r}")
         events = self.events()

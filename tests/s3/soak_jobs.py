@@ -21,7 +21,14 @@ from typing import Any
 import torch
 
 import fastckpt
-from fastckpt.errors import CheckpointError, NoCheckpointError, RepositoryError, RetiredError, SupersededError
+from fastckpt.errors import (
+    CheckpointError,
+    NoCheckpointError,
+    ObjectNotFoundError,
+    RepositoryError,
+    RetiredError,
+    SupersededError,
+)
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.repository import Repository
 from fastckpt.store.cloud import open_s3
@@ -32,6 +39,8 @@ STALL_S = 2.0
 GRACE_S = 90.0  # far more than the proxy holds a request back
 OPTIONS = fastckpt.Options(threads=1, connections=4, host_budget_bytes=256 << 20)
 NAMES = ("fast", "slow", "still")
+NOTHING = (NoCheckpointError, RepositoryError, ObjectNotFoundError)
+"""Ways of saying that there is no checkpoint: none yet, no repository, and no object either (`fastckpt.load`)."""
 
 
 class Journal:
@@ -226,7 +235,7 @@ def read(notes: Journal, stop: Connection, url: str, seed: int, pause_s: float) 
                 _read_once(notes, store, url, training, rng, t0)
             except RetiredError as error:
                 notes.note("failed read", error=type(error).__name__, text=str(error)[:300])
-            except (NoCheckpointError, RepositoryError):  # nothing there, in two sentences
+            except NOTHING:
                 notes.note("none", t0=t0)
             except CheckpointError as error:
                 notes.note("failed read", error=type(error).__name__, text=str(error)[:300])
