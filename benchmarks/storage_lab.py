@@ -96,6 +96,7 @@ class Lab:
         at: Endpoint | None = None,
         source: str = "",
         size: str = "",
+        device: str = "cpu",
         variables: Mapping[str, str] | None = None,
         **given: Any,
     ) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Lab:
         if not self.can(name):
             return {"error": NO_RIVALS}
         size = size or self.size
-        place = {"root": root, "size": size, "endpoint": at.url if at else "", "source": source}
+        place = {"root": root, "size": size, "endpoint": at.url if at else "", "source": source, "device": device}
         asked = {"contender": name, "action": action, "place": place, **given}
         asked |= {"state": str(self.state(size)), "tiny": str(self.tiny)}
         return self.process(
