@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import ROOT
 from benchmarks.processes import in_process
 from benchmarks.runner import ensure_state
-from benchmarks.storage_contenders import OURS
+from benchmarks.storage_contenders import EVERYWHERE, OURS
 
 RIVALS = ROOT / ".venv-rivals" / "bin" / "python"
 NO_RIVALS = "no environment for rivals: `make bench-rivals`"
@@ -79,7 +79,7 @@ class Lab:
         return ensure_state(size or self.size)
 
     def can(self, name: str) -> bool:
-        return name in OURS or self.rivals is not None
+        return name in OURS + EVERYWHERE or self.rivals is not None
 
     def run(self, name: str, action: str, root: str, *, into: str = "", **more: Any) -> dict[str, Any]:
         """As `worker`, and keeps the answer under `into`, by default the action's name."""
@@ -96,6 +96,7 @@ class Lab:
         at: Endpoint | None = None,
         source: str = "",
         size: str = "",
+        device: str = "cpu",
         variables: Mapping[str, str] | None = None,
         **given: Any,
     ) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Lab:
         if not self.can(name):
             return {"error": NO_RIVALS}
         size = size or self.size
-        place = {"root": root, "size": size, "endpoint": at.url if at else "", "source": source}
+        place = {"root": root, "size": size, "endpoint": at.url if at else "", "source": source, "device": device}
         asked = {"contender": name, "action": action, "place": place, **given}
         asked |= {"state": str(self.state(size)), "tiny": str(self.tiny)}
         return self.process(
@@ -111,7 +112,7 @@ class Lab:
             f"{name}, {action}",
             asked,
             at=at,
-            rival=name not in OURS,
+            rival=name not in OURS and self.rivals is not None,
             variables=variables,
         )
 

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from benchmarks.storage_lab import Lab, together
-from benchmarks.storage_rows import Row, against_best, figures, middle, missing, row
+from benchmarks.storage_rows import Row, against_best, errors, figures, middle, missing, row, words
 
 STORED = ("Checkpointer", "fastckpt.save/load", "torch.save", "safetensors mapped", "torch_checkpointing", "tensorizer")
 FLOOR = "floor"
@@ -20,6 +20,7 @@ MEASURED: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
     ),
     "local load, cold": (("fastckpt.save/load", "safetensors mapped"), "restore", {"in_place": False, "cold": True}),
     "local restore in place, cold": (("Checkpointer",), "restore", {"in_place": True, "cold": True}),
+    "test device": (("Checkpointer",), "restore", {"in_place": True, "device": "fakegpu"}),
     "local one tensor": (("fastckpt.save/load", "tensorizer"), "one", {}),
 }
 
@@ -63,7 +64,7 @@ def rows(lab: Lab) -> list[Row]:
             floor=load_floor,
             floor_factor=1.15,
             note="floor: new memory, decoding of the chunks, one look at each byte; safetensors mapped: "
-            f"{middle(figures(lab.of(warm, 'safetensors mapped'))) or float('nan'):.3f} s",
+            f"{words(lab.of(warm, 'safetensors mapped'))}",
         ),
         against_best(
             "local",
@@ -100,13 +101,25 @@ def rows(lab: Lab) -> list[Row]:
             1.0,
         ),
     ]
-    memory = [value / 2**20 for value in figures(lab.of(place, "Checkpointer"), "memory")]
-    what, asked = "Checkpointer.restore, local: peak memory over the live state", "≤ 256 MiB"
-    if not memory:
-        return [*found, missing("local", what, asked, "not measured")]
-    others = {
+    return [*found, *memory_rows(lab, place)]
+
+
+def memory_rows(lab: Lab, place: str) -> list[Row]:
+    asked = "≤ 256 MiB"
+    found = []
+    for where, kept in (("local", place), ("local, onto the test device, its slabs included", "test device")):
+        what = f"Checkpointer.restore, {where}: peak memory over the live state"
+        samples = lab.of(kept, "Checkpointer")
+        memory = [value / 2**20 for value in figures(samples, "memory")]
+        others = _others(lab, place) if kept == place else {}
+        line = row("local", what, asked, memory, unit="MiB", bar=256, against=others)
+        found.append(line if memory else missing("local", what, asked, errors(samples)))
+    return found
+
+
+def _others(lab: Lab, place: str) -> dict[str, float]:
+    return {
         name: (middle(figures(lab.of(place, name), "memory")) or 0.0) / 2**20
         for name in ("torch_checkpointing", "torch.save")
         if figures(lab.of(place, name), "memory")
     }
-    return [*found, row("local", what, asked, memory, unit="MiB", bar=256, against=others)]

@@ -14,10 +14,10 @@ NOTES = (
     "s3: a restore of a Checkpointer counts its making (the claim, the look for the newest checkpoint), verifies each byte, and fills a "
     "model and an optimizer that live. Rivals give new tensors, unverified; no `load_state_dict` is counted for them. In each round the "
     "server is fresh; obstore moves the bytes that the Checkpointer has stored in that round, from memory.",
-    "local: all files are in the page cache (warm) or dropped from it (cold: posix_fadvise; the host of a virtual disk may still hold them). "
-    "Each byte of a new state is read once before the clock stops, since a mapped file has not been read until then.",
-    "cpu: processor seconds of all threads of the client, of the second of two saves; the null server is a process of its own. Encode alone: "
-    "the codec's calls for the same chunks.",
+    "local: all files are in the page cache (warm) or dropped from it (cold: posix_fadvise; the host of a virtual disk may hold "
+    "them). Each byte of a new state is read once before the clock stops, since a mapped file has not been read until then.",
+    "cpu: processor seconds of all threads of the client, of the second of two saves; the null server is a process of its own. Encode "
+    "alone: the codec's calls for the same chunks.",
     "links: network namespaces with HTB and a delay of packets; bytes are those of bodies that the server has counted.",
     "lock: another process looks some ten thousand times a second whether the interpreter's lock is held (benchmarks/storage_lock.py).",
     "sharded: definitions are those of benchmarks/resharding_loads.py.",

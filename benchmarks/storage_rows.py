@@ -19,6 +19,12 @@ def middle(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
+def words(samples: Samples, key: str = "seconds") -> str:
+    """The median, to be read."""
+    value = middle(figures(samples, key))
+    return "not measured" if value is None else f"{value:.3f} s"
+
+
 def errors(samples: Samples) -> str:
     """The first error, in words."""
     return next((str(one["error"]) for one in samples if "error" in one), "not measured")
@@ -54,6 +60,8 @@ def row(
     value = middle(measured)
     limits = [limit for limit in (bar, floor * floor_factor if floor and floor_factor else None) if limit is not None]
     met = None if value is None or not limits else value <= max(limits)
+    if bar is None and met is False:
+        met = None  # the floor alone decides nothing: a rival's figure might have been the larger limit
     return {
         "group": group,
         "what": what,

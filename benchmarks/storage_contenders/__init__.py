@@ -25,6 +25,9 @@ WHERE = {
 OURS = ("Checkpointer", "fastckpt.save/load")
 """Measured in this project's own environment, the others in one of theirs."""
 
+EVERYWHERE = ("torch.save", "safetensors mapped")
+"""What both environments can measure."""
+
 
 def make(name: str) -> Contender:
     """The contender of that name. Raises ImportError if its packages are not there."""

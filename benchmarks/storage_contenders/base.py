@@ -27,6 +27,8 @@ class Place:
     """Of the workload (benchmarks/workloads/gpt.py)."""
     endpoint: str = ""
     """Of S3, with its scheme."""
+    device: str = "cpu"
+    """Where a live model is that is restored into; "fakegpu" is the test device."""
     source: str = ""
     """The root of a checkpoint of fastckpt whose stored bytes count; for those who move only them."""
 
@@ -104,13 +106,20 @@ def keys() -> dict[str, str]:
     return {"access": os.environ["AWS_ACCESS_KEY_ID"], "secret": os.environ["AWS_SECRET_ACCESS_KEY"]}
 
 
-def live(size: str) -> Any:
+def live(size: str, device: str = "cpu") -> Any:
     """A model and an optimizer that has a state, as a program has before it restores."""
     import torch
 
     from benchmarks.workloads.gpt import Training
 
     training = Training(size)
+    if device == "fakegpu":
+        from tests.fakegpu import device as test_device
+
+        test_device.load()
+        test_device.configure("lazy", races=False, poison=False, trap=False)
+    if device != "cpu":
+        training.model.to(device)
     for parameter in training.model.parameters():
         training.optimizer.state[parameter] = {
             "step": torch.tensor(0.0),

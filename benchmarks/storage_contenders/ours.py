@@ -23,7 +23,7 @@ class OwnCheckpointer(Contender):
 
     def prepare(self, place: Place, state: State | None) -> None:
         self._place, self._step = place, 0
-        self.training = live(place.size)
+        self.training = live(place.size, place.device)
         self._open: fastckpt.Checkpointer | None = None
         if state is not None:
             self.training.load(state)
