@@ -95,6 +95,9 @@ class Store(abc.ABC):
     useful_connections: int | None = None
     """More simultaneous requests than this gain nothing. None: no limit is known."""
 
+    has_files: bool = False
+    """Whether objects are files of this machine, which `open_file` opens."""
+
     most_put_bytes: int | None = None
     """The largest object that one `put` can write. None: not limited."""
 
@@ -177,6 +180,18 @@ class Store(abc.ABC):
         Raises:
             StoreError: as the class says.
         """
+
+    def open_file(self, key: str) -> int:
+        """Open the file of an object, to read it by position. Only of stores that have files.
+
+        Returns:
+            A descriptor; the caller closes it.
+
+        Raises:
+            ObjectNotFoundError: there is none.
+            StoreError: as the class says.
+        """
+        raise StoreError(f"{self.url} has no files: {key} cannot be opened as one")
 
     def harmful_rules(self) -> tuple[str, ...]:
         """Sentences for a person about rules of the storage service itself that delete objects of this store, or make them unreadable.

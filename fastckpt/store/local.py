@@ -45,6 +45,8 @@ class LocalStore(Store):
         2  # one request writes while the other syncs; eight took no less time and four times the memory
     )
 
+    has_files = True
+
     def __init__(self, root: str | os.PathLike[str]) -> None:
         path = location(root)
         if is_url(path):
@@ -131,6 +133,10 @@ class LocalStore(Store):
             self._fill(fd, 0, memoryview(out), key)
             return bytes(out)
 
+    def open_file(self, key: str) -> int:
+        with self._mapped(key, "reading"), self._opened(key) as fd:
+            return os.dup(fd)
+
     def get_into(self, key: str, offset: int, out: Any) -> None:
         with self._mapped(key, "reading"), self._opened(key) as fd:
             self._fill(fd, offset, memoryview(out).cast("B"), key)
@@ -184,24 +190,25 @@ class LocalStore(Store):
                 remove_file(path)
             directory = os.path.dirname(path)
             with contextlib.suppress(OSError):  # deleted meanwhile, or not permitted
-                self._remove_debris(directory)
+                _remove_debris(directory)
             remove_empty_directories(directory, self._root)
 
-    def _remove_debris(self, directory: str) -> None:
-        """Remove unfinished files of killed writers, if nothing else is left in the directory.
 
-        Such files exist only where the file system has no unnamed files; they would keep a save's directory for ever. The search ends at
-        the first other entry, so deleting all objects of a directory stays cheap.
-        """
-        stale = []
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if not _is_temporary(entry.name):
-                    return
-                stale.append(entry.path)
-        if all(time.time() - os.lstat(path).st_mtime > _STALE_S for path in stale):
-            for path in stale:
-                os.unlink(path)
+def _remove_debris(directory: str) -> None:
+    """Remove unfinished files of killed writers, if nothing else is left in the directory.
+
+    Such files exist only where the file system has no unnamed files; they would keep a save's directory for ever. The search ends at
+    the first other entry, so deleting all objects of a directory stays cheap.
+    """
+    stale = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if not _is_temporary(entry.name):
+                return
+            stale.append(entry.path)
+    if all(time.time() - os.lstat(path).st_mtime > _STALE_S for path in stale):
+        for path in stale:
+            os.unlink(path)
 
 
 def _is_temporary(name: str) -> bool:

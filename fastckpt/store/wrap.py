@@ -32,6 +32,7 @@ class Wrapper(Store):
         self.url = inner.url
         self.useful_connections = inner.useful_connections
         self.most_put_bytes = inner.most_put_bytes
+        self.has_files = inner.has_files
 
     def put(self, key: str, data: Any) -> None:
         self._call("put", key, lambda: self.inner.put(key, data))
@@ -54,6 +55,11 @@ class Wrapper(Store):
 
     def delete(self, key: str) -> None:
         self._call("delete", key, lambda: self.inner.delete(key))
+
+    def open_file(self, key: str) -> int:
+        return self._call(
+            "get_into", key, lambda: self.inner.open_file(key)
+        )  # what is read then cannot fail for a moment only
 
     def harmful_rules(self) -> tuple[str, ...]:
         return self.inner.harmful_rules()  # not an operation on objects, and not worth a second try
