@@ -110,6 +110,14 @@ class CacheFolder:
             return False
         return True
 
+    def open(self, key: str) -> int | None:
+        """The descriptor of a file; the caller closes it."""
+        try:
+            with self._opened(key) as fd:
+                return os.dup(fd)
+        except OSError:
+            return None
+
     @contextlib.contextmanager
     def _opened(self, key: str) -> Iterator[int]:
         """A regular file below the root, reached without a link: a pipe in its place must not stop a restore."""

@@ -70,6 +70,10 @@ class CachedStore(Wrapper):
             return
         super().get_into(key, offset, out)
 
+    def open_file(self, key: str) -> int:
+        fd = self._cache.open_pack(key) if keys.parse_pack(key) is not None else None
+        return super().open_file(key) if fd is None else fd
+
 
 class _Cache:
     """What a `CachedStore` reads instead of its store."""
@@ -77,7 +81,7 @@ class _Cache:
     def __init__(self, store: Store, cache_dir: str) -> None:
         self._store, self._cache_dir = store, cache_dir
         self._folder: CacheFolder | None = None
-        self._unusable = False
+        self._unusable = self._told = False
         self._names = CacheNames()
         self._node: NodePacks | None = None
         self._lock = threading.Lock()
@@ -119,6 +123,11 @@ class _Cache:
         """Fill a buffer from a pack that is there, or that another rank of this machine needs, too. False: the store has to be read."""
         folder = self._there()
         return folder is not None and self._is_whole(folder, key) and folder.read_into(key, offset, out)
+
+    def open_pack(self, key: str) -> int | None:
+        """The descriptor of a pack's file; the caller closes it. None: the store has to be asked."""
+        folder = self._there()
+        return folder.open(key) if folder is not None and self._is_whole(folder, key) else None
 
     def share_with_node(self, save: SaveId) -> None:
         """See `CachedStore`."""
@@ -182,12 +191,19 @@ class _Cache:
         try:
             whole = folder.size(file.key) == file.n_bytes
             if whole and crc64nvme_of(folder.pieces(file.key, file.n_bytes)) == file.crc64nvme:
+                self._tell(folder)
                 return True
         except OSError as error:
             logger.debug("%s: %s", file.key, error)
         if folder.size(file.key) is not None:  # somebody may have removed it meanwhile
             self._refuse(folder, file.key)
         return False
+
+    def _tell(self, folder: CacheFolder) -> None:
+        """Say once that the folder is of use: otherwise nobody would know why a restore was fast, or that it was not."""
+        if not self._told:
+            self._told = True
+            logger.info("packs of %s are read from the cache %s where they are there", self._store.url, folder.root)
 
     def _learned(self, key: str) -> FileEntry | None:
         """What the votes in the folder say of a pack, those that a commit record names: another rank of this node may have read the votes

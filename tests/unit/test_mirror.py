@@ -438,7 +438,7 @@ def forked(act: Callable[[], object]) -> int:
 
 
 def test_killed_at_random_the_copy_has_whole_checkpoints_and_a_second_run_finishes(tmp_path: Path) -> None:
-    """SIGKILL of a child at ten operations of the target, drawn at random; a run from there ends with all."""
+    """SIGKILL of a child at ten operations of the target, drawn at random, while others are under way; a run from there ends with all."""
     source = LocalStore(tmp_path / "source")
     save_steps(source, [1, 2])
     counting = FaultyStore(LocalStore(tmp_path / "count"))
@@ -455,7 +455,7 @@ def test_killed_at_random_the_copy_has_whole_checkpoints_and_a_second_run_finish
             if number == at and when == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        status = forked(lambda: mirror(source, FaultyStore(LocalStore(root), hook=kill), options=one))  # noqa: B023
+        status = forked(lambda: mirror(source, FaultyStore(LocalStore(root), hook=kill), options=IN_PARALLEL))  # noqa: B023
         assert os.WTERMSIG(status) == signal.SIGKILL
         target = LocalStore(root)
         check_all(target)

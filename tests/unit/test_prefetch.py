@@ -419,3 +419,19 @@ def test_on_the_command_line(
     monkeypatch.setenv("FASTCKPT_CACHE_DIR", str(folder))
     assert run(capsys, "prefetch", url, "--rank", "0-0", "--max-bytes", "0k")[0] == cli.OK
     assert run_json(capsys, "prefetch", url, "--progress")[1]["left_bytes"] == 0
+
+
+def test_files_are_opened_there_too(tmp_path: Path) -> None:
+    """A store on a file system far away gives descriptors; what the folder has is opened there."""
+    store, folder = saved(LocalStore(tmp_path / "run"), 1, 2), tmp_path / "cache"
+    prefetch(store, str(folder), options=IN_PARALLEL)
+    through = cached(store, str(folder))
+    through.get(keys_of(store, keys.COMMITS)[1])
+    for key in keys_of(store, keys.DATA):
+        fd = through.open_file(key)
+        try:
+            here = os.fstat(fd).st_ino == os.stat(files_of(folder).get(key, tmp_path)).st_ino
+            assert here == ("000000000002" in key)
+            assert os.pread(fd, 1 << 30, 0) == store.get(key)
+        finally:
+            os.close(fd)
