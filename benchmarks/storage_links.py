@@ -10,7 +10,7 @@ from typing import Any
 import fastckpt
 from benchmarks.storage_contenders import OURS
 from benchmarks.storage_lab import Endpoint, Lab, null
-from benchmarks.storage_rows import Row, errors, figures, middle, missing, row
+from benchmarks.storage_rows import Row, errors, figures, in_seconds, middle, missing, row
 
 LINKS = ((200e6, 0.05), (1e9, 0.02))
 SMALL_LINK, SMALL = (200e6, 0.05), "2m"
@@ -111,7 +111,7 @@ def overlap_row(lab: Lab, rate: float, trip_s: float) -> Row:
     own, plain = lab.of(f"{link}, overlap", WHO), middle(figures(lab.of(f"{link}, restore", WHO), "called"))
     if plain is None or not figures(own, "called"):
         return missing("links", words, asked, errors(own) if can_overlap() else "this version has no overlap=")
-    note = "the first forward can start then; the rest comes behind it"
+    note = f"the first forward can start then; all is there after {in_seconds(own, 'settled')}, and a plain restore after {plain:.3f} s"
     return row(
         "links", words, asked, figures(own, "called"), bar=0.4 * plain, against={"plain restore": plain}, note=note
     )

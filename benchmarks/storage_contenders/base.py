@@ -70,6 +70,10 @@ class Contender:
         """The whole state, its bytes in memory."""
         raise NotImplementedError
 
+    def settle(self, found: Any) -> Any:
+        """What `restore` has returned, once all of it is there."""
+        return found
+
     def one(self, name: str) -> Any:
         """A single tensor, by its name in a flat state."""
         raise NotImplementedError
