@@ -96,7 +96,7 @@ def link_rows(lab: Lab, rate: float, trip_s: float) -> list[Row]:
             found.append(missing("links", words, asked, errors([*saves, *samples])))
             continue
         least = n_bytes * 8 / rate
-        note = f"{n_bytes / 1e6:.0f} MB; processor time {middle(figures(samples, 'cpu')):.2f} s; requests {samples[-1]['requests']}"
+        note = f"{n_bytes / 1e6:.0f} MB; processor time {middle(figures(samples, 'cpu')):.2f} s"
         found.append(row("links", words, asked, figures(samples, key), bar=1.08 * least + 0.5, floor=least, note=note))
     return found
 
@@ -127,5 +127,7 @@ def small_row(lab: Lab) -> Row:
         return missing("links", words, asked, errors(samples))
     least = n_bytes * 8 / rate
     seconds = [value for one in samples for value in one["all"]["seconds"][1:]]
-    note = f"{n_bytes / 1e6:.1f} MB; round trips beyond bytes ÷ rate: {((middle(seconds) or 0) - least) / trip_s:.1f}"
+    trips = ((middle(seconds) or 0.0) - least) / trip_s
+    asked_for = ", ".join(f"{verb} {n / SMALL_SAVES:.1f}" for verb, n in samples[-1]["requests"].items())
+    note = f"{n_bytes / 1e6:.1f} MB; {trips:.1f} round trips beyond bytes ÷ rate; requests of a save, the opening shared among them: {asked_for}"
     return row("links", words, asked, seconds, bar=5 * trip_s + least + 0.2, floor=least, note=note)
