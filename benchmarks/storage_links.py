@@ -129,5 +129,5 @@ def small_row(lab: Lab) -> Row:
     seconds = [value for one in samples for value in one["all"]["seconds"][1:]]
     trips = ((middle(seconds) or 0.0) - least) / trip_s
     asked_for = ", ".join(f"{verb} {n / SMALL_SAVES:.1f}" for verb, n in samples[-1]["requests"].items())
-    note = f"{n_bytes / 1e6:.1f} MB; {trips:.1f} round trips beyond bytes ÷ rate; requests of a save, the opening shared among them: {asked_for}"
+    note = f"{n_bytes / 1e6:.1f} MB; {trips:.1f} round trips beyond bytes ÷ rate; requests of a save, opening included: {asked_for}"
     return row("links", words, asked, seconds, bar=5 * trip_s + least + 0.2, floor=least, note=note)
