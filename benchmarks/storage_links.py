@@ -10,7 +10,7 @@ from typing import Any
 import fastckpt
 from benchmarks.storage_contenders import OURS
 from benchmarks.storage_lab import Endpoint, Lab, null
-from benchmarks.storage_rows import Row, errors, figures, middle, missing, row
+from benchmarks.storage_rows import Row, errors, figures, in_seconds, middle, missing, row
 
 LINKS = ((200e6, 0.05), (1e9, 0.02))
 SMALL_LINK, SMALL = (200e6, 0.05), "2m"
@@ -96,7 +96,7 @@ def link_rows(lab: Lab, rate: float, trip_s: float) -> list[Row]:
             found.append(missing("links", words, asked, errors([*saves, *samples])))
             continue
         least = n_bytes * 8 / rate
-        note = f"{n_bytes / 1e6:.0f} MB; processor time {middle(figures(samples, 'cpu')):.2f} s; requests {samples[-1]['requests']}"
+        note = f"{n_bytes / 1e6:.0f} MB; processor time {middle(figures(samples, 'cpu')):.2f} s"
         found.append(row("links", words, asked, figures(samples, key), bar=1.08 * least + 0.5, floor=least, note=note))
     return found
 
@@ -111,7 +111,7 @@ def overlap_row(lab: Lab, rate: float, trip_s: float) -> Row:
     own, plain = lab.of(f"{link}, overlap", WHO), middle(figures(lab.of(f"{link}, restore", WHO), "called"))
     if plain is None or not figures(own, "called"):
         return missing("links", words, asked, errors(own) if can_overlap() else "this version has no overlap=")
-    note = "the first forward can start then; the rest comes behind it"
+    note = f"the first forward can start then; all is there after {in_seconds(own, 'settled')}, and a plain restore after {plain:.3f} s"
     return row(
         "links", words, asked, figures(own, "called"), bar=0.4 * plain, against={"plain restore": plain}, note=note
     )
@@ -127,5 +127,7 @@ def small_row(lab: Lab) -> Row:
         return missing("links", words, asked, errors(samples))
     least = n_bytes * 8 / rate
     seconds = [value for one in samples for value in one["all"]["seconds"][1:]]
-    note = f"{n_bytes / 1e6:.1f} MB; round trips beyond bytes ÷ rate: {((middle(seconds) or 0) - least) / trip_s:.1f}"
+    trips = ((middle(seconds) or 0.0) - least) / trip_s
+    asked_for = ", ".join(f"{verb} {n / SMALL_SAVES:.1f}" for verb, n in samples[-1]["requests"].items())
+    note = f"{n_bytes / 1e6:.1f} MB; {trips:.1f} round trips beyond bytes ÷ rate; requests of a save, opening included: {asked_for}"
     return row("links", words, asked, seconds, bar=5 * trip_s + least + 0.2, floor=least, note=note)

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from benchmarks.storage_lab import Lab, together
-from benchmarks.storage_rows import Row, against_best, errors, figures, middle, missing, row, words
+from benchmarks.storage_rows import Row, against_best, errors, figures, in_seconds, middle, missing, row
 
 STORED = ("Checkpointer", "fastckpt.save/load", "torch.save", "safetensors mapped", "torch_checkpointing", "tensorizer")
 FLOOR = "floor"
@@ -64,7 +64,7 @@ def rows(lab: Lab) -> list[Row]:
             floor=load_floor,
             floor_factor=1.15,
             note="floor: new memory, decoding of the chunks, one look at each byte; safetensors mapped: "
-            f"{words(lab.of(warm, 'safetensors mapped'))}",
+            f"{in_seconds(lab.of(warm, 'safetensors mapped'))}",
         ),
         against_best(
             "local",

@@ -19,7 +19,7 @@ def middle(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def words(samples: Samples, key: str = "seconds") -> str:
+def in_seconds(samples: Samples, key: str = "seconds") -> str:
     """The median, to be read."""
     value = middle(figures(samples, key))
     return "not measured" if value is None else f"{value:.3f} s"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from benchmarks.storage_lab import Lab, moto, radosgw, together
-from benchmarks.storage_rows import Row, against_best, errors, figures, middle, missing, row, words
+from benchmarks.storage_rows import Row, against_best, errors, figures, in_seconds, middle, missing, row
 
 SAVED = (
     ("Checkpointer", "obstore PUT"),  # the second moves what the first has stored
@@ -94,7 +94,7 @@ def rows(lab: Lab, trouble: str = "") -> list[Row]:
             lab.of("one", "fastckpt.save/load"),
             rivals("one", ("tensorizer", "runai")),
             0.8,
-            note=f"of a Checkpointer's repository: {words(lab.of('one', 'Checkpointer'))}",
+            note=f"of a Checkpointer's repository: {in_seconds(lab.of('one', 'Checkpointer'))}",
         )
     )
     memory = [value / 2**20 for value in figures(lab.of("restore", "Checkpointer"), "memory")]

@@ -86,6 +86,8 @@ def restore(contender: Contender, place: Place, given: dict[str, Any]) -> dict[s
     result["touched"] = touched
     if hasattr(contender, "opened_s"):
         result["opened"] = contender.opened_s
+    found = contender.settle(found)
+    result["settled"] = span.seconds()
     if given.get("check"):
         result["differences"] = differences(contender, torch.load(given["state"]), found)
     return result

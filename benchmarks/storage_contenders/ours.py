@@ -46,6 +46,12 @@ class OwnCheckpointer(Contender):
         self._open.restore(**({"overlap": True} if self.overlap else {}))
         return self.training.state()
 
+    def settle(self, found: Any) -> Any:
+        assert self._open is not None
+        if self.overlap:
+            self._open.fence()
+        return self.training.state()
+
     def one(self, name: str) -> Any:
         with fastckpt.open(self._place.root) as reader:
             return reader[name.replace("/", ".")]
