@@ -395,6 +395,13 @@ def test_a_pack_that_is_too_large_for_memory_is_refused_in_words() -> None:
         list(transfer.carry([claimed], {}))
 
 
+def test_a_disk_at_one_side_does_not_slow_the_other_down(tmp_path: Path) -> None:
+    disk, bucket = LocalStore(tmp_path), MemoryStore()
+    assert Transfer(bucket, disk, Options(connections=8)).connections == 8
+    assert Transfer(disk, bucket, Options(connections=8)).connections == 8
+    assert Transfer(disk, disk, Options(connections=8)).connections == 2
+
+
 @pytest.mark.parametrize("mode", ["before", "after"])
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_any_failing_operation_leaves_whole_checkpoints_and_the_next_run_finishes(side: str, mode: str) -> None:
