@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 
 from fastckpt.cli.output import OK, WrongUsageError, bar, human, note, print_json, say
 from fastckpt.cli.target import (
@@ -17,6 +18,7 @@ from fastckpt.cli.target import (
 )
 from fastckpt.errors import NoCheckpointError, RepositoryError
 from fastckpt.format import keys
+from fastckpt.options import Options, variable
 from fastckpt.repository.catalog import Catalog, Which
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
@@ -25,6 +27,8 @@ from fastckpt.upkeep.prefetch import PrefetchReport, prefetch
 HELP = "fetch what a restore will read into a folder of this machine"
 
 _VARIABLE = "FASTCKPT_CACHE_DIR"
+_CONNECTIONS = 32
+"""Unless FASTCKPT_CONNECTIONS says otherwise: while a machine starts, nothing else needs its link or its memory."""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -63,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
                 step=_which(store, arguments),
                 ranks=ranks,
                 most_bytes=most,
-                options=options(),
+                options=_options(),
                 progress=bar(folder, always=arguments.progress),
             )
         except (NoCheckpointError, RepositoryError) as error:
@@ -75,6 +79,12 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(report)
     return OK
+
+
+def _options() -> Options:
+    """WrongUsageError."""
+    found = options()
+    return found if variable("connections") in os.environ else replace(found, connections=_CONNECTIONS)
 
 
 def _which(store: Store, arguments: argparse.Namespace) -> Which:

@@ -16,6 +16,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.store.memory import MemoryStore
 from fastckpt.testing.faulty_store import FaultyStore
+from fastckpt.upkeep.check.repository import check_repository
 from fastckpt.upkeep.mirror.mirror import mirror
 from fastckpt.upkeep.mirror.plan import MirrorAsked
 from tests.support.repositories import check_all, history, incarnation, living, reuse
@@ -83,6 +84,8 @@ def mirrored(origin: Origin, copy: MemoryStore, how: dict[str, Any]) -> None:
     except (StoreUnavailableError, NoCheckpointError):
         ended = False
     check_all(copy)
+    if living(copy):
+        assert not check_repository(Repository(copy), quick=True).findings
     for checkpoint in living(copy):
         assert copy.get(commit_key(checkpoint)) == origin.records[checkpoint]
     if ended:

@@ -23,9 +23,10 @@ from fastckpt.errors import (
 )
 from fastckpt.format import keys
 from fastckpt.format.directory import FileEntry
-from fastckpt.format.keys import CheckpointId, commit_key, vote_key
+from fastckpt.format.keys import CheckpointId, SaveId, commit_key, vote_key
 from fastckpt.format.repository_records import parse_pin
 from fastckpt.options import Options
+from fastckpt.repository.commit import open_vote, try_commit
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.pinning import EXPIRES_S, Pinning
 from fastckpt.repository.repository import Repository
@@ -47,6 +48,7 @@ from tests.support.repositories import (
     incarnation,
     keys_of,
     living,
+    place_vote,
     read,
     reuse,
     save_ranks,
@@ -393,6 +395,32 @@ def test_a_pack_that_is_too_large_for_memory_is_refused_in_words() -> None:
     claimed = huge._replace(n_bytes=1 << 60)
     with pytest.raises(CorruptCheckpointError, match=str(1 << 60)):
         list(transfer.carry([claimed], {}))
+
+
+def test_a_vote_that_names_packs_of_a_later_epoch_brings_nothing_there() -> None:
+    """A hostile source could otherwise put objects where a run that goes on from the copy will save."""
+    source, target = MemoryStore(), MemoryStore()
+    save_steps(source, [1])
+    reader = open_vote(source, commit_of(source, 1).vote(0))
+    (file,) = reader.files
+    later = file._replace(key=file.key.replace("data/000001", "data/000009"))
+    source.put(later.key, source.get(file.key))
+    reader.files = (later,)
+    place_vote(source, SaveId(1, 2, 0), reader, parent=None)
+    assert try_commit(source, SaveId(1, 2, 0)) is not None
+    report = mirror(source, target, options=IN_PARALLEL)
+    assert [c.step for c in report.copied] == [1]
+    ((checkpoint, error),) = report.failed
+    assert checkpoint.step == 2
+    assert later.key in str(error)
+    assert later.key not in keys_of(target, "")
+
+
+def test_a_disk_at_one_side_does_not_slow_the_other_down(tmp_path: Path) -> None:
+    disk, bucket = LocalStore(tmp_path), MemoryStore()
+    assert Transfer(bucket, disk, Options(connections=8)).connections == 8
+    assert Transfer(disk, bucket, Options(connections=8)).connections == 8
+    assert Transfer(disk, disk, Options(connections=8)).connections == 2
 
 
 @pytest.mark.parametrize("mode", ["before", "after"])

@@ -31,6 +31,7 @@ from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.testing.faulty_store import FaultyStore
 from fastckpt.upkeep.prefetch import prefetch
+from tests.support import dcp
 from tests.support.command_line import run, run_json
 from tests.support.repositories import (
     IN_PARALLEL,
@@ -269,6 +270,18 @@ def test_load_and_open_read_there_too(tmp_path: Path, monkeypatch: pytest.Monkey
     assert same(fastckpt.load(url), state(1))
     with fastckpt.open(url) as tensors:
         assert torch.equal(tensors["model.w"], state(1)["model"]["w"])
+
+
+@pytest.mark.filterwarnings(dcp.IGNORED)
+def test_a_load_of_dcp_reads_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, folder = tmp_path / "run", tmp_path / "cache"
+    dcp.save(url, {"w": state(1)["model"]["w"]})
+    store = LocalStore(url)
+    prefetch(store, str(folder), options=IN_PARALLEL)
+    for key in keys_of(store, keys.DATA):
+        store.put(key, bytes(store.head(key).n_bytes))
+    monkeypatch.setenv("FASTCKPT_CACHE_DIR", str(folder))
+    assert same(dcp.load(url, {"w": torch.zeros(LARGE)}), {"w": state(1)["model"]["w"]})
 
 
 def test_other_repositories_are_ignored_and_removed_when_nobody_uses_them(tmp_path: Path) -> None:

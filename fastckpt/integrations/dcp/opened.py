@@ -30,6 +30,7 @@ from fastckpt.integrations.dcp.layout import Layout, SavedTensor, dtype_of, layo
 from fastckpt.options import Options
 from fastckpt.reading.assembly import Move, Source, Target, assemble
 from fastckpt.reading.chunk_reader import Reader
+from fastckpt.repository.cached_store import cached
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.commit import open_vote
 from fastckpt.repository.repository import Repository
@@ -63,9 +64,9 @@ class Opened:
         self._store.close()
 
 
-def open_checkpoint(url: str, step: Any) -> Opened:
+def open_checkpoint(url: str, step: Any, cache_dir: str = "") -> Opened:
     """Open the checkpoint of a step, or "latest". NoCheckpointError, CorruptCheckpointError, StoreError."""
-    store = open_store(url)
+    store = cached(open_store(url), cache_dir)
     try:
         try:
             return _open(store, step)

@@ -34,7 +34,7 @@ class FastckptReader(StorageReader):
         url: A directory, or `s3://bucket/prefix`. None: `dcp.load(…, checkpoint_id=…)` names it, which it may do in any case.
         step: Which checkpoint, if several live there, as a Checkpointer leaves them: "latest" or a step.
         weights_only: Refuse objects that could run code while they are loaded, which torch's planners would run. False: trust them.
-        options: None: `Options()`.
+        options: None: `Options()`, and the folder that FASTCKPT_CACHE_DIR names.
 
     Raises:
         StoreError: The URL is none.
@@ -88,7 +88,7 @@ class FastckptReader(StorageReader):
             raise RestoreError("no place to load from: pass dcp.load(…, checkpoint_id=…), or FastckptReader(url)")
         root = self._url if rank is None else rank_url(self._url, rank)
         try:
-            self._opened = open_checkpoint(root, self._step)
+            self._opened = open_checkpoint(root, self._step, (self._options or Options.from_env()).cache_dir)
         except NoCheckpointError as error:
             if rank is None:
                 raise

@@ -88,8 +88,8 @@ class Transfer:
         target has, too.
         """
         self._source, self._target, self._contents = source, target, contents
-        fitting = options.for_store(source.useful_connections).for_store(target.useful_connections)
-        self.connections = fitting.connections
+        # A disk gains nothing from more than two, but a bucket at the other side does.
+        self.connections = max(options.for_store(side.useful_connections).connections for side in (source, target))
         self._most_bytes = options.max_load_bytes
         self._room = Room(max(options.host_budget_bytes // 4, 1))
 
