@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("obstore", reason="gs:// and az:// need obstore (pip install obstore)")
 import fastckpt
 from fastckpt.cli.main import main
 from fastckpt.errors import (
