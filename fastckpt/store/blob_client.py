@@ -18,6 +18,8 @@ from fastckpt.store.blob_errors import ACCESS_STEP, first_words
 
 _USUAL_BYTES = 64 << 20
 _MOST_KEPT = 16
+_ALLOW_HTTP = {"gs": "GOOGLE_ALLOW_HTTP", "az": "AZURE_ALLOW_HTTP"}
+"""obstore reads these itself only where it is given no settings of HTTP."""
 _ENVIRONMENT = ("AZURE_", "GOOGLE_", "GCLOUD_", "IDENTITY_", "MSI_", "HTTP", "http", "ALL_PROXY", "NO_PROXY", "SSL_")
 
 
@@ -94,6 +96,7 @@ def _make(place: Place, doublings: int) -> Any:
         "connect_timeout": timedelta(seconds=place.connect_timeout_s),
         "timeout": timeout,
         "pool_max_idle_per_host": str(place.connections),
+        "allow_http": os.environ.get(_ALLOW_HTTP[place.scheme], "").lower() in ("1", "true", "yes"),
         **place.client_options,
     }
     given = {} if place.credential_provider is None else {"credential_provider": place.credential_provider}

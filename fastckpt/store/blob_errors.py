@@ -62,6 +62,10 @@ def translate(error: Exception, doing: str, where: str) -> StoreError:
         return StoreFullError(f"{what}there is no room for the object ({said})")
     if "token request" in text or "redential" in text:
         return StoreAccessError(f"{what}credentials could not be had ({said}). {ACCESS_STEP}")
+    if "builder error" in text:  # obstore's words for an address that it may not speak to
+        return StoreError(
+            f"{what}the endpoint cannot be used ({said}). If it is http://, allow that: AZURE_ALLOW_HTTP=true or GOOGLE_ALLOW_HTTP=true"
+        )
     if "certificate" in text:
         return StoreError(
             f"{what}the server's certificate is not trusted ({said}). Name the authority's in SSL_CERT_FILE"

@@ -134,15 +134,16 @@ class HttpClient:
         self._drop(lambda since_s: True)
 
     def _drop(self, is_old: Callable[[float], bool]) -> None:
-        while True:
-            try:
+        """Close the oldest idle connections. Without a lock: another thread may take one between a look and its removal."""
+        try:
+            while is_old(self._idle[0][1]):
                 oldest = self._idle.popleft()
-            except IndexError:
-                return
-            if not is_old(oldest[1]):
-                self._idle.appendleft(oldest)
-                return
-            oldest[2].close()
+                if not is_old(oldest[1]):
+                    self._idle.appendleft(oldest)
+                    return
+                oldest[2].close()
+        except IndexError:
+            return
 
     def _connect(self, server: Server) -> Connection:
         host, port = self._proxy[:2] if self._proxy else (self._host, self._port)

@@ -19,9 +19,6 @@ import pytest
 
 from fastckpt.store import blob_client
 from fastckpt.store.blob import BlobStore, open_blobs
-
-pytest.importorskip("obstore", reason="gs:// and az:// need obstore (pip install obstore)")
-pytest.importorskip("boto3", reason="the played server shares code with those of S3")
 from tests.blobs.google import GoogleServer
 
 # Microsoft's documents give this account and key for emulators.

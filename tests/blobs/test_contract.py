@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("obstore", reason="gs:// and az:// need obstore (pip install obstore)")
 import fastckpt
+from fastckpt.cli.main import main
 from fastckpt.errors import (
     ObjectChangedError,
     ObjectNotFoundError,
@@ -29,7 +31,7 @@ from fastckpt.store.open import open_store
 from fastckpt.store.probe import look_closely
 from fastckpt.store.wrap import Retrying
 from fastckpt.testing.store_contract import StoreContract
-from tests.blobs.conftest import google_config
+from tests.blobs.conftest import AZURE_ACCOUNT, AZURE_KEY, google_config
 from tests.blobs.google import GoogleServer
 from tests.s3.manners import refuses
 
@@ -76,11 +78,34 @@ def test_probe_versions_and_a_run(which: str, request: pytest.FixtureRequest) ->
         assert job.restore() == 3
 
 
-def test_objects_by_url(google: GoogleServer, environment: pytest.MonkeyPatch) -> None:
-    """By obstore's own names in the environment; a name with all kinds of characters."""
+@pytest.mark.parametrize("name", ["x", "epoch=0-step=1 (2).ckpt", "a%20b?c#d.pt", "größe/重み 🙂.pt", "a+b,c;d!e'f.pt"])
+def test_objects_by_url_and_the_environment(
+    name: str, azurite: str, open_az: Callable[..., BlobStore], environment: pytest.MonkeyPatch
+) -> None:
+    container = open_az()._place.bucket
+    for variable, value in {
+        "AZURE_STORAGE_ACCOUNT_NAME": AZURE_ACCOUNT,
+        "AZURE_STORAGE_ACCOUNT_KEY": AZURE_KEY,
+        "AZURE_STORAGE_ENDPOINT": azurite,
+        "AZURE_ALLOW_HTTP": "true",
+    }.items():
+        environment.setenv(variable, value)
+    fastckpt.save({"a": torch.arange(5)}, f"az://{container}/run/{name}")
+    assert fastckpt.load(f"azure://{container}/run/{name}")["a"].equal(torch.arange(5))
+    assert open_az(any_names=True).head(name).n_bytes > 0
+    assert main(["show", f"az://{container}/run/{name}"]) == 0
+    assert main(["probe", f"az://{container}/run", "--yes", "--connections", "2", "--seconds", "0.1"]) == 0
+    assert main(["ls", f"az://{container}/none"]) == 3
+    environment.delenv("AZURE_ALLOW_HTTP")
+    with pytest.raises(StoreError, match="AZURE_ALLOW_HTTP=true") as caught:
+        fastckpt.load(f"azure://{container}/run/{name}")
+    assert type(caught.value) is StoreError
+
+
+def test_google_by_the_environment(google: GoogleServer, environment: pytest.MonkeyPatch) -> None:
     environment.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", google_config(google.url)["service_account_key"])
-    environment.setattr("fastckpt.store.open.location", lambda url: url if isinstance(url, str) else str(url))
-    with open_store("gcs://lab/run", client_options={"allow_http": True}) as store:
+    environment.setenv("GOOGLE_ALLOW_HTTP", "true")
+    with open_store("gcs://lab/run") as store:
         assert store.url == "gs://lab/run"
         store.put("a", b"1")
     assert google.objects == {"run/a": b"1"}

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import fastckpt
 from fastckpt import Every, Options
+from fastckpt.store import LocalStore
 from tests.distributed.programs import OPTIONS
 
 
@@ -19,6 +20,8 @@ def begin(url: str, way: str) -> str:
     differs = dist.get_rank() == dist.get_world_size() - 1
     state: dict[str, Any] = {"model": torch.nn.Linear(4, 4), "epoch": {"n": 1}}
     settings: dict[str, Any] = {"every": Every(steps=5), "spot": None, "options": Options(**OPTIONS)}
+    if way == "experimental store":
+        LocalStore.one_writer = "it is experimental"
     if differs:
         change(way, state, settings)
         url += "-of-its-own" * (way == "another directory")

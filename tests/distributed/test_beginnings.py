@@ -41,3 +41,8 @@ def test_one_that_leaves_out_restore(tmp_path: Path) -> None:
         "ranks do not make the same calls of their Checkpointers: rank 0 is restoring, and rank 2 is beginning to save"
     )
     assert words in told(tmp_path, "no restore")
+
+
+def test_a_store_for_one_writer_refuses_three(tmp_path: Path) -> None:
+    assert "it is experimental. So one process may write here, and 3 want to" in told(tmp_path, "experimental store")
+    assert not (tmp_path / "run").exists()

@@ -147,7 +147,7 @@ def test_a_forked_process_opens_its_own(server: MannersServer) -> None:
 
 
 def test_the_interpreters_end_is_quiet(encrypted: MannersServer) -> None:
-    """Nobody closes the store: no warning, and the save at the very end arrives."""
+    """Nobody closes the store: no warning, and the save at the very end arrives. Starts a Python with torch: some 5 s."""
     code = (
         "import atexit, fastckpt, torch\n"
         "atexit.register(lambda: fastckpt.save({'a': torch.arange(3)}, 's3://lab/late'))\n"
