@@ -113,13 +113,32 @@ class ChunkEncoded(Event):
     """Size before equal chunks are recognised: see ChunkStored."""
     seconds: float
     """Does not include `raw_s`."""
+    effort: str = ""
+    """How much time the encoder was allowed to spend: "none", "fast", "normal", "high" (docs/options.md)."""
     raw_s: float = 0.0
     """Time before that on the same thread, until the raw bytes were available: copying them, or waiting for a snapshot's copy."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class EffortUsed(Event):
+    """What one save of a Checkpointer has encoded with one effort; at its end, one event for each effort."""
+
+    target: str
+    step: int
+    effort: str
+    chunks: int
+    raw_bytes: int
+    stored_bytes: int
+    """Before equal chunks are recognised."""
+    encode_s: float
+    """Of all encoding threads together."""
+    why: str
+    """The reason for the effort of the last chunk of the save."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChunkStored(Event):
-    """One chunk was encoded and handed to the sink, by the thread that emits this. In the order of the records."""
+    """One chunk was encoded and handed on, by the thread that emits this. In a container, in the order of the records."""
 
     target: str
     record: int
@@ -128,9 +147,9 @@ class ChunkStored(Event):
     stored_bytes: int
     """0 for a chunk that needs no bytes of its own (CONST, or equal to an earlier one)."""
     encode_s: float
-    """Time on another thread, earlier; the sum of `seconds` and `raw_s` of its ChunkEncoded."""
+    """Time before that, in a container on another thread; the sum of `seconds` and `raw_s` of its ChunkEncoded."""
     write_s: float
-    """Time of handing over the bytes; in a repository it includes the wait for a free pack."""
+    """Time of handing over the bytes; in a repository, the wait for a free pack before a pack's first chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)

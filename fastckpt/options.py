@@ -53,6 +53,7 @@ DECODER_BYTES = 2 * _MIB + MAX_RAW_BYTES
 LEAST_LOAD_EXTRA_BYTES = 24 * _MIB
 MIN_PACK_BYTES = MAX_RAW_BYTES  # a chunk never crosses the border of a pack
 MAX_PACK_BYTES = 32 * _MIB
+EFFORTS = ("auto", "none", "fast", "normal", "high")
 _CONNECTIONS, _MOST_CONNECTIONS = 8, 64
 _PACK_OF_MANY_BYTES = 8 * _MIB  # the more connections there are, the less a long pack gains
 
@@ -86,6 +87,10 @@ class Options:
     """Threads that encode or decode. 0: one for each CPU this process may use, at most 16; more are memory-bound."""
     compress: bool = True
     """False stores every chunk RAW (or CONST): 20–50 % more bytes, several times less CPU time. For very fast disks."""
+    effort: str = "auto"
+    """How much time the encoder may spend. "auto": a Checkpointer follows its link, with less effort while uploads wait for the encoder and
+    more while packs wait for the link; other saves are "normal". "none": as `compress` False. "fast": no search for matches. "normal".
+    "high": 0.2 % fewer bytes at most, in up to eight times the time. It changes sizes and speed, never what is read back."""
     host_budget_bytes: int = 0
     """Most extra host memory of saves: snapshots, encoders and uploads together. 0: half of this machine's (or cgroup's) memory.
     A state that does not fit goes through it in parts, and training waits for the last one; `save_async` writes before it returns."""
@@ -113,6 +118,9 @@ class Options:
     more, up to `max_connections`."""
     max_connections: int = 0
     """Most uploads under way at once. 0: 64 if `connections` is 0, otherwise as many as `connections`, which then does not change."""
+    max_upload_bytes_per_s: int = 0
+    """Most bytes a second that the saves of one Checkpointer upload into packs, on average over ten seconds or one pack. 0: no limit.
+    Keeps a machine's burst credits for its last save: after a notice, and while `close` waits, there is no limit. Each rank has its own."""
     join_timeout_s: float = 300.0
     """How much later than the first one the last rank of a job may come to where all ranks meet: when their Checkpointers are made, at a
     restore, at the first save. Longer: slow nodes may come; shorter: a rank that never comes is told sooner."""
@@ -247,6 +255,8 @@ def _expected(name: str, kind: Any, value: Any) -> str | None:
         return "a number ≥ 0"
     if name == "verify_snapshot" and value not in ("sampled", "always", "first", "off"):
         return '"sampled", "always", "first" or "off"'
+    if name == "effort" and value not in EFFORTS:
+        return f"one of {', '.join(EFFORTS)}"
     if name == "background_nice" and value > 19:
         return "at most 19"
     if name == "host_budget_bytes" and 0 < value < CHUNK_IN_FLIGHT_BYTES:

@@ -47,8 +47,11 @@ class Incarnation:
         team: Team | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
+        in_a_hurry: Callable[[], bool] = lambda: False,
     ) -> None:
-        """team: the ranks of one job; None: votes of other ranks, if there are any, are waited for by looking for them in the store."""
+        """team: the ranks of one job; None: votes of other ranks, if there are any, are waited for by looking for them in the store.
+        in_a_hurry: whether a notice has come; after that no limit for uploads holds.
+        """
         self.repository = repository
         self.epoch: Epoch | None = None
         self.last: Parent | None = None
@@ -59,7 +62,7 @@ class Incarnation:
         self._team = team
         self._attempts: dict[int, int] = {}
         self._collector = Collector(repository)
-        self.uplink = Uplink(options)
+        self.uplink = Uplink(options, in_a_hurry)
         self._told: Fate | None = None
         """Of the last save that all ranks made."""
         self._sleep, self._clock = sleep, clock

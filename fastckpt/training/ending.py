@@ -220,6 +220,7 @@ class Ending:
     def _end_saves(self, deadline: Deadline) -> None:
         """Wait for the saves, and give up those that are not durable by the deadline. SaveError in that case."""
         queue = self._engine.queue
+        self._engine.incarnation.uplink.limit.lift()
         with hurried(), self._engine.fence.attended():
             idle = queue.wait_idle(deadline.left_s())
         if not idle:

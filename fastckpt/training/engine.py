@@ -83,7 +83,7 @@ class Engine(NamedTuple):
                 objects = ObjectBoard(store, lambda: None if incarnation.epoch is None else incarnation.epoch.number)
                 team = Team.of_process_group(world, objects, options.join_timeout_s)
                 failed.callback(team.close)
-            incarnation = Incarnation(Repository(store), options, team=team)
+            incarnation = Incarnation(Repository(store), options, team=team, in_a_hurry=in_a_hurry)
             if not world.leads:
                 keep = None  # rank 0 retires old checkpoints
             queue = SaveQueue(incarnation, keep, grace_s, in_a_hurry)

@@ -30,6 +30,7 @@ from fastckpt.host.threads import WorkerPool
 from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
 from fastckpt.options import Options
 from fastckpt.writing.chunk_writer import ChunkWriter
+from fastckpt.writing.effort import fixed_effort
 
 _INLINE_BYTES = 4 << 20  # below this, starting threads takes longer than the work
 
@@ -148,6 +149,8 @@ class OrderedWriter(ChunkWriter):
     ) -> None:
         super().__init__(sealed, target)
         self._payload, self._options, self._pool = payload, options, pool
+        fixed = fixed_effort(options)
+        self._effort = codec.Effort.NORMAL if fixed is None else fixed
 
     def run(self) -> None:
         """Encode and store all chunks. Afterwards `records` is complete and the source has confirmed its bytes. The first error cancels the
@@ -184,7 +187,7 @@ class OrderedWriter(ChunkWriter):
 
     def _encode(self, number: int, chunk: SealedChunk, scratch: _Scratch) -> _Encoded:
         started = time.perf_counter()
-        effort = codec.Effort.NORMAL if self._options.compress else codec.Effort.NONE
+        effort = self._effort
         element = chunk.element
         raw = self._source.raw(number, scratch.raw)
         encode_from = time.perf_counter()
@@ -201,6 +204,7 @@ class OrderedWriter(ChunkWriter):
                     raw_bytes=chunk.n_bytes,
                     stored_bytes=len(encoded.stored),
                     seconds=now - encode_from,
+                    effort=effort.name.lower(),
                     raw_s=encode_from - started,
                 )
             )

@@ -63,10 +63,24 @@ class PackingWriter(ChunkWriter):
         self._packs, self._pool, self._uplink = packs, pool, uplink
         self._encoders = min(encoders, max(1, len(self.chunks))) if pool is not None else 1
         self._upcoming = _Upcoming(sealed)
-        self._lock = threading.Lock()
-        """Held where a record is made."""
         self._ended = threading.Semaphore(0)
         """One for each encoder that has ended."""
+
+    def tell_efforts(self, step: int) -> None:
+        """Emit EffortUsed for each effort of this save."""
+        for effort, used in sorted(self._uplink.efforts.used.items()):
+            events.emit(
+                events.EffortUsed(
+                    target=self._target,
+                    step=step,
+                    effort=effort.name.lower(),
+                    chunks=used.chunks,
+                    raw_bytes=int(used.raw_bytes),
+                    stored_bytes=int(used.stored_bytes),
+                    encode_s=used.seconds,
+                    why=self._uplink.efforts.why,
+                )
+            )
 
     def run(self) -> None:
         """Encode all chunks and seal their packs. Afterwards `records` is complete and the source has confirmed its bytes. The first error
@@ -122,16 +136,19 @@ class PackingWriter(ChunkWriter):
             raise
         finally:
             self._packs.seal(pack)
-        return bool(self._upcoming)
+        self._packs.more = more = bool(self._upcoming)
+        return more
 
     def _add(self, number: int, pack: Pack, scratch: U8, waited_s: float) -> None:
         chunk, started = self.chunks[number], time.perf_counter()
-        element, effort = chunk.element, self._uplink.effort
+        element, effort = chunk.element, self._uplink.efforts.level
         raw = self._source.raw(number, scratch)
         encode_from = time.perf_counter()
         found = codec.encode_into(raw, element.const_lane_bytes, element.float_lane_bytes, pack.rest, effort=effort)
         now = time.perf_counter()
-        with self._lock:
+        raw_s, seconds = encode_from - started, now - encode_from
+        with self._packs.lock:
+            self._uplink.efforts.encoded(effort, chunk.n_bytes, len(found.stored), seconds, raw_s)
             stored_bytes = 0
             if not self.is_stored(number, found):
                 stored_bytes = len(found.stored)
@@ -139,10 +156,17 @@ class PackingWriter(ChunkWriter):
                 self.enter(number, found, *place)
         self._source.release(number)
         if events.enabled():
-            self._tell(number, found, stored_bytes, encode_from - started, now - encode_from, waited_s)
+            self._tell(number, found, effort, stored_bytes, raw_s, seconds, waited_s)
 
     def _tell(
-        self, number: int, found: codec.Encoded, stored_bytes: int, raw_s: float, seconds: float, waited_s: float
+        self,
+        number: int,
+        found: codec.Encoded,
+        effort: codec.Effort,
+        stored_bytes: int,
+        raw_s: float,
+        seconds: float,
+        waited_s: float,
     ) -> None:
         target, n_bytes = self._target, self.chunks[number].n_bytes
         events.emit(
@@ -153,6 +177,7 @@ class PackingWriter(ChunkWriter):
                 raw_bytes=n_bytes,
                 stored_bytes=len(found.stored),
                 seconds=seconds,
+                effort=effort.name.lower(),
                 raw_s=raw_s,
             )
         )

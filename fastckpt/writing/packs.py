@@ -80,12 +80,15 @@ class PackWriter:
         cancelled: asked before every chunk; once it says True, everything here raises SaveError.
         """
         self._store, self._save, self._rank = store, save, rank
-        self._pool, self._uplink, self._buffers, self._cancelled = pool, uplink, uplink.buffers, cancelled
-        self._changed = threading.Condition()
+        self._pool, self._uplink, self._cancelled = pool, uplink, cancelled
+        self.lock = threading.Condition()
+        """Of everything here, of the uplink, and of the records of whoever encodes."""
         self._error: BaseException | None = None
         self._n_numbers = self._waiting = self._sending = 0
         self._files: dict[int, FileEntry] = {}
         self.stored_bytes = 0
+        self.more = True
+        """Chunks are still to be encoded; set by whoever encodes."""
 
     def __enter__(self) -> PackWriter:
         return self
@@ -116,22 +119,22 @@ class PackWriter:
 
     def fail(self, error: BaseException) -> None:
         """Make everything here raise this error, unless there was one before."""
-        with self._changed:
+        with self.lock:
             self._error = self._error or error
-            self._changed.notify_all()
+            self.lock.notify_all()
 
     def begin(self, left_bytes: int) -> Pack:
         """An empty pack, once there is memory for it. left_bytes: raw bytes that are still to be saved. Raises what `refuse` does."""
-        with self._changed:
+        with self.lock:
             while True:
                 self.refuse()
-                buffer = self._buffers.take(self._uplink.packs_at_once)
+                buffer = self._uplink.buffers.take(self._uplink.packs_at_once)
                 if buffer is not None:
                     return Pack(buffer, self._uplink.pack_bytes(left_bytes, buffer.size))
-                self._changed.wait(_LOOK_S)
+                self.lock.wait(_LOOK_S)
 
     def keep(self, pack: Pack, n_bytes: int, crc64nvme: int) -> tuple[int, int]:
-        """Keep the first bytes of the pack's rest. Returns the file number and the offset. One thread at a time, over all packs."""
+        """Keep the first bytes of the pack's rest. Returns the file number and the offset. The caller holds the lock."""
         if pack.number is None:
             pack.number, self._n_numbers = self._n_numbers, self._n_numbers + 1
         self.stored_bytes += n_bytes
@@ -139,10 +142,10 @@ class PackWriter:
 
     def seal(self, pack: Pack) -> None:
         """Start the upload of a pack; nothing is added to it any more. An empty one, or one of a failed save, is only taken back."""
-        with self._changed:
+        with self.lock:
             if pack.number is None or self._error is not None:
-                self._buffers.give_back(pack.buffer)
-                self._changed.notify_all()
+                self._uplink.buffers.give_back(pack.buffer)
+                self.lock.notify_all()
                 return
             self._waiting += 1
         self._pool.submit(functools.partial(self._upload, pack))
@@ -150,29 +153,35 @@ class PackWriter:
     # -- the connections -----------------------------------------------------------------------------------------------
 
     def _upload(self, pack: Pack) -> None:
-        with self._changed:
+        with self.lock:
             self._waiting, self._sending = self._waiting - 1, self._sending + 1
         try:
             entry = None if self._error is not None else self._put(pack)
         except BaseException as error:
             self.fail(error)
             entry = None
-        with self._changed:
+        with self.lock:
             self._sending -= 1
             if entry is not None and pack.number is not None:
                 self._files[pack.number] = entry
-            self._buffers.give_back(pack.buffer)
-            self._changed.notify_all()
+            self._uplink.buffers.give_back(pack.buffer)
+            self.lock.notify_all()
 
     def _put(self, pack: Pack) -> FileEntry:
         assert pack.number is not None
         key = pack_key(self._save, self._rank, pack.number)
+        self._uplink.limit.wait(pack.n_bytes, self.refuse)
         started = time.perf_counter()
         self._store.put(key, Body.of(pack.buffer[: pack.n_bytes], pack.crc64nvme))
         now = time.perf_counter()
-        with self._changed:
+        with self.lock:
             more = self._uplink.put_finished(
-                now, pack.n_bytes, now - started, waiting=self._waiting, sending=self._sending
+                now,
+                pack.n_bytes,
+                now - started,
+                waiting=self._waiting,
+                sending=self._sending,
+                more=self.more,
             )
         if more:
             self._pool.grow(more)
@@ -190,9 +199,9 @@ class PackWriter:
 
     def finish(self) -> list[FileEntry]:
         """Wait until all packs are durable. Returns them in the order of their file numbers, which start at 1."""
-        with self._changed:
+        with self.lock:
             while self._waiting or self._sending:
                 self.refuse()
-                self._changed.wait(_LOOK_S)
+                self.lock.wait(_LOOK_S)
             self.refuse()
             return [self._files[number] for number in range(self._n_numbers)]

@@ -107,6 +107,7 @@ def upload(
                 chunks.tell_start(skeleton_s=0.0)
                 chunks.run()
                 files = packs.finish()
+                chunks.tell_efforts(request.save.step)
         finally:
             threads.close()
         vote, data = _build(chunks, sealed, files, request, packs.stored_bytes)
