@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.storage import UntypedStorage
 
+from fastckpt.kernels.transform import MAX_RAW_BYTES
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.fill import fill
 from fastckpt.reading.storage_loader import Sink
@@ -33,7 +34,8 @@ class StraightFill:
         """storages: number of a storage → the memory for it, as long as the storage. threads: how many read and decode at once."""
         self._reader, self._storages, self._threads = reader, storages, threads
         devices = {storage.device for storage in storages.values() if storage.device.type != "cpu"}
-        rooms = min(_MOST_ROOMS, _ROOMS_FOR_EACH_THREAD * threads)
+        n_bytes = sum(storage.nbytes() for storage in storages.values())
+        rooms = min(_MOST_ROOMS, _ROOMS_FOR_EACH_THREAD * threads, 1 + n_bytes // MAX_RAW_BYTES)
         self._devices = {device: DeviceFilling(device, rooms) for device in devices}
 
     def run(self, stops: Callable[[], bool] | None = None) -> None:
