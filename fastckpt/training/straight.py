@@ -142,7 +142,7 @@ def _cover(tensors: Sequence[torch.Tensor], n_bytes: int) -> bool:
     """Whether tensors of one memory leave nothing of it to somebody who did not give it to us."""
     end = 0
     for tensor in sorted(tensors, key=lambda one: one.storage_offset() * one.itemsize):
-        start = tensor.storage_offset() * tensor.itemsize
+        start = int(tensor.storage_offset()) * tensor.itemsize
         if start > end or not _is_dense(tensor):
             return False
         end = max(end, start + int(tensor.nbytes))
