@@ -41,12 +41,17 @@ class Restoring:
             raise self._broken
 
     def give_up(self) -> None:
-        """Wait for nothing more of the last restore: it will be followed by another one, or by nothing."""
-        arrival, self._arrival, self._engine.fence.arriving = self._arrival, None, None
-        if arrival is not None:
-            arrival.give_up()
-            self._broken = arrival.error or self._broken
-            self._engine.queue.retaining.go_on()
+        """End what is left of the last restore: it is followed by another one, or by nothing."""
+        arrival = self._arrival
+        if arrival is None:
+            return
+        arrival.give_up()
+        if arrival.error is None:
+            arrival.wait()  # it was there already
+            return
+        self._broken = arrival.error
+        self._arrival = self._engine.fence.arriving = None
+        self._engine.queue.retaining.go_on()
 
     def restore(self, step: Which, asked: RestoreAsked) -> Commit | None:
         """Put a checkpoint into the objects. None: there is none. Errors as those of `Checkpointer.restore`."""

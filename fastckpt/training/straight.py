@@ -128,11 +128,31 @@ def _filled_now(
             continue
         memories = {identity(tensor.untyped_storage()) for tensor in tensors.values()}
         n_bytes = directory.storages[number].n_bytes
-        whole = any(tensor.nbytes == n_bytes for tensor in tensors.values())
         first = next(iter(tensors.values()))
-        if len(memories) == 1 and whole and first.untyped_storage().nbytes() == n_bytes:
+        if (
+            len(memories) == 1
+            and first.untyped_storage().nbytes() == n_bytes
+            and _cover(list(tensors.values()), n_bytes)
+        ):
             found[number] = tensors
     return found
+
+
+def _cover(tensors: Sequence[torch.Tensor], n_bytes: int) -> bool:
+    """Whether tensors of one memory leave nothing of it to somebody who did not give it to us."""
+    end = 0
+    for tensor in sorted(tensors, key=lambda one: one.storage_offset() * one.itemsize):
+        start = int(tensor.storage_offset()) * tensor.itemsize
+        if start > end or not _is_dense(tensor):
+            return False
+        end = max(end, start + int(tensor.nbytes))
+    return end == n_bytes
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie side by side, in whatever order: each has a place of its own, and the last is where it can be first."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() == reach + 1
 
 
 def _own_memory(targets: Mapping[str, Any], plan: PlacementPlan) -> Iterator[tuple[Name, torch.Tensor]]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.storage import UntypedStorage
 
+from fastckpt.kernels.transform import MAX_RAW_BYTES
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.fill import fill
@@ -34,7 +35,9 @@ class StraightFill:
         """storages: number of a storage → the memory for it, as long as the storage. options: how many read and decode at once."""
         self._reader, self._storages, self._options = reader, storages, options
         devices = {storage.device for storage in storages.values() if storage.device.type != "cpu"}
-        rooms = min(_MOST_ROOMS, _ROOMS_FOR_EACH_THREAD * max(options.load_threads, options.connections))
+        n_bytes = sum(storage.nbytes() for storage in storages.values())
+        threads = max(options.load_threads, options.connections)
+        rooms = min(_MOST_ROOMS, _ROOMS_FOR_EACH_THREAD * threads, 1 + n_bytes // MAX_RAW_BYTES)
         self._devices = {device: DeviceFilling(device, rooms) for device in devices}
 
     def run(self, stops: Callable[[], bool] | None = None) -> None:

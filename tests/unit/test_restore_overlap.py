@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastckpt import Checkpointer, Options, RNGState
-from fastckpt.errors import CorruptCheckpointError, PartialRestoreError, StoreError
+from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, PartialRestoreError, StoreError
 from fastckpt.repository.commit import open_vote
 from fastckpt.training.arrival import Arrival
 from tests.support.repositories import flip, keys_of, living, save_ranks
@@ -291,6 +291,27 @@ def test_what_cannot_be_asked_for_together(saved: Saved) -> None:
             ckpt.restore("latest-valid", overlap=True)
         with pytest.raises(ValueError, match="atomic"):
             ckpt.restore(atomic=True, overlap=True)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_restore_before_all_has_come(saved: Saved, is_there: bool) -> None:
+    state = made(2, steps=0)
+    saved.hold()
+    with saved.opened(state) as ckpt:
+        ckpt.restore(overlap=True)
+        arrival = ckpt._restoring._arrival
+        assert arrival is not None
+        saved.store.open.set()
+        if is_there:
+            arrival._is_over.wait()
+        with pytest.raises(NoCheckpointError):
+            ckpt.restore(7)
+        assert not is_coming(ckpt)
+        if is_there or arrival.error is None:  # what it was given up in the middle of may just have come
+            ckpt.save_now(2).wait()
+        assert ckpt.restore(1, overlap=True) == 1
+        assert ckpt.restore(1) == 1
+        ckpt.save_now(3).wait()
 
 
 def test_packs_hold_the_state_of_optimizers_last() -> None:

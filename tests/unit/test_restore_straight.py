@@ -93,6 +93,13 @@ def views() -> dict[str, Any]:
     return {"d": {"a": base[:10], "b": base[10:], "c": torch.randn(3, 4).t(), "e": torch.randn(1).expand(4)}}
 
 
+def flat() -> dict[str, Any]:
+    """Parameters that lie side by side in one memory, as some optimizers want them."""
+    memory, model = torch.randn(30), nn.Linear(5, 5)
+    model.weight.data, model.bias.data = memory[:25].view(5, 5), memory[25:]
+    return {"m": model}
+
+
 def nested() -> dict[str, Any]:
     deep = OrderedDict(x=torch.randn(7), n=3)
     return {"d": {"a": deep, "b": deep, "t": (torch.randn(2), 1), "l": [{"y": torch.randn(5)}]}, "l": [torch.randn(3)]}
@@ -131,6 +138,7 @@ KINDS: dict[str, Callable[[], dict[str, Any]]] = {
     "tied": tied,
     "memory under two names": same_memory_twice,
     "views": views,
+    "flat": flat,
     "nested": nested,
     "hidden in a set": hidden,
     "odd": odd,
@@ -191,6 +199,23 @@ def test_live_tensors_keep_their_memory(went_straight: list[str]) -> None:
     assert addresses(state) == before
     assert set(went_straight) >= {"m.0.weight", "m.1.running_mean", "m.1.num_batches_tracked", "o.state.0.exp_avg"}
     assert all(p._version > v for p, v in zip(state["m"].parameters(), versions, strict=True)), "autograd is told"
+
+
+def test_memory_that_is_somebody_elses_is_not_written(went_straight: list[str]) -> None:
+    memory = torch.zeros(40)
+    for n_own, straight in ((30, {"m.weight", "m.bias"}), (40, set())):
+        model = nn.Linear(5, 5)
+        model.weight.data, model.bias.data = memory[:25].view(5, 5), memory[25:30]
+        if n_own == 30:
+            model.weight.data, model.bias.data = (own := torch.zeros(30))[:25].view(5, 5), own[25:]
+        store = MemoryStore()
+        save(store, {"m": model})
+        memory[30:] = 7
+        with opened(store, {"m": model}) as ckpt:
+            went_straight.clear()
+            ckpt.restore()
+        assert set(went_straight) == straight
+        assert memory[30:].tolist() == [7.0] * 10
 
 
 def test_a_state_that_autograd_needs_is_not_changed_in_silence() -> None:
