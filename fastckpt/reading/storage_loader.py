@@ -77,6 +77,8 @@ class StorageLoader:
         """Numbers of the ranges that were given to threads, or loaded."""
         self._next = 0
         """Number of storages of the plan's order that were scheduled ahead of the caller of `take`."""
+        self._awaited = -1
+        """Number of the storage that the caller of `take` waits for, or has waited for last."""
         self._damage: list[Damage] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -127,9 +129,11 @@ class StorageLoader:
         if alone and number in self._window and self._window.is_whole(number):
             # Already read on this thread, as part of a bundle: no synchronisation with other threads is needed.
             return self._window.take(number)
-        self._schedule_storage(number)
-        self._schedule_ahead()
+        if self._pool is None or self._next < len(self._plan.order):
+            self._schedule_storage(number)
+            self._schedule_ahead()
         with self._changed:
+            self._awaited = number
             self._changed.wait_for(lambda: self._window.is_whole(number) or self._damage or self._error)
             if self._error is not None:
                 raise self._error
@@ -163,7 +167,7 @@ class StorageLoader:
                 self._pool.submit(self._ranges[at])
 
     def _allocate(self, number: int) -> None:
-        if self.has_data(number):
+        if not self._window.has_entered(number) and self.has_data(number):
             with self._changed:
                 self._window.enter(number, self._storages[number].n_bytes, len(self._plan.chunks[number]))
 
@@ -190,7 +194,9 @@ class StorageLoader:
             for chunk in range_.chunks:
                 for piece in self._plan.pieces[chunk]:
                     self._window.arrive(piece[0])
-            self._changed.notify_all()
+            # Whoever is woken takes the interpreter's lock only to sleep again, unless it is this that it waits for.
+            if damage or (self._awaited in self._window and self._window.is_whole(self._awaited)):
+                self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
