@@ -2,8 +2,8 @@
 
     unpickler ── take(n) ──→ StorageLoader ── schedules ranges of chunks ──→ threads: read → crc → decode → digest → into the storage
 
-Where reads do not wait (files in the page cache), as many threads as decode read, too: a range is one native call. Where they wait, for a
-disk or a server, many ranges are read ahead into buffers (`range_reads`), and decoded there by as many threads at a time as decode.
+Of files, a range is one native call, and the threads that decode read, too (`workers`). Of stores, many ranges are read ahead into buffers
+(`range_reads`), and decoded there by as many threads at a time as decode.
 
 Each chunk is decoded once, directly into the memory that the caller will own; only a chunk of several storages goes through a scratch
 buffer. At most `window_bytes` of storages that were not taken yet are in memory: no limit if storages stay in host memory anyway, a few
@@ -24,7 +24,6 @@ from torch.storage import UntypedStorage
 
 from fastckpt._types import U8
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, StoreError, TooLargeError
-from fastckpt.host.threads import WorkerPool
 from fastckpt.kernels import kernels
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.hedging import Hedging
@@ -35,6 +34,7 @@ from fastckpt.reading.ranges import Range, limits_for, plan, whole_files
 from fastckpt.reading.reads import PLAIN_READS, Reads
 from fastckpt.reading.sources import Source
 from fastckpt.reading.window import Sink, Window
+from fastckpt.reading.workers import Workers, read_soon
 
 _INLINE_BYTES = 4 << 20  # for less, starting threads takes longer than the work
 _PROBED_FILES = 4  # each takes some microseconds
@@ -77,6 +77,8 @@ class StorageLoader:
         """Numbers of the ranges that were given to threads, or loaded."""
         self._next = 0
         """Number of storages of the plan's order that were scheduled ahead of the caller of `take`."""
+        self._awaited = -1
+        """Number of the storage that the caller of `take` waits for, or has waited for last."""
         self._damage: list[Damage] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -88,21 +90,23 @@ class StorageLoader:
         self._range_of = {chunk: number for number, range_ in enumerate(self._ranges) for chunk in range_.chunks}
         self._pool = self._start(threads, reads)
 
-    def _start(self, threads: int, reads: Reads) -> RangeReads | _Workers | None:
+    def _start(self, threads: int, reads: Reads) -> RangeReads | Workers | None:
         """Threads that load ranges. None: the caller's own is enough, or the interpreter is ending and allows none."""
-        if reads.at_once and len(self._ranges) > 1:
-            is_remote = any(source.is_remote for source in _sources_of(self._reader, self._plan))
-            return RangeReads(
-                self._chunks.read,
-                self._use,
-                at_once=reads.at_once,
-                buffers_bytes=reads.buffers_bytes,
-                hedging=Hedging() if is_remote else None,
-            )
-        if reads.at_once or threads == 1 or self._plan.n_bytes <= _INLINE_BYTES:
+        waits = bool(reads.at_once)
+        if len(self._ranges) <= 1 or (not waits and (threads == 1 or self._plan.n_bytes <= _INLINE_BYTES)):
             return None
-        pool = WorkerPool(threads, "fastckpt-load")
-        return None if pool.inline else _Workers(pool, self._load)
+        if not waits or _are_files(self._reader, self._plan):
+            hint = functools.partial(read_soon, self._reader) if waits else None
+            workers = Workers(threads, self._load, hint)
+            return None if workers.inline else workers
+        is_remote = any(source.is_remote for source in _sources_of(self._reader, self._plan))
+        return RangeReads(
+            self._chunks.read,
+            self._use,
+            at_once=reads.at_once,
+            buffers_bytes=reads.buffers_bytes,
+            hedging=Hedging() if is_remote else None,
+        )
 
     def __enter__(self) -> StorageLoader:
         return self
@@ -125,9 +129,11 @@ class StorageLoader:
         if alone and number in self._window and self._window.is_whole(number):
             # Already read on this thread, as part of a bundle: no synchronisation with other threads is needed.
             return self._window.take(number)
-        self._schedule_storage(number)
-        self._schedule_ahead()
+        if self._pool is None or self._next < len(self._plan.order):
+            self._schedule_storage(number)
+            self._schedule_ahead()
         with self._changed:
+            self._awaited = number
             self._changed.wait_for(lambda: self._window.is_whole(number) or self._damage or self._error)
             if self._error is not None:
                 raise self._error
@@ -161,7 +167,7 @@ class StorageLoader:
                 self._pool.submit(self._ranges[at])
 
     def _allocate(self, number: int) -> None:
-        if self.has_data(number):
+        if not self._window.has_entered(number) and self.has_data(number):
             with self._changed:
                 self._window.enter(number, self._storages[number].n_bytes, len(self._plan.chunks[number]))
 
@@ -188,7 +194,9 @@ class StorageLoader:
             for chunk in range_.chunks:
                 for piece in self._plan.pieces[chunk]:
                     self._window.arrive(piece[0])
-            self._changed.notify_all()
+            # Whoever is woken takes the interpreter's lock only to sleep again, unless it is this that it waits for.
+            if damage or (self._awaited in self._window and self._window.is_whole(self._awaited)):
+                self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -206,19 +214,6 @@ class StorageLoader:
             if damage is not None:
                 found.add(damage)
         raise CorruptCheckpointError(self._reader.source.name, sorted(found, key=lambda item: item.place))
-
-
-class _Workers:
-    """Threads that read and decode."""
-
-    def __init__(self, pool: WorkerPool, load: Callable[[Range], None]) -> None:
-        self._pool, self._load = pool, load
-
-    def submit(self, range_: Range) -> None:
-        self._pool.submit(functools.partial(self._load, range_))
-
-    def close(self) -> None:
-        self._pool.close()
 
 
 def _sources_of(reader: Reader, loads: LoadPlan) -> list[Source]:
@@ -239,13 +234,16 @@ def _reads_at_once(reader: Reader, loads: LoadPlan) -> int:
     return most
 
 
+def _are_files(reader: Reader, loads: LoadPlan) -> bool:
+    """Whether the native kernels can read all of these bytes by themselves."""
+    return kernels().read_chunks is not None and all(source.is_file for source in _sources_of(reader, loads))
+
+
 def _ranges_of(reader: Reader, loads: LoadPlan, threads: int, reads: Reads) -> list[Range]:
-    by_file = not reads.at_once and kernels().read_chunks is not None
-    if by_file and all(source.is_file for source in _sources_of(reader, loads)):
+    if _are_files(reader, loads):
         limits = whole_files(loads.n_bytes, threads)
     else:
-        chunks = reader.records[list(loads.pieces)]
-        at_once = reads.at_once or threads
+        chunks, at_once = reader.records[list(loads.pieces)], reads.at_once or threads
         limits = limits_for(int(chunks["stored_bytes"].sum()), at_once, reads.buffers_bytes // at_once)
     return plan(loads.pieces, reader.records, limits)
 

@@ -75,6 +75,10 @@ class Window:
             self._loading[number] = Loading(n_bytes, n_chunks, self._given.get(number))
             self._held_bytes += n_bytes
 
+    def has_entered(self, number: int) -> bool:
+        """Whether a storage has been given memory. For the thread that calls `enter`."""
+        return number in self._entered
+
     def loading(self, number: int) -> Loading:
         """A storage in the window. Any thread."""
         return self._loading[number]

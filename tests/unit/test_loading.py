@@ -20,6 +20,7 @@ from fastckpt.host import pages
 from fastckpt.kernels import kernels
 from fastckpt.reading import sources
 from fastckpt.reading.sources import PathSource
+from fastckpt.reading.workers import WAITING_THREADS
 
 
 @pytest.fixture
@@ -109,12 +110,12 @@ def test_a_file_is_waited_for_if_some_of_it_is_not_in_the_page_cache(
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_more_threads_wait_for_a_disk_but_no_more_decode(
+def test_a_disk_is_told_ahead_and_waited_for_by_a_few_threads_more(
     file: tuple[str, Any], waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, state = file
-    lock, now, most, readers = threading.Lock(), 0, 0, set()
-    load, read = kernels().read_chunks, PathSource.read_into
+    lock, now, most, told = threading.Lock(), 0, 0, []
+    load = kernels().read_chunks
     assert load is not None
 
     def counting_load(*args: Any) -> None:
@@ -129,19 +130,16 @@ def test_more_threads_wait_for_a_disk_but_no_more_decode(
             with lock:
                 now -= 1
 
-    def counting_read(self: PathSource, offset: int, out: Any) -> None:
-        readers.add(threading.current_thread().name)
-        read(self, offset, out)
-
     counting = kernels()._replace(read_chunks=counting_load)
     monkeypatch.setattr("fastckpt.reading.range_chunks.kernels", lambda: counting)
-    monkeypatch.setattr(PathSource, "read_into", counting_read)
+    monkeypatch.setattr("os.posix_fadvise", lambda fd, offset, n, advice: told.append((offset, n)))
     monkeypatch.setattr(PathSource, "reads_at_once", lambda self: sources.COLD_READS if waits else 0)
     monkeypatch.setenv("FASTCKPT_THREADS", "2")
     loaded = fastckpt.load(path)
     assert all(torch.equal(loaded[name], state[name]) for name in state)
-    assert most <= 2
-    assert bool(readers & {"fastckpt-read"}) is waits, "what is in the page cache is read by the threads that decode"
+    assert most <= 2 + waits * WAITING_THREADS
+    assert bool(told) is waits
+    assert len(told) == len(set(told)), "the system was told twice"
 
 
 def test_arguments_that_play_no_part_are_told_at_the_line_of_the_call(tmp_path: Path) -> None:

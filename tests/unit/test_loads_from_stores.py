@@ -229,7 +229,7 @@ def test_objects_that_are_files_are_opened_and_not_copied(
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     fill(reader, memory, fastckpt.Options(threads=2))
     assert is_right(memory)
-    assert len(store.asked) <= 20
+    assert len(store.asked) <= (40 if is_cold else 20), "a range was opened more than twice"
     assert not before or len(os.listdir("/proc/self/fd")) == before
     store.inner.delete(_KEY)
     with pytest.raises(CorruptCheckpointError, match="does not exist"):
