@@ -70,7 +70,9 @@ from fastckpt.host.cycle_collector import held_off as _held_off
 def _is_command_line() -> bool:
     """Whether this process is `fastckpt …` or `python -m fastckpt …`: few of its commands need torch, which takes a second to import."""
     name = _os.path.basename(_sys.argv[0]) if _sys.argv else ""
-    return name == "fastckpt" or (name == "-m" and _sys.orig_argv[_sys.orig_argv.index("-m") + 1] == "fastckpt")
+    return name == "fastckpt" or (
+        name == "-m" and "fastckpt" in _sys.orig_argv
+    )  # -m: while Python looks for the module
 
 
 if _TYPE_CHECKING or "_wanted" in globals() or not _is_command_line():
