@@ -7,7 +7,6 @@ from typing import Any
 
 import xxhash
 
-from fastckpt.kernels.joined_crc import joined
 from fastckpt.kernels.select import kernels
 
 
@@ -38,5 +37,5 @@ def crc64nvme_of(parts: Iterable[Any]) -> int:
     """As `crc64nvme`, of bytes that come in parts, one after another."""
     found = 0
     for part in parts:
-        found = joined(found, crc64nvme(part), memoryview(part).nbytes)
+        found = crc64nvme_combine(found, crc64nvme(part), memoryview(part).nbytes)
     return found
