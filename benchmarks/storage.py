@@ -12,6 +12,7 @@ import argparse
 import os
 import shutil
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -58,14 +59,18 @@ def measured(args: argparse.Namespace) -> output.Result:
     """Run the groups that are asked for, one after the other."""
     size = "tiny" if args.quick else "42m"
     started, load_at_start = time.monotonic(), os.getloadavg()
-    lab = Lab(size, args.rounds, args.quick, Path(args.dir), find_rivals(args.rivals), print)
+    Path(args.dir).mkdir(parents=True, exist_ok=True)
+    work = Path(
+        tempfile.mkdtemp(prefix="storage-", dir=args.dir)
+    )  # a new one: a run that was killed may have left checkpoints
+    lab = Lab(size, args.rounds, args.quick, work, find_rivals(args.rivals), print)
     lab.show = Progress(sum(GROUPS[name].count(lab) for name in args.only))
     rows = []
     try:
         for name in args.only:
             rows += group(name, lab)
     finally:
-        shutil.rmtree(lab.work, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return {
         **output.head("storage", {**measure.machine(CACHE), "kernels": kernel_words()}),
         "versions": {
@@ -130,7 +135,7 @@ def main() -> int:
         "--only", type=lambda text: names_of(text, everything), default=everything, help=", ".join(everything)
     )
     parser.add_argument("--rivals", help="the Python of the rivals' environment (default: .venv-rivals/bin/python)")
-    parser.add_argument("--dir", default=str(CACHE / "storage"), help="where checkpoints are written meanwhile (4 GB)")
+    parser.add_argument("--dir", default=str(CACHE), help="where checkpoints are written meanwhile (4 GB)")
     output.add_options(parser)
     args = parser.parse_args()
     args.rounds = args.rounds or (1 if args.quick else 3)
