@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from fastckpt.errors import ObjectChangedError, ObjectExistsError, ObjectNotFoundError, StoreError
 from fastckpt.store.base import ObjectInfo, Store, check_key, check_name, check_prefix
-from fastckpt.store.blob_client import Place, client_of
+from fastckpt.store.blob_client import Place, client_of, interruptible
 from fastckpt.store.blob_errors import BlobRangeError, translate
 
 T = TypeVar("T")
@@ -158,7 +158,7 @@ class BlobStore(Store):
         client = client_of(self._place, n_bytes)
         problem: StoreError | None = None
         try:
-            return ask(client, name)
+            return interruptible(lambda: ask(client, name))
         except Exception as error:  # its text may hold a secret, so it is not kept as the cause
             problem = translate(error, doing, f"{self.url}/{key}" if key else self.url)
         raise problem

@@ -8,13 +8,17 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from fastckpt.errors import StoreError
+from fastckpt.host.threads import start
 from fastckpt.store.blob_errors import ACCESS_STEP, first_words
+
+T = TypeVar("T")
 
 _USUAL_BYTES = 64 << 20
 _MOST_KEPT = 16
@@ -74,6 +78,25 @@ def client_of(place: Place, n_bytes: int) -> Any:
         while len(kept_clients) > _MOST_KEPT:
             del kept_clients[next(iter(kept_clients))]
     return found
+
+
+def interruptible(call: Callable[[], T]) -> T:
+    """Run a call of obstore, which does not notice Ctrl-C. On the main thread, where Ctrl-C arrives, another thread runs it, and the wait
+    for that can be interrupted. The request then goes on until it is answered or its time is over; nobody takes its result.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except BaseException as error:
+            done.set_exception(error)
+
+    if not start(threading.Thread(target=run, name="fastckpt-blob", daemon=True)):
+        return call()  # the interpreter is ending, and starts no more threads
+    return done.result()
 
 
 def _key(place: Place, doublings: int) -> bytes:

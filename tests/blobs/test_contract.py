@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -241,6 +243,31 @@ def test_clients_are_kept_and_large_objects_get_more_time(gs: BlobStore, google:
     assert blob_client.client_of(place, 64 << 20) is blob_client.client_of(place, 1)
     assert blob_client.client_of(place, (64 << 20) + 1) is blob_client.client_of(place, 128 << 20)
     assert len(blob_client.kept_clients) == 2
+
+
+def test_an_interrupt_ends_a_call_that_waits(google: GoogleServer, gs: BlobStore) -> None:
+    """Ctrl-C while the server does not answer."""
+    asked, release = threading.Event(), threading.Event()
+
+    def waits(request: Any) -> bool:
+        asked.set()
+        release.wait(60)
+        return False
+
+    google.manners.insert(0, waits)
+
+    def interrupt() -> None:
+        asked.wait(30)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gs.put("a", b"1")
+    finally:
+        release.set()
+        thread.join()
 
 
 def test_a_forked_process_is_told(gs: BlobStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,16 @@ def test_urls(tmp_path: Path) -> None:
     assert open_store(f"file://{tmp_path}/a%20b").url == f"file://{tmp_path}/a b"
     assert open_store("memory://x") is open_store("memory://x")
     assert open_store("memory://x") is not open_store("memory://y")
-    for wrong in ("", "gs://b/p", "http://x/y", "file://host/x", "s3://", "s3://Bad_Bucket/x"):
+    for wrong in (
+        "",
+        "abfs://b/p",
+        "gs://",
+        "az://c@account/p",
+        "http://x/y",
+        "file://host/x",
+        "s3://",
+        "s3://Bad_Bucket/x",
+    ):
         with pytest.raises(StoreError):
             open_store(wrong)
     with pytest.raises(StoreError, match="takes no settings"):

@@ -37,7 +37,7 @@ from tests.support.states import sealed
         (["restore", "{tmp}/none", "--out", "{tmp}/x"], cli.OS_ERROR),
         (["salvage", "{tmp}/text", "--out", "{tmp}/x"], cli.BAD_CHECKPOINT),
         (["show", "{tmp}/text", "--step", "3"], cli.USAGE),
-        (["ls", "gs://bucket/x"], cli.USAGE),
+        (["ls", "abfs://bucket/x"], cli.USAGE),
         (["show", "s4://bucket/x"], cli.USAGE),
         (["check", "s3:///x"], cli.USAGE),
         (["ls", "file://host/x"], cli.USAGE),
