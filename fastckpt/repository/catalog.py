@@ -34,6 +34,8 @@ from fastckpt.repository.record_reader import RecordReader
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 
+_MOST_LISTINGS = 5
+"""Of a job that retires checkpoints faster than they can be looked at."""
 Which = int | Literal["latest", "latest-valid"] | CheckpointId
 
 
@@ -100,6 +102,7 @@ class Catalog:
         """
         self.repository, self._checks_votes = repository, checks_votes
         self.listing = repository.list() if listing is None else listing
+        self._listings = 1
         self._epochs: dict[int, Epoch] = {}
         self._commits: dict[CheckpointId, Commit | Tombstone] = {}
 
@@ -125,15 +128,17 @@ class Catalog:
 
     def history(self, without: Collection[int] = ()) -> Iterator[CheckpointId]:
         """Living checkpoints of the history, newest first. without: epochs to treat as never claimed."""
+        return (checkpoint for checkpoint in self._listed(without) if not self._retired(checkpoint))
+
+    def _listed(self, without: Collection[int]) -> Iterator[CheckpointId]:
+        """The history with its tombstones."""
         commits = [c for c in self.listing.commits if c.epoch not in without]
         epochs = [n for n in (*self.listing.epochs, *(c.epoch for c in commits)) if n not in without]
 
         def epoch_of(number: int) -> Epoch | None:
             return None if number in without else self.epoch(number) or self.stand_in(number)
 
-        for checkpoint in history(max(epochs, default=0), epoch_of, commits):
-            if not self._retired(checkpoint):
-                yield checkpoint
+        return history(max(epochs, default=0), epoch_of, commits)
 
     def stand_in(self, number: int) -> Epoch | None:
         """The replacement of a missing epoch record, from its epoch's oldest living commit. None if that commit does not tell."""
@@ -167,6 +172,9 @@ class Catalog:
             raise NoCheckpointError(f"{self.repository.url} has no checkpoint at all: step {step} cannot be restored")
         if not isinstance(step, str):
             return Choice(*self._opened(self._find(step)))
+        newer = self._relisted(without)
+        if newer is not None:
+            return newer.choose(step, known_bad, without)
         skipped: list[Skipped] = list(known_bad)
         for checkpoint in self.history(without):
             if any(checkpoint == bad.checkpoint for bad in skipped):
@@ -179,6 +187,21 @@ class Catalog:
                 logger.warning("%s is passed over: %s", self.repository.location(checkpoint), error)
                 skipped.append(Skipped(checkpoint, str(error)[:500]))
         raise self._nothing(skipped)
+
+    def _relisted(self, without: Collection[int]) -> Catalog | None:
+        """A newer listing, if this one may be behind: its newest commit is a tombstone, and there are other names by now. A job that goes
+        on may have retired all that was listed here; what it has kept of old would be taken for the newest.
+        """
+        first = next(self._listed(without), None)
+        if first is None or not self._retired(first):
+            return None
+        newer = Catalog(self.repository, checks_votes=self._checks_votes)
+        newer._listings = self._listings + 1
+        if set(newer.listing.commits) == set(self.listing.commits):
+            return None
+        if newer._listings > _MOST_LISTINGS:
+            raise self._was_retired(first)
+        return newer
 
     def _nothing(self, skipped: Sequence[Skipped]) -> NoCheckpointError:
         """The reason why nothing can be restored although there are commits."""

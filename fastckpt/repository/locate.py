@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from fastckpt.errors import ObjectNotFoundError, SaveError, StoreAccessError, StoreError
+from fastckpt.errors import ObjectNotFoundError, SaveError, StoreAccessError, StoreError, StoreUnavailableError
 from fastckpt.events import logger
 from fastckpt.options import Options
 from fastckpt.reading.opening import open_source
@@ -30,22 +30,31 @@ def locate(f: Any, *, repository: bool = False) -> Source | Store:
         return _repository(where) or open_source(f)
     try:
         return open_source(f)
-    except (ObjectNotFoundError, StoreAccessError, SaveError, FileNotFoundError):
+    except (ObjectNotFoundError, StoreAccessError, SaveError, FileNotFoundError) as error:
         # The right to read a prefix does not include the right to read the object of the same name; and a whole bucket is no object.
-        store = _repository(where)
+        store = _repository(where, error)
         if store is None:
             raise
         return store
 
 
-def _repository(where: str) -> Store | None:
-    """The store of a repository; None if no repository can be seen there."""
+def _repository(where: str, object_error: Exception | None = None) -> Store | None:
+    """The store of a repository; None if no repository can be seen there.
+
+    object_error: what was said of the object of that name. If that is only that there is none, it must not hide that the repository could
+    not be asked for: StoreAccessError, StoreUnavailableError.
+    """
     store = None
     try:
         store = open_store(where)
         if is_repository(store):
             return cached(store, Options.from_env().cache_dir)
     except StoreError as error:  # the caller's own error says more
+        is_answer = not isinstance(error, (StoreAccessError, StoreUnavailableError))
+        if isinstance(object_error, ObjectNotFoundError) and not is_answer:
+            if store is not None:
+                store.close()
+            raise error from object_error
         logger.debug("looking for a repository at %s: %s", where, error)
     except BaseException:
         if store is not None:

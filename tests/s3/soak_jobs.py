@@ -235,8 +235,8 @@ def read(notes: Journal, stop: Connection, url: str, seed: int, pause_s: float) 
                 _read_once(notes, store, url, training, rng, t0)
             except RetiredError as error:
                 notes.note("failed read", error=type(error).__name__, text=str(error)[:300])
-            except NOTHING:
-                notes.note("none", t0=t0)
+            except NOTHING as error:
+                notes.note("none", t0=t0, error=type(error).__name__, text=str(error)[:300])
             except CheckpointError as error:
                 notes.note("failed read", error=type(error).__name__, text=str(error)[:300])
             if number % 4 == 0:

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+import fastckpt
 from fastckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -432,6 +433,19 @@ def test_http_where_https_is_spoken(s3_server: S3Server, scene: Scene) -> None:
     error = scene.run(Retrying(scene.open_store(endpoint_url=url), give_up_s=0.0))
     assert type(error) is StoreUnavailableError  # the server closes the connection: no word says why
     assert "closed before the answer" in str(error)
+    scene.judge()
+
+
+def test_a_repository_that_cannot_be_asked_for_is_not_missing(
+    scene: Scene, aws: pytest.MonkeyPatch, bucket: str
+) -> None:
+    """`load` of a prefix: there is no object of that name, and whether there is a repository could not be found out."""
+    aws.setenv("AWS_ENDPOINT_URL_S3", scene.proxy.url)
+    url = f"s3://{bucket}/p"
+    assert fastckpt.load(url)["s"]["step"] == 1
+    scene.proxy.add(Fault.ANSWER, match="fastckpt.json", status=403, code="AccessDenied", count=2)
+    with pytest.raises(StoreAccessError, match="Check the policies"):
+        fastckpt.load(url)
     scene.judge()
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastckpt.errors import CorruptCheckpointError, NoCheckpointError
-from fastckpt.format.keys import CheckpointId, commit_key
-from fastckpt.format.repository_records import Epoch, Parent, Tombstone, tombstone_bytes, utc_now
+from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, RetiredError
+from fastckpt.format.keys import COMMITS, CheckpointId, commit_key
+from fastckpt.format.repository_records import Commit, Epoch, Parent, Tombstone, tombstone_bytes, utc_now
 from fastckpt.repository.catalog import Catalog, history
 from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import Keep
+from fastckpt.store.base import ObjectInfo
 from fastckpt.store.memory import MemoryStore
+from fastckpt.store.wrap import Wrapper
 from tests.support.repositories import IN_PARALLEL, flip, keys_of, save_steps
 from tests.support.states import rich_state, sealed
 
@@ -154,3 +159,60 @@ def test_a_rewind_leaves_a_branch(store: MemoryStore) -> None:
     old = catalog(store).choose(3)
     assert old is not None
     assert old.commit.checkpoint == CheckpointId(1, 3), "a step of a branch is found by its number"
+
+
+class SavesMeanwhile(Wrapper):
+    """A job saves on, and retires, between each listing of commits and what is read after it; `rounds` times."""
+
+    def __init__(self, inner: MemoryStore, job: Incarnation, rounds: int, keep: Keep) -> None:
+        super().__init__(inner)
+        self.step = 0
+        self._job, self._rounds, self._keep = job, rounds, keep
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        found = list(self.inner.list(prefix))
+        if prefix == COMMITS and self._rounds:
+            self._rounds -= 1
+            self.save()
+        return iter(found)
+
+    def save(self) -> None:
+        for _ in range(2):
+            self.step += 1
+            self._job.save(sealed(rich_state(self.step)), self.step)
+        self._job.retain(self._keep, grace_s=3600.0)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 4])
+def test_what_was_kept_of_old_is_not_taken_for_the_newest(rounds: int) -> None:
+    """All that was listed has been retired since, but step 3 is kept for good: a reader beside the job gets the newest all the same."""
+    inner = MemoryStore()
+    job = Incarnation(Repository(inner), IN_PARALLEL)
+    job.choose_and_claim()
+    store = SavesMeanwhile(inner, job, rounds, Keep(last=1, every=3))
+    store.save()
+    store.save()
+    assert store.step == 4
+    choice = Catalog(Repository(store)).choose()
+    assert choice is not None
+    # At most as old as what was listed last.
+    assert choice.commit.save.step >= store.step - 2
+    assert isinstance(job.repository.commit(choice.commit.checkpoint), Commit)
+
+
+def test_a_job_that_retires_faster_than_anybody_reads() -> None:
+    inner = MemoryStore()
+    job = Incarnation(Repository(inner), IN_PARALLEL)
+    job.choose_and_claim()
+    store = SavesMeanwhile(inner, job, 1000, Keep(last=1))
+    store.save()
+    with pytest.raises(RetiredError, match="a newer checkpoint exists"):
+        Catalog(Repository(store)).choose()
+
+
+def test_debris_newer_than_all_is_no_reason_to_look_for_ever(store: MemoryStore) -> None:
+    """A tombstone of a save that never was: nothing changes, so the checkpoint behind it is the newest."""
+    newest = Catalog(Repository(store)).choose()
+    assert newest is not None
+    bury(store, newest.commit.save.step + 1)
+    assert Catalog(Repository(store)).choose() == newest
