@@ -307,6 +307,45 @@ void digest_of(const Bytes& raw, uint8_t digest[16]) {
         fail("xxh3_128 of %zu bytes", raw.size());
 }
 
+// The chunk out of a row of read_chunks: from memory and, now and then, from a file; and with less than all of it there.
+void read_back(fastckpt_context* context, const Case& c, const Bytes& frame, const fastckpt_encoded& encoded,
+               Random& r) {
+    if (c.way.delta() || c.raw.size() < FASTCKPT_MIN_DIGEST_BYTES) return;
+    Exact from(frame, some_shift(r)), raw(c.raw.size(), some_shift(r)), scratch(FASTCKPT_MAX_RAW_BYTES);
+    fastckpt_chunk chunk = {};
+    chunk.stored_bytes = frame.size();
+    chunk.raw = reinterpret_cast<uintptr_t>(raw.data());
+    chunk.raw_bytes = c.raw.size();
+    chunk.crc64nvme = encoded.crc64nvme;
+    std::memcpy(chunk.digest, encoded.digest, sizeof chunk.digest);
+    chunk.transform = static_cast<uint8_t>(c.way.transform);
+    chunk.lane_bytes = static_cast<uint8_t>(c.way.w);
+    fastckpt_outcome outcome;
+    const auto read = [&](int file, size_t n_bytes) {
+        std::memset(raw.data(), 0, c.raw.size());
+        if (fastckpt_read_chunks(context, file, file < 0 ? from.data() : nullptr, n_bytes, scratch.data(),
+                                 FASTCKPT_MAX_RAW_BYTES, &chunk, 1, &outcome))
+            c.wrong("read_chunks is refused");
+        return outcome.status;
+    };
+    if (const int status = read(-1, frame.size())) c.wrong("read_chunks", status);
+    if (raw.bytes(c.raw.size()) != c.raw) c.wrong("read_chunks gives other bytes");
+    if (read(-1, frame.size() - 1) != FASTCKPT_UNREAD) c.wrong("read_chunks reads what is not there");
+    if (r.one_in(8)) {
+        std::FILE* file = std::tmpfile();
+        if (!file || std::fwrite(frame.data(), 1, frame.size(), file) != frame.size() || std::fflush(file))
+            fail("no temporary file");
+        if (const int status = read(fileno(file), 0)) c.wrong("read_chunks of a file", status);
+        if (raw.bytes(c.raw.size()) != c.raw) c.wrong("read_chunks of a file gives other bytes");
+        chunk.offset = 1;
+        if (read(fileno(file), 0) != FASTCKPT_UNREAD) c.wrong("read_chunks reads past the end of a file");
+        chunk.offset = 0;
+        std::fclose(file);
+    }
+    chunk.digest[0] ^= 1;
+    if (read(-1, frame.size()) != FASTCKPT_DAMAGED) c.wrong("read_chunks takes another digest");
+}
+
 // Everything of one chunk with the instruction set in use. `stream`: what it must be.
 Bytes round_trip(fastckpt_context* context, const Case& c, const Bytes& stream, Random& r) {
     if (split(context, c, r) != stream) c.wrong("split gives another stream");
@@ -325,6 +364,7 @@ Bytes round_trip(fastckpt_context* context, const Case& c, const Bytes& stream, 
     if (const int status = decode(context, c, frame, found, digest, r)) c.wrong("decode", status);
     if (found != c.raw) c.wrong("decode gives other bytes");
     if (std::memcmp(digest, expected, 16)) c.wrong("digest by decode");
+    read_back(context, c, frame, result, r);
     return frame;
 }
 

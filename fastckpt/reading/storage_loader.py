@@ -25,6 +25,7 @@ from torch.storage import UntypedStorage
 from fastckpt._types import U8
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, StoreError, TooLargeError
 from fastckpt.kernels import kernels
+from fastckpt.kernels.transform import MAX_RAW_BYTES
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.hedging import Hedging
 from fastckpt.reading.load_plan import LoadPlan
@@ -86,7 +87,7 @@ class StorageLoader:
             reader, self._plan.pieces, self._window, threading.BoundedSemaphore(threads), last_chunk
         )
         reads = reads._replace(at_once=min(reads.at_once, _reads_at_once(reader, self._plan)))
-        self._ranges = _ranges_of(reader, self._plan, threads, reads)
+        self._ranges = _ranges_of(reader, self._plan, threads, reads, window_bytes)
         self._range_of = {chunk: number for number, range_ in enumerate(self._ranges) for chunk in range_.chunks}
         self._pool = self._start(threads, reads)
 
@@ -239,12 +240,14 @@ def _are_files(reader: Reader, loads: LoadPlan) -> bool:
     return kernels().read_chunks is not None and all(source.is_file for source in _sources_of(reader, loads))
 
 
-def _ranges_of(reader: Reader, loads: LoadPlan, threads: int, reads: Reads) -> list[Range]:
+def _ranges_of(reader: Reader, loads: LoadPlan, threads: int, reads: Reads, window_bytes: int | None) -> list[Range]:
     if _are_files(reader, loads):
         limits = whole_files(loads.n_bytes, threads)
     else:
         chunks, at_once = reader.records[list(loads.pieces)], reads.at_once or threads
         limits = limits_for(int(chunks["stored_bytes"].sum()), at_once, reads.buffers_bytes // at_once)
+    if window_bytes is not None:  # a range begins all storages that it has chunks of
+        limits = limits._replace(reach_bytes=min(limits.reach_bytes, max(window_bytes // 2, MAX_RAW_BYTES)))
     return plan(loads.pieces, reader.records, limits)
 
 

@@ -24,6 +24,7 @@ from fastckpt.reading.object_source import ObjectSource
 from fastckpt.reading.range_reads import RangeReads
 from fastckpt.reading.reads import Reads
 from fastckpt.reading.sources import FileObjectSource
+from fastckpt.reading.window import Window
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
 from fastckpt.store.wrap import Wrapper
@@ -234,3 +235,26 @@ def test_objects_that_are_files_are_opened_and_not_copied(
     store.inner.delete(_KEY)
     with pytest.raises(CorruptCheckpointError, match="does not exist"):
         fill(reader, memory, fastckpt.Options(threads=2))
+
+
+@pytest.mark.parametrize("window_bytes", [0, 1 << 20, 16 << 20])
+def test_storages_that_go_on_are_begun_only_as_far_as_the_window_goes(
+    saved: bytes, window_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = MemoryStore()
+    inner.put(_KEY, saved)
+    reader = Reader.open(ObjectSource(inner, _KEY), alone=True)
+    most, enter = 0, Window.enter
+
+    def watched(self: Window, number: int, n_bytes: int, n_chunks: int) -> None:
+        nonlocal most
+        enter(self, number, n_bytes, n_chunks)
+        most = max(most, self._held_bytes)
+
+    monkeypatch.setattr(Window, "enter", watched)
+    with storage_loader.StorageLoader(reader, 2, window_bytes) as loader:
+        taken = (loader.take(number) for number in range(len(reader.directory.storages)))
+        found = {n: torch.empty(0, dtype=torch.uint8).set_(one).numpy().copy() for n, one in enumerate(taken)}
+    assert is_right(found)
+    largest = max(one.n_bytes for one in reader.directory.storages)
+    assert most <= window_bytes + 2 * largest + max(window_bytes // 2, 4 << 20)
