@@ -242,7 +242,7 @@ class WorkerPool:
                 self._start(self._n, 0)
 
     def grow(self, n: int) -> None:
-        """Start n threads more, or as many as can be started."""
+        """Start n threads more, or as many as can be started. Not more than 0: nothing happens."""
         with _lock:
             if not self._cancelled and not self.inline:
                 with contextlib.suppress(

@@ -326,7 +326,7 @@ def open_s3(
     connect_timeout_s: float = 4.0,
     stall_timeout_s: float = 20.0,
     slowest_bytes_per_s: int = 256 << 10,
-    connections: int = 16,
+    connections: int = 64,
     any_names: bool = False,
 ) -> S3Store:
     """The store at `s3://bucket/prefix`. Nothing is sent to S3 yet; missing credentials are a StoreAccessError.

@@ -132,7 +132,7 @@ def connect(
     connect_timeout_s: float = 4.0,
     stall_timeout_s: float = 20.0,
     slowest_bytes_per_s: int = 256 << 10,
-    connections: int = 16,
+    connections: int = 64,
     **options: Any,
 ) -> Connection:
     """The Connection for the arguments of `open_s3`. Nothing is sent to S3; missing credentials are a StoreAccessError here."""

@@ -56,7 +56,7 @@ class Server:
     connect_timeout_s: float = 4.0
     stall_timeout_s: float = 20.0
     slowest_bytes_per_s: int = 256 << 10
-    connections: int = 16
+    connections: int = 64
     """Number of connections kept open between requests."""
 
     def within(self, most_s: float) -> Server:

@@ -125,13 +125,14 @@ class PackWriter:
 
     def begin(self, left_bytes: int) -> Pack:
         """An empty pack, once there is memory for it. left_bytes: raw bytes that are still to be saved. Raises what `refuse` does."""
-        with self.lock:
-            while True:
-                self.refuse()
+        while True:
+            self.refuse()  # without the lock: whether the save was cancelled may have to be asked elsewhere
+            with self.lock:
                 buffer = self._uplink.buffers.take(self._uplink.packs_at_once)
                 if buffer is not None:
                     return Pack(buffer, self._uplink.pack_bytes(left_bytes, buffer.size))
-                self.lock.wait(_LOOK_S)
+                if self._error is None:
+                    self.lock.wait(_LOOK_S)
 
     def keep(self, pack: Pack, n_bytes: int, crc64nvme: int) -> tuple[int, int]:
         """Keep the first bytes of the pack's rest. Returns the file number and the offset. The caller holds the lock."""
@@ -199,9 +200,10 @@ class PackWriter:
 
     def finish(self) -> list[FileEntry]:
         """Wait until all packs are durable. Returns them in the order of their file numbers, which start at 1."""
-        with self.lock:
-            while self._waiting or self._sending:
-                self.refuse()
-                self.lock.wait(_LOOK_S)
+        while True:
             self.refuse()
-            return [self._files[number] for number in range(self._n_numbers)]
+            with self.lock:
+                if not self._waiting and not self._sending and self._error is None:
+                    return [self._files[number] for number in range(self._n_numbers)]
+                if self._error is None:
+                    self.lock.wait(_LOOK_S)

@@ -101,6 +101,7 @@ def upload(
     try:
         threads = threads or UploadThreads.start(sealed.own_bytes, options, uplink.link.connections)
         try:
+            threads.uploaders.grow(uplink.link.connections - len(threads.uploaders))
             uplink.begin(sealed.own_bytes)
             with PackWriter(store, request.save, request.rank, threads.uploaders, uplink, cancelled) as packs:
                 chunks = PackingWriter(sealed, packs, target, threads.encoders, uplink, options.encoders)

@@ -30,7 +30,7 @@ ROWS = Kind((12.8e9, 1.84e9, 0.68e9, 0.08e9), (1.0, 0.534, 0.419, 0.420))
 SLOW_CORE = Kind((2.6e9, 0.55e9, 0.5e9, 0.5e9), (1.0, 0.831, 0.831, 0.831))
 
 KINDS = {"float32": FLOAT32, "zero rows": ROWS, "a slow core": SLOW_CORE}
-GBITS = (0.05, 0.2, 1, 4, 10, 25, 50, 100)
+GBITS = (0.05, 1, 4, 10, 25, 100)
 
 
 class Machine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,3 +187,31 @@ def test_encoded_in_place_are_the_same_bytes(
             expected.crc64nvme,
         )
         assert not out[raw.size :].any()
+
+
+@pytest.mark.parametrize("effort", ["none", "fast", "normal", "high"])
+def test_events_say_which_effort_was_used(effort: str) -> None:
+    seen: list[events.Event] = []
+    state = {"w": torch.randn(3 * MIB, generator=torch.Generator().manual_seed(1))}
+    options = fastckpt.Options(threads=2, connections=2, effort=effort)
+    with (
+        fastckpt.Checkpointer(MemoryStore(), {"s": state}, every=None, spot=None, options=options) as ckpt,
+        events.subscribe(seen.append),
+    ):
+        ckpt.save_now(1).wait()
+    encoded = [event for event in seen if isinstance(event, events.ChunkEncoded)]
+    (used,) = (event for event in seen if isinstance(event, events.EffortUsed))
+    assert {event.effort for event in encoded} == {used.effort} == {effort}
+    assert (used.chunks, used.step, used.why) == (len(encoded), 1, "as the options say")
+    assert used.raw_bytes == sum(event.raw_bytes for event in encoded)
+    assert used.stored_bytes == sum(event.stored_bytes for event in encoded)
+    assert (used.stored_bytes < used.raw_bytes) == (effort != "none")
+
+
+def test_a_file_is_written_with_normal_effort_or_as_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    state, lengths = {"w": torch.randn(MIB, generator=torch.Generator().manual_seed(1))}, {}
+    for effort in ("auto", "normal", "none"):
+        monkeypatch.setenv("FASTCKPT_EFFORT", effort)
+        fastckpt.save(state, tmp_path / effort)
+        lengths[effort] = (tmp_path / effort).stat().st_size
+    assert lengths["auto"] == lengths["normal"] < lengths["none"]
