@@ -25,7 +25,7 @@ OTHER_VARIABLES = frozenset(
     for name in (
         *("EXIT_TIMEOUT_S", "ISA", "KERNELS", "NOTICE_FILE", "SIGTERM_GRACE_S", "TRACE"),
         *("NO_NATIVE", "REQUIRE_NATIVE", "SANITIZE"),  # setup.py
-        *("TEST_NATIVE", "TEST_S3", "TEST_SEED", "URL"),  # tests and the demo
+        *("TEST_AZURITE", "TEST_NATIVE", "TEST_S3", "TEST_S3_PORT", "TEST_SEED", "URL"),  # tests and the demo
         *(
             "GPU_COMMIT",
             "GPU_PINNED_BYTES",

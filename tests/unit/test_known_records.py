@@ -34,7 +34,7 @@ class Reads(Wrapper):
         self.keys: list[str] = []
 
     def _call(self, verb: str, key: str, operation: Callable[[], Any]) -> Any:
-        assert verb != "head", "the LIST has told the length"
+        assert verb != "head" or key == keys.MARKER, "the LIST has told the length"
         if verb in ("get", "get_into"):
             self.keys.append(key)
         return operation()
@@ -89,7 +89,7 @@ def test_ls_reads_each_record_once() -> None:
     reads = Reads(store)
     found = list_repository(Repository(reads))
     assert (found["retired"], [row["step"] for row in found["checkpoints"]]) == (2, [3])
-    assert len(reads.take()) == 4, "one epoch, one commit, two tombstones"
+    assert len(reads.take()) == 5, "the marker, one epoch, one commit, two tombstones"
 
 
 @pytest.mark.parametrize("n_bytes", [0, 100, MAX_SEALED_BYTES + 1])
