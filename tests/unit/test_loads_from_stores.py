@@ -22,7 +22,7 @@ from fastckpt.reading.fill import fill
 from fastckpt.reading.hedging import Hedging
 from fastckpt.reading.object_source import ObjectSource
 from fastckpt.reading.range_reads import RangeReads
-from fastckpt.reading.reads import Reads
+from fastckpt.reading.reads import PLAIN_READS, Reads
 from fastckpt.reading.sources import FileObjectSource
 from fastckpt.reading.window import Window
 from fastckpt.store.local import LocalStore
@@ -72,13 +72,15 @@ def store(saved: bytes) -> Watched:
 Change = Callable[[int, int, memoryview], None]
 
 
-def loaded(store: Watched, change: Change | None = None) -> dict[int, np.ndarray[Any, np.dtype[np.uint8]]]:
+def loaded(
+    store: Watched, change: Change | None = None, reads: Reads = PLAIN_READS
+) -> dict[int, np.ndarray[Any, np.dtype[np.uint8]]]:
     """All storages, in memory of the caller. change: of what the reads of the payload bring, by their number from 1."""
     reader = Reader.open(ObjectSource(store, _KEY), alone=True)
     store.reads.clear()
     store.change = change or store.change
     memory = {n: np.zeros(one.n_bytes, np.uint8) for n, one in enumerate(reader.directory.storages)}
-    fill(reader, memory, 2)
+    fill(reader, memory, 2, reads)
     return memory
 
 
@@ -154,8 +156,7 @@ def test_reads_under_way_have_bounded_memory(store: Watched, monkeypatch: pytest
 
     monkeypatch.setattr(RangeReads, "_buffer_for", watched)
     small = Reads(at_once=16, buffers_bytes=16 << 20)
-    monkeypatch.setattr(storage_loader.StorageLoader.__init__, "__defaults__", (None, None, None, small))
-    assert is_right(loaded(store))
+    assert is_right(loaded(store, reads=small))
     assert 0 < most <= 16 << 20
 
 
