@@ -10,6 +10,7 @@ JOBS ?= 2
 ARGS ?=
 
 VENV := .venv
+RIVALS := .venv-rivals
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest -n $(JOBS)
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -19,7 +20,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl) csrc/compile_flags.txt
 CSRC_FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-many-ranks bench-objects bench-resharding bench-scale bench-stall clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-many-ranks bench-objects bench-resharding bench-rivals bench-scale bench-stall bench-storage clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -126,12 +127,26 @@ bench-resharding: venv ## measure what a restore on another layout costs: a plan
 	@$(PIP) --no-deps torch_checkpointing==0.1.1 || echo "Without torch_checkpointing: its rows will say so."
 	$(PY) benchmarks/resharding.py $(ARGS)
 
+bench-rivals: $(RIVALS)/.ready ## make .venv-rivals with the rivals that bench-storage compares with
+
+# torch comes first and pinned, as in .venv.
+$(RIVALS)/.ready: benchmarks/storage_rivals.txt
+	@$(RIVALS)/bin/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(RIVALS)
+	@$(RIVALS)/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools<81'
+	@$(RIVALS)/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	@$(RIVALS)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	@touch $@
+
 bench-scale: venv ## what a save asks of stores with 1,024 and 16,384 ranks, simulated
 	$(PY) benchmarks/scale.py $(ARGS)
 
 bench-stall: venv ## measure what saving costs a training loop
 	$(PY) benchmarks/stall.py $(ARGS)
 
+bench-storage: venv bench-rivals ## compare saves and loads of S3, local disks and given links with five others (ARGS="--only s3,local")
+	@$(PIP) --no-deps torch_checkpointing==0.1.1 || echo "Without torch_checkpointing: its rows will say so."
+	$(PY) benchmarks/storage.py $(ARGS)
+
 clean: ## remove everything that can be made again, .venv too
-	rm -rf $(VENV) build dist demo-out *.egg-info fastckpt/_native*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(RIVALS) build dist demo-out *.egg-info fastckpt/_native*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find fastckpt tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

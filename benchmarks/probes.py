@@ -28,7 +28,7 @@ def probe(state: Path, directory: Path) -> dict[str, float]:
     source = torch.from_numpy(np.fromfile(state, np.uint8))
     file = directory / "state.fckpt"
     fastckpt.save(torch.load(state), file)
-    tries = [{**_one(source, directory), **_floor(source, file)} for _ in range(TRIES)]
+    tries = [{**_one(source, directory), **floor(source, file)} for _ in range(TRIES)]
     best = {key: min(t[key] for t in tries) for key in tries[0]}
     best["resident_before_cold"] = max(t["resident_before_cold"] for t in tries)
     return {"bytes": source.numel(), **best}
@@ -74,7 +74,7 @@ def _one(source: torch.Tensor, directory: Path) -> dict[str, float]:
     return result
 
 
-def _floor(source: torch.Tensor, file: Path) -> dict[str, float]:
+def floor(source: torch.Tensor, file: Path) -> dict[str, float]:
     """What a verified load cannot do without: memory, the file's chunks through the decoder, one look at every byte."""
     n, page = source.numel(), mmap.PAGESIZE
     fresh = np.frombuffer(mmap.mmap(-1, n, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,14 +19,24 @@ from benchmarks import ROOT
 LIMIT = 600  # seconds for one process; the slowest takes some 15
 
 
-def in_process(module: str, arguments: list[str], out: Path) -> dict[str, Any]:
+def in_process(
+    module: str,
+    arguments: list[str],
+    out: Path,
+    *,
+    python: str = sys.executable,
+    before: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Runs a module in a process of its own, with `out` as its last argument; the JSON object that it writes there.
 
-    Errors are named after the first argument.
+    Errors are named after the first argument. python: the interpreter. before: words of the command in front of it. variables: of the
+    environment, above this process's own.
     """
     out.unlink(missing_ok=True)
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-    command = [sys.executable, "-m", module, *arguments, str(out)]
+    environment |= variables or {}
+    command = [*before, python, "-m", module, *arguments, str(out)]
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False

@@ -39,6 +39,7 @@ SIZES = {
     "42m": Size(640, 8, 10, 40),  # 42.1 M parameters, 505 MB of state
     "21m": Size(512, 6, 8, 12),  # 21.2 M parameters, 254 MB of state
     "4m": Size(192, 8, 6, 12),  # 4.4 M parameters, 52 MB: for a smoke test
+    "2m": Size(128, 6, 4, 12),  # 1.7 M parameters, 21 MB: a small model's save over a long way
     "tiny": Size(32, 1, 2, 1),  # 2 MB, for rehearsals
 }
 
