@@ -77,8 +77,6 @@ def _restore(lab: Lab, at: Endpoint, server: Any, into: str, **more: Any) -> Non
     server.reset()
     found = lab.run(WHO, "restore", f"s3://{at.bucket}/link", at=at, into=into, **more)
     found["requests"] = server.counts()["requests"]
-    if "opened" in found:
-        found["called"] = found["seconds"] - found["opened"]
 
 
 def link_rows(lab: Lab, rate: float, trip_s: float) -> list[Row]:

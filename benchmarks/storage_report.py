@@ -11,9 +11,10 @@ Result = dict[str, Any]
 WORDS = {True: "yes", False: "**no**", None: ""}
 
 NOTES = (
-    "s3: a restore of a Checkpointer counts its making (the claim, the look for the newest checkpoint), verifies each byte, and fills a "
-    "model and an optimizer that live. Rivals give new tensors, unverified; no `load_state_dict` is counted for them. In each round the "
-    "server is fresh; obstore moves the bytes that the Checkpointer has stored in that round, from memory.",
+    "s3, local: what a contender makes before it restores (clients, managers; the Checkpointer) is not counted, but named for the "
+    "Checkpointer, whose restore verifies each byte, and fills a model and an optimizer that live. Rivals at S3 give new tensors, "
+    "unverified; no `load_state_dict` is counted for them. In each round the server is fresh; obstore moves what the Checkpointer "
+    "has stored in it, from memory.",
     "local: all files are in the page cache (warm) or dropped from it (cold: posix_fadvise; the host of a virtual disk may hold "
     "them). Each byte of a new state is read once before the clock stops, since a mapped file has not been read until then.",
     "cpu: processor seconds of all threads of the client, of the second of two saves; the null server is a process of its own. Encode "

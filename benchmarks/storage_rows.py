@@ -85,13 +85,21 @@ def missing(group: str, what: str, asked: str, why: str) -> Row:
 
 
 def against_best(
-    group: str, what: str, asked: str, own: Samples, rivals: Mapping[str, Samples], factor: float, **more: Any
+    group: str,
+    what: str,
+    asked: str,
+    own: Samples,
+    rivals: Mapping[str, Samples],
+    factor: float,
+    *,
+    key: str = "seconds",
+    **more: Any,
 ) -> Row:
     """A line whose bar is the best rival's median × factor. Rivals without a figure are named in the note."""
-    found = {name: value for name, samples in rivals.items() if (value := middle(figures(samples))) is not None}
+    found = {name: value for name, samples in rivals.items() if (value := middle(figures(samples, key))) is not None}
     absent = [f"{name}: {errors(samples)}" for name, samples in rivals.items() if name not in found]
-    if not figures(own):
+    if not figures(own, key):
         return missing(group, what, asked, errors(own))
     bar = min(found.values()) * factor if found else None
     note = "; ".join([*([more.pop("note")] if more.get("note") else []), *absent])
-    return row(group, what, asked, figures(own), bar=bar, against=found, note=note, **more)
+    return row(group, what, asked, figures(own, key), bar=bar, against=found, note=note, **more)

@@ -84,8 +84,8 @@ def restore(contender: Contender, place: Place, given: dict[str, Any]) -> dict[s
         **resident,
     }
     result["touched"] = touched
-    if hasattr(contender, "opened_s"):
-        result["opened"] = contender.opened_s
+    result["opened"] = getattr(contender, "opened_s", 0.0)
+    result["called"] = result["seconds"] - result["opened"]
     found = contender.settle(found)
     result["settled"] = span.seconds()
     if given.get("check"):
