@@ -34,6 +34,7 @@ from fastckpt.repository.vote_set import vote_set_of
 from fastckpt.store.base import Store
 from fastckpt.store.wrap import T, Wrapper
 
+_SKIPPED_PASSES = 16  # for an object under a legal hold that is a sixteenth of a request in each pass
 _BATCH = 100  # deletions between two checks for a newer epoch: some seconds
 
 
@@ -67,8 +68,9 @@ class Collector:
         """Tombstones without votes and packs. For each: `now_s` of the first pass that saw it so, and of the first later pass for which the
         store's clock had advanced. The second time is certainly after the deletion of the last object.
         """
-        self._refused: set[str] = set()
-        """Keys that could not be deleted or overwritten. They are not tried again: each try would cost one more request in every pass."""
+        self._passes = 0
+        self._refused: dict[str, int] = {}
+        """Keys that could not be deleted or overwritten → the pass in which they are tried again, which costs a request each."""
 
     def interrupt_when(self, interrupted: Callable[[], bool]) -> None:
         """From now on a pass ends with PassInterrupted before the first request at which `interrupted()` is true."""
@@ -126,7 +128,7 @@ class Collector:
         """Forget records that no longer exist; otherwise memory would grow with the age of the run."""
         living = {(c, commit.digest) for c, commit in commits.items()}
         self._needed_by = {key: packs for key, packs in self._needed_by.copy().items() if key in living}
-        self._refused &= listed
+        self._refused = {key: at for key, at in self._refused.items() if key in listed}
 
     def _bare_since_s(self, bare: Collection[CheckpointId], now_s: float) -> dict[CheckpointId, float]:
         before, self._bare = self._bare, {}
@@ -173,16 +175,17 @@ class Collector:
         """Carry out a plan. as_epoch: the caller's epoch; nothing is done unless it is the newest. None: a person says that the run is
         stopped. in_flight: gives the caller's saves under way; asked again before anything is deleted.
 
-        Returns an error for each object that could not be deleted or overwritten; later passes skip it. May be stopped anywhere and started
-        again. StoreError, PassInterrupted.
+        Returns an error for each object that could not be deleted or overwritten; the next passes skip it. May be stopped anywhere and
+        started again. StoreError, PassInterrupted.
         """
         refused: list[CheckpointError] = []
+        self._passes += 1
         if not todo.retire or not self._may_go_on(as_epoch):
             blocked = {checkpoint for checkpoint, _ in todo.retire}
         else:
             flying = {save.checkpoint for save in in_flight()}
             blocked = {c for c, why in todo.retire if c in flying or not self._bury(c, why, refused)}
-        for batch in _batches([key for key in todo.delete if key not in self._refused]):
+        for batch in _batches([key for key in todo.delete if not self._skips(key)]):
             if not self._may_go_on(as_epoch):
                 break
             flying_saves = set(in_flight())
@@ -215,10 +218,14 @@ class Collector:
         except StoreUnavailableError:  # the store failed, not the object
             raise
         except CheckpointError as error:
-            self._refused.add(key)
+            self._refused[key] = self._passes + _SKIPPED_PASSES
             refused.append(error)
             return False
+        self._refused.pop(key, None)
         return True
+
+    def _skips(self, key: str) -> bool:
+        return self._refused.get(key, 0) > self._passes
 
     def _bury(self, checkpoint: CheckpointId, why: str, refused: list[CheckpointError]) -> bool:
         key, stands = keys.commit_key(checkpoint), False
@@ -227,7 +234,7 @@ class Collector:
             nonlocal stands
             stands = self._put_tombstone(checkpoint, key, why)
 
-        return key not in self._refused and self._try(key, refused, act) and stands
+        return not self._skips(key) and self._try(key, refused, act) and stands
 
     def _put_tombstone(self, checkpoint: CheckpointId, key: str, why: str) -> bool:
         """Put a tombstone. False if an unfinished save turned out to be committed: then the save stays."""

@@ -361,6 +361,19 @@ def test_one_object_that_cannot_be_deleted_keeps_no_other_and_is_told_once() -> 
     assert commit_key(CheckpointId(1, 1)) in keys_of(store, "commits/"), "or it would count as an unfinished save"
 
 
+def test_an_object_whose_deletion_was_refused_for_a_while_is_deleted_later() -> None:
+    store = Locked(now_s := [0.0])
+    job = save_steps(store, [1])
+    store.held = set(keys_of(store, "votes/"))
+    for step in range(2, 24):
+        job.save(sealed(rich_state(step, 100)), step)
+        now_s[0] += 10.0
+        job.retain(Keep(last=1), 0.0)
+        store.held = store.held if step < 5 else set()
+    assert len(store.asked) == 1
+    assert not [key for key in keys_of(store, "votes/") if key.startswith("votes/000001-000000000001-")]
+
+
 def test_votes_that_contradict_each_other_stop_nothing_else() -> None:
     store = MemoryStore()
     job = save_steps(store, [1, 2, 3])
