@@ -1,12 +1,12 @@
 # PYTHON=python3.12   the Python that the virtual environment is made with
 # PYTHON_VERSION=3.12  the Python of a GPU node, for `make wheelhouse`
 # TORCH_INDEX=<url>   the index that torch comes from, such as https://download.pytorch.org/whl/cpu
-# JOBS=2              how many tests run at once
+# JOBS=3              how many tests run at once (many only wait)
 # ARGS="..."          passed on to pytest, the demo or the benchmarks
 PYTHON ?= python3
 TORCH_INDEX ?=
 PYTHON_VERSION ?= 3.12
-JOBS ?= 2
+JOBS ?= 3
 ARGS ?=
 
 VENV := .venv

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Iterable
 from typing import NoReturn
 
-from fastckpt.errors import ObjectNotFoundError, RepositoryError, UnsupportedVerbError
+from fastckpt.errors import ObjectNotFoundError, RepositoryError
 from fastckpt.format import keys
 from fastckpt.format.keys import epoch_key
 from fastckpt.format.repository_records import (
@@ -25,6 +25,7 @@ from fastckpt.format.repository_records import (
     utc_now,
     writer,
 )
+from fastckpt.host.files import NoAtomicCreateError
 from fastckpt.repository.commit import create, read_again, read_sealed
 from fastckpt.repository.inventory import take_inventory
 from fastckpt.repository.record_reader import RecordReader
@@ -139,8 +140,8 @@ class Repository(RecordReader):
         """Raise unless `put_if_absent` refuses to replace an object, and a new object can be listed and read at once."""
         found = look(self.store)
         why = refusals(found)
-        if isinstance(found.create_error, UnsupportedVerbError):
-            raise found.create_error  # the store knows best why, and what to use instead
+        if found.create_error is not None and isinstance(found.create_error.__cause__, NoAtomicCreateError):
+            raise found.create_error  # it says what this file system lacks
         if why:
             raise RepositoryError(
                 f"{self.url} cannot hold a repository: {'; '.join(why)}. Use a store with conditional writes (docs/stores.md); `fastckpt "

@@ -117,7 +117,7 @@ class StoreContract:
             assert store.get(key) == b"%d" % won[0] * 1000
 
     def test_versions(self, store: Store) -> None:
-        """Of the optional verbs. A store without them must say so, in both."""
+        """Of the optional verbs. A store without them must say so: in both, or in the replacement alone."""
         store.put("k", b"1")
         try:
             data, first = store.get_version("k")
@@ -127,7 +127,11 @@ class StoreContract:
             assert store.get("k") == b"1"
             return
         assert data == b"1"
-        store.replace_if_match("k", bytearray(b"2"), first)
+        try:
+            store.replace_if_match("k", bytearray(b"2"), first)
+        except UnsupportedVerbError:  # Ceph 16 in a versioned bucket
+            assert store.get("k") == b"1"
+            return
         with pytest.raises(ObjectChangedError, match="k"):
             store.replace_if_match("k", b"3", first)
         data, second = store.get_version("k")
