@@ -156,8 +156,8 @@ class Checkpointer:
                 passed over. A warning lists both. What has another shape is refused all the same.
             atomic: True: verify every byte before anything is changed. Takes memory for the whole state, which is read straight into
                 parameters and optimizer state otherwise.
-            overlap: True: return when all but the state of optimizers is there. That comes meanwhile, and an optimizer's `step`, `step`,
-                `save_now`, `fence` and `close` wait for it. Where that cannot be relied on, this waits for it.
+            overlap: True: return when all but the state of optimizers is there. That comes meanwhile, and an optimizer's `step` and
+                `state_dict`, `step`, `save_now`, `fence` and `close` wait for it. Where that cannot be relied on, this waits for it.
 
         Returns:
             The step of the checkpoint; 0 if the repository has never had one.
