@@ -41,12 +41,12 @@ class Restoring:
         if self._broken is not None:
             raise self._broken
 
-    def give_up(self) -> None:
-        """End what is left of the last restore: it is followed by another one, or by nothing."""
+    def give_up(self, limit_s: float | None = None) -> None:
+        """End what is left of the last restore: it is followed by another one, or by nothing. limit_s: for the latter, see `Arrival`."""
         arrival = self._arrival
         if arrival is None:
             return
-        arrival.give_up()
+        arrival.give_up(limit_s)
         if arrival.error is None:
             arrival.wait()  # it was there already
             return

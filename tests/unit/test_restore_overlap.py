@@ -299,6 +299,24 @@ def test_an_exception_in_the_first_pass_waits_for_nothing(saved: Saved) -> None:
     assert not any(thread.name == "fastckpt-arrival" for thread in threading.enumerate())
 
 
+def test_an_exception_does_not_wait_for_a_store_that_does_not_answer(
+    saved: Saved, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved.hold()
+    ckpt = Checkpointer(saved.store, made(2, steps=0), every=None, spot=None, close_timeout_s=0.01, options=OPTIONS)
+    with pytest.raises(ZeroDivisionError), ckpt:  # noqa: PT012
+        ckpt.restore(overlap=True)
+        raise ZeroDivisionError
+    assert held_back()
+    assert "must not be trained" in caplog.text
+    claimed = keys_of(saved.store, "epochs/")
+    saved.store.open.set()
+    for thread in threading.enumerate():
+        if thread.name == "fastckpt-arrival":
+            thread.join()
+    assert keys_of(saved.store, "epochs/") == claimed
+
+
 class Halving(torch.optim.AdamW):
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
