@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,7 +43,6 @@ class FenceHooks:
             try:
                 self._devices.append(_devices(optimizer))
                 self._handles.append(optimizer.register_step_pre_hook(functools.partial(self._before_step, number)))
-                self._readings.append(optimizer.register_state_dict_pre_hook(self._before_reading))
             except (
                 Exception
             ) as error:  # a wrapper that never called Optimizer.__init__ has no hooks, and may raise anything
@@ -53,6 +53,9 @@ class FenceHooks:
                     error,
                 )
                 self._distrusted = True
+                continue
+            with contextlib.suppress(Exception):  # a wrapper may pass on nothing but hooks of steps
+                self._readings.append(optimizer.register_state_dict_pre_hook(self._before_reading))
 
     @property
     def can_be_trusted(self) -> bool:
