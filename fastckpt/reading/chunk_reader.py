@@ -199,6 +199,12 @@ class Reader:
         stored: its stored bytes, if they have been read already. Any thread. During the call it needs at most twice the chunk's bytes
         besides `out`, and as much again for each base in the chain.
         """
+        damage = self._try_chunk(chunk, out, stored)
+        if damage is None or stored is not None or not self.sources[int(self.records["file"][chunk])].doubt():
+            return damage
+        return self._try_chunk(chunk, out, None)  # the damage may have been that of a copy
+
+    def _try_chunk(self, chunk: int, out: U8, stored: U8 | None) -> Damage | None:
         record = self.records[chunk]
         transform = Transform(int(record["transform"]))
         place = self.chunk_name(chunk)

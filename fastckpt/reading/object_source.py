@@ -9,6 +9,7 @@ from typing import Any
 
 from fastckpt.reading.sources import COLD_READS, NoFile, is_cold
 from fastckpt.store.base import Store
+from fastckpt.store.wrap import Wrapper
 
 REMOTE_READS = 64
 """Ranges of objects that may be read at once: S3 gives some 80 MB/s to each connection."""
@@ -94,6 +95,9 @@ class ObjectSource:
             return min(REMOTE_READS, self._store.useful_connections or REMOTE_READS)
         with self.opened() as fd:
             return COLD_READS if is_cold(fd, self.n_bytes) else 0
+
+    def doubt(self) -> bool:
+        return isinstance(self._store, Wrapper) and self._store.doubt(self._key)
 
     def let_ends_go(self) -> None:
         """Keep nothing any more: what is read from now on comes from the store, so that a second try is one."""

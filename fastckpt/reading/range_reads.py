@@ -98,12 +98,14 @@ class RangeReads:
                 self._work(until_empty=True)
 
     def close(self) -> None:
-        """Drop what has not begun, and wait for the rest: reads that nobody needs any more are not waited for."""
+        """Drop what has not begun, and wait for what is in use. Reads that are still under way are not waited for: nobody needs them, as an
+        error has ended the load, or another attempt was faster. A server may keep them for minutes.
+        """
         with self._changed:
             self._is_closed = True
             self._queue.clear()
             self._changed.notify_all()
-            self._changed.wait_for(lambda: all(one.is_settled and not one.is_in_use for one in self._under_way))
+            self._changed.wait_for(lambda: not any(one.is_in_use for one in self._under_way))
             self._free.clear()
 
     def _work(self, until_empty: bool = False) -> None:

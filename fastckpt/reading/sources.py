@@ -43,6 +43,9 @@ class Source(Protocol):
     def reads_at_once(self) -> int:
         """How many reads under way are worth it, because each waits: for a disk some, for a server many. 0: reads do not wait."""
 
+    def doubt(self) -> bool:
+        """Note that what was read is not what it should be. Returns whether the next read comes from another place, and may be right."""
+
     def close(self) -> None:
         """Release the source; a caller's file object stays open."""
 
@@ -60,6 +63,10 @@ class NoFile:
     def reads_at_once(self) -> int:
         """See `Source`."""
         return 0
+
+    def doubt(self) -> bool:
+        """See `Source`."""
+        return False
 
 
 def is_cold(fd: int, n_bytes: int) -> bool:
@@ -110,6 +117,9 @@ class PathSource:
 
     def reads_at_once(self) -> int:
         return COLD_READS if is_cold(self._fd, self.n_bytes) else 0
+
+    def doubt(self) -> bool:
+        return False
 
     def close(self) -> None:
         if self._fd >= 0:

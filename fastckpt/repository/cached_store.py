@@ -70,6 +70,9 @@ class CachedStore(Wrapper):
             return
         super().get_into(key, offset, out)
 
+    def doubt(self, key: str) -> bool:
+        return self._cache.doubt(key) or super().doubt(key)
+
     def open_file(self, key: str) -> int:
         fd = self._cache.open_pack(key) if keys.parse_pack(key) is not None else None
         return super().open_file(key) if fd is None else fd
@@ -89,6 +92,18 @@ class _Cache:
         """Of each pack that somebody has asked for: it is verified once."""
         self._verdicts: dict[str, bool] = {}
         """Packs that were verified: whether they are what they should be. Of others, False: they will be read from the store."""
+        self._doubted: set[str] = set()
+
+    def doubt(self, key: str) -> bool:
+        """Read a pack from the store from now on, because it was changed after it was verified. False: it was read there already."""
+        with self._lock:
+            is_first = self._verdicts.get(key, False)
+            if is_first:
+                self._verdicts[key] = False
+                self._doubted.add(key)
+        if is_first and self._folder is not None:
+            self._refuse(self._folder, key)
+        return key in self._doubted  # another thread may have read it before
 
     def passed(self, key: str, data: bytes) -> None:
         """Note what an object of the store says, as it was read by somebody."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,10 @@ class FenceHooks:
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], fence: Callable[[], None]) -> None:
         self._fence = fence
+        self.arriving: Callable[[], None] | None = None
+        """Waits for state of the optimizers that has not come yet, and raises if it cannot come. Held here, because the optimizers hold
+        this: who waits for it must not be gone when they begin a step.
+        """
         self._devices: list[list[torch.device]] = []
         """For each optimizer, by position: a wrapper may pass a hook on to the optimizer that it wraps, which calls the hook with
         itself.
@@ -33,6 +38,7 @@ class FenceHooks:
         """Whether an optimizer has begun a step since the owner last set this to False; the step may be half done."""
         self._distrusted = False
         self._handles: list[RemovableHandle] = []
+        self._readings: list[RemovableHandle] = []
         for number, optimizer in enumerate(optimizers):
             try:
                 self._devices.append(_devices(optimizer))
@@ -47,6 +53,9 @@ class FenceHooks:
                     error,
                 )
                 self._distrusted = True
+                continue
+            with contextlib.suppress(Exception):  # a wrapper may pass on nothing but hooks of steps
+                self._readings.append(optimizer.register_state_dict_pre_hook(self._before_reading))
 
     @property
     def can_be_trusted(self) -> bool:
@@ -77,9 +86,9 @@ class FenceHooks:
 
     def remove(self) -> None:
         """Unregister all hooks."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._readings):
             handle.remove()
-        self._handles = []
+        self._handles, self._readings = [], []
 
     def _before_step(
         self, number: int, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -89,12 +98,18 @@ class FenceHooks:
         self._ever_fired.add(number)
         if any(is_capturing(device) for device in self._devices[number]):
             self._distrusted = True  # from now on the graph updates the parameters, and calls no hook
+        if not type(optimizer).step.__module__.startswith("torch."):  # it may use its state before it calls a closure
+            self._before_reading(optimizer)
         if len(args) > 1 and callable(args[1]):  # args[0] is the optimizer
             return (args[0], fence_after(args[1], self._fence), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": fence_after(kwargs["closure"], self._fence)}
         self._fence()
         return None
+
+    def _before_reading(self, _: torch.optim.Optimizer) -> None:
+        if self.arriving is not None:
+            self.arriving()
 
 
 def fence_after(closure: Callable[..., Any], fence: Callable[[], None]) -> Callable[..., Any]:

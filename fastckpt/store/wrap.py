@@ -68,6 +68,12 @@ class Wrapper(Store):
             "get_into", key, lambda: self.inner.open_file(key)
         )  # what is read then cannot fail for a moment only
 
+    def doubt(self, key: str) -> bool:
+        """Note that what was read of an object is not what it should be. Returns whether the next read of it comes from another place, and
+        may be right: what was read was a copy.
+        """
+        return isinstance(self.inner, Wrapper) and self.inner.doubt(key)
+
     def harmful_rules(self) -> tuple[str, ...]:
         return self.inner.harmful_rules()  # not an operation on objects, and not worth a second try
 

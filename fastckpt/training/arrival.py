@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from fastckpt.errors import PartialRestoreError
+from fastckpt.errors import PartialRestoreError, StoreError
 from fastckpt.host.threads import is_ending, start_thread
 
 
@@ -56,11 +56,19 @@ class Arrival:
                 self._finish()
                 self._finished = True
 
-    def give_up(self) -> None:
-        """End the reading soon, and wait for its end. What has not come by then never comes."""
+    def give_up(self, limit_s: float | None = None) -> None:
+        """End the reading soon, and wait for its end. What has not come by then never comes.
+
+        limit_s: wait no longer; a store that does not answer keeps the thread then, which may still write what it has asked for.
+        """
         self._given_up = True
-        if os.getpid() == self._pid and self._thread is not None:
-            self._thread.join()
+        if os.getpid() != self._pid or self._thread is None:
+            return
+        self._thread.join(limit_s)
+        if not self._is_over.is_set():
+            self._error = self._broken_by(
+                StoreError(f"a read had no answer {limit_s:.3g} s after the restore was given up")
+            )
 
     def _run(self) -> None:
         try:

@@ -58,7 +58,7 @@ class Checkpointer:
             is claimed (GET, HEAD and LIST are all it needs); `step` and `save_now` are refused.
         on_exception: "save" saves the last step once more when the block is left by an exception, unless the next one had begun to
             change the state.
-        close_timeout_s: seconds that a save in flight gets then.
+        close_timeout_s: seconds that a save in flight gets then, and what a restore has left to come.
         replicated: of several ranks, dotted names of what is the same on all of them, beside DTensors and DistributedDataParallel, whose
             replicas are known: ("model", "optim.state") is the object "model", and all names that begin with "optim.state.". It is
             written once. If it is not the same, a restore brings back a mixture: see `verify_replicas`.
@@ -124,7 +124,7 @@ class Checkpointer:
             restorer = restorer_of(self._engine, read_only=read_only, reassign=reassign)
             parts = restorer, self._saver, self._ending, self._decisions
             self._restoring = Restoring(self._engine, *parts, read_only=read_only)
-            opened.callback(self._restoring.give_up)
+            opened.callback(self._restoring.give_up, bounded(close_timeout_s))
             alike = {"keys of the state": sorted(live.targets), "every": repr(every), "replicated": list(replicated)}
             alike["samplers"] = self._engine.positions.shared
             self._engine.open({**alike, **switches}, read_only=read_only)
@@ -156,8 +156,8 @@ class Checkpointer:
                 passed over. A warning lists both. What has another shape is refused all the same.
             atomic: True: verify every byte before anything is changed. Takes memory for the whole state, which is read straight into
                 parameters and optimizer state otherwise.
-            overlap: True: return when all but the state of optimizers is there. That comes meanwhile, and an optimizer's `step`, `step`,
-                `save_now`, `fence` and `close` wait for it. Where that cannot be relied on, this waits for it.
+            overlap: True: return when all but the state of optimizers is there. That comes meanwhile, and an optimizer's `step` and
+                `state_dict`, `step`, `save_now`, `fence` and `close` wait for it. Where that cannot be relied on, this waits for it.
 
         Returns:
             The step of the checkpoint; 0 if the repository has never had one.

@@ -50,8 +50,6 @@ class Fence:
         """Seconds for which hooks have kept the training thread."""
         self.updated = False
         """Whether an optimizer has updated the state since `forget_updates`."""
-        self.arriving: Callable[[], None] | None = None
-        """Waits for what a restore has left to come later, and raises if it cannot come."""
         # Weakly: an optimizer must not keep alive a Checkpointer that was dropped without being closed.
         self.hooks = FenceHooks(optimizers, _weakly(self._before_update))
 
@@ -158,7 +156,7 @@ class Fence:
             )
 
     def _let_arrive(self) -> None:
-        arriving = self.arriving
+        arriving = self.hooks.arriving
         if arriving is not None:
             arriving()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +118,37 @@ class LiveState:
     def remember_restored(self) -> None:
         """A checkpoint was put into the objects: forget the saved state, and remember how the objects look now."""
         self._saved, self._restored = None, self._look_without_consequences()
+
+    def watched_apart(self) -> Callable[[], bool]:
+        """Look at all but optimizers, whose state is still coming. The result says later whether they have changed since, as far as can be
+        seen.
+        """
+        asked = {
+            name: target
+            for name, target in self.targets.items()
+            if stateful.may_be_looked_at(target) and not isinstance(target, torch.optim.Optimizer)
+        }
+        recapturer, sampler = Recapturer(), Sampler()
+
+        def look(seed: Any = None) -> _Seen:
+            captured = recapturer.capture(*stateful.state_of(asked))
+            samples = sampler.take(captured, KnownCuts().of(captured), seed) if self._sampled else None
+            return _Seen(recapturer.identity, samples)
+
+        try:
+            then = look()
+        except Exception as error:  # the next save raises the same error
+            logger.info("what was restored cannot be looked at: %s: %s", type(error).__name__, error)
+            return lambda: False
+
+        def has_changed() -> bool:
+            try:
+                return not then.is_of(look(None if then.samples is None else then.samples.seed))
+            except Exception as error:
+                logger.info("what was restored cannot be looked at any more: %s: %s", type(error).__name__, error)
+                return True
+
+        return has_changed
 
     def has_changed_since_restore(self) -> bool:
         """Whether the objects, as far as they can be inspected, have changed since `remember_restored`."""

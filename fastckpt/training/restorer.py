@@ -40,7 +40,7 @@ from fastckpt.training.resharding import Resharding, is_to_be_spread
 from fastckpt.training.restore_asked import Reassign, RestoreAsked
 from fastckpt.training.state_loader import load_state
 from fastckpt.training.straight import NOTHING, Straight
-from fastckpt.training.straight_fill import StraightFill
+from fastckpt.training.straight_fill import Stopped, StraightFill
 
 T = TypeVar("T")
 MOST_ROUNDS = 2
@@ -143,6 +143,8 @@ class Restorer:
         choice = found.choice
         try:
             self._with_damage_named(found.commit, lambda: fill.run(stops))
+            if stops():  # nobody saves after it: a claim would only end those who do
+                raise Stopped("it was given up when all had come")
             if not self._incarnation.claim(choice, step, set()):
                 raise RestoreError(f"{self._repository.url} has a newer checkpoint by now: restore again")
         except BaseException as error:

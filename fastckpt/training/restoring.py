@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastckpt.errors import PartialRestoreError
+from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.repository.catalog import Which
 from fastckpt.training.arrival import Arrival
@@ -40,17 +41,18 @@ class Restoring:
         if self._broken is not None:
             raise self._broken
 
-    def give_up(self) -> None:
-        """End what is left of the last restore: it is followed by another one, or by nothing."""
+    def give_up(self, limit_s: float | None = None) -> None:
+        """End what is left of the last restore: it is followed by another one, or by nothing. limit_s: for the latter, see `Arrival`."""
         arrival = self._arrival
         if arrival is None:
             return
-        arrival.give_up()
+        arrival.give_up(limit_s)
         if arrival.error is None:
             arrival.wait()  # it was there already
             return
         self._broken = arrival.error
-        self._arrival = self._engine.fence.arriving = None
+        logger.warning("%s", arrival.error)
+        self._arrival = self._engine.fence.hooks.arriving = None
         self._engine.queue.retaining.go_on()
 
     def restore(self, step: Which, asked: RestoreAsked) -> Commit | None:
@@ -110,6 +112,7 @@ class Restoring:
     def _let_come(self, found: Loaded, step: Which) -> None:
         """Read states of optimizers while training goes on: into memory that the optimizers have taken already."""
         assert found.reader is not None
+        has_changed = self._engine.live.watched_apart()
         fill = self._restorer.writing.filling(found.reader, found.straight, found.straight.states)
 
         def read(stops: Callable[[], bool]) -> None:
@@ -117,13 +120,15 @@ class Restoring:
 
         def finish() -> None:
             fill.hold_back()
-            self._arrival = self._engine.fence.arriving = None
+            self._arrival = self._engine.fence.hooks.arriving = None
             self._saver.begins_after(claimed=True)
+            changed = has_changed()
             self._is_there(found.commit)
+            self._engine.fence.updated |= changed
             self._engine.queue.retaining.go_on()
 
         self._arrival = Arrival(read, finish, self._restorer.writing.broken_by)
-        self._engine.fence.arriving = self._arrival.wait
+        self._engine.fence.hooks.arriving = self._arrival.wait
 
     def _is_there(self, commit: Commit) -> None:
         self._saver.has_restored(commit, looked_at=not self._read_only)

@@ -23,7 +23,7 @@ from fastckpt.format.keys import SaveId, VoteName
 from fastckpt.options import Options
 from fastckpt.repository import cache_names
 from fastckpt.repository.cache_folder import CacheFolder
-from fastckpt.repository.cached_store import CachedStore, cached
+from fastckpt.repository.cached_store import CachedStore, _Cache, cached
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.store.base import Store
@@ -186,6 +186,32 @@ def test_what_is_damaged_or_foreign_there_is_read_from_the_store(
         assert "is damaged, or of something else" in caplog.text
         assert prefetch(store, str(folder), options=IN_PARALLEL).fetched_bytes >= (kind == keys.DATA)
         assert not [key for key in reads(restored(store, folder)[1]) if key.startswith(kind)]
+
+
+@pytest.mark.parametrize("has_files", [False, True])
+@pytest.mark.parametrize("step", ["latest", "latest-valid"])
+def test_a_pack_that_changes_after_it_was_verified_is_read_from_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has_files: bool, step: Any
+) -> None:
+    store = saved(LocalStore(tmp_path / "store") if has_files else MemoryStore(), 1, 2)
+    folder, verified = tmp_path / "cache", _Cache._verified
+    prefetch(store, str(folder), options=IN_PARALLEL)
+
+    def changed_after(self: _Cache, cache: CacheFolder, file: Any) -> bool:
+        found = verified(self, cache, file)
+        path = files_of(folder)[file.key]
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        return found
+
+    monkeypatch.setattr(_Cache, "_verified", changed_after)
+    mine: dict[str, Any] = {"model": {"w": torch.zeros(LARGE)}, "step": torch.tensor(0)}
+    with Checkpointer(store, mine, every=None, spot=None, options=Options(cache_dir=str(folder))) as ckpt:
+        assert ckpt.restore(step) == 2
+    assert same(mine, state(2))
+    assert "in the cache" in caplog.text
+    assert not [key for key in files_of(folder) if key.startswith(keys.DATA)]
 
 
 @settings(max_examples=15, deadline=None)

@@ -257,3 +257,29 @@ def test_when_a_read_is_slow() -> None:
         True,
         False,
     ]
+
+
+def test_the_end_after_an_error_does_not_wait_for_a_read_without_an_answer() -> None:
+    began, answers, used = threading.Event(), threading.Event(), Used()
+
+    def failing(range_: Range, out: U8) -> None:
+        if range_.start == 0:
+            raise StoreUnavailableError("as the test wants it")
+        began.set()
+        assert answers.wait(_WAIT_S)
+        plain(range_, out)
+
+    reads = reads_of(failing, used)
+    for one in ranges(2):
+        reads.submit(one)
+    used.wait(1)
+    assert began.wait(_WAIT_S)
+    closing = threading.Thread(target=reads.close)
+    closing.start()
+    closing.join(_WAIT_S / 10)
+    answers.set()
+    assert not closing.is_alive()
+    for thread in threading.enumerate():
+        if thread.name == "fastckpt-read":
+            thread.join(_WAIT_S)
+    assert list(used.found) == ranges(1), "nothing is used after the end"

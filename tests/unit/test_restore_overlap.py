@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,13 @@ import torch
 from torch import nn
 
 from fastckpt import Checkpointer, Options, RNGState
-from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, PartialRestoreError, StoreError
+from fastckpt.errors import CorruptCheckpointError, NoCheckpointError, PartialRestoreError, SaveError, StoreError
 from fastckpt.repository.commit import open_vote
 from fastckpt.training.arrival import Arrival
 from tests.support.repositories import flip, keys_of, living, save_ranks
 from tests.support.straight import ReadStore, all_straight, place_of, plain
 
-OPTIONS = Options(threads=1, connections=1)  # the arrival's own thread reads
+OPTIONS = Options(threads=1, connections=1)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,8 @@ def forward(state: dict[str, Any], name: str = "m") -> float:
 
 
 def held_back() -> bool:
-    return threading.current_thread().name.startswith("fastckpt-arrival")
+    """Whether this reads for an arrival: on its own thread, or on one of those that read ahead for it."""
+    return any(thread.name == "fastckpt-arrival" for thread in threading.enumerate())
 
 
 class Saved:
@@ -97,7 +99,7 @@ def let_come(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> Saved:
 
 
 def is_coming(ckpt: Checkpointer) -> bool:
-    return ckpt._engine.fence.arriving is not None
+    return ckpt._engine.fence.hooks.arriving is not None
 
 
 @pytest.mark.parametrize("first", ["m", "z"])  # a module's name before and after that of the optimizer
@@ -218,6 +220,75 @@ def test_a_fork_does_not_train_with_what_never_comes(let_come: Saved) -> None:
         state["o"].step()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_waits_though_the_checkpointer_is_gone(saved: Saved, fails: bool) -> None:
+    state = made(2, steps=0)
+    saved.hold()
+    saved.opened(state).restore(overlap=True)
+    if fails:
+        saved.store.fails_at = 0
+    saved.store.open.set()
+    for thread in threading.enumerate():
+        if thread.name == "fastckpt-arrival":
+            thread.join()
+    gc.collect()
+    if not fails:
+        assert [saved._step(state, "m") for _ in range(3)] == saved.losses
+        return
+    forward(state)
+    with pytest.raises(PartialRestoreError):
+        state["o"].step()
+
+
+def test_whoever_asks_an_optimizer_for_its_state_gets_it_whole(let_come: Saved) -> None:
+    state = made(2, steps=0)
+    with let_come.opened(state) as ckpt:
+        ckpt.restore(overlap=True)
+        assert plain(copy.deepcopy(state["o"].state_dict())) == let_come.held["o"]
+
+
+class LookingAhead(torch.optim.SGD):
+    """Uses its state before it calls the closure."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.seen = [one["momentum_buffer"].clone() for one in self.state.values()]
+        return super().step(closure)
+
+
+def test_an_optimizer_of_ones_own_gets_its_state_before_a_closure_runs(let_come: Saved) -> None:
+    state = made(2, steps=0)
+    del state["s"]
+    state["o"] = optimizer = LookingAhead(state["m"].parameters(), lr=0.01, momentum=0.9)
+    let_come.store.waits = lambda: False
+    with Checkpointer(let_come.store, state, every=None, spot=None, fresh=True, options=OPTIONS) as ckpt:
+        forward(state)
+        super(LookingAhead, optimizer).step()
+        ckpt.save_now(1).wait()
+        held = [one["momentum_buffer"].clone() for one in optimizer.state.values()]
+        let_come.hold()
+        ckpt.restore(1, overlap=True)
+        assert is_coming(ckpt)
+        optimizer.step(lambda: torch.tensor(forward(state)))
+    assert all(map(torch.equal, optimizer.seen, held))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_change_before_all_has_come_is_seen_by_a_save_of_the_same_step(let_come: Saved, overlap: bool) -> None:
+    state = made(2, steps=0)
+    with let_come.opened(state) as ckpt:
+        ckpt.restore(overlap=overlap)
+        with torch.no_grad():
+            state["m"][0].weight.zero_()
+        with pytest.raises(SaveError, match="has changed since"):
+            ckpt.save_now(1)
+
+
+def test_without_a_change_a_save_of_the_same_step_is_there_already(let_come: Saved) -> None:
+    with let_come.opened(made(2, steps=0)) as ckpt:
+        ckpt.restore(overlap=True)
+        assert ckpt.save_now(1).wait().save.step == 1
+
+
 def test_an_exception_in_the_first_pass_waits_for_nothing(saved: Saved) -> None:
     saved.hold()
     with pytest.raises(ZeroDivisionError), saved.opened(made(2, steps=0)) as ckpt:  # noqa: PT012
@@ -226,6 +297,24 @@ def test_an_exception_in_the_first_pass_waits_for_nothing(saved: Saved) -> None:
         saved.store.open.set()
         raise ZeroDivisionError
     assert not any(thread.name == "fastckpt-arrival" for thread in threading.enumerate())
+
+
+def test_an_exception_does_not_wait_for_a_store_that_does_not_answer(
+    saved: Saved, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved.hold()
+    ckpt = Checkpointer(saved.store, made(2, steps=0), every=None, spot=None, close_timeout_s=0.01, options=OPTIONS)
+    with pytest.raises(ZeroDivisionError), ckpt:  # noqa: PT012
+        ckpt.restore(overlap=True)
+        raise ZeroDivisionError
+    assert held_back()
+    assert "must not be trained" in caplog.text
+    claimed = keys_of(saved.store, "epochs/")
+    saved.store.open.set()
+    for thread in threading.enumerate():
+        if thread.name == "fastckpt-arrival":
+            thread.join()
+    assert keys_of(saved.store, "epochs/") == claimed
 
 
 class Halving(torch.optim.AdamW):
