@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastckpt.training.collective import refusals
 from fastckpt.training.elastic_sampler import ElasticSampler
 from fastckpt.training.exact import load_exactly
 from fastckpt.training.filling import Filling
-from fastckpt.training.placement import PlacementPlan, may_be_asked, saved_names
+from fastckpt.training.placement import PlacementPlan, copies_plainly, may_be_asked, saved_names
 from fastckpt.training.rng import RNGState
 from fastckpt.training.sharded import into_dtensors
 
@@ -152,9 +153,29 @@ def _fill(target: torch.Tensor, value: torch.Tensor) -> None:
         raise TypeError("it is expanded here, and was not when it was saved")
 
 
+def _with_expanded(module: torch.nn.Module, value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state for a module whose expanded tensors (a buffer of one row for all) have got their values: torch writes no such tensor."""
+    live = {name: tensor for name, tensor in module.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    expanded = [
+        name
+        for name, tensor in live.items()
+        if tensor.layout is torch.strided and 0 in tensor.stride() and tensor.numel() and name in value
+    ]
+    if not expanded:
+        return value
+    value = copy.copy(value)  # with torch's `_metadata`
+    for name in expanded:
+        if value[name].shape == live[name].shape:
+            with torch.no_grad():
+                _fill(live[name], value[name])
+            value[name] = live[name]  # type: ignore[index]
+    return value
+
+
 def _put_into_module(name: str, module: torch.nn.Module, value: Any, plan: PlacementPlan, strict: bool) -> list[str]:
     names = names_inside(module)
     value = value if names is None else names.to_own(value, module.state_dict())
+    value = _with_expanded(module, value) if copies_plainly(module) else value
     # Without the word where it is not needed: a module may have a `load_state_dict` of its own that does not know it.
     module.load_state_dict(value, **({} if strict else {"strict": False}))
     name_of = saved_names(name, module, plan.entries)

@@ -417,3 +417,21 @@ def test_an_expanded_tensor_does_not_take_what_it_cannot_hold() -> None:
         pytest.raises(PartialRestoreError, match="is expanded here"),
     ):
         ckpt.restore()
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+def test_a_buffer_of_one_row_for_all_is_restored(atomic: bool) -> None:
+    """torch itself writes no tensor whose elements share memory."""
+
+    def made(row: torch.Tensor) -> torch.nn.Module:
+        module = torch.nn.Linear(2, 2)
+        module.register_buffer("mask", row.expand(3, 5))
+        return module
+
+    saved, live, store = made(torch.randn(5)), made(torch.zeros(5)), MemoryStore()
+    with Checkpointer(store, {"model": saved}, spot=None) as ckpt:
+        ckpt.save_now(1).wait()
+    with Checkpointer(store, {"model": live}, spot=None) as ckpt:
+        assert ckpt.restore(atomic=atomic) == 1
+    torch.testing.assert_close(live.state_dict(), saved.state_dict(), rtol=0, atol=0)
+    assert live.mask.stride() == (0, 1)
