@@ -22,7 +22,7 @@ from fastckpt.cli.output import (
 )
 from fastckpt.cli.target import add_endpoint, open_any_store
 from fastckpt.store.base import Store
-from fastckpt.store.findings import Findings, losses, refusals
+from fastckpt.store.findings import StoreFindings, losses, refusals
 from fastckpt.store.goodput import OBJECT_BYTES, Goodput, Latency, measure_goodput, measure_latency
 from fastckpt.store.probe import PREFIX, look_closely
 from fastckpt.store.wrap import Wrapper
@@ -96,7 +96,7 @@ def _once(store: Store) -> Store:
     return store
 
 
-def _look(store: Store) -> Findings:
+def _look(store: Store) -> StoreFindings:
     found, bare = look_closely(store), _once(store)
     if not store.url.startswith("s3://"):
         return found
@@ -106,7 +106,7 @@ def _look(store: Store) -> Findings:
     return look_at_server(bare, found) if isinstance(bare, S3Store) else found
 
 
-def _words(found: Findings) -> dict[str, Any]:
+def _words(found: StoreFindings) -> dict[str, Any]:
     """The findings by name, as words."""
     return {
         "create_if_absent": found.create.value,
@@ -118,7 +118,7 @@ def _words(found: Findings) -> dict[str, Any]:
     }
 
 
-def _as_json(url: str, found: Findings, why: list[str], latency: Latency, speeds: list[Goodput]) -> dict[str, Any]:
+def _as_json(url: str, found: StoreFindings, why: list[str], latency: Latency, speeds: list[Goodput]) -> dict[str, Any]:
     return {
         "url": url,
         "repository": not why,
@@ -130,7 +130,7 @@ def _as_json(url: str, found: Findings, why: list[str], latency: Latency, speeds
     }
 
 
-def _print(url: str, found: Findings, why: list[str], latency: Latency, speeds: list[Goodput]) -> None:
+def _print(url: str, found: StoreFindings, why: list[str], latency: Latency, speeds: list[Goodput]) -> None:
     say(url)
     rows = []
     for name, value in _words(found).items():

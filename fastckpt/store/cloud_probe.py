@@ -15,7 +15,7 @@ from fastckpt.store.cloud import S3Store
 from fastckpt.store.cloud_errors import BeyondEndError
 from fastckpt.store.cloud_listing import NotAListingError, read_page
 from fastckpt.store.cloud_requests import ChecksumError, Requests
-from fastckpt.store.findings import Checksum, Findings, Listing, Ranges
+from fastckpt.store.findings import Checksum, Listing, Ranges, StoreFindings
 from fastckpt.store.probe import cleaned, new_place
 
 _BODY = b"the bytes that are sent"
@@ -23,7 +23,7 @@ _OTHER = b"the bytes that were meant"
 _MOST_PAGE_BYTES = 1 << 20
 
 
-def look_at_server(store: S3Store, found: Findings) -> Findings:
+def look_at_server(store: S3Store, found: StoreFindings) -> StoreFindings:
     """The findings with what a server of S3 was found to do. StoreError."""
     requests = Requests(store.connection)
     place = new_place()

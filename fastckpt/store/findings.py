@@ -57,7 +57,7 @@ class Listing(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Findings:
+class StoreFindings:
     """Everything that `fastckpt probe` asks."""
 
     create: Create
@@ -83,7 +83,7 @@ _CREATE = {
 }
 
 
-def refusals(found: Findings) -> list[str]:
+def refusals(found: StoreFindings) -> list[str]:
     """Why no repository can be held here; [] if one can. Objects of `save` and `load` need less: see `losses`."""
     why = []
     if found.create in _CREATE:
@@ -99,7 +99,7 @@ def refusals(found: Findings) -> list[str]:
     return why
 
 
-def losses(found: Findings) -> list[str]:
+def losses(found: StoreFindings) -> list[str]:
     """What is missing, and what fastckpt does instead."""
     words = []
     if found.ranges is Ranges.IGNORED:

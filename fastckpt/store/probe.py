@@ -19,7 +19,7 @@ from fastckpt.errors import (
     UnsupportedVerbError,
 )
 from fastckpt.store.base import Store
-from fastckpt.store.findings import Create, Findings, Listing, Ranges, Replace
+from fastckpt.store.findings import Create, Listing, Ranges, Replace, StoreFindings
 
 PREFIX = "probe/"
 _READS = 2
@@ -46,19 +46,19 @@ def cleaned(store: Store, keys: list[str]) -> Iterator[None]:
                 store.delete(key)
 
 
-def look(store: Store) -> Findings:
+def look(store: Store) -> StoreFindings:
     """Whether a second create is refused, and a new object can be listed and read in part at once. StoreError."""
     place = new_place()
     key = f"{place}object"
     with cleaned(store, [key]):
         data = b"first " + key.encode()
         create, error = _create_twice(store, key, data)
-        return Findings(
+        return StoreFindings(
             create=create, create_error=error, ranges=_part(store, key, data), strong=_is(key in _names(store, place))
         )
 
 
-def look_closely(store: Store) -> Findings:
+def look_closely(store: Store) -> StoreFindings:
     """As `look`, and: creates at once, listings, replacements. StoreError."""
     place = new_place()
     names = [f"{place}{name}" for name in _NAMES]

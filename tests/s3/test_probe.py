@@ -14,7 +14,7 @@ from fastckpt.cli.main import main
 from fastckpt.errors import RepositoryError, StoreError
 from fastckpt.store.cloud import S3Store, open_s3
 from fastckpt.store.cloud_probe import look_at_server
-from fastckpt.store.findings import Checksum, Create, Findings, Listing, Ranges, Replace, losses, refusals
+from fastckpt.store.findings import Checksum, Create, Listing, Ranges, Replace, StoreFindings, losses, refusals
 from fastckpt.store.probe import look_closely
 from tests.s3.manners import (
     OBJECT,
@@ -31,7 +31,7 @@ from tests.s3.manners import (
 from tests.s3server import S3Server
 
 
-def found(store: S3Store) -> Findings:
+def found(store: S3Store) -> StoreFindings:
     return look_at_server(store, look_closely(store))
 
 

@@ -15,7 +15,7 @@ import fastckpt
 from fastckpt.cli.main import main
 from fastckpt.errors import RepositoryError, StoreAccessError, StoreError, StoreUnavailableError
 from fastckpt.store.base import ObjectInfo, Store
-from fastckpt.store.findings import Checksum, Create, Findings, Listing, Ranges, Replace, losses, refusals
+from fastckpt.store.findings import Checksum, Create, Listing, Ranges, Replace, StoreFindings, losses, refusals
 from fastckpt.store.goodput import measure_goodput
 from fastckpt.store.local import LocalStore
 from fastckpt.store.memory import MemoryStore
@@ -108,7 +108,7 @@ def test_the_command_finds_what_an_opening_cannot_see(
 
 def test_a_good_store_and_a_directory(tmp_path: Path) -> None:
     found = look_closely(MemoryStore())
-    assert found == Findings(Create.ATOMIC, Ranges.HONOURED, Listing.YES, Listing.YES, replace=Replace.CONDITIONAL)
+    assert found == StoreFindings(Create.ATOMIC, Ranges.HONOURED, Listing.YES, Listing.YES, replace=Replace.CONDITIONAL)
     assert (refusals(found), losses(found)) == ([], [])
     found = look_closely(LocalStore(tmp_path))
     assert (found.create, found.replace, refusals(found)) == (Create.ATOMIC, Replace.UNSUPPORTED, [])
@@ -143,7 +143,7 @@ def test_a_probe_that_fails_leaves_as_little_as_it_can(number: int) -> None:
 
 def test_what_follows_from_checksums() -> None:
     def words(used: str | None, **checksums: Checksum) -> str:
-        found = Findings(
+        found = StoreFindings(
             Create.ATOMIC,
             Ranges.IGNORED,
             Listing.YES,
