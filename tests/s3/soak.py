@@ -207,11 +207,12 @@ class Soak:
                 self.ended(process, 150)
 
     def await_acknowledgement(self, name: str) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         file = self.folder / f"{name}.jsonl"
         while not (file.exists() and '"acked"' in file.read_text()):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{name} has acknowledged nothing after 120 s")
+                journal = file.read_text()[-2000:] if file.exists() else "none"
+                raise RuntimeError(f"{name} has acknowledged nothing after 240 s; its journal: {journal}")
             time.sleep(0.1)
 
     def events(self) -> list[Event]:

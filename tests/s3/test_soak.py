@@ -29,6 +29,7 @@ def one_run(server: S3Server, folder: Path, seconds: float, pause_s: float) -> d
 
 
 @pytest.mark.s3
+@pytest.mark.timeout(600)
 def test_half_a_minute(s3_server: S3Server, tmp_path: Path) -> None:
     """Faults, kills, two racing incarnations, readers: no acknowledged step is lost, no mixture is read. 30 s of time, little of CPU."""
     one_run(s3_server, tmp_path, 30.0, 0.3)
