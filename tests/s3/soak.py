@@ -83,7 +83,7 @@ class Soak:
     def start(self, work: Any, name: str, *arguments: Any) -> Any:
         # The end of a pipe says "stop": an Event's lock would stay taken by a process that is killed.
         stop, mine = self.context.Pipe(duplex=False)
-        given = (work.__name__, self.folder / f"{name}.jsonl", stop, *arguments)
+        given = (dict(os.environ), work.__name__, self.folder / f"{name}.jsonl", stop, *arguments)
         process = self.context.Process(target=run, args=given, name=name, daemon=True)
         process.start()
         stop.close()
@@ -263,8 +263,10 @@ def _of_steady(event: Event, events: list[Event]) -> bool:
     return event.get("writer") == 1 or event.get("who") == "steady trainer"
 
 
-def run(work: str, *arguments: Any) -> None:
-    """The entry of a process."""
+def run(environment: dict[str, str], work: str, *arguments: Any) -> None:
+    """The entry of a process. Its variables are those of the fork server, which other tests may have started long before."""
+    os.environ.clear()
+    os.environ.update(environment)
     soak_jobs.guarded(getattr(soak_jobs, work))(*arguments)
 
 
