@@ -326,8 +326,8 @@ PyObject* read_chunks(PyObject*, PyObject* args) {
     if (file >= 0 && !frame) return PyErr_NoMemory();
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fastckpt_read_chunks(mine, file, memory.data(), memory.size(), frame,
-                                  frame ? FASTCKPT_MAX_RAW_BYTES : 0, static_cast<fastckpt_chunk*>(chunks.data()), n,
+    status = fastckpt_read_chunks(mine, file, memory.data(), memory.size(), frame, frame ? FASTCKPT_MAX_RAW_BYTES : 0,
+                                  static_cast<fastckpt_chunk*>(chunks.data()), n,
                                   static_cast<fastckpt_outcome*>(outcomes.data()));
     Py_END_ALLOW_THREADS
     if (status) return PyErr_Format(PyExc_ValueError, "status %d", status);
@@ -451,7 +451,8 @@ PyMethodDef methods[] = {
     {"decode", decode, METH_VARARGS,
      "decode(stored, base, transform, lane_bytes, pack_bits, raw) -> digest, None for a frame of another writer"},
     {"read_chunks", read_chunks, METH_VARARGS,
-     "read_chunks(file, memory, chunks, outcomes): a file's descriptor, or -1 and the memory that has the stored bytes"},
+     "read_chunks(file, memory, chunks, outcomes): a file's descriptor, or -1 and the memory that has the stored "
+     "bytes"},
     {"split", split, METH_VARARGS,
      "split(raw, base, transform, lane_bytes, pack_bits, stream) -> stream bytes, None if it does not fit"},
     {"merge", merge, METH_VARARGS,

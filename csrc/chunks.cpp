@@ -1,5 +1,5 @@
-// Chunks from a file or from memory to where they belong: read, crc, decode and digest, one chunk after another, without
-// anything in between that the caller would have to do.
+// Chunks from a file or from memory to where they belong: read, crc, decode and digest, one chunk after another,
+// without anything in between that the caller would have to do.
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -49,8 +49,8 @@ struct Stored {
     }
 };
 
-// Lets the kernel make all pages of fresh memory in one call: a page fault for each of them takes half as long again. It
-// is a hint only: kernels before 5.14 do not know it.
+// Lets the kernel make all pages of fresh memory in one call: a page fault for each of them takes half as long again.
+// It is a hint only: kernels before 5.14 do not know it.
 void make_pages(u8* raw, size_t n) {
 #if defined(__linux__)
     constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers do not have

@@ -307,7 +307,8 @@ void digest_of(const Bytes& raw, uint8_t digest[16]) {
         fail("xxh3_128 of %zu bytes", raw.size());
 }
 
-// The chunk out of a row of read_chunks: from memory and, now and then, from a file; and with less than all of it there.
+// The chunk out of a row of read_chunks: from memory and, now and then, from a file; and with less than all of it
+// there.
 void read_back(fastckpt_context* context, const Case& c, const Bytes& frame, const fastckpt_encoded& encoded,
                Random& r) {
     if (c.way.delta() || c.raw.size() < FASTCKPT_MIN_DIGEST_BYTES) return;
@@ -444,8 +445,8 @@ int vectors(const std::string& folder, const std::string& out) {
                 number(64, 8))
                 c.wrong("crc64nvme in two parts");
             if (fastckpt_crc64nvme_combine(fastckpt_crc64nvme(0, c.raw.data(), part),
-                                           fastckpt_crc64nvme(0, c.raw.data() + part, n - part), n - part) !=
-                number(64, 8))
+                                           fastckpt_crc64nvme(0, c.raw.data() + part, n - part),
+                                           n - part) != number(64, 8))
                 c.wrong("crc64nvme of two parts, combined");
             const Bytes made = round_trip(context, c, stream, r);
             if (!frame.empty() && made != frame) c.wrong("another frame than by the instruction set before");
