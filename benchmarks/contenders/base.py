@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 State = dict[str, Any]
 
 
-class Contender:
+class Contender(abc.ABC):
     """One way to store a state. `directory` is empty when `begin` gets it and belongs to the contender alone."""
 
     name = ""
@@ -19,8 +20,8 @@ class Contender:
     note = ""  # one line for the table: what this contender does not keep, or why it cannot run
     settings: dict[str, object] = {}  # what differs from the library's defaults, and the defaults that matter
 
-    def version(self) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def version(self) -> str: ...
 
     def unavailable(self) -> str:
         """Why it cannot run on this machine; empty if it can."""
@@ -29,13 +30,13 @@ class Contender:
     def begin(self, state: State, directory: Path) -> Callable[[], None]:
         """Blocks as long as the training loop would be blocked. The returned call blocks until the state is durable:
         file contents, and the directory entries that lead to them, on stable storage."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} does not save")
 
     def save(self, state: State, directory: Path) -> None:
         self.begin(state, directory)()
 
     def load(self, directory: Path) -> State:
-        raise NotImplementedError
+        raise TypeError(f"{self.name} does not load")
 
     def tiny(self, state: State) -> State:
         """A state of the same form and next to no bytes: saved and loaded once before anything is measured, so that

@@ -5,6 +5,7 @@ Imports torch and NumPy alone: it runs in the rivals' environment, too.
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -46,7 +47,7 @@ class Place:
         return replace(self, root=f"{self.root}-{name}", size=size)
 
 
-class Contender:
+class Contender(abc.ABC):
     """One way to store a state. Each call of `prepare` begins anew; the calls after it are measured."""
 
     name = ""
@@ -56,20 +57,20 @@ class Contender:
     verifies = "no"  # what of the restored bytes
     settings: dict[str, object] = {}  # what differs from the library's defaults, and the defaults that matter
 
-    def version(self) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def version(self) -> str: ...
 
+    @abc.abstractmethod
     def prepare(self, place: Place, state: State | None) -> None:
         """Make what a program has before its first save or restore. state: what is to be saved; None before a restore."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def save(self) -> None:
         """Save the state, until it is durable."""
-        raise NotImplementedError
 
     def restore(self) -> Any:
         """The whole state, its bytes in memory."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} only saves")
 
     def settle(self, found: Any) -> Any:
         """What `restore` has returned, once all of it is there."""
@@ -77,9 +78,9 @@ class Contender:
 
     def one(self, name: str) -> Any:
         """A single tensor, by its name in a flat state."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} reads no single tensors")
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most have nothing to let go of
         """Ends what `prepare` made."""
 
 
