@@ -24,8 +24,8 @@ from fastckpt.format.shares import GroupClaim
 
 
 class ChunkSource(Protocol):
-    """The bytes of one state's chunks, in host memory. `raw` and `release` may be called by any thread, each chunk once and in order; neither
-    of them for a chunk that is `known`.
+    """The bytes of one state's chunks, in host memory. `raw` and `release` may be called by any thread, each chunk once and in order;
+    neither of them for a chunk that is `known`.
     """
 
     def known(self, number: int) -> bytes | None:
