@@ -196,6 +196,9 @@ class Snapshot:
         """The first tensor that was seen to be torn, whether or not its copy could be repeated."""
         return self._watch.torn_name
 
+    def known(self, number: int) -> bytes | None:
+        """None: every chunk is copied."""
+
     def raw(self, number: int, scratch: U8) -> U8:
         """A chunk's bytes, once they are there; they stay until `release`. Raises the snapshot's error."""
         copy = self._copies[number]
