@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fastckpt.trace.recorder import Recorder
+from fastckpt.trace.recorder import Recorder, open_recorder
 
 logger = logging.getLogger("fastckpt")
 
@@ -235,6 +235,16 @@ class SaveDeferred(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaseIncomplete(Event):
+    """A save begins, and host memory does not hold all bytes of the checkpoint before it: what has changed there is stored whole."""
+
+    target: str
+    step: int
+    lacking_bytes: int
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinalSave(Event):
     """A notice has come and the last save of this run begins."""
 
@@ -328,22 +338,12 @@ def _read_environment(event: Event) -> None:
     global _subscribers, _recorder_of_environment  # noqa: PLW0603 - as in `subscribe`
     with _lock:
         if _read_environment in _subscribers:  # otherwise another thread was faster
-            recorder = _recorder_of_environment = _open_recorder(os.environ.get("FASTCKPT_TRACE"))
+            recorder = _recorder_of_environment = open_recorder(os.environ.get("FASTCKPT_TRACE"))
             others = tuple(one for one in _subscribers if one is not _read_environment)
             _subscribers = others if recorder is None else (recorder, *others)
         recorder = _recorder_of_environment
     if recorder is not None:
         recorder(event)
-
-
-def _open_recorder(path: str | None) -> Recorder | None:
-    if not path:
-        return None
-    try:
-        return Recorder(os.path.expanduser(path))
-    except Exception as error:  # a failing recorder is no reason to fail
-        logger.warning("FASTCKPT_TRACE: events are not recorded: %s: %s", type(error).__name__, error)
-        return None
 
 
 _subscribers: tuple[Subscriber, ...] = (_read_environment,)

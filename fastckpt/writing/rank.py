@@ -41,6 +41,8 @@ class SaveAsked:
     meta: Mapping[str, Any] = field(default_factory=dict)
     called_s: float = field(default_factory=time.monotonic)
     """time.monotonic() at which the save was asked for."""
+    full: bool = False
+    """Whether the save must name no other one: then it is given no base."""
 
 
 @dataclass(frozen=True, kw_only=True)
