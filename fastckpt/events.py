@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fastckpt.trace.recorder import Recorder
+from fastckpt.trace.recorder import Recorder, open_recorder
 
 logger = logging.getLogger("fastckpt")
 
@@ -239,6 +239,18 @@ class Retired(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetentionEnded(Event):
+    """A pass of retention has ended: bytes of the packs that are left of those it has listed."""
+
+    target: str
+    stored_bytes: int
+    base_bytes: int
+    """Of those, in packs of saves that are no checkpoint any more, which checkpoints refer to."""
+    grace_bytes: int
+    """Of those, in packs that no checkpoint needs, which wait for the end of their grace."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadStarted(Event):
     """The index is read and checked; `chunks` of the object's chunks are about to be read."""
 
@@ -312,22 +324,12 @@ def _read_environment(event: Event) -> None:
     global _subscribers, _recorder_of_environment  # noqa: PLW0603 - as in `subscribe`
     with _lock:
         if _read_environment in _subscribers:  # otherwise another thread was faster
-            recorder = _recorder_of_environment = _open_recorder(os.environ.get("FASTCKPT_TRACE"))
+            recorder = _recorder_of_environment = open_recorder(os.environ.get("FASTCKPT_TRACE"))
             others = tuple(one for one in _subscribers if one is not _read_environment)
             _subscribers = others if recorder is None else (recorder, *others)
         recorder = _recorder_of_environment
     if recorder is not None:
         recorder(event)
-
-
-def _open_recorder(path: str | None) -> Recorder | None:
-    if not path:
-        return None
-    try:
-        return Recorder(os.path.expanduser(path))
-    except Exception as error:  # a failing recorder is no reason to fail
-        logger.warning("FASTCKPT_TRACE: events are not recorded: %s: %s", type(error).__name__, error)
-        return None
 
 
 _subscribers: tuple[Subscriber, ...] = (_read_environment,)
