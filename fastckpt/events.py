@@ -137,6 +137,22 @@ class EffortUsed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltasUsed(Event):
+    """What a save has named again, or stored as differences, instead of writing it in full. Of saves that have a base, or should have."""
+
+    target: str
+    step: int
+    base_step: int | None
+    """The checkpoint that it builds on; None: none."""
+    chunks: dict[str, int]
+    """How many chunks became what: "equal" to the base's, "difference", "cast", "full"."""
+    raw_bytes: dict[str, int]
+    """The same in bytes."""
+    why_full: str = ""
+    """Why there was no base."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChunkStored(Event):
     """One chunk was encoded and handed on, by the thread that emits this. In a container, in the order of the records."""
 
@@ -216,6 +232,16 @@ class SaveDeferred(Event):
     step: int
     waiting: int
     """Number of saves under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseIncomplete(Event):
+    """A save begins, and host memory does not hold all bytes of the checkpoint before it: what has changed there is stored whole."""
+
+    target: str
+    step: int
+    lacking_bytes: int
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
