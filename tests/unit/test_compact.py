@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import random
 import re
-import secrets
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,7 @@ from fastckpt.errors import (
 )
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId, commit_key
-from fastckpt.format.repository_records import Commit, marker_bytes
+from fastckpt.format.repository_records import Commit
 from fastckpt.kernels.transform import Transform
 from fastckpt.options import Options
 from fastckpt.repository.commit import open_vote
@@ -44,7 +41,7 @@ from fastckpt.upkeep.compact.elsewhere import compact_to
 from fastckpt.upkeep.compact.in_place import compact_in_place
 from fastckpt.upkeep.compact.report import CompactReport
 from fastckpt.upkeep.mirror.mirror import mirror
-from tests.support.deltas import save_on
+from tests.support.deltas import chain, chain_state, save_on
 from tests.support.repositories import (
     IN_PARALLEL,
     begin,
@@ -55,7 +52,6 @@ from tests.support.repositories import (
     incarnation,
     keys_of,
     read,
-    save_ranks,
     save_shared,
     shared,
 )
@@ -67,42 +63,6 @@ ACTS: dict[str, Act] = {
     "here": lambda store, target: compact_in_place(store, options=ONE),
     "there": lambda store, target: compact_to(store, target, options=ONE),
 }
-
-
-def state(step: int) -> dict[str, Any]:
-    """Frozen, slowly changing and new tensors, a bfloat16 copy of a master: each is a chunk of its own."""
-    base = torch.randn(3_000, generator=torch.Generator().manual_seed(1))
-    master = base + step * 1e-4 * torch.randn(3_000, generator=torch.Generator().manual_seed(step))
-    return {
-        "a_master": master,
-        "b_copy": master.bfloat16(),
-        "frozen": base.double(),
-        "slow": (base + step * 1e-3).half(),
-        "ids": torch.arange(step, step + 5),
-        "step": {"number": step},
-    }
-
-
-def chain(store: Store, steps: int = 3, world: int = 1) -> Commit:
-    """Steps 1 … n of epoch 1, each against the one before it. Each rank has a state of its own. The same objects each time."""
-    template, commit = _chain(steps, world)
-    for key in keys_of(template, ""):
-        store.put(key, template.get(key))
-    marker = Repository(store).marker()
-    assert marker is not None
-    store.put(keys.MARKER, marker_bytes(replace(marker, repository=secrets.token_hex(16))))
-    return commit
-
-
-@functools.cache
-def _chain(steps: int, world: int) -> tuple[Store, Commit]:
-    store = MemoryStore()
-    begin(store, world)
-    commit = save_ranks(store, 1, 1, [state(1 + 100 * rank) for rank in range(world)])
-    for step in range(2, steps + 1):
-        states = [state(step + 100 * rank) for rank in range(world)]
-        commit = save_on(store, commit, step, states, casts={"b_copy": "a_master"}, metrics={"loss": 1 / step})
-    return store, commit
 
 
 def packs_named(store: Store, commit: Commit) -> set[SaveId | None]:
@@ -132,7 +92,7 @@ def test_in_place_the_newest_is_full_and_a_restore_takes_it(world: int) -> None:
     assert (new.metrics, new.meta, new.world, new.raw_bytes) == (old.metrics, old.meta, old.world, old.raw_bytes)
     assert (new.trigger, new.parent is not None and new.parent.checkpoint) == ("compact", old.checkpoint)
     for rank in range(world):
-        assert same(read(store, new, rank), state(3 + 100 * rank))
+        assert same(read(store, new, rank), chain_state(3 + 100 * rank))
     check_all(store)
     assert check_repository(Repository(store)).ok
     assert drawn[-1] == (1, 1)
@@ -142,12 +102,12 @@ def test_in_place_the_newest_is_full_and_a_restore_takes_it(world: int) -> None:
 
 
 def test_training_goes_on_from_the_full_one() -> None:
-    store, live = MemoryStore(), state(0)
+    store, live = MemoryStore(), chain_state(0)
     chain(store)
     compact_in_place(store, options=ONE)
     with Checkpointer(store, live, every=None, spot=None) as ckpt:
         assert ckpt.restore() == 3
-        assert same(live, state(3))
+        assert same(live, chain_state(3))
         ckpt.save_now(4).wait()
     assert history(store)[:2] == [CheckpointId(3, 4), CheckpointId(2, 3)]
 
@@ -161,7 +121,7 @@ def test_an_older_one_in_place_is_a_rewind_and_has_to_be_asked_for() -> None:
     assert keys_of(store, "") == before
     assert compact_in_place(store, 2, rewind=True, options=ONE).written
     assert history(store) == [CheckpointId(2, 2), CheckpointId(1, 2), CheckpointId(1, 1)]
-    assert same(read(store, commit_of(store, 2, epoch=2)), state(2))
+    assert same(read(store, commit_of(store, 2, epoch=2)), chain_state(2))
 
 
 def test_shares_of_several_ranks_stay_shares() -> None:
@@ -200,7 +160,7 @@ def test_elsewhere_it_has_its_own_name_and_the_source_stays_as_it_is() -> None:
         "compact",
     )
     assert new.save != old.save  # packs of that try may come with a mirror, and later checkpoints need them
-    assert same(read(target, new), state(3))
+    assert same(read(target, new), chain_state(3))
     assert check_repository(Repository(target)).ok
     assert not compact_to(source, target, options=ONE).written
     assert compact_to(source, target, step=2, options=ONE).written
@@ -263,7 +223,7 @@ def test_a_job_that_saves_meanwhile_is_found_and_its_checkpoint_stays_the_newest
         if verb == "put" and key.startswith(keys.VOTES) and when == "after" and not said:
             said.append(number)
             with contextlib.suppress(SupersededError):
-                job.save(sealed(state(9)), 9)
+                job.save(sealed(chain_state(9)), 9)
 
     with pytest.raises(RepositoryError, match="not stopped"):
         compact_in_place(FaultyStore(store, hook=hook), options=ONE)
@@ -280,8 +240,8 @@ def _require_nothing_or_all(act: str, source: Store, target: Store, old: Commit)
         assert isinstance(commit, Commit)
         if commit.trigger == "compact":
             require_full(where, commit)
-            assert same(read(where, commit), state(3))
-    assert same(read(source, old), state(3))
+            assert same(read(where, commit), chain_state(3))
+    assert same(read(source, old), chain_state(3))
 
 
 @pytest.mark.parametrize("mode", ["before", "after"])
@@ -307,7 +267,7 @@ def test_any_failing_operation_leaves_nothing_or_the_whole_and_the_next_run_fini
         ACTS[act](source, target)
         where = source if act == "here" else target
         require_full(where, _newest(where))
-        assert same(read(where, _newest(where)), state(3))
+        assert same(read(where, _newest(where)), chain_state(3))
 
 
 def _newest(store: Store) -> Commit:
@@ -360,7 +320,7 @@ def test_two_runs_to_one_place_never_overwrite_each_others_packs() -> None:
         compact_to(source, FaultyStore(target, hook=hook), options=ONE)
     assert second[0].written
     check_all(target)
-    assert same(read(target, commit_of(target, 3)), state(3))
+    assert same(read(target, commit_of(target, 3)), chain_state(3))
 
 
 def test_a_store_that_fails_at_the_source_ends_it() -> None:
