@@ -26,8 +26,12 @@ class ChainRooms:
             self._views[link.room] = np.empty(int(self._raw_bytes[link.room]), np.uint8)
         return self._views[link.room]
 
+    def is_joined(self, base: Base) -> bool:
+        """Whether a base lies in two rows, so that it is a copy: both must have been decoded before it is asked for."""
+        return len(rows_of(base, int(self._raw_bytes[base.row]))) > 1
+
     def base(self, link: Link) -> U8 | None:
-        """The bytes that a row is relative to; all rows of them have been decoded."""
+        """The bytes that a row is relative to, where they lie, or will lie."""
         if link.base is None:
             return None
         rows = rows_of(link.base, int(self._raw_bytes[link.base.row]))

@@ -251,7 +251,7 @@ class Reader:
             try:
                 stored = out if record["transform"] == Transform.RAW else self._scratch_of(n_stored)
                 if n_stored:
-                    self._read_stored(record, stored)
+                    self.sources[int(record["file"])].read_into(self.position(record), stored)
             except (EOFError, ObjectNotFoundError) as error:
                 return self._damage(row, place, f"{n_stored} stored bytes", str(error))
         return self._decode_row(row, place, stored, out, base)
@@ -274,9 +274,9 @@ class Reader:
             return self._damage(row, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
         return None
 
-    def _read_stored(self, record: Any, out: U8) -> None:
-        file, offset = int(record["file"]), int(record["offset"])
-        self.sources[file].read_into(offset if file else self.start + offset, out)
+    def position(self, record: Any) -> int:
+        """Where the stored bytes of a record begin in their source."""
+        return int(record["offset"]) + (0 if record["file"] else self.start)
 
     def _damage(self, chunk: int, place: str, expected: str, found: str) -> Damage:
         return Damage("payload", place, expected, found, self.tensors_of(chunk))

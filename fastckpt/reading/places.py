@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple, Protocol
 
@@ -38,20 +38,19 @@ class LastChunk:
     """
 
     def __init__(self) -> None:
-        self._held: tuple[int, U8] | None = None
+        self._kept: tuple[int, U8] | None = None
 
-    def get(self, chunk: int) -> U8 | None:
-        """The raw bytes of a chunk, if it is the kept one. Any thread."""
-        held = self._held
-        return held[1] if held is not None and held[0] == chunk else None
+    def known(self, chunks: Container[int]) -> dict[int, U8]:
+        """The kept one, if it is one of these."""
+        return {self._kept[0]: self._kept[1]} if self._kept is not None and self._kept[0] in chunks else {}
 
     def put(self, chunk: int, raw: U8) -> None:
         """Keep the verified bytes of a chunk in place of the previous one. Any thread."""
-        self._held = (chunk, raw)
+        self._kept = (chunk, raw)
 
     def release(self) -> None:
         """Drop the kept chunk."""
-        self._held = None
+        self._kept = None
 
 
 class Room(NamedTuple):
@@ -115,7 +114,7 @@ class Places:
     def settle(self, chunk: int, room: Room, seconds: float) -> None:
         """Copy what several storages share of a chunk that is whole, and tell of it."""
         if room.is_shared:
-            self._spread(chunk, room.view)
+            self.spread(chunk, room.view)
             if self._last_chunk is not None:
                 self._last_chunk.put(chunk, room.view)
         if events.enabled():
@@ -131,17 +130,8 @@ class Places:
                 )
             )
 
-    def place_known(self, chunks: Iterable[int]) -> set[int]:
-        """Put chunks in place that the caller has kept. Returns them."""
-        found = set()
-        for chunk in chunks if self._last_chunk is not None else ():
-            known = self._last_chunk.get(chunk) if self._last_chunk is not None else None
-            if known is not None:
-                self._spread(chunk, known)
-                found.add(chunk)
-        return found
-
-    def _spread(self, chunk: int, raw: U8) -> None:
+    def spread(self, chunk: int, raw: U8) -> None:
+        """Copy a chunk to all its places."""
         for number, offset, position, length in self._pieces[chunk]:
             memory = self._memories.loading(number)
             if memory.sink is None:
