@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastckpt.errors import CheckpointError, CorruptCheckpointError
 from fastckpt.format import keys, records
+from fastckpt.format.digest import crc64nvme, digest
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import SaveId, commit_key
 from fastckpt.format.repository_records import Commit
@@ -40,11 +42,6 @@ def checked(store: Store) -> RepositoryReport:
 
 def states_of(report: RepositoryReport) -> dict[int, str]:
     return {one.checkpoint.step: one.state for one in report.checkpoints}
-
-
-def row_at(store: Store, commit: Commit, transform: Transform) -> tuple[Reader, int]:
-    reader = open_vote(store, commit.vote(0))
-    return reader, int((reader.records["transform"] == transform).nonzero()[0][0])
 
 
 # -- check -------------------------------------------------------------------------------------------------------------
@@ -95,38 +92,27 @@ def test_damage_in_a_difference_is_that_of_its_own_checkpoints_alone() -> None:
     assert states_of(checked(store)) == {1: "ok", 2: "damaged", 3: "damaged"}
 
 
-def test_a_row_that_names_another_base_is_not_taken_for_the_one_that_was_right() -> None:
-    """The same stored bytes and digest, and a base that gives other bytes."""
+def test_a_row_with_another_base_is_not_taken_for_the_one_that_was_right() -> None:
+    """The same stored bytes and the same digest, made from a base that was replaced by other, intact bytes."""
     store = MemoryStore()
-    commit = chain(store, 2)
-    reader, row = row_at(store, commit, Transform.SUB)
-    first = records.base_of(reader.records[row])[0]
-    other = (
-        next(
-            n
-            for n in range(first)
-            if n != first and reader.records["raw_bytes"][n] == reader.records["raw_bytes"][first]
-        )
-        if first
-        else None
-    )
-    assert other is None or other != first
-    changed = reader.records.copy()
-    carried = changed[first].copy()
-    # The carried row becomes one of the same length and other bytes: what b_copy's masters were a save ago.
-    for candidate in range(len(changed)):
-        same_length = changed["raw_bytes"][candidate] == carried["raw_bytes"]
-        if candidate != first and same_length and changed["transform"][candidate] in (Transform.ROT, Transform.RAW):
-            changed[first] = changed[candidate]
-            break
-    else:
-        changed[first]["digest"] = b"\1" * 16
-    reader.records = changed
-    save = SaveId(1, 9, 0)
-    place_vote(store, save, reader, parent=None)
-    assert try_commit(store, save) is not None
-    found = states_of(checked(store))
-    assert (found[1], found[2], found[9]) == ("ok", "ok", "damaged")
+    chain(store, 3)
+
+    def replace_base(reader: Reader) -> None:
+        row = int(np.flatnonzero(reader.records["transform"] == Transform.SUBPACK)[0])
+        first = records.base_of(reader.records[row])[0]
+        other = bytes(range(250)) * (int(reader.records["raw_bytes"][first]) // 250 + 1)
+        other = other[: int(reader.records["raw_bytes"][first])]
+        key = PACK_OF.format(9)
+        store.put(key, other)
+        reader.files = (*reader.files, FileEntry(key, len(other), crc64nvme(other)))
+        rows, file = bytearray(reader.records.tobytes()), len(reader.files)
+        where = (file, 0, len(other), len(other), digest(other), crc64nvme(other), bytes(8))
+        records.fill(rows, first, Transform.RAW, 1, 0, *where)
+        reader.records = records.unpack(bytes(rows))
+
+    _vote(store, replace_base)
+    found = checked(store)
+    assert states_of(found) == {1: "ok", 2: "ok", 3: "ok", 9: "damaged"}
 
 
 # -- copies ------------------------------------------------------------------------------------------------------------
@@ -178,10 +164,6 @@ def _rename(old: str, new: str) -> Callable[[Reader], None]:
         reader.files = tuple(file._replace(key=new) if file.key == old else file for file in reader.files)
 
     return change
-
-
-def _longer(reader: Reader) -> None:
-    reader.files = tuple(FileEntry(key, n_bytes, crc ^ 1) for key, n_bytes, crc in reader.files)
 
 
 @pytest.mark.parametrize(
