@@ -128,6 +128,10 @@ class TornSnapshotError(SaveError):
     """A tensor changed between the call of `save` and the end of its copy. Nothing was committed."""
 
 
+class BaseLostError(SaveError):
+    """The checkpoint that a save refers to is none any more. Nothing was committed; a save that refers to nothing can be made."""
+
+
 class AbandonedError(SaveError):
     """All ranks have abandoned a save because one of them could not make its part."""
 

@@ -141,6 +141,10 @@ def test_prune_asks_at_a_terminal(
     [
         ["--keep-last", "0"],
         ["--keep-every", "0"],
+        ["--keep-every-minutes", "0"],
+        ["--keep-for-minutes", "-1"],
+        ["--keep-steps", "1,x"],
+        ["--keep-best-count", "0"],
         ["--keep-best", "loss"],
         ["--keep-best", "loss:most"],
         ["--grace", "-1"],
@@ -185,5 +189,14 @@ def test_a_forecast_is_what_happens(store: LocalStore, url: str) -> None:
 
 
 def test_a_metric_may_have_a_colon() -> None:
-    arguments = argparse.Namespace(keep_best="eval:loss:max", keep_last=1, keep_every=None, grace=0.0)
-    assert keep_of(arguments) == Keep(last=1, best="eval:loss", mode="max")
+    arguments = argparse.Namespace(
+        keep_last=1,
+        keep_every=None,
+        keep_every_minutes=None,
+        keep_for_minutes=None,
+        keep_steps="5,3",
+        keep_best="eval:loss:max",
+        keep_best_count=2,
+        grace=0.0,
+    )
+    assert keep_of(arguments) == Keep(last=1, steps=(3, 5), best="eval:loss", mode="max", best_count=2)
