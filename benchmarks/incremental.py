@@ -24,7 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import fastckpt
-from benchmarks import CACHE, incremental_pairs, incremental_report, incremental_runs, measure, output
+from benchmarks import (
+    CACHE,
+    incremental_device,
+    incremental_layouts,
+    incremental_pairs,
+    incremental_report,
+    incremental_runs,
+    incremental_stall,
+    measure,
+    output,
+)
 from benchmarks.incremental_lab import Lab
 from benchmarks.progress import Progress
 from benchmarks.runner import names_of
@@ -32,7 +42,13 @@ from benchmarks.storage_lab import find_rivals
 from benchmarks.storage_rows import Row, missing
 from benchmarks.workloads import changing
 
-GROUPS: dict[str, ModuleType] = {"pairs": incremental_pairs, "runs": incremental_runs}
+GROUPS: dict[str, ModuleType] = {
+    "pairs": incremental_pairs,
+    "runs": incremental_runs,
+    "stall": incremental_stall,
+    "layouts": incremental_layouts,
+    "device": incremental_device,
+}
 
 
 def measured(args: argparse.Namespace) -> output.Result:
@@ -42,7 +58,17 @@ def measured(args: argparse.Namespace) -> output.Result:
     work = Path(tempfile.mkdtemp(prefix="incremental-", dir=args.dir))
     rivals = find_rivals(args.rivals) or sys.executable
     lab = Lab(
-        args.tasks, args.gaps, args.rounds, args.saves, args.jobs, args.quick, Path(args.cache), work, rivals, print
+        tasks=args.tasks,
+        gaps=args.gaps,
+        rounds=args.rounds,
+        saves=args.saves,
+        jobs=args.jobs,
+        stall_size=args.stall_size,
+        quick=args.quick,
+        cache=Path(args.cache),
+        work=work,
+        rivals=rivals,
+        show=print,
     )
     lab.show = Progress(sum(GROUPS[name].count(lab) for name in args.only))
     rows = []
@@ -95,6 +121,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small states, few saves: tries the benchmark itself")
     parser.add_argument("--rounds", type=int, default=1, help="of each contender (default 1)")
     parser.add_argument("--saves", type=int, help="of each long run (default 200, with --quick 12)")
+    parser.add_argument("--stall-size", default="21m", help="of the model in the group stall (default 21m)")
     parser.add_argument("--jobs", type=int, default=2, help="long runs at once (default 2)")
     everything, tasks = list(GROUPS), list(changing.TASKS)
     parser.add_argument(

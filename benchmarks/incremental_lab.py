@@ -25,6 +25,8 @@ class Lab:
     """Of each long run."""
     jobs: int
     """Long runs at once."""
+    stall_size: str
+    """Of the model that trains while it is saved (benchmarks/workloads/gpt.py)."""
     quick: bool
     cache: Path
     """Where states lie that were trained before."""
