@@ -89,7 +89,7 @@ def rows_of(task: str, form: str, gaps: Sequence[int], samples: Samples) -> list
             rows.append(row(GROUP, name, "", [], note=samples.errors()))
             continue
         rows.append(against_rival(name, kind(task, form), gap, samples))
-        rows.append(cpu_row(name, gap, samples))
+        rows.append(cpu_row(name, kind(task, form), gap, samples))
         promise = samples.least("analyze", gap, "promised")
         if promise is not None:
             asked = f"≤ {PROMISE_BAR} × what `fastckpt analyze` promised"
@@ -123,16 +123,16 @@ def against_rival(name: str, kind_: str | None, gap: int, samples: Samples) -> R
     )
 
 
-def cpu_row(name: str, gap: int, samples: Samples) -> Row:
+def cpu_row(name: str, kind_: str | None, gap: int, samples: Samples) -> Row:
     """Processor seconds of the save; of several rounds the least: others on the machine only add to it."""
     rival, ours = samples.least(RIVAL, gap, "cpu_s"), samples.values("fastckpt", gap, "cpu_s")
     others = {RIVAL: rival, "in full": samples.full("cpu_s"), "torch.save": samples.least("torch.save", gap, "cpu_s")}
     return row(
         GROUP,
         f"{name}: CPU",
-        f"≤ ⅓ × {RIVAL}",
+        f"≤ ⅓ × {RIVAL}" if kind_ else "",
         [min(ours)],
-        bar=CPU_BAR * rival if rival else None,
+        bar=CPU_BAR * rival if kind_ and rival else None,
         against={other: value for other, value in others.items() if value is not None},
         note=f"{min(ours) / rival:.2f} × {RIVAL}; rounds {', '.join(f'{one:.3f}' for one in ours)}" if rival else "",
     )

@@ -73,7 +73,7 @@ def entropy(x: Any) -> float:
         counts = np.bincount(plane, minlength=256)
         shares = counts[counts > 0] / part.size
         total -= float((shares * np.log2(shares)).sum())
-    return total * x.size / 8
+    return float(total * x.size / 8)
 
 
 def xor_zstd(new: states.State, old: states.State) -> float:
@@ -84,7 +84,7 @@ def xor_zstd(new: states.State, old: states.State) -> float:
     for name, tensor in tensors_of(new):
         changed = lanes(tensor) ^ lanes(before[name])
         planes = np.ascontiguousarray(changed.view(np.uint8).reshape(-1, changed.itemsize).T)
-        total += len(zstandard.ZstdCompressor(level=1).compress(planes))
+        total += len(zstandard.ZstdCompressor(level=1).compress(planes.data))
     return float(total)
 
 

@@ -30,6 +30,7 @@ from benchmarks import codec_data
 from benchmarks.workloads import gpt
 
 SEED = 11
+QUICK_CHARACTERS = 1 << 18
 Weights = dict[str, Tensor]
 
 
@@ -68,7 +69,7 @@ class Pretraining(Task):
     def __init__(self, lr: float, quick: bool) -> None:
         self.lr = lr
         self.size = gpt.Size(32, 1, 2, 1) if quick else gpt.Size(320, 6, 10, 1)
-        self.text = words_as_numbers(gpt.VOCABULARY)
+        self.text = words_as_numbers(gpt.VOCABULARY, QUICK_CHARACTERS if quick else None)
 
     def weights(self) -> Weights:
         self.model = gpt.GPT(self.size)
@@ -146,7 +147,7 @@ class SparseEmbeddings(Task):
 
     def __init__(self, quick: bool) -> None:
         self.rows = 1 << (10 if quick else 16)
-        self.text = words_as_numbers(self.rows)
+        self.text = words_as_numbers(self.rows, QUICK_CHARACTERS if quick else None)
         counts = torch.bincount(self.text, minlength=self.rows).double() ** 0.75
         self.often = counts.cumsum(0) / counts.sum()
 
@@ -169,10 +170,13 @@ class SparseEmbeddings(Task):
 
 
 @functools.cache
-def words_as_numbers(vocabulary: int) -> Tensor:
-    """The sources of Python's standard library, its words numbered from the commonest on; 0 stands for the rest."""
+def words_as_numbers(vocabulary: int, characters: int | None) -> Tensor:
+    """The sources of Python's standard library, its words numbered from the commonest on; 0 stands for the rest.
+
+    characters: how many at the beginning; None: all.
+    """
     folder = Path(sysconfig.get_path("stdlib"))
-    text = "\n".join(path.read_text("utf-8", "replace") for path in sorted(folder.glob("*.py")))
+    text = "\n".join(path.read_text("utf-8", "replace") for path in sorted(folder.glob("*.py")))[:characters]
     words = re.findall(r"\w+|\s+|[^\w\s]", text)
     known = {word: i + 1 for i, (word, _) in enumerate(Counter(words).most_common(vocabulary - 1))}
     return torch.from_numpy(np.fromiter((known.get(word, 0) for word in words), np.int64, len(words)))
