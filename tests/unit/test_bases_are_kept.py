@@ -313,3 +313,25 @@ def test_threads_read_the_tables_of_many_ranks_at_once() -> None:
     commit = save_ranks(store, 1, 1, [{"rank": rank} for rank in range(4)])
     assert packs_of(Seen(store), commit) == set(keys_of(store, "data/"))
     assert all(name.startswith("fastckpt-tables") for name in names)
+
+
+def test_a_pass_costs_as_much_after_hundreds_of_saves_that_refer_to_the_first() -> None:
+    """What a frozen backbone makes: all checkpoints name packs of the first save."""
+    store = Timed()
+    counted = Counted(store)
+    save_steps(store, [1])
+    collector, costs = Collector(Repository(counted)), []
+    for step in range(2, 161):
+        reuse(store, step - 1, step)
+        store.now_s += GRACE_S / 5
+        counted.seen.clear()
+        todo = plan_retention(collector.look(), Keep(last=3), (), GRACE_S)
+        collector.run(todo, 1)
+        costs.append(len(counted.seen))
+    early, late = sum(costs[30:60]), sum(costs[-30:])
+    assert late <= early, (early, late)
+    assert late / 30 < 30
+    assert [c.step for c in sorted(living(store))] == [158, 159, 160]
+    assert packs_of_step(store, 1)
+    assert len(keys_of(store, "commits/")) < 25
+    check_all(store)

@@ -21,7 +21,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.store.local import LocalStore
 from tests.support.command_line import rewound, run, run_json
-from tests.support.repositories import IN_PARALLEL, keys_of, save_steps
+from tests.support.repositories import IN_PARALLEL, keys_of, reuse, save_steps
 
 # prune
 
@@ -108,6 +108,41 @@ def test_prune_with_grace_leaves_packs(store: LocalStore, url: str, capsys: pyte
     assert steps_of(store) == [2]
     assert run(capsys, "prune", url, "--keep-last", "1", "--run-is-stopped", "--yes")[0] == cli.OK
     assert len(keys_of(store, "data/")) == 1
+
+
+def test_prune_keeps_by_time_and_by_step(store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save_steps(store, [1, 2, 3, 4])
+    argv = ["prune", url, "--keep-last", "1", "--run-is-stopped", "--yes"]
+    assert run(capsys, *argv, "--keep-for-minutes", "60")[0] == cli.OK
+    assert steps_of(store) == [4, 3, 2, 1]
+    assert run(capsys, *argv, "--keep-steps", "2", "--keep-every-minutes", "60")[0] == cli.OK
+    assert steps_of(store) == [4, 2, 1]
+
+
+def test_what_checkpoints_refer_to_stays_and_is_counted(
+    store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_steps(store, [1])
+    reuse(store, 1, 2)
+    save_steps(store, [3])  # of epoch 2, after the restore that epoch 1's newest one is given to
+    n_bytes = {info.key: info.n_bytes for info in store.list("data/")}
+    first = sum(n for key, n in n_bytes.items() if "-000000000001-" in key)
+    argv = ["prune", url, "--keep-last", "2", "--run-is-stopped"]
+    status, value = run_json(capsys, *argv, "--yes")
+    assert status == cli.OK
+    assert value["base_bytes"] == first
+    assert value["waiting_bytes"] == 0
+    assert steps_of(store) == [3, 2]
+    (listed,) = run_json(capsys, "ls", url)[1]["repositories"]
+    assert (listed["stored_bytes"], listed["base_bytes"], listed["grace_bytes"]) == (sum(n_bytes.values()), first, 0)
+    assert "to which checkpoints refer" in run(capsys, "ls", url)[2]
+    assert "refer to them" in run(capsys, *argv, "--dry-run")[1]
+    assert run(capsys, "prune", url, "--keep-last", "1", "--run-is-stopped", "--grace", "3600", "--yes")[0] == cli.OK
+    (listed,) = run_json(capsys, "ls", url)[1]["repositories"]
+    assert (listed["base_bytes"], listed["grace_bytes"]) == (0, first)
+    assert run(capsys, "prune", url, "--keep-last", "1", "--run-is-stopped", "--yes")[0] == cli.OK
+    assert len(keys_of(store, "data/")) == 1
+    assert run(capsys, "check", url)[0] == cli.OK
 
 
 def test_prune_leaves_what_is_pinned_and_says_so(
