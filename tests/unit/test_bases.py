@@ -100,11 +100,8 @@ def test_a_full_save_is_the_base_of_the_next_and_names_no_other() -> None:
     with opened(store, run) as ckpt:
         for step, full in ((1, False), (2, True), (3, False)):
             ckpt.save_now(step, full=full).wait(SHORT_S)
-            keys = {file.key.split("/")[-1] if full else file.key for file in newest(ckpt).files}
-            if full:
-                (own,) = {file.key.rsplit(".", 2)[0] for file in newest(ckpt).files} or {""}
-                assert len(keys) >= 1
-                assert own
+            packs_of = {file.key.split("/")[1] for file in newest(ckpt).files}
+            assert packs_of == {f"000001-{min(step, 2):012}-000"}, "the third has nothing new"
         with pytest.raises(TypeError, match="full is 1"):
             ckpt.save_now(4, full=1)  # type: ignore[arg-type]
 
@@ -128,7 +125,7 @@ def test_a_budget_for_one_snapshot_keeps_what_the_next_leaves(caplog: pytest.Log
 
     with opened(store, run) as ckpt, caplog.at_level(logging.INFO), fastckpt.events.subscribe(see):
         pool = ckpt._engine.stager.pool
-        pool.set_budget(40 * MIB)  # slabs of 4 MiB: seven or eight for a snapshot
+        pool.set_budget(28 * MIB)  # slabs of 4 MiB: six for a snapshot
         run.step()
         ckpt.save_now(1).wait(SHORT_S)
         ckpt.wait()
@@ -188,7 +185,7 @@ class Changing(torch.nn.Linear):
     """Takes its weight otherwise than it is given."""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         with torch.no_grad():
             self.weight[3, 3] += 1
 
@@ -217,10 +214,10 @@ def test_a_restore_needs_no_memory_that_a_save_needs() -> None:
     run = Run()
     with opened(store, run) as ckpt:
         pool = ckpt._engine.stager.pool
-        pool.set_budget(72 * MIB)  # a snapshot takes 32 at most
+        pool.set_budget(48 * MIB)  # a snapshot takes 24 at most
         ckpt.restore()
         assert newest(ckpt).memory is not None
-        pool.set_budget(48 * MIB)
+        pool.set_budget(28 * MIB)
         ckpt.restore()
         assert newest(ckpt).memory is None
         assert share_of(newest(ckpt), store, "stored") == 1
