@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fastckpt.trace.recorder import Recorder
+from fastckpt.trace.recorder import Recorder, open_recorder
 
 logger = logging.getLogger("fastckpt")
 
@@ -137,6 +137,22 @@ class EffortUsed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltasUsed(Event):
+    """What a save has named again, or stored as differences, instead of writing it in full. Of saves that have a base, or should have."""
+
+    target: str
+    step: int
+    base_step: int | None
+    """The checkpoint that it builds on; None: none."""
+    chunks: dict[str, int]
+    """How many chunks became what: "equal" to the base's, "difference", "cast", "full"."""
+    raw_bytes: dict[str, int]
+    """The same in bytes."""
+    why_full: str = ""
+    """Why there was no base."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChunkStored(Event):
     """One chunk was encoded and handed on, by the thread that emits this. In a container, in the order of the records."""
 
@@ -216,6 +232,16 @@ class SaveDeferred(Event):
     step: int
     waiting: int
     """Number of saves under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseIncomplete(Event):
+    """A save begins, and host memory does not hold all bytes of the checkpoint before it: what has changed there is stored whole."""
+
+    target: str
+    step: int
+    lacking_bytes: int
+    why: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,22 +338,12 @@ def _read_environment(event: Event) -> None:
     global _subscribers, _recorder_of_environment  # noqa: PLW0603 - as in `subscribe`
     with _lock:
         if _read_environment in _subscribers:  # otherwise another thread was faster
-            recorder = _recorder_of_environment = _open_recorder(os.environ.get("FASTCKPT_TRACE"))
+            recorder = _recorder_of_environment = open_recorder(os.environ.get("FASTCKPT_TRACE"))
             others = tuple(one for one in _subscribers if one is not _read_environment)
             _subscribers = others if recorder is None else (recorder, *others)
         recorder = _recorder_of_environment
     if recorder is not None:
         recorder(event)
-
-
-def _open_recorder(path: str | None) -> Recorder | None:
-    if not path:
-        return None
-    try:
-        return Recorder(os.path.expanduser(path))
-    except Exception as error:  # a failing recorder is no reason to fail
-        logger.warning("FASTCKPT_TRACE: events are not recorded: %s: %s", type(error).__name__, error)
-        return None
 
 
 _subscribers: tuple[Subscriber, ...] = (_read_environment,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastckpt.errors import SaveError
@@ -32,14 +34,21 @@ class Stager:
         verify: str = "off",
         spill_dir: str = "",
         pool: SlabPool | None = None,
+        *,
+        keeps: bool = False,
     ) -> None:
-        """budget_bytes: host memory for all snapshots together. pool: a shared pool; None: the stager makes its own. Other arguments: see
-        `StagerSettings`. SaveError if nothing can be written to spill_dir.
+        """budget_bytes: host memory for all snapshots together. pool: a shared pool; None: the stager makes its own. keeps: whether slabs
+        of a snapshot are kept as those of a base (base_slabs.py). Other arguments: see `StagerSettings`. SaveError if nothing can be
+        written to spill_dir.
         """
         if spill_dir:
             SpillFile(spill_dir).close()
         self._settings = StagerSettings(target, threads, max_stall_s, verify, spill_dir)
         self.pool = SlabPool(budget_bytes) if pool is None else pool
+        self._keeps = keeps
+        self._newest_sizes: Sequence[int] = ()
+        """Bytes of the slabs of the newest snapshot."""
+        self._newest_for_device = False
         self._verified_once = False
         self._sides: dict[torch.device, SideStream] = {}
         self._maker: SlabMaker | None = None
@@ -53,6 +62,13 @@ class Stager:
         except DoesNotFit:  # such a save uses no slabs
             return
         self._maker = SlabMaker(self.pool, plan.first_slabs, plan.for_device)
+
+    def prepare_next(self) -> None:
+        """As `prepare`, for another snapshot like the newest one, whose slabs are kept: otherwise the next one would wait for its memory.
+        Makes only what fits beside those.
+        """
+        if self._keeps and self._maker is None:
+            self._maker = SlabMaker(self.pool, self._newest_sizes, self._newest_for_device)
 
     def stop_preparing(self) -> None:
         """Stop allocating ahead. Memory that is already made stays. Waits for one slab at most."""
@@ -81,9 +97,12 @@ class Stager:
         self.stop_preparing()
         with self.pool.all_or_nothing():
             plan = plan_copies(captured, cuts, self.pool.budget_bytes, fenced, ring=ring)
+            if plan.is_ring:  # it needs all memory, and must not wait for an encoder that waits for it
+                self.pool.evict_bases()
             slabs = self.pool.take_all(plan.first_slabs, plan.for_device)
             if slabs is None:
                 return None
+            self._newest_sizes, self._newest_for_device = plan.first_slabs, plan.for_device
             return Snapshot(
                 captured,
                 cuts,
@@ -96,6 +115,7 @@ class Stager:
                 step=step,
                 fingerprints=None if fenced is None else self._fingerprints(captured, cuts, samples),
                 spill=self._spill_file() if plan.is_ring and self._settings.spill_dir else None,
+                keeps=self._keeps,
             )
 
     def _spill_file(self) -> SpillFile | None:

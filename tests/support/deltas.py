@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from fastckpt import codec
-from fastckpt.format import records
+from fastckpt.format import keys, records
 from fastckpt.format.digest import crc64nvme
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import SaveId, pack_key, vote_key
-from fastckpt.format.repository_records import Commit, Parent, utc_now, writer
+from fastckpt.format.repository_records import Commit, Parent, marker_bytes, utc_now, writer
 from fastckpt.format.sealed_state import SealedState
 from fastckpt.format.tensor_names import dotted
 from fastckpt.format.vote import SaveInfo, save_to_json
 from fastckpt.kernels.transform import HAS_BASE, MAX_RAW_BYTES, Transform
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote, try_commit
+from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
+from fastckpt.store.memory import MemoryStore
 from fastckpt.writing.chunk_writer import ChunkWriter
 from fastckpt.writing.vote_builder import build_vote
+from tests.support.repositories import begin, keys_of, save_ranks
 from tests.support.states import sealed
 
 _EFFORT = codec.Effort.NORMAL
@@ -50,6 +56,42 @@ def save_on(
     commit = try_commit(store, save)
     assert commit is not None
     return commit
+
+
+def chain_state(step: int) -> dict[str, Any]:
+    """Frozen, slowly changing and new tensors, a bfloat16 copy of a master: each is a chunk of its own."""
+    base = torch.randn(3_000, generator=torch.Generator().manual_seed(1))
+    master = base + step * 1e-4 * torch.randn(3_000, generator=torch.Generator().manual_seed(step))
+    return {
+        "a_master": master,
+        "b_copy": master.bfloat16(),
+        "frozen": base.double(),
+        "slow": (base + step * 1e-3).half(),
+        "ids": torch.arange(step, step + 5),
+        "step": {"number": step},
+    }
+
+
+def chain(store: Store, steps: int = 3, world: int = 1) -> Commit:
+    """Steps 1 … n of epoch 1, each against the one before it. Each rank has a state of its own. The same objects each time."""
+    template, commit = _chain(steps, world)
+    for key in keys_of(template, ""):
+        store.put(key, template.get(key))
+    marker = Repository(store).marker()
+    assert marker is not None
+    store.put(keys.MARKER, marker_bytes(replace(marker, repository=secrets.token_hex(16))))
+    return commit
+
+
+@functools.cache
+def _chain(steps: int, world: int) -> tuple[Store, Commit]:
+    store = MemoryStore()
+    begin(store, world)
+    commit = save_ranks(store, 1, 1, [chain_state(1 + 100 * rank) for rank in range(world)])
+    for step in range(2, steps + 1):
+        states = [chain_state(step + 100 * rank) for rank in range(world)]
+        commit = save_on(store, commit, step, states, casts={"b_copy": "a_master"}, metrics={"loss": 1 / step})
+    return store, commit
 
 
 class _Vote:
@@ -186,4 +228,4 @@ def _move(table: Any, row: int, at: Mapping[int, int], old: Any) -> None:
         table["parameter"][row] = np.void(at[first].to_bytes(4, "little") + rest)
 
 
-__all__ = ["save_on"]
+__all__ = ["chain", "chain_state", "save_on"]
