@@ -29,7 +29,7 @@ MAX_DEPTH = 32
 _STEP = 1.4
 """Chains whose costs differ by less than this factor are taken for equal: then those in the oldest packs end first, so that packs die
 whole."""
-_LEAST_GAIN = 0.03
+_LEAST_GAIN = 0.02
 """Of a full chunk's bytes: what is expected to gain less is not planned as a difference."""
 
 
@@ -69,7 +69,7 @@ class Packs(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is allowed. `extra_bytes` and `extra_work`: what each chunk will add to a restore, beyond a full chunk, if it goes as planned."""
+    """What is allowed. extra_bytes and extra_work: what each chunk adds to a restore beyond a full chunk, if it goes as planned."""
 
     known: Known
     extra_bytes: Amounts
