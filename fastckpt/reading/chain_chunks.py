@@ -21,6 +21,7 @@ from fastckpt.kernels import kernels
 from fastckpt.kernels.chunk_table import OK, OUTCOME, Table, can_be_read, table_of
 from fastckpt.reading.chain_rooms import ChainRooms
 from fastckpt.reading.chains import Chain
+from fastckpt.reading.chunk_reader import position_of
 from fastckpt.reading.places import Places, Room, new_room
 
 _NOTHING = np.empty(0, np.uint8)
@@ -156,7 +157,7 @@ class ChainChunks:
         if row in stored:
             return _Stored(_MEMORY, stored[row], 0)
         number = int(record["file"])
-        source, offset = self._reader.sources[number], self._reader.position(record)
+        source, offset = self._reader.sources[number], position_of(self._reader, record)
         if source.is_file:
             if number not in opened:
                 opened[number] = files.enter_context(source.opened())

@@ -251,7 +251,7 @@ class Reader:
             try:
                 stored = out if record["transform"] == Transform.RAW else self._scratch_of(n_stored)
                 if n_stored:
-                    self.sources[int(record["file"])].read_into(self.position(record), stored)
+                    self.sources[int(record["file"])].read_into(position_of(self, record), stored)
             except (EOFError, ObjectNotFoundError) as error:
                 return self._damage(row, place, f"{n_stored} stored bytes", str(error))
         return self._decode_row(row, place, stored, out, base)
@@ -274,10 +274,6 @@ class Reader:
             return self._damage(row, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
         return None
 
-    def position(self, record: Any) -> int:
-        """Where the stored bytes of a record begin in their source."""
-        return int(record["offset"]) + (0 if record["file"] else self.start)
-
     def _damage(self, chunk: int, place: str, expected: str, found: str) -> Damage:
         return Damage("payload", place, expected, found, self.tensors_of(chunk))
 
@@ -287,6 +283,11 @@ class Reader:
         if buffer is None or buffer.size < n_bytes:
             buffer = self._scratch.buffer = np.empty(n_bytes, np.uint8)
         return buffer[:n_bytes]
+
+
+def position_of(reader: Reader, record: Any) -> int:
+    """Where the stored bytes of a record begin in their source."""
+    return int(record["offset"]) + (0 if record["file"] else reader.start)
 
 
 def _check_shares(reader: Reader) -> None:

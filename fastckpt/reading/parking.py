@@ -9,7 +9,7 @@ Nobody waits: a row for which there is no room counts as come, and whoever decod
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -35,7 +35,7 @@ class Parking:
         self._held_bytes = 0
         self._missing = Counter(chain for one in ranges for part in one.parts for chain, _ in part.takers)
         """Rows of each chain that have not come."""
-        self._kept: dict[int, dict[int, _Kept]] = {chain: {} for chain in self._missing}
+        self._kept: dict[int, dict[int, _Kept]] = defaultdict(dict)
 
     def bring(self, range_: Range, stored: Mapping[int, U8]) -> dict[int, dict[int, U8]]:
         """A range has come.
@@ -66,7 +66,7 @@ class Parking:
                 self._missing[chain] -= mine[chain]
                 if not self._missing[chain]:
                     whole.append(chain)
-            found = {chain: {row: kept.view for row, kept in self._kept[chain].items()} for chain in whole}
+            found = {chain: {row: kept.view for row, kept in self._kept.get(chain, {}).items()} for chain in whole}
         for part in range_.parts:
             for chain, row in part.takers:
                 if chain in found and part.row in stored:
@@ -87,7 +87,7 @@ class Parking:
     def forget(self, chain: int) -> None:
         """Let go of what was kept for a chain."""
         with self._lock:
-            for kept in self._kept.pop(chain).values():
+            for kept in self._kept.pop(chain, {}).values():
                 kept.takers -= 1
                 if not kept.takers:
                     self._held_bytes -= kept.view.size

@@ -93,10 +93,10 @@ class StorageLoader:
         self._damage: list[Damage] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self._places = Places(reader, self._plan.pieces, self._window, last_chunk)
-        chains = ChainChunks(self._places, work.chains, Allowance(work.reads.scratch_bytes))
+        places = Places(reader, self._plan.pieces, self._window, last_chunk)
+        chains = ChainChunks(places, work.chains, Allowance(work.reads.scratch_bytes))
         parking = Parking([job for job in work.jobs.all if isinstance(job, Range)], work.reads.parked_bytes)
-        self._chunks = RangeChunks(self._places, chains, parking, threading.BoundedSemaphore(threads))
+        self._chunks = RangeChunks(places, chains, parking, threading.BoundedSemaphore(threads))
         self._pool = self._start(threads, work)
 
     def _start(self, threads: int, work: _Work) -> RangeReads | Workers | None:
@@ -183,8 +183,7 @@ class StorageLoader:
     def _place_known(self, chunk: int) -> None:
         raw = self._known.pop(chunk)
         self._allocate(piece[0] for piece in self._plan.pieces[chunk])
-        self._places.spread(chunk, raw)
-        self._settle(lambda: Settled([chunk], []))
+        self._settle(functools.partial(self._chunks.place_known, chunk, raw))
 
     def _allocate(self, numbers: Iterable[int]) -> None:
         for number in numbers:
