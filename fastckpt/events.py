@@ -265,6 +265,18 @@ class Retired(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetentionEnded(Event):
+    """A pass of retention has ended: bytes of the packs that are left of those it has listed."""
+
+    target: str
+    stored_bytes: int
+    base_bytes: int
+    """Of those, in packs of saves that are no checkpoint any more, which checkpoints refer to."""
+    grace_bytes: int
+    """Of those, in packs that no checkpoint needs, which wait for the end of their grace."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadStarted(Event):
     """The index is read and checked; `chunks` of the object's chunks are about to be read."""
 

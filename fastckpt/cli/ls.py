@@ -10,14 +10,19 @@ from typing import Any
 from fastckpt.cli.output import OK, human, note, print_json, table
 from fastckpt.cli.target import add_endpoint, local_path, maybe_repository, open_repository, safe_history
 from fastckpt.errors import CheckpointError, NotACheckpointError, UnreadableError
+from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit, metrics_to_json
 from fastckpt.reading.chunk_reader import Reader, is_container, summary
 from fastckpt.reading.sources import PathSource
 from fastckpt.repository.catalog import Catalog, describe, pending_saves
 from fastckpt.repository.commit import list_votes
+from fastckpt.repository.file_tables import packs_of
+from fastckpt.repository.inventory import take_inventory
 from fastckpt.repository.known_records import KnownRecords
+from fastckpt.repository.record_reader import AllCommits
 from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import held_bytes
 
 HELP = "list the checkpoints of repositories, in folders, or the given files"
 
@@ -82,8 +87,28 @@ def list_repository(repository: Repository) -> dict[str, Any]:
         "origin": _origin(repository),
         "newest_epoch": newest,
         "retired": len(found.tombstones),
+        **_held(repository, found),
         "checkpoints": rows,
     }
+
+
+def _held(repository: Repository, found: AllCommits) -> dict[str, int]:
+    """Bytes of packs, and what remains of saves that are no checkpoints any more: only then file tables are read."""
+    data = take_inventory(repository.store, keys.DATA)
+    useless = {
+        save
+        for save in data.packs
+        if save.checkpoint in found.tombstones
+        or (save.checkpoint in found.commits and found.commits[save.checkpoint].save != save)
+    }
+    needed: set[str] | None = set()
+    try:
+        if useless:
+            needed = {key for commit in found.commits.values() for key in packs_of(repository.store, commit)}
+    except UnreadableError:
+        needed = None
+    held = held_bytes(data.packs, data.sizes, None if found.failed else needed, useless)
+    return {"stored_bytes": held.stored, "base_bytes": held.base, "grace_bytes": held.grace}
 
 
 def _origin(repository: Repository) -> dict[str, str] | None:
@@ -139,6 +164,12 @@ def _print_repository(found: Mapping[str, Any]) -> None:
             nothing = [""] * (6 if shows_ranks else 5)
             rows.append([one["epoch"], one["step"], *nothing, f"{one['branch']}: {words}"])
     table(rows, right=(0, 1, 2, 4, 5) if shows_ranks else (0, 1, 3, 4))
+    if found["base_bytes"] or found["grace_bytes"]:
+        stored, base, grace = (human(found[name]) for name in ("stored_bytes", "base_bytes", "grace_bytes"))
+        note(
+            f"{found['url']}: packs of {stored}; of saves that are no checkpoint any more {base}, to which checkpoints refer, and {grace}, "
+            "which wait for the end of their grace"
+        )
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
