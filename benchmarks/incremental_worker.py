@@ -27,7 +27,8 @@ from benchmarks.processes import answer
 from benchmarks.storage_contenders.base import flat
 
 State = dict[str, Any]
-THREADS = 2
+THREADS = 1
+"""Of torch: the threads of a second one would spin after each change of the state, and be counted with the save behind it."""
 
 
 class Contender(abc.ABC):
