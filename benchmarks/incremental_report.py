@@ -15,9 +15,9 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 NOTES = (
     "Forms: fp32 is float32 weights with AdamW's moments; copy adds a bfloat16 copy of all weights; bf16 is bfloat16 weights and moments; "
     "weights is the copy alone. Of LoRA and the frozen backbone, most weights have no moments.",
-    "pairs: of a save so many steps after another one, in a new repository. moonclip's deltas are against its last full snapshot, "
-    "which is the first state, so both have the same base. Processor seconds are those of all threads of the process, from the call "
-    "until the save is durable and retention has ended; of several rounds the least, of both.",
+    "pairs: of a save so many steps after a whole one, in a process that has saved before. moonclip's deltas are against its last full "
+    "snapshot, which is the first state, so both have the same base. Processor seconds are those of all threads of the process, from "
+    "the call until the save is durable and retention has ended; of several rounds the least, of both.",
     "*floor*: bytes that an ideal coder of single bytes needs for each tensor, alone or as a difference, whichever is less.",
 )
 

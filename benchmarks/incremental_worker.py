@@ -1,7 +1,7 @@
 """One contender of benchmarks/incremental.py, in a process of its own: a first save of a state, then one of each state some steps later.
 
-    fastckpt     for each gap a new repository: Checkpointer.save_now of the first state, then of the one `gap` steps later
-    moonclip     one store: its deltas are always against the last full snapshot, which is the first state
+    fastckpt     for each gap the first state in full, then the one `gap` steps later, which so has the first one as its base
+    moonclip     its deltas are always against the last full snapshot, which is the first state
     torch.save   each state, whole
 
 Runs in the environment of its contender. Costs are those of the second save alone: bytes of new and grown files, and processor seconds of
@@ -15,7 +15,6 @@ from __future__ import annotations
 import abc
 import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,11 +27,14 @@ from benchmarks.processes import answer
 from benchmarks.storage_contenders.base import flat
 
 State = dict[str, Any]
-THREADS = 2
+THREADS = 1
+"""Of torch: the threads of a second one would spin after each change of the state, and be counted with the save behind it."""
 
 
 class Contender(abc.ABC):
     settings: dict[str, object] = {}
+    begins_anew = False
+    """Whether the first state is saved again before each gap, so that it is the base."""
 
     @abc.abstractmethod
     def version(self) -> str: ...
@@ -42,8 +44,8 @@ class Contender(abc.ABC):
         """Begin anew, with this live state."""
 
     @abc.abstractmethod
-    def save(self, step: int) -> None:
-        """Save what the state is now, durably."""
+    def save(self, step: int, full: bool) -> None:
+        """Save what the state is now, durably. full: without a base."""
 
     def close(self) -> None:  # noqa: B027 - most have nothing to let go of
         """End what `open` began."""
@@ -51,8 +53,10 @@ class Contender(abc.ABC):
 
 class Fastckpt(Contender):
     settings = {
-        "save": "Checkpointer(directory, state, every=None, spot=None).save_now(step), all options their defaults; keep=3"
+        "save": "Checkpointer(directory, state, every=None, spot=None).save_now(step), all options their defaults; keep=3",
+        "first state": "save_now(step, full=True)",
     }
+    begins_anew = True
 
     def version(self) -> str:
         import fastckpt
@@ -65,8 +69,8 @@ class Fastckpt(Contender):
         self._checkpointer = fastckpt.Checkpointer(folder, state, every=None, spot=None)
         self._checkpointer.restore()
 
-    def save(self, step: int) -> None:
-        self._checkpointer.save_now(step).wait()
+    def save(self, step: int, full: bool) -> None:
+        self._checkpointer.save_now(step, full=full).wait()
         self._checkpointer.wait()
 
     def close(self) -> None:
@@ -90,7 +94,7 @@ class Moonclip(Contender):
         self._manager = CheckpointManager(str(folder), world_size=1, rank=0)
         self._state = state
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, full: bool) -> None:
         self._manager.save_raw(step, flat(self._state))
         self._manager.flush()
 
@@ -103,7 +107,7 @@ class TorchSave(Contender):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._state = folder, state
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, full: bool) -> None:
         with open(self._folder / f"{step}.pt", "wb") as file:
             torch.save(self._state, file)
             file.flush()
@@ -113,36 +117,31 @@ class TorchSave(Contender):
 CONTENDERS: dict[str, type[Contender]] = {"fastckpt": Fastckpt, "moonclip": Moonclip, "torch.save": TorchSave}
 
 
-def measured(contender: Contender, folder: Path, step: int) -> dict[str, Any]:
+def measured(contender: Contender, folder: Path, step: int, full: bool = False) -> dict[str, Any]:
     """One save, and what it has cost."""
     before = states.files(folder)
     states.settle()
     cpu, began = time.process_time(), time.perf_counter()
-    contender.save(step)
+    contender.save(step, full)
     seconds, cpu_s = time.perf_counter() - began, time.process_time() - cpu
     return {"cpu_s": cpu_s, "seconds": seconds, **states.added(before, states.files(folder))}
 
 
 def one_form(given: dict[str, Any], form: str, work: Path) -> dict[str, Any]:
-    """The saves of one form of a task's states."""
-    folder, task, gaps = Path(given["states"][form]), given["task"], given["gaps"]
+    """The saves of one form of a task's states. The first pair of saves warms up: it finds memory, threads and the speed of the disk."""
+    folder, task = Path(given["states"][form]), given["task"]
     live = states.read(folder, 0, form, task)
     contender = CONTENDERS[given["contender"]]()
+    contender.open(work / form, live)
     first, found = [], {}
-    for number, gap in enumerate(gaps):
-        place = work / form / (str(gap) if given["contender"] == "fastckpt" else "all")
-        if number == 0 or given["contender"] == "fastckpt":
+    for step, gap in enumerate([given["gaps"][-1], *given["gaps"]]):
+        if step == 0 or contender.begins_anew:
             states.change(live, states.read(folder, 0, form, task))
-            contender.open(place, live)
-            first.append(measured(contender, place, 1000))
-        new = states.read(folder, gap, form, task)
-        states.change(live, new)
-        del new
-        found[str(gap)] = measured(contender, place, 1000 + gap)
-        if given["contender"] == "fastckpt":
-            contender.close()
-            shutil.rmtree(place)
-    return {"raw_bytes": states.raw_bytes(live), "first": first, "gaps": found}
+            first.append(measured(contender, work / form, 2 * step + 1, full=True))
+        states.change(live, states.read(folder, gap, form, task))
+        found[str(gap)] = measured(contender, work / form, 2 * step + 2)
+    contender.close()
+    return {"raw_bytes": states.raw_bytes(live), "first": first[1:] or first, "gaps": found}
 
 
 def rehearse(name: str, work: Path) -> None:
@@ -151,7 +150,7 @@ def rehearse(name: str, work: Path) -> None:
     contender = CONTENDERS[name]()
     contender.open(work / "rehearsal", state)
     for step in (1, 2):
-        contender.save(step)
+        contender.save(step, step == 1)
         state["model"]["w"].mul_(1.0001)
     contender.close()
 
