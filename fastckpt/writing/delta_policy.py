@@ -22,7 +22,7 @@ import numpy as np
 
 from fastckpt.writing.chains import Amounts, Mask, Numbers
 
-_MOST_WORK = 1.5
+_MOST_WORK = 1.45
 _MOST_PACKS = 2.3
 MAX_DEPTH = 32
 """Longest chain that is made; the format allows 64."""
