@@ -119,5 +119,5 @@ def test_a_pack_that_is_mostly_dead_is_given_up() -> None:
     )  # fmt: skip
     packs = Packs(np.array([36.0, 40.0, 40.0]), np.arange(n), np.where(np.arange(n) < 36, 0, np.arange(n) % 2 + 1))
     found = plan(known, packs, 1.5)
-    assert 1 <= found.renew[36:].sum()
+    assert found.renew[36:].sum() >= 1
     assert not found.renew[:36].any()
