@@ -134,7 +134,7 @@ class RestoredBase:
         memory = BaseSlabs(pool.bases, places, [chunk.n_bytes for chunk in cuts.chunks])
         try:
             of_storage = _by_storage(captured, contents, prints)
-            for number, slot in places.items():
+            for number, slot in list(places.items()):
                 chunk = cuts.chunks[number]
                 target = slabs[slot.slab].array[slot.offset : slot.offset + chunk.n_bytes]
                 at = 0
