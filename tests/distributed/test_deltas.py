@@ -1,4 +1,4 @@
-"""Differences on other ranks: what four ranks have saved is the base of what three save, and a step that the run goes back to is one, too."""
+"""Differences on other ranks: what four have saved is the base of what three save, and a step that the run goes back to is one, too."""
 
 from __future__ import annotations
 
