@@ -2,7 +2,7 @@
 
 from fastckpt.kernels.reference.crc import crc64nvme, crc64nvme_combine, crc_tables
 from fastckpt.kernels.reference.estimate import Estimate, sample
-from fastckpt.kernels.reference.memory import ROW_WORDS, WHOLE_BELOW, gather, lines, lines_bytes, rows
+from fastckpt.kernels.reference.memory import ROW_WORDS, WHOLE_BELOW, fingerprint, gather, lines, lines_bytes, rows
 from fastckpt.kernels.reference.streams import (
     STRIPE_LANES,
     cast,
@@ -27,6 +27,7 @@ __all__ = [
     "crc64nvme_combine",
     "crc_tables",
     "difference",
+    "fingerprint",
     "gather",
     "is_constant",
     "lanes_of",
