@@ -24,7 +24,15 @@ from fastckpt.format.shares import GroupClaim
 
 
 class ChunkSource(Protocol):
-    """The bytes of one state's chunks, in host memory. `raw` and `release` may be called by any thread, each chunk once and in order."""
+    """The bytes of one state's chunks, in host memory. `raw` and `release` may be called by any thread, each chunk once and in order;
+    neither of them for a chunk that is `known`.
+    """
+
+    def known(self, number: int) -> bytes | None:
+        """The digest of a chunk that was not copied, because it equals the base's chunk that it is matched with (`writing.matching`).
+
+        Asked only by a save that has a base. None: `raw` has its bytes. May block. Raises what `raw` does.
+        """
 
     def raw(self, number: int, scratch: U8) -> U8:
         """A chunk's bytes, either in `scratch`, which is large enough, or elsewhere. Nobody changes them until `release`. May block.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fastckpt._types import U8
+from fastckpt.snapshot.base_slabs import BaseSlabs
 from fastckpt.snapshot.copy_plan import CopyPlan
 from fastckpt.snapshot.pool import Slab, SlabPool
 from fastckpt.snapshot.progress import Copy
@@ -19,8 +20,10 @@ from fastckpt.snapshot.progress import Copy
 class Ring:
     """See the module. All methods except `content` and `target` are called under the snapshot's lock."""
 
-    def __init__(self, pool: SlabPool, plan: CopyPlan, slabs: Sequence[Slab]) -> None:
-        """slabs: the first ones of the plan, taken from the pool."""
+    def __init__(self, pool: SlabPool, plan: CopyPlan, slabs: Sequence[Slab], base: BaseSlabs | None = None) -> None:
+        """slabs: the first ones of the plan, taken from the pool. base: gets each slab that the encoder has finished with; None: they are
+        used again.
+        """
         self._pool = pool
         self._slab_bytes, self._for_device = plan.layout.slab_bytes, plan.for_device
         self._slot_of = dict(zip(plan.order, plan.layout.slots, strict=True))
@@ -33,6 +36,7 @@ class Ring:
         """For each slab, the number of its chunks that have not been released."""
         self._read_from: set[int] = set()
         """Slabs that the encoder has begun to read: they stay until it has finished with them."""
+        self._base = base
         self.leaving: int | None = None
         """The slab that is being written to the disk; None if there is none."""
 
@@ -71,7 +75,10 @@ class Ring:
         self._unread[slab] -= 1
         if self._unread[slab] or slab not in self._slabs:
             return False
-        self.give_back(slab)
+        if self._base is None:
+            self.give_back(slab)
+        else:
+            self._base.keep(slab, self._slabs.pop(slab))
         return True
 
     def give_back(self, slab: int) -> None:

@@ -31,6 +31,7 @@ from fastckpt._types import U8
 from fastckpt.errors import SaveError, SnapshotStalledError
 from fastckpt.host.deadline import Deadline
 from fastckpt.snapshot import cuda
+from fastckpt.snapshot.base_slabs import BaseSlabs
 from fastckpt.snapshot.copier import Copier
 from fastckpt.snapshot.copy_plan import CopyPlan
 from fastckpt.snapshot.fenced import FencedTensors
@@ -67,13 +68,14 @@ class Snapshot:
         step: int | None,
         fingerprints: SaveFingerprints | None = None,
         spill: SpillFile | None = None,
+        keeps: bool = False,
     ) -> None:
         """On return everything that is not fenced may change; but nothing may change if `must_fence` is True.
 
         plan: for this state. slabs: those that must exist at the beginning. side_of: gives the same side stream for one device every time.
         fingerprints: taken now from chunks that are copied later, and compared with their copies; None: nothing is compared. spill: takes
-        slabs that hold up the ring; closed with this object. Raises the error that prevented the first copies; then the pool has its slabs
-        back.
+        slabs that hold up the ring; closed with this object. keeps: whether slabs go to `base`
+        when the encoder has finished with them. Raises the error that prevented the first copies; then the pool has its slabs back.
         """
         fingerprints = fingerprints or SaveFingerprints()
         self.cuts = cuts
@@ -82,7 +84,12 @@ class Snapshot:
             Copy(number, chunk, chunk.n_bytes, captured.storages[chunk.pieces[0].storage].device)
             for number, chunk in enumerate(cuts.chunks)
         ]
-        self._ring = Ring(pool, plan, slabs)
+        self.base: BaseSlabs | None = None
+        """What is kept of this snapshot for the next save. Whoever saves drops it if the save fails, or when a newer one is durable."""
+        if keeps and not plan.is_ring:
+            places = dict(zip(plan.order, plan.layout.slots, strict=True))
+            self.base = BaseSlabs(pool.bases, places, [copy.n_bytes for copy in self._copies])
+        self._ring = Ring(pool, plan, slabs, self.base)
         self._watch = TearWatch(captured, fenced, fingerprints, step)
         self._progress = progress = Progress(captured, settings.target, step)
         order = [self._copies[number] for number in plan.order]
@@ -189,6 +196,9 @@ class Snapshot:
         """The first tensor that was seen to be torn, whether or not its copy could be repeated."""
         return self._watch.torn_name
 
+    def known(self, number: int) -> bytes | None:
+        """None: every chunk is copied."""
+
     def raw(self, number: int, scratch: U8) -> U8:
         """A chunk's bytes, once they are there; they stay until `release`. Raises the snapshot's error."""
         copy = self._copies[number]
@@ -264,6 +274,8 @@ class Snapshot:
             progress.changed.notify_all()
             progress.changed.wait_for(lambda: self._copier.host.are_idle and self._ring.leaving is None)
             slabs = self._ring.take_out()
+        if self.base is not None and not progress.confirmed:
+            self.base.drop()
         self._copier.host.end_threads()
         if self._spiller is not None:
             self._spiller.close()

@@ -32,14 +32,18 @@ class Stager:
         verify: str = "off",
         spill_dir: str = "",
         pool: SlabPool | None = None,
+        *,
+        keeps: bool = False,
     ) -> None:
-        """budget_bytes: host memory for all snapshots together. pool: a shared pool; None: the stager makes its own. Other arguments: see
-        `StagerSettings`. SaveError if nothing can be written to spill_dir.
+        """budget_bytes: host memory for all snapshots together. pool: a shared pool; None: the stager makes its own. keeps: whether slabs
+        of a snapshot are kept as those of a base (base_slabs.py). Other arguments: see `StagerSettings`. SaveError if nothing can be
+        written to spill_dir.
         """
         if spill_dir:
             SpillFile(spill_dir).close()
         self._settings = StagerSettings(target, threads, max_stall_s, verify, spill_dir)
         self.pool = SlabPool(budget_bytes) if pool is None else pool
+        self._keeps = keeps
         self._verified_once = False
         self._sides: dict[torch.device, SideStream] = {}
         self._maker: SlabMaker | None = None
@@ -81,6 +85,8 @@ class Stager:
         self.stop_preparing()
         with self.pool.all_or_nothing():
             plan = plan_copies(captured, cuts, self.pool.budget_bytes, fenced, ring=ring)
+            if plan.is_ring:  # it needs all memory, and must not wait for an encoder that waits for it
+                self.pool.evict_bases()
             slabs = self.pool.take_all(plan.first_slabs, plan.for_device)
             if slabs is None:
                 return None
@@ -96,6 +102,7 @@ class Stager:
                 step=step,
                 fingerprints=None if fenced is None else self._fingerprints(captured, cuts, samples),
                 spill=self._spill_file() if plan.is_ring and self._settings.spill_dir else None,
+                keeps=self._keeps,
             )
 
     def _spill_file(self) -> SpillFile | None:

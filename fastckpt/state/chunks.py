@@ -31,6 +31,9 @@ class LiveChunks:
             self._error = error
             self._changed.wait_for(lambda: not self._reading)
 
+    def known(self, number: int) -> bytes | None:
+        """None: every chunk is read."""
+
     def raw(self, number: int, scratch: U8) -> U8:
         """A private copy, although the pieces could often be encoded in place. If another thread wrote to them between digest and encoder,
         the file would be written with damage.

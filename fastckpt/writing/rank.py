@@ -18,6 +18,7 @@ from fastckpt.host import cycle_collector
 from fastckpt.host.threads import WorkerPool
 from fastckpt.options import Options
 from fastckpt.store.base import Store
+from fastckpt.writing.bases import Base, Place, Uploaded
 from fastckpt.writing.container import start_workers
 from fastckpt.writing.packing import PackingWriter
 from fastckpt.writing.packs import PackWriter
@@ -87,12 +88,14 @@ def upload(
     cancelled: Callable[[], bool] = lambda: False,
     uplink: Uplink | None = None,
     threads: UploadThreads | None = None,
-) -> Vote:
+    base: Base | None = None,
+) -> Uploaded:
     """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
 
     The chunks' source has to be closed by the caller. cancelled: asked before every chunk; True ends the
-    save with a SaveError. uplink: kept by the caller for its next save to this store. threads: closed by this function. Memory needed
-    besides the state: `options.encoder_bytes` and `options.pack_bytes`.
+    save with a SaveError. uplink: kept by the caller for its next save to this store. threads: closed by this function. base: what the
+    vote may name instead of uploading it; the caller has seen that its checkpoint lives. Memory needed besides the state:
+    `options.encoder_bytes` and `options.pack_bytes`.
     """
     started = time.perf_counter()
     target = f"{store.url} step {request.save.step}"
@@ -130,7 +133,7 @@ def upload(
             durable_s=0.0,
         )
     )
-    return vote
+    return Uploaded(vote, chunks.records, [Place(number) for number in range(len(chunks.records))])
 
 
 def _build(

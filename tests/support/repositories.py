@@ -78,7 +78,7 @@ def vote(
     """One rank's part of a save: packs and vote."""
     of = None if parent is None else Parent(parent.checkpoint, parent.digest)
     request = SaveRequest(asked=SaveAsked(step), save=SaveId(epoch, step, attempt), parent=of, rank=rank, world=world)
-    return upload(sealed(obj), store, request, IN_PARALLEL)
+    return upload(sealed(obj), store, request, IN_PARALLEL).vote
 
 
 def shared(obj: Any, rank: int, shares: Mapping[str, Sequence[tuple[int, int]]]) -> Captured:
@@ -96,7 +96,7 @@ def vote_shared(store: Store, epoch: int, step: int, world: int, state: Captured
     """A rank's part of a save, of a state that `shared` has made."""
     save = SaveId(epoch, step, 0)
     request = SaveRequest(asked=SaveAsked(step), save=save, parent=None, rank=state.rank, world=world)
-    return upload(seal(state), store, request, IN_PARALLEL)
+    return upload(seal(state), store, request, IN_PARALLEL).vote
 
 
 def save_shared(store: Store, epoch: int, step: int, states: Sequence[Captured]) -> Commit:

@@ -119,6 +119,9 @@ class SalvagedChunks:
         self._stored = stored
         self._stored_as = stored_as
 
+    def known(self, number: int) -> bytes | None:
+        """None: every chunk is read."""
+
     def raw(self, number: int, scratch: U8) -> U8:
         """A chunk's bytes, in `scratch`. CorruptCheckpointError if they have become damaged."""
         chunk = self.cuts.chunks[number]
