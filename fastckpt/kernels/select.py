@@ -43,8 +43,6 @@ class Kernels(NamedTuple):
     """(addresses, lengths, seed, out)."""
     rows: Callable[[Any, Any, Any], None]
     """(data, keys, out)."""
-    fingerprint: Callable[[Any, Any, Any], None]
-    """(data, two keys, two words out)."""
     encode: Callable[[Any, Any, int, int, int, Any], tuple[int, int, bytes] | None] | None
     """Like split, but makes a complete zstd frame: (stored bytes, their crc64nvme, digest of raw). None: only native kernels have it."""
     decode: Callable[[Any, Any, int, int, int, Any], bytes | None] | None
@@ -75,7 +73,6 @@ def load(name: str) -> Kernels:
             n.gather,
             n.lines,
             n.rows,
-            n.fingerprint,
             n.encode,
             n.decode,
             n.read_chunks,
@@ -95,7 +92,6 @@ def load(name: str) -> Kernels:
             r.gather,
             r.lines,
             r.rows,
-            r.fingerprint,
             None,
             None,
             None,
@@ -112,7 +108,6 @@ def load(name: str) -> Kernels:
         r.gather,
         r.lines,
         r.rows,
-        r.fingerprint,
         None,
         None,
         None,

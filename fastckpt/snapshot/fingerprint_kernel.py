@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from fastckpt.events import logger
+from fastckpt.kernels.fingerprint import cuda_source
 from fastckpt.snapshot import nvrtc
 
 NAME = "fastckpt_fingerprint_kernel"
@@ -19,18 +20,6 @@ _THREADS = 256
 _SEGMENT_BYTES = 64 << 10
 """Both as in the kernel's source: threads of a block, and what one block reads."""
 _MAX_BLOCKS = (1 << 31) - 1
-
-
-def source() -> str:
-    """The kernel's source. RuntimeError without the native module, which has it."""
-    try:
-        from fastckpt import _native
-    except ImportError as error:
-        raise RuntimeError(f"the native module, which has the kernel's source, cannot be imported ({error})") from error
-    text: str | None = _native.cuda_source()
-    if text is None:
-        raise RuntimeError("this build of the native module has no CUDA kernel")
-    return text
 
 
 class FingerprintKernel:
@@ -43,7 +32,9 @@ class FingerprintKernel:
         self._check(driver.cuModuleLoadData(ctypes.byref(module), image))
         self._check(driver.cuModuleGetFunction(ctypes.byref(self._function), module, NAME.encode()))
 
-    def launch(self, chunks: torch.Tensor, sums: torch.Tensor, longest_bytes: int, keys: Sequence[int], stream: int) -> None:
+    def launch(
+        self, chunks: torch.Tensor, sums: torch.Tensor, longest_bytes: int, keys: Sequence[int], stream: int
+    ) -> None:
         """Enqueue the kernel. Nothing is checked, and nothing is kept alive.
 
         chunks: on the device, address and length of each chunk; sums: on the device, two zeros for each. longest_bytes: of any chunk.
@@ -78,7 +69,7 @@ def kernel_on(index: int) -> FingerprintKernel | None:
         assert torch.version.cuda is not None, "torch is not built for CUDA"
         library = nvrtc.library(int(torch.version.cuda.partition(".")[0]))
         major, minor = torch.cuda.get_device_capability(index)
-        image = nvrtc.compile_for(library, source(), "fingerprint.cuh", 10 * major + minor)
+        image = nvrtc.compile_for(library, cuda_source(), "fingerprint.cuh", 10 * major + minor)
         return FingerprintKernel(ctypes.CDLL("libcuda.so.1"), image)
     except Exception as error:
         logger.info(

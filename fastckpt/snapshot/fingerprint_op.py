@@ -1,9 +1,9 @@
-"""The torch operator `fastckpt::fingerprint`: two words for each of many tensors, as `Kernels.fingerprint` defines them, on their device.
+"""The torch operator `fastckpt::fingerprint`: two words for each of many tensors, as `kernels.fingerprint` computes them, on their device.
 
-    CPU    the loop of the native module
-    CUDA   the kernel of fingerprint_kernel.py; where there is none, as other devices
-    meta   the shape
-    other  torch's own operators: 26 passes over 8 MiB that stay in a large device's cache
+CPU    the loop of the native module
+CUDA   the kernel of fingerprint_kernel.py; where there is none, as other devices
+meta   the shape
+other  torch's own operators: 26 passes over 8 MiB that stay in a large device's cache
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fastckpt.kernels import kernels
+from fastckpt.kernels.fingerprint import fingerprint
 from fastckpt.snapshot.fingerprint_kernel import kernel_on
 
 _BATCH_BYTES = 8 << 20
@@ -54,7 +54,7 @@ def _on_cpu(chunks: list[torch.Tensor], key_a: int, key_b: int) -> torch.Tensor:
     out = torch.empty((len(chunks), 2), dtype=torch.int64)
     rows = out.numpy().view(np.uint64)
     for row, chunk in zip(rows, chunks, strict=True):
-        kernels(chunk.nbytes).fingerprint(_bytes_of(chunk).numpy(), keys, row)
+        fingerprint(_bytes_of(chunk).numpy(), keys, row)
     return out
 
 
@@ -106,7 +106,7 @@ def _sum_up(contents: Sequence[torch.Tensor], n_bytes: int, keys: tuple[int, int
         words, x, shifted = (one[: len(contents) * n].view(len(contents), n) for one in scratch)
         _join(contents, 8 * first, 8 * (first + n), words)
         for s, (key, step) in enumerate(zip(keys, _STEPS, strict=True)):
-            places = torch.arange(first + 1, first + n + 1, device=words.device)
+            places = torch.arange(first + 1, first + n + 1, out=out.new_empty(n))
             _mix(words, places.mul_(_signed(step)).add_(key), x, shifted)
             out[:, s].add_(x.sum(1))
 

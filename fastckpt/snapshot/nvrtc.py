@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+
 def library(major: int) -> ctypes.CDLL:
     """The library of one major version of CUDA: the one that torch has loaded, or that lies where torch's wheels put it. OSError."""
     name = f"libnvrtc.so.{major}"
@@ -56,7 +57,9 @@ def compile_for(nvrtc: ctypes.CDLL, source: str, name: str, capability: int) -> 
         options = (f"--gpu-architecture={'sm' if exact else 'compute'}_{usable}", "--std=c++17")
         texts = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), texts):
-            raise RuntimeError(f"NVRTC does not compile {name}: {_get(nvrtc, program, 'ProgramLog').decode(errors='replace')}")
+            raise RuntimeError(
+                f"NVRTC does not compile {name}: {_get(nvrtc, program, 'ProgramLog').decode(errors='replace')}"
+            )
         return _get(nvrtc, program, "CUBIN" if exact else "PTX")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))

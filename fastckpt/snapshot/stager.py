@@ -16,6 +16,7 @@ from fastckpt.snapshot.side_stream import SideStream, is_capturing
 from fastckpt.snapshot.slab_maker import SlabMaker
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.spill import SpillFile
+from fastckpt.snapshot.unchanged import Known, Unchanged
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Cuts
 
@@ -73,12 +74,14 @@ class Stager:
         *,
         ring: bool,
         samples: Sampled | None = None,
+        known: Known | None = None,
     ) -> Snapshot | None:
         """Begin to copy a state. None: earlier snapshots hold the memory that it needs.
 
         fenced: tensors that may be copied until `Snapshot.fence`; everything else is copied first. None: the caller fences at once, before
         anything can change. ring: whether a state larger than the budget may be copied in parts. samples: samples of the state that the
-        caller has just taken; copies are compared with them if `verify` is "sampled". DoesNotFit; SaveError while a graph is being
+        caller has just taken; copies are compared with them if `verify` is "sampled". known: fingerprints of
+        the base that the save will have. DoesNotFit; SaveError while a graph is being
         captured.
         """
         self._refuse_capture(captured)
@@ -103,6 +106,7 @@ class Stager:
                 fingerprints=None if fenced is None else self._fingerprints(captured, cuts, samples),
                 spill=self._spill_file() if plan.is_ring and self._settings.spill_dir else None,
                 keeps=self._keeps,
+                unchanged=Unchanged(captured, cuts.chunks, fenced, known) if self._keeps and plan.for_device else None,
             )
 
     def _spill_file(self) -> SpillFile | None:
