@@ -208,6 +208,20 @@ PyObject* is_constant(PyObject*, PyObject* args) {
     return PyBool_FromLong(found);
 }
 
+PyObject* equal(PyObject*, PyObject* args) {
+    PyObject *a_object, *b_object;
+    if (!PyArg_ParseTuple(args, "OO:equal", &a_object, &b_object)) return nullptr;
+    Buffer a, b;
+    if (!a.get(a_object) || !b.get(b_object)) return nullptr;
+    if (a.size() != b.size()) Py_RETURN_FALSE;
+    int found, status;
+    Py_BEGIN_ALLOW_THREADS
+    status = fastckpt_equal(a.data(), b.data(), a.size(), &found);
+    Py_END_ALLOW_THREADS
+    if (status) return PyErr_Format(PyExc_ValueError, "status %d", status);
+    return PyBool_FromLong(found);
+}
+
 bool as_many(const Words& addresses, const Words& lengths) {
     if (addresses.size() == lengths.size()) return true;
     PyErr_Format(PyExc_ValueError, "%zu addresses, %zu lengths: expected as many", addresses.size(), lengths.size());
@@ -476,6 +490,7 @@ PyMethodDef methods[] = {
     {"crc64nvme_portable", crc64nvme_portable, METH_O, "crc64nvme_portable(data) -> int; tables only, for tests"},
     {"xxh3_128", xxh3_128, METH_O, "xxh3_128(data) -> bytes; 241 bytes or more"},
     {"is_constant", is_constant, METH_VARARGS, "is_constant(raw, lane_bytes) -> bool"},
+    {"equal", equal, METH_VARARGS, "equal(a, b) -> whether both have the same bytes"},
     {"gather", gather, METH_VARARGS,
      "gather(addresses, lengths, out): joins stretches of memory that the caller keeps alive"},
     {"lines", lines, METH_VARARGS,

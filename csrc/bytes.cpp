@@ -36,6 +36,21 @@ extern "C" int fastckpt_is_constant(const void* raw, size_t n_bytes, unsigned la
     return FASTCKPT_OK;
 }
 
+extern "C" int fastckpt_equal(const void* a, const void* b, size_t n_bytes, int* equal) {
+    if (!equal) return FASTCKPT_BAD_ARGUMENT;
+    if (const int status = check_memory(a, n_bytes)) return status;
+    if (const int status = check_memory(b, n_bytes)) return status;
+    constexpr size_t kStep = 64 << 10;
+    const auto *x = static_cast<const u8*>(a), *y = static_cast<const u8*>(b);
+    *equal = 0;
+    for (size_t from = 0; from < n_bytes; from += kStep) {
+        const size_t n = n_bytes - from < kStep ? n_bytes - from : kStep;
+        if (std::memcmp(x + from, y + from, n) != 0) return FASTCKPT_OK;
+    }
+    *equal = 1;
+    return FASTCKPT_OK;
+}
+
 namespace {
 
 // float32 to bfloat16: to nearest, ties to even; NaNs stay NaNs.

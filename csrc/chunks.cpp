@@ -64,23 +64,44 @@ void make_pages(u8* raw, size_t n) {
 #endif
 }
 
-bool has_digest(const fastckpt_chunk& chunk, const u8 found[16]) { return !std::memcmp(found, chunk.digest, 16); }
+// The digest of raw bytes that appear from the front; of a chunk that is only a base there is none.
+class Check {
+public:
+    Check(const fastckpt_chunk& chunk, const u8* raw)
+        : expected_(chunk.digest), wanted_(!chunk.is_base), digest_(raw, chunk.raw_bytes) {}
+    void advance(size_t done) {
+        if (wanted_) digest_.advance(done);
+    }
+    int finish() {
+        if (!wanted_) return FASTCKPT_OK;
+        u8 found[16];
+        digest_.finish(found);
+        return std::memcmp(found, expected_, 16) ? FASTCKPT_DAMAGED : FASTCKPT_OK;
+    }
+
+private:
+    const u8* expected_;
+    bool wanted_;
+    Xxh3 digest_;
+};
+
+size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+
+const u8* at(u64 address) { return reinterpret_cast<const u8*>(static_cast<uintptr_t>(address)); }
 
 int read_raw(const Stored& stored, const fastckpt_chunk& chunk, u8* raw) {
     if (chunk.stored_bytes != chunk.raw_bytes) return FASTCKPT_DAMAGED;
     const Kernels& loops = kernels();
-    Xxh3 digest(raw, chunk.raw_bytes);
+    Check check(chunk, raw);
     u64 crc = ~u64{0};
     for (size_t done = 0; done < chunk.raw_bytes;) {
-        const size_t size = chunk.raw_bytes - done < kPiece ? chunk.raw_bytes - done : kPiece;
+        const size_t size = smaller(chunk.raw_bytes - done, kPiece);
         if (!stored.read(chunk.offset + done, raw + done, size)) return FASTCKPT_UNREAD;
         crc = loops.crc(crc, raw + done, size);
         done += size;
-        digest.advance(done);
+        check.advance(done);
     }
-    u8 found[16];
-    digest.finish(found);
-    return ~crc == chunk.crc64nvme && has_digest(chunk, found) ? FASTCKPT_OK : FASTCKPT_DAMAGED;
+    return ~crc == chunk.crc64nvme ? check.finish() : FASTCKPT_DAMAGED;
 }
 
 int read_constant(const fastckpt_chunk& chunk, u8* raw) {
@@ -88,16 +109,32 @@ int read_constant(const fastckpt_chunk& chunk, u8* raw) {
     if ((w != 1 && w != 2 && w != 4 && w != 8) || chunk.raw_bytes % w || chunk.stored_bytes) return FASTCKPT_DAMAGED;
     u8 lanes[1024];
     for (size_t i = 0; i < sizeof lanes; i += w) std::memcpy(lanes + i, chunk.parameter, w);
-    Xxh3 digest(raw, chunk.raw_bytes);
+    Check check(chunk, raw);
     for (size_t done = 0; done < chunk.raw_bytes;) {
-        const size_t size = chunk.raw_bytes - done < sizeof lanes ? chunk.raw_bytes - done : sizeof lanes;
+        const size_t size = smaller(chunk.raw_bytes - done, sizeof lanes);
         std::memcpy(raw + done, lanes, size);
         done += size;
-        digest.advance(done);
+        check.advance(done);
     }
-    u8 found[16];
-    digest.finish(found);
-    return has_digest(chunk, found) ? FASTCKPT_OK : FASTCKPT_DAMAGED;
+    return check.finish();
+}
+
+// REF and CAST, from the base alone.
+int read_from_base(const fastckpt_chunk& chunk, u8* raw) {
+    const bool is_cast = chunk.transform == FASTCKPT_CAST;
+    if (chunk.stored_bytes || (is_cast && chunk.raw_bytes % 2)) return FASTCKPT_DAMAGED;
+    const u8* base = at(chunk.base);
+    Check check(chunk, raw);
+    for (size_t done = 0; done < chunk.raw_bytes;) {
+        const size_t size = smaller(chunk.raw_bytes - done, kPiece);
+        if (is_cast)
+            (void)fastckpt_cast(base + 2 * done, size / 2, raw + done);
+        else if (base != raw)
+            std::memcpy(raw + done, base + done, size);
+        done += size;
+        check.advance(done);
+    }
+    return check.finish();
 }
 
 // Into scratch, and its crc while each piece is in the cache. Null with a status if that fails.
@@ -112,7 +149,7 @@ const u8* read_frame(const Stored& stored, const fastckpt_chunk& chunk, u8* scra
         return nullptr;
     } else {
         for (size_t done = 0; done < chunk.stored_bytes;) {
-            const size_t size = chunk.stored_bytes - done < kPiece ? chunk.stored_bytes - done : kPiece;
+            const size_t size = smaller(chunk.stored_bytes - done, kPiece);
             if (!stored.read(chunk.offset + done, scratch + done, size)) {
                 *status = FASTCKPT_UNREAD;
                 return nullptr;
@@ -126,25 +163,56 @@ const u8* read_frame(const Stored& stored, const fastckpt_chunk& chunk, u8* scra
     return *status ? nullptr : frame;
 }
 
+bool has_base(const fastckpt_chunk& chunk) {
+    return chunk.transform >= FASTCKPT_SUB && chunk.transform <= FASTCKPT_REF;
+}
+size_t base_bytes(const fastckpt_chunk& chunk) {
+    return chunk.transform == FASTCKPT_CAST ? 2 * chunk.raw_bytes : chunk.raw_bytes;
+}
+bool touch(u64 a, size_t a_bytes, u64 b, size_t b_bytes) { return a < b + b_bytes && b < a + a_bytes; }
+
+int check_base(const fastckpt_chunk& chunk) {
+    const size_t n = base_bytes(chunk);
+    if (!chunk.base || chunk.base > UINTPTR_MAX - n) return FASTCKPT_BAD_ARGUMENT;
+    const bool in_place = chunk.base == chunk.raw && chunk.transform != FASTCKPT_CAST;
+    return !in_place && touch(chunk.base, n, chunk.raw, chunk.raw_bytes) ? FASTCKPT_BAD_ARGUMENT : FASTCKPT_OK;
+}
+
+// Whether a chunk of this call has left in the base's memory what is not the base.
+bool has_lost_base(const fastckpt_chunk* chunks, const fastckpt_outcome* outcomes, size_t i) {
+    const fastckpt_chunk& chunk = chunks[i];
+    for (size_t k = i; k-- > 0;)
+        if (chunks[k].raw == chunk.base && chunks[k].raw_bytes >= base_bytes(chunk))
+            return outcomes[k].status != FASTCKPT_OK;  // the last one that was to fill it
+        else if (outcomes[k].status != FASTCKPT_OK &&
+                 touch(chunks[k].raw, chunks[k].raw_bytes, chunk.base, base_bytes(chunk)))
+            return true;
+    return false;
+}
+
 int read_chunk(fastckpt_context* context, const Stored& stored, u8* scratch, size_t scratch_bytes,
                const fastckpt_chunk& chunk) {
     if (chunk.raw_bytes < FASTCKPT_MIN_DIGEST_BYTES || chunk.raw_bytes > kMaxRaw) return FASTCKPT_BAD_LENGTH;
     if (!chunk.raw || chunk.raw > UINTPTR_MAX - chunk.raw_bytes) return FASTCKPT_BAD_ARGUMENT;
     if (chunk.offset > INT64_MAX - chunk.stored_bytes || chunk.stored_bytes > kMostBytes) return FASTCKPT_BAD_LENGTH;
     u8* const raw = reinterpret_cast<u8*>(static_cast<uintptr_t>(chunk.raw));
+    if (chunk.transform < FASTCKPT_RAW || chunk.transform > FASTCKPT_REF) return FASTCKPT_BAD_ARGUMENT;
+    if (has_base(chunk))
+        if (const int status = check_base(chunk)) return status;
     if (chunk.is_fresh) make_pages(raw, chunk.raw_bytes);
     if (chunk.transform == FASTCKPT_RAW) return read_raw(stored, chunk, raw);
     if (chunk.transform == FASTCKPT_CONST) return read_constant(chunk, raw);
-    if (chunk.transform != FASTCKPT_ROT && chunk.transform != FASTCKPT_ROTU) return FASTCKPT_BAD_ARGUMENT;
+    if (chunk.transform == FASTCKPT_CAST || chunk.transform == FASTCKPT_REF) return read_from_base(chunk, raw);
     if (stored.file >= 0 && chunk.stored_bytes > scratch_bytes) return FASTCKPT_NO_ROOM;
     int status;
     const u8* frame = read_frame(stored, chunk, scratch, &status);
     if (!frame) return status;
     u8 found[16];
-    status = fastckpt_decode(context, frame, chunk.stored_bytes, nullptr, chunk.raw_bytes, chunk.transform,
-                             chunk.lane_bytes, chunk.pack_bits, raw, found);
-    if (status) return status;
-    return has_digest(chunk, found) ? FASTCKPT_OK : FASTCKPT_DAMAGED;
+    status = fastckpt_decode(context, frame, chunk.stored_bytes, has_base(chunk) ? at(chunk.base) : nullptr,
+                             chunk.raw_bytes, chunk.transform, chunk.lane_bytes, chunk.pack_bits, raw,
+                             chunk.is_base ? nullptr : found);
+    if (status || chunk.is_base) return status;
+    return std::memcmp(found, chunk.digest, 16) ? FASTCKPT_DAMAGED : FASTCKPT_OK;
 }
 
 }  // namespace
@@ -159,9 +227,13 @@ extern "C" int fastckpt_read_chunks(fastckpt_context* context, int file, const v
     if (n && (!chunks || !outcomes)) return FASTCKPT_BAD_ARGUMENT;
     const Stored stored = {
         .file = file, .memory = static_cast<const u8*>(memory), .memory_bytes = file < 0 ? memory_bytes : 0};
+    bool all_read = true;
     for (size_t i = 0; i < n; ++i) {
         const auto began = std::chrono::steady_clock::now();
-        outcomes[i].status = read_chunk(context, stored, static_cast<u8*>(scratch), scratch_bytes, chunks[i]);
+        outcomes[i].status = !all_read && has_base(chunks[i]) && has_lost_base(chunks, outcomes, i)
+                                 ? FASTCKPT_NO_BASE
+                                 : read_chunk(context, stored, static_cast<u8*>(scratch), scratch_bytes, chunks[i]);
+        all_read &= outcomes[i].status == FASTCKPT_OK;
         const auto spent = std::chrono::steady_clock::now() - began;
         outcomes[i].seconds = std::chrono::duration<float>(spent).count();
     }

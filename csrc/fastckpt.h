@@ -1,7 +1,7 @@
 /* The C interface of fastckpt's native kernels and codec.
  *
  * Rules for every function: the caller owns all buffers and keeps them unchanged during the call; sources and
- * destinations do not overlap; bytes need no alignment, arrays of uint64_t have theirs; nothing is allocated. Functions
+ * destinations do not overlap, but for a base that is decoded in place; bytes need no alignment, arrays of uint64_t have theirs; nothing is allocated. Functions
  * without a context may be called by any number of threads at once; a context belongs to one thread at a time. Every
  * status but FASTCKPT_OK leaves the destination undefined.
  *
@@ -32,6 +32,7 @@ enum fastckpt_status {
     FASTCKPT_FOREIGN = 6, /* not a frame as fastckpt_encode makes it: of another zstd encoder, or damaged */
     FASTCKPT_UNREAD = 7,  /* the stored bytes are not all there, or cannot be read */
     FASTCKPT_DAMAGED = 8, /* a crc or a digest differs */
+    FASTCKPT_NO_BASE = 9, /* fastckpt_read_chunks: the base is a chunk of the same call that could not be read */
 };
 
 /* docs/format.md, section 4.1 */
@@ -42,6 +43,8 @@ enum fastckpt_transform {
     FASTCKPT_ROTU = 4,
     FASTCKPT_SUB = 5,
     FASTCKPT_SUBPACK = 6,
+    FASTCKPT_CAST = 7, /* fastckpt_read_chunks only, as the next one */
+    FASTCKPT_REF = 8,
 };
 
 /* Lanes in a stripe: one plane of a stripe is 128 KiB, exactly the largest zstd block (docs/format.md, section 4.3). */
@@ -108,11 +111,17 @@ fastckpt_context* fastckpt_context_init(void* memory);
  * fastckpt_split: raw -> stream; *stream_bytes is set. FASTCKPT_NO_ROOM if capacity does not suffice: n_bytes does for
  * all but SUBPACK, which needs at most 4 + n_bytes / lane_bytes + n_bytes.
  *
- * fastckpt_merge: stream -> raw. FASTCKPT_FOREIGN if it cannot be a stream of such a chunk. */
+ * fastckpt_merge: stream -> raw. FASTCKPT_FOREIGN if it cannot be a stream of such a chunk.
+ *
+ * Base and raw: of fastckpt_merge and fastckpt_decode they may be the very same memory, which then keeps the base's
+ * bytes if the status is not FASTCKPT_OK. */
 int fastckpt_split(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned transform,
                    unsigned lane_bytes, unsigned pack_bits, void* stream, size_t capacity, size_t* stream_bytes);
 int fastckpt_merge(fastckpt_context* context, const void* stream, size_t stream_bytes, const void* base, size_t n_bytes,
                    unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw);
+
+/* *equal is 1 if both have the same bytes, else 0. Ends at the first 64 KiB that differ. */
+int fastckpt_equal(const void* a, const void* b, size_t n_bytes, int* equal);
 
 /* *equal is 1 if each of n lanes of 2 bytes (bfloat16) is the float32 lane of `wide` rounded to nearest, ties to even
  * (CAST); else 0. */
@@ -134,8 +143,8 @@ typedef struct {
 int fastckpt_encode(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned transform,
                     unsigned lane_bytes, unsigned pack_bits, void* stored, size_t capacity, fastckpt_encoded* result);
 
-/* A frame made by fastckpt_encode -> raw bytes, and their digest (zeros if short). Reads and writes within bounds
- * whatever the bytes are. FASTCKPT_FOREIGN: not such a frame. */
+/* A frame made by fastckpt_encode -> raw bytes, and their digest (zeros if short; null: it is not wanted). Reads and
+ * writes within bounds whatever the bytes are. FASTCKPT_FOREIGN: not such a frame. */
 int fastckpt_decode(fastckpt_context* context, const void* stored, size_t stored_bytes, const void* base,
                     size_t n_bytes, unsigned transform, unsigned lane_bytes, unsigned pack_bits, void* raw,
                     uint8_t digest[16]);
@@ -151,7 +160,11 @@ typedef struct {
     uint8_t parameter[8]; /* CONST: the lane */
     uint8_t transform, lane_bytes, pack_bits;
     uint8_t is_fresh; /* not 0: nobody has touched the memory yet, so its pages are made first */
-    uint32_t zero;
+    uint8_t is_base;  /* not 0: only a base of later chunks, so its digest is not looked at; its crc is */
+    uint8_t zero[3];
+    /* SUB, SUBPACK, REF: address of the base's raw_bytes bytes, which are `raw` itself or do not touch it. CAST: of
+     * twice as many, which do not touch it. Other transforms have none. */
+    uint64_t base;
 } fastckpt_chunk;
 
 typedef struct {
@@ -160,8 +173,9 @@ typedef struct {
 } fastckpt_outcome;
 
 /* Reads n chunks one after another, each verified: its crc before it is decoded, its digest after. outcomes: of each; a
- * chunk whose status is not FASTCKPT_OK does not keep the others from being read, and its room holds anything. Only
- * chunks without a base, of FASTCKPT_MIN_DIGEST_BYTES or more.
+ * chunk whose status is not FASTCKPT_OK does not keep the others from being read, unless it was to become their base,
+ * and its room holds anything, unless it was to be decoded in place: then FASTCKPT_FOREIGN and whatever is found before
+ * decoding leave the base there. Only chunks of FASTCKPT_MIN_DIGEST_BYTES or more.
  *
  * file: a descriptor that is read by position; -1: the stored bytes are in memory. scratch: room for the longest frame
  * of a file. */

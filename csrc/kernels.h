@@ -58,7 +58,7 @@ struct Soon {
 struct Kernels {
     const char* name;
 
-    // planes[k] gets byte w - 1 - k of every mapped lane. base: kSub only.
+    // planes[k] gets byte w - 1 - k of every mapped lane. base: kSub only; of merge it may be the same as raw.
     void (*split)(const u8* raw, const u8* base, size_t lanes, unsigned w, Map map, u8* const* planes);
     void (*merge)(const u8* const* planes, const u8* base, size_t lanes, unsigned w, Map map, u8* raw);
 
@@ -70,8 +70,10 @@ struct Kernels {
     // returns how many. escapes has room for all lanes and kSlack; packed for its bytes and kSlack. lanes: at most
     // kStripeLanes; a multiple of 8 but at the end.
     size_t (*subpack)(const u8* raw, const u8* base, size_t lanes, unsigned w, unsigned bits, u8* packed, u8* escapes);
-    // The inverse. n_escapes: how many there are at `escapes`, with kSlack readable behind them; returns how many were
-    // needed, more than n_escapes if they do not suffice.
+    // How many of some packed values are 2^bits - 1.
+    size_t (*count_escapes)(const u8* packed, size_t n_bytes, unsigned bits);
+    // The inverse of subpack; base and raw may be the same. n_escapes: how many there are at `escapes`, with kSlack
+    // readable behind them: at least as many as these lanes need. Returns how many they needed.
     size_t (*subunpack)(const u8* packed, const u8* base, size_t lanes, unsigned w, unsigned bits, const u8* escapes,
                         size_t n_escapes, u8* raw);
 

@@ -32,6 +32,7 @@ constexpr Kernels kKernels = {
     .pack7 = pack7,
     .unpack7 = unpack7,
     .subpack = subpack,
+    .count_escapes = count_escapes,
     .subunpack = subunpack,
     .huffman_encode = huffman_encode,
     .huffman_decode = huffman_decode,

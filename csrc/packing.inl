@@ -146,7 +146,8 @@ size_t subpack_lanes(const u8* raw, const u8* base, size_t lanes, u8* packed, u8
 }
 
 template <typename Lane, unsigned bits>
-size_t subunpack_lanes(const u8* packed, const u8* base, size_t lanes, const u8* escapes, size_t n_escapes, u8* raw) {
+size_t subunpack_lanes(const u8* packed, const u8* base, size_t lanes, const u8* escapes,
+                       [[maybe_unused]] size_t n_escapes, u8* raw) {
     constexpr unsigned w = sizeof(Lane);
     constexpr Lane esc = static_cast<Lane>((1u << bits) - 1);
     Lane z[kBlockLanes];
@@ -160,7 +161,7 @@ size_t subunpack_lanes(const u8* packed, const u8* base, size_t lanes, const u8*
             unpack_values<bits>(packed + from * bits / 8, n, values);
         size_t far = 0;
         for (size_t i = 0; i < n; ++i) far += values[i] == esc;
-        if (far > n_escapes - used) return n_escapes + 1;
+        assert(far <= n_escapes - used);
         size_t i = 0;
 #if FASTCKPT_AVX512
         if constexpr (w == 2)
@@ -201,6 +202,25 @@ size_t subunpack_lanes(const u8* packed, const u8* base, size_t lanes, const u8*
         }
     }
     return used;
+}
+
+size_t count_escapes(const u8* packed, size_t n_bytes, unsigned bits) {
+    size_t found = 0;
+    if (bits == 8) {
+        for (size_t i = 0; i < n_bytes; ++i) found += packed[i] == 0xff;
+        return found;
+    }
+    const u64 lowest = bits == 1 ? ~u64{0} : bits == 2 ? 0x5555555555555555ull : 0x1111111111111111ull;
+    const auto in_word = [&](u64 x) {  // a value is an escape if all of its bits are set
+        if (bits >= 2) x &= x >> 1;
+        if (bits == 4) x &= x >> 2;
+        return static_cast<size_t>(__builtin_popcountll(x & lowest));
+    };
+    size_t i = 0;
+    for (; i + 8 <= n_bytes; i += 8) found += in_word(load64(packed + i));
+    u64 rest = 0;
+    std::memcpy(&rest, packed + i, n_bytes - i);
+    return found + in_word(rest);
 }
 
 size_t subpack(const u8* raw, const u8* base, size_t lanes, unsigned w, unsigned bits, u8* packed, u8* escapes) {

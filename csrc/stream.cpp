@@ -69,9 +69,45 @@ int write_planes(fastckpt_context& context, const Chunk& chunk, Sink& sink, Xxh3
     return FASTCKPT_OK;
 }
 
+// The planes of z become those of the zigzag of -z's number.
+void negate(const u8* const* planes, size_t lanes, unsigned w, u8* const* negated) {
+    const u64 most = ~u64{0} >> (64 - 8 * w);
+    for (size_t i = 0; i < lanes; ++i) {
+        u64 z = 0;
+        for (unsigned k = 0; k < w; ++k) z = z << 8 | planes[k][i];
+        if (z && z != most) z = z & 1 ? z + 1 : z - 1;  // 0 and the lowest number are their own negatives
+        for (unsigned k = 0; k < w; ++k) negated[k][i] = static_cast<u8>(z >> (8 * (w - 1 - k)));
+    }
+}
+
+// SUB in place that turned out foreign after `done` lanes: they become the base's again. source: at its beginning.
+template <class Source>
+void take_back(fastckpt_context& context, const Chunk& chunk, Source source, u8* raw, size_t done) {
+    const unsigned w = chunk.lane_bytes;
+    (void)source.begin();
+    for (size_t from = 0; from < done;) {
+        const size_t lanes = stripe(chunk, from);
+        const u8* planes[kMaxPlanes];
+        u8* negated[kMaxPlanes];
+        for (unsigned i = 0; i < w; ++i) {
+            planes[i] = source.plane(i, lanes, context.planes[i], i == w - 1 && from + lanes == chunk.lanes);
+            negated[i] = context.planes[i];
+            if (!planes[i]) return assert(false);  // they were there before
+        }
+        negate(planes, lanes, w, negated);
+        kernels().merge(negated, raw + from * w, lanes, w, Map::kSub, raw + from * w);
+        from += lanes;
+    }
+}
+
 template <class Source>
 int read_planes(fastckpt_context& context, const Chunk& chunk, Source& source, u8* raw, Xxh3* digest) {
     const Kernels& loops = kernels();
+    const Source beginning = source;
+    const auto foreign = [&](size_t done) {
+        if (chunk.base == raw) take_back(context, chunk, beginning, raw, done);
+        return FASTCKPT_FOREIGN;
+    };
     const unsigned w = chunk.lane_bytes;
     const bool unsigned_ = chunk.transform == FASTCKPT_ROTU;
     const Map map = chunk.transform == FASTCKPT_SUB ? Map::kSub : Map::kRot;
@@ -85,7 +121,7 @@ int read_planes(fastckpt_context& context, const Chunk& chunk, Source& source, u
             const size_t n = lowest && unsigned_ ? rotu_low_bytes(lanes) : lanes;
             u8* room = lowest && unsigned_ ? context.packed : context.planes[i];
             planes[i] = source.plane(i, n, room, lowest && from + lanes == chunk.lanes);
-            if (!planes[i]) return FASTCKPT_FOREIGN;
+            if (!planes[i]) return foreign(from);
         }
         if (unsigned_) {
             const unsigned odd = 7 * lanes % 8;
@@ -97,7 +133,7 @@ int read_planes(fastckpt_context& context, const Chunk& chunk, Source& source, u
         from += lanes;
         if (digest) digest->advance(from * w);
     }
-    return source.done() ? FASTCKPT_OK : FASTCKPT_FOREIGN;
+    return source.done() ? FASTCKPT_OK : foreign(chunk.lanes);
 }
 
 // Planes that are longer than a block, in pieces.
@@ -173,17 +209,19 @@ int read_subpack(fastckpt_context& context, const Chunk& chunk, Source& source, 
     if (!source.done()) return FASTCKPT_FOREIGN;
     if (const unsigned odd = chunk.lanes * bits % 8; odd && context.packed[packed_bytes - 1] >> odd)
         return FASTCKPT_FOREIGN;  // unused bits are 0
+    if (loops.count_escapes(context.packed, packed_bytes, bits) != n_escapes) return FASTCKPT_FOREIGN;
     loops.merge(planes, nullptr, n_escapes, w, Map::kPlain, context.escapes);
     size_t used = 0;
     for (size_t from = 0; from < chunk.lanes;) {
         const size_t lanes = stripe(chunk, from);
         used += loops.subunpack(context.packed + from * bits / 8, chunk.base + from * w, lanes, w, bits,
                                 context.escapes + used * w, n_escapes - used, raw + from * w);
-        if (used > n_escapes) return FASTCKPT_FOREIGN;
+        assert(used <= n_escapes);
         from += lanes;
         if (digest) digest->advance(from * w);
     }
-    return used == n_escapes ? FASTCKPT_OK : FASTCKPT_FOREIGN;
+    assert(used == n_escapes);
+    return FASTCKPT_OK;
 }
 
 }  // namespace

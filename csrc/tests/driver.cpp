@@ -273,12 +273,25 @@ Bytes split(fastckpt_context* context, const Case& c, Random& r) {
     return stream.bytes(n);
 }
 
+// The base's own memory instead of another: the same, or the base's bytes are still there.
+template <class Call>
+void check_in_place(const Case& c, const char* what, int status, const Bytes& found, Random& r, const Call& call) {
+    if (!c.way.delta()) return;
+    Exact both(c.base, some_shift(r));
+    if (call(both.data()) != status) c.wrong(what, status);
+    if (both.bytes(c.base.size()) != (status == FASTCKPT_OK ? found : c.base)) c.wrong(what, status);
+}
+
 // Status; the raw bytes if it is FASTCKPT_OK.
 int merge(fastckpt_context* context, const Case& c, const Bytes& stream, Bytes& found, Random& r) {
     Exact from(stream, some_shift(r)), base(c.base, some_shift(r)), raw(c.raw.size(), some_shift(r));
     const int status = fastckpt_merge(context, from.data(), stream.size(), c.way.delta() ? base.data() : nullptr,
                                       c.raw.size(), c.way.transform, c.way.w, c.way.pack_bits, raw.data());
     if (status == FASTCKPT_OK) found = raw.bytes(c.raw.size());
+    check_in_place(c, "merge in place", status, found, r, [&](uint8_t* both) {
+        return fastckpt_merge(context, from.data(), stream.size(), both, c.raw.size(), c.way.transform, c.way.w,
+                              c.way.pack_bits, both);
+    });
     return status;
 }
 
@@ -298,6 +311,14 @@ int decode(fastckpt_context* context, const Case& c, const Bytes& frame, Bytes& 
     const int status = fastckpt_decode(context, from.data(), frame.size(), c.way.delta() ? base.data() : nullptr,
                                        c.raw.size(), c.way.transform, c.way.w, c.way.pack_bits, raw.data(), digest);
     if (status == FASTCKPT_OK) found = raw.bytes(c.raw.size());
+    const bool digested = r.one_in(2);
+    check_in_place(c, "decode in place", status, found, r, [&](uint8_t* both) {
+        uint8_t again[16];
+        const int its = fastckpt_decode(context, from.data(), frame.size(), both, c.raw.size(), c.way.transform,
+                                        c.way.w, c.way.pack_bits, both, digested ? again : nullptr);
+        if (digested && its == FASTCKPT_OK && std::memcmp(again, digest, 16)) c.wrong("digest by decode in place");
+        return its;
+    });
     return status;
 }
 
@@ -307,11 +328,65 @@ void digest_of(const Bytes& raw, uint8_t digest[16]) {
         fail("xxh3_128 of %zu bytes", raw.size());
 }
 
+// A base, a delta and what is made of that, by rows of read_chunks that are read to one place; then without the base.
+void read_chain(fastckpt_context* context, const Case& c, const Bytes& frame, const fastckpt_encoded& encoded,
+                Random& r) {
+    const size_t n = c.raw.size();
+    const bool in_place = r.one_in(2);
+    Bytes stored = c.base;
+    stored.insert(stored.end(), frame.begin(), frame.end());
+    Exact from(stored, some_shift(r)), first(n, some_shift(r)), second(n, some_shift(r));
+    uint8_t* const to = in_place ? first.data() : second.data();
+    fastckpt_chunk rows[3] = {};
+    for (fastckpt_chunk& row : rows) {
+        row.raw = reinterpret_cast<uintptr_t>(to);
+        row.raw_bytes = n;
+        row.base = reinterpret_cast<uintptr_t>(first.data());
+        row.lane_bytes = static_cast<uint8_t>(c.way.w);
+        std::memcpy(row.digest, encoded.digest, sizeof row.digest);
+    }
+    rows[0].transform = FASTCKPT_RAW;
+    rows[0].is_base = 1;
+    rows[0].stored_bytes = n;
+    rows[0].raw = rows[0].base;
+    rows[0].crc64nvme = fastckpt_crc64nvme_portable(0, c.base.data(), n);
+    rows[1].transform = static_cast<uint8_t>(c.way.transform);
+    rows[1].pack_bits = static_cast<uint8_t>(c.way.pack_bits);
+    rows[1].offset = n;
+    rows[1].stored_bytes = frame.size();
+    rows[1].crc64nvme = encoded.crc64nvme;
+    rows[2].transform = FASTCKPT_REF;
+    rows[2].base = rows[1].raw;
+    fastckpt_outcome outcomes[3];
+    const auto read = [&](int expected, int after) {
+        if (fastckpt_read_chunks(context, -1, from.data(), stored.size(), nullptr, 0, rows, 3, outcomes))
+            c.wrong("read_chunks is refused");
+        if (outcomes[0].status != expected || outcomes[1].status != after || outcomes[2].status != after)
+            c.wrong("read_chunks of a chain", outcomes[1].status);
+    };
+    read(FASTCKPT_OK, FASTCKPT_OK);
+    if (Bytes(to, to + n) != c.raw) c.wrong("read_chunks of a chain gives other bytes");
+    rows[0].crc64nvme ^= 1;
+    read(FASTCKPT_DAMAGED, FASTCKPT_NO_BASE);
+    rows[0].crc64nvme ^= 1;
+    rows[1].digest[15] ^= 1;
+    rows[2].digest[15] ^= 1;
+    if (fastckpt_read_chunks(context, -1, from.data(), stored.size(), nullptr, 0, rows, 3, outcomes))
+        c.wrong("read_chunks is refused");
+    if (outcomes[1].status != FASTCKPT_DAMAGED || outcomes[2].status != FASTCKPT_NO_BASE)
+        c.wrong("read_chunks takes another digest of a delta");
+    rows[1].base = n > 1 ? rows[1].raw + 1 : 0;  // reaches into the room
+    if (fastckpt_read_chunks(context, -1, from.data(), stored.size(), nullptr, 0, rows, 2, outcomes) ||
+        outcomes[1].status != FASTCKPT_BAD_ARGUMENT)
+        c.wrong("read_chunks takes a base that overlaps");
+}
+
 // The chunk out of a row of read_chunks: from memory and, now and then, from a file; and with less than all of it
 // there.
 void read_back(fastckpt_context* context, const Case& c, const Bytes& frame, const fastckpt_encoded& encoded,
                Random& r) {
-    if (c.way.delta() || c.raw.size() < FASTCKPT_MIN_DIGEST_BYTES) return;
+    if (c.raw.size() < FASTCKPT_MIN_DIGEST_BYTES) return;
+    if (c.way.delta()) return read_chain(context, c, frame, encoded, r);
     Exact from(frame, some_shift(r)), raw(c.raw.size(), some_shift(r)), scratch(FASTCKPT_MAX_RAW_BYTES);
     fastckpt_chunk chunk = {};
     chunk.stored_bytes = frame.size();
@@ -816,6 +891,9 @@ void wild_arguments(Random& r) {
         fastckpt_cast_equal(none, x, 4, &found),
         fastckpt_cast_equal(y, none, 4, &found),
         fastckpt_cast_equal(y, x, 4, nullptr),
+        fastckpt_equal(none, x, 4, &found),
+        fastckpt_equal(x, none, 4, &found),
+        fastckpt_equal(x, x, 4, nullptr),
         fastckpt_encode(context, none, x, kBytes, FASTCKPT_ROT, 2, 0, y, kBytes, &result),
         fastckpt_encode(context, x, x, kBytes, FASTCKPT_ROT, 2, 0, none, kBytes, &result),
         fastckpt_encode(context, x, x, kBytes, FASTCKPT_ROT, 2, 0, y, kBytes, nullptr),
@@ -823,7 +901,6 @@ void wild_arguments(Random& r) {
         fastckpt_encode(nullptr, x, x, kBytes, FASTCKPT_RAW, 2, 0, none, kBytes, &result),
         fastckpt_decode(context, none, kBytes, x, kBytes, FASTCKPT_ROT, 2, 0, y, digest),
         fastckpt_decode(context, x, kBytes, x, kBytes, FASTCKPT_ROT, 2, 0, none, digest),
-        fastckpt_decode(context, x, kBytes, x, kBytes, FASTCKPT_ROT, 2, 0, y, nullptr),
         fastckpt_split(context, none, x, kBytes, FASTCKPT_ROT, 2, 0, y, kBytes, &size),
         fastckpt_split(context, x, x, kBytes, FASTCKPT_ROT, 2, 0, none, kBytes, &size),
         fastckpt_split(context, x, x, kBytes, FASTCKPT_ROT, 2, 0, y, kBytes, nullptr),
@@ -964,6 +1041,13 @@ int arguments() {
     narrow.data()[9998] ^= 1;
     if (fastckpt_cast_equal(narrow.data(), wide.data(), 5000, &equal) || equal != 0)
         fail("cast_equal of different lanes");
+    for (size_t n : {size_t{0}, size_t{1}, size_t{65536}, size_t{65537}, size_t{200001}}) {
+        Exact one(some_lanes(r, 0, n + 1, 1), 1), other(one.bytes(n), 3);
+        if (fastckpt_equal(one.data(), other.data(), n, &equal) || equal != 1) fail("equal of %zu bytes", n);
+        if (!n) continue;
+        other.data()[r.below(n)] ^= 1;
+        if (fastckpt_equal(one.data(), other.data(), n, &equal) || equal != 0) fail("equal of %zu others", n);
+    }
     wild_arguments(r);
     std::printf("arguments: as the interface says\n");
     return 0;

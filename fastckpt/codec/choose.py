@@ -36,15 +36,20 @@ class Coding(NamedTuple):
 
 
 # A delta makes a restore read two chunks. A smaller gain is not worth that.
-_MIN_DELTA_GAIN = 0.08
+MIN_DELTA_GAIN = 0.08
 # A chunk that saves less than this is stored raw: decoding it would take about as long as a fast disk needs to read 1 %.
 MIN_SAVING = 0.01
 # Huffman codes have at least one bit: a byte value that is more frequent than this wastes part of it.
 _DOMINANT = 0.5
 
 
-def choose(estimate: Estimate, lane_bytes: int, effort: Effort = Effort.NORMAL) -> Coding:
-    """Choose the coding of a chunk of floats. estimate: includes deltas if there is a base that may be used."""
+def choose(
+    estimate: Estimate, lane_bytes: int, effort: Effort = Effort.NORMAL, min_gain: float = MIN_DELTA_GAIN
+) -> Coding:
+    """Choose the coding of a chunk of floats.
+
+    estimate: includes deltas if there is a base that may be used. min_gain: the share of its bytes that a delta must save.
+    """
     if effort == Effort.NONE:
         return Coding(Transform.RAW)
     # ROTU decodes faster than ROT where both are possible, and its stream is never larger.
@@ -53,7 +58,7 @@ def choose(estimate: Estimate, lane_bytes: int, effort: Effort = Effort.NORMAL) 
     level = None if effort < Effort.NORMAL else 1 if effort == Effort.NORMAL else 9
     if estimate.sub >= 0:
         bits, pack_bits = min(zip((estimate.sub, *estimate.subpack), (0, *PACK_BITS), strict=True))
-        if bits < alone_bits * (1 - _MIN_DELTA_GAIN):
+        if bits < alone_bits * (1 - min_gain):
             if pack_bits:
                 # Huffman's minimum of one bit for each packed byte is more than half of the estimate: almost nothing has changed.
                 sparse = bits < 2 * pack_bits / 8

@@ -15,7 +15,7 @@ import numpy as np
 from fastckpt._types import U8
 from fastckpt.codec import frames
 from fastckpt.codec.base import NO_PARAMETER, CodecError, Encoded
-from fastckpt.codec.choose import MIN_SAVING, Coding, Effort, choose
+from fastckpt.codec.choose import MIN_DELTA_GAIN, MIN_SAVING, Coding, Effort, choose
 from fastckpt.kernels import kernels, reference
 from fastckpt.kernels.checksums import crc64nvme, digest
 from fastckpt.kernels.reference import STRIPE_LANES
@@ -46,24 +46,32 @@ def encode(
     float_lane_bytes: int,
     *,
     base: U8 | None = None,
+    min_gain: float = MIN_DELTA_GAIN,
     effort: Effort = Effort.NORMAL,
     out: U8 | None = None,
 ) -> Encoded:
     """Encode one chunk: CONST if it repeats one lane; else, for floats, the coding that `choose` returns, if it pays; else RAW.
 
     raw: 1 … 4 MiB, contiguous, a whole number of lanes; must not change during the call. float_lane_bytes: 0 if the elements are no
-    floating-point numbers. base: for deltas; as long as raw. out: a buffer for stored bytes, at least as long as raw; None: it is
-    allocated.
+    floating-point numbers. base: for deltas; as long as raw. min_gain: the share of its bytes that a delta must save. out: a buffer for
+    stored bytes, at least as long as raw; None: it is allocated.
     """
-    found = _smaller(raw, const_lane_bytes, float_lane_bytes, base, effort, out)
+    found = _smaller(raw, const_lane_bytes, float_lane_bytes, base, min_gain, effort, out)
     return found or Encoded(Transform.RAW, 1, 0, NO_PARAMETER, raw, digest(raw), crc64nvme(raw))
 
 
 def encode_into(
-    raw: U8, const_lane_bytes: int, float_lane_bytes: int, out: U8, *, effort: Effort = Effort.NORMAL
+    raw: U8,
+    const_lane_bytes: int,
+    float_lane_bytes: int,
+    out: U8,
+    *,
+    base: U8 | None = None,
+    min_gain: float = MIN_DELTA_GAIN,
+    effort: Effort = Effort.NORMAL,
 ) -> Encoded:
     """As `encode`, but all stored bytes lie at the beginning of `out`, those of a RAW chunk, too: `raw` may change afterwards."""
-    found = _smaller(raw, const_lane_bytes, float_lane_bytes, None, effort, out)
+    found = _smaller(raw, const_lane_bytes, float_lane_bytes, base, min_gain, effort, out)
     if found is None:
         return _copied(raw, out)
     if type(found.stored) is bytes and found.stored:  # libzstd allocates its frames itself
@@ -85,7 +93,13 @@ def _copied(raw: U8, out: U8) -> Encoded:
 
 
 def _smaller(
-    raw: U8, const_lane_bytes: int, float_lane_bytes: int, base: U8 | None, effort: Effort, out: U8 | None
+    raw: U8,
+    const_lane_bytes: int,
+    float_lane_bytes: int,
+    base: U8 | None,
+    min_gain: float,
+    effort: Effort,
+    out: U8 | None,
 ) -> Encoded | None:
     """The chunk as CONST or as a frame; None if neither pays."""
     if kernels(raw.size).is_constant(raw, const_lane_bytes):
@@ -93,7 +107,7 @@ def _smaller(
         return Encoded(Transform.CONST, const_lane_bytes, 0, lane, b"", digest(raw), 0)
     if float_lane_bytes and effort > Effort.NONE:
         estimate = kernels(raw.size).sample(raw, base, float_lane_bytes)
-        coding = choose(estimate, float_lane_bytes, effort)
+        coding = choose(estimate, float_lane_bytes, effort, min_gain)
         while coding.transform is not Transform.RAW:
             encoded = encode_as(coding, raw, base, float_lane_bytes, out)
             if encoded is not None:
@@ -146,7 +160,8 @@ def decode(
 ) -> bytes:
     """Decode the stored bytes into `out` (as long as the raw bytes); returns its digest. CodecError if the bytes cannot be right.
 
-    base: SUB, SUBPACK, REF: as long as `out`; CAST: twice as long. The caller has checked the crc of a frame before, so only a deliberately
+    base: SUB, SUBPACK, REF: as long as `out`, and it may be the very memory of `out`, which keeps the base's bytes if CodecError is raised;
+    CAST: twice as long. The caller has checked the crc of a frame before, so only a deliberately
     wrong frame reaches the decoder, never damage.
     """
     if transform is Transform.RAW:
@@ -156,7 +171,9 @@ def decode(
     elif transform is Transform.CONST:
         out.view(f"<u{lane_bytes}")[:] = np.frombuffer(parameter[:lane_bytes], f"<u{lane_bytes}")
     elif transform is Transform.REF:
-        out[:] = np.frombuffer(base, np.uint8)
+        source = np.frombuffer(base, np.uint8)
+        if source.ctypes.data != out.ctypes.data:
+            out[:] = source
     elif transform is Transform.CAST:
         kernels(out.size).cast(base, out)
     elif transform in HAS_FRAME:

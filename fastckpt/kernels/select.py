@@ -19,7 +19,9 @@ _CHOICES = ("auto", "native", "numba", "reference")
 
 
 class Kernels(NamedTuple):
-    """One implementation. Buffers are C-contiguous and do not overlap; `reference` defines the results. Any thread."""
+    """One implementation; `reference` defines the results. Any thread. Buffers are C-contiguous and do not overlap, with one exception: the base
+    of merge and decode may be the very memory of `raw`; if these fail, it still has the base's bytes.
+    """
 
     name: str
     crc64nvme: Callable[[Any], int]
@@ -35,6 +37,10 @@ class Kernels(NamedTuple):
     """(raw, base, lane bytes)."""
     cast: Callable[[Any, Any], None]
     """(float32, bfloat16 out)."""
+    cast_equal: Callable[[Any, Any], bool]
+    """(bfloat16, float32) → whether `cast` makes the first of the second."""
+    equal: Callable[[Any, Any], bool]
+    """(bytes, bytes) → whether they are the same; ends soon after the first difference."""
     is_constant: Callable[[Any, int], bool]
     """(raw, lane bytes)."""
     gather: Callable[[Any, Any, Any], None]
@@ -56,8 +62,6 @@ class Kernels(NamedTuple):
 @functools.cache
 def load(name: str) -> Kernels:
     """One implementation by its name. ImportError if it is not installed."""
-    from fastckpt.kernels import reference as r
-
     if name == "native":
         import fastckpt._native as n
 
@@ -69,6 +73,8 @@ def load(name: str) -> Kernels:
             n.merge,
             lambda raw, base, lane_bytes: Estimate(*n.sample(raw, base, lane_bytes)),
             n.cast,
+            n.cast_equal,
+            n.equal,
             n.is_constant,
             n.gather,
             n.lines,
@@ -80,22 +86,9 @@ def load(name: str) -> Kernels:
     if name == "numba":
         from fastckpt.kernels import numba_cpu as c
 
-        return Kernels(
-            name,
-            c.crc64nvme,
-            r.crc64nvme_combine,
-            c.split,
-            c.merge,
-            r.sample,
-            r.cast,
-            r.is_constant,
-            r.gather,
-            r.lines,
-            r.rows,
-            None,
-            None,
-            None,
-        )
+        return load("reference")._replace(name=name, crc64nvme=c.crc64nvme, split=c.split, merge=c.merge)
+    from fastckpt.kernels import reference as r
+
     return Kernels(
         name,
         r.crc64nvme,
@@ -104,6 +97,8 @@ def load(name: str) -> Kernels:
         r.merge,
         r.sample,
         r.cast,
+        r.cast_equal,
+        r.equal,
         r.is_constant,
         r.gather,
         r.lines,

@@ -40,8 +40,8 @@ class BaseSlabs:
         """Take over a slab of the snapshot. Ignored if it is not in use."""
         self._shelf.keep(self, number, slab)
 
-    def lack(self, chunk: int) -> None:
-        """The bytes of a chunk do not come into its place. Called before the snapshot's save knows it."""
+    def disown(self, chunk: int) -> None:
+        """Never lend this chunk: its place has not what the base has. Before anybody lends from this object."""
         self._places.pop(chunk, None)
 
     def drop(self) -> None:

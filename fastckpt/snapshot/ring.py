@@ -86,7 +86,7 @@ class Ring:
         slab = self.slab_of(copy)
         self._chunks[slab].remove(copy.number)
         if self._base is not None:
-            self._base.lack(copy.number)
+            self._base.disown(copy.number)
         if self._chunks[slab] or slab not in self._slabs:
             self.release(copy)
         else:

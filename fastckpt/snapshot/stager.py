@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastckpt.errors import SaveError
@@ -45,6 +47,9 @@ class Stager:
         self._settings = StagerSettings(target, threads, max_stall_s, verify, spill_dir)
         self.pool = SlabPool(budget_bytes) if pool is None else pool
         self._keeps = keeps
+        self._newest_sizes: Sequence[int] = ()
+        """Bytes of the slabs of the newest snapshot."""
+        self._newest_for_device = False
         self._verified_once = False
         self._sides: dict[torch.device, SideStream] = {}
         self._maker: SlabMaker | None = None
@@ -58,6 +63,13 @@ class Stager:
         except DoesNotFit:  # such a save uses no slabs
             return
         self._maker = SlabMaker(self.pool, plan.first_slabs, plan.for_device)
+
+    def prepare_next(self) -> None:
+        """As `prepare`, for another snapshot like the newest one, whose slabs are kept: otherwise the next one would wait for its memory.
+        Makes only what fits beside those.
+        """
+        if self._keeps and self._maker is None:
+            self._maker = SlabMaker(self.pool, self._newest_sizes, self._newest_for_device)
 
     def stop_preparing(self) -> None:
         """Stop allocating ahead. Memory that is already made stays. Waits for one slab at most."""
@@ -93,6 +105,7 @@ class Stager:
             slabs = self.pool.take_all(plan.first_slabs, plan.for_device)
             if slabs is None:
                 return None
+            self._newest_sizes, self._newest_for_device = plan.first_slabs, plan.for_device
             return Snapshot(
                 captured,
                 cuts,

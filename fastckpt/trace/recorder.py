@@ -227,3 +227,14 @@ def _plain(value: object) -> Any:
     except Exception:
         text = f"<{type(value).__name__}>"
     return text[:MAX_TEXT]
+
+
+def open_recorder(path: str | None) -> Recorder | None:
+    """The recorder that FASTCKPT_TRACE asks for. None: it asks for none, or none can be made, which is logged."""
+    if not path:
+        return None
+    try:
+        return Recorder(os.path.expanduser(path))
+    except Exception as error:  # a failing recorder is no reason to fail
+        logger.warning("FASTCKPT_TRACE: events are not recorded: %s: %s", type(error).__name__, error)
+        return None

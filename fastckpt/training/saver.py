@@ -49,7 +49,9 @@ class Saver:
             _,
         ) = engine
         self._owner, self.fresh = owner, fresh
-        self._began = self._prepared = False
+        self._began = False
+        self._prepared = 0
+        """How many snapshots there was memory made for."""
         self.counts = Counts()
         self.restored: Commit | None = None
         """The checkpoint that the objects were restored from last."""
@@ -130,11 +132,15 @@ class Saver:
 
     def prepare(self) -> None:
         """At the first step, when optimizers have their state: allocate the memory of the first save in the background, and pickle the
-        state. Errors here are left for the save to raise.
+        state. After the first save: allocate that of the next one, while the first one's bytes are kept. Errors here are left for the save
+        to raise.
         """
         if self._prepared:
+            if self._prepared == 1 and self._queue.bases.memory is not None:
+                self._prepared = 2
+                self._stager.prepare_next()
             return
-        self._prepared = True
+        self._prepared = 1
         if self.counts.saves:
             return
         try:

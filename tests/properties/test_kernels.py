@@ -164,6 +164,14 @@ def check(kernels: Kernels, raw: U8, base: U8, transform: Transform, w: int, p: 
     back = np.full(raw.size, 0x5A, np.uint8)
     assert kernels.merge(stream, base, transform, w, p, back) is True
     assert back.tobytes() == raw.tobytes()
+    in_place = transform in (SUB, SUBPACK)
+    if in_place:
+        over = base.copy()
+        assert kernels.merge(stream, over, transform, w, p, over) is True
+        assert over.tobytes() == raw.tobytes()
+        over[:] = base
+        assert kernels.merge(stream[:-1], over, transform, w, p, over) is False
+        assert over.tobytes() == base.tobytes()
     if kernels.encode is None or kernels.decode is None:
         return
     room = np.empty(2 * raw.size + 2048, np.uint8)
@@ -177,6 +185,13 @@ def check(kernels: Kernels, raw: U8, base: U8, transform: Transform, w: int, p: 
     assert kernels.decode(frame, base, transform, w, p, back) == digest
     assert back.tobytes() == raw.tobytes()
     assert digest == (xxhash.xxh3_128_digest(raw) if raw.size > 240 else bytes(16))
+    if in_place:
+        over = base.copy()
+        assert kernels.decode(frame, over, transform, w, p, over) == digest
+        assert over.tobytes() == raw.tobytes()
+        over[:] = base
+        assert kernels.decode(frame[:-1], over, transform, w, p, over) is None
+        assert over.tobytes() == base.tobytes()
 
 
 @pytest.mark.parametrize("lanes", LANES_AT_EDGES)

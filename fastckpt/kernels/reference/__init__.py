@@ -2,10 +2,20 @@
 
 from fastckpt.kernels.reference.crc import crc64nvme, crc64nvme_combine, crc_tables
 from fastckpt.kernels.reference.estimate import Estimate, sample
-from fastckpt.kernels.reference.memory import ROW_WORDS, WHOLE_BELOW, fingerprint, gather, lines, lines_bytes, rows
+from fastckpt.kernels.reference.memory import (
+    ROW_WORDS,
+    WHOLE_BELOW,
+    equal,
+    fingerprint,
+    gather,
+    lines,
+    lines_bytes,
+    rows,
+)
 from fastckpt.kernels.reference.streams import (
     STRIPE_LANES,
     cast,
+    cast_equal,
     check_arguments,
     difference,
     is_constant,
@@ -22,11 +32,13 @@ __all__ = [
     "WHOLE_BELOW",
     "Estimate",
     "cast",
+    "cast_equal",
     "check_arguments",
     "crc64nvme",
     "crc64nvme_combine",
     "crc_tables",
     "difference",
+    "equal",
     "fingerprint",
     "gather",
     "is_constant",

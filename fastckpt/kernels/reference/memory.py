@@ -24,6 +24,17 @@ def _check_stretches(addresses: U64, lengths: U64) -> None:
         raise ValueError("a stretch of memory begins at address 0 or ends past the last address")
 
 
+_PART = 64 << 10
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two buffers have the same bytes; ends at the first 64 KiB that differ."""
+    x, y = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
+    if x.size != y.size:
+        return False
+    return all(np.array_equal(x[at : at + _PART], y[at : at + _PART]) for at in range(0, x.size, _PART))
+
+
 def gather(addresses: U64, lengths: U64, out: U8) -> None:
     """Join stretches of memory, which the caller keeps alive. ValueError if their total length is not that of `out`."""
     _check_stretches(addresses, lengths)

@@ -200,6 +200,23 @@ def cast(wide: Any, narrow: Any) -> None:
     out[:] = np.where(nan, high | np.uint32(0x0040), nearest).astype("<u2")
 
 
+_CAST_LANES = 32 << 10
+
+
+def cast_equal(narrow: Any, wide: Any) -> bool:
+    """Whether `cast` makes these bfloat16 of those float32; ends at the first 32,768 lanes that differ."""
+    x, u = np.frombuffer(narrow, np.uint8), np.frombuffer(wide, np.uint8)
+    if u.size != 2 * x.size or x.size % 2:
+        raise ValueError(f"{u.size} bytes of float32 are not twice {x.size} of bfloat16")
+    lanes, made = x.view("<u2"), np.empty(min(x.size // 2, _CAST_LANES), "<u2")
+    for at in range(0, lanes.size, _CAST_LANES):
+        some = lanes[at : at + _CAST_LANES]
+        cast(u[4 * at : 4 * (at + some.size)], made[: some.size])
+        if not np.array_equal(some, made[: some.size]):
+            return False
+    return True
+
+
 def is_constant(raw: Any, lane_bytes: int) -> bool:
     """Whether all lanes are equal. ValueError unless lane_bytes is 1, 2, 4 or 8 and the buffer's length is a multiple of it and not 0."""
     if lane_bytes not in (1, 2, 4, 8):

@@ -1,0 +1,147 @@
+"""What can be said of each chunk of a save before it is encoded: from the rows of its base alone. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fastckpt.format.directory import FileEntry
+from fastckpt.format.keys import parse_pack
+from fastckpt.format.records import Records
+from fastckpt.kernels.transform import Transform
+from fastckpt.writing.bases import Base, Place
+from fastckpt.writing.chains import WORK, Amounts, Mask, Numbers, bases_of, costs_of, reach
+from fastckpt.writing.delta_policy import MAX_DEPTH, Known, Packs
+from fastckpt.writing.matching import Form, roles
+
+_FULL_RATIO = 0.75
+"""Stored for each raw byte of numbers, where nothing is known."""
+_DELTA_RATIOS = {"exp_avg": 1.0, "momentum_buffer": 1.0, "": 0.7}
+"""Of a full chunk, what a difference takes, by the role of its numbers: first moments never gain. Only for the first differences of a run:
+later ones tell."""
+_SPARSE = 0.25
+"""A difference that takes less than this for a raw byte is packed: it is decoded faster."""
+
+
+class Foresight(NamedTuple):
+    """See `foresee`."""
+
+    known: Known
+    packs: Packs
+    is_same: Mask
+    """Was named again by the base itself, so it is likely to be equal once more."""
+
+
+class _Spans(NamedTuple):
+    """Where the base's bytes of each chunk are: in one row, or at the end of one and the beginning of the next."""
+
+    has: Mask
+    first: Numbers
+    second: Numbers
+    of_first: Amounts
+    of_second: Amounts
+
+    def sum_of(self, of_row: Amounts) -> Amounts:
+        """For each chunk the sum of its parts of the rows; 0 where the base has nothing."""
+        return np.where(self.has, self.of_first * of_row[self.first] + self.of_second * of_row[self.second], 0.0)
+
+
+def foresee(base: Base, sealed: Form, places: Sequence[Place | None], numbers: Mask, has_bytes: bool) -> Foresight:
+    """What is known of each chunk of a sealed state.
+
+    Args:
+        base: what it may refer to.
+        sealed: the state.
+        places: where the base has the bytes of each chunk; None: nowhere.
+        numbers: which chunks are floating-point numbers.
+        has_bytes: whether any of the base's bytes are in memory: otherwise there are no differences.
+    """
+    raw = np.array([chunk.n_bytes for chunk in sealed.chunks], np.float64)
+    spans = _spans(base.records, places, raw)
+    rows = bases_of(base.records)
+    costs = costs_of(base.records, rows)
+    again = _named_again(base)
+    is_same = spans.has & again[spans.first] & again[spans.second] if again.size else spans.has
+    full = np.where(spans.has, spans.sum_of(costs.full_bytes), np.where(numbers, _FULL_RATIO, 1.0) * raw)
+    delta, own = _differences(base.records, spans, roles(sealed), full, raw)
+    delta[is_same] = 0
+    depth = np.where(spans.has, np.maximum(costs.depth[spans.first], costs.depth[spans.second]), 0)
+    packs = _packs(base, spans)
+    known = Known(
+        raw_bytes=raw,
+        has_base=spans.has,
+        full_bytes=full,
+        read_bytes=spans.sum_of(costs.read_bytes),
+        work=spans.sum_of(costs.work),
+        full_work=np.where(spans.has, spans.sum_of(costs.full_work), raw),
+        excess=spans.sum_of(costs.excess),
+        delta_bytes=delta,
+        delta_work=np.where(is_same, 0.0, own * raw),
+        may_differ=spans.has & numbers & (depth < MAX_DEPTH) & has_bytes,
+        pack=_oldest(packs, base.files, raw.size),
+    )
+    return Foresight(known, packs, is_same)
+
+
+def _spans(records: Records, places: Sequence[Place | None], raw: Amounts) -> _Spans:
+    rows = np.array([(-1, 0) if place is None else place for place in places], np.int64).reshape(-1, 2)
+    has = rows[:, 0] >= 0
+    first, start = np.maximum(rows[:, 0], 0), rows[:, 1]
+    sizes = records["raw_bytes"].astype(np.float64)
+    here = np.minimum(raw, sizes[first] - start)
+    second = np.where(has & (raw > here), first + 1, first)
+    return _Spans(has, first, second, here / sizes[first], (raw - here) / sizes[second])
+
+
+def _named_again(base: Base) -> Mask:
+    """The rows that the base itself has named again: an earlier save has put their bytes."""
+    own = base.parent.checkpoint
+    saves = (parse_pack(file.key) for file in base.files)
+    earlier = np.array([False, *(save is not None and save.checkpoint != own for save in saves)])
+    again: Mask = earlier[base.records["file"]] | (base.records["transform"] == Transform.REF)
+    return again
+
+
+def _differences(
+    records: Records, spans: _Spans, roles_: Sequence[str], full: Amounts, raw: Amounts
+) -> tuple[Amounts, Amounts]:
+    """Of each chunk the stored bytes that a difference is likely to take, and the work of decoding one of its bytes."""
+    deltas = np.isin(records["transform"], (Transform.SUB, Transform.SUBPACK))
+    is_delta = spans.has & deltas[spans.first]
+    stored, has_any = spans.sum_of(records["stored_bytes"].astype(np.float64)), bool(deltas.any())
+    by_role: dict[str, list[int]] = defaultdict(list)
+    for number, role in enumerate(roles_):
+        by_role[role].append(number)
+    delta = stored.copy()
+    for role, numbers in by_role.items():
+        of_role = np.array(numbers)
+        known = of_role[is_delta[of_role]]
+        if known.size:
+            ratio = float(stored[known].sum() / max(full[known].sum(), 1.0))
+        else:
+            ratio = 1.0 if has_any else _DELTA_RATIOS.get(role, _DELTA_RATIOS[""])
+        rest = of_role[~is_delta[of_role]]
+        delta[rest] = ratio * full[rest]
+    work = np.where(delta < _SPARSE * raw, WORK[Transform.SUBPACK], WORK[Transform.SUB])
+    return np.maximum(delta, 1.0), work
+
+
+def _packs(base: Base, spans: _Spans) -> Packs:
+    """The packs of the base, and which chunks need which."""
+    chunks = np.flatnonzero(spans.has)
+    at, row = reach(bases_of(base.records), np.concatenate([spans.first[chunks], spans.second[chunks]]))
+    file = base.records["file"][row].astype(np.int64)
+    stores, n_files = file > 0, max(len(base.files), 1)
+    pairs = np.unique(np.tile(chunks, 2)[at][stores] * n_files + file[stores] - 1)
+    return Packs(np.array([file.n_bytes for file in base.files], np.float64), pairs // n_files, pairs % n_files)
+
+
+def _oldest(packs: Packs, files: Sequence[FileEntry], n_chunks: int) -> Numbers:
+    """Of each chunk the place of the oldest pack that it needs, in the order of their keys, which is that of their saves."""
+    age = np.argsort(np.argsort([file.key for file in files])) if files else np.zeros(0, np.int64)
+    found = np.full(n_chunks, len(files))
+    np.minimum.at(found, packs.chunk, age[packs.pack])
+    return found
