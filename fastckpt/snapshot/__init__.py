@@ -24,14 +24,14 @@ from fastckpt.snapshot.probation import Probation
 from fastckpt.snapshot.sampled import Sampled, Sampler
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.stager import Stager
-from fastckpt.snapshot.unchanged import Known, Prints
+from fastckpt.snapshot.unchanged import ChunkPrints, KnownPrints
 
 __all__ = [
+    "ChunkPrints",
     "DoesNotFit",
     "FenceHooks",
     "FencedTensors",
-    "Known",
-    "Prints",
+    "KnownPrints",
     "Probation",
     "Sampled",
     "Sampler",

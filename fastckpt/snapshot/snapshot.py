@@ -45,7 +45,7 @@ from fastckpt.snapshot.side_stream import SideStream
 from fastckpt.snapshot.spill import SpillFile
 from fastckpt.snapshot.spiller import Spiller
 from fastckpt.snapshot.tearing import TearWatch
-from fastckpt.snapshot.unchanged import Prints, Unchanged
+from fastckpt.snapshot.unchanged import ChunkPrints, Unchanged
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Cuts
 
@@ -225,7 +225,7 @@ class Snapshot:
                 raise self._progress.error
             return unchanged.digest(number)
 
-    def prints(self) -> Prints | None:
+    def prints(self) -> ChunkPrints | None:
         """The fingerprints of this snapshot's chunks, for the one that has its checkpoint as base. None: there are none. Asked once all
         chunks have been read.
         """

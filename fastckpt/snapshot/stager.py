@@ -18,7 +18,7 @@ from fastckpt.snapshot.side_stream import SideStream, is_capturing
 from fastckpt.snapshot.slab_maker import SlabMaker
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.spill import SpillFile
-from fastckpt.snapshot.unchanged import Known, Unchanged
+from fastckpt.snapshot.unchanged import KnownPrints, Unchanged
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Cuts
 
@@ -86,7 +86,7 @@ class Stager:
         *,
         ring: bool,
         samples: Sampled | None = None,
-        known: Known | None = None,
+        known: KnownPrints | None = None,
     ) -> Snapshot | None:
         """Begin to copy a state. None: earlier snapshots hold the memory that it needs.
 

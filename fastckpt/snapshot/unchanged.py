@@ -36,7 +36,7 @@ _JOINED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
-class Prints:
+class ChunkPrints:
     """The fingerprints of one snapshot's chunks, and what the next save needs besides. The owner of the base keeps them with it."""
 
     form: object
@@ -49,10 +49,10 @@ class Prints:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownPrints:
     """The base of a snapshot."""
 
-    prints: Prints
+    prints: ChunkPrints
     digests: Sequence[bytes | None]
     """For each chunk, the digest of the base's row that has exactly its bytes; None: there is no such row, so it must be copied."""
 
@@ -61,7 +61,7 @@ class Unchanged:
     """See the module. Of one snapshot. Used under its lock, except `wait` and `is_copy`."""
 
     def __init__(
-        self, captured: Captured, chunks: Sequence[Chunk], fenced: FencedTensors | None, known: Known | None
+        self, captured: Captured, chunks: Sequence[Chunk], fenced: FencedTensors | None, known: KnownPrints | None
     ) -> None:
         """chunks: all of the state. fenced: None: everything is. known: of the base, if there is one."""
         if known is not None and (known.prints.form is not captured.form or len(known.digests) != len(chunks)):
@@ -141,7 +141,7 @@ class Unchanged:
         fingerprint(content, np.array(_KEYS, np.uint64), out)
         return tuple(out.view(np.int64).tolist()) == self._found[number]
 
-    def prints(self) -> Prints:
+    def prints(self) -> ChunkPrints:
         """What the next save is to know once this one is durable. All copies have ended. The device's error."""
         for part in self._parts:
             wait_for(part.event)
@@ -150,7 +150,7 @@ class Unchanged:
         compared, unchanged = np.zeros((2, self._wanted.size), bool)
         compared[sorted(self._found.keys() & known.keys())] = True
         unchanged[sorted(self._equal({*self._found}))] = True
-        return Prints(
+        return ChunkPrints(
             self._form, self._found, self._versions, self._history.after(self._unwritten, compared, unchanged)
         )
 

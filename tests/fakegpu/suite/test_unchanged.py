@@ -15,7 +15,7 @@ import torch
 
 from fastckpt.errors import SaveError, TornSnapshotError
 from fastckpt.format.digest import digest
-from fastckpt.snapshot import FencedTensors, Known, Snapshot, Stager, unchanged
+from fastckpt.snapshot import FencedTensors, KnownPrints, Snapshot, Stager, unchanged
 from fastckpt.snapshot.side_stream import SideStream
 from fastckpt.state import Captured, Recapturer
 from fastckpt.state.chunks import KnownCuts
@@ -39,7 +39,7 @@ class Run:
         self.where, self.n_steps = where, 0
         self.stager = Stager(budget_mib * MIB, 1, "test", 20.0, verify, keeps=True)
         self.recapturer, self.cuts = Recapturer(), KnownCuts()
-        self.known: Known | None = None
+        self.known: KnownPrints | None = None
         self.expected: list[bytes] = []
         """The digests of all chunks at the last call of save."""
         self.captured: Captured | None = None
@@ -97,7 +97,7 @@ class Run:
         spared = self.write(snapshot)
         prints = snapshot.prints()
         snapshot.close()
-        self.known = None if prints is None else Known(prints, self.expected)
+        self.known = None if prints is None else KnownPrints(prints, self.expected)
         return spared
 
     def train_and_save(self) -> list[int]:
