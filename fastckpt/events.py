@@ -19,17 +19,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from fastckpt.trace import subscribers
+from fastckpt.trace.subscribers import Event, Subscriber, emit, enabled, record, subscribe
 
 logger = logging.getLogger("fastckpt")
-
-Subscriber = subscribers.Subscriber
-subscribe, record, enabled, emit = subscribers.subscribe, subscribers.record, subscribers.enabled, subscribers.emit
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """Base of all records."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +258,18 @@ class Retired(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetentionEnded(Event):
+    """A pass of retention has ended: bytes of the packs that are left of those it has listed."""
+
+    target: str
+    stored_bytes: int
+    base_bytes: int
+    """Of those, in packs of saves that are no checkpoint any more, which checkpoints refer to."""
+    grace_bytes: int
+    """Of those, in packs that no checkpoint needs, which wait for the end of their grace."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoadStarted(Event):
     """The index is read and checked; `chunks` of the object's chunks are about to be read."""
 
@@ -327,3 +331,6 @@ class NoticeSourceBlind(Event):
 
     source: str
     error: BaseException
+
+
+__all__ = ["Event", "Subscriber", "emit", "enabled", "logger", "record", "subscribe"]

@@ -1,4 +1,7 @@
-"""Who hears of events: subscribers of this process, and the recording that the environment asks for. Knows nothing of particular events."""
+"""Who is told of events, and how: subscribers in this process, and the recording that the environment asks for.
+
+Knows nothing of particular events: those are `fastckpt.events`, which is what others import.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,24 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
 
 from fastckpt.trace.recorder import Recorder, open_recorder
 
 logger = logging.getLogger("fastckpt")
 
-Subscriber = Callable[[Any], None]
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all records."""
+
+
+Subscriber = Callable[[Event], None]
 _lock = threading.Lock()
 _recorder_of_environment: Recorder | None = None
 
 
-def _read_environment(event: object) -> None:
+def _read_environment(event: Event) -> None:
     """The first subscriber of every process. At the first event it is replaced by a recorder, if FASTCKPT_TRACE asks for one."""
     global _subscribers, _recorder_of_environment  # noqa: PLW0603 - as in `subscribe`
     with _lock:
@@ -85,7 +94,7 @@ def enabled() -> bool:
     return bool(_subscribers) or logger.isEnabledFor(logging.DEBUG)
 
 
-def emit(event: object) -> None:
+def emit(event: Event) -> None:
     """Hand an event to all subscribers and to the log (debug level). Never raises."""
     if logger.isEnabledFor(logging.DEBUG):
         logger.debug("%s", event)
