@@ -28,7 +28,7 @@ import torch
 
 from fastckpt import events
 from fastckpt._types import U8
-from fastckpt.errors import SaveError, SnapshotStalledError
+from fastckpt.errors import BaseLostError, SaveError, SnapshotStalledError
 from fastckpt.events import logger
 from fastckpt.host.deadline import Deadline
 from fastckpt.snapshot import cuda
@@ -97,7 +97,8 @@ class Snapshot:
         self._watch = TearWatch(captured, fenced, fingerprints, step, unchanged)
         self._progress = progress = Progress(captured, settings.target, step)
         order = [self._copies[number] for number in plan.order]
-        self._unchanged = unchanged
+        self.unchanged = unchanged
+        """Finds chunks that need no copy; None: all are copied."""
         self._copier = Copier(
             captured,
             order,
@@ -216,7 +217,7 @@ class Snapshot:
 
     def known(self, number: int) -> bytes | None:
         """See `ChunkSource`."""
-        copy, unchanged = self._copies[number], self._unchanged
+        copy, unchanged = self._copies[number], self.unchanged
         if unchanged is None:
             return None
         with self._progress.changed:
@@ -230,7 +231,7 @@ class Snapshot:
         chunks have been read.
         """
         try:
-            return None if self._unchanged is None else self._unchanged.prints()
+            return None if self.unchanged is None else self.unchanged.prints()
         except Exception as error:  # of the device; the checkpoint is whole
             logger.warning(
                 "the fingerprints of step %s are lost: %s: %s", self._progress.step, type(error).__name__, error
@@ -244,6 +245,11 @@ class Snapshot:
             self._wait_for_copy(copy)
             if self._progress.error is not None:
                 raise self._progress.error
+            if copy.spared:
+                raise BaseLostError(
+                    f"step {self._progress.step} was not saved: a part of it was not copied, because the checkpoint before it had it. "
+                    "That one is gone, or was given up, meanwhile. Nothing was committed; the next save is a whole one"
+                )
             spiller = self._spiller if self._spiller is not None and copy in self._spiller else None
             if spiller is None:
                 self._ring.begin_reading(copy)

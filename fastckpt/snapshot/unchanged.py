@@ -11,8 +11,8 @@ has to have the fingerprint of the call; otherwise it is torn. Any failure here 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,11 @@ class ChunkPrints:
     """By the number of a storage: its address, and how often torch had counted a write."""
     history: History
 
+    def only(self, chunks: Collection[int]) -> ChunkPrints:
+        """The same without the fingerprints of other chunks."""
+        kept = {number: found for number, found in self.fingerprints.items() if number in chunks}
+        return replace(self, fingerprints=kept)
+
 
 @dataclass(frozen=True)
 class KnownPrints:
@@ -61,12 +66,19 @@ class Unchanged:
     """See the module. Of one snapshot. Used under its lock, except `wait` and `is_copy`."""
 
     def __init__(
-        self, captured: Captured, chunks: Sequence[Chunk], fenced: FencedTensors | None, known: KnownPrints | None
+        self,
+        captured: Captured,
+        chunks: Sequence[Chunk],
+        fenced: FencedTensors | None,
+        known: KnownPrints | None,
+        pending: Sequence[Unchanged] = (),
     ) -> None:
-        """chunks: all of the state. fenced: None: everything is. known: of the base, if there is one."""
+        """chunks: all of the state. fenced: None: everything is. known: of the base, if there is one. pending: of saves that may become the
+        base before this one is written: only what is equal in all of them is spared.
+        """
         if known is not None and (known.prints.form is not captured.form or len(known.digests) != len(chunks)):
             known = None
-        self._known, self._form = known, captured.form
+        self._known, self.form = known, captured.form
         self._history = History.none(len(chunks)) if known is None else known.prints.history
         self._versions = _versions(captured)
         on_device = np.array([captured.storages[chunk.pieces[0].storage].device is not None for chunk in chunks], bool)
@@ -81,6 +93,7 @@ class Unchanged:
         self.waiting = {int(n) for n in np.flatnonzero(waiting)}
         """Numbers of the chunks that are not copied before their fingerprint is known."""
         self._may_change = {int(n) for n in np.flatnonzero(waiting & ~behind)}
+        self._pending = pending if self.waiting else ()
         self._parts: list[_Part] = []
         self._found: dict[int, tuple[int, int]] = {}
         self.spared: set[int] = set()
@@ -114,19 +127,30 @@ class Unchanged:
         """Wait for the fingerprints on their way. Numbers of the waiting chunks that have the base's bytes; None: `is_over` was true.
         The device's error.
         """
+        equal = self.waiting
+        for one in (self, *self._pending):
+            found = one.fetch(is_over)
+            if found is None:
+                return None
+            equal = self._equal(equal, found if one.form is self.form else {})
+        self._pending = ()  # they may have others before them
+        return equal
+
+    def fetch(self, is_over: Callable[[], bool] = lambda: False) -> dict[int, tuple[int, int]] | None:
+        """The fingerprints of this snapshot's chunks, once they are there. None: `is_over` was true before that. The device's error."""
         for part in self._parts:
             if not wait_for(part.event, is_over):
                 return None
             self._found.update(part.read())
-        return self._equal(self.waiting)
+        return self._found
 
     def settle(self, unchanged: set[int]) -> None:
         """It is known which of the waiting chunks have the base's bytes."""
         self.spared, self.waiting = unchanged, set()
 
-    def _equal(self, numbers: set[int]) -> set[int]:
+    def _equal(self, numbers: Iterable[int], found: Mapping[int, tuple[int, int]]) -> set[int]:
         known = {} if self._known is None else self._known.prints.fingerprints
-        return {number for number in numbers if number in self._found and self._found[number] == known.get(number)}
+        return {number for number in numbers if number in found and found[number] == known.get(number)}
 
     def digest(self, number: int) -> bytes | None:
         """The digest of a chunk's bytes, if it was spared."""
@@ -143,15 +167,13 @@ class Unchanged:
 
     def prints(self) -> ChunkPrints:
         """What the next save is to know once this one is durable. All copies have ended. The device's error."""
-        for part in self._parts:
-            wait_for(part.event)
-            self._found.update(part.read())
+        self.fetch()
         known = {} if self._known is None else self._known.prints.fingerprints
         compared, unchanged = np.zeros((2, self._wanted.size), bool)
         compared[sorted(self._found.keys() & known.keys())] = True
-        unchanged[sorted(self._equal({*self._found}))] = True
+        unchanged[sorted(self._equal(self._found, self._found))] = True
         return ChunkPrints(
-            self._form, self._found, self._versions, self._history.after(self._unwritten, compared, unchanged)
+            self.form, self._found, self._versions, self._history.after(self._unwritten, compared, unchanged)
         )
 
 
