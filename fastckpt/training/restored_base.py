@@ -102,14 +102,18 @@ class RestoredBase:
         assert memory is not None
         try:
             scratch = np.empty(0, np.uint8)  # not used: all chunks lie in slabs
+            same: set[int] = set()
             for number in range(len(base.chunks)):
                 if memory.is_dropped or self._bases.newest is not base:
                     return
-                if digest(snapshot.raw(number, scratch)) != digests.get(number):
+                if digest(snapshot.raw(number, scratch)) == digests.get(number):
+                    same.add(number)
+                else:
                     memory.disown(number)
                 snapshot.release(number)
             snapshot.confirm()
-            self._bases.complete(base, memory)
+            prints = snapshot.prints()
+            self._bases.complete(base, memory, None if prints is None else prints.only(same))
         except Exception as error:
             logger.info("the bytes of what was restored are not kept: %s: %s", type(error).__name__, error)
         finally:
