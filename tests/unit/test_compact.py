@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.deltas import chain, chain_state, save_on
 
 from fastckpt import Checkpointer
 from fastckpt.errors import (
@@ -41,7 +42,6 @@ from fastckpt.upkeep.compact.elsewhere import compact_to
 from fastckpt.upkeep.compact.in_place import compact_in_place
 from fastckpt.upkeep.compact.report import CompactReport
 from fastckpt.upkeep.mirror.mirror import mirror
-from tests.support.deltas import chain, chain_state, save_on
 from tests.support.repositories import (
     IN_PARALLEL,
     begin,
