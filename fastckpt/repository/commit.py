@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from fastckpt import events
 from fastckpt.errors import (
+    BaseLostError,
     CorruptCheckpointError,
     Damage,
     MissingObjectError,
@@ -23,19 +25,24 @@ from fastckpt.errors import (
 )
 from fastckpt.format import keys
 from fastckpt.format.digest import digest
+from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, commit_key, vote_key, votes_prefix
 from fastckpt.format.repository_records import Commit, Tombstone, commit_bytes, parse_commit_record
 from fastckpt.format.sealed import MAX_SEALED_BYTES
 from fastckpt.format.vote import Vote, commit_of, part_ranges, save_info
+from fastckpt.host.boot_clock import seconds_since_boot
 from fastckpt.host.threads import WorkerPool
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_source import BytesSource, ObjectSource
 from fastckpt.repository.inventory import take_inventory
+from fastckpt.repository.pack_sizes import packs_at_odds
 from fastckpt.repository.vote_set import VoteSetState, vote_set_of
 from fastckpt.store.base import ObjectInfo, Store
 
 T = TypeVar("T")
 
+_MOST_BEFORE_COMMIT_S = 60.0
+"""Between the reading of a save's parent and its commit: a process that was stopped in between reads it again."""
 MAX_VOTE_BYTES = 2 << 30
 _READS_AT_ONCE = 64
 """Votes of many ranks are read by one: an answer takes 30 ms, and one by one they would take longer than others wait."""
@@ -219,12 +226,21 @@ def try_commit(store: Store, save: SaveId, own: Vote | None = None) -> Commit | 
 
 
 def commit_votes(store: Store, votes: Sequence[Vote]) -> Commit:
-    """Commit a save whose votes are all there, rank 0's first: the record that stands afterwards. Errors as those of `try_commit`."""
+    """Commit a save whose votes are all there, rank 0's first: the record that stands afterwards. Errors as those of `try_commit`.
+
+    BaseLostError: the votes name packs of earlier saves, and the checkpoint that kept these was retired.
+    """
     save = votes[0].name.save
-    for vote in votes:
-        _check_packs(store, vote)
-    record = commit_bytes(commit_of(votes, f"{store.url}/{votes_prefix(save)}"))
+    commit = commit_of(votes, f"{store.url}/{votes_prefix(save)}")
+    record = commit_bytes(commit)
     key = commit_key(save.checkpoint)
+    try:
+        _check_bases(store, commit, {file.key: file for vote in votes for file in vote.files})
+    except BaseLostError:
+        if (
+            poll_commit(store, save.checkpoint) is None
+        ):  # otherwise another rank has committed it, and its parent may be retired since
+            raise
     try:
         stands = create(store, key, record)
         if stands != record:  # a bit may have flipped on the way
@@ -267,19 +283,31 @@ def _retired(store: Store, save: SaveId, found: Tombstone) -> RepositoryError:
     )
 
 
-def _check_packs(store: Store, vote: Vote) -> None:
-    """Packs of *other* saves must exist in full length. This save's own packs need no check: they were acknowledged before the vote was
-    placed.
+def _check_bases(store: Store, commit: Commit, files: Mapping[str, FileEntry]) -> None:
+    """Packs of *other* saves must be there in full length, and stay: the save's parent, which names them, must live.
+
+    This save's own packs need no check: they were acknowledged before the vote was placed. Retention deletes what a checkpoint names a
+    grace after it was retired. So the record that follows has that long to take effect (A1), counted from the reading of the parent.
     """
-    damage = []
-    for file in vote.files:
-        if keys.parse_pack(file.key) == vote.name.save:
-            continue
-        try:
-            found = str(store.head(file.key).n_bytes)
-        except ObjectNotFoundError:
-            found = "no such object"
-        if found != str(file.n_bytes):
-            damage.append(Damage("pack", file.key, f"{file.n_bytes} bytes", found))
+    others = [file for key, file in files.items() if keys.parse_pack(key) != commit.save]
+    if not others:
+        return
+    damage = packs_at_odds(store, others)
     if damage:
-        raise CorruptCheckpointError(f"{store.url}/{vote_key(vote.name)}", damage)
+        raise CorruptCheckpointError(f"{store.url}/{votes_prefix(commit.save)}", damage)
+    read_s = -math.inf
+    while seconds_since_boot() - read_s > _MOST_BEFORE_COMMIT_S:  # this process may have been stopped meanwhile
+        read_s = seconds_since_boot()
+        _require_parent(store, commit)
+
+
+def _require_parent(store: Store, commit: Commit) -> None:
+    """BaseLostError unless the parent of a save is the living checkpoint that its votes name."""
+    parent = commit.parent
+    found = None if parent is None else poll_commit(store, parent.checkpoint)
+    if parent is None or not isinstance(found, Commit) or found.digest != parent.digest:
+        which = "no parent" if parent is None else f"the checkpoint {parent.checkpoint}"
+        raise BaseLostError(
+            f"{store.url}: step {commit.save.step} refers to packs of {which}, which does not exist any more: it was retired while the "
+            "step was being saved, perhaps by another process. Nothing was committed; the next save is written in full"
+        )

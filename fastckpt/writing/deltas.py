@@ -118,7 +118,7 @@ class Deltas:
         element = self._chunks[number].element
         found = codec.encode_into(raw, element.const_lane_bytes, element.float_lane_bytes, out, effort=effort, base=old)
         if found.transform not in HAS_BASE:
-            self._settle_full(number, found)
+            self._settle_full(number, found, tried=True)
             return Against(found, None)
         if self._is_allowed(number, found):
             return Against(found, place)
@@ -165,14 +165,17 @@ class Deltas:
         """Whether a difference that was made may be stored."""
         n_bytes, work = len(found.stored), WORK[found.transform] * self._chunks[number].n_bytes
         with self._lock:
+            self._balance.tried(number, n_bytes)
             if not self._balance.fits(number, n_bytes, work):
                 return False
             self._balance.is_kept(number, n_bytes, work)
             self._count(number, "difference")
         return True
 
-    def _settle_full(self, number: int, found: codec.Encoded) -> None:
+    def _settle_full(self, number: int, found: codec.Encoded, *, tried: bool = False) -> None:
         with self._lock:
+            if tried:
+                self._balance.tried(number, None)
             self._balance.is_full(number, len(found.stored))
             self._count(number, "full")
 

@@ -15,7 +15,7 @@ from fastckpt.format import container, directory
 from fastckpt.format.container import READ_SHARED
 from fastckpt.format.directory import Share
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, vote_key
-from fastckpt.format.repository_records import Commit, Epoch, Parent
+from fastckpt.format.repository_records import Commit, Epoch, Parent, parent_to_json
 from fastckpt.format.shares import first_entries, shared_numbers
 from fastckpt.format.tensor_names import dotted
 from fastckpt.format.vote import Vote, vote_name
@@ -135,10 +135,16 @@ def place_vote(
 def reuse(store: Store, old: int, new: int, epoch: int = 1) -> Commit:
     """A checkpoint whose vote names only packs of an earlier one."""
     save = SaveId(epoch, new, 0)
-    place_vote(store, save, open_vote(store, commit_of(store, old, epoch).vote(0)), parent=None)
+    parent = commit_of(store, old, epoch)
+    place_vote(store, save, open_vote(store, parent.vote(0)), parent=as_parent(parent))
     commit = try_commit(store, save)
     assert commit is not None
     return commit
+
+
+def as_parent(commit: Commit) -> dict[str, Any] | None:
+    """What a vote says of the checkpoint that it continues from."""
+    return parent_to_json(Parent(commit.checkpoint, commit.digest))
 
 
 def commit_of(store: Store, step: int, epoch: int = 1) -> Commit:

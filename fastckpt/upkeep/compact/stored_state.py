@@ -11,6 +11,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -104,19 +105,25 @@ class StoredChunks:
         self._pool = WorkerPool(threads, "fastckpt-compact")
         self._lock = threading.Lock()
         self._begun: dict[int, Future[U8]] = {}
-        self._next = 0
+        """Read ahead, or being read: never more than `_ahead`, in whatever order chunks are asked for."""
+        self._asked: set[int] = set()
 
     def raw(self, number: int, scratch: U8) -> U8:
         """A chunk's bytes. CorruptCheckpointError names what is damaged; StoreError."""
         with self._lock:
-            self._begin(number + self._ahead)
+            for later in range(number, min(number + self._ahead, len(self._numbers))):
+                if len(self._begun) < self._ahead and later not in self._asked:
+                    self._asked.add(later)
+                    self._begun[later] = self._pool.submit(functools.partial(self._read, later))
+            self._asked.add(number)
             found = self._begun.get(number)
         return self._read(number) if found is None else found.result()
 
-    def _begin(self, end: int) -> None:
-        for number in range(self._next, min(end, len(self._numbers))):
-            self._begun[number] = self._pool.submit(functools.partial(self._read, number))
-            self._next = number + 1
+    def peek(self, number: int, scratch: U8) -> AbstractContextManager[U8 | None]:
+        """Context with a chunk's bytes, whether or not its `raw` has been asked for. Errors as those of `raw`."""
+        with self._lock:
+            found = self._begun.get(number)
+        return nullcontext(self._read(number) if found is None else found.result())
 
     def _read(self, number: int) -> U8:
         row = self._numbers[number]
