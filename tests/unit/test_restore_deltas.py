@@ -33,7 +33,7 @@ from tests.support.repositories import begin, commit_of, flip, load, save_shared
 from tests.support.states import same
 from tests.support.straight import ReadStore, addresses, all_straight, plain
 
-OPTIONS = Options(threads=2, connections=2)
+OPTIONS = Options(threads=2, connections=2, deltas=False)
 
 
 def training() -> dict[str, Any]:
