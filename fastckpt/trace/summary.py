@@ -50,7 +50,7 @@ class _Marks:
 
 @dataclass
 class Save:
-    """One try to save. Spans are in seconds since the epoch, on any thread. Most of its attributes are members of `fastckpt trace --json`."""
+    """One try to save. Spans are in seconds since the epoch, on any thread. What is told of it is what `fastckpt trace --json` has."""
 
     process: str
     target: str
@@ -64,7 +64,7 @@ class Save:
     stored_bytes: int = 0
     error: str = ""
     spans: dict[str, list[Span]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
-    marks: _Marks = field(default_factory=lambda: _Marks())
+    marks: _Marks = field(default_factory=_Marks)
     against: dict[str, int] = field(default_factory=dict)
     """Raw bytes of chunks by what became of them against the checkpoint before: equal, difference, cast, full. Empty: there was none."""
     why_full: str = ""
