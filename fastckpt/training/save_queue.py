@@ -16,7 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from fastckpt import events
-from fastckpt.errors import AbandonedError, SupersededError, TornSnapshotError, as_save_error
+from fastckpt.errors import (
+    AbandonedError,
+    BaseLostError,
+    CorruptCheckpointError,
+    SupersededError,
+    TornSnapshotError,
+    as_save_error,
+)
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.format.sealed_state import SealedState
@@ -218,7 +225,7 @@ class SaveQueue:
                 job.source.fail(error)
                 if job.source.base is not None:  # it may have been confirmed, and not be committed
                     job.source.base.drop()
-            if isinstance(error, SupersededError):
+            if isinstance(error, (SupersededError, BaseLostError, CorruptCheckpointError)):
                 self.bases.drop()
             _forget_locals(raised)
         try:

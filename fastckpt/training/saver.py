@@ -135,10 +135,10 @@ class Saver:
         state. After the first save: allocate that of the next one, while the first one's bytes are kept. Errors here are left for the save
         to raise.
         """
-        if self._prepared < 2 and self._queue.bases.memory is not None:
-            self._prepared = 2
-            self._stager.prepare_next()
         if self._prepared:
+            if self._prepared == 1 and self._queue.bases.memory is not None:
+                self._prepared = 2
+                self._stager.prepare_next()
             return
         self._prepared = 1
         if self.counts.saves:
