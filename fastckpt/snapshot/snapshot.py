@@ -217,6 +217,25 @@ class Snapshot:
         self._progress.there(copy)
         return content
 
+    @contextlib.contextmanager
+    def peek(self, number: int, scratch: U8) -> Iterator[U8 | None]:
+        """Context with any chunk's bytes, before `raw` or after `release`. None: memory does not hold all chunks, or not any more."""
+        copy = self._copies[number]
+        with self._progress.changed:
+            held = self._spiller is None and self._ring.hold(copy)
+            if held:
+                self._wait_for_copy(copy)
+        if not held:
+            with contextlib.nullcontext() if self.base is None else self.base.lend(number) as content:
+                yield content
+            return
+        try:
+            if self._progress.error is not None:
+                raise self._progress.error
+            yield self._content(copy)
+        finally:
+            self.release(number)
+
     def _wait_for_copy(self, copy: Copy) -> None:
         """Wait until a copy can be waited for, or an error has occurred. The caller holds the lock."""
         progress, slab = self._progress, self._ring.slab_of(copy)

@@ -89,6 +89,11 @@ class Deltas:
             self._balance.is_kept(number, 0, 0)
         return Kept(Kind.COPIED, place, found)
 
+    def is_cast(self, number: int) -> None:
+        """Nothing is stored of a chunk, and nothing is needed of the base."""
+        with self._lock:
+            self._balance.is_full(number, 0)
+
     def encode(self, number: int, raw: U8, out: U8, effort: codec.Effort) -> Against | Kept:
         """Encode a chunk, or find that the base has it. The outcome counts against what is allowed for the others.
 
