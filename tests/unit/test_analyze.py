@@ -106,6 +106,23 @@ def test_a_delta_against_an_older_state(files: tuple[str, str], capsys: pytest.C
     assert set(half["alone"]["transforms"]) == {"CAST"}
 
 
+def test_saves_in_a_row_keep_what_a_restore_reads_within_its_cap(
+    files: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, old = files
+    assert main(["analyze", new, "--against", old, "--saves", "6", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    row = found["saves"]
+    assert len(row["stored_bytes"]) == 6
+    assert row["stored_bytes"][0] == found["next_bytes"]
+    assert sum(row["stored_bytes"]) < 6 * found["full_bytes"]
+    assert max(row["read_amplification"]) <= fastckpt.Options().read_amplification + 0.01
+    assert 1 <= row["longest_chain"] <= 6
+    assert main(["analyze", new, "--against", old, "--saves", "2"]) == 0
+    assert "2 saves in a row" in capsys.readouterr().out
+    assert main(["analyze", new, "--saves", "2"]) == USAGE
+
+
 def test_what_has_no_older_version(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new, _ = files
     fastckpt.save({"model": {"weight": torch.zeros(5)}}, tmp_path / "other.fckpt")
