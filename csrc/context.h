@@ -30,6 +30,8 @@ struct fastckpt_context {
     alignas(64) uint8_t packed[fastckpt::kMaxRaw / 2 + fastckpt::kSlack];
     alignas(64) uint8_t escapes[fastckpt::kMaxRaw + fastckpt::kSlack];
     alignas(64) uint8_t escape_planes[fastckpt::kMaxRaw + fastckpt::kSlack];
+    alignas(64) uint8_t literals[fastckpt::kBlock + fastckpt::kSlack];
+    fastckpt::Run runs[fastckpt::kMaxRuns];
     fastckpt::Slot slots[fastckpt::kMaxPlanes + 1];
     fastckpt::Decoder decoders[fastckpt::kMaxPlanes + 1];
 };

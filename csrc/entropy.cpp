@@ -48,4 +48,12 @@ double Histogram::entropy() const {
     return entropy_of(sum, total, distinct);
 }
 
+double Histogram::coded_bits() const {
+    u32 most = 0;
+    for (u32 c : counts) most = c > most ? c : most;
+    const double p = static_cast<double>(most) / total;
+    if (p <= 0.5) return entropy();
+    return p < 1 ? entropy() + 1 + p * std::log2(p) + (1 - p) * std::log2(1 - p) : 1;
+}
+
 }  // namespace fastckpt

@@ -26,6 +26,8 @@ struct Histogram {
     // After counts were changed.
     void finish();
     double entropy() const;
+    // Bits a symbol of a Huffman code, about: the commonest symbol takes one bit at least.
+    double coded_bits() const;
 };
 
 }  // namespace fastckpt

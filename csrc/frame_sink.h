@@ -10,8 +10,8 @@ namespace fastckpt {
 class FrameSink {
 public:
     // part_bytes: a plane that compresses is cut into blocks of so many bytes, each with a table of its own where that
-    // pays.
-    FrameSink(fastckpt_context& context, void* stored, size_t capacity, size_t part_bytes);
+    // pays. delta: zeros are looked for, as most lanes may equal their base.
+    FrameSink(fastckpt_context& context, void* stored, size_t capacity, size_t part_bytes, bool delta);
 
     // All of these: false if the frame would be longer than `capacity`.
     bool begin(size_t content_bytes);
@@ -26,15 +26,24 @@ public:
     u64 crc() const { return ~crc_; }
 
 private:
+    // The plane as one block of runs of zeros. Returns false, and nothing is written, if there are too few of them, or
+    // no room.
+    bool runs(unsigned slot, const u8* bytes, size_t n, bool last);
     // One block.
     bool part(unsigned slot, const u8* bytes, size_t n, bool top, bool last);
     // kind 0: raw, n bytes; 1: RLE, one byte that stands for n.
     bool block(bool last, unsigned kind, size_t n, const u8* data, size_t data_bytes);
     // A table for these counts. False: none is possible.
     bool build(unsigned slot, const Histogram& histogram);
+    // A table of this slot that fits some bytes, of which a sample takes `bits` a symbol: the one it has, or a new one.
+    bool has_table(unsigned slot, Histogram& sample, double bits, const u8* bytes, size_t n);
     // A compressed block behind `at_`. Returns its bytes, 0 if a symbol has no code, kNoRoom if it is not shorter than
     // a raw one.
-    size_t literals(unsigned slot, const u8* bytes, size_t n, bool last);
+    size_t compressed(unsigned slot, const u8* bytes, size_t n, bool last);
+    // Its literals section, by the table of the slot; `room`: what it must not exceed. Returns as `compressed`.
+    size_t literals(unsigned slot, const u8* bytes, size_t n, u8* to, size_t room);
+    // The decoder will not see the last literals section of this slot.
+    void forget(unsigned slot);
 
     size_t capacity() const { return static_cast<size_t>(end_ - at_); }
     // Takes n bytes that were written at the cursor into the crc.
@@ -42,6 +51,7 @@ private:
 
     fastckpt_context& context_;
     size_t part_bytes_;
+    bool delta_;
     const Kernels& kernels_;
     u8 *first_, *at_, *end_;
     u64 crc_ = ~u64{0};

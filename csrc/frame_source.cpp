@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "runs.h"
+
 namespace fastckpt {
 namespace {
 
@@ -41,7 +43,7 @@ const u8* FrameSource::plane(unsigned slot, size_t n, u8* room, bool last) {
                 break;
             case 2:
                 if (size > left()) return nullptr;
-                found = literals(slot, at_, size, n - done, room + done);
+                found = compressed(slot, at_, size, n - done, room + done);
                 at_ += size;
                 break;
             default: return nullptr;
@@ -53,31 +55,55 @@ const u8* FrameSource::plane(unsigned slot, size_t n, u8* room, bool last) {
     return room;
 }
 
-size_t FrameSource::literals(unsigned slot, const u8* block, size_t size, size_t n, u8* out) {
-    if (size < 6 || block[size - 1] != 0) return 0;  // the last byte: no sequences
+size_t FrameSource::compressed(unsigned slot, const u8* block, size_t size, size_t n, u8* out) {
+    // The header of the literals section (RFC 8878, 3.1.1.3.1.1).
+    if (size < 4) return 0;
     const unsigned kind = block[0] & 3, format = block[0] >> 2 & 3;
-    if (kind < 2 || format < 2) return 0;
-    const size_t header = format == 3 ? 5 : 4;
-    const u64 bits = u64{load32(block)} | u64{block[4]} << 32;
-    const size_t regenerated = bits >> 4 & (format == 3 ? 0x3ffff : 0x3fff);
-    const size_t compressed = format == 3 ? bits >> 22 & 0x3ffff : bits >> 18 & 0x3fff;
-    if (!regenerated || regenerated > n || header + compressed + 1 != size) return 0;
-    const u8* from = block + header;
-    size_t rest = compressed;
-    if (kind == 2) {
-        const size_t used = read_table(slot, from, rest);
-        if (!used) return 0;
+    const bool coded = kind >= 2;
+    size_t header, regenerated, stored;
+    if (coded) {
+        if (format == 0 || size < 6) return 0;  // a single stream
+        const unsigned bits = 6 + 4 * format;
+        const u64 word = u64{load32(block)} | u64{block[4]} << 32, mask = (u64{1} << bits) - 1;
+        header = 2 + format;
+        regenerated = word >> 4 & mask;
+        stored = word >> (4 + bits) & mask;
+    } else {
+        header = format == 1 ? 2 : format == 3 ? 3 : 1;
+        const u32 word = static_cast<u32>(block[0] | block[1] << 8 | block[2] << 16);
+        regenerated = header == 1 ? word >> 3 & 0x1f : header == 2 ? word >> 4 & 0xfff : word >> 4 & 0xfffff;
+        stored = kind == 0 ? regenerated : 1;
+    }
+    if (!regenerated || regenerated > n || header + stored >= size) return 0;
+    const u8 *const from = block + header, *const sequences = from + stored;
+    const size_t n_sequences = size - header - stored;
+    const bool alone = n_sequences == 1 && sequences[0] == 0;
+    u8* const to = alone ? out : context_.literals;
+    if (coded) {
+        if (!literals(slot, kind == 3, from, stored, to, regenerated, block + size)) return 0;
+    } else if (kind == 0) {
+        std::memcpy(to, from, regenerated);
+    } else {
+        std::memset(to, from[0], regenerated);
+    }
+    if (alone) return regenerated;
+    return read_runs(sequences, n_sequences, context_.streams, context_.literals, regenerated, out, n);
+}
+
+bool FrameSource::literals(unsigned slot, bool treeless, const u8* from, size_t size, u8* out, size_t n,
+                           const u8* behind) {
+    if (!treeless) {
+        const size_t used = read_table(slot, from, size);
+        if (!used) return false;
         from += used;
-        rest -= used;
+        size -= used;
         current_ = static_cast<int>(slot);
     }
     // What follows: the stripe's other planes and the next one's codes; and where the stripe goes to.
-    const size_t behind = static_cast<size_t>(end_ - (block + size));
-    const Soon read = {.from = block + size, .n_bytes = behind < kReadAhead ? behind : kReadAhead}, write = soon_;
+    const size_t rest = static_cast<size_t>(end_ - behind);
+    const Soon read = {.from = behind, .n_bytes = rest < kReadAhead ? rest : kReadAhead}, write = soon_;
     soon_ = {.from = nullptr, .n_bytes = 0};
-    if (current_ < 0) return 0;
-    const HuffmanDecoder& table = context_.decoders[current_].table;
-    return table.decode(from, rest, out, regenerated, read, write) ? regenerated : 0;
+    return current_ >= 0 && context_.decoders[current_].table.decode(from, size, out, n, read, write);
 }
 
 size_t FrameSource::read_table(unsigned slot, const u8* from, size_t n) {

@@ -26,8 +26,10 @@ public:
 private:
     size_t left() const { return static_cast<size_t>(end_ - at_); }
 
-    // Returns how many bytes the block regenerates, at most n; 0 if it is none of ours.
-    size_t literals(unsigned slot, const u8* block, size_t size, size_t n, u8* out);
+    // Returns how many bytes the compressed block regenerates, at most n; 0 if it is none of ours.
+    size_t compressed(unsigned slot, const u8* block, size_t size, size_t n, u8* out);
+    // Literals of four streams, n of them. behind: what follows in the frame. False if they are none.
+    bool literals(unsigned slot, bool treeless, const u8* from, size_t size, u8* out, size_t n, const u8* behind);
     // The table that a compressed block begins with. Returns its bytes, 0 if it is none.
     size_t read_table(unsigned slot, const u8* from, size_t n);
 

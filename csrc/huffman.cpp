@@ -3,14 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "fse.h"
+
 namespace fastckpt {
 namespace {
 
 constexpr unsigned kMaxWeight = kMaxCodeBits;  // weights are 0 … 11
 constexpr unsigned kWeights = kMaxWeight + 1;
-constexpr unsigned kMinFseLog = 5, kMaxFseLog = 6;
-
-unsigned highest_bit(u32 x) { return 31u - static_cast<unsigned>(__builtin_clz(x)); }
+constexpr unsigned kMinWeightLog = 5, kMaxWeightLog = 6;
 
 // ---- lengths ----
 
@@ -68,162 +68,21 @@ void assign_codes(const u8 lengths[256], unsigned bits, u16 codes[256]) {
             }
 }
 
-// ---- FSE of the weights (RFC 8878, 4.1) ----
-
-struct FseTable {
-    unsigned log;
-    struct State {
-        u8 symbol, bits, base;
-    } states[1 << kMaxFseLog];
-
-    // False for counts that no table has.
-    bool build(const int16_t norm[kWeights], unsigned n_symbols, unsigned table_log) {
-        log = table_log;
-        const unsigned size = 1u << log, step = (size >> 1) + (size >> 3) + 3;
-        unsigned next[kWeights], high = size;
-        for (unsigned s = 0; s < n_symbols; ++s) {
-            next[s] = norm[s] == -1 ? 1 : static_cast<unsigned>(norm[s]);
-            if (norm[s] == -1) states[--high].symbol = static_cast<u8>(s);
-        }
-        unsigned at = 0;
-        for (unsigned s = 0; s < n_symbols; ++s)
-            for (int k = 0; k < norm[s]; ++k) {
-                states[at].symbol = static_cast<u8>(s);
-                do at = (at + step) & (size - 1);
-                while (at >= high);
-            }
-        if (at != 0) return false;
-        for (unsigned u = 0; u < size; ++u) {
-            const unsigned x = next[states[u].symbol]++;
-            const unsigned bits = log - highest_bit(x);
-            states[u].bits = static_cast<u8>(bits);
-            states[u].base = static_cast<u8>((x << bits) - size);
-        }
-        return true;
-    }
-};
-
-// Counts to probabilities that sum to 2^log, none of them 0 where the count is not.
-void normalise(const unsigned counts[kWeights], unsigned total, unsigned log, int16_t norm[kWeights]) {
-    int left = 1 << log;
-    unsigned largest = 0;
-    for (unsigned s = 0; s < kWeights; ++s) {
-        norm[s] = counts[s] ? static_cast<int16_t>(std::max(1u, (counts[s] << log) / total)) : 0;
-        left -= norm[s];
-        if (counts[s] > counts[largest]) largest = s;
-    }
-    norm[largest] = static_cast<int16_t>(norm[largest] + left);
-    // Rounding up rare ones may have taken more than the largest had.
-    while (norm[largest] < 1) {
-        unsigned from = 0;
-        for (unsigned s = 0; s < kWeights; ++s)
-            if (norm[s] > norm[from]) from = s;
-        --norm[from];
-        ++norm[largest];
-    }
-}
-
-struct ForwardBits {
-    u8* out;
-    u64 bits = 0;
-    unsigned n = 0;
-    size_t bytes = 0;
-    void put(u64 value, unsigned count) {
-        bits |= value << n;
-        for (n += count; n >= 8; n -= 8, bits >>= 8) out[bytes++] = static_cast<u8>(bits);
-    }
-    size_t finish() {
-        if (n) out[bytes++] = static_cast<u8>(bits);
-        n = 0;
-        return bytes;
-    }
-};
-
-size_t write_probabilities(const int16_t norm[kWeights], unsigned log, u8* out) {
-    ForwardBits to{out};
-    to.put(log - 5, 4);
-    int left = (1 << log) + 1;  // and one more: the range of a value is 0 … left
-    unsigned last = kWeights;
-    while (!norm[last - 1]) --last;
-    for (unsigned s = 0; s < last;) {
-        const unsigned value = static_cast<unsigned>(norm[s] + 1);
-        const unsigned bits = highest_bit(static_cast<u32>(left)) + 1, threshold = 1u << (bits - 1);
-        const unsigned short_values = 2 * threshold - 1 - static_cast<unsigned>(left);  // values that take one bit less
-        if (value < short_values)
-            to.put(value, bits - 1);
-        else if (value < threshold)
-            to.put(value, bits);
-        else
-            to.put(value + short_values, bits);
-        left -= norm[s];
-        ++s;
-        if (value == 1) {  // a 0: how many more follow, in twos of bits
-            unsigned zeros = 0;
-            for (; s < last && !norm[s]; ++s) ++zeros;
-            for (; zeros >= 3; zeros -= 3) to.put(3, 2);
-            to.put(zeros, 2);
-        }
-    }
-    return to.finish();
-}
-
-// Returns bytes read, 0 if these are no probabilities of weights.
-size_t read_probabilities(const u8* data, size_t n, int16_t norm[kWeights], unsigned& n_symbols, unsigned& log) {
-    size_t at = 0;  // in bits
-    const auto peek = [&](unsigned count) {
-        u32 value = 0;
-        for (unsigned i = 0; i < count; ++i) {
-            const size_t bit = at + i;
-            if (bit / 8 < n) value |= static_cast<u32>(data[bit / 8] >> (bit % 8) & 1) << i;
-        }
-        return value;
-    };
-    log = peek(4) + 5;
-    at = 4;
-    if (log > kMaxFseLog) return 0;
-    int left = (1 << log) + 1;
-    std::memset(norm, 0, kWeights * sizeof *norm);
-    n_symbols = 0;
-    while (left > 1) {
-        if (n_symbols >= kWeights) return 0;
-        const unsigned bits = highest_bit(static_cast<u32>(left)) + 1, threshold = 1u << (bits - 1);
-        const unsigned short_values = 2 * threshold - 1 - static_cast<unsigned>(left);
-        unsigned value = peek(bits) & (threshold - 1);
-        if (value < short_values) {
-            at += bits - 1;
-        } else {
-            value = peek(bits);
-            at += bits;
-            if (value >= threshold) value -= short_values;
-        }
-        const int probability = static_cast<int>(value) - 1;
-        norm[n_symbols++] = static_cast<int16_t>(probability);
-        left -= probability < 0 ? -probability : probability;
-        if (probability == 0)
-            for (unsigned more = 3; more == 3;) {
-                more = peek(2);
-                at += 2;
-                n_symbols += more;
-                if (n_symbols > kWeights) return 0;
-            }
-    }
-    const size_t bytes = (at + 7) / 8;
-    return left == 1 && bytes <= n ? bytes : 0;
-}
+// ---- FSE of the weights (RFC 8878, 4.2.1.2) ----
 
 // Returns bytes, 0 if it does not pay or cannot be done. out: room for 128 + kSlack.
 size_t write_fse(const u8* weights, unsigned n, u8* out) {
     unsigned counts[kWeights] = {}, distinct = 0;
     for (unsigned i = 0; i < n; ++i) distinct += counts[weights[i]]++ == 0;
     if (distinct < 2 || n < 2) return 0;
-    const unsigned log = n <= 32 ? kMinFseLog : kMaxFseLog;
+    const unsigned log = n <= 32 ? kMinWeightLog : kMaxWeightLog;
     int16_t norm[kWeights];
-    normalise(counts, n, log, norm);
+    normalise(counts, kWeights, n, log, norm);
     FseTable table;
     if (!table.build(norm, kWeights, log)) return 0;
-    const size_t header = write_probabilities(norm, log, out);
+    const size_t header = write_probabilities(norm, kWeights, log, out);
     // The decoder's steps backwards: from state y and the symbol before, the state that has that symbol and leads to y.
-    u8 before[kWeights][1 << kMaxFseLog], last[kWeights];
+    u8 before[kWeights][1 << kMaxWeightLog], last[kWeights];
     // The last symbols' states: those that ask for the most bits, so that the decoder notices that there are none left.
     u8 most[kWeights] = {};
     for (unsigned u = 0; u < 1u << log; ++u) {
@@ -260,11 +119,11 @@ size_t write_fse(const u8* weights, unsigned n, u8* out) {
 
 // At most 255 weights; returns how many, 0 if it is no such stream.
 unsigned read_fse(const u8* data, size_t n, u8 weights[256]) {
-    int16_t norm[kWeights];
-    unsigned n_symbols, log;
-    const size_t header = read_probabilities(data, n, norm, n_symbols, log);
+    Probabilities found;
+    const size_t header = found.read(data, n, kWeights, kMaxWeightLog);
     FseTable table;
-    if (!header || header >= n || !data[n - 1] || !table.build(norm, n_symbols, log)) return 0;
+    if (!header || header >= n || !data[n - 1] || !table.build(found.norm, found.n_symbols, found.log)) return 0;
+    const unsigned log = found.log;
     // Backwards from the end mark. Bits before the first are 0, and end the stream once they are needed.
     long left = static_cast<long>(8 * (n - header)) - 8 + static_cast<long>(highest_bit(data[n - 1]));
     const auto take = [&](unsigned count) {

@@ -86,7 +86,7 @@ extern "C" int fastckpt_encode(fastckpt_context* context, const void* raw, const
     const size_t part_bytes = transform == FASTCKPT_ROT ? kBlock : transform == FASTCKPT_ROTU ? kBlock / 4 : kBlock / 2;
     Xxh3 digest(chunk.raw, n_bytes);
     const bool digested = n_bytes >= FASTCKPT_MIN_DIGEST_BYTES;
-    FrameSink sink(*context, stored, capacity, part_bytes);
+    FrameSink sink(*context, stored, capacity, part_bytes, chunk.base != nullptr);
     if (const int status = write_stream(*context, chunk, sink, digested ? &digest : nullptr)) return status;
     if (digested) digest.finish(result->digest);
     result->stored_bytes = sink.stored_bytes();

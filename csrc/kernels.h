@@ -30,6 +30,7 @@ constexpr size_t kStreamRoom = kStripeLanes / 4 * kMaxCodeBits / 8 + 8 + kSlack;
 static_assert(kStreamRoom >= (kStripeLanes / 4 * kMaxCodeBits + 1) / 8 + 8, "each put stores 8 bytes at its cursor");
 
 constexpr size_t kMinHuffman = 1024;
+constexpr size_t kMinLiterals = 256;  // of literals between runs: each of four streams has 8 bytes, as the decoder wants
 constexpr size_t kNoRoom = ~size_t{0};
 
 // How a lane becomes the integer whose bytes are the planes (docs/format.md, sections 4.3 and 4.4).
@@ -55,6 +56,13 @@ struct Soon {
     size_t n_bytes;
 };
 
+// So many literals, of which the last one, a zero, comes `match` times more.
+struct Run {
+    u32 literals, match;
+};
+constexpr size_t kMinRun = 8;  // zeros: for fewer of them a sequence takes more bits than their codes
+constexpr size_t kMaxRuns = kStripeLanes / kMinRun;
+
 struct Kernels {
     const char* name;
 
@@ -78,7 +86,7 @@ struct Kernels {
                         size_t n_escapes, u8* raw);
 
     // Four Huffman streams and their jump table (RFC 8878, 4.2.2). Returns the bytes written, 0 if a symbol has no
-    // code, kNoRoom. kMinHuffman <= n <= kStripeLanes. soon: what the caller reads next, fetched into the cache
+    // code, kNoRoom. kMinLiterals <= n <= kStripeLanes. soon: what the caller reads next, fetched into the cache
     // meanwhile.
     size_t (*huffman_encode)(const Codes& codes, const u8* symbols, size_t n, u8* out, size_t room,
                              u8* scratch /* 4 x kStreamRoom */, Soon soon);
@@ -88,6 +96,10 @@ struct Kernels {
     // reads and writes next, fetched into the cache meanwhile.
     bool (*huffman_decode)(const u64* entries, const u8* lengths, const u8* data, size_t n_bytes, u8* out, size_t n,
                            Soon read, Soon write);
+
+    // The runs of at least kMinRun zeros, and what lies between and behind them: `literals` has room for n and kSlack,
+    // and kSlack can be read behind the bytes. Returns how many runs there are. n: at most kStripeLanes.
+    size_t (*find_runs)(const u8* bytes, size_t n, Run* runs, u8* literals, size_t* n_literals);
 
     // acc += whole blocks of 1024 bytes.
     void (*xxh3_blocks)(u64* acc, const u8* data, size_t n_blocks);

@@ -22,6 +22,7 @@ namespace {
 #include "planes.inl"
 #include "packing.inl"
 #include "huffman_streams.inl"
+#include "runs.inl"
 #include "checksums.inl"
 
 // By name: xxh3_blocks and xxh3_stripes, for one, have the same type and could change places unseen.
@@ -36,6 +37,7 @@ constexpr Kernels kKernels = {
     .subunpack = subunpack,
     .huffman_encode = huffman_encode,
     .huffman_decode = huffman_decode,
+    .find_runs = find_runs,
     .xxh3_blocks = xxh3_blocks,
     .xxh3_stripes = xxh3_stripes,
     .crc = crc,

@@ -23,10 +23,12 @@ from fastckpt.repository.known_records import KnownRecords
 from fastckpt.repository.record_reader import AllCommits
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import held_bytes
+from fastckpt.upkeep.references import references
 
 HELP = "list the checkpoints of repositories, in folders, or the given files"
 
 _MANY_METRICS = 4
+_NUMBERS = ("epoch", "step", "ranks", "size", "of earlier", "state")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,14 +67,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def list_repository(repository: Repository) -> dict[str, Any]:
-    """A member of `repositories` of `fastckpt.ls/1`, newest checkpoint first. Reads names, and records with one request each, but no
-    index.
+    """A member of `repositories` of `fastckpt.ls/1`, newest checkpoint first. Reads names, records with one request each, and of the newest
+    some hundred votes one range, or two.
     """
     records = KnownRecords(repository.store)
     catalog = Catalog(records)
     found = records.read_all(catalog.listing)
     inside = safe_history(catalog)
-    rows = [commit_row(commit, inside) for commit in found.commits.values()]
+    newest_first = sorted(found.commits.values(), key=lambda commit: commit.save, reverse=True)
+    earlier = references(repository.store, newest_first)
+    rows = [
+        {**commit_row(commit, inside), "earlier_bytes": earlier.get(checkpoint)}
+        for checkpoint, commit in found.commits.items()
+    ]
     for checkpoint, error in found.failed.items():
         rows.append(_empty_row(checkpoint, "damaged", str(error)))
     for save in pending_saves(repository.store, catalog.listing):
@@ -148,12 +155,15 @@ def _print_repository(found: Mapping[str, Any]) -> None:
         note(f"{found['url']}: no checkpoints")
         return
     shows_ranks = any(one["error"] is None and one["world"] > 1 for one in found["checkpoints"])
-    ranks = ["ranks"] if shows_ranks else []
-    rows: list[list[object]] = [["epoch", "step", *ranks, "when (UTC)", "size", "state", "trigger", "metrics", ""]]
+    shows_earlier = any(one["error"] is None and one["earlier_bytes"] for one in found["checkpoints"])
+    ranks, of_earlier = ["ranks"] if shows_ranks else [], ["of earlier"] if shows_earlier else []
+    head = ["epoch", "step", *ranks, "when (UTC)", "size", *of_earlier, "state", "trigger", "metrics", ""]
+    rows: list[list[object]] = [[*head]]
     for one in found["checkpoints"]:
         if one["error"] is None:
             when = one["utc"].replace("T", " ").removesuffix("Z")
-            sizes = [human(one["stored_bytes"]), human(one["raw_bytes"])]
+            needed = [_earlier(one["earlier_bytes"])] if shows_earlier else []
+            sizes = [human(one["stored_bytes"]), *needed, human(one["raw_bytes"])]
             mark = "newest" if one["newest"] else "" if one["branch"] == "history" else one["branch"]
             ranks = [one["world"]] if shows_ranks else []
             rows.append(
@@ -161,15 +171,19 @@ def _print_repository(found: Mapping[str, Any]) -> None:
             )
         else:
             words = one["error"] if one["branch"] == "unfinished" else "see fastckpt check"
-            nothing = [""] * (6 if shows_ranks else 5)
+            nothing = [""] * (len(head) - 3)
             rows.append([one["epoch"], one["step"], *nothing, f"{one['branch']}: {words}"])
-    table(rows, right=(0, 1, 2, 4, 5) if shows_ranks else (0, 1, 3, 4))
+    table(rows, right=[i for i, name in enumerate(head) if name in _NUMBERS])
     if found["base_bytes"] or found["grace_bytes"]:
         stored, base, grace = (human(found[name]) for name in ("stored_bytes", "base_bytes", "grace_bytes"))
         note(
             f"{found['url']}: packs of {stored}; of saves that are no checkpoint any more {base}, to which checkpoints refer, and {grace}, "
             "which wait for the end of their grace"
         )
+
+
+def _earlier(n_bytes: int | None) -> str:
+    return "" if n_bytes is None else human(n_bytes) if n_bytes else "full"
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

@@ -19,8 +19,8 @@ _CHOICES = ("auto", "native", "numba", "reference")
 
 
 class Kernels(NamedTuple):
-    """One implementation; `reference` defines the results. Any thread. Buffers are C-contiguous and do not overlap, with one exception: the base
-    of merge and decode may be the very memory of `raw`; if these fail, it still has the base's bytes.
+    """One implementation; `reference` defines the results. Any thread. Buffers are C-contiguous and do not overlap, with one exception: the
+    base of merge and decode may be the very memory of `raw`; if these fail, it still has the base's bytes.
     """
 
     name: str

@@ -20,6 +20,7 @@ from fastckpt.ranks.board import BoardLostError
 from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.team import Team
 from fastckpt.repository.acknowledgement import look
+from fastckpt.repository.base_check import usable
 from fastckpt.repository.catalog import Catalog, Choice, Which, complete_pending
 from fastckpt.repository.collector import Collector
 from fastckpt.repository.commit import create, list_votes, require_vote, try_commit
@@ -173,8 +174,9 @@ class Incarnation:
         make. base: the newest checkpoint of this process, which the save may name instead of uploading its bytes. uploaded: called with
         what was uploaded once the commit was acknowledged.
 
-        SupersededError: it is committed, but a newer incarnation exists. AbandonedError: another rank could not make its part. Any error:
-        the earlier checkpoints are as they were.
+        BaseLostError, or CorruptCheckpointError where packs of the base are gone: give the next save no base. SupersededError: it is
+        committed, but a newer incarnation exists. AbandonedError: another rank could not make its part. Any error: the earlier checkpoints
+        are as they were.
         """
         asked = asked if isinstance(asked, SaveAsked) else SaveAsked(asked)
         request = self._request(asked, turn)
@@ -241,7 +243,9 @@ class Incarnation:
         threads: UploadThreads | None,
         base: Base | None,
     ) -> Uploaded:
-        return upload(sealed, self.repository.store, request, self._options, cancelled, self.uplink, threads, base)
+        store = self.repository.store
+        base, why_full = usable(base, request.parent, store, self._clock())
+        return upload(sealed, store, request, self._options, cancelled, self.uplink, threads, base, why_full)
 
     def adopt(self, epoch: Epoch, last: Parent | None) -> None:
         """Save under an epoch that rank 0 of this job has claimed. last: what it continues from."""

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 
 from fastckpt.errors import (
     AbandonedError,
+    BaseLostError,
     CheckpointError,
+    CorruptCheckpointError,
     SaveError,
     StoreError,
     SupersededError,
@@ -291,7 +293,9 @@ class JointCommit:
     def _learnt(self, vote: Vote, outcome: dict[str, Any]) -> Commit:
         step = vote.info.save.step
         if "failed" in outcome:
-            raise SaveError(f"step {step}: the commit record could not be written: {outcome['failed']}")
+            of_base = outcome["failed"].startswith((BaseLostError.__name__, CorruptCheckpointError.__name__))
+            kind = BaseLostError if of_base else SaveError
+            raise kind(f"step {step}: the commit record could not be written: {outcome['failed']}")
         if "superseded" in outcome:
             raise SupersededError(outcome["superseded"])
         return Commit(save=vote.info.save, world=self._team.world.size, parent=vote.info.parent, votes=(), **outcome)

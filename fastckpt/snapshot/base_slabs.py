@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from fastckpt._types import U8
 from fastckpt.snapshot.slab import Slab
@@ -22,7 +22,7 @@ from fastckpt.snapshot.slots import Slot
 class BaseSlabs:
     """See the module; a `writing.bases.BaseBytes`. Any thread. All but the places belongs to the shelf, and is used under its lock."""
 
-    def __init__(self, shelf: Shelf, places: Mapping[int, Slot], chunk_bytes: Sequence[int]) -> None:
+    def __init__(self, shelf: Shelf, places: dict[int, Slot], chunk_bytes: Sequence[int]) -> None:
         """places: of chunks in slabs. chunk_bytes: raw bytes of all chunks, by number."""
         self._shelf, self._places, self._chunk_bytes = shelf, places, chunk_bytes
         self.slabs: dict[int, Slab] = {}
@@ -39,6 +39,10 @@ class BaseSlabs:
     def keep(self, number: int, slab: Slab) -> None:
         """Take over a slab of the snapshot. Ignored if it is not in use."""
         self._shelf.keep(self, number, slab)
+
+    def disown(self, chunk: int) -> None:
+        """Never lend this chunk: its place has not what the base has. Before anybody lends from this object."""
+        self._places.pop(chunk, None)
 
     def drop(self) -> None:
         """Nobody needs the bytes any more: the memory waits for the next snapshot. May be called twice."""

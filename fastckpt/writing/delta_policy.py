@@ -22,15 +22,22 @@ import numpy as np
 
 from fastckpt.writing.chains import Amounts, Mask, Numbers
 
-_MOST_WORK = 1.5
-_MOST_PACKS = 2.5
+_MOST_WORK = 1.45
+_MOST_PACKS = 2.3
 MAX_DEPTH = 32
 """Longest chain that is made; the format allows 64."""
 _STEP = 1.4
 """Chains whose costs differ by less than this factor are taken for equal: then those in the oldest packs end first, so that packs die
 whole."""
-_LEAST_GAIN = 0.03
-"""Of a full chunk's bytes: what is expected to gain less is not planned as a difference."""
+LEAST_GAIN = 0.02
+"""Of a full chunk's bytes: what gains less is not worth a difference."""
+_POOR = 0.92
+"""Of a full chunk's bytes: a difference that takes more uses up a restore's bytes for little. It comes after all better ones, and there is
+none among chunks of which some rest: these would not be kept, once they rest, for what they take to read."""
+_RESTS = 0.05
+"""Of the chunks of a role, so many are expected to be equal, if some rest."""
+_EXPECTED = 0.75
+"""Of a full chunk's bytes, what a difference is taken to need, where a poor one asks what it has to leave to others."""
 
 
 class Known(NamedTuple):
@@ -48,11 +55,16 @@ class Known(NamedTuple):
     excess: Amounts
     """Bytes times saves that its chain has cost (`chains.Costs`)."""
     delta_bytes: Amounts
-    """Stored bytes of a difference, as far as can be foreseen. Where the chunk is expected to be equal: 0."""
+    """Stored bytes of a difference, as far as can be foreseen. Where the chunk is expected to be equal: 0; where nothing is known: those
+    of a full chunk."""
     delta_work: Amounts
     """Decoding of that difference alone."""
     may_differ: Mask
     """A difference is possible: numbers, the base's bytes in memory, a chain that is short enough."""
+    is_guess: Mask
+    """Nothing is known of a difference: one chunk of its role is tried, and what comes of it is expected of the others."""
+    role: Numbers
+    """Chunks of one role change alike."""
     pack: Numbers
     """The oldest pack that it needs; for the order only."""
 
@@ -69,7 +81,7 @@ class Packs(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is allowed. `extra_bytes` and `extra_work`: what each chunk will add to a restore, beyond a full chunk, if it goes as planned."""
+    """What is allowed. extra_bytes and extra_work: what each chunk adds to a restore beyond a full chunk, if it goes as planned."""
 
     known: Known
     extra_bytes: Amounts
@@ -80,12 +92,17 @@ class Plan:
     left_work: float
     """What may be added beyond that."""
     read_amplification: float
+    rests: Mask
+    """Chunks of a role of which some rest."""
 
 
 def plan(known: Known, packs: Packs, read_amplification: float) -> Plan:
     """Decide what is allowed. read_amplification: most stored bytes that a restore reads, in full checkpoints; ≥ 1."""
-    gain = known.full_bytes - known.delta_bytes
-    keeps = known.has_base & (known.may_differ | (known.delta_bytes == 0)) & (gain > _LEAST_GAIN * known.full_bytes)
+    gain = np.where(known.is_guess, 0, known.full_bytes - known.delta_bytes)
+    is_same = known.has_base & (known.delta_bytes == 0)
+    rests = (np.bincount(known.role, is_same) > _RESTS * np.bincount(known.role))[known.role]
+    least = np.where(rests, 1 - _POOR, LEAST_GAIN)
+    keeps = known.has_base & (known.may_differ | is_same) & (gain > least * known.full_bytes)
     bytes_kept = known.read_bytes + known.delta_bytes - known.full_bytes
     work_kept = known.work + known.delta_work - known.full_work
     room_bytes = (read_amplification - 1) * known.full_bytes.sum()
@@ -95,7 +112,7 @@ def plan(known: Known, packs: Packs, read_amplification: float) -> Plan:
     keeps &= ~renew
     extra_bytes, extra_work = np.where(keeps, bytes_kept, 0), np.where(keeps, work_kept, 0)
     left_bytes, left_work = room_bytes - extra_bytes.sum(), room_work - extra_work.sum()
-    return Plan(known, extra_bytes, extra_work, renew, left_bytes, left_work, read_amplification)
+    return Plan(known, extra_bytes, extra_work, renew, left_bytes, left_work, read_amplification, rests)
 
 
 def _within(known: Known, keeps: Mask, gain: Amounts, read: tuple[Amounts, float], work: tuple[Amounts, float]) -> Mask:
@@ -148,26 +165,63 @@ def _freed(known: Known, packs: Packs, keeps: Mask) -> Mask:
 
 
 class Balance:
-    """What restores of a save may still cost beyond what was planned. Under the lock of its owner."""
+    """What restores of a save may still cost beyond what was planned. Under the lock of its owner.
+
+    For each chunk: `may_differ`, and if a difference was made `tried`; then `fits`; then `is_kept` or `is_full`.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._left_bytes, self._left_work = plan.left_bytes, plan.left_work
+        self._found: dict[int, tuple[float, float]] = {}
+        """Of each role the stored bytes of differences that were tried in this save, and those of the full chunks."""
+        known = plan.known
+        self._waiting = np.bincount(known.role, np.where(known.is_guess & known.may_differ, known.full_bytes, 0))
+        """Of each role the full bytes of chunks of which nothing is known, and that have not come yet."""
 
     def may_differ(self, number: int) -> bool:
-        """Whether a chunk may be stored as a difference of the size that was foreseen."""
+        """Whether a difference is worth a try: one of the size that is to be expected is allowed."""
         known = self.plan.known
-        foreseen = float(known.delta_bytes[number]), float(known.delta_work[number])
-        return bool(known.may_differ[number]) and self.fits(number, *foreseen)
+        if not known.may_differ[number]:
+            return False
+        full = float(known.full_bytes[number])
+        n_bytes = 0.0 if known.is_guess[number] else float(known.delta_bytes[number])
+        if int(known.role[number]) in self._found:
+            n_bytes = max(n_bytes, self._ratio(int(known.role[number])) * full)
+        if n_bytes > (1 - LEAST_GAIN) * full:
+            return False
+        return self.fits(number, n_bytes, float(known.delta_work[number]))
+
+    def _ratio(self, role: int) -> float:
+        """What differences of a role have taken in this save, of a full chunk's bytes."""
+        differences, full = self._found.get(role, (_EXPECTED, 1.0))
+        return differences / max(full, 1.0)
+
+    def tried(self, number: int, stored_bytes: float | None) -> None:
+        """What a difference took; None: it does not pay."""
+        role, full = int(self.plan.known.role[number]), float(self.plan.known.full_bytes[number])
+        before = self._found.get(role, (0.0, 0.0))
+        self._found[role] = before[0] + (full if stored_bytes is None else stored_bytes), before[1] + full
 
     def fits(self, number: int, stored_bytes: float, work: float) -> bool:
         """Whether a chunk may be stored as so many bytes, and so much decoding, besides all that its base needs. 0: as the base's row."""
         plan = self.plan
+        if plan.renew[number]:
+            return False
+        left_bytes = self._left_bytes + plan.extra_bytes[number]
+        if stored_bytes > _POOR * plan.known.full_bytes[number]:
+            if plan.rests[number]:
+                return False
+            if plan.known.is_guess[number]:
+                left_bytes -= self._for_others(int(plan.known.role[number]))
         more_bytes, more_work = self._extra(number, stored_bytes, work)
-        return not plan.renew[number] and (
-            more_bytes <= max(0.0, self._left_bytes + plan.extra_bytes[number])
-            and more_work <= max(0.0, self._left_work + plan.extra_work[number])
-        )
+        left_work = self._left_work + plan.extra_work[number]
+        return bool(more_bytes <= max(0.0, left_bytes) and more_work <= max(0.0, left_work))
+
+    def _for_others(self, role: int) -> float:
+        """What differences of other roles are likely to add, unless they are poor, too."""
+        ratios = ((other, self._ratio(other)) for other in range(self._waiting.size) if other != role)
+        return float(sum(self._waiting[other] * ratio for other, ratio in ratios if ratio <= _POOR))
 
     def _extra(self, number: int, stored_bytes: float, work: float) -> tuple[float, float]:
         known = self.plan.known
@@ -181,9 +235,16 @@ class Balance:
         more_bytes, more_work = self._extra(number, stored_bytes, work)
         self._left_bytes += float(self.plan.extra_bytes[number]) - more_bytes
         self._left_work += float(self.plan.extra_work[number]) - more_work
+        self._has_come(number)
 
     def is_full(self, number: int, stored_bytes: float) -> None:
         """The chunk was stored in full."""
         more = stored_bytes - float(self.plan.known.full_bytes[number])
         self._left_bytes += float(self.plan.extra_bytes[number]) + (self.plan.read_amplification - 1) * more
         self._left_work += float(self.plan.extra_work[number])
+        self._has_come(number)
+
+    def _has_come(self, number: int) -> None:
+        known = self.plan.known
+        if known.is_guess[number] and known.may_differ[number]:
+            self._waiting[known.role[number]] -= known.full_bytes[number]

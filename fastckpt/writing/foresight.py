@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,9 +18,6 @@ from fastckpt.writing.matching import Form, roles
 
 _FULL_RATIO = 0.75
 """Stored for each raw byte of numbers, where nothing is known."""
-_DELTA_RATIOS = {"exp_avg": 1.0, "momentum_buffer": 1.0, "": 0.7}
-"""Of a full chunk, what a difference takes, by the role of its numbers: first moments never gain. Only for the first differences of a run:
-later ones tell."""
 _SPARSE = 0.25
 """A difference that takes less than this for a raw byte is packed: it is decoded faster."""
 
@@ -66,8 +62,11 @@ def foresee(base: Base, sealed: Form, places: Sequence[Place | None], numbers: M
     again = _named_again(base)
     is_same = spans.has & again[spans.first] & again[spans.second] if again.size else spans.has
     full = np.where(spans.has, spans.sum_of(costs.full_bytes), np.where(numbers, _FULL_RATIO, 1.0) * raw)
-    delta, own = _differences(base.records, spans, roles(sealed), full, raw)
+    kinds = [f"{role} {chunk.element.name}" for role, chunk in zip(roles(sealed), sealed.chunks, strict=True)]
+    _, role = np.unique(np.array(kinds, np.str_), return_inverse=True)
+    delta, is_guess = _differences(base.records, spans, role, full)
     delta[is_same] = 0
+    work = np.where(delta < _SPARSE * raw, WORK[Transform.SUBPACK], WORK[Transform.SUB]) * raw
     depth = np.where(spans.has, np.maximum(costs.depth[spans.first], costs.depth[spans.second]), 0)
     packs = _packs(base, spans)
     known = Known(
@@ -79,8 +78,10 @@ def foresee(base: Base, sealed: Form, places: Sequence[Place | None], numbers: M
         full_work=np.where(spans.has, spans.sum_of(costs.full_work), raw),
         excess=spans.sum_of(costs.excess),
         delta_bytes=delta,
-        delta_work=np.where(is_same, 0.0, own * raw),
+        delta_work=np.where(is_same, 0.0, work),
         may_differ=spans.has & numbers & (depth < MAX_DEPTH) & has_bytes,
+        is_guess=is_guess & ~is_same,
+        role=role,
         pack=_oldest(packs, base.files, raw.size),
     )
     return Foresight(known, packs, is_same)
@@ -105,28 +106,18 @@ def _named_again(base: Base) -> Mask:
     return again
 
 
-def _differences(
-    records: Records, spans: _Spans, roles_: Sequence[str], full: Amounts, raw: Amounts
-) -> tuple[Amounts, Amounts]:
-    """Of each chunk the stored bytes that a difference is likely to take, and the work of decoding one of its bytes."""
+def _differences(records: Records, spans: _Spans, role: Numbers, full: Amounts) -> tuple[Amounts, Mask]:
+    """Of each chunk the stored bytes that a difference is likely to take: as much as the last one, or as others of its role. And where
+    neither is known: those of a full chunk.
+    """
     deltas = np.isin(records["transform"], (Transform.SUB, Transform.SUBPACK))
     is_delta = spans.has & deltas[spans.first]
-    stored, has_any = spans.sum_of(records["stored_bytes"].astype(np.float64)), bool(deltas.any())
-    by_role: dict[str, list[int]] = defaultdict(list)
-    for number, role in enumerate(roles_):
-        by_role[role].append(number)
-    delta = stored.copy()
-    for role, numbers in by_role.items():
-        of_role = np.array(numbers)
-        known = of_role[is_delta[of_role]]
-        if known.size:
-            ratio = float(stored[known].sum() / max(full[known].sum(), 1.0))
-        else:
-            ratio = 1.0 if has_any else _DELTA_RATIOS.get(role, _DELTA_RATIOS[""])
-        rest = of_role[~is_delta[of_role]]
-        delta[rest] = ratio * full[rest]
-    work = np.where(delta < _SPARSE * raw, WORK[Transform.SUBPACK], WORK[Transform.SUB])
-    return np.maximum(delta, 1.0), work
+    stored = spans.sum_of(records["stored_bytes"].astype(np.float64))
+    of_deltas = np.bincount(role, np.where(is_delta, stored, 0))
+    of_full = np.bincount(role, np.where(is_delta, full, 0))
+    is_guess = (of_full == 0)[role]
+    ratio = np.where(is_guess, 1.0, (of_deltas / np.maximum(of_full, 1))[role])
+    return np.where(is_delta, stored, ratio * full), is_guess
 
 
 def _packs(base: Base, spans: _Spans) -> Packs:

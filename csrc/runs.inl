@@ -1,0 +1,58 @@
+// Runs of zeros in a plane. Part of kernels.inl.
+
+// Bit i: byte i of 64 is not 0.
+FC_INLINE u64 others_of(const u8* bytes) {
+#if FASTCKPT_AVX512
+    const __m512i x = _mm512_loadu_si512(bytes);
+    return _mm512_test_epi8_mask(x, x);
+#elif FASTCKPT_AVX2
+    const __m256i zero = _mm256_setzero_si256();
+    const u64 low = static_cast<u32>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(load256(bytes), zero)));
+    const u64 high = static_cast<u32>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(load256(bytes + 32), zero)));
+    return ~(low | high << 32);
+#else
+    u64 mask = 0;
+    for (unsigned k = 0; k < 8; ++k) {
+        const u64 x = load64(bytes + 8 * k), low = 0x7f7f7f7f7f7f7f7full;
+        const u64 some = (((x & low) + low) | x) & ~low;  // the highest bit of each byte that is not 0
+        mask |= (some >> 7) * 0x0102040810204080ull >> 56 << (8 * k);
+    }
+    return mask;
+#endif
+}
+
+size_t find_runs(const u8* bytes, size_t n, Run* runs, u8* literals, size_t* n_literals) {
+    Run* run = runs;
+    u8* to = literals;
+    size_t start = 0, next = 0;  // of what is not copied yet; behind the last byte that is not 0
+    const auto end_run = [&](size_t at) {
+        if (at - next < kMinRun) return;
+        const size_t size = next + 1 - start;
+        assert(run < runs + kMaxRuns);
+        std::memcpy(to, bytes + start, 16);  // slack behind both
+        if (size > 16) std::memcpy(to, bytes + start, size);
+        to += size;
+        *run++ = {.literals = static_cast<u32>(size), .match = static_cast<u32>(at - next - 1)};
+        start = at;
+    };
+    size_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        for (u64 mask = others_of(bytes + i); mask;) {
+            const unsigned at = static_cast<unsigned>(__builtin_ctzll(mask));
+            const u64 behind = ~(mask >> at);  // 0 only if all 64 are others
+            const unsigned together = behind ? static_cast<unsigned>(__builtin_ctzll(behind)) : 64;
+            end_run(i + at);
+            next = i + at + together;
+            mask = at + together < 64 ? mask >> (at + together) << (at + together) : 0;
+        }
+    }
+    for (; i < n; ++i)
+        if (bytes[i]) {
+            end_run(i);
+            next = i + 1;
+        }
+    end_run(n);
+    std::memcpy(to, bytes + start, n - start);
+    *n_literals = static_cast<size_t>(to - literals) + n - start;
+    return static_cast<size_t>(run - runs);
+}
