@@ -91,6 +91,17 @@ class Ring:
             self._base.keep(slab, self._slabs.pop(slab))
         return True
 
+    def skip(self, copy: Copy) -> None:
+        """A chunk will not be copied. A slab that gets no chunk at all waits for another snapshot."""
+        slab = self.slab_of(copy)
+        self._chunks[slab].remove(copy.number)
+        if self._base is not None:
+            self._base.disown(copy.number)
+        if self._chunks[slab] or slab not in self._slabs:
+            self.release(copy)
+        else:
+            self.give_back(slab)
+
     def give_back(self, slab: int) -> None:
         """Give one slab back to the pool, by its number."""
         self._pool.give_back([self._slabs.pop(slab)])

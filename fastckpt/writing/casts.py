@@ -82,6 +82,8 @@ class _Index:
         for family in sorted(families, key=_likelihood):
             if nth < len(families[family]):
                 yield families[family][nth]
+        for alike in families.values():
+            yield from alike[:_MOST]
 
 
 def _ends(name: Name) -> Iterable[tuple[str, ...]]:

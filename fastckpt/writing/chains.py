@@ -23,8 +23,8 @@ WORK = {
     Transform.CONST: 0.2,
     Transform.ROT: 1.0,
     Transform.ROTU: 1.0,
-    Transform.SUB: 0.6,
-    Transform.SUBPACK: 0.35,
+    Transform.SUB: 0.7,
+    Transform.SUBPACK: 0.5,
     Transform.CAST: 0.4,
     Transform.REF: 0.3,
 }

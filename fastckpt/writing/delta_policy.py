@@ -22,14 +22,14 @@ import numpy as np
 
 from fastckpt.writing.chains import Amounts, Mask, Numbers
 
-_MOST_WORK = 1.5
+_MOST_WORK = 1.45
 _MOST_PACKS = 2.3
 MAX_DEPTH = 32
 """Longest chain that is made; the format allows 64."""
 _STEP = 1.4
 """Chains whose costs differ by less than this factor are taken for equal: then those in the oldest packs end first, so that packs die
 whole."""
-_LEAST_GAIN = 0.02
+LEAST_GAIN = 0.02
 """Of a full chunk's bytes: what gains less is not worth a difference."""
 _POOR = 0.92
 """Of a full chunk's bytes: a difference that takes more uses up a restore's bytes for little. It comes after all better ones, and there is
@@ -101,7 +101,7 @@ def plan(known: Known, packs: Packs, read_amplification: float) -> Plan:
     gain = np.where(known.is_guess, 0, known.full_bytes - known.delta_bytes)
     is_same = known.has_base & (known.delta_bytes == 0)
     rests = (np.bincount(known.role, is_same) > _RESTS * np.bincount(known.role))[known.role]
-    least = np.where(rests, 1 - _POOR, _LEAST_GAIN)
+    least = np.where(rests, 1 - _POOR, LEAST_GAIN)
     keeps = known.has_base & (known.may_differ | is_same) & (gain > least * known.full_bytes)
     bytes_kept = known.read_bytes + known.delta_bytes - known.full_bytes
     work_kept = known.work + known.delta_work - known.full_work
@@ -188,7 +188,7 @@ class Balance:
         n_bytes = 0.0 if known.is_guess[number] else float(known.delta_bytes[number])
         if int(known.role[number]) in self._found:
             n_bytes = max(n_bytes, self._ratio(int(known.role[number])) * full)
-        if n_bytes > (1 - _LEAST_GAIN) * full:
+        if n_bytes > (1 - LEAST_GAIN) * full:
             return False
         return self.fits(number, n_bytes, float(known.delta_work[number]))
 

@@ -28,7 +28,7 @@ from fastckpt.kernels.checksums import digest
 from fastckpt.kernels.transform import HAS_BASE
 from fastckpt.writing.bases import Base, Place
 from fastckpt.writing.chains import WORK
-from fastckpt.writing.delta_policy import Balance, plan
+from fastckpt.writing.delta_policy import LEAST_GAIN, Balance, plan
 from fastckpt.writing.foresight import foresee
 from fastckpt.writing.index_rows import Kind
 from fastckpt.writing.matching import match
@@ -121,7 +121,15 @@ class Deltas:
         if is_equal:
             return self._keep(number, place, raw, theirs) or self._full(number, raw, out, effort)
         element = self._chunks[number].element
-        found = codec.encode_into(raw, element.const_lane_bytes, element.float_lane_bytes, out, effort=effort, base=old)
+        found = codec.encode_into(
+            raw,
+            element.const_lane_bytes,
+            element.float_lane_bytes,
+            out,
+            effort=effort,
+            base=old,
+            min_gain=LEAST_GAIN,
+        )
         if found.transform not in HAS_BASE:
             self._settle_full(number, found, tried=True)
             return Against(found, None)
