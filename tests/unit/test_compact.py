@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.support.deltas import chain, chain_state, save_on
 
 from fastckpt import Checkpointer
 from fastckpt.errors import (
@@ -44,6 +43,7 @@ from fastckpt.upkeep.compact.in_place import compact_in_place
 from fastckpt.upkeep.compact.report import CompactReport
 from fastckpt.upkeep.compact.stored_state import stored_state
 from fastckpt.upkeep.mirror.mirror import mirror
+from tests.support.deltas import chain, chain_state, save_on
 from tests.support.repositories import (
     IN_PARALLEL,
     begin,

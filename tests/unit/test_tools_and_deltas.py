@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.support.deltas import chain, chain_state
 
 from fastckpt.errors import CheckpointError, CorruptCheckpointError
 from fastckpt.format import keys, records
@@ -30,6 +29,7 @@ from fastckpt.upkeep.compact.elsewhere import compact_to
 from fastckpt.upkeep.mirror.mirror import mirror
 from fastckpt.upkeep.mirror.plan import MirrorAsked
 from fastckpt.upkeep.prefetch import prefetch
+from tests.support.deltas import chain, chain_state
 from tests.support.repositories import OPTIONS, check_all, commit_of, flip, keys_of, place_vote, read
 from tests.support.states import same
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.deltas import chain
 
 from fastckpt.format import keys
 from fastckpt.kernels.transform import Transform
@@ -11,6 +10,7 @@ from fastckpt.repository.commit import open_vote
 from fastckpt.store.local import LocalStore
 from fastckpt.upkeep.stored_as import stored_as
 from tests.support.command_line import run, run_json
+from tests.support.deltas import chain
 from tests.support.repositories import commit_of, keys_of, save_steps
 
 
