@@ -95,6 +95,10 @@ int fastckpt_lines(const uint64_t* addresses, const uint64_t* n_bytes, size_t n,
 #define FASTCKPT_ROW_WORDS 4096u
 int fastckpt_rows(const void* data, size_t n_bytes, const uint64_t* keys, uint64_t* out, size_t n_out);
 
+/* Two words that stand for all of data; keys: two as well. What they are: cuda/fingerprint.cuh, which computes the same
+ * on a device. */
+int fastckpt_fingerprint(const void* data, size_t n_bytes, const uint64_t* keys, uint64_t* out);
+
 /* Memory of a context: caller-owned, fastckpt_context_bytes() long, 64-byte aligned, initialised once.
  * fastckpt_context_init returns null for memory that is null or aligned otherwise. */
 typedef struct fastckpt_context fastckpt_context;
@@ -178,7 +182,8 @@ typedef struct {
 int fastckpt_read_chunks(fastckpt_context* context, int file, const void* memory, size_t memory_bytes, void* scratch,
                          size_t scratch_bytes, const fastckpt_chunk* chunks, size_t n, fastckpt_outcome* outcomes);
 
-/* What each way of storing a chunk would cost, from samples: 64 bytes of every 4 KiB. */
+/* What each way of storing a chunk would cost, from samples: 64 bytes of every 4 KiB; with a base 256 of every 8 KiB,
+ * in which runs of zeros can be seen. */
 typedef struct {
     double rot_bits;        /* bits per lane of the ROT planes, each at the least of 8 and its order-0 entropy */
     double rotu_bits;       /* ROTU; negative if a sampled sign bit is set */
@@ -188,7 +193,7 @@ typedef struct {
     double sub_dominant;    /* share of the commonest byte in the highest SUB plane */
     uint64_t lanes;         /* sampled */
 } fastckpt_estimate;
-int fastckpt_sample(const void* raw, const void* base, size_t n_bytes, unsigned lane_bytes,
+int fastckpt_sample(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned lane_bytes,
                     fastckpt_estimate* estimate);
 
 #ifdef __cplusplus

@@ -189,7 +189,15 @@ bool FrameSink::block(bool last, unsigned kind, size_t n, const u8* data, size_t
 bool FrameSink::build(unsigned slot, const Histogram& histogram) {
     if (current_ == static_cast<int>(slot)) current_ = -1;
     Slot& known = context_.slots[slot];
-    known.has_table = histogram.distinct >= 2 && known.table.build(histogram.counts);
+    // Rare symbols of differences are counted as often as a code of 11 bits is worth: so hardly any code gets longer, and
+    // cutting those that do took up to 14 % more.
+    const u32 least = delta_ ? (histogram.total + 2047) / 2048 : 0;
+    u32 counts[256];
+    for (unsigned s = 0; s < 256; ++s) {
+        const u32 c = histogram.counts[s];
+        counts[s] = c && c < least ? least : c;
+    }
+    known.has_table = histogram.distinct >= 2 && known.table.build(counts);
     return known.has_table;
 }
 

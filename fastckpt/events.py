@@ -58,6 +58,8 @@ class SnapshotStaged(Event):
     raw_bytes: int
     seconds: float
     """Since SnapshotStarted; several threads may have copied."""
+    spared_bytes: int = 0
+    """Of `raw_bytes`, those that never left their device, because the parent checkpoint has them (docs/architecture.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -339,8 +339,13 @@ class Incarnation:
         """
         assert self.epoch is not None
         number = self.epoch.number  # a restore beside this pass claims another epoch: then nothing more is done
-        flying = self.in_flight.copy()
+        flying = self._in_use()
         self._collector.interrupt_when(interrupted)
-        todo = plan_retention(self._collector.look(), keep, flying | self.in_flight.copy(), grace_s)
-        todo.refused = self._collector.run(todo, number, lambda: flying | self.in_flight.copy())
+        todo = plan_retention(self._collector.look(), keep, flying | self._in_use(), grace_s)
+        todo.refused = self._collector.run(todo, number, lambda: flying | self._in_use())
         return todo
+
+    def _in_use(self) -> set[SaveId]:
+        """Saves under way, and what the next one refers to: the history has a newer one if the answer to a commit was lost."""
+        last = self.last
+        return self.in_flight | (set() if last is None else {SaveId(*last.checkpoint, 0)})

@@ -41,7 +41,7 @@ class BaseSlabs:
         self._shelf.keep(self, number, slab)
 
     def disown(self, chunk: int) -> None:
-        """Never lend this chunk: it is not what the base has. Before anybody else knows of this object."""
+        """Never lend this chunk: its place has not what the base has. Before anybody lends from this object."""
         self._places.pop(chunk, None)
 
     def drop(self) -> None:

@@ -18,6 +18,7 @@ from fastckpt.snapshot.side_stream import SideStream, is_capturing
 from fastckpt.snapshot.slab_maker import SlabMaker
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.spill import SpillFile
+from fastckpt.snapshot.unchanged import KnownPrints, Unchanged
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Cuts
 
@@ -85,12 +86,15 @@ class Stager:
         *,
         ring: bool,
         samples: Sampled | None = None,
+        known: KnownPrints | None = None,
+        pending: Sequence[Snapshot] = (),
     ) -> Snapshot | None:
         """Begin to copy a state. None: earlier snapshots hold the memory that it needs.
 
         fenced: tensors that may be copied until `Snapshot.fence`; everything else is copied first. None: the caller fences at once, before
         anything can change. ring: whether a state larger than the budget may be copied in parts. samples: samples of the state that the
-        caller has just taken; copies are compared with them if `verify` is "sampled". DoesNotFit; SaveError while a graph is being
+        caller has just taken; copies are compared with them if `verify` is "sampled". known: fingerprints of the newest checkpoint, which
+        the save will have as its base; pending: unless one of these is saved before that. DoesNotFit; SaveError while a graph is being
         captured.
         """
         self._refuse_capture(captured)
@@ -116,7 +120,24 @@ class Stager:
                 fingerprints=None if fenced is None else self._fingerprints(captured, cuts, samples),
                 spill=self._spill_file() if plan.is_ring and self._settings.spill_dir else None,
                 keeps=self._keeps,
+                unchanged=self._unchanged(captured, cuts, fenced, known, pending) if plan.for_device else None,
             )
+
+    def _unchanged(
+        self,
+        captured: Captured,
+        cuts: Cuts,
+        fenced: FencedTensors | None,
+        known: KnownPrints | None,
+        pending: Sequence[Snapshot],
+    ) -> Unchanged | None:
+        """What finds the chunks that need no copy. None: all are copied, because no save has a base."""
+        if not self._keeps:
+            return None
+        before = [snapshot.unchanged for snapshot in pending]
+        if None in before:
+            known = None
+        return Unchanged(captured, cuts.chunks, fenced, known, [one for one in before if one is not None])
 
     def _spill_file(self) -> SpillFile | None:
         """A file for slabs that hold up a ring. None, with a warning, if none can be made any more (it could when this object was made)."""

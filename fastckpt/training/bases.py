@@ -18,6 +18,7 @@ from fastckpt import events
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit, Parent
 from fastckpt.format.sealed_state import SealedState
+from fastckpt.snapshot import ChunkPrints, KnownPrints
 from fastckpt.snapshot.base_slabs import BaseSlabs
 from fastckpt.writing.bases import Base, Uploaded
 
@@ -32,6 +33,8 @@ class Bases:
         self._newest: Base | None = None
         self._memory: BaseSlabs | None = None
         """That of `newest`."""
+        self._prints: KnownPrints | None = None
+        """Those of `newest`."""
         self._told = False
 
     @property
@@ -44,24 +47,37 @@ class Bases:
         """What is kept of its bytes. None: nothing, or not yet."""
         return self._memory
 
+    @property
+    def prints(self) -> KnownPrints | None:
+        """The fingerprints of its chunks on devices. None: there are none, or not yet."""
+        return self._prints
+
     def committed(
-        self, commit: Commit, sealed: SealedState, uploaded: Uploaded | None, memory: BaseSlabs | None
+        self,
+        commit: Commit,
+        sealed: SealedState,
+        uploaded: Uploaded | None,
+        memory: BaseSlabs | None,
+        prints: ChunkPrints | None = None,
     ) -> None:
-        """A save was acknowledged. uploaded: None if it is not this process's part that was committed. memory: its bytes."""
+        """A save was acknowledged. uploaded: None if it is not this process's part that was committed. memory: its bytes. prints: their
+        fingerprints.
+        """
         base = None
         if uploaded is not None:
             base = uploaded.as_base(sealed, Parent(commit.checkpoint, commit.digest), memory, self._clock())
-        self._set(base, memory)
+        self._set(base, memory, prints)
 
     def restored(self, base: Base | None, memory: BaseSlabs | None = None) -> None:
         """A checkpoint was restored. memory: its bytes, which must be what the checkpoint has."""
         self._set(base, memory)
 
-    def complete(self, base: Base, memory: BaseSlabs) -> None:
-        """The bytes of a base have come. They are dropped if it is not the newest any more."""
+    def complete(self, base: Base, memory: BaseSlabs, prints: ChunkPrints | None = None) -> None:
+        """The bytes of a base, and their fingerprints, have come. They are dropped if it is not the newest any more."""
         with self._lock:
             if self._newest is base and not memory.is_dropped:
                 self._newest, self._memory = replace(base, memory=memory), memory
+                self._prints = _known(base, prints)
                 return
         memory.drop()
 
@@ -71,13 +87,14 @@ class Bases:
             self._wanted = False
         self._set(None, None)
 
-    def _set(self, base: Base | None, memory: BaseSlabs | None) -> None:
+    def _set(self, base: Base | None, memory: BaseSlabs | None, prints: ChunkPrints | None = None) -> None:
         if not self._wanted or base is None:
             base, kept = None, None
         else:
             kept = memory
+        known = None if base is None else _known(base, prints)
         with self._lock:
-            before, self._newest, self._memory = self._memory, base, kept
+            before, self._newest, self._memory, self._prints = self._memory, base, kept, known
         for old in (before, memory):
             if old is not None and old is not kept:
                 old.drop()
@@ -104,6 +121,20 @@ class Bases:
                 min(lacking, n_bytes),
                 why,
             )
+
+
+def _known(base: Base, prints: ChunkPrints | None) -> KnownPrints | None:
+    """Fingerprints, with the digests of the rows whose bytes they stand for."""
+    if prints is None:
+        return None
+    digests: list[bytes | None] = [None] * len(base.chunks)
+    for number in prints.fingerprints:
+        place = base.places[number]
+        if place is not None and not place.start:
+            row = base.records[place.row]
+            if int(row["raw_bytes"]) == base.chunks[number].n_bytes:
+                digests[number] = row["digest"].tobytes()
+    return KnownPrints(prints, digests)
 
 
 __all__ = ["Bases"]

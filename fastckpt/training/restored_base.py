@@ -102,14 +102,18 @@ class RestoredBase:
         assert memory is not None
         try:
             scratch = np.empty(0, np.uint8)  # not used: all chunks lie in slabs
+            same: set[int] = set()
             for number in range(len(base.chunks)):
                 if memory.is_dropped or self._bases.newest is not base:
                     return
-                if digest(snapshot.raw(number, scratch)) != digests.get(number):
+                if digest(snapshot.raw(number, scratch)) == digests.get(number):
+                    same.add(number)
+                else:
                     memory.disown(number)
                 snapshot.release(number)
             snapshot.confirm()
-            self._bases.complete(base, memory)
+            prints = snapshot.prints()
+            self._bases.complete(base, memory, None if prints is None else prints.only(same))
         except Exception as error:
             logger.info("the bytes of what was restored are not kept: %s: %s", type(error).__name__, error)
         finally:
@@ -134,7 +138,7 @@ class RestoredBase:
         memory = BaseSlabs(pool.bases, places, [chunk.n_bytes for chunk in cuts.chunks])
         try:
             of_storage = _by_storage(captured, contents, prints)
-            for number, slot in places.items():
+            for number, slot in list(places.items()):
                 chunk = cuts.chunks[number]
                 target = slabs[slot.slab].array[slot.offset : slot.offset + chunk.n_bytes]
                 at = 0

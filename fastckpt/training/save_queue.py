@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from fastckpt import events
@@ -32,7 +32,7 @@ from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.joint_commit import JointTurn, abandon
 from fastckpt.repository.retaining import Retaining
 from fastckpt.repository.retention import Keep
-from fastckpt.snapshot import Snapshot
+from fastckpt.snapshot import KnownPrints, Snapshot
 from fastckpt.state import Captured
 from fastckpt.state.chunks import LiveChunks
 from fastckpt.state.sealing import seal
@@ -131,6 +131,10 @@ class SaveQueue:
         """Jobs that have not ended, oldest first."""
         with self._changed:
             return tuple(self._jobs)
+
+    def known_prints(self, jobs: Sequence[Job]) -> KnownPrints | None:
+        """The fingerprints of the newest checkpoint. None: there are none, or one of these jobs has none, and may become the newest."""
+        return self.bases.prints if all(isinstance(job.source, Snapshot) for job in jobs) else None
 
     def put(self, job: Job) -> bool:
         """Queue a job. The caller has checked `len` before. If this raises (no thread can be started, an interrupt), the job is not queued.
@@ -251,7 +255,8 @@ class SaveQueue:
             uploaded=uploaded.append,
         )
         memory = job.source.base if isinstance(job.source, Snapshot) else None
-        self.bases.committed(commit, sealed, uploaded[0] if uploaded else None, memory)
+        prints = job.source.prints() if isinstance(job.source, Snapshot) else None
+        self.bases.committed(commit, sealed, uploaded[0] if uploaded else None, memory, prints)
         self.measured_s = self._clock() - started
         self.last_commit = commit
         events.emit(

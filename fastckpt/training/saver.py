@@ -229,10 +229,19 @@ class Saver:
 
     def _queue_up(self, beginning: _Beginning) -> bool:
         """Begin the copy and queue the job. False: there is no memory for it now."""
-        asked, taken, alone = beginning.asked, beginning.taken, not len(self._queue)
+        asked, taken = beginning.asked, beginning.taken
+        jobs = self._queue.jobs  # before the fingerprints: one of them may become the base at any time
+        alone = not jobs
         try:
             beginning.source = self._stager.begin(
-                taken.captured, taken.cuts, beginning.permit.fenced, asked.step, ring=alone, samples=taken.samples
+                taken.captured,
+                taken.cuts,
+                beginning.permit.fenced,
+                asked.step,
+                ring=alone,
+                samples=taken.samples,
+                known=None if asked.full else self._queue.known_prints(jobs),
+                pending=[job.source for job in jobs if isinstance(job.source, Snapshot)],
             )
         except DoesNotFit:
             beginning.source = LiveChunks(taken.captured, taken.cuts) if alone else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -109,9 +109,8 @@ class _Vote:
     def __init__(self, store: Store, save: SaveId, rank: int, world: int, old: Reader, new: SealedState) -> None:
         self._store, self._save, self._rank, self._world = store, save, rank, world
         self._old, self._new = old, new
-        used = {piece.chunk for number in range(len(old.directory.storages)) for piece in old.pieces(number)}
-        self._row_of_chunk = sorted(used)
-        assert len(used) == len(new.chunks), "the form has changed"
+        self._row_of_chunk = dict(_pairs(new, old))
+        assert len(set(self._row_of_chunk.values())) == len(new.chunks), "the form has changed"
         self._carried: set[int] = set()
         self._pack = bytearray()
 
@@ -227,6 +226,18 @@ class _Vote:
         listed = replace(listed, writer={**listed.writer, **writer()})
         built, data = build_vote(self._save, listed, [files[n - 1] for n in named], table, new.skeleton)
         self._store.put(vote_key(built.name), data)
+
+
+def _pairs(new: SealedState, old: Reader) -> Iterator[tuple[int, int]]:
+    """Chunks of the state, and the rows that hold the same of the same storages."""
+    for number, storage in enumerate(new.storages):
+        rows = [piece.chunk for piece in old.pieces(number)]
+        chunks: list[int] = []
+        for chunk, offset, left in storage.extents or ():
+            while left > 0:
+                chunks.append(chunk)
+                left, chunk, offset = left - (new.chunks[chunk].n_bytes - offset), chunk + 1, 0  # noqa: PLW2901
+        yield from zip(chunks, rows, strict=True)
 
 
 def _move(table: Any, row: int, at: Mapping[int, int], old: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,7 @@ from fastckpt.upkeep.check.repository import check_repository
 from fastckpt.upkeep.compact.elsewhere import compact_to
 from fastckpt.upkeep.compact.in_place import compact_in_place
 from fastckpt.upkeep.compact.report import CompactReport
+from fastckpt.upkeep.compact.stored_state import stored_state
 from fastckpt.upkeep.mirror.mirror import mirror
 from tests.support.deltas import chain, chain_state, save_on
 from tests.support.repositories import (
@@ -52,6 +54,7 @@ from tests.support.repositories import (
     incarnation,
     keys_of,
     read,
+    save_ranks,
     save_shared,
     shared,
 )
@@ -76,6 +79,7 @@ def require_full(store: Store, commit: Commit) -> None:
     for rank in range(commit.world):
         transforms = set(open_vote(store, commit.vote(rank)).records["transform"].tolist())
         assert not transforms & {Transform.SUB, Transform.SUBPACK, Transform.REF}
+        assert Transform.CAST in transforms or "b_copy" not in str(open_vote(store, commit.vote(rank)).names_of_storage)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -330,6 +334,29 @@ def test_a_store_that_fails_at_the_source_ends_it() -> None:
     with pytest.raises(StoreUnavailableError):
         compact_to(faulty, target, options=ONE)
     assert not keys_of(target, commit_key(CheckpointId(1, 3)).rpartition("/")[0] + "/")
+
+
+def test_what_is_read_ahead_is_bounded_in_whatever_order_chunks_are_asked_for() -> None:
+    store = MemoryStore()
+    begin(store, 1)
+    many = {f"w{n:02}": torch.randn(300_000) for n in range(40)}
+    commit = save_ranks(store, 1, 1, [many])
+    watched = FaultyStore(store)
+    reader = open_vote(watched, commit.vote(0))
+    state = stored_state(reader, IN_PARALLEL)
+    numbers = list(range(len(state.chunks)))
+    random.Random(3).shuffle(numbers)
+
+    def n_read() -> int:
+        return sum(keys.parse_pack(key) is not None for _, key in watched.operations)
+
+    with contextlib.closing(state.source):
+        for released, number in enumerate(numbers):
+            raw = state.source.raw(number, np.empty(0, np.uint8))
+            assert raw.size == state.chunks[number].n_bytes
+            assert n_read() - released <= 2 * IN_PARALLEL.connections + 1
+            state.source.release(number)
+    assert n_read() == len(numbers), "each is read once"
 
 
 def test_its_modules_ask_torch_for_nothing() -> None:

@@ -66,7 +66,7 @@ def test_damage_in_a_base_names_all_tensors_and_all_checkpoints_that_need_it() -
     report = checked(store)
     assert states_of(report) == {1: "damaged", 2: "damaged", 3: "damaged"}
     lost = {one.checkpoint.step: set(one.tensors_lost) for one in report.checkpoints}
-    assert lost == {1: {"a_master"}, 2: {"a_master", "b_copy"}, 3: {"a_master", "b_copy"}}
+    assert lost == {step: {"a_master", "b_copy"} for step in (1, 2, 3)}
     assert {finding.key for finding in report.findings} == {
         PACK_OF.format(1)
     }  # the packs that are right are not blamed
