@@ -346,6 +346,6 @@ class Incarnation:
         return todo
 
     def _in_use(self) -> set[SaveId]:
-        """Saves under way, and the checkpoint to which the next one refers. If the answer to a commit was lost, the history has a newer one."""
+        """Saves under way, and what the next one refers to: the history has a newer one if the answer to a commit was lost."""
         last = self.last
         return self.in_flight | (set() if last is None else {SaveId(*last.checkpoint, 0)})

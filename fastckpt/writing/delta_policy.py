@@ -62,7 +62,7 @@ class Known(NamedTuple):
     may_differ: Mask
     """A difference is possible: numbers, the base's bytes in memory, a chain that is short enough."""
     is_guess: Mask
-    """Nothing is known of a difference: one chunk of its role is tried, and what comes of it is expected of the others."""
+    """Nothing is known of a difference: it is tried."""
     role: Numbers
     """Chunks of one role change alike."""
     pack: Numbers
@@ -173,35 +173,30 @@ class Balance:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._left_bytes, self._left_work = plan.left_bytes, plan.left_work
-        self._found: dict[int, tuple[float, float]] = {}
-        """Of each role the stored bytes of differences that were tried in this save, and those of the full chunks."""
         known = plan.known
         self._waiting = np.bincount(known.role, np.where(known.is_guess & known.may_differ, known.full_bytes, 0))
         """Of each role the full bytes of chunks of which nothing is known, and that have not come yet."""
+        self._tried, self._gained, self._stored = np.zeros((3, self._waiting.size))
+        """Of each role the full bytes of what was tried in this save, and of those that gained, and what these took."""
 
     def may_differ(self, number: int) -> bool:
         """Whether a difference is worth a try: one of the size that is to be expected is allowed."""
         known = self.plan.known
         if not known.may_differ[number]:
             return False
-        full = float(known.full_bytes[number])
+        role, full = int(known.role[number]), float(known.full_bytes[number])
         n_bytes = 0.0 if known.is_guess[number] else float(known.delta_bytes[number])
-        if int(known.role[number]) in self._found:
-            n_bytes = max(n_bytes, self._ratio(int(known.role[number])) * full)
-        if n_bytes > (1 - LEAST_GAIN) * full:
-            return False
+        if self._gained[role]:
+            n_bytes = max(n_bytes, float(self._stored[role] / self._gained[role]) * full)
         return self.fits(number, n_bytes, float(known.delta_work[number]))
 
-    def _ratio(self, role: int) -> float:
-        """What differences of a role have taken in this save, of a full chunk's bytes."""
-        differences, full = self._found.get(role, (_EXPECTED, 1.0))
-        return differences / max(full, 1.0)
-
     def tried(self, number: int, stored_bytes: float | None) -> None:
-        """What a difference took; None: it does not pay."""
+        """What a difference took; None: it does not pay. That costs a sample only, so others of its role are tried all the same."""
         role, full = int(self.plan.known.role[number]), float(self.plan.known.full_bytes[number])
-        before = self._found.get(role, (0.0, 0.0))
-        self._found[role] = before[0] + (full if stored_bytes is None else stored_bytes), before[1] + full
+        self._tried[role] += full
+        if stored_bytes is not None:
+            self._gained[role] += full
+            self._stored[role] += stored_bytes
 
     def fits(self, number: int, stored_bytes: float, work: float) -> bool:
         """Whether a chunk may be stored as so many bytes, and so much decoding, besides all that its base needs. 0: as the base's row."""
@@ -220,8 +215,10 @@ class Balance:
 
     def _for_others(self, role: int) -> float:
         """What differences of other roles are likely to add, unless they are poor, too."""
-        ratios = ((other, self._ratio(other)) for other in range(self._waiting.size) if other != role)
-        return float(sum(self._waiting[other] * ratio for other, ratio in ratios if ratio <= _POOR))
+        took = self._stored + self._tried - self._gained
+        ratio = np.where(self._tried > 0, took / np.maximum(self._tried, 1), _EXPECTED)
+        wanted = np.where(ratio <= _POOR, ratio * self._waiting, 0)
+        return float(wanted.sum() - wanted[role])
 
     def _extra(self, number: int, stored_bytes: float, work: float) -> tuple[float, float]:
         known = self.plan.known

@@ -27,7 +27,7 @@ from fastckpt.kernels import kernels
 from fastckpt.kernels.checksums import digest
 from fastckpt.kernels.transform import HAS_BASE
 from fastckpt.writing.bases import Base, Place
-from fastckpt.writing.chains import WORK
+from fastckpt.writing.chains import work_of
 from fastckpt.writing.delta_policy import LEAST_GAIN, Balance, plan
 from fastckpt.writing.foresight import foresee
 from fastckpt.writing.index_rows import Kind
@@ -176,7 +176,7 @@ class Deltas:
 
     def _is_allowed(self, number: int, found: codec.Encoded) -> bool:
         """Whether a difference that was made may be stored."""
-        n_bytes, work = len(found.stored), WORK[found.transform] * self._chunks[number].n_bytes
+        n_bytes, work = len(found.stored), work_of(found.transform, found.lane_bytes, self._chunks[number].n_bytes)
         with self._lock:
             self._balance.tried(number, n_bytes)
             if not self._balance.fits(number, n_bytes, work):

@@ -12,7 +12,7 @@ from fastckpt.format.keys import parse_pack
 from fastckpt.format.records import Records
 from fastckpt.kernels.transform import Transform
 from fastckpt.writing.bases import Base, Place
-from fastckpt.writing.chains import WORK, Amounts, Mask, Numbers, bases_of, costs_of, reach
+from fastckpt.writing.chains import Amounts, Mask, Numbers, bases_of, costs_of, reach, work_of
 from fastckpt.writing.delta_policy import MAX_DEPTH, Known, Packs
 from fastckpt.writing.matching import Form, roles
 
@@ -66,7 +66,7 @@ def foresee(base: Base, sealed: Form, places: Sequence[Place | None], numbers: M
     _, role = np.unique(np.array(kinds, np.str_), return_inverse=True)
     delta, is_guess = _differences(base.records, spans, role, full)
     delta[is_same] = 0
-    work = np.where(delta < _SPARSE * raw, WORK[Transform.SUBPACK], WORK[Transform.SUB]) * raw
+    work = _work_of_differences(sealed, delta / raw, is_guess) * raw
     depth = np.where(spans.has, np.maximum(costs.depth[spans.first], costs.depth[spans.second]), 0)
     packs = _packs(base, spans)
     known = Known(
@@ -118,6 +118,16 @@ def _differences(records: Records, spans: _Spans, role: Numbers, full: Amounts) 
     is_guess = (of_full == 0)[role]
     ratio = np.where(is_guess, 1.0, (of_deltas / np.maximum(of_full, 1))[role])
     return np.where(is_delta, stored, ratio * full), is_guess
+
+
+def _work_of_differences(sealed: Form, ratio: Amounts, is_guess: Mask) -> Amounts:
+    """What decoding a difference takes for each raw byte. ratio: of stored to raw bytes."""
+    lanes = [chunk.element.float_lane_bytes for chunk in sealed.chunks]
+    packed, plain = (
+        np.array([work_of(transform, lane, 1.0) for lane in range(17)])[lanes]
+        for transform in (Transform.SUBPACK, Transform.SUB)
+    )
+    return np.where(is_guess | (ratio < _SPARSE), packed, plain)
 
 
 def _packs(base: Base, spans: _Spans) -> Packs:

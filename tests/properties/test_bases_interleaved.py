@@ -255,6 +255,7 @@ def save_that_fails(world: World, at: int, *, answer_is_lost: bool) -> bool:
         with contextlib.suppress(CheckpointError):  # that request has failed, or the step was saved at once
             job.save(step)
     failed, job.store.fails_at = job.store.requests > at, None
+    world.judge()
     for step in (8, 9, 10):
         job.retain()
         world.pause()
@@ -355,7 +356,14 @@ def test_a_bug_is_found(
     beginning()
     bug(monkeypatch)
     with pytest.raises((AssertionError, CheckpointError)):
-        for stops in BOTH if where is not None else ():
-            explore(SCENARIOS[str(where)], stops, one_stop(SCENARIOS[str(where)], stops))
-        for at in range(12):
-            save_that_fails(World("between requests", beginning()), at, answer_is_lost=False)
+        explore_all(where)
+
+
+def explore_all(where: str | None) -> None:
+    if where is None:
+        for answer_is_lost in (True, False):
+            for at in range(12):
+                save_that_fails(World("between requests", beginning()), at, answer_is_lost=answer_is_lost)
+        return
+    for stops in BOTH:
+        explore(SCENARIOS[where], stops, one_stop(SCENARIOS[where], stops))

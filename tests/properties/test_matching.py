@@ -117,7 +117,8 @@ def test_roles_are_the_keys_of_optimizers() -> None:
     form = form_of({"w": ("float32", 300_000), "m": ("float32", 400_000)})
     w, m = form.tensors
     named = Form(form.storages, (w, m._replace(name=("optim", "state", 0, "exp_avg"))), form.chunks, form.cuts)
-    assert sorted(roles(named)) == ["", "exp_avg"]
+    assert sorted(roles(named)) == ["", "state exp_avg"]
+    assert roles(form_of({"w": ("float32", 5 * MIB), "v": ("float32", 3)})) == ["", *["storage 0"] * 5]
 
 
 def test_many_chunks_take_little_time() -> None:

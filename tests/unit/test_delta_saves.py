@@ -93,14 +93,14 @@ def test_nothing_is_stored_of_what_rests() -> None:
 
 def test_every_transform_is_used_where_it_pays() -> None:
     run = Run(MemoryStore())
-    state = {"a": noise(400_000), "b": noise(400_000, torch.bfloat16), "c": torch.zeros(400_000)}
+    state = {"a": noise(400_000), "b": noise(400_000, torch.bfloat16), "c": torch.zeros(400_000), "d": noise(800_000)}
     saved(run, 1, state)
     state |= {"a": state["a"] * 1.000001, "b": drifted(state["b"], 0.01)}
     saved(run, 2, state)
     found = Counter(run.transforms())
     assert found["CONST"] == 1
     assert found["SUB"] + found["SUBPACK"] == 2
-    assert found["ROT"] == 2, "carried, as their bases"
+    assert found["ROT"] == 3, "two of them carried, as their bases"
     state |= {"master": noise(400_000)}
     state |= {"b": state["master"].bfloat16()}
     saved(run, 3, state)
