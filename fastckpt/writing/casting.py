@@ -117,7 +117,7 @@ class Casting:
                 yield piece.chunk, piece.offset + low - piece.start, high - low
 
     def _is_cast(self, stretches: list[tuple[int, int, int]], raw: U8) -> bool:
-        if len(stretches) > 2 or any(start % 4 for _, start, _ in stretches):
+        if len(stretches) > 2 or any(start % 4 or n_bytes % 4 for _, start, n_bytes in stretches):
             return False
         at = 0
         for chunk, start, n_bytes in stretches:
