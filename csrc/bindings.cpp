@@ -423,10 +423,12 @@ PyObject* sample(PyObject*, PyObject* args) {
     if (!PyArg_ParseTuple(args, "OOO&:sample", &raw_object, &base_object, to_number, &lane_bytes)) return nullptr;
     Buffer raw, base;
     if (!raw.get(raw_object) || !base.get_optional(base_object) || !Call::same_length(raw, base)) return nullptr;
+    fastckpt_context* const mine = context();
+    if (!mine) return nullptr;
     fastckpt_estimate e;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = fastckpt_sample(raw.data(), base.data(), raw.size(), lane_bytes.narrow(), &e);
+    status = fastckpt_sample(mine, raw.data(), base.data(), raw.size(), lane_bytes.narrow(), &e);
     Py_END_ALLOW_THREADS
     if (status) return raise(status, raw.size(), lane_bytes.narrow());
     return Py_BuildValue("ddd(dddd)ddK", e.rot_bits, e.rotu_bits, e.sub_bits, e.subpack_bits[0], e.subpack_bits[1],

@@ -182,7 +182,8 @@ typedef struct {
 int fastckpt_read_chunks(fastckpt_context* context, int file, const void* memory, size_t memory_bytes, void* scratch,
                          size_t scratch_bytes, const fastckpt_chunk* chunks, size_t n, fastckpt_outcome* outcomes);
 
-/* What each way of storing a chunk would cost, from samples: 64 bytes of every 4 KiB. */
+/* What each way of storing a chunk would cost, from samples: 64 bytes of every 4 KiB; with a base 256 of every 8 KiB,
+ * in which runs of zeros can be seen. */
 typedef struct {
     double rot_bits;        /* bits per lane of the ROT planes, each at the least of 8 and its order-0 entropy */
     double rotu_bits;       /* ROTU; negative if a sampled sign bit is set */
@@ -192,7 +193,7 @@ typedef struct {
     double sub_dominant;    /* share of the commonest byte in the highest SUB plane */
     uint64_t lanes;         /* sampled */
 } fastckpt_estimate;
-int fastckpt_sample(const void* raw, const void* base, size_t n_bytes, unsigned lane_bytes,
+int fastckpt_sample(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned lane_bytes,
                     fastckpt_estimate* estimate);
 
 #ifdef __cplusplus

@@ -12,6 +12,8 @@ constexpr double kRawBits = 7.6;
 // So many symbols that a sample has missed are given a count of 1; if there may be more, all are counted.
 constexpr unsigned kMostGuessed = 32;
 constexpr size_t kMinCounted = 16384;
+// Shorter parts are coded in less time than a stripe needs to come.
+constexpr size_t kMinFetching = 16384;
 // Planes in which so many pieces of 16 bytes are zeros are tried as runs.
 constexpr double kZeroPieces = 0.08;
 
@@ -189,7 +191,15 @@ bool FrameSink::block(bool last, unsigned kind, size_t n, const u8* data, size_t
 bool FrameSink::build(unsigned slot, const Histogram& histogram) {
     if (current_ == static_cast<int>(slot)) current_ = -1;
     Slot& known = context_.slots[slot];
-    known.has_table = histogram.distinct >= 2 && known.table.build(histogram.counts);
+    // Rare symbols of differences are counted as often as a code of 11 bits is worth: so hardly any code gets longer, and
+    // cutting those that do took up to 14 % more.
+    const u32 least = delta_ ? (histogram.total + 2047) / 2048 : 0;
+    u32 counts[256];
+    for (unsigned s = 0; s < 256; ++s) {
+        const u32 c = histogram.counts[s];
+        counts[s] = c && c < least ? least : c;
+    }
+    known.has_table = histogram.distinct >= 2 && known.table.build(counts);
     return known.has_table;
 }
 
@@ -209,9 +219,14 @@ size_t FrameSink::literals(unsigned slot, const u8* bytes, size_t n, u8* to, siz
     const size_t header = n >= 16384 ? 5 : n >= 1024 ? 4 : 3;
     const size_t before = header + (treeless ? 0 : table.description_bytes);
     if (room < before + 7) return kNoRoom;
-    const size_t streams =
-        kernels_.huffman_encode(table.codes, bytes, n, to + before, room - before, context_.streams, soon_);
-    soon_ = {.from = nullptr, .n_bytes = 0};
+    const Soon none = {.from = nullptr, .n_bytes = 0};
+    const bool fetches = n >= kMinFetching;
+    const size_t streams = kernels_.huffman_encode(table.codes, bytes, n, to + before, room - before, context_.streams,
+                                                   fetches ? soon_ : none);
+    if (fetches) {
+        soon_ = base_soon_;
+        base_soon_ = none;
+    }
     if (streams == 0 || streams == kNoRoom) return streams;
     if (!treeless) std::memcpy(to + header, table.description, table.description_bytes);
     const u64 size = before - header + streams;

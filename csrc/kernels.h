@@ -63,6 +63,12 @@ struct Run {
 constexpr size_t kMinRun = 8;  // zeros: for fewer of them a sequence takes more bits than their codes
 constexpr size_t kMaxRuns = kStripeLanes / kMinRun;
 
+// Long runs of zeros in samples of a plane, each a row: how many begin within one, and how many zeros are in all of
+// them. Long are those of kMinRun, and of half as many where a row's end cuts them off.
+struct Zeros {
+    size_t begun, n_bytes;
+};
+
 struct Kernels {
     const char* name;
 
@@ -100,6 +106,9 @@ struct Kernels {
     // The runs of at least kMinRun zeros, and what lies between and behind them: `literals` has room for n and kSlack,
     // and kSlack can be read behind the bytes. Returns how many runs there are. n: at most kStripeLanes.
     size_t (*find_runs)(const u8* bytes, size_t n, Run* runs, u8* literals, size_t* n_literals);
+
+    // Zeros in rows of `row` bytes; see Zeros. n: a multiple of row.
+    Zeros (*count_zeros)(const u8* bytes, size_t n, size_t row);
 
     // acc += whole blocks of 1024 bytes.
     void (*xxh3_blocks)(u64* acc, const u8* data, size_t n_blocks);

@@ -38,6 +38,7 @@ constexpr Kernels kKernels = {
     .huffman_encode = huffman_encode,
     .huffman_decode = huffman_decode,
     .find_runs = find_runs,
+    .count_zeros = count_zeros,
     .xxh3_blocks = xxh3_blocks,
     .xxh3_stripes = xxh3_stripes,
     .crc = crc,

@@ -99,6 +99,128 @@ FC_INLINE void unpack_values(const u8* packed, size_t n, u8* values) {
 
 constexpr size_t kBlockLanes = 1024;  // of a pass: 8 KiB of the widest lanes, first-level cache
 
+#if FASTCKPT_AVX512
+
+// 64 values in a byte each -> 8 x bits bytes, and back.
+template <unsigned bits>
+FC_INLINE void pack64(__m512i values, u8* packed) {
+    if constexpr (bits == 8) _mm512_storeu_si512(packed, values);
+    if constexpr (bits == 4) {
+        const __m512i twos = _mm512_maddubs_epi16(values, _mm512_set1_epi16(0x1001));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(packed), _mm512_cvtepi16_epi8(twos));
+    }
+    if constexpr (bits == 2) {
+        const __m512i twos = _mm512_maddubs_epi16(values, _mm512_set1_epi16(0x0401));
+        const __m512i fours = _mm512_madd_epi16(twos, _mm512_set1_epi32(0x00100001));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm512_cvtepi32_epi8(fours));
+    }
+    if constexpr (bits == 1) {
+        const u64 mask = _mm512_test_epi8_mask(values, values);
+        std::memcpy(packed, &mask, 8);
+    }
+}
+template <unsigned bits>
+FC_INLINE __m512i unpack64(const u8* packed) {
+    if constexpr (bits == 8) return _mm512_loadu_si512(packed);
+    if constexpr (bits == 4) {
+        const __m512i x = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+        return _mm512_and_si512(_mm512_or_si512(x, _mm512_slli_epi16(x, 4)), _mm512_set1_epi8(15));
+    }
+    if constexpr (bits == 2) {
+        const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+        const __m512i y = _mm512_or_si512(x, _mm512_slli_epi32(x, 12));  // places 0 and 2
+        return _mm512_and_si512(_mm512_or_si512(y, _mm512_slli_epi32(y, 6)), _mm512_set1_epi8(3));
+    }
+    if constexpr (bits == 1) return _mm512_maskz_set1_epi8(load64(packed), 1);
+}
+
+// Vectors of lanes: differences, what does not fit into `bits`, and what does as bytes.
+template <unsigned bits>
+FC_INLINE __m256i pack_some16(const u8* raw, const u8* base, u8*& escapes, [[maybe_unused]] const u8* end) {
+    const __m512i z = map16<Map::kSub>(_mm512_loadu_si512(raw), base), esc = _mm512_set1_epi16((1 << bits) - 1);
+    const __mmask32 far = _mm512_cmpge_epu16_mask(z, esc);
+    if (far) {
+        assert(end - escapes >= 64);
+        _mm512_storeu_si512(escapes, _mm512_maskz_compress_epi16(far, _mm512_sub_epi16(z, esc)));
+        escapes += 2 * static_cast<unsigned>(__builtin_popcount(far));
+    }
+    return _mm512_cvtepi16_epi8(_mm512_min_epu16(z, esc));
+}
+template <unsigned bits>
+FC_INLINE __m128i pack_some32(const u8* raw, const u8* base, u8*& escapes, [[maybe_unused]] const u8* end) {
+    const __m512i z = map32<Map::kSub>(_mm512_loadu_si512(raw), base), esc = _mm512_set1_epi32((1 << bits) - 1);
+    const __mmask16 far = _mm512_cmpge_epu32_mask(z, esc);
+    if (far) {
+        assert(end - escapes >= 64);
+        _mm512_storeu_si512(escapes, _mm512_maskz_compress_epi32(far, _mm512_sub_epi32(z, esc)));
+        escapes += 4 * static_cast<unsigned>(__builtin_popcount(far));
+    }
+    return _mm512_cvtepi32_epi8(_mm512_min_epu32(z, esc));
+}
+
+// The first lanes, a multiple of 64; returns how many.
+template <unsigned w, unsigned bits>
+FC_INLINE size_t pack_many(const u8* raw, const u8* base, size_t lanes, u8* packed, u8*& escapes, const u8* end) {
+    size_t i = 0;
+    for (; i + 64 <= lanes; i += 64) {
+        const u8 *const x = raw + i * w, *const b = base + i * w;
+        __m512i values;
+        if constexpr (w == 2) {
+            const __m256i low = pack_some16<bits>(x, b, escapes, end);
+            values = _mm512_inserti64x4(_mm512_castsi256_si512(low), pack_some16<bits>(x + 64, b + 64, escapes, end), 1);
+        } else {
+            values = _mm512_castsi128_si512(pack_some32<bits>(x, b, escapes, end));
+            values = _mm512_inserti32x4(values, pack_some32<bits>(x + 64, b + 64, escapes, end), 1);
+            values = _mm512_inserti32x4(values, pack_some32<bits>(x + 128, b + 128, escapes, end), 2);
+            values = _mm512_inserti32x4(values, pack_some32<bits>(x + 192, b + 192, escapes, end), 3);
+        }
+        pack64<bits>(values, packed + i * bits / 8);
+    }
+    return i;
+}
+
+template <unsigned bits>
+FC_INLINE void unpack_some16(__m256i values, const u8* base, const u8*& escapes, u8* raw) {
+    const __m512i v = _mm512_cvtepu8_epi16(values);
+    const __mmask32 at = _mm512_cmpeq_epi16_mask(v, _mm512_set1_epi16((1 << bits) - 1));
+    const __m512i more = _mm512_maskz_expand_epi16(at, _mm512_loadu_si512(escapes));
+    escapes += 2 * static_cast<unsigned>(__builtin_popcount(at));
+    _mm512_storeu_si512(raw, unmap16<Map::kSub>(_mm512_add_epi16(v, more), base));
+}
+template <unsigned bits>
+FC_INLINE void unpack_some32(__m128i values, const u8* base, const u8*& escapes, u8* raw) {
+    const __m512i v = _mm512_cvtepu8_epi32(values);
+    const __mmask16 at = _mm512_cmpeq_epi32_mask(v, _mm512_set1_epi32((1 << bits) - 1));
+    const __m512i more = _mm512_maskz_expand_epi32(at, _mm512_loadu_si512(escapes));
+    escapes += 4 * static_cast<unsigned>(__builtin_popcount(at));
+    _mm512_storeu_si512(raw, unmap32<Map::kSub>(_mm512_add_epi32(v, more), base));
+}
+
+// As pack_many. Behind the escapes lies slack.
+template <unsigned w, unsigned bits>
+FC_INLINE size_t unpack_many(const u8* packed, const u8* base, size_t lanes, const u8*& escapes,
+                             [[maybe_unused]] const u8* end, u8* raw) {
+    size_t i = 0;
+    for (; i + 64 <= lanes; i += 64) {
+        assert(escapes <= end);
+        const __m512i values = unpack64<bits>(packed + i * bits / 8);
+        const u8* const b = base + i * w;
+        u8* const x = raw + i * w;
+        if constexpr (w == 2) {
+            unpack_some16<bits>(_mm512_castsi512_si256(values), b, escapes, x);
+            unpack_some16<bits>(_mm512_extracti64x4_epi64(values, 1), b + 64, escapes, x + 64);
+        } else {
+            unpack_some32<bits>(_mm512_castsi512_si128(values), b, escapes, x);
+            unpack_some32<bits>(_mm512_extracti32x4_epi32(values, 1), b + 64, escapes, x + 64);
+            unpack_some32<bits>(_mm512_extracti32x4_epi32(values, 2), b + 128, escapes, x + 128);
+            unpack_some32<bits>(_mm512_extracti32x4_epi32(values, 3), b + 192, escapes, x + 192);
+        }
+    }
+    return i;
+}
+
+#endif
+
 template <typename Lane, unsigned bits>
 size_t subpack_lanes(const u8* raw, const u8* base, size_t lanes, u8* packed, u8* escapes) {
     constexpr unsigned w = sizeof(Lane);
@@ -107,7 +229,11 @@ size_t subpack_lanes(const u8* raw, const u8* base, size_t lanes, u8* packed, u8
     u8 values[kBlockLanes];
     u8* const first = escapes;
     [[maybe_unused]] const u8* const end = first + lanes * w + kSlack;
-    for (size_t from = 0; from < lanes; from += kBlockLanes) {
+    size_t done = 0;
+#if FASTCKPT_AVX512
+    if constexpr (w < 8) done = pack_many<w, bits>(raw, base, lanes, packed, escapes, end);
+#endif
+    for (size_t from = done; from < lanes; from += kBlockLanes) {
         const size_t n = lanes - from < kBlockLanes ? lanes - from : kBlockLanes;
         for (size_t i = 0; i < n; ++i)
             z[i] = mapped<Lane, Map::kSub>(load_lane<Lane>(raw + (from + i) * w), base + (from + i) * w);
@@ -116,26 +242,7 @@ size_t subpack_lanes(const u8* raw, const u8* base, size_t lanes, u8* packed, u8
             std::memcpy(packed + from, values, n);
         else
             pack_values<bits>(values, n, packed + from * bits / 8);
-        size_t i = 0;
-#if FASTCKPT_AVX512
-        if constexpr (w == 2)
-            for (; i + 32 <= n; i += 32) {
-                const __m512i v = _mm512_loadu_si512(z + i), e = _mm512_set1_epi16(static_cast<short>(esc));
-                const __mmask32 far = _mm512_cmpge_epu16_mask(v, e);
-                assert(end - escapes >= 64);
-                _mm512_storeu_si512(escapes, _mm512_maskz_compress_epi16(far, _mm512_sub_epi16(v, e)));
-                escapes += 2 * static_cast<unsigned>(__builtin_popcount(far));
-            }
-        if constexpr (w == 4)
-            for (; i + 16 <= n; i += 16) {
-                const __m512i v = _mm512_loadu_si512(z + i), e = _mm512_set1_epi32(static_cast<int>(esc));
-                const __mmask16 far = _mm512_cmpge_epu32_mask(v, e);
-                assert(end - escapes >= 64);
-                _mm512_storeu_si512(escapes, _mm512_maskz_compress_epi32(far, _mm512_sub_epi32(v, e)));
-                escapes += 4 * static_cast<unsigned>(__builtin_popcount(far));
-            }
-#endif
-        for (; i < n; ++i) {  // no branch: whether a value escapes cannot be foreseen
+        for (size_t i = 0; i < n; ++i) {  // no branch: whether a value escapes cannot be foreseen
             const Lane rest = static_cast<Lane>(z[i] - esc);
             assert(end - escapes >= static_cast<ptrdiff_t>(w));
             std::memcpy(escapes, &rest, w);
@@ -152,8 +259,15 @@ size_t subunpack_lanes(const u8* packed, const u8* base, size_t lanes, const u8*
     constexpr Lane esc = static_cast<Lane>((1u << bits) - 1);
     Lane z[kBlockLanes];
     u8 values[kBlockLanes];
-    size_t used = 0;
-    for (size_t from = 0; from < lanes; from += kBlockLanes) {
+    size_t used = 0, done = 0;
+#if FASTCKPT_AVX512
+    if constexpr (w < 8) {
+        const u8* next = escapes;
+        done = unpack_many<w, bits>(packed, base, lanes, next, escapes + n_escapes * w, raw);
+        used = static_cast<size_t>(next - escapes) / w;
+    }
+#endif
+    for (size_t from = done; from < lanes; from += kBlockLanes) {
         const size_t n = lanes - from < kBlockLanes ? lanes - from : kBlockLanes;
         if constexpr (bits == 8)
             std::memcpy(values, packed + from, n);
@@ -163,27 +277,6 @@ size_t subunpack_lanes(const u8* packed, const u8* base, size_t lanes, const u8*
         for (size_t i = 0; i < n; ++i) far += values[i] == esc;
         assert(far <= n_escapes - used);
         size_t i = 0;
-#if FASTCKPT_AVX512
-        if constexpr (w == 2)
-            for (; i + 32 <= n; i += 32) {
-                const __m512i v =
-                    _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i)));
-                const __mmask32 at = _mm512_cmpeq_epi16_mask(v, _mm512_set1_epi16(static_cast<short>(esc)));
-                assert(used <= n_escapes);  // 64 bytes from there are escapes or their slack
-                const __m512i more = _mm512_maskz_expand_epi16(at, _mm512_loadu_si512(escapes + used * w));
-                _mm512_storeu_si512(z + i, _mm512_add_epi16(v, more));
-                used += static_cast<unsigned>(__builtin_popcount(at));
-            }
-        if constexpr (w == 4)
-            for (; i + 16 <= n; i += 16) {
-                const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i)));
-                const __mmask16 at = _mm512_cmpeq_epi32_mask(v, _mm512_set1_epi32(static_cast<int>(esc)));
-                assert(used <= n_escapes);  // 64 bytes from there are escapes or their slack
-                const __m512i more = _mm512_maskz_expand_epi32(at, _mm512_loadu_si512(escapes + used * w));
-                _mm512_storeu_si512(z + i, _mm512_add_epi32(v, more));
-                used += static_cast<unsigned>(__builtin_popcount(at));
-            }
-#endif
         if (far < n / 16) {  // rare enough to be foreseen
             for (size_t j = i; j < n; ++j) z[j] = values[j];
             for (; i < n; ++i)

@@ -56,3 +56,34 @@ size_t find_runs(const u8* bytes, size_t n, Run* runs, u8* literals, size_t* n_l
     *n_literals = static_cast<size_t>(to - literals) + n - start;
     return static_cast<size_t>(run - runs);
 }
+
+Zeros count_zeros(const u8* bytes, size_t n, size_t row) {
+    Zeros found = {.begun = 0, .n_bytes = 0};
+    for (size_t first = 0; first < n; first += row) {
+        const u8* const at = bytes + first;
+        size_t next = 0;  // behind the last byte that is not 0
+        const auto end_run = [&](size_t end) {
+            const size_t size = end - next, least = next == 0 || end == row ? kMinRun / 2 : kMinRun;
+            if (size < least) return;
+            found.n_bytes += size;
+            found.begun += next != 0;
+        };
+        size_t i = 0;
+        for (; i + 64 <= row; i += 64)
+            for (u64 mask = others_of(at + i); mask;) {
+                const unsigned here = static_cast<unsigned>(__builtin_ctzll(mask));
+                const u64 behind = ~(mask >> here);
+                const unsigned together = behind ? static_cast<unsigned>(__builtin_ctzll(behind)) : 64;
+                end_run(i + here);
+                next = i + here + together;
+                mask = here + together < 64 ? mask >> (here + together) << (here + together) : 0;
+            }
+        for (; i < row; ++i)
+            if (at[i]) {
+                end_run(i);
+                next = i + 1;
+            }
+        end_run(row);
+    }
+    return found;
+}

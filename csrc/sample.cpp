@@ -1,8 +1,9 @@
-// What each way of storing a chunk would cost, estimated from a 64th of it.
+// What each way of storing a chunk would cost, estimated from a small part of it.
 #include <cmath>
 #include <cstring>
 
 #include "arguments.h"
+#include "context.h"
 #include "entropy.h"
 #include "fastckpt.h"
 #include "kernels.h"
@@ -13,7 +14,21 @@ using namespace fastckpt;
 namespace {
 
 constexpr size_t kPiece = 64, kEvery = 4096;
+constexpr size_t kDeltaPiece = 256, kDeltaEvery = 8192;
 constexpr unsigned kPackBits[4] = {1, 2, 4, 8};
+constexpr size_t kManyBytes = 32768;  // of a plane: counted by halves
+constexpr double kRawBits = 7.6, kZeroPieces = 0.08;  // as in frame_sink.cpp
+constexpr size_t kMinRow = 16;
+
+// Bits a symbol as a block of literals has them: raw at most; a symbol in more than half of the places takes a bit all
+// the same; nothing where there is one symbol only. sum: of c log2 c over all counts.
+double symbol_bits(double sum, double total, unsigned distinct, double most) {
+    if (distinct <= 1) return 0;
+    double h = entropy_of(sum, total, distinct);
+    const double p = most / total;
+    if (p > 0.5) h += 1 + p * std::log2(p) + (1 - p) * std::log2(1 - p);
+    return h > 8 ? 8 : h;
+}
 
 struct Counts {
     u32 of[256];
@@ -23,22 +38,17 @@ struct Counts {
         ++of[byte];
         ++total;
     }
-    // Bits a symbol as a block of literals has them: raw at most; a symbol in more than half of the places takes a bit
-    // all the same; nothing where there is one symbol only.
     double bits() const {
-        if (!total) return 0;
         double sum = 0;
         unsigned distinct = 0;
+        u32 most = 0;
         for (u32 c : of)
             if (c) {
                 sum += c * std::log2(static_cast<double>(c));
                 ++distinct;
+                most = c > most ? c : most;
             }
-        if (distinct == 1) return 0;
-        double h = entropy_of(sum, static_cast<double>(total), distinct);
-        const double p = dominant();
-        if (p > 0.5) h += 1 + p * std::log2(p) + (1 - p) * std::log2(1 - p);
-        return h > 8 ? 8 : h;
+        return symbol_bits(sum, static_cast<double>(total), distinct, most);
     }
     double dominant() const {
         u32 most = 0;
@@ -47,77 +57,194 @@ struct Counts {
     }
 };
 
+// ---- without a base ----
+
 struct Tally {
-    Counts rot[8], low7, sub[8], packed[4], escapes[4][8];
-    u64 lanes, n_escapes[4];
+    Counts rot[8];
+    u64 lanes;
     bool negative;
 };
 
 template <typename Lane>
-void look(const u8* raw, const u8* base, size_t lanes, Tally& t) {
+void look(const u8* raw, size_t lanes, Tally& t) {
     constexpr unsigned w = sizeof(Lane);
-    Lane z[kPiece / w];
     for (size_t i = 0; i < lanes; ++i) {
         const Lane x = load_lane<Lane>(raw + i * w), y = rotated(x);
         for (unsigned k = 0; k < w; ++k) t.rot[k].add(byte_of(y, k));
         t.negative |= (x & kTop<Lane>) != 0;
-        if (!base) continue;
-        z[i] = difference(x, load_lane<Lane>(base + i * w));
-        for (unsigned k = 0; k < w; ++k) t.sub[k].add(byte_of(z[i], k));
     }
     t.lanes += lanes;
-    if (!base) return;
-    for (unsigned p = 0; p < 4; ++p) {
-        const unsigned bits = kPackBits[p], in_byte = 8 / bits;
-        const Lane esc = static_cast<Lane>((1u << bits) - 1);
-        for (size_t i = 0; i + in_byte <= lanes; i += in_byte) {
-            unsigned byte = 0;
-            for (unsigned j = 0; j < in_byte; ++j)
-                byte |= static_cast<unsigned>(z[i + j] < esc ? z[i + j] : esc) << (bits * j);
-            t.packed[p].add(byte);
+}
+
+void sample_alone(const u8* raw, size_t n_bytes, unsigned w, fastckpt_estimate* out) {
+    Tally t;
+    std::memset(&t, 0, sizeof t);
+    const size_t every = n_bytes < 64 * kEvery ? (n_bytes < 64 * kPiece ? kPiece : kEvery / 8) : kEvery;
+    for (size_t at = 0; at < n_bytes; at += every) {
+        const size_t n = n_bytes - at < kPiece ? n_bytes - at : kPiece;
+        if (w == 2) look<u16>(raw + at, n / 2, t);
+        if (w == 4) look<u32>(raw + at, n / 4, t);
+        if (w == 8) look<u64>(raw + at, n / 8, t);
+    }
+    out->lanes = t.lanes;
+    out->rot_bits = 0;
+    for (unsigned k = 0; k < w; ++k) out->rot_bits += t.rot[k].bits();
+    const double low = t.rot[w - 1].bits();
+    out->rotu_bits = t.negative ? -1 : out->rot_bits - low + (low < 7 ? low : 7);
+    out->rot_dominant = t.rot[0].dominant();
+    out->sub_bits = -1;
+    for (double& bits : out->subpack_bits) bits = -1;
+    out->sub_dominant = 0;
+}
+
+// ---- with a base ----
+
+double raw_if_many(double bits) { return bits > kRawBits ? 8 : bits; }
+
+// Bits a symbol by codes of 1 to 11 bits, from the counts of all symbols but 0, and that of 0: the commonest one may be
+// worth less than a bit, and rare ones take more of the codes than they are worth.
+double code_bits(const u32* counts, double zero) {
+    double total = zero, most = zero;
+    unsigned distinct = zero > 0;
+    for (unsigned s = 1; s < 256; ++s) {
+        total += counts[s];
+        most = counts[s] > most ? counts[s] : most;
+        distinct += counts[s] != 0;
+    }
+    if (distinct <= 1) return 0;
+    const double least = total / 2048;
+    const bool capped = most > total / 2;
+    double space = capped ? 0.5 : 1, middle = 0, sum = 0, bits = capped ? most : 0;
+    bool seen = false;
+    const auto take = [&](double c) {
+        if (c <= 0) return;
+        if (capped && !seen && c == most) {
+            seen = true;
+        } else if (c < least) {
+            space -= 1.0 / 2048;
+            bits += 11 * c;
+        } else {
+            middle += c;
+            sum += c * std::log2(c);
         }
-        for (size_t i = 0; i < lanes; ++i)
-            if (z[i] >= esc) {
-                ++t.n_escapes[p];
-                const Lane rest = static_cast<Lane>(z[i] - esc);
-                for (unsigned k = 0; k < w; ++k) t.escapes[p][k].add(byte_of(rest, k));
-            }
+    };
+    take(zero);
+    for (unsigned s = 1; s < 256; ++s) take(counts[s]);
+    if (middle > 0) bits += middle * std::log2(middle / space) - sum;
+    bits = bits / total + (distinct - 1) / (2 * 0.6931 * total);
+    return bits > 8 ? 8 : bits;
+}
+
+double geometric_bits(double mean) {
+    return mean > 0 ? (mean + 1) * std::log2(mean + 1) - mean * std::log2(mean) : 0;
+}
+
+Counts counted(const u8* bytes, size_t n) {
+    Histogram histogram;
+    histogram.sample(bytes, n, n < kManyBytes ? 1 : 2);
+    Counts counts;
+    std::memcpy(counts.of, histogram.counts, sizeof counts.of);
+    counts.total = histogram.total;
+    return counts;
+}
+
+// Bits a byte of a plane as runs of zeros, and literals between them.
+double run_bits(const Counts& counts, const Zeros& zeros, double n, double places) {
+    const double in_runs = static_cast<double>(zeros.n_bytes) / n;
+    const double runs = places > 0 ? static_cast<double>(zeros.begun) / places : 0;
+    const double literals = 1 - in_runs + runs;
+    const double total = static_cast<double>(counts.total);
+    const double zero = counts.of[0] - (in_runs - runs) * total;
+    double bits = literals * raw_if_many(code_bits(counts.of, zero > 0 ? zero : 0));
+    if (runs > 0)
+        bits += runs * (geometric_bits(in_runs / runs - kMinRun) + geometric_bits(literals / runs - 2));
+    return bits;
+}
+
+// Bits a byte of a plane. row: bytes that lie together.
+double plane_bits(const u8* bytes, size_t n, size_t row) {
+    if (!n) return 0;
+    const Counts counts = counted(bytes, n);
+    const double plain = raw_if_many(code_bits(counts.of, counts.of[0]));
+    if (row < kMinRow || n < kMinHuffman) return plain;
+    size_t pieces = 0, empty = 0;
+    for (size_t i = 0; i + 16 <= n; i += 16, ++pieces) empty += !(load64(bytes + i) | load64(bytes + i + 8));
+    if (static_cast<double>(empty) < kZeroPieces * static_cast<double>(pieces)) return plain;
+    const double runs = run_bits(counts, kernels().count_zeros(bytes, n, row), static_cast<double>(n),
+                                 static_cast<double>(n / row * (row - 1)));
+    return runs < plain ? runs : plain;
+}
+
+// The pieces of raw and base, one after the other, in the context; returns their bytes.
+size_t gather(fastckpt_context& context, const u8* raw, const u8* base, size_t n_bytes) {
+    const size_t every = n_bytes < 64 * kDeltaEvery ? (n_bytes < 64 * kDeltaPiece ? kDeltaPiece : kDeltaEvery / 8)
+                                                    : kDeltaEvery;
+    size_t n = 0;
+    for (size_t at = 0; at < n_bytes; at += every) {
+        const size_t left = n_bytes - at, size = left < kDeltaPiece ? (at ? 0 : left) : kDeltaPiece;
+        std::memcpy(context.escapes + n, raw + at, size);
+        std::memcpy(context.escape_planes + n, base + at, size);
+        n += size;
+    }
+    return n;
+}
+
+void sample_delta(fastckpt_context& context, const u8* raw, const u8* base, size_t n_bytes, unsigned w,
+                  fastckpt_estimate* out) {
+    const Kernels& loops = kernels();
+    const size_t n = gather(context, raw, base, n_bytes), lanes = n / w;
+    const size_t row = (n < kDeltaPiece ? n : kDeltaPiece) / w;
+    const u8 *const x = context.escapes, *const under = context.escape_planes;
+    // Behind these two: escapes, and their planes.
+    constexpr size_t kSampled = kMaxRaw / kDeltaEvery * kDeltaPiece;
+    static_assert(2 * kSampled + kSlack <= kMaxRaw && kSampled <= kMaxRaw / 2, "both have room");
+    static_assert(64 * kDeltaPiece * 8 <= kSampled && 64 * kDeltaPiece <= kSampled, "shorter chunks have fewer pieces");
+    u8 *const escapes = context.escapes + kSampled, *const escape_planes = context.escape_planes + kSampled;
+    u8* planes[kMaxPlanes];
+    for (unsigned k = 0; k < w; ++k) planes[k] = context.planes[k];
+    out->lanes = lanes;
+
+    loops.split(x, nullptr, lanes, w, Map::kRot, planes);
+    out->rot_bits = 0;
+    double low = 0;
+    for (unsigned k = 0; k < w; ++k) {
+        const Counts counts = counted(planes[k], lanes);
+        if (k == 0) out->rot_dominant = counts.dominant();
+        low = counts.bits();
+        out->rot_bits += low;
+    }
+    bool negative = false;
+    for (size_t i = 0; i < lanes; ++i) negative |= planes[w - 1][i] & 1;
+    out->rotu_bits = negative ? -1 : out->rot_bits - low + (low < 7 ? low : 7);
+
+    loops.split(x, under, lanes, w, Map::kSub, planes);
+    out->sub_bits = 0;
+    for (unsigned k = 0; k < w; ++k) out->sub_bits += plane_bits(planes[k], lanes, row);
+    out->sub_dominant = counted(planes[0], lanes).dominant();
+
+    for (unsigned p = 0; p < 4; ++p) {
+        const unsigned bits = kPackBits[p];
+        const size_t far = loops.subpack(x, under, lanes, w, bits, context.packed, escapes);
+        for (unsigned k = 0; k < w; ++k) planes[k] = escape_planes + k * far;
+        loops.split(escapes, nullptr, far, w, Map::kPlain, planes);
+        double escape_bits = 0;
+        for (unsigned k = 0; k < w; ++k) escape_bits += plane_bits(planes[k], far, far);
+        const double packed = plane_bits(context.packed, (lanes * bits + 7) / 8, (row * bits + 7) / 8);
+        out->subpack_bits[p] = packed * bits / 8 + static_cast<double>(far) / static_cast<double>(lanes) * escape_bits;
     }
 }
 
 }  // namespace
 
-extern "C" int fastckpt_sample(const void* raw, const void* base, size_t n_bytes, unsigned w, fastckpt_estimate* out) {
+extern "C" int fastckpt_sample(fastckpt_context* context, const void* raw, const void* base, size_t n_bytes, unsigned w,
+                               fastckpt_estimate* out) {
     if (w != 2 && w != 4 && w != 8) return FASTCKPT_BAD_LANE;
-    if (!n_bytes || n_bytes % w) return FASTCKPT_BAD_LENGTH;
-    if (!out) return FASTCKPT_BAD_ARGUMENT;
+    if (!n_bytes || n_bytes % w || (base && n_bytes > kMaxRaw)) return FASTCKPT_BAD_LENGTH;
+    if (!out || (base && !context)) return FASTCKPT_BAD_ARGUMENT;
     if (const int status = check_memory(raw, n_bytes)) return status;
-    Tally t;  // 54 KiB
-    std::memset(&t, 0, sizeof t);
-    const auto* x = static_cast<const u8*>(raw);
-    const auto* b = static_cast<const u8*>(base);
-    const size_t every = n_bytes < 64 * kEvery ? (n_bytes < 64 * kPiece ? kPiece : kEvery / 8) : kEvery;
-    for (size_t at = 0; at < n_bytes; at += every) {
-        const size_t n = n_bytes - at < kPiece ? n_bytes - at : kPiece;
-        const u8* base_at = b ? b + at : nullptr;
-        if (w == 2) look<u16>(x + at, base_at, n / 2, t);
-        if (w == 4) look<u32>(x + at, base_at, n / 4, t);
-        if (w == 8) look<u64>(x + at, base_at, n / 8, t);
-    }
-    out->lanes = t.lanes;
-    out->rot_bits = out->sub_bits = 0;
-    for (unsigned k = 0; k < w; ++k) out->rot_bits += t.rot[k].bits();
-    const double low = t.rot[w - 1].bits();
-    out->rotu_bits = t.negative ? -1 : out->rot_bits - low + (low < 7 ? low : 7);
-    out->rot_dominant = t.rot[0].dominant();
-    for (unsigned k = 0; k < w; ++k) out->sub_bits += t.sub[k].bits();
-    out->sub_dominant = t.sub[0].dominant();
-    for (unsigned p = 0; p < 4; ++p) {
-        double escape_bits = 0;
-        for (unsigned k = 0; k < w; ++k) escape_bits += t.escapes[p][k].bits();
-        const double rate = static_cast<double>(t.n_escapes[p]) / static_cast<double>(t.lanes);
-        out->subpack_bits[p] = b ? t.packed[p].bits() * kPackBits[p] / 8 + rate * escape_bits : -1;
-    }
-    if (!b) out->sub_bits = -1;
+    if (base)
+        sample_delta(*context, static_cast<const u8*>(raw), static_cast<const u8*>(base), n_bytes, w, out);
+    else
+        sample_alone(static_cast<const u8*>(raw), n_bytes, w, out);
     return FASTCKPT_OK;
 }

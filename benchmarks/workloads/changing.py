@@ -42,6 +42,8 @@ class Task(abc.ABC):
     decay = 0.01
     warm = 20
     """Steps in which the rate rises to `lr`."""
+    batch = gpt.BATCH
+    """Examples in a step."""
 
     @abc.abstractmethod
     def weights(self) -> Weights: ...
@@ -79,7 +81,7 @@ class Pretraining(Task):
         return {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
     def loss(self, weights: Weights) -> Tensor:
-        at = torch.randint(len(self.text) - gpt.CONTEXT - 1, (gpt.BATCH,)).tolist()
+        at = torch.randint(len(self.text) - gpt.CONTEXT - 1, (self.batch,)).tolist()
         rows = torch.stack([self.text[i : i + gpt.CONTEXT + 1] for i in at])
         logits = functional_call(self.model, weights, (rows[:, :-1],), tie_weights=True)
         return functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
@@ -88,7 +90,7 @@ class Pretraining(Task):
 class FineTuning(Task):
     """MiniLM-L6, 22.6 M trained weights: two passes of a sentence with other dropout shall mean the same."""
 
-    lr = codec_data.LR
+    lr, batch = codec_data.LR, codec_data.BATCH
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
@@ -100,9 +102,8 @@ class FineTuning(Task):
         return {n: t for n, t in kept.items() if not n.startswith("pooler")}
 
     def loss(self, weights: Weights) -> Tensor:
-        ids = self.text[torch.randint(len(self.text), (codec_data.BATCH,))]
-        both = codec_data.embed(weights, torch.cat([ids, ids]))
-        half = codec_data.BATCH
+        ids = self.text[torch.randint(len(self.text), (self.batch,))]
+        both, half = codec_data.embed(weights, torch.cat([ids, ids])), self.batch
         return functional.cross_entropy(both[:half] @ both[half:].T / 0.3, torch.arange(half))
 
 
@@ -255,7 +256,8 @@ def formed(everything: dict[str, Any], form: str, trains: Callable[[str], bool])
 
 GAPS = (1, 10, 50, 100)
 FIRST = {"pretraining-1e-3": 150, "pretraining-3e-4": 150, "fine-tuning": 100, "lora": 50, "frozen": 50, "sparse": 200}
-"""The step after which the first state is taken."""
+FIRST_BF16 = {**FIRST, "pretraining-1e-3": 60, "pretraining-3e-4": 60, "fine-tuning": 20, "lora": 10, "frozen": 10}
+"""The step after which the first state is taken; of runs in bfloat16 earlier, to keep the time short."""
 TASKS: dict[str, Callable[[Path, bool], Task]] = {
     "pretraining-1e-3": lambda cache, quick: Pretraining(1e-3, quick),
     "pretraining-3e-4": lambda cache, quick: Pretraining(3e-4, quick),
@@ -279,14 +281,20 @@ def trains(name: str) -> Callable[[str], bool]:
     return _TRAINED.get(name, Task).trains
 
 
+def first_step(name: str, precision: str, quick: bool) -> int:
+    """The step after which the first state of that training is taken."""
+    return 2 if quick else (FIRST if precision == "mixed" else FIRST_BF16)[name]
+
+
 def cached(name: str, precision: str, cache: Path, quick: bool) -> Path:
     """The folder with the states `GAPS` steps apart from the first one (0.pt, 1.pt, …); made now if it is not there."""
     folder = cache / "changing" / f"{name}-{precision}{'-quick' if quick else ''}-{SEED}"
     if (folder / "complete").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # sums in another order would make other states
     run = Run(TASKS[name](cache, quick), precision)
-    first = 2 if quick else FIRST[name]
+    first = first_step(name, precision, quick)
     for number in range(1, first + GAPS[-1] + 1):
         loss = run.step()
         codec_data.say(f"{name}, {precision}: step {number}/{first + GAPS[-1]}, loss {loss:.3f}")

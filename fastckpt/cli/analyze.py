@@ -22,6 +22,7 @@ from fastckpt.repository.rank_reader import open_rank
 from fastckpt.repository.repository import Repository
 from fastckpt.state import Captured, capture
 from fastckpt.upkeep.analyze import Base, CodingResult, TensorGroup, analyze
+from fastckpt.upkeep.dry_saves import RowOfSaves, for_dry_saves, row_of_saves
 from fastckpt.upkeep.stored_base import stored_base
 
 HELP = "what compression and deltas would gain on this state; writes nothing"
@@ -35,25 +36,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--against", metavar="OLDER", help="an older state, to see what a delta would gain")
     parser.add_argument(
+        "--saves",
+        type=int,
+        metavar="N",
+        help="with --against FILE: also N saves in a row, each as far from the one before",
+    )
+    parser.add_argument(
         "--trust-pickle", action="store_true", help="load files that weights_only refuses: runs their code"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a row for each group of tensors. WrongUsageError, CheckpointError, StoreError, OSError."""
-    captured = _state(arguments.path, arguments)
+    if arguments.saves is not None and (arguments.saves < 1 or arguments.against is None):
+        raise WrongUsageError(f"--saves is {arguments.saves}: expected a number ≥ 1, and --against")
+    captured, row = _state(arguments.path, arguments), None
     with _older(arguments) as older:
+        if arguments.saves is not None and not isinstance(older, Captured):
+            raise WrongUsageError(
+                f"--saves needs a state to go back to: {arguments.against} is a repository; name a file"
+            )
         groups = analyze(captured, older, bar(arguments.path), options())
+        if arguments.saves is not None and isinstance(older, Captured):
+            row = row_of_saves(captured, older, arguments.saves, options(), bar(f"{arguments.saves} saves"))
     if arguments.json:
-        sums = {"raw_bytes": _sum(groups, "raw_bytes"), "full_bytes": _full(groups), "next_bytes": _next(groups)}
-        value = {"path": arguments.path, "against": arguments.against, "kernels": kernels().name, **sums}
+        sums: dict[str, Any] = {
+            "raw_bytes": _sum(groups, "raw_bytes"),
+            "full_bytes": _full(groups),
+            "next_bytes": _next(groups),
+        }
+        sums |= {"saves": None if row is None else _row_to_json(row)}
+        value = {"path": arguments.path, "against": arguments.against, "kernels": kernels().name}
+        value |= {"effort": for_dry_saves(options()).effort, **sums}
         print_json("analyze", {**value, "groups": [_to_json(group) for group in groups]})
         return OK
     if not groups:
         note("no tensors here")
         return OK
     _print(groups, older is not None)
+    if row is not None:
+        _print_row(row, _full(groups))
     return OK
+
+
+def _row_to_json(row: RowOfSaves) -> dict[str, Any]:
+    return {
+        "stored_bytes": row.stored_bytes,
+        "read_amplification": [round(one.amplification, 4) for one in row.stored],
+        "longest_chain": max(one.longest_chain for one in row.stored),
+    }
+
+
+def _print_row(row: RowOfSaves, full_bytes: int) -> None:
+    mean, most = sum(row.stored_bytes) / len(row.stored_bytes), max(row.stored_bytes)
+    read = max(one.amplification for one in row.stored)
+    say(
+        f"{len(row.stored_bytes)} saves in a row: {human(mean)} on average ({mean / max(full_bytes, 1):.3f} of a full one), {human(most)} "
+        f"at most; a restore reads {read:.2f} times a full one at most"
+    )
 
 
 @contextmanager
@@ -150,7 +190,7 @@ def _print(groups: list[TensorGroup], with_delta: bool) -> None:
     found = _next(groups)
     if found is not None:
         words += f"; the next checkpoint against the older state {human(found)} ({found / max(raw, 1):.4f})"
-    say(f"{words}, and its index")
+    say(f"{words}, and its index; effort {for_dry_saves(options()).effort}")
     if kernels().name != "native":
         note(f"the speeds are of the {kernels().name} kernels: the native ones are not installed")
 

@@ -1,7 +1,7 @@
 """Chooses transform and coder of a chunk. Pure: from the estimate of a sample to a choice.
 
                    bits per lane           gains over 8 %?            commonest byte > ½?
-sample of 1/64 ─→  ROT(U) SUB SUBPACK ─→   a delta, else ROT(U)  ─→   real zstd, else our Huffman
+sample of 1/64 ─→  ROT(U) SUB SUBPACK ─→   a delta, else ROT     ─→   real zstd, else our Huffman (deltas: always ours)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Effort(enum.IntEnum):
     FAST = 1
     """Our own Huffman frames: 2 to 4 GB/s a core."""
     NORMAL = 2
-    """Also zstd's match search where one byte value dominates (zero rows, sparse deltas): 0.4 to 1.3 GB/s a core, for such chunks only."""
+    """Also zstd's match search where one byte value dominates (zero rows): 0.4 to 1.3 GB/s a core, for such chunks only."""
     HIGH = 3
     """The same with zstd -9: for links under 50 MB/s a core, and for background work."""
 
@@ -37,6 +37,8 @@ class Coding(NamedTuple):
 
 # A delta makes a restore read two chunks. A smaller gain is not worth that.
 MIN_DELTA_GAIN = 0.08
+# Of lanes of 4 and 8 bytes SUBPACK takes more time than SUB, and an estimate may be wrong by as much.
+_MIN_PACK_GAIN = 0.02
 # A chunk that saves less than this is stored raw: decoding it would take about as long as a fast disk needs to read 1 %.
 MIN_SAVING = 0.01
 # Huffman codes have at least one bit: a byte value that is more frequent than this wastes part of it.
@@ -57,13 +59,12 @@ def choose(
     alone_bits = estimate.rotu if estimate.rotu >= 0 else estimate.rot
     level = None if effort < Effort.NORMAL else 1 if effort == Effort.NORMAL else 9
     if estimate.sub >= 0:
-        bits, pack_bits = min(zip((estimate.sub, *estimate.subpack), (0, *PACK_BITS), strict=True))
+        bits, pack_bits = min(zip(estimate.subpack, PACK_BITS, strict=True))
+        if bits >= estimate.sub * (1 - _MIN_PACK_GAIN if lane_bytes > 2 else 1):
+            bits, pack_bits = estimate.sub, 0
         if bits < alone_bits * (1 - min_gain):
-            if pack_bits:
-                # Huffman's minimum of one bit for each packed byte is more than half of the estimate: almost nothing has changed.
-                sparse = bits < 2 * pack_bits / 8
-                return Coding(Transform.SUBPACK, pack_bits, level if sparse else None)
-            return Coding(Transform.SUB, 0, level if estimate.sub_dominant > _DOMINANT else None)
+            # Never zstd's match search: our own frames have runs of zeros, which are all that it finds in a delta.
+            return Coding(Transform.SUBPACK if pack_bits else Transform.SUB, pack_bits)
     dominated = estimate.rot_dominant > _DOMINANT
     if dominated and level is not None:
         return Coding(Transform.ROT, 0, level)

@@ -13,6 +13,7 @@ copies together are one state.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -38,6 +39,11 @@ class ChunkSource(Protocol):
         """A chunk's bytes, either in `scratch`, which is large enough, or elsewhere. Nobody changes them until `release`. May block.
 
         Raises the error that has made the state invalid meanwhile.
+        """
+
+    def peek(self, number: int, scratch: U8) -> AbstractContextManager[U8 | None]:
+        """Context with any chunk's bytes, before its `raw` or after its `release`, in `scratch` or elsewhere. Nobody changes them until it
+        ends. None: they are not in memory (any more). May block. Raises what `raw` does.
         """
 
     def release(self, number: int) -> None:

@@ -187,8 +187,10 @@ class CacheFolder:
         return os.path.join(self._own, f".claim-{key.replace('/', '+')}.tmp")
 
     def remove_before(self, folder: str, first: str) -> None:
-        """Remove folders in `folder` (as "data") whose names sort before `first`, of earlier saves, unless something has come there within the
-        last hour: the checkpoint that is restored may name packs of theirs, which another process or a prefetch has just brought.
+        """Remove folders in `folder` (as "data") whose names sort before `first`: of earlier saves.
+
+        Those stay into which something has come within the last hour: the checkpoint that is restored may name packs of theirs, which
+        another process or a prefetch has just brought.
         """
         last_s = time.time() - _NEEDED_S
         with contextlib.suppress(OSError):

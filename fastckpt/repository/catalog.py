@@ -172,7 +172,11 @@ class Catalog:
                 return None
             raise NoCheckpointError(f"{self.repository.url} has no checkpoint at all: step {step} cannot be restored")
         if not isinstance(step, str):
-            return Choice(*self._opened(self._find(step)))
+            found = self._find(step)
+            try:
+                return Choice(*self._opened(found))
+            except CorruptCheckpointError as error:
+                raise self.with_advice(found, error) from error
         newer = self._relisted(without)
         if newer is not None:
             return newer.choose(step, known_bad, without)

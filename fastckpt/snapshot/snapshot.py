@@ -136,7 +136,7 @@ class Snapshot:
         memory, and in ring mode until the last copy is given out: for max_stall_s at most, and not beyond `by` (a number means seconds from
         now). Errors of the snapshot are not raised here: see `error`.
         """
-        limit = self._limit(by)
+        limit = _limit(by, self._max_stall_s)
         started_s = time.perf_counter()
         with self._progress.changed:
             if self._progress.fenced:
@@ -170,15 +170,6 @@ class Snapshot:
         """While this context is open, the training thread waits for the save: torn copies are repeated at once, or the snapshot fails."""
         with self._copier.host.attended():
             yield
-
-    def _limit(self, by: Deadline | float | None) -> Deadline:
-        """The deadline of the training thread's wait. Its `why` appears in the error."""
-        limit = Deadline.after(self._max_stall_s, f"max_stall_s = {self._max_stall_s:g} s")
-        deadline = by if isinstance(by, Deadline) else Deadline.after(by, "as the caller of the fence says")
-        left_s = deadline.left_s()
-        if left_s is None:
-            return limit
-        return limit.sooner(Deadline(deadline.at_s, f"the {left_s:.1f} s that were left ({deadline.why})"))
 
     def _stalled(self, limit: Deadline) -> SnapshotStalledError:
         return SnapshotStalledError(
@@ -261,6 +252,25 @@ class Snapshot:
         self._progress.there(copy)
         return content
 
+    @contextlib.contextmanager
+    def peek(self, number: int, scratch: U8) -> Iterator[U8 | None]:
+        """Context with any chunk's bytes, before `raw` or after `release`. None: memory does not hold all chunks, or not any more."""
+        copy = self._copies[number]
+        with self._progress.changed:
+            held = self._spiller is None and self._ring.hold(copy)
+            if held:
+                self._wait_for_copy(copy)
+        if not held:
+            with contextlib.nullcontext() if self.base is None else self.base.lend(number) as content:
+                yield content
+            return
+        try:
+            if self._progress.error is not None:
+                raise self._progress.error
+            yield None if copy.spared else self._content(copy)
+        finally:
+            self.release(number)
+
     def _wait_for_copy(self, copy: Copy) -> None:
         """Wait until a copy can be waited for, or an error has occurred. The caller holds the lock."""
         progress, slab = self._progress, self._ring.slab_of(copy)
@@ -334,3 +344,13 @@ class Snapshot:
                 self._watch.forget_tensors()
                 self._copier.devices.forget_sources()
         self._pool.give_back(slabs)
+
+
+def _limit(by: Deadline | float | None, max_stall_s: float) -> Deadline:
+    """The deadline of the training thread's wait. Its `why` appears in the error."""
+    limit = Deadline.after(max_stall_s, f"max_stall_s = {max_stall_s:g} s")
+    deadline = by if isinstance(by, Deadline) else Deadline.after(by, "as the caller of the fence says")
+    left_s = deadline.left_s()
+    if left_s is None:
+        return limit
+    return limit.sooner(Deadline(deadline.at_s, f"the {left_s:.1f} s that were left ({deadline.why})"))

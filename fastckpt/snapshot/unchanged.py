@@ -10,7 +10,7 @@ has to have the fingerprint of the call; otherwise it is torn. Any failure here 
 
 from __future__ import annotations
 
-import random
+import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +29,7 @@ from fastckpt.snapshot.side_stream import SideStream, bytes_of, joined, wait_for
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Chunk
 
-_KEYS = (random.SystemRandom().getrandbits(63), random.SystemRandom().getrandbits(63))
+_KEYS = (secrets.randbits(63), secrets.randbits(63))
 """Of this process: no content can have been made for them."""
 _JOINED_BYTES = 32 << 20
 """Limit of a device's memory for bundles of small storages, which are joined for their fingerprint."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 
 from fastckpt._types import U8
 from fastckpt.format.directory import TensorEntry
@@ -51,6 +52,10 @@ class LiveChunks:
                 self._reading -= 1
                 self._changed.notify_all()
         return raw
+
+    def peek(self, number: int, scratch: U8) -> AbstractContextManager[U8 | None]:
+        """A private copy, too."""
+        return nullcontext(self.raw(number, scratch))
 
     def release(self, number: int) -> None:
         """Does nothing: the scratch buffer belongs to the caller."""

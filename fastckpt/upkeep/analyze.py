@@ -11,31 +11,24 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
 from fastckpt._types import U8, Progress
-from fastckpt.format.keys import SaveId, parse_pack
+from fastckpt.format.keys import parse_pack
 from fastckpt.format.records import Records
-from fastckpt.format.repository_records import Parent
 from fastckpt.format.sealed_state import ChunkSource, SealedState
 from fastckpt.kernels.transform import Transform
 from fastckpt.options import Options
 from fastckpt.state import Captured
 from fastckpt.state.chunks import storage_shapes
 from fastckpt.state.sealing import seal
-from fastckpt.upkeep.dry_store import DryStore
-from fastckpt.upkeep.stored_base import KnownBytes
+from fastckpt.upkeep.dry_saves import dry_base, dry_upload, for_dry_saves, rows_of
 from fastckpt.writing.bases import Base, Uploaded
 from fastckpt.writing.matching import match
-from fastckpt.writing.rank import SaveAsked, SaveRequest, upload
-
-_OWN = SaveId(1, 1, 0)
-_OLDER = Parent(_OWN.checkpoint, "0" * 32)
 
 
 @dataclass
@@ -84,33 +77,19 @@ def analyze(
         progress: called with raw bytes done and raw bytes in all, on any thread, by one at a time.
         options: of the saves; None for the defaults. An effort that would follow the link is `normal` here.
     """
-    options = replace(options or Options(), threads=1, connections=1, max_connections=1)
-    options = replace(options, effort="normal") if options.effort == "auto" else options
+    options = for_dry_saves(options)
     sealed = seal(captured)
     passes = 1 if older is None else 2 if isinstance(older, Base) else 3
     done = _counted(progress, max(sealed.own_bytes * passes, 1))
     groups = _Groups(captured)
     alone = _Measured(sealed, done, entropies=True)
-    groups.enter_alone(_upload(alone.state, None, options), alone)
+    groups.enter_alone(dry_upload(alone.state, None, options), alone)
     if older is not None:
-        base = older if isinstance(older, Base) else _base(seal(older), options, done)
+        base = older if isinstance(older, Base) else dry_base(_Measured(seal(older), done).state, options)
         measured = _Measured(sealed, done)
-        groups.enter_delta(_upload(measured.state, base, options), measured, base)
+        groups.enter_delta(dry_upload(measured.state, base, options), measured, base)
     progress(1, 1)
     return sorted(groups.found.values(), key=lambda group: group.raw_bytes, reverse=True)
-
-
-def _upload(sealed: SealedState, base: Base | None, options: Options) -> Uploaded:
-    parent = None if base is None else base.parent
-    save = _OWN if parent is None else SaveId(parent.checkpoint.epoch, parent.checkpoint.step + 1, 0)
-    asked = SaveAsked(save.step, trigger="analyze")
-    return upload(sealed, DryStore(), SaveRequest(asked=asked, save=save, parent=parent), options, base=base)
-
-
-def _base(older: SealedState, options: Options, done: Callable[[int], None]) -> Base:
-    """The base that a save of the older state would have become."""
-    uploaded = _upload(_Measured(older, done).state, None, options)
-    return uploaded.as_base(older, _OLDER, KnownBytes(older.source, [chunk.n_bytes for chunk in older.chunks]), 0.0)
 
 
 def _counted(progress: Progress, total: int) -> Callable[[int], None]:
@@ -199,7 +178,7 @@ class _Groups:
         found: dict[int, TensorGroup] = {}
         ends = np.cumsum([chunk.n_bytes for chunk in state.chunks])
         for number, storage in enumerate(state.storages):
-            for row in _rows_of(storage.extents or (), ends):
+            for row in rows_of(storage.extents or (), ends):
                 found[row] = self.found[self._of_storage[number]]
         return [found[number] for number in range(len(state.chunks))]
 
@@ -213,7 +192,7 @@ class _Groups:
         seen: set[int] = set()
         for number, storage in enumerate(vote.directory.storages):
             into = result(self.found[self._of_storage[number]]) if storage.extents else None
-            for row in _rows_of(storage.extents or (), ends):
+            for row in rows_of(storage.extents or (), ends):
                 if into is None or row in seen:
                     continue
                 seen.add(row)
@@ -227,15 +206,6 @@ class _Groups:
 def _delta_of(group: TensorGroup) -> CodingResult:
     assert group.delta is not None
     return group.delta
-
-
-def _rows_of(extents: Sequence[tuple[int, int, int]], ends: Any) -> list[int]:
-    """The rows that extents run through. ends: of each row, where its raw bytes end in the sum of all."""
-    found: list[int] = []
-    for row, offset, n_bytes in extents:
-        start = (int(ends[row - 1]) if row else 0) + offset
-        found += range(row, int(np.searchsorted(ends, start + n_bytes, "left")) + 1)
-    return found
 
 
 def _is_same(uploaded: Uploaded, number: int, base: Base, theirs: int, n_bytes: int) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import SaveId, parse_pack
-from fastckpt.format.records import transform_of
+from fastckpt.format.records import Records, transform_of
 from fastckpt.kernels.transform import Transform
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.upkeep.compact.stored_state import used_rows
@@ -54,13 +56,17 @@ class StoredAs:
 
 def stored_as(reader: Reader, save: SaveId) -> StoredAs:
     """Of one vote. save: whose it is."""
-    rows = reader.records
-    used = np.array(used_rows(reader), np.int64)
+    return of_rows(reader.records, used_rows(reader), reader.files, save)
+
+
+def of_rows(rows: Records, used_rows: Sequence[int], files: Sequence[FileEntry], save: SaveId) -> StoredAs:
+    """Of the rows of one index. used_rows: those that storages use. files: its file table."""
+    used = np.array(used_rows, np.int64)
     bases = bases_of(rows)
     is_used = np.zeros(len(rows), bool)
     is_used[used] = True
     needed = is_used | needed_by(bases, used)
-    own = np.array([True, *(parse_pack(file.key) == save for file in reader.files)])[rows["file"]]
+    own = np.array([True, *(parse_pack(file.key) == save for file in files)])[rows["file"]]
     places = _first_of_each(rows[["file", "offset"]]) & (rows["stored_bytes"] > 0)
     stored = rows["stored_bytes"].astype(np.int64)
     costs = costs_of(rows, bases)
@@ -102,4 +108,4 @@ def _enter(found: StoredAs, record: Any, *, is_used: bool, is_own: bool, first: 
     numbers["stored_bytes"] += int(record["stored_bytes"]) if first else 0
 
 
-__all__ = ["StoredAs", "stored_as"]
+__all__ = ["StoredAs", "of_rows", "stored_as"]

@@ -6,7 +6,7 @@ in the next row, each of the two counts by the part that is needed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,14 @@ WORK = {
     Transform.CONST: 0.2,
     Transform.ROT: 1.0,
     Transform.ROTU: 1.0,
-    Transform.SUB: 0.6,
-    Transform.SUBPACK: 0.35,
+    Transform.SUB: 0.7,
+    Transform.SUBPACK: 0.5,
     Transform.CAST: 0.4,
     Transform.REF: 0.3,
 }
 """What a raw byte takes in a restore, in units of what it takes as ROT, reading and fresh memory included."""
+_OF_TWO_BYTES = 0.8
+"""Differences of lanes of two bytes take so much of that."""
 _CAST_RATIO = 0.67
 """Stored bytes of bfloat16 numbers for each raw byte, where they cannot be cast from others any more."""
 
@@ -83,10 +85,7 @@ def costs_of(records: Records, bases: Bases | None = None) -> Costs:
     """The costs of all rows of a checked index."""
     bases = bases_of(records) if bases is None else bases
     stored, raw = records["stored_bytes"].astype(np.float64), records["raw_bytes"].astype(np.float64)
-    weights = np.zeros(256)
-    for transform, weight in WORK.items():
-        weights[transform] = weight
-    work = raw * weights[records["transform"]]
+    work = raw * _weights(records["transform"], records["lane_bytes"])
     costs = Costs(stored.copy(), stored.copy(), work.copy(), work.copy(), np.zeros(raw.size), depths(bases))
     for depth in range(1, int(costs.depth.max(initial=0)) + 1):
         rows = np.flatnonzero(costs.depth == depth)
@@ -100,6 +99,20 @@ def costs_of(records: Records, bases: Bases | None = None) -> Costs:
         costs.full_work[rows] = np.where(is_cast, raw[rows], costs.full_work[rows])
         costs.excess[rows] += np.maximum(costs.read_bytes[rows] - costs.full_bytes[rows], 0)
     return costs
+
+
+def work_of(transform: Transform, lane_bytes: int, raw_bytes: float) -> float:
+    """What decoding one row takes, without its base."""
+    return raw_bytes * float(_weights(np.array([transform]), np.array([lane_bytes]))[0])
+
+
+def _weights(transform: Any, lane_bytes: Any) -> Amounts:
+    table = np.zeros(256)
+    for one, weight in WORK.items():
+        table[one] = weight
+    is_small_delta = (lane_bytes == 2) & np.isin(transform, (Transform.SUB, Transform.SUBPACK))
+    weights: Amounts = table[transform] * np.where(is_small_delta, _OF_TWO_BYTES, 1.0)
+    return weights
 
 
 def depths(bases: Bases) -> Numbers:

@@ -10,7 +10,7 @@ from fastckpt.format.repository_records import writer
 from fastckpt.format.sealed_state import ChunkSource, SealedState
 from fastckpt.kernels.transform import Transform
 from fastckpt.writing.bases import Place
-from fastckpt.writing.index_rows import Kind, Links
+from fastckpt.writing.index_rows import CastRow, Kind, Links
 
 
 class ChunkWriter:
@@ -82,6 +82,12 @@ class ChunkWriter:
         lane = next(width for width in (8, 4, 2, 1) if not place.start % width and not n_bytes % width)
         records.fill(self._rows, number, Transform.REF, lane, 0, 0, 0, 0, n_bytes, digest, 0, bytes(8))
         self.links.set(number, kind, place)
+
+    def cast(self, number: int, rows: tuple[CastRow, ...]) -> None:
+        """Complete the record of a chunk whose numbers are those of masters. `index_rows.build` makes a row of each piece."""
+        n_bytes = self.chunks[number].n_bytes
+        records.fill(self._rows, number, Transform.CAST, 2, 0, 0, 0, 0, n_bytes, bytes(16), 0, bytes(8))
+        self.links.set_cast(number, rows)
 
     def directory(self) -> directory.Directory:
         """Describe storages and tensors for the index. The caller adds step, rank, world and meta."""

@@ -22,14 +22,14 @@ import numpy as np
 
 from fastckpt.writing.chains import Amounts, Mask, Numbers
 
-_MOST_WORK = 1.5
+_MOST_WORK = 1.45
 _MOST_PACKS = 2.3
 MAX_DEPTH = 32
 """Longest chain that is made; the format allows 64."""
 _STEP = 1.4
 """Chains whose costs differ by less than this factor are taken for equal: then those in the oldest packs end first, so that packs die
 whole."""
-_LEAST_GAIN = 0.02
+LEAST_GAIN = 0.02
 """Of a full chunk's bytes: what gains less is not worth a difference."""
 _POOR = 0.92
 """Of a full chunk's bytes: a difference that takes more uses up a restore's bytes for little. It comes after all better ones, and there is
@@ -62,7 +62,7 @@ class Known(NamedTuple):
     may_differ: Mask
     """A difference is possible: numbers, the base's bytes in memory, a chain that is short enough."""
     is_guess: Mask
-    """Nothing is known of a difference: one chunk of its role is tried, and what comes of it is expected of the others."""
+    """Nothing is known of a difference: it is tried."""
     role: Numbers
     """Chunks of one role change alike."""
     pack: Numbers
@@ -74,7 +74,7 @@ class Packs(NamedTuple):
 
     n_bytes: Amounts
     chunk: Numbers
-    """Pairs: this chunk needs …"""
+    """Pairs, sorted by chunk: this chunk needs …"""
     pack: Numbers
     """… this pack."""
 
@@ -94,6 +94,13 @@ class Plan:
     read_amplification: float
     rests: Mask
     """Chunks of a role of which some rest."""
+    packs: Packs
+    named: Mask
+    """Of each pack whether it will be needed, if all goes as planned."""
+    own_bytes: Amounts
+    """What each chunk will store."""
+    left_packs: float
+    """Bytes of packs that may be needed beyond that."""
 
 
 def plan(known: Known, packs: Packs, read_amplification: float) -> Plan:
@@ -101,7 +108,7 @@ def plan(known: Known, packs: Packs, read_amplification: float) -> Plan:
     gain = np.where(known.is_guess, 0, known.full_bytes - known.delta_bytes)
     is_same = known.has_base & (known.delta_bytes == 0)
     rests = (np.bincount(known.role, is_same) > _RESTS * np.bincount(known.role))[known.role]
-    least = np.where(rests, 1 - _POOR, _LEAST_GAIN)
+    least = np.where(rests, 1 - _POOR, LEAST_GAIN)
     keeps = known.has_base & (known.may_differ | is_same) & (gain > least * known.full_bytes)
     bytes_kept = known.read_bytes + known.delta_bytes - known.full_bytes
     work_kept = known.work + known.delta_work - known.full_work
@@ -111,8 +118,22 @@ def plan(known: Known, packs: Packs, read_amplification: float) -> Plan:
     renew = _freed(known, packs, keeps)
     keeps &= ~renew
     extra_bytes, extra_work = np.where(keeps, bytes_kept, 0), np.where(keeps, work_kept, 0)
-    left_bytes, left_work = room_bytes - extra_bytes.sum(), room_work - extra_work.sum()
-    return Plan(known, extra_bytes, extra_work, renew, left_bytes, left_work, read_amplification, rests)
+    own_bytes = np.where(keeps, known.delta_bytes, known.full_bytes)
+    named = np.bincount(packs.pack[keeps[packs.chunk]], minlength=packs.n_bytes.size) > 0
+    return Plan(
+        known,
+        extra_bytes,
+        extra_work,
+        renew,
+        left_bytes=room_bytes - extra_bytes.sum(),
+        left_work=room_work - extra_work.sum(),
+        read_amplification=read_amplification,
+        rests=rests,
+        packs=packs,
+        named=named,
+        own_bytes=own_bytes,
+        left_packs=_MOST_PACKS * known.full_bytes.sum() - own_bytes.sum() - packs.n_bytes[named].sum(),
+    )
 
 
 def _within(known: Known, keeps: Mask, gain: Amounts, read: tuple[Amounts, float], work: tuple[Amounts, float]) -> Mask:
@@ -172,36 +193,33 @@ class Balance:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._left_bytes, self._left_work = plan.left_bytes, plan.left_work
-        self._found: dict[int, tuple[float, float]] = {}
-        """Of each role the stored bytes of differences that were tried in this save, and those of the full chunks."""
+        self._left_bytes, self._left_work, self._left_packs = plan.left_bytes, plan.left_work, plan.left_packs
         known = plan.known
+        self._named = plan.named.copy()
+        self._first_pair = np.searchsorted(plan.packs.chunk, np.arange(known.raw_bytes.size + 1))
         self._waiting = np.bincount(known.role, np.where(known.is_guess & known.may_differ, known.full_bytes, 0))
         """Of each role the full bytes of chunks of which nothing is known, and that have not come yet."""
+        self._tried, self._gained, self._stored = np.zeros((3, self._waiting.size))
+        """Of each role the full bytes of what was tried in this save, and of those that gained, and what these took."""
 
     def may_differ(self, number: int) -> bool:
         """Whether a difference is worth a try: one of the size that is to be expected is allowed."""
         known = self.plan.known
         if not known.may_differ[number]:
             return False
-        full = float(known.full_bytes[number])
+        role, full = int(known.role[number]), float(known.full_bytes[number])
         n_bytes = 0.0 if known.is_guess[number] else float(known.delta_bytes[number])
-        if int(known.role[number]) in self._found:
-            n_bytes = max(n_bytes, self._ratio(int(known.role[number])) * full)
-        if n_bytes > (1 - _LEAST_GAIN) * full:
-            return False
+        if self._gained[role]:
+            n_bytes = max(n_bytes, float(self._stored[role] / self._gained[role]) * full)
         return self.fits(number, n_bytes, float(known.delta_work[number]))
 
-    def _ratio(self, role: int) -> float:
-        """What differences of a role have taken in this save, of a full chunk's bytes."""
-        differences, full = self._found.get(role, (_EXPECTED, 1.0))
-        return differences / max(full, 1.0)
-
     def tried(self, number: int, stored_bytes: float | None) -> None:
-        """What a difference took; None: it does not pay."""
+        """What a difference took; None: it does not pay. That costs a sample only, so others of its role are tried all the same."""
         role, full = int(self.plan.known.role[number]), float(self.plan.known.full_bytes[number])
-        before = self._found.get(role, (0.0, 0.0))
-        self._found[role] = before[0] + (full if stored_bytes is None else stored_bytes), before[1] + full
+        self._tried[role] += full
+        if stored_bytes is not None:
+            self._gained[role] += full
+            self._stored[role] += stored_bytes
 
     def fits(self, number: int, stored_bytes: float, work: float) -> bool:
         """Whether a chunk may be stored as so many bytes, and so much decoding, besides all that its base needs. 0: as the base's row."""
@@ -216,12 +234,24 @@ class Balance:
                 left_bytes -= self._for_others(int(plan.known.role[number]))
         more_bytes, more_work = self._extra(number, stored_bytes, work)
         left_work = self._left_work + plan.extra_work[number]
-        return bool(more_bytes <= max(0.0, left_bytes) and more_work <= max(0.0, left_work))
+        left_packs = self._left_packs + plan.own_bytes[number] - stored_bytes
+        return bool(
+            more_bytes <= max(0.0, left_bytes)
+            and more_work <= max(0.0, left_work)
+            and plan.packs.n_bytes[self._more_packs(number)].sum() <= max(0.0, left_packs)
+        )
+
+    def _more_packs(self, number: int) -> Numbers:
+        """The packs that a chunk needs and no other so far."""
+        packs = self.plan.packs.pack[self._first_pair[number] : self._first_pair[number + 1]]
+        return packs[~self._named[packs]]
 
     def _for_others(self, role: int) -> float:
         """What differences of other roles are likely to add, unless they are poor, too."""
-        ratios = ((other, self._ratio(other)) for other in range(self._waiting.size) if other != role)
-        return float(sum(self._waiting[other] * ratio for other, ratio in ratios if ratio <= _POOR))
+        took = self._stored + self._tried - self._gained
+        ratio = np.where(self._tried > 0, took / np.maximum(self._tried, 1), _EXPECTED)
+        wanted = np.where(ratio <= _POOR, ratio * self._waiting, 0)
+        return float(wanted.sum() - wanted[role])
 
     def _extra(self, number: int, stored_bytes: float, work: float) -> tuple[float, float]:
         known = self.plan.known
@@ -235,16 +265,20 @@ class Balance:
         more_bytes, more_work = self._extra(number, stored_bytes, work)
         self._left_bytes += float(self.plan.extra_bytes[number]) - more_bytes
         self._left_work += float(self.plan.extra_work[number]) - more_work
-        self._has_come(number)
+        packs = self._more_packs(number)
+        self._named[packs] = True
+        self._left_packs -= float(self.plan.packs.n_bytes[packs].sum())
+        self._has_come(number, stored_bytes)
 
     def is_full(self, number: int, stored_bytes: float) -> None:
         """The chunk was stored in full."""
         more = stored_bytes - float(self.plan.known.full_bytes[number])
         self._left_bytes += float(self.plan.extra_bytes[number]) + (self.plan.read_amplification - 1) * more
         self._left_work += float(self.plan.extra_work[number])
-        self._has_come(number)
+        self._has_come(number, stored_bytes)
 
-    def _has_come(self, number: int) -> None:
+    def _has_come(self, number: int, stored_bytes: float) -> None:
         known = self.plan.known
+        self._left_packs += float(self.plan.own_bytes[number]) - stored_bytes
         if known.is_guess[number] and known.may_differ[number]:
             self._waiting[known.role[number]] -= known.full_bytes[number]

@@ -27,8 +27,8 @@ from fastckpt.kernels import kernels
 from fastckpt.kernels.checksums import digest
 from fastckpt.kernels.transform import HAS_BASE
 from fastckpt.writing.bases import Base, Place
-from fastckpt.writing.chains import WORK
-from fastckpt.writing.delta_policy import Balance, plan
+from fastckpt.writing.chains import work_of
+from fastckpt.writing.delta_policy import LEAST_GAIN, Balance, plan
 from fastckpt.writing.foresight import foresee
 from fastckpt.writing.index_rows import Kind
 from fastckpt.writing.matching import match
@@ -89,6 +89,11 @@ class Deltas:
             self._balance.is_kept(number, 0, 0)
         return Kept(Kind.COPIED, place, found)
 
+    def is_cast(self, number: int) -> None:
+        """Nothing is stored of a chunk, and nothing is needed of the base."""
+        with self._lock:
+            self._balance.is_full(number, 0)
+
     def encode(self, number: int, raw: U8, out: U8, effort: codec.Effort) -> Against | Kept:
         """Encode a chunk, or find that the base has it. The outcome counts against what is allowed for the others.
 
@@ -116,7 +121,15 @@ class Deltas:
         if is_equal:
             return self._keep(number, place, raw, theirs) or self._full(number, raw, out, effort)
         element = self._chunks[number].element
-        found = codec.encode_into(raw, element.const_lane_bytes, element.float_lane_bytes, out, effort=effort, base=old)
+        found = codec.encode_into(
+            raw,
+            element.const_lane_bytes,
+            element.float_lane_bytes,
+            out,
+            effort=effort,
+            base=old,
+            min_gain=LEAST_GAIN,
+        )
         if found.transform not in HAS_BASE:
             self._settle_full(number, found, tried=True)
             return Against(found, None)
@@ -163,7 +176,7 @@ class Deltas:
 
     def _is_allowed(self, number: int, found: codec.Encoded) -> bool:
         """Whether a difference that was made may be stored."""
-        n_bytes, work = len(found.stored), WORK[found.transform] * self._chunks[number].n_bytes
+        n_bytes, work = len(found.stored), work_of(found.transform, found.lane_bytes, self._chunks[number].n_bytes)
         with self._lock:
             self._balance.tried(number, n_bytes)
             if not self._balance.fits(number, n_bytes, work):

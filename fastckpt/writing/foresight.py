@@ -12,7 +12,7 @@ from fastckpt.format.keys import parse_pack
 from fastckpt.format.records import Records
 from fastckpt.kernels.transform import Transform
 from fastckpt.writing.bases import Base, Place
-from fastckpt.writing.chains import WORK, Amounts, Mask, Numbers, bases_of, costs_of, reach
+from fastckpt.writing.chains import Amounts, Mask, Numbers, bases_of, costs_of, reach, work_of
 from fastckpt.writing.delta_policy import MAX_DEPTH, Known, Packs
 from fastckpt.writing.matching import Form, roles
 
@@ -61,25 +61,30 @@ def foresee(base: Base, sealed: Form, places: Sequence[Place | None], numbers: M
     costs = costs_of(base.records, rows)
     again = _named_again(base)
     is_same = spans.has & again[spans.first] & again[spans.second] if again.size else spans.has
-    full = np.where(spans.has, spans.sum_of(costs.full_bytes), np.where(numbers, _FULL_RATIO, 1.0) * raw)
+    # The master of a copy is in the state, too, and is counted there.
+    is_cast = spans.has & (base.records["transform"][spans.first] == Transform.CAST)
+    casts = work_of(Transform.CAST, 2, 1.0) * raw
+    full = np.where(
+        spans.has, np.where(is_cast, 0, spans.sum_of(costs.full_bytes)), np.where(numbers, _FULL_RATIO, 1.0) * raw
+    )
     kinds = [f"{role} {chunk.element.name}" for role, chunk in zip(roles(sealed), sealed.chunks, strict=True)]
     _, role = np.unique(np.array(kinds, np.str_), return_inverse=True)
     delta, is_guess = _differences(base.records, spans, role, full)
     delta[is_same] = 0
-    work = np.where(delta < _SPARSE * raw, WORK[Transform.SUBPACK], WORK[Transform.SUB]) * raw
+    work = _work_of_differences(sealed, delta / raw, is_guess) * raw
     depth = np.where(spans.has, np.maximum(costs.depth[spans.first], costs.depth[spans.second]), 0)
     packs = _packs(base, spans)
     known = Known(
         raw_bytes=raw,
         has_base=spans.has,
         full_bytes=full,
-        read_bytes=spans.sum_of(costs.read_bytes),
-        work=spans.sum_of(costs.work),
-        full_work=np.where(spans.has, spans.sum_of(costs.full_work), raw),
-        excess=spans.sum_of(costs.excess),
+        read_bytes=np.where(is_cast, 0, spans.sum_of(costs.read_bytes)),
+        work=np.where(is_cast, casts, spans.sum_of(costs.work)),
+        full_work=np.where(is_cast, casts, np.where(spans.has, spans.sum_of(costs.full_work), raw)),
+        excess=np.where(is_cast, 0, spans.sum_of(costs.excess)),
         delta_bytes=delta,
         delta_work=np.where(is_same, 0.0, work),
-        may_differ=spans.has & numbers & (depth < MAX_DEPTH) & has_bytes,
+        may_differ=spans.has & numbers & ~is_cast & (depth < MAX_DEPTH) & has_bytes,
         is_guess=is_guess & ~is_same,
         role=role,
         pack=_oldest(packs, base.files, raw.size),
@@ -118,6 +123,16 @@ def _differences(records: Records, spans: _Spans, role: Numbers, full: Amounts) 
     is_guess = (of_full == 0)[role]
     ratio = np.where(is_guess, 1.0, (of_deltas / np.maximum(of_full, 1))[role])
     return np.where(is_delta, stored, ratio * full), is_guess
+
+
+def _work_of_differences(sealed: Form, ratio: Amounts, is_guess: Mask) -> Amounts:
+    """What decoding a difference takes for each raw byte. ratio: of stored to raw bytes."""
+    lanes = [chunk.element.float_lane_bytes for chunk in sealed.chunks]
+    packed, plain = (
+        np.array([work_of(transform, lane, 1.0) for lane in range(17)])[lanes]
+        for transform in (Transform.SUBPACK, Transform.SUB)
+    )
+    return np.where(is_guess | (ratio < _SPARSE), packed, plain)
 
 
 def _packs(base: Base, spans: _Spans) -> Packs:

@@ -20,6 +20,10 @@ from fastckpt.format.tensor_names import Name
 from fastckpt.host import cycle_collector
 
 Numbers = npt.NDArray[np.int64]
+_PREFIX = 2
+"""Keys of a name that tell what a tensor is for: the rest is the parameter's."""
+_OWN_ROLE = 4
+"""A storage of so many chunks is a role of its own."""
 
 
 class Form(Protocol):
@@ -155,16 +159,21 @@ def pieces_of(form: Form, rank: int = 0) -> Pieces:
 
 
 def roles(form: Form, rank: int = 0) -> list[str]:
-    """Of each chunk what its numbers are for, as far as names tell: the last key of what an optimizer keeps of a parameter, else "".
+    """Of each chunk what its numbers are for, as far as names tell. Chunks of one role are likely to change alike.
 
-    Chunks of one role change alike.
+    Of what an optimizer keeps: the last key; of others: the first keys. A storage of several chunks is a role of its own.
     """
     of_storage = [""] * len(form.storages)
     for number, (name, *_) in first_entries(form.tensors).items():
         if len(name) >= 3 and name[-3] == "state":
-            of_storage[number] = str(name[-1])
-    found = [""] * len(form.chunks)
+            of_storage[number] = f"state {name[-1]}"
+        else:
+            of_storage[number] = "/".join(map(str, name[:-1][:_PREFIX]))
     pieces = pieces_of(form, rank)
+    large = np.bincount(pieces.storage, minlength=len(form.storages)) >= _OWN_ROLE
+    for number in np.flatnonzero(large).tolist():
+        of_storage[number] = f"storage {number}"
+    found = [""] * len(form.chunks)
     for chunk, storage in zip(pieces.chunk.tolist(), pieces.storage.tolist(), strict=True):
         found[chunk] = of_storage[storage]
     return found

@@ -22,9 +22,9 @@ from fastckpt.format.sealed_state import SealedState
 from fastckpt.host.pages import fresh_pages
 from fastckpt.host.threads import WorkerPool
 from fastckpt.kernels.transform import MAX_RAW_BYTES, Transform, transform_name
-from fastckpt.writing.chunk_coder import ChunkCoder, Coded
+from fastckpt.writing.chunk_coder import Cast, ChunkCoder, Coded
 from fastckpt.writing.chunk_writer import ChunkWriter
-from fastckpt.writing.deltas import Kept
+from fastckpt.writing.deltas import Against, Kept
 from fastckpt.writing.packs import Pack, PackWriter
 from fastckpt.writing.uplink import Uplink
 
@@ -41,23 +41,25 @@ class _Took(NamedTuple):
 
 
 class _Upcoming:
-    """The chunks that no encoder has taken yet, in order. Any thread."""
+    """The chunks that no encoder has taken yet, in the order in which they are encoded. Any thread."""
 
-    def __init__(self, sealed: SealedState, expected_bytes: Sequence[int] | None) -> None:
+    def __init__(self, sealed: SealedState, order: Sequence[int], expected_bytes: Sequence[int] | None) -> None:
         """expected_bytes: of each chunk what it is likely to store; None: its raw bytes."""
-        self._chunks = sealed.chunks
+        self._chunks, self._order = sealed.chunks, order
         self._expected = expected_bytes or [chunk.n_bytes for chunk in sealed.chunks]
         self._lock = threading.Lock()
         self._next, self.left_bytes = 0, sum(self._expected)
 
     def __bool__(self) -> bool:
-        return self._next < len(self._chunks)
+        return self._next < len(self._order)
 
     def take(self, pack: Pack) -> int | None:
         """The number of the next chunk, if there is one and it fits the pack."""
         with self._lock:
-            number = self._next
-            if number == len(self._chunks) or self._chunks[number].n_bytes > pack.room:
+            if self._next == len(self._order):
+                return None
+            number = self._order[self._next]
+            if self._chunks[number].n_bytes > pack.room:
                 return None
             self._next += 1
             self.left_bytes -= self._expected[number]
@@ -82,7 +84,7 @@ class PackingWriter(ChunkWriter):
         self._coder = coder
         self._packs, self._pool, self._uplink = packs, pool, uplink
         self._encoders = min(encoders, max(1, len(self.chunks))) if pool is not None else 1
-        self._upcoming = _Upcoming(sealed, coder.expected_bytes)
+        self._upcoming = _Upcoming(sealed, coder.order, coder.expected_bytes)
         self._ended = threading.Semaphore(0)
         """One for each encoder that has ended."""
 
@@ -180,6 +182,9 @@ class PackingWriter(ChunkWriter):
         if isinstance(found, Kept):
             self.keep(number, *found)
             return 0
+        if isinstance(found, Cast):
+            self.cast(number, found.rows)
+            return 0
         encoded, base = found
         stored_bytes = len(encoded.stored)
         self._uplink.efforts.encoded(took.effort, self.chunks[number].n_bytes, stored_bytes, took.encode_s, took.raw_s)
@@ -191,14 +196,15 @@ class PackingWriter(ChunkWriter):
 
     def _tell(self, number: int, found: Coded, stored_bytes: int, took: _Took) -> None:
         target, n_bytes = self._target, self.chunks[number].n_bytes
-        kept = isinstance(found, Kept)
+        encoded = found.encoded if isinstance(found, Against) else None
+        nothing = transform_name(Transform.REF if isinstance(found, Kept) else Transform.CAST)
         events.emit(
             events.ChunkEncoded(
                 target=target,
                 record=number,
-                transform=transform_name(Transform.REF if isinstance(found, Kept) else found.encoded.transform),
+                transform=nothing if encoded is None else transform_name(encoded.transform),
                 raw_bytes=n_bytes,
-                stored_bytes=0 if isinstance(found, Kept) else len(found.encoded.stored),
+                stored_bytes=0 if encoded is None else len(encoded.stored),
                 seconds=took.encode_s,
                 effort=took.effort.name.lower(),
                 raw_s=took.raw_s,
@@ -208,7 +214,7 @@ class PackingWriter(ChunkWriter):
             events.ChunkStored(
                 target=target,
                 record=number,
-                transform=transform_name(Transform.REF) if kept else records.transform_of(self.records[number]),
+                transform=nothing if encoded is None else records.transform_of(self.records[number]),
                 raw_bytes=n_bytes,
                 stored_bytes=stored_bytes,
                 encode_s=took.raw_s + took.encode_s,

@@ -20,6 +20,7 @@ from fastckpt.options import Options
 from fastckpt.store.base import Store
 from fastckpt.writing import index_rows
 from fastckpt.writing.bases import Base, Uploaded
+from fastckpt.writing.casting import Casting
 from fastckpt.writing.chunk_coder import ChunkCoder
 from fastckpt.writing.container import start_workers
 from fastckpt.writing.deltas import Deltas
@@ -114,7 +115,8 @@ def upload(
             threads.uploaders.grow(uplink.link.connections - len(threads.uploaders))
             uplink.begin(sealed.own_bytes)
             with PackWriter(store, request.save, request.rank, threads.uploaders, uplink, cancelled) as packs:
-                coder = ChunkCoder(sealed, _deltas(sealed, base, request, options))
+                deltas = _deltas(sealed, base, request, options)
+                coder = ChunkCoder(sealed, deltas, Casting(sealed, uplink.masters, request.rank))
                 chunks = PackingWriter(sealed, packs, target, threads.encoders, uplink, options.encoders, coder)
                 chunks.tell_start(skeleton_s=0.0)
                 chunks.run()
@@ -158,9 +160,9 @@ def _deltas(sealed: SealedState, base: Base | None, request: SaveRequest, option
 
 
 def _tell_deltas(target: str, request: SaveRequest, coder: ChunkCoder, base: Base | None, why_full: str) -> None:
-    if base is None and not why_full:
-        return
     chunks, raw_bytes = coder.outcome
+    if base is None and not why_full and not chunks["cast"]:
+        return
     events.emit(
         events.DeltasUsed(
             target=target,

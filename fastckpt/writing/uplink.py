@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastckpt.format.tensor_names import Name
 from fastckpt.options import Options
 from fastckpt.writing.effort import Efforts, fixed_effort, least_effort
 from fastckpt.writing.link import Link
@@ -25,6 +26,8 @@ class Uplink:
         self.link = Link(options.connections, options.max_connections)
         self.efforts = Efforts(options.encoders, fixed_effort(options), least_effort(options))
         self.buffers = PackBuffers()
+        self.masters: dict[Name, Name] = {}
+        """First names of bfloat16 copies → those of their float32 masters, as saves have found them."""
 
     @property
     def packs_at_once(self) -> int:

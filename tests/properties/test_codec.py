@@ -120,9 +120,9 @@ def test_choices() -> None:
     packs = (20.0, 9.0, 12.0, 14.0)
     assert choose(estimate(sub=20.0, subpack=packs), 4) == Coding(Transform.SUBPACK, 2)
     assert choose(estimate(sub=8.0, subpack=packs), 4) == Coding(Transform.SUB)
-    assert choose(estimate(sub=8.0, subpack=(0.2, 0.3, 0.6, 1.1)), 4) == Coding(Transform.SUBPACK, 1, 1)
+    assert choose(estimate(sub=8.0, subpack=(0.2, 0.3, 0.6, 1.1)), 4) == Coding(Transform.SUBPACK, 1)
     assert choose(estimate(sub=8.0, subpack=(0.3, 0.4, 0.6, 1.1)), 4) == Coding(Transform.SUBPACK, 1)
-    assert choose(estimate(sub=8.0, subpack=packs, sub_dominant=0.9), 4) == Coding(Transform.SUB, 0, 1)
+    assert choose(estimate(sub=8.0, subpack=packs, sub_dominant=0.9), 4) == Coding(Transform.SUB)
     assert choose(estimate(sub=25.0, subpack=(32.0,) * 4), 4) == Coding(Transform.ROT), (
         "5 % are not worth a second read"
     )
@@ -130,7 +130,7 @@ def test_choices() -> None:
 
 @pytest.mark.parametrize("w", [2, 4])
 def test_the_estimate_is_near_the_truth(w: int) -> None:
-    """Within 4 % of what is stored: the choice between transforms rests on it."""
+    """Within 5 % of what is stored: the choice between transforms rests on it."""
     lanes = (4 << 20) // 4
     raw = np.frombuffer(weights(lanes, w, "plain"), np.uint8)
     base = raw.copy()
@@ -142,7 +142,7 @@ def test_the_estimate_is_near_the_truth(w: int) -> None:
     for (transform, p), bits in promised.items():
         encoded = codec.encode_as(Coding(transform, p), raw, base, w)
         assert encoded is not None, transform
-        assert len(encoded.stored) * 8 / lanes == pytest.approx(bits, rel=0.04, abs=0.05), (transform, p)
+        assert len(encoded.stored) * 8 / lanes == pytest.approx(bits, rel=0.05, abs=0.05), (transform, p)
 
 
 # -- hostile frames -------------------------------------------------------------------------------------------------------

@@ -100,31 +100,38 @@ class Rows:
     def records(self) -> Any:
         return np.array(self._rows, records.LAYOUT)
 
-    def vote(self, store: Store, storages: Sequence[Sequence[Extent]], names: Sequence[str] = ()) -> Reader:
+    def vote(self, store: Store, storages: Sequence[Sequence[Extent]]) -> Reader:
         """Put the packs, and open an index of these storages. Tensor n is storage n."""
+        return Reader.open_vote(
+            BytesSource(self.index(store, storages), "a vote"),
+            lambda file: ObjectSource(store, file.key, file.n_bytes),
+        )
+
+    def index(self, store: Store, storages: Sequence[Sequence[Extent]]) -> bytes:
+        """Put the packs. Returns the index."""
         numbers = sorted(self._packs)
         files = []
         for number in numbers:
-            key = f"data/{1:08}-{number:010}-00/00000/{number:06}.pack"
+            key = f"data/{1:06}-{number:012}-000/r00000/000000.pack"
             _put(store, key, bytes(self._packs[number]))
             files.append(FileEntry(key, len(self._packs[number]), crc64nvme(bytes(self._packs[number]))))
         table = self.records
         for row in range(len(table)):
             if table["file"][row]:
                 table["file"][row] = numbers.index(int(table["file"][row]) - 1) + 1
-        listed = directory_of(storages, names)
         header = container.build_header(0)
-        parts = [directory.build(listed), directory.build_file_table(files), table.tobytes(), b""]
-        data = header + b"".join(index_and_footer(header, 0, parts))
-        return Reader.open_vote(BytesSource(data, "a vote"), lambda file: ObjectSource(store, file.key, file.n_bytes))
+        parts = [directory.build(directory_of(storages)), directory.build_file_table(files), table.tobytes(), b""]
+        return header + b"".join(index_and_footer(header, 0, parts))
 
     def raw_of(self, extents: Sequence[Extent]) -> bytes:
         """The bytes of a storage."""
         found = b""
-        for row, offset, left in extents:
-            while left:
-                part = self.raws[row][offset : offset + left].tobytes()
-                found, row, offset, left = found + part, row + 1, 0, left - len(part)
+        for extent in extents:
+            stop, row, part = len(found) + extent.n_bytes, extent.record, self.raws[extent.record][extent.offset :]
+            while len(found) < stop:
+                found += part[: stop - len(found)].tobytes()
+                row += 1
+                part = self.raws[row] if row < len(self.raws) else part[:0]
         return found
 
 
@@ -137,14 +144,13 @@ def _put(store: Store, key: str, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def directory_of(storages: Sequence[Sequence[Extent]], names: Sequence[str] = ()) -> Directory:
+def directory_of(storages: Sequence[Sequence[Extent]]) -> Directory:
     """A directory with a tensor of bytes for each storage."""
     entries, tensors = [], []
     for number, extents in enumerate(storages):
         n_bytes = sum(extent.n_bytes for extent in extents)
-        name = names[number] if names else f"t{number}"
         entries.append(StorageEntry("uint8", n_bytes, "cpu", tuple(extents)))
-        tensors.append(TensorEntry((name,), "uint8", (n_bytes,), (1,), 0, number, "tensor", False))
+        tensors.append(TensorEntry((f"t{number}",), "uint8", (n_bytes,), (1,), 0, number, "tensor", False))
     return Directory(tuple(entries), tuple(tensors))
 
 

@@ -102,7 +102,25 @@ def test_a_delta_against_an_older_state(files: tuple[str, str], capsys: pytest.C
     assert weights["delta"]["transforms"]["REF"] == 600 * 700 * 4
     assert weights["delta"]["stored_bytes"] < 0.6 * weights["alone"]["stored_bytes"]
     half = found["bfloat16", ""]
-    assert half["delta"]["stored_bytes"] <= half["alone"]["stored_bytes"]
+    assert half["delta"]["stored_bytes"] == half["alone"]["stored_bytes"] == 0, "a copy of a master takes nothing"
+    assert set(half["alone"]["transforms"]) == {"CAST"}
+
+
+def test_saves_in_a_row_keep_what_a_restore_reads_within_its_cap(
+    files: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, old = files
+    assert main(["analyze", new, "--against", old, "--saves", "6", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    row = found["saves"]
+    assert len(row["stored_bytes"]) == 6
+    assert row["stored_bytes"][0] == found["next_bytes"]
+    assert sum(row["stored_bytes"]) < 6 * found["full_bytes"]
+    assert max(row["read_amplification"]) <= fastckpt.Options().read_amplification + 0.01
+    assert 1 <= row["longest_chain"] <= 6
+    assert main(["analyze", new, "--against", old, "--saves", "2"]) == 0
+    assert "2 saves in a row" in capsys.readouterr().out
+    assert main(["analyze", new, "--saves", "2"]) == USAGE
 
 
 def test_what_has_no_older_version(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

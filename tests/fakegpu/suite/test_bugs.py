@@ -62,9 +62,9 @@ def test_a_slab_is_used_again_too_early(gpu: torch.device, monkeypatch: pytest.M
     kept: dict[int, Slab] = {}
     original = SlabPool.take
 
-    def take(self: SlabPool, n_bytes: int, for_device: bool) -> Slab | None:
+    def take(self: SlabPool, n_bytes: int, for_device: bool, **how: bool) -> Slab | None:
         if n_bytes not in kept:
-            slab = original(self, n_bytes, for_device)
+            slab = original(self, n_bytes, for_device, **how)
             assert slab is not None
             kept[n_bytes] = slab
         return kept[n_bytes]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.support.deltas import save_on
 
 from fastckpt.store.local import LocalStore
 from tests.support.command_line import run, run_json
+from tests.support.deltas import save_on
 from tests.support.repositories import begin, commit_of, save_ranks
 from tests.support.states import small_state
 
