@@ -59,6 +59,7 @@ def measured(args: argparse.Namespace) -> output.Result:
     rivals = find_rivals(args.rivals) or sys.executable
     lab = Lab(
         tasks=args.tasks,
+        forms=args.forms,
         gaps=args.gaps,
         rounds=args.rounds,
         saves=args.saves,
@@ -83,6 +84,7 @@ def measured(args: argparse.Namespace) -> output.Result:
         "versions": {"fastckpt": fastckpt.__version__, "torch": str(torch.__version__), **versions},
         "settings": {
             "tasks": args.tasks,
+            "forms": args.forms,
             "gaps": args.gaps,
             "rounds": args.rounds,
             "saves": args.saves,
@@ -128,6 +130,8 @@ def main() -> int:
         "--only", type=lambda text: names_of(text, everything), default=everything, help=", ".join(GROUPS)
     )
     parser.add_argument("--tasks", type=lambda text: names_of(text, tasks), help=", ".join(tasks))
+    forms = list(changing.PRECISIONS)
+    parser.add_argument("--forms", type=lambda text: names_of(text, forms), default=forms, help=", ".join(forms))
     parser.add_argument("--gaps", type=numbers, default=list(changing.GAPS), help="steps between two saves")
     parser.add_argument("--rivals", help="the Python that has moonclip (default: .venv-rivals/bin/python, or this one)")
     parser.add_argument("--cache", default=str(CACHE), help="where states are kept")

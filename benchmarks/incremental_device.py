@@ -31,7 +31,7 @@ def count(lab: Lab) -> int:
 
 def measure(lab: Lab) -> list[Row]:
     """The line of the table."""
-    asked = {"folder": str(lab.empty("device")), "width": 64 if lab.quick else 640}
+    asked = {"folder": str(lab.empty("device")), "width": 256 if lab.quick else 1024}
     found = lab.worker("incremental_device", asked)
     lab.keep(f"{GROUP}: frozen backbone", "fastckpt", found)
     what = "frozen backbone on the test device: copied to the host by a second save"

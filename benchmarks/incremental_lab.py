@@ -19,6 +19,7 @@ class Lab:
     """Settings of one run, and what is gathered beside the rows."""
 
     tasks: Sequence[str]
+    forms: Sequence[str]
     gaps: Sequence[int]
     rounds: int
     saves: int
@@ -44,6 +45,8 @@ class Lab:
         """Form → folder with the states of that task, made now if they are not there."""
         found: dict[str, str] = {}
         for form in changing.forms(task):
+            if form not in self.forms:
+                continue
             found[form] = str(changing.cached(task, changing.PRECISIONS[form], self.cache, self.quick))
         return found
 

@@ -108,6 +108,7 @@ def begin(given: dict[str, Any]) -> changing.Run:
     """The training, where its first cached state left it."""
     task, precision = given["task"], changing.PRECISIONS[given["form"]]
     run = changing.Run(changing.TASKS[task](Path(given["cache"]), given["quick"]), precision)
+    run.task.batch = max(2, run.task.batch // 4)  # the time goes to saves and checks
     run.resume(torch.load(Path(given["states"]) / "0.pt"), changing.first_step(task, precision, given["quick"]))
     return run
 

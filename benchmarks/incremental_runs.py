@@ -13,9 +13,9 @@ from benchmarks.workloads import changing
 GROUP = "runs"
 READ_BAR, CPU_BAR, STORE_BAR, MEMORY_BAR = 1.6, 1.5, 4.5, 256 << 20
 FORMS = {
+    "fine-tuning": "copy",
     "pretraining-1e-3": "fp32",
     "pretraining-3e-4": "copy",
-    "fine-tuning": "copy",
     "lora": "copy",
     "frozen": "fp32",
     "sparse": "fp32",
@@ -32,10 +32,11 @@ def count(lab: Lab) -> int:
 
 def measure(lab: Lab) -> list[Row]:
     """Run all tasks, as many at once as the lab allows; make the rows."""
+    tasks = [task for task in FORMS if task in lab.tasks]  # the longest begins
     with ThreadPoolExecutor(lab.jobs) as pool:
-        found = list(pool.map(lambda task: one(lab, task), lab.tasks))
+        found = list(pool.map(lambda task: one(lab, task), tasks))
     rows: list[Row] = []
-    for task, answer in zip(lab.tasks, found, strict=True):
+    for task, answer in zip(tasks, found, strict=True):
         lab.keep(f"{GROUP}: {task}", "fastckpt", answer)
         rows += rows_of(task, answer)
     return rows

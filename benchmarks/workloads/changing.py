@@ -42,6 +42,8 @@ class Task(abc.ABC):
     decay = 0.01
     warm = 20
     """Steps in which the rate rises to `lr`."""
+    batch = gpt.BATCH
+    """Examples in a step."""
 
     @abc.abstractmethod
     def weights(self) -> Weights: ...
@@ -79,7 +81,7 @@ class Pretraining(Task):
         return {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
     def loss(self, weights: Weights) -> Tensor:
-        at = torch.randint(len(self.text) - gpt.CONTEXT - 1, (gpt.BATCH,)).tolist()
+        at = torch.randint(len(self.text) - gpt.CONTEXT - 1, (self.batch,)).tolist()
         rows = torch.stack([self.text[i : i + gpt.CONTEXT + 1] for i in at])
         logits = functional_call(self.model, weights, (rows[:, :-1],), tie_weights=True)
         return functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
@@ -88,7 +90,7 @@ class Pretraining(Task):
 class FineTuning(Task):
     """MiniLM-L6, 22.6 M trained weights: two passes of a sentence with other dropout shall mean the same."""
 
-    lr = codec_data.LR
+    lr, batch = codec_data.LR, codec_data.BATCH
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
@@ -100,9 +102,8 @@ class FineTuning(Task):
         return {n: t for n, t in kept.items() if not n.startswith("pooler")}
 
     def loss(self, weights: Weights) -> Tensor:
-        ids = self.text[torch.randint(len(self.text), (codec_data.BATCH,))]
-        both = codec_data.embed(weights, torch.cat([ids, ids]))
-        half = codec_data.BATCH
+        ids = self.text[torch.randint(len(self.text), (self.batch,))]
+        both, half = codec_data.embed(weights, torch.cat([ids, ids])), self.batch
         return functional.cross_entropy(both[:half] @ both[half:].T / 0.3, torch.arange(half))
 
 
