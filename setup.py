@@ -71,7 +71,7 @@ def native_extension() -> Extension:
     return Extension(
         "fastckpt._native",
         sources=sorted(glob("csrc/*.cpp")),
-        depends=sorted(glob("csrc/*.h") + glob("csrc/*.inl") + ["csrc/compile_flags.txt"]),
+        depends=sorted(glob("csrc/*.h") + glob("csrc/*.inl") + glob("csrc/cuda/*.cuh") + ["csrc/compile_flags.txt"]),
         language="c++",
         extra_compile_args=compile_args,
         extra_link_args=link_args,

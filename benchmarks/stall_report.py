@@ -226,6 +226,7 @@ def markdown(result: Result, image: str) -> str:
 COLOURS = {
     "none": "#888888",
     "fastckpt": "#c44e52",
+    "fastckpt-full": "#d07a7d",
     "fastckpt-raw": "#dd9a9c",
     "moonclip": "#4c78a8",
     "moonclip-lean": "#9db8d4",

@@ -279,6 +279,42 @@ PyObject* rows(PyObject*, PyObject* args) {
     Py_RETURN_NONE;
 }
 
+PyObject* fingerprint(PyObject*, PyObject* args) {
+    PyObject *data_object, *keys_object, *out_object;
+    if (!PyArg_ParseTuple(args, "OOO:fingerprint", &data_object, &keys_object, &out_object)) return nullptr;
+    Buffer data;
+    Words keys, out;
+    if (!data.get(data_object) || !keys.get(keys_object, "keys") || !out.get(out_object, "out", PyBUF_WRITABLE))
+        return nullptr;
+    if (keys.size() != 2 || out.size() != 2)
+        return PyErr_Format(PyExc_ValueError, "%zu keys, room for %zu words: expected 2 of each", keys.size(),
+                            out.size());
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = fastckpt_fingerprint(data.data(), data.size(), keys.data(), out.data());
+    Py_END_ALLOW_THREADS
+    if (status) return PyErr_Format(PyExc_ValueError, "status %d", status);
+    Py_RETURN_NONE;
+}
+
+// The kernel's text, for the compiler that a device's driver brings: one source, and no file that could be another one.
+#if defined(__ELF__)
+__asm__(
+    ".pushsection .rodata\n"
+    "fastckpt_cuda_text:\n"
+    ".incbin \"csrc/cuda/fingerprint.cuh\"\n"
+    "fastckpt_cuda_text_end:\n"
+    ".byte 0\n"
+    ".popsection\n");
+extern "C" __attribute__((visibility("hidden"))) const char fastckpt_cuda_text[], fastckpt_cuda_text_end[];
+
+PyObject* cuda_source(PyObject*, PyObject*) {
+    return PyUnicode_FromStringAndSize(fastckpt_cuda_text, fastckpt_cuda_text_end - fastckpt_cuda_text);
+}
+#else  // of systems without CUDA
+PyObject* cuda_source(PyObject*, PyObject*) { Py_RETURN_NONE; }
+#endif
+
 // ---- the codec ----
 
 PyObject* encode(PyObject*, PyObject* args) {
@@ -462,6 +498,8 @@ PyMethodDef methods[] = {
     {"lines", lines, METH_VARARGS,
      "lines(addresses, lengths, seed, out): a sample of memory that the caller keeps alive"},
     {"rows", rows, METH_VARARGS, "rows(data, keys, out): a number for each 32 KiB"},
+    {"fingerprint", fingerprint, METH_VARARGS, "fingerprint(data, keys, out): two words for all of it"},
+    {"cuda_source", cuda_source, METH_NOARGS, "cuda_source() -> text of the kernel of fingerprint, or None"},
     {"encode", encode, METH_VARARGS,
      "encode(raw, base, transform, lane_bytes, pack_bits, stored) -> (stored bytes, crc, digest), None if it does not "
      "fit"},

@@ -95,6 +95,10 @@ int fastckpt_lines(const uint64_t* addresses, const uint64_t* n_bytes, size_t n,
 #define FASTCKPT_ROW_WORDS 4096u
 int fastckpt_rows(const void* data, size_t n_bytes, const uint64_t* keys, uint64_t* out, size_t n_out);
 
+/* Two words that stand for all of data; keys: two as well. What they are: cuda/fingerprint.cuh, which computes the same
+ * on a device. */
+int fastckpt_fingerprint(const void* data, size_t n_bytes, const uint64_t* keys, uint64_t* out);
+
 /* Memory of a context: caller-owned, fastckpt_context_bytes() long, 64-byte aligned, initialised once.
  * fastckpt_context_init returns null for memory that is null or aligned otherwise. */
 typedef struct fastckpt_context fastckpt_context;

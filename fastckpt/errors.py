@@ -11,6 +11,7 @@
      ├─ UnknownTensorError(KeyError)         a name that is not in the checkpoint
      ├─ SaveError                            the state or the target cannot be saved as asked. Fix the call
      │   ├─ TornSnapshotError                the state changed while it was copied. Nothing was committed
+     │   ├─ BaseLostError                    the checkpoint that it refers to was retired. Nothing was committed; the next save is whole
      │   ├─ AbandonedError                   another rank could not save this step, so no rank does. Nothing was committed
      │   ├─ TargetBusyError                  an earlier save to the same target did not end in time. Nothing was committed
      │   ├─ OvertakenError                   a later save to the same target was written first. This one was not
@@ -126,6 +127,10 @@ class SaveError(CheckpointError):
 
 class TornSnapshotError(SaveError):
     """A tensor changed between the call of `save` and the end of its copy. Nothing was committed."""
+
+
+class BaseLostError(SaveError):
+    """The checkpoint that a save refers to is none any more. Nothing was committed; a save that refers to nothing can be made."""
 
 
 class AbandonedError(SaveError):

@@ -53,6 +53,8 @@ DECODER_BYTES = 2 * _MIB + MAX_RAW_BYTES
 LEAST_LOAD_EXTRA_BYTES = 24 * _MIB
 MIN_PACK_BYTES = MAX_RAW_BYTES  # a chunk never crosses the border of a pack
 MAX_PACK_BYTES = 32 * _MIB
+MOST_READ_AMPLIFICATION = 64
+"""As long as a chain of differences can be."""
 EFFORTS = ("auto", "none", "fast", "normal", "high")
 _CONNECTIONS, _MOST_CONNECTIONS = 8, 64
 _PACK_OF_MANY_BYTES = 8 * _MIB  # the more connections there are, the less a long pack gains
@@ -91,6 +93,13 @@ class Options:
     """How much time the encoder may spend. "auto": a Checkpointer follows its link, with less effort while uploads wait for the encoder and
     more while packs wait for the link; other saves are "normal". "none": as `compress` False. "fast": no search for matches. "normal".
     "high": 0.2 % fewer bytes at most, in up to eight times the time. It changes sizes and speed, never what is read back."""
+    deltas: bool = True
+    """Whether a save of a Checkpointer names chunks of the checkpoint before it that have not changed, and stores differences where
+    they are smaller. For differences the bytes of that checkpoint stay in memory, as far as they fit the budget beside a snapshot. False:
+    every checkpoint is whole by itself."""
+    read_amplification: float = 1.5
+    """How many times the stored bytes of a whole checkpoint a restore may read because of differences, at least 1. More: smaller saves;
+    less: faster restores."""
     host_budget_bytes: int = 0
     """Most extra host memory of saves: snapshots, encoders and uploads together. 0: half of this machine's (or cgroup's) memory.
     A state that does not fit goes through it in parts, and training waits for the last one; `save_async` writes before it returns."""
@@ -259,6 +268,8 @@ def _expected(name: str, kind: Any, value: Any) -> str | None:
         return f"one of {', '.join(EFFORTS)}"
     if name == "background_nice" and value > 19:
         return "at most 19"
+    if name == "read_amplification" and not 1 <= value <= MOST_READ_AMPLIFICATION:
+        return f"from 1 to {MOST_READ_AMPLIFICATION}"
     if name == "host_budget_bytes" and 0 < value < CHUNK_IN_FLIGHT_BYTES:
         return f"0, for half of the memory, or more: one chunk in flight needs {CHUNK_IN_FLIGHT_BYTES}"
     if name == "load_extra_bytes" and 0 < value < LEAST_LOAD_EXTRA_BYTES:

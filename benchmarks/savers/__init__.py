@@ -9,13 +9,14 @@ from benchmarks.savers.base import Saver
 WHERE = {
     "none": "base:NoSaves",
     "fastckpt": "fastckpt_run:Fastckpt",
+    "fastckpt-full": "fastckpt_run:FastckptFull",
     "fastckpt-raw": "fastckpt_run:FastckptRaw",
     "moonclip": "moonclip_run:Moonclip",
     "moonclip-lean": "moonclip_run:MoonclipLean",
     "dcp": "dcp_run:Dcp",
     "dcp-staging": "dcp_run:DcpAsyncStaging",
 }
-OURS = ("fastckpt", "fastckpt-raw")
+OURS = ("fastckpt", "fastckpt-full", "fastckpt-raw")
 
 
 def make(name: str, budget_bytes: int = 0) -> Saver:

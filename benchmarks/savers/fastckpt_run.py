@@ -18,10 +18,11 @@ class Fastckpt(Saver):
         "contract": "its own hook before the optimizer's step waits for what is left of the copy",
     }
     compress = True
+    deltas = True
 
     def __init__(self, budget_bytes: int = 0) -> None:
         super().__init__()
-        self.options = dataclasses.replace(fastckpt.Options.from_env(), compress=self.compress)
+        self.options = dataclasses.replace(fastckpt.Options.from_env(), compress=self.compress, deltas=self.deltas)
         if budget_bytes:
             self.options = dataclasses.replace(self.options, host_budget_bytes=budget_bytes)
 
@@ -59,3 +60,8 @@ class Fastckpt(Saver):
 class FastckptRaw(Fastckpt):
     settings = {**Fastckpt.settings, "options": "Options(compress=False)"}
     compress = False
+
+
+class FastckptFull(Fastckpt):
+    settings = {**Fastckpt.settings, "options": "Options(deltas=False)"}
+    deltas = False

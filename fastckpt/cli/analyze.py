@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastckpt import api
@@ -12,13 +13,17 @@ from fastckpt.cli.output import OK, WrongUsageError, bar, human, note, print_jso
 from fastckpt.cli.target import add_endpoint, local_path, maybe_repository, open_source, options
 from fastckpt.errors import CheckpointError, NoCheckpointError, NotACheckpointError
 from fastckpt.format.element_types import element_type
+from fastckpt.format.repository_records import Commit
 from fastckpt.kernels import kernels
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_loader import load_object
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.rank_reader import open_rank
+from fastckpt.repository.repository import Repository
 from fastckpt.state import Captured, capture
-from fastckpt.upkeep.analyze import CodingResult, TensorGroup, analyze
+from fastckpt.upkeep.analyze import Base, CodingResult, TensorGroup, analyze
+from fastckpt.upkeep.dry_saves import RowOfSaves, for_dry_saves, row_of_saves
+from fastckpt.upkeep.stored_base import stored_base
 
 HELP = "what compression and deltas would gain on this state; writes nothing"
 
@@ -31,37 +36,93 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--against", metavar="OLDER", help="an older state, to see what a delta would gain")
     parser.add_argument(
+        "--saves",
+        type=int,
+        metavar="N",
+        help="with --against FILE: also N saves in a row, each as far from the one before",
+    )
+    parser.add_argument(
         "--trust-pickle", action="store_true", help="load files that weights_only refuses: runs their code"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a row for each group of tensors. WrongUsageError, CheckpointError, StoreError, OSError."""
-    captured = _state(arguments.path, arguments)
-    older = _state(arguments.against, arguments) if arguments.against is not None else None
-    groups = analyze(captured, older, bar(arguments.path))
+    if arguments.saves is not None and (arguments.saves < 1 or arguments.against is None):
+        raise WrongUsageError(f"--saves is {arguments.saves}: expected a number ≥ 1, and --against")
+    captured, row = _state(arguments.path, arguments), None
+    with _older(arguments) as older:
+        if arguments.saves is not None and not isinstance(older, Captured):
+            raise WrongUsageError(
+                f"--saves needs a state to go back to: {arguments.against} is a repository; name a file"
+            )
+        groups = analyze(captured, older, bar(arguments.path), options())
+        if arguments.saves is not None and isinstance(older, Captured):
+            row = row_of_saves(captured, older, arguments.saves, options(), bar(f"{arguments.saves} saves"))
     if arguments.json:
-        value = [_to_json(group) for group in groups]
-        print_json(
-            "analyze",
-            {"path": arguments.path, "against": arguments.against, "kernels": kernels().name, "groups": value},
-        )
+        sums: dict[str, Any] = {
+            "raw_bytes": _sum(groups, "raw_bytes"),
+            "full_bytes": _full(groups),
+            "next_bytes": _next(groups),
+        }
+        sums |= {"saves": None if row is None else _row_to_json(row)}
+        value = {"path": arguments.path, "against": arguments.against, "kernels": kernels().name}
+        value |= {"effort": for_dry_saves(options()).effort, **sums}
+        print_json("analyze", {**value, "groups": [_to_json(group) for group in groups]})
         return OK
     if not groups:
         note("no tensors here")
         return OK
     _print(groups, older is not None)
+    if row is not None:
+        _print_row(row, _full(groups))
     return OK
+
+
+def _row_to_json(row: RowOfSaves) -> dict[str, Any]:
+    return {
+        "stored_bytes": row.stored_bytes,
+        "read_amplification": [round(one.amplification, 4) for one in row.stored],
+        "longest_chain": max(one.longest_chain for one in row.stored),
+    }
+
+
+def _print_row(row: RowOfSaves, full_bytes: int) -> None:
+    mean, most = sum(row.stored_bytes) / len(row.stored_bytes), max(row.stored_bytes)
+    read = max(one.amplification for one in row.stored)
+    say(
+        f"{len(row.stored_bytes)} saves in a row: {human(mean)} on average ({mean / max(full_bytes, 1):.3f} of a full one), {human(most)} "
+        f"at most; a restore reads {read:.2f} times a full one at most"
+    )
+
+
+@contextmanager
+def _older(arguments: argparse.Namespace) -> Iterator[Captured | Base | None]:
+    """What --against names: a state, or the newest checkpoint of a repository with all that it refers to (rank 0)."""
+    if arguments.against is None:
+        yield None
+        return
+    with maybe_repository(arguments.against, arguments.endpoint_url) as repository:
+        if repository is not None:
+            commit = _newest(repository)
+            with stored_base(open_rank(repository.store, commit, 0), commit, options()) as base:
+                yield base
+            return
+    yield _state(arguments.against, arguments)
+
+
+def _newest(repository: Repository) -> Commit:
+    choice = Catalog(repository).choose()
+    if choice is None:
+        raise NoCheckpointError(f"{repository.url} has no checkpoint yet")
+    return choice.commit
 
 
 def _state(text: str, arguments: argparse.Namespace) -> Captured:
     """Load and capture the tensors of a file of fastckpt, torch.save or safetensors, or of a repository's newest checkpoint (rank 0)."""
     with maybe_repository(text, arguments.endpoint_url) as repository:
         if repository is not None:
-            choice = Catalog(repository).choose()
-            if choice is None:
-                raise NoCheckpointError(f"{repository.url} has no checkpoint yet")
-            reader = open_rank(repository.store, choice.commit, 0)
+            reader = open_rank(repository.store, _newest(repository), 0)
             return _capture(text, lambda: _load(reader, arguments), arguments)
     path = local_path(text)
     if path is not None:
@@ -107,9 +168,9 @@ def _load(reader: Reader, arguments: argparse.Namespace) -> Any:
 
 
 def _print(groups: list[TensorGroup], with_delta: bool) -> None:
-    rows = [["group", "tensors", "size", "bits", "entropy", "stored", "ratio", "GB/s", "as"]]
+    rows = [["group", "tensors", "size", "bits", "entropy", "full", "ratio", "GB/s", "as"]]
     if with_delta:
-        rows[0] += ["known", "unchanged", "delta", "ratio", "GB/s", "as"]
+        rows[0] += ["known", "unchanged", "next", "ratio", "GB/s", "as"]
     for group in groups:
         elements = f"{group.dtype} {group.role}".strip()
         bits = 8 * _width(group)
@@ -124,14 +185,28 @@ def _print(groups: list[TensorGroup], with_delta: bool) -> None:
             ]
         rows.append(row)
     table(rows, right=tuple(range(1, 8)) + tuple(range(9, 14)))
-    raw, stored = sum(g.raw_bytes for g in groups), sum(g.alone.stored_bytes for g in groups)
-    words = f"all: {human(raw)} → {human(stored)} ({stored / max(raw, 1):.4f})"
-    if with_delta:
-        delta = sum(g.delta.stored_bytes for g in groups if g.delta is not None)
-        words += f"; against the older state {human(delta)} ({delta / max(raw, 1):.4f})"
-    say(words)
+    raw, full = _sum(groups, "raw_bytes"), _full(groups)
+    words = f"all: {human(raw)} → {human(full)} in full ({full / max(raw, 1):.4f})"
+    found = _next(groups)
+    if found is not None:
+        words += f"; the next checkpoint against the older state {human(found)} ({found / max(raw, 1):.4f})"
+    say(f"{words}, and its index; effort {for_dry_saves(options()).effort}")
     if kernels().name != "native":
         note(f"the speeds are of the {kernels().name} kernels: the native ones are not installed")
+
+
+def _sum(groups: list[TensorGroup], name: str) -> int:
+    return sum(getattr(group, name) for group in groups)
+
+
+def _full(groups: list[TensorGroup]) -> int:
+    """Bytes of packs that a full save would put."""
+    return sum(group.alone.stored_bytes for group in groups)
+
+
+def _next(groups: list[TensorGroup]) -> int | None:
+    """Bytes of packs that a save against the older state would put; None: there is none."""
+    return sum(group.delta.stored_bytes for group in groups if group.delta) if any(g.delta for g in groups) else None
 
 
 def _width(group: TensorGroup) -> int:

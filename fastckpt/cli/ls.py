@@ -10,18 +10,25 @@ from typing import Any
 from fastckpt.cli.output import OK, human, note, print_json, table
 from fastckpt.cli.target import add_endpoint, local_path, maybe_repository, open_repository, safe_history
 from fastckpt.errors import CheckpointError, NotACheckpointError, UnreadableError
+from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
 from fastckpt.format.repository_records import Commit, metrics_to_json
 from fastckpt.reading.chunk_reader import Reader, is_container, summary
 from fastckpt.reading.sources import PathSource
 from fastckpt.repository.catalog import Catalog, describe, pending_saves
 from fastckpt.repository.commit import list_votes
+from fastckpt.repository.file_tables import packs_of
+from fastckpt.repository.inventory import take_inventory
 from fastckpt.repository.known_records import KnownRecords
+from fastckpt.repository.record_reader import AllCommits
 from fastckpt.repository.repository import Repository
+from fastckpt.repository.retention import held_bytes
+from fastckpt.upkeep.references import references
 
 HELP = "list the checkpoints of repositories, in folders, or the given files"
 
 _MANY_METRICS = 4
+_NUMBERS = ("epoch", "step", "ranks", "size", "of earlier", "state")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,14 +67,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def list_repository(repository: Repository) -> dict[str, Any]:
-    """A member of `repositories` of `fastckpt.ls/1`, newest checkpoint first. Reads names, and records with one request each, but no
-    index.
+    """A member of `repositories` of `fastckpt.ls/1`, newest checkpoint first. Reads names, records with one request each, and of the newest
+    some hundred votes one range, or two.
     """
     records = KnownRecords(repository.store)
     catalog = Catalog(records)
     found = records.read_all(catalog.listing)
     inside = safe_history(catalog)
-    rows = [commit_row(commit, inside) for commit in found.commits.values()]
+    newest_first = sorted(found.commits.values(), key=lambda commit: commit.save, reverse=True)
+    earlier = references(repository.store, newest_first)
+    rows = [
+        {**commit_row(commit, inside), "earlier_bytes": earlier.get(checkpoint)}
+        for checkpoint, commit in found.commits.items()
+    ]
     for checkpoint, error in found.failed.items():
         rows.append(_empty_row(checkpoint, "damaged", str(error)))
     for save in pending_saves(repository.store, catalog.listing):
@@ -82,8 +94,28 @@ def list_repository(repository: Repository) -> dict[str, Any]:
         "origin": _origin(repository),
         "newest_epoch": newest,
         "retired": len(found.tombstones),
+        **_held(repository, found),
         "checkpoints": rows,
     }
+
+
+def _held(repository: Repository, found: AllCommits) -> dict[str, int]:
+    """Bytes of packs, and what remains of saves that are no checkpoints any more: only then file tables are read."""
+    data = take_inventory(repository.store, keys.DATA)
+    useless = {
+        save
+        for save in data.packs
+        if save.checkpoint in found.tombstones
+        or (save.checkpoint in found.commits and found.commits[save.checkpoint].save != save)
+    }
+    needed: set[str] | None = set()
+    try:
+        if useless:
+            needed = {key for commit in found.commits.values() for key in packs_of(repository.store, commit)}
+    except UnreadableError:
+        needed = None
+    held = held_bytes(data.packs, data.sizes, None if found.failed else needed, useless)
+    return {"stored_bytes": held.stored, "base_bytes": held.base, "grace_bytes": held.grace}
 
 
 def _origin(repository: Repository) -> dict[str, str] | None:
@@ -123,12 +155,15 @@ def _print_repository(found: Mapping[str, Any]) -> None:
         note(f"{found['url']}: no checkpoints")
         return
     shows_ranks = any(one["error"] is None and one["world"] > 1 for one in found["checkpoints"])
-    ranks = ["ranks"] if shows_ranks else []
-    rows: list[list[object]] = [["epoch", "step", *ranks, "when (UTC)", "size", "state", "trigger", "metrics", ""]]
+    shows_earlier = any(one["error"] is None and one["earlier_bytes"] for one in found["checkpoints"])
+    ranks, of_earlier = ["ranks"] if shows_ranks else [], ["of earlier"] if shows_earlier else []
+    head = ["epoch", "step", *ranks, "when (UTC)", "size", *of_earlier, "state", "trigger", "metrics", ""]
+    rows: list[list[object]] = [[*head]]
     for one in found["checkpoints"]:
         if one["error"] is None:
             when = one["utc"].replace("T", " ").removesuffix("Z")
-            sizes = [human(one["stored_bytes"]), human(one["raw_bytes"])]
+            needed = [_earlier(one["earlier_bytes"])] if shows_earlier else []
+            sizes = [human(one["stored_bytes"]), *needed, human(one["raw_bytes"])]
             mark = "newest" if one["newest"] else "" if one["branch"] == "history" else one["branch"]
             ranks = [one["world"]] if shows_ranks else []
             rows.append(
@@ -136,9 +171,19 @@ def _print_repository(found: Mapping[str, Any]) -> None:
             )
         else:
             words = one["error"] if one["branch"] == "unfinished" else "see fastckpt check"
-            nothing = [""] * (6 if shows_ranks else 5)
+            nothing = [""] * (len(head) - 3)
             rows.append([one["epoch"], one["step"], *nothing, f"{one['branch']}: {words}"])
-    table(rows, right=(0, 1, 2, 4, 5) if shows_ranks else (0, 1, 3, 4))
+    table(rows, right=[i for i, name in enumerate(head) if name in _NUMBERS])
+    if found["base_bytes"] or found["grace_bytes"]:
+        stored, base, grace = (human(found[name]) for name in ("stored_bytes", "base_bytes", "grace_bytes"))
+        note(
+            f"{found['url']}: packs of {stored}; of saves that are no checkpoint any more {base}, to which checkpoints refer, and {grace}, "
+            "which wait for the end of their grace"
+        )
+
+
+def _earlier(n_bytes: int | None) -> str:
+    return "" if n_bytes is None else human(n_bytes) if n_bytes else "full"
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

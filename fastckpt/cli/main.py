@@ -58,6 +58,7 @@ COMMANDS = (
     "prune",
     "restore",
     "salvage",
+    "compact",
     "cp",
     "mirror",
     "prefetch",

@@ -12,11 +12,19 @@ from fastckpt.cli.target import add_endpoint, open_repository
 from fastckpt.errors import CheckpointError, RepositoryError, UnreadableError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId
+from fastckpt.format.pack_ranges import ranges_of
 from fastckpt.format.repository_records import Commit
 from fastckpt.repository.collector import Collector
 from fastckpt.repository.file_tables import packs_of
 from fastckpt.repository.repository import Repository
-from fastckpt.repository.retention import Keep, RepositoryView, RetentionPlan, TombstoneSeen, plan_retention
+from fastckpt.repository.retention import (
+    HeldBytes,
+    Keep,
+    RepositoryView,
+    RetentionPlan,
+    TombstoneSeen,
+    plan_retention,
+)
 
 HELP = "remove checkpoints that no rule keeps, and debris; shows its plan first"
 
@@ -33,7 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", metavar="URL")
     parser.add_argument("--keep-last", type=int, required=True, metavar="N", help="keep the newest N of the history")
     parser.add_argument("--keep-every", type=int, metavar="K", help="keep steps that are multiples of K")
+    parser.add_argument(
+        "--keep-every-minutes",
+        type=float,
+        metavar="M",
+        help="keep those nearest to multiples of M minutes since the oldest",
+    )
+    parser.add_argument("--keep-for-minutes", type=float, metavar="M", help="keep those younger than M minutes")
+    parser.add_argument("--keep-steps", metavar="N,N,…", help="keep these steps")
     parser.add_argument("--keep-best", metavar="METRIC:min|max", help="keep the one with the best value of a metric")
+    parser.add_argument("--keep-best-count", type=int, default=1, metavar="N", help="… the best N (default 1)")
     parser.add_argument("--branches", action="store_true", help="remove abandoned branches too")
     parser.add_argument(
         "--run-is-stopped", action="store_true", help="no job writes here, by your word; required unless --dry-run"
@@ -49,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--yes", action="store_true", help="do not ask")
     # argparse cannot express "at least one of them".
     parser.usage = (
-        "%(prog)s [-h] [--json] [--endpoint-url URL] --keep-last N [--keep-every K] [--keep-best METRIC:min|max]\n"
+        "%(prog)s [-h] [--json] [--endpoint-url URL] --keep-last N [--keep-every K] [--keep-every-minutes M]\n"
+        "                      [--keep-for-minutes M] [--keep-steps N,N,…] [--keep-best METRIC:min|max] [--keep-best-count N]\n"
         "                      [--branches] [--grace SECONDS] (--run-is-stopped | --dry-run) [--yes] URL"
     )
 
@@ -70,6 +88,8 @@ class Forecast:
     """Packs that may be deleted only after their grace: by another prune, or by the job's retention."""
     kept: list[CheckpointId] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    held: HeldBytes = field(default_factory=HeldBytes)
+    """What is left."""
 
 
 def forecast(view: RepositoryView, needs: Needs, keep: Keep, grace_s: float, branches: bool) -> Forecast:
@@ -78,6 +98,7 @@ def forecast(view: RepositoryView, needs: Needs, keep: Keep, grace_s: float, bra
     for _ in range(_MOST_PASSES):
         todo = plan_retention(view, keep, (), grace_s, abandoned=branches, stopped=True)
         result.notes += [words for words in (*todo.warnings, *todo.notes) if words not in result.notes]
+        result.held = todo.held
         if not todo.retire and not todo.delete:
             break
         result.retire += todo.retire
@@ -99,7 +120,7 @@ def after(view: RepositoryView, todo: RetentionPlan, needs: Needs) -> Repository
     gone = {checkpoint for checkpoint, _ in todo.retire}
     deleted = set(todo.delete)
     living = {c: commit for c, commit in view.living.items() if c not in gone}
-    tombstones = {**view.tombstones, **dict.fromkeys(gone, TombstoneSeen(view.now_s))}
+    tombstones = {**view.tombstones, **{c: _tombstone_of(view, c, needs) for c in gone}}
     votes = {save: [key for key in names if key not in deleted] for save, names in view.votes.items()}
     packs = {save: [key for key in names if key not in deleted] for save, names in view.packs.items()}
     named = [needs.get(c) for c in living]
@@ -115,6 +136,14 @@ def after(view: RepositoryView, todo: RetentionPlan, needs: Needs) -> Repository
         needed=needed,
         pins=replace(view.pins, expired=[key for key in view.pins.expired if key not in deleted]),
     )
+
+
+def _tombstone_of(view: RepositoryView, checkpoint: CheckpointId, needs: Needs) -> TombstoneSeen:
+    packs, commit = needs.get(checkpoint), view.living.get(checkpoint)
+    if commit is None:  # it never was a checkpoint
+        return TombstoneSeen(view.now_s)
+    others = None if packs is None else ranges_of(key for key in packs if keys.parse_pack(key) != commit.save)
+    return TombstoneSeen(view.now_s, replaced=True, named=others)
 
 
 def prune(repository: Repository, arguments: argparse.Namespace) -> int:
@@ -157,9 +186,25 @@ def keep_of(arguments: argparse.Namespace) -> Keep:
     if not arguments.grace >= 0:
         raise WrongUsageError(f"--grace is {arguments.grace}: expected a number of seconds ≥ 0")
     try:
-        return Keep(last=arguments.keep_last, every=arguments.keep_every, best=best, mode=mode)
+        return Keep(
+            last=arguments.keep_last,
+            every=arguments.keep_every,
+            every_minutes=arguments.keep_every_minutes,
+            for_minutes=arguments.keep_for_minutes,
+            steps=_steps(arguments.keep_steps),
+            best=best,
+            mode=mode,
+            best_count=arguments.keep_best_count,
+        )
     except ValueError as error:
         raise WrongUsageError(str(error)) from None
+
+
+def _steps(text: str | None) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")] if text else []
+    except ValueError:
+        raise WrongUsageError(f"--keep-steps is {text!r}: expected steps, such as 1000,5000") from None
 
 
 def needs_of(repository: Repository, view: RepositoryView) -> Needs:
@@ -216,6 +261,11 @@ def _print_forecast(repository: Repository, found: Forecast, view: RepositoryVie
     say(f"{url}: keep {len(found.kept)} checkpoints: steps {kept}{' …' if len(found.kept) > 20 else ''}")
     freed = sum(sizes.get(key, 0) for key in found.delete)
     say(f"{url}: {len(found.delete)} objects go, {human(freed)} are freed")
+    if found.held.base:
+        say(
+            f"{url}: {human(found.held.base)} of what stays are packs of saves that are no checkpoint any more: the checkpoints refer to "
+            "them"
+        )
     if found.waiting:
         n_bytes = human(sum(sizes.get(key, 0) for key in found.waiting))
         say(f"{url}: {n_bytes} more once the grace is over: run prune again then")
@@ -230,5 +280,6 @@ def _to_json(found: Forecast, sizes: Mapping[str, int]) -> dict[str, Any]:
         "delete": found.delete,
         "freed_bytes": sum(sizes.get(key, 0) for key in found.delete),
         "waiting_bytes": sum(sizes.get(key, 0) for key in found.waiting),
+        "base_bytes": found.held.base,
         "notes": found.notes,
     }

@@ -13,7 +13,7 @@ from fastckpt.cli.output import BAD_CHECKPOINT, OK, WrongUsageError, human, note
 from fastckpt.cli.target import add_checkpoint, add_endpoint, find, maybe_repository, open_container, safe_history
 from fastckpt.errors import MissingObjectError, UnreadableError
 from fastckpt.format.directory import TensorEntry
-from fastckpt.format.keys import CheckpointId, SaveId
+from fastckpt.format.keys import CheckpointId
 from fastckpt.format.records import transform_of
 from fastckpt.format.repository_records import Commit, Tombstone
 from fastckpt.format.shares import owners_needed
@@ -24,6 +24,7 @@ from fastckpt.reading.chunk_reader import Reader, storage_bytes, summary
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.commit import open_vote
 from fastckpt.repository.repository import Repository
+from fastckpt.upkeep.stored_as import StoredAs, stored_as
 
 HELP = "show a checkpoint and list its tensors; reads its index only"
 
@@ -58,10 +59,16 @@ def _show_repository(repository: Repository, arguments: argparse.Namespace) -> i
     wholes = Wholes(lambda name, entry: False)  # which blocks there are, nobody asks
     ranks = [_rank(repository, commit, rank, wholes) for rank in range(commit.world)]
     row = {**commit_row(commit, inside), "dtensors": sum(whole.was_spread for whole in wholes.found.values())}
+    stored = StoredAs()
+    for rank in ranks:
+        if rank["error"] is None:
+            stored.add(rank.pop("stored_as"))
     if arguments.json:
-        print_json("show-repository", {"url": repository.url, **row, "writer": commit.writer, "ranks": ranks})
+        value = {"url": repository.url, **row, "writer": commit.writer, **_stored_to_json(stored), "ranks": ranks}
+        print_json("show-repository", value)
     else:
-        _print_commit(repository, row, commit, _layout(commit, wholes))
+        _print_commit(repository, row, commit, _layout(commit, wholes), _read_words(stored))
+        _print_transforms(stored)
         _print_ranks(ranks)
     broken = [rank for rank in ranks if rank["error"] is not None]
     for rank in broken:
@@ -99,6 +106,7 @@ def _rank(repository: Repository, commit: Commit, rank: int, wholes: Wholes) -> 
     except UnreadableError as error:
         return {"rank": rank, "error": str(error)}
     wholes.add(rank, reader.directory)
+    stored = stored_as(reader, commit.save)
     return {
         "rank": rank,
         "error": None,
@@ -106,7 +114,9 @@ def _rank(repository: Repository, commit: Commit, rank: int, wholes: Wholes) -> 
         "held_bytes": storage_bytes(reader),
         "owners": sorted(owners_needed(reader.directory)),
         "stored_bytes": info.stored_bytes,
-        "shared_bytes": _shared_bytes(reader, commit.save),
+        "shared_bytes": stored.earlier_bytes,
+        "read_bytes": stored.read_bytes,
+        "stored_as": stored,
         "seconds": info.seconds,
         "chunks": len(reader.records),
         "packs": len(reader.files),
@@ -115,17 +125,40 @@ def _rank(repository: Repository, commit: Commit, rank: int, wholes: Wholes) -> 
     }
 
 
-def _shared_bytes(reader: Reader, save: SaveId) -> int:
-    """Stored bytes that the rank needs from packs of earlier saves."""
-    own = f"data/{save}/"
-    foreign = {n for n, file in enumerate(reader.files, 1) if not file.key.startswith(own)}
-    places = {
-        (int(r["file"]), int(r["offset"])): int(r["stored_bytes"]) for r in reader.records if int(r["file"]) in foreign
+def _stored_to_json(stored: StoredAs) -> dict[str, Any]:
+    return {
+        "full": stored.is_full,
+        "earlier_bytes": stored.earlier_bytes,
+        "read_bytes": stored.read_bytes,
+        "full_bytes": stored.full_bytes,
+        "read_amplification": round(stored.amplification, 4),
+        "longest_chain": stored.longest_chain,
+        "transforms": [{"transform": name, **numbers} for name, numbers in sorted(stored.transforms.items())],
     }
-    return sum(places.values())
 
 
-def _print_commit(repository: Repository, row: Mapping[str, Any], commit: Commit, layout: str) -> None:
+def _read_words(stored: StoredAs) -> str:
+    """What a restore reads, in words."""
+    if stored.is_full:
+        return f"{human(stored.read_bytes)}: full, it needs no earlier save"
+    chain = f", up to {stored.longest_chain} differences one after another" if stored.longest_chain else ""
+    return (
+        f"{human(stored.read_bytes)}, {human(stored.earlier_bytes)} of it from packs of earlier saves: {stored.amplification:.2f} times a "
+        f"full checkpoint{chain}"
+    )
+
+
+def _print_transforms(stored: StoredAs) -> None:
+    rows: list[list[object]] = [["stored as", "chunks", "state", "stored", "ratio"]]
+    for name, numbers in sorted(stored.transforms.items()):
+        ratio = f"{numbers['stored_bytes'] / numbers['raw_bytes']:.3f}"
+        rows.append([name, numbers["chunks"], human(numbers["raw_bytes"]), human(numbers["stored_bytes"]), ratio])
+    if len(rows) > 1:
+        table(rows, right=(1, 2, 3, 4))
+        say()
+
+
+def _print_commit(repository: Repository, row: Mapping[str, Any], commit: Commit, layout: str, read: str) -> None:
     mark = "newest" if row["newest"] else row["branch"]
     parent = "none" if commit.parent is None else "epoch {}, step {}".format(*commit.parent.checkpoint)
     lines = [
@@ -134,6 +167,7 @@ def _print_commit(repository: Repository, row: Mapping[str, Any], commit: Commit
         ("parent", parent),
         ("saved", f"{commit.utc}, trigger {commit.trigger}, {commit.seconds:.1f} s"),
         ("size", f"{human(commit.stored_bytes)} stored for {human(commit.raw_bytes)} of state, {commit.world} ranks"),
+        ("restore", f"reads {read}"),
         ("layout", layout),
         ("metrics", " ".join(f"{name}={value}" for name, value in row["metrics"].items())),
         ("meta", commit.meta or ""),

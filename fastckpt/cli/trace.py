@@ -15,11 +15,12 @@ from fastckpt.host.files import AtomicFile
 from fastckpt.host.sink import committing
 from fastckpt.trace import Recording, Summary, draw, read, summarize, to_chrome
 from fastckpt.trace.stages import ENCODE, STAGE, STALL, UPLOAD
-from fastckpt.trace.summary import to_json
+from fastckpt.trace.summary import Save, to_json
 
 HELP = "show where the time of recorded saves went: a timeline, a picture, a table"
 
 _BATCH = 5000
+_WORDS = {"equal": "equal", "difference": "differences", "cast": "cast", "full": "in full"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +112,11 @@ def _write_png(path: Path, summary: Summary, recordings: Sequence[Recording]) ->
 
 def _print(summary: Summary, several: bool) -> None:
     if summary.saves:
-        rows = [["save", "size", "stored", "total s", "stage s", "encode s", "upload s", "stall s", "bottleneck"]]
+        against = any(save.against or save.why_full for save in summary.saves)
+        more = ["against the one before"] if against else []
+        rows = [
+            ["save", "size", "stored", "total s", "stage s", "encode s", "upload s", "stall s", *more, "bottleneck"]
+        ]
         for save in summary.saves:
             name = f"step {save.step}" if save.step is not None else save.target
             rows.append(
@@ -124,6 +129,7 @@ def _print(summary: Summary, several: bool) -> None:
                     _seconds(save.busy_s(ENCODE)),
                     _seconds(save.wall_s(UPLOAD)),
                     _seconds(save.busy_s(STALL)),
+                    *([_against(save)] if against else []),
                     save.bottleneck if save.state != "failed" else f"failed: {save.error}",
                 ]
             )
@@ -139,6 +145,14 @@ def _print(summary: Summary, several: bool) -> None:
         say(f"training waited another {_seconds(summary.other_stall_s)} s outside of these saves")
     if summary.deferred:
         say(f"at {summary.deferred} steps a save was due and had to wait for earlier ones")
+
+
+def _against(save: Save) -> str:
+    """What became of its bytes, in words."""
+    if save.why_full:
+        return f"full: {save.why_full}"
+    total = sum(save.against.values())
+    return ", ".join(f"{100 * n / total:.0f} % {_WORDS[what]}" for what, n in save.against.items())
 
 
 def _seconds(seconds: float) -> str:

@@ -13,6 +13,7 @@ from fastckpt._version import __version__
 from fastckpt.format.container import INDEX_PARTS
 from fastckpt.format.fields import MAX_INTEGER, Findings, JsonFields
 from fastckpt.format.keys import MAX_EPOCH, MAX_TRY, MAX_WORLD, CheckpointId, SaveId, VoteName
+from fastckpt.format.pack_ranges import PackRanges, ranges_of_json, ranges_to_json
 from fastckpt.format.sealed import seal, seal_of, unseal
 
 
@@ -115,6 +116,8 @@ class Tombstone:
     of: str | None
     why: str
     utc: str
+    named: PackRanges | None = None
+    """Packs of other saves that the checkpoint named. None: not known, if it replaced a commit record; otherwise it named nothing."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,9 @@ def commit_bytes(commit: Commit) -> bytes:
 
 
 def tombstone_bytes(tombstone: Tombstone) -> bytes:
-    members = {"epoch": tombstone.checkpoint.epoch, "step": tombstone.checkpoint.step}
+    members: dict[str, Any] = {"epoch": tombstone.checkpoint.epoch, "step": tombstone.checkpoint.step}
+    if tombstone.named is not None:
+        members["named"] = ranges_to_json(tombstone.named)
     return seal("tombstone", {**members, "of": tombstone.of, "why": tombstone.why, "utc": tombstone.utc})
 
 
@@ -264,7 +269,7 @@ def parse_commit_record(data: bytes, checkpoint: CheckpointId, source: str) -> C
     value.demand(found == checkpoint, "epoch, step", f"{checkpoint}, as the key says", str(found))
     if content["fastckpt"] == "tombstone":
         of = None if content.get("of") is None else value.hex32("of")
-        tombstone = Tombstone(checkpoint, of, value.text("why"), value.text("utc"))
+        tombstone = Tombstone(checkpoint, of, value.text("why"), value.text("utc"), _named(content, value))
         value.findings.raise_damage()
         return tombstone
     world = value.integer("world", 1, MAX_WORLD)
@@ -287,6 +292,14 @@ def parse_commit_record(data: bytes, checkpoint: CheckpointId, source: str) -> C
     )
     value.findings.raise_damage()
     return commit
+
+
+def _named(content: dict[str, Any], value: JsonFields) -> PackRanges | None:
+    if content.get("named") is None:
+        return None
+    found = ranges_of_json(value.mapping("named"))
+    value.demand(found is not None, "named", "a folder of packs → runs of their numbers", content["named"])
+    return found
 
 
 def _parts(value: JsonFields) -> dict[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ copies together are one state.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -24,12 +25,25 @@ from fastckpt.format.shares import GroupClaim
 
 
 class ChunkSource(Protocol):
-    """The bytes of one state's chunks, in host memory. `raw` and `release` may be called by any thread, each chunk once and in order."""
+    """The bytes of one state's chunks, in host memory. `raw` and `release` may be called by any thread, each chunk once and in order;
+    neither of them for a chunk that is `known`.
+    """
+
+    def known(self, number: int) -> bytes | None:
+        """The digest of a chunk that was not copied, because it equals the base's chunk that it is matched with (`writing.matching`).
+
+        Asked only by a save that has a base. None: `raw` has its bytes. May block. Raises what `raw` does.
+        """
 
     def raw(self, number: int, scratch: U8) -> U8:
         """A chunk's bytes, either in `scratch`, which is large enough, or elsewhere. Nobody changes them until `release`. May block.
 
         Raises the error that has made the state invalid meanwhile.
+        """
+
+    def peek(self, number: int, scratch: U8) -> AbstractContextManager[U8 | None]:
+        """Context with any chunk's bytes, before its `raw` or after its `release`, in `scratch` or elsewhere. Nobody changes them until it
+        ends. None: they are not in memory (any more). May block. Raises what `raw` does.
         """
 
     def release(self, number: int) -> None:

@@ -6,7 +6,7 @@ The one place where stored bytes become raw bytes: crc before the decoder sees a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,7 +14,13 @@ import numpy as np
 
 from fastckpt import codec
 from fastckpt._types import U8
-from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, UnsupportedFormatError
+from fastckpt.errors import (
+    CorruptCheckpointError,
+    Damage,
+    ObjectNotFoundError,
+    TooLargeError,
+    UnsupportedFormatError,
+)
 from fastckpt.format import container, directory, directory_reader, records
 from fastckpt.format.container import (
     FOOTER_BYTES,
@@ -32,6 +38,8 @@ from fastckpt.format.shares import shared_numbers, stretch_of
 from fastckpt.format.tensor_names import dotted
 from fastckpt.host import cycle_collector
 from fastckpt.kernels.transform import HAS_BASE, Transform, transform_name
+from fastckpt.reading.chain_rooms import ChainRooms
+from fastckpt.reading.chains import Chain, bases_of, plan_chain
 from fastckpt.reading.sources import Source
 
 
@@ -164,11 +172,14 @@ class Reader:
 
     @cached_property
     def storages_of_chunk(self) -> list[list[int]]:
-        """Numbers of the storages that need each chunk."""
+        """Numbers of the storages that need each chunk: for their own bytes, or for those of chunks that are relative to it."""
         found: list[list[int]] = [[] for _ in range(len(self.records))]
         for storage in range(len(self.directory.storages)):
             for piece in self.pieces(storage):
                 found[piece.chunk].append(storage)
+        for row, bases in reversed(bases_of(self.records).items()):
+            for base in bases:
+                found[base] = sorted({*found[base], *found[row]})
         return found
 
     @cached_property
@@ -197,41 +208,60 @@ class Reader:
         """Read, verify and decode one chunk into `out` (as long as its raw bytes). Returns the damage, if there is any.
 
         stored: its stored bytes, if they have been read already. Any thread. During the call it needs at most twice the chunk's bytes
-        besides `out`, and as much again for each base in the chain.
+        besides `out`, and what its chain needs.
         """
-        damage = self._try_chunk(chunk, out, stored)
-        if damage is None or stored is not None or not self.sources[int(self.records["file"][chunk])].doubt():
-            return damage
-        return self._try_chunk(chunk, out, None)  # the damage may have been that of a copy
+        if Transform(int(self.records["transform"][chunk])) not in HAS_BASE:
+            return self._read_row(chunk, out, stored, None)
+        try:
+            chain = plan_chain(chunk, self.records)
+        except TooLargeError as error:
+            return self._damage(chunk, f"{self.chunk_name(chunk)}, base", "bases that a writer makes", str(error))
+        return self.read_chain(chain, {chunk: out}, {} if stored is None else {chunk: stored})
 
-    def _try_chunk(self, chunk: int, out: U8, stored: U8 | None) -> Damage | None:
-        record = self.records[chunk]
-        transform = Transform(int(record["transform"]))
-        place = self.chunk_name(chunk)
+    def read_chain(self, chain: Chain, places: Mapping[int, U8], stored: Mapping[int, U8]) -> Damage | None:
+        """Read, verify and decode a chain, one row after another. Returns the damage of the first row that has any.
+
+        Args:
+            chain: of this index.
+            places: where its wanted chunks belong; nothing else is there yet.
+            stored: stored bytes of rows that have been read already.
+        """
+        rooms = ChainRooms(chain, self.records, places)
+        for link in chain.links:
+            damage = self._read_row(link.row, rooms.out(link), stored.get(link.row), rooms.base(link))
+            if damage is not None:
+                return damage
+            rooms.free(link)
+        return None
+
+    def _read_row(self, row: int, out: U8, stored: U8 | None, base: U8 | None) -> Damage | None:
+        damage = self._try_row(row, out, stored, base)
+        if damage is None or stored is not None or not self.sources[int(self.records["file"][row])].doubt():
+            return damage
+        return self._try_row(row, out, None, base)  # the damage may have been that of a copy
+
+    def _try_row(self, row: int, out: U8, stored: U8 | None, base: U8 | None) -> Damage | None:
+        record = self.records[row]
+        place = self.chunk_name(row)
         n_stored = int(record["stored_bytes"])
         if n_stored:
             first, file = int(record["offset"]), int(record["file"])
             place += f", bytes {first}–{first + n_stored}" + (f" of {self.files[file - 1].key}" if file else "")
-        base: Any = None  # read it first, because that uses this thread's scratch buffer, too
-        if transform in HAS_BASE:
-            base = self._base(chunk, record)
-            if isinstance(base, Damage):
-                return self._damage(chunk, f"{place}, base: {base.place}", base.expected, base.found)
         if stored is None:
             try:
-                stored = out if transform is Transform.RAW else self._scratch_of(n_stored)
+                stored = out if record["transform"] == Transform.RAW else self._scratch_of(n_stored)
                 if n_stored:
-                    self._read_stored(record, stored)
+                    self.sources[int(record["file"])].read_into(position_of(self, record), stored)
             except (EOFError, ObjectNotFoundError) as error:
-                return self._damage(chunk, place, f"{n_stored} stored bytes", str(error))
-        return self._decode_chunk(chunk, place, stored, out, base)
+                return self._damage(row, place, f"{n_stored} stored bytes", str(error))
+        return self._decode_row(row, place, stored, out, base)
 
-    def _decode_chunk(self, chunk: int, place: str, stored: U8, out: U8, base: U8 | None) -> Damage | None:
-        record = self.records[chunk]
+    def _decode_row(self, row: int, place: str, stored: U8, out: U8, base: U8 | None) -> Damage | None:
+        record = self.records[row]
         # Checked before decoding, so only a deliberately wrong frame reaches the decoder, never damage.
         if stored.size and crc64nvme(stored) != int(record["crc64nvme"]):
             found = f"{crc64nvme(stored):016x}"
-            return self._damage(chunk, f"{place}, crc64nvme", f"{int(record['crc64nvme']):016x}", found)
+            return self._damage(row, f"{place}, crc64nvme", f"{int(record['crc64nvme']):016x}", found)
         lane_bytes, pack_bits = int(record["lane_bytes"]), int(record["pack_bits"])
         transform = Transform(int(record["transform"]))
         try:
@@ -239,29 +269,10 @@ class Reader:
                 transform, lane_bytes, pack_bits, record["parameter"].tobytes(), stored, out, base
             )
         except codec.CodecError as error:
-            return self._damage(chunk, place, error.expected, error.found)
+            return self._damage(row, place, error.expected, error.found)
         if found_digest != record["digest"].tobytes():
-            return self._damage(chunk, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
+            return self._damage(row, f"{place}, digest", record["digest"].tobytes().hex(), found_digest.hex())
         return None
-
-    def _base(self, chunk: int, record: Any) -> U8 | Damage:
-        """The base of a chunk's transform: bytes of one chunk, or the end of one and the beginning of the next."""
-        first, start, n_bytes = records.base_of(record)
-        found = np.empty(n_bytes, np.uint8)
-        position = 0
-        while position < n_bytes:
-            raw = np.empty(int(self.records["raw_bytes"][first]), np.uint8)
-            damage = self.read_chunk(first, raw)
-            if damage is not None:
-                return damage
-            part = raw[start : start + n_bytes - position]
-            found[position : position + part.size] = part
-            position, first, start = position + part.size, first + 1, 0
-        return found
-
-    def _read_stored(self, record: Any, out: U8) -> None:
-        file, offset = int(record["file"]), int(record["offset"])
-        self.sources[file].read_into(offset if file else self.start + offset, out)
 
     def _damage(self, chunk: int, place: str, expected: str, found: str) -> Damage:
         return Damage("payload", place, expected, found, self.tensors_of(chunk))
@@ -272,6 +283,11 @@ class Reader:
         if buffer is None or buffer.size < n_bytes:
             buffer = self._scratch.buffer = np.empty(n_bytes, np.uint8)
         return buffer[:n_bytes]
+
+
+def position_of(reader: Reader, record: Any) -> int:
+    """Where the stored bytes of a record begin in their source."""
+    return int(record["offset"]) + (0 if record["file"] else reader.start)
 
 
 def _check_shares(reader: Reader) -> None:

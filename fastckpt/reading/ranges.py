@@ -38,6 +38,14 @@ class Limits(NamedTuple):
     """
 
 
+class Part(NamedTuple):
+    """Stored bytes that chains need."""
+
+    row: int
+    takers: tuple[tuple[int, int], ...]
+    """Number of a chain, and the row that these bytes are there: equal bytes may have several rows."""
+
+
 class Range(NamedTuple):
     """Bytes of one file, and the wanted chunks in them."""
 
@@ -47,7 +55,9 @@ class Range(NamedTuple):
     """Offset of the first byte, as records count."""
     stop: int
     chunks: tuple[int, ...]
-    """In the order in which they are wanted."""
+    """Those that are decoded by themselves, in the order in which they are wanted."""
+    parts: tuple[Part, ...] = ()
+    """What chains need (`reading.chains`)."""
 
 
 @dataclass

@@ -21,6 +21,10 @@ class Reads(NamedTuple):
     """Most memory of ranges that have been read and not decoded yet."""
     window_bytes: int = 128 << 20
     """Of storages that go on to a device, from which size on no more are read ahead."""
+    parked_bytes: int = 0
+    """Most memory of ranges' parts that wait for the others of their chain."""
+    scratch_bytes: int = 0
+    """Most memory of rows that have no place in the loaded state, while chains are decoded; a single chain may take more."""
 
     @classmethod
     def of(cls, options: Options) -> Reads:
@@ -31,6 +35,17 @@ class Reads(NamedTuple):
         left -= at_once * _READER_BYTES
         buffers_bytes = min(at_once * Limits().range_bytes, left // 2)
         return cls(at_once, buffers_bytes, min(_DEVICE_WINDOW_BYTES, left - buffers_bytes))
+
+    def with_chains(self) -> Reads:
+        """As much memory, of which chains have a part."""
+        parked_bytes = self.buffers_bytes // 4
+        scratch_bytes = self.window_bytes // 4
+        return self._replace(
+            buffers_bytes=self.buffers_bytes - parked_bytes,
+            window_bytes=self.window_bytes - scratch_bytes,
+            parked_bytes=parked_bytes,
+            scratch_bytes=scratch_bytes,
+        )
 
 
 PLAIN_READS = Reads()

@@ -6,8 +6,9 @@ Of files, a range is one native call, and the threads that decode read, too (`wo
 (`range_reads`), and decoded there by as many threads at a time as decode.
 
 Each chunk is decoded once, directly into the memory that the caller will own; only a chunk of several storages goes through a scratch
-buffer. At most `window_bytes` of storages that were not taken yet are in memory: no limit if storages stay in host memory anyway, a few
-storages if each one goes on to a device.
+buffer. Chunks that are relative to others are decoded as soon as all rows of their chain have come (`chains`, `jobs`, `parking`). At most
+`window_bytes` of storages that were not taken yet are in memory: no limit if storages stay in host memory anyway, a few storages if each
+one goes on to a device.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from torch.storage import UntypedStorage
@@ -26,12 +27,17 @@ from fastckpt._types import U8
 from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError, StoreError, TooLargeError
 from fastckpt.kernels import kernels
 from fastckpt.kernels.transform import MAX_RAW_BYTES
+from fastckpt.reading.chain_chunks import Allowance, ChainChunks
+from fastckpt.reading.chains import Chain, Together, bases_of, plan_chains
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.hedging import Hedging
+from fastckpt.reading.jobs import Job, Jobs, plan_jobs, rows_needed
 from fastckpt.reading.load_plan import LoadPlan
-from fastckpt.reading.range_chunks import LastChunk, RangeChunks
+from fastckpt.reading.parking import Parking
+from fastckpt.reading.places import LastChunk, Places
+from fastckpt.reading.range_chunks import RangeChunks, Settled
 from fastckpt.reading.range_reads import RangeReads
-from fastckpt.reading.ranges import Range, limits_for, plan, whole_files
+from fastckpt.reading.ranges import Range, limits_for, whole_files
 from fastckpt.reading.reads import PLAIN_READS, Reads
 from fastckpt.reading.sources import Source
 from fastckpt.reading.window import Sink, Window
@@ -73,9 +79,13 @@ class StorageLoader:
         self._reader = reader
         self._storages = reader.directory.storages
         self._plan = LoadPlan(reader, wanted)
-        self._window = Window(window_bytes, given or {})
+        self._known = {} if last_chunk is None else last_chunk.known(self._plan.pieces)
+        wanted_now = [chunk for chunk in self._plan.pieces if chunk not in self._known]
+        work = _plan_work(reader, wanted_now, threads, reads, window_bytes)
+        self._jobs = work.jobs
+        self._window = Window(work.window_bytes, given or {})
         self._scheduled: set[int] = set()
-        """Numbers of the ranges that were given to threads, or loaded."""
+        """Numbers of the jobs that were given to threads, or done."""
         self._next = 0
         """Number of storages of the plan's order that were scheduled ahead of the caller of `take`."""
         self._awaited = -1
@@ -83,30 +93,27 @@ class StorageLoader:
         self._damage: list[Damage] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self._chunks = RangeChunks(
-            reader, self._plan.pieces, self._window, threading.BoundedSemaphore(threads), last_chunk
-        )
-        reads = reads._replace(at_once=min(reads.at_once, _reads_at_once(reader, self._plan)))
-        self._ranges = _ranges_of(reader, self._plan, threads, reads, window_bytes)
-        self._range_of = {chunk: number for number, range_ in enumerate(self._ranges) for chunk in range_.chunks}
-        self._pool = self._start(threads, reads)
+        places = Places(reader, self._plan.pieces, self._window, last_chunk)
+        chains = ChainChunks(places, work.chains, Allowance(work.reads.scratch_bytes))
+        parking = Parking([job for job in work.jobs.all if isinstance(job, Range)], work.reads.parked_bytes)
+        self._chunks = RangeChunks(places, chains, parking, threading.BoundedSemaphore(threads))
+        self._pool = self._start(threads, work)
 
-    def _start(self, threads: int, reads: Reads) -> RangeReads | Workers | None:
-        """Threads that load ranges. None: the caller's own is enough, or the interpreter is ending and allows none."""
-        waits = bool(reads.at_once)
-        if len(self._ranges) <= 1 or (not waits and (threads == 1 or self._plan.n_bytes <= _INLINE_BYTES)):
+    def _start(self, threads: int, work: _Work) -> RangeReads | Workers | None:
+        """Threads that do the jobs. None: the caller's own is enough, or the interpreter is ending and allows none."""
+        waits = bool(work.reads.at_once)
+        if len(work.jobs.all) <= 1 or (not waits and (threads == 1 or self._plan.n_bytes <= _INLINE_BYTES)):
             return None
-        if not waits or _are_files(self._reader, self._plan):
-            hint = functools.partial(read_soon, self._reader) if waits else None
-            workers = Workers(threads, self._load, hint)
+        if not work.is_ahead:
+            hint = functools.partial(read_soon, self._reader, work.chains) if waits else None
+            workers = Workers(threads, self._do, hint)
             return None if workers.inline else workers
-        is_remote = any(source.is_remote for source in _sources_of(self._reader, self._plan))
         return RangeReads(
             self._chunks.read,
             self._use,
-            at_once=reads.at_once,
-            buffers_bytes=reads.buffers_bytes,
-            hedging=Hedging() if is_remote else None,
+            at_once=work.reads.at_once,
+            buffers_bytes=work.reads.buffers_bytes,
+            hedging=Hedging() if any(source.is_remote for source in work.sources) else None,
         )
 
     def __enter__(self) -> StorageLoader:
@@ -153,50 +160,62 @@ class StorageLoader:
             self._next += 1
 
     def _schedule_storage(self, number: int) -> None:
-        self._allocate(number)
+        self._allocate([number])
         for chunk in self._plan.chunks[number]:
-            at = self._range_of[chunk]
-            if at in self._scheduled:
-                continue
-            self._scheduled.add(at)
-            for other in self._ranges[at].chunks:
-                for piece in self._plan.pieces[other]:
-                    self._allocate(piece[0])
-            if self._pool is None:
-                self._load(self._ranges[at])
-            else:
-                self._pool.submit(self._ranges[at])
+            if chunk in self._known:
+                self._place_known(chunk)
+            for at in self._jobs.of_chunk.get(chunk, ()):
+                if at not in self._scheduled:
+                    self._scheduled.add(at)
+                    self._begin(at)
 
-    def _allocate(self, number: int) -> None:
-        if not self._window.has_entered(number) and self.has_data(number):
-            with self._changed:
-                self._window.enter(number, self._storages[number].n_bytes, len(self._plan.chunks[number]))
+    def _begin(self, at: int) -> None:
+        job = self._jobs.all[at]
+        self._allocate(piece[0] for chunk in self._jobs.settles[at] for piece in self._plan.pieces[chunk])
+        if self._pool is None:
+            self._do(job)
+        elif isinstance(self._pool, Workers):
+            self._pool.submit(job)
+        else:
+            assert isinstance(job, Range)
+            self._pool.submit(job)
 
-    def _load(self, range_: Range) -> None:
-        self._settle(range_, functools.partial(self._chunks.load, range_))
+    def _place_known(self, chunk: int) -> None:
+        raw = self._known.pop(chunk)
+        self._allocate(piece[0] for piece in self._plan.pieces[chunk])
+        self._settle(functools.partial(self._chunks.place_known, chunk, raw))
+
+    def _allocate(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if not self._window.has_entered(number) and self.has_data(number):
+                with self._changed:
+                    self._window.enter(number, self._storages[number].n_bytes, len(self._plan.chunks[number]))
+
+    def _do(self, job: Job) -> None:
+        self._settle(functools.partial(self._chunks.load, job))
 
     def _use(self, range_: Range, found: U8 | BaseException) -> None:
         """Take a range that was read ahead, or the error of that."""
         if isinstance(found, (EOFError, ObjectNotFoundError)):
-            self._settle(range_, functools.partial(self._chunks.reread, range_))
+            self._settle(functools.partial(self._chunks.reread, range_))
         elif isinstance(found, BaseException):
             self._fail(found)
         else:
-            self._settle(range_, functools.partial(self._chunks.place, range_, found))
+            self._settle(functools.partial(self._chunks.place, range_, found))
 
-    def _settle(self, range_: Range, load: Callable[[], list[Damage]]) -> None:
+    def _settle(self, load: Callable[[], Settled]) -> None:
         try:
-            damage = load()
+            settled = load()
         except BaseException as error:  # any error is raised by `take`
             self._fail(error)
             return
         with self._changed:
-            self._damage += damage
-            for chunk in range_.chunks:
+            self._damage += settled.damage
+            for chunk in settled.chunks:
                 for piece in self._plan.pieces[chunk]:
                     self._window.arrive(piece[0])
             # Whoever is woken takes the interpreter's lock only to sleep again, unless it is this that it waits for.
-            if damage or (self._awaited in self._window and self._window.is_whole(self._awaited)):
+            if settled.damage or (self._awaited in self._window and self._window.is_whole(self._awaited)):
                 self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
@@ -209,23 +228,54 @@ class StorageLoader:
         if self._pool is not None:
             self._pool.close()
         found = set(self._damage)
-        scratch = np.empty(4 << 20, np.uint8)
-        for chunk in range(len(self._reader.records)):
-            damage = self._reader.read_chunk(chunk, scratch[: int(self._reader.records["raw_bytes"][chunk])])
-            if damage is not None:
-                found.add(damage)
+        records = self._reader.records
+        scratch = np.empty(MAX_RAW_BYTES, np.uint8)
+        bases = {base for some in bases_of(records).values() for base in some}
+        for chunk in range(len(records)):
+            if chunk not in bases:  # which are read with what needs them
+                damage = self._reader.read_chunk(chunk, scratch[: int(records["raw_bytes"][chunk])])
+                found |= set() if damage is None else {damage}
         raise CorruptCheckpointError(self._reader.source.name, sorted(found, key=lambda item: item.place))
 
 
-def _sources_of(reader: Reader, loads: LoadPlan) -> list[Source]:
-    """Where the stored bytes of a load are, in the order of the files."""
-    chunks = reader.records[list(loads.pieces)]
-    return [reader.sources[file] for file in np.unique(chunks["file"][chunks["stored_bytes"] > 0]).tolist()]
+class _Work(NamedTuple):
+    """What a load has to do, and how."""
+
+    jobs: Jobs
+    chains: Sequence[Chain]
+    reads: Reads
+    window_bytes: int | None
+    is_ahead: bool
+    """Stored bytes are read into buffers before they are decoded, because reads wait, and threads would."""
+    sources: Sequence[Source]
 
 
-def _reads_at_once(reader: Reader, loads: LoadPlan) -> int:
+def _plan_work(reader: Reader, wanted: Sequence[int], threads: int, reads: Reads, window_bytes: int | None) -> _Work:
+    # A range or a chain begins all storages that it has chunks of.
+    reach_bytes = None if window_bytes is None else max(window_bytes // 2, MAX_RAW_BYTES)
+    together = Together() if reach_bytes is None else Together(reach_bytes=reach_bytes)
+    chains = plan_chains(wanted, reader.records, together)
+    rows = reader.records[rows_needed(wanted, chains)]
+    sources = [reader.sources[file] for file in np.unique(rows["file"][rows["stored_bytes"] > 0]).tolist()]
+    if chains:
+        reads = reads.with_chains()
+        window_bytes = None if window_bytes is None else min(window_bytes, reads.window_bytes)
+    reads = reads._replace(at_once=min(reads.at_once, _reads_at_once(sources)))
+    are_files = kernels().read_chunks is not None and all(source.is_file for source in sources)
+    if are_files:
+        limits = whole_files(int(rows["raw_bytes"].sum(dtype=np.int64)), threads)
+    else:
+        at_once = reads.at_once or threads
+        limits = limits_for(int(rows["stored_bytes"].sum(dtype=np.int64)), at_once, reads.buffers_bytes // at_once)
+    if reach_bytes is not None:
+        limits = limits._replace(reach_bytes=min(limits.reach_bytes, reach_bytes))
+    is_ahead = bool(reads.at_once) and not are_files
+    jobs = plan_jobs(wanted, chains, reader.records, limits, ahead=is_ahead)
+    return _Work(jobs, chains, reads, window_bytes, is_ahead, sources)
+
+
+def _reads_at_once(sources: Sequence[Source]) -> int:
     """How many reads of these are worth it at once; 0 if they do not wait."""
-    sources = _sources_of(reader, loads)
     if any(source.is_remote for source in sources):
         return max(source.reads_at_once() for source in sources if source.is_remote)
     most = 0
@@ -233,22 +283,6 @@ def _reads_at_once(reader: Reader, loads: LoadPlan) -> int:
         with contextlib.suppress(StoreError):  # one that is missing is found when it is read
             most = max(most, source.reads_at_once())
     return most
-
-
-def _are_files(reader: Reader, loads: LoadPlan) -> bool:
-    """Whether the native kernels can read all of these bytes by themselves."""
-    return kernels().read_chunks is not None and all(source.is_file for source in _sources_of(reader, loads))
-
-
-def _ranges_of(reader: Reader, loads: LoadPlan, threads: int, reads: Reads, window_bytes: int | None) -> list[Range]:
-    if _are_files(reader, loads):
-        limits = whole_files(loads.n_bytes, threads)
-    else:
-        chunks, at_once = reader.records[list(loads.pieces)], reads.at_once or threads
-        limits = limits_for(int(chunks["stored_bytes"].sum()), at_once, reads.buffers_bytes // at_once)
-    if window_bytes is not None:  # a range begins all storages that it has chunks of
-        limits = limits._replace(reach_bytes=min(limits.reach_bytes, max(window_bytes // 2, MAX_RAW_BYTES)))
-    return plan(loads.pieces, reader.records, limits)
 
 
 __all__ = ["LastChunk", "StorageLoader", "check_size"]

@@ -27,6 +27,7 @@ _OTHERS_CAN_WRITE = 0o022
 _STALE_S = 24 * 3600.0
 """How long a repository's files stay that nobody has prefetched since."""
 _UNFINISHED_S = 3600.0
+_NEEDED_S = 3600.0
 _READ_BYTES = 1 << 30
 _PIECE_BYTES = 1 << 20
 """Stays in the cache of a core while it is verified."""
@@ -186,10 +187,15 @@ class CacheFolder:
         return os.path.join(self._own, f".claim-{key.replace('/', '+')}.tmp")
 
     def remove_before(self, folder: str, first: str) -> None:
-        """Remove folders in `folder` (as "data") whose names sort before `first`: of earlier saves."""
+        """Remove folders in `folder` (as "data") whose names sort before `first`: of earlier saves.
+
+        Those stay into which something has come within the last hour: the checkpoint that is restored may name packs of theirs, which
+        another process or a prefetch has just brought.
+        """
+        last_s = time.time() - _NEEDED_S
         with contextlib.suppress(OSError):
             for entry in os.scandir(os.path.join(self._own, folder)):
-                if entry.name < first and entry.is_dir(follow_symlinks=False):
+                if entry.name < first and entry.is_dir(follow_symlinks=False) and _changed_s(entry.path) < last_s:
                     shutil.rmtree(entry.path, ignore_errors=True)
 
     def keep_only(self, wanted: Collection[str]) -> int:
@@ -220,6 +226,12 @@ class CacheFolder:
 
     def _path(self, key: str) -> str:
         return os.path.join(self._own, *check_key(key).split("/"))
+
+
+def _changed_s(path: str) -> float:
+    """When a file last came into a folder of a save, or into one of a rank in it."""
+    below = [entry.path for entry in os.scandir(path) if entry.is_dir(follow_symlinks=False)]
+    return max(os.lstat(one).st_mtime for one in (path, *below))
 
 
 def _make_folders(path: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fastckpt.errors import (
+    BaseLostError,
     CheckpointError,
     CorruptCheckpointError,
     Damage,
@@ -171,7 +172,11 @@ class Catalog:
                 return None
             raise NoCheckpointError(f"{self.repository.url} has no checkpoint at all: step {step} cannot be restored")
         if not isinstance(step, str):
-            return Choice(*self._opened(self._find(step)))
+            found = self._find(step)
+            try:
+                return Choice(*self._opened(found))
+            except CorruptCheckpointError as error:
+                raise self.with_advice(found, error) from error
         newer = self._relisted(without)
         if newer is not None:
             return newer.choose(step, known_bad, without)
@@ -288,7 +293,7 @@ def open_checked(store: Store, commit: Commit) -> Reader:
     damage: list[Damage] = []
     first: Reader | None = None
     claims, unread = Claims(), set[int]()
-    sizes = _sizes(store, {commit.save})
+    sizes, listed = _sizes(store, commit.save), {commit.save}
     for rank in range(commit.world):
         name = commit.vote(rank)
         key = keys.vote_key(name)
@@ -305,8 +310,10 @@ def open_checked(store: Store, commit: Commit) -> Reader:
         claims.add(rank, reader.directory)
         first = reader if rank == 0 else first
         for file in reader.files:
-            if file.key not in sizes:
-                sizes.update(_sizes(store, {s for s in [keys.parse_pack(file.key)] if s is not None}))
+            save = keys.parse_pack(file.key)
+            if save is not None and save not in listed:  # an earlier one, of which this checkpoint names packs
+                sizes.update(_sizes(store, save))
+                listed.add(save)
             found = sizes.get(file.key)
             if found != file.n_bytes:
                 lost = reader.tensors_of_file(reader.files.index(file) + 1)
@@ -319,9 +326,9 @@ def open_checked(store: Store, commit: Commit) -> Reader:
     return first
 
 
-def _sizes(store: Store, saves: Iterable[SaveId]) -> dict[str, int]:
-    """Lengths of all packs of some saves. Uses LIST: one request for a thousand packs."""
-    return {info.key: info.n_bytes for save in saves for info in store.list(f"{keys.DATA}{save}/")}
+def _sizes(store: Store, save: SaveId) -> dict[str, int]:
+    """Lengths of all packs of a save. Uses LIST: one request for a thousand packs."""
+    return {info.key: info.n_bytes for info in store.list(f"{keys.DATA}{save}/")}
 
 
 def pending_saves(store: Store, listing: Inventory) -> list[SaveId]:
@@ -348,7 +355,7 @@ def complete_pending(repository: Repository, catalog: Catalog) -> list[Commit]:
         except (StoreAccessError, ObjectExistsError) as error:
             logger.warning("%s: the finished save %s is left uncommitted: %s", repository.url, save, error)
             continue
-        except (UnreadableError, RepositoryError) as error:
+        except (UnreadableError, RepositoryError, BaseLostError) as error:
             logger.warning("%s: the save %s cannot be completed: %s", repository.url, save, error)
             continue
         if commit is not None:

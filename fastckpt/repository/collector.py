@@ -15,6 +15,7 @@ from fastckpt.errors import (
 )
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId
+from fastckpt.format.pack_ranges import PackRanges, ranges_of
 from fastckpt.format.repository_records import Commit, Tombstone, tombstone_bytes, utc_now
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.commit import create, read_for_replacing
@@ -98,11 +99,12 @@ class Collector:
         bare_since_s = self._bare_since_s(found.tombstones.keys() - there, now_s)
         return RepositoryView(
             newest_epoch=listing.newest_epoch,
-            history=[] if missing else [Candidate(c, commits[c].metrics) for c in catalog.history() if c in commits],
+            history=[]
+            if missing
+            else [Candidate(c, commits[c].metrics, times_s[c]) for c in catalog.history() if c in commits],
             living=commits,
             tombstones={
-                c: TombstoneSeen(times_s[c], tombstone.of is not None, bare_since_s.get(c))
-                for c, tombstone in found.tombstones.items()
+                c: _seen(tombstone, times_s[c], bare_since_s.get(c)) for c, tombstone in found.tombstones.items()
             },
             commit_times_s=times_s,
             unreadable={*found.failed, *found.missing},
@@ -112,6 +114,7 @@ class Collector:
             needed=None if found.failed or found.missing else self._all_needed(commits.values()),
             pins=pins,
             now_s=now_s,
+            sizes={key: data.infos[key].n_bytes for packs in data.packs.values() for key in packs},
             missing=missing,
         )
 
@@ -197,6 +200,10 @@ class Collector:
                 if keys.parse_commit(key) in self._held():
                     continue
                 self._try(key, refused, lambda key=key: self._store.delete(key))  # type: ignore[misc]
+        stored, base, grace = todo.held
+        events.emit(
+            events.RetentionEnded(target=self._store.url, stored_bytes=stored, base_bytes=base, grace_bytes=grace)
+        )
         return refused
 
     def _held(self) -> set[CheckpointId | None]:
@@ -244,7 +251,8 @@ class Collector:
         if (found is None) != (why == UNFINISHED):  # the state has changed since the plan was made
             return False
         of = None if found is None else found.digest
-        data = tombstone_bytes(Tombstone(checkpoint, of, why, utc_now()))
+        named = None if not isinstance(found, Commit) else self._named(found)
+        data = tombstone_bytes(Tombstone(checkpoint, of, why, utc_now(), named))
         if found is None:
             if create(self._store, key, data) != data:
                 return False
@@ -253,6 +261,11 @@ class Collector:
         self._living.discard(checkpoint)
         events.emit(events.Retired(target=self._store.url, epoch=checkpoint.epoch, step=checkpoint.step, why=why))
         return True
+
+    def _named(self, commit: Commit) -> PackRanges | None:
+        """Packs of other saves that a checkpoint names, for its tombstone; None if that cannot be read."""
+        needed = self._all_needed([commit])
+        return None if needed is None else ranges_of(key for key in needed if keys.parse_pack(key) != commit.save)
 
     def _replace(self, key: str, data: bytes, version: str | None) -> bool:
         """Replace a record. False if somebody has changed it since it was read: the next pass looks at it again.
@@ -270,6 +283,11 @@ class Collector:
                 pass
         self._store.put(key, data)
         return True
+
+
+def _seen(tombstone: Tombstone, written_s: float, bare_since_s: float | None) -> TombstoneSeen:
+    replaced = tombstone.of is not None
+    return TombstoneSeen(written_s, replaced, bare_since_s, tombstone.named if replaced else {})
 
 
 def _batches(all_keys: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -20,12 +20,15 @@ from fastckpt.ranks.board import BoardLostError
 from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.team import Team
 from fastckpt.repository.acknowledgement import look
+from fastckpt.repository.base_check import usable
 from fastckpt.repository.catalog import Catalog, Choice, Which, complete_pending
 from fastckpt.repository.collector import Collector
 from fastckpt.repository.commit import create, list_votes, require_vote, try_commit
 from fastckpt.repository.joint_commit import Cancelled, JointCommit, JointTurn, abandon, begin
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import GRACE_S, Keep, RetentionPlan, plan_retention
+from fastckpt.repository.still_ours import StillOurs
+from fastckpt.writing.bases import Base, Uploaded
 from fastckpt.writing.rank import SaveAsked, SaveRequest, UploadThreads, upload
 from fastckpt.writing.uplink import Uplink
 
@@ -162,27 +165,38 @@ class Incarnation:
         cancelled: Callable[[], bool] = lambda: False,
         threads: UploadThreads | None = None,
         turn: JointTurn | None = None,
+        base: Base | None = None,
+        uploaded: Callable[[Uploaded], object] = lambda _: None,
     ) -> Commit:
         """Upload, vote, commit, acknowledge. Returns the commit record after it was read back and no newer incarnation was found.
 
         asked: what the save says of itself; a step alone will do. cancelled and threads: see `upload`; the caller closes the threads too,
         and the source of the chunks. commit_timeout_s: how long the votes of other ranks are waited for. turn: of a save that all ranks
-        make.
+        make. base: the newest checkpoint of this process, which the save may name instead of uploading its bytes. uploaded: called with
+        what was uploaded once the commit was acknowledged.
 
-        SupersededError: it is committed, but a newer incarnation exists. AbandonedError: another rank could not make its part. Any error:
-        the earlier checkpoints are as they were.
+        BaseLostError, or CorruptCheckpointError where packs of the base are gone: give the next save no base. SupersededError: it is
+        committed, but a newer incarnation exists. AbandonedError: another rank could not make its part. Any error: the earlier checkpoints
+        are as they were.
         """
         asked = asked if isinstance(asked, SaveAsked) else SaveAsked(asked)
         request = self._request(asked, turn)
         self.in_flight.add(request.save)
         try:
             if turn is not None:
-                return self._save_jointly(sealed, request, turn, commit_timeout_s, cancelled, threads)
-            vote = upload(sealed, self.repository.store, request, self._options, cancelled, self.uplink, threads)
+                commit, result = self._save_jointly(sealed, request, turn, commit_timeout_s, cancelled, threads, base)
+                if commit.save == request.save:
+                    uploaded(result)
+                return commit
+            result = self._upload(sealed, request, cancelled, threads, base)
+            vote = result.vote
             commit = self._commit(vote, commit_timeout_s)
-            if self._world == 1 and commit.vote(0) == vote.name:
+            is_ours = commit.vote(self._rank) == vote.name
+            if self._world == 1 and is_ours:
                 self._collector.know(commit, [file.key for file in vote.files])
             self.acknowledge(commit)
+            if is_ours:
+                uploaded(result)
             # Earlier steps are never tried again.
             self._attempts = {later: n for later, n in self._attempts.items() if later > asked.step}
             return commit
@@ -197,7 +211,8 @@ class Incarnation:
         commit_timeout_s: float,
         cancelled: Callable[[], bool],
         threads: UploadThreads | None,
-    ) -> Commit:
+        base: Base | None,
+    ) -> tuple[Commit, Uploaded]:
         assert self._team is not None
         store, fate, step = self.repository.store, turn.fate, request.save.step
         ends = Cancelled(fate, cancelled, self._clock, self._world)
@@ -209,15 +224,30 @@ class Incarnation:
                 with contextlib.suppress(BoardLostError):
                     earlier.forget()
             begin(fate, self._rank, step)
-            vote = upload(sealed, store, request, self._options, ends, self.uplink, threads)
-            commit = JointCommit(store, self._team, fate, self.acknowledge, cancelled, commit_timeout_s).run(vote)
+            result = self._upload(sealed, request, ends, threads, base)
+            commit = JointCommit(store, self._team, fate, self.acknowledge, cancelled, commit_timeout_s).run(
+                result.vote
+            )
         except BaseException as error:
             if ends.why is not None and not isinstance(error, AbandonedError):
                 raise AbandonedError(step, ends.why) from error
             abandon(fate, self._rank, error)
             raise
         self.last = Parent(commit.checkpoint, commit.digest)
-        return commit
+        return commit, result
+
+    def _upload(
+        self,
+        sealed: SealedState,
+        request: SaveRequest,
+        cancelled: Callable[[], bool],
+        threads: UploadThreads | None,
+        base: Base | None,
+    ) -> Uploaded:
+        store = self.repository.store
+        ends = StillOurs(self.repository, request.save.epoch, cancelled)
+        base, why_full = usable(base, request.parent, store, self._clock())
+        return upload(sealed, store, request, self._options, ends, self.uplink, threads, base, why_full)
 
     def adopt(self, epoch: Epoch, last: Parent | None) -> None:
         """Save under an epoch that rank 0 of this job has claimed. last: what it continues from."""
@@ -311,8 +341,13 @@ class Incarnation:
         """
         assert self.epoch is not None
         number = self.epoch.number  # a restore beside this pass claims another epoch: then nothing more is done
-        flying = self.in_flight.copy()
+        flying = self._in_use()
         self._collector.interrupt_when(interrupted)
-        todo = plan_retention(self._collector.look(), keep, flying | self.in_flight.copy(), grace_s)
-        todo.refused = self._collector.run(todo, number, lambda: flying | self.in_flight.copy())
+        todo = plan_retention(self._collector.look(), keep, flying | self._in_use(), grace_s)
+        todo.refused = self._collector.run(todo, number, lambda: flying | self._in_use())
         return todo
+
+    def _in_use(self) -> set[SaveId]:
+        """Saves under way, and the checkpoint to which the next one refers: not the newest of the history if an answer was lost."""
+        last = self.last
+        return self.in_flight | (set() if last is None else {SaveId(*last.checkpoint, 0)})

@@ -1,112 +1,26 @@
-"""Which checkpoints stay, and how the others are deleted: commit → tombstone → votes → packs (docs/guarantees.md, section 3).
+"""How checkpoints that no rule keeps are deleted: commit → tombstone → votes → packs (docs/guarantees.md, section 3).
 
 Pure: a plan can be shown before it is carried out. `collector` reads and deletes.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fastckpt.errors import CheckpointError
 from fastckpt.format import keys
 from fastckpt.format.keys import CheckpointId, SaveId
+from fastckpt.format.pack_ranges import PackRanges, split_key
 from fastckpt.format.repository_records import Commit
+from fastckpt.repository.keeping import Candidate, Keep, not_kept, without_measure
 from fastckpt.repository.vote_set import VoteSetState
 
 GRACE_S = 7200.0  # longer than any save, and than any request that is still on its way (assumption A1)
 UNFINISHED = "unfinished save"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Keep:
-    """Which checkpoints of the history stay: every checkpoint that at least one rule keeps. `Keep(last=1)` keeps the fewest.
-
-    While no checkpoint has a value of the metric `best` (the name is mistyped, or nothing was measured yet), the best one is unknown: all
-    checkpoints stay, with a warning.
-
-    Args:
-        last: How many of the newest checkpoints stay.
-        every: Checkpoints stay whose step is a multiple of this.
-        best: Name of a metric. The checkpoints with its best values stay; one without a value, or with NaN, is never best.
-        mode: Which value is best, "min" or "max".
-        best_count: How many of the best stay.
-
-    Raises:
-        ValueError: A rule makes no sense; all problems are listed.
-    """
-
-    last: int = 3
-    every: int | None = None
-    best: str | None = None
-    mode: str = "min"
-    best_count: int = 1
-
-    def __post_init__(self) -> None:
-        problems = []
-        if type(self.last) is not int or self.last < 1:
-            problems.append(f"last is {self.last!r}: at least the newest checkpoint must stay")
-        if self.every is not None and (type(self.every) is not int or self.every < 1):
-            problems.append(f"every is {self.every!r}: expected a number of steps ≥ 1 or None")
-        if self.best is not None and (type(self.best) is not str or not self.best.strip()):
-            problems.append(f"best is {self.best!r}: expected the name of a metric (a string) or None")
-        if self.mode not in ("min", "max"):
-            problems.append(f'mode is {self.mode!r}: expected "min" or "max"')
-        if type(self.best_count) is not int or self.best_count < 1:
-            problems.append(f"best_count is {self.best_count!r}: expected a number ≥ 1")
-        if problems:
-            raise ValueError("; ".join(problems))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A living checkpoint of the history, as input of `not_kept`."""
-
-    checkpoint: CheckpointId
-    metrics: Mapping[str, float]
-
-
-def not_kept(history: Sequence[Candidate], keep: Keep) -> list[CheckpointId]:
-    """The checkpoints that no rule keeps, never the newest one. history: newest first, in the order in which a restore tries them.
-
-    Empty while a rule asks for the best checkpoint and nothing tells which it is (see `nothing_measured`): any of them may be the best.
-    """
-    if nothing_measured(history, keep):
-        return []
-    wanted = {candidate.checkpoint for candidate in history[: keep.last]}
-    if keep.every is not None:
-        wanted |= {c.checkpoint for c in history if c.checkpoint.step % keep.every == 0}
-    if keep.best is not None:
-        sign = 1.0 if keep.mode == "min" else -1.0
-        measured = [
-            (sign * c.metrics[keep.best], -i, c.checkpoint) for i, c in enumerate(history) if keep.best in c.metrics
-        ]
-        ranked = sorted(entry for entry in measured if not math.isnan(entry[0]))
-        wanted |= {checkpoint for *_, checkpoint in ranked[: keep.best_count]}
-    return [c.checkpoint for c in history if c.checkpoint not in wanted]
-
-
-def nothing_measured(history: Sequence[Candidate], keep: Keep) -> bool:
-    """Whether a rule keeps the best by a metric of which no checkpoint has a value."""
-    return keep.best is not None and all(math.isnan(c.metrics.get(keep.best, math.nan)) for c in history)
-
-
-def _without_measure(history: Sequence[Candidate], keep: Keep) -> str | None:
-    """The warning for the case that `nothing_measured` keeps checkpoints that the other rules would not keep; else None."""
-    if not history or not nothing_measured(history, keep) or not not_kept(history, replace(keep, best=None)):
-        return None
-    assert keep.best is not None
-    known = sorted({name for candidate in history for name in candidate.metrics})
-    if keep.best in known:
-        return f"the metric {keep.best!r} is NaN in every checkpoint, so nothing is known of the best one: all stay"
-    close = difflib.get_close_matches(keep.best, known, 1)
-    meant = f" Did you mean {close[0]!r}?" if close else ""
-    return (
-        f"no checkpoint has the metric {keep.best!r} (there are: {', '.join(map(repr, known)) or 'none'}), so nothing is known of the "
-        f"best one: all stay.{meant} Pass metrics={{{keep.best!r}: …}} to step or save_now, or give another name to Keep(best=…)"
-    )
 
 
 @dataclass(frozen=True)
@@ -118,6 +32,8 @@ class TombstoneSeen:
     """It replaced a commit record."""
     bare_since_s: float | None = None
     """The time since which it is known to have no votes and no packs; None: not known."""
+    named: PackRanges | None = field(default_factory=dict)
+    """Packs of other saves that the checkpoint named; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +49,7 @@ class Pins:
 
 @dataclass(frozen=True, kw_only=True)
 class RepositoryView:
-    """The content of a repository, as one pass of the collector sees it. Its 13 attributes are all the input of a pure plan."""
+    """The content of a repository, as one pass of the collector sees it. Its 14 attributes are all the input of a pure plan."""
 
     newest_epoch: int
     history: Sequence[Candidate]
@@ -152,8 +68,23 @@ class RepositoryView:
     pins: Pins
     now_s: float
     """Newest modification time in the listing. It cannot be ahead of the store's clock, so no object looks older than it is."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of packs, by key."""
     missing: Sequence[str] = ()
     """Keys of records that must exist and do not."""
+
+
+class HeldBytes(NamedTuple):
+    """Packs of a repository."""
+
+    stored: int = 0
+    """Bytes of all packs."""
+    base: int = 0
+    """Of those, bytes of saves that are no checkpoint any more, in packs that a living checkpoint names. A pack is kept whole, however
+    little of it is needed.
+    """
+    grace: int = 0
+    """Bytes in packs that no checkpoint names, which wait for the end of their grace."""
 
 
 @dataclass
@@ -170,6 +101,8 @@ class RetentionPlan:
     """Warnings for the author of the rules: they do not have the effect that they seem to have."""
     refused: list[CheckpointError] = field(default_factory=list)
     """Errors of objects that could not be deleted or overwritten, after the plan was carried out."""
+    held: HeldBytes = field(default_factory=HeldBytes)
+    """What remains for other reasons than that a checkpoint has saved it, after the plan was carried out."""
 
 
 def plan_retention(
@@ -197,15 +130,21 @@ def plan_retention(
     flying = {save.checkpoint for save in in_flight}
     _retire_checkpoints(result, view, keep, flying, abandoned)
     _retire_unfinished(result, view, flying, stopped)
-    useless_for_s = {save: _useless_for_s(view, save) for save in (*view.votes, *view.packs) if save not in in_flight}
-    over = {save for save, seconds in useless_for_s.items() if seconds is not None and seconds >= grace_s}
+    waits = _waiting_packs(view, in_flight)
+    over = {save for save, seconds in _useless_for_s(view, in_flight).items() if seconds >= grace_s}
     gone = view.tombstones.keys() | {checkpoint for checkpoint, _ in result.retire}
     for save, names in sorted(view.votes.items()):
         if save not in in_flight and (save.checkpoint in gone or save in over):
             result.delete += names
-    left = _delete_packs(result, view, over)
+    deleted = {key for key, seconds in waits.items() if seconds >= grace_s}
+    if keep is not None and keep.max_grace_bytes is not None:
+        deleted |= _too_much(view, waits, deleted, keep.max_grace_bytes)
+    _delete_packs(result, view, deleted)
+    left = {save.checkpoint for save, packs in view.packs.items() if not deleted.issuperset(packs)}
     _delete_tombstones(result, view, left, grace_s, stopped)
     result.delete += view.pins.expired
+    rest = {save: [key for key in packs if key not in deleted] for save, packs in view.packs.items()}
+    result.held = held_bytes(rest, view.sizes, view.needed, _useless_for_s(view, in_flight))
     return result
 
 
@@ -217,10 +156,10 @@ def _retire_checkpoints(
     if view.pins.unknown:
         result.notes.append("no checkpoint is retired: a pin cannot be read, so what it keeps is not known")
         return
-    doomed = [(c, "retention") for c in not_kept(view.history, keep)]
-    without_measure = _without_measure(view.history, keep)
-    if without_measure is not None:
-        result.warnings.append(without_measure)
+    doomed = [(c, "retention") for c in not_kept(view.history, keep, view.now_s)]
+    warning = without_measure(view.history, keep, view.now_s)
+    if warning is not None:
+        result.warnings.append(warning)
     if abandoned:
         inside = {c.checkpoint for c in view.history}
         doomed += [(c, "abandoned branch") for c in view.living if c not in inside]
@@ -255,31 +194,81 @@ def _retire_unfinished(result: RetentionPlan, view: RepositoryView, flying: set[
             result.retire.append((checkpoint, UNFINISHED))
 
 
-def _useless_for_s(view: RepositoryView, save: SaveId) -> float | None:
-    """Seconds for which a save has not been needed for its own sake; None: it is needed."""
-    tombstone = view.tombstones.get(save.checkpoint)
-    if tombstone is not None:
-        return view.now_s - tombstone.written_s
-    commit = view.living.get(save.checkpoint)
-    if commit is not None and commit.save != save:  # another try of the step was committed
-        return view.now_s - view.commit_times_s.get(save.checkpoint, view.now_s)
-    return None
+def _useless_for_s(view: RepositoryView, in_flight: Collection[SaveId]) -> dict[SaveId, float]:
+    """Saves that are not needed for their own sake → seconds since that is so."""
+    found = {}
+    for save in {*view.votes, *view.packs} - set(in_flight):
+        tombstone = view.tombstones.get(save.checkpoint)
+        commit = view.living.get(save.checkpoint)
+        if tombstone is not None:
+            found[save] = view.now_s - tombstone.written_s
+        elif commit is not None and commit.save != save:  # another try of the step was committed
+            found[save] = view.now_s - view.commit_times_s.get(save.checkpoint, view.now_s)
+    return found
 
 
-def _delete_packs(result: RetentionPlan, view: RepositoryView, over: Collection[SaveId]) -> set[CheckpointId]:
-    """Delete packs. Returns the checkpoints of which some packs remain."""
-    left: set[CheckpointId] = set()
-    for save, packs in sorted(view.packs.items()):
-        for key in sorted(packs):
-            if view.needed is not None and key not in view.needed and save in over:
-                result.delete.append(key)
-            else:
-                left.add(save.checkpoint)
+def _waiting_packs(view: RepositoryView, in_flight: Collection[SaveId]) -> dict[str, float]:
+    """Packs that nothing needs → seconds since that is so: since its own save is not needed, and since the last checkpoint was retired that
+    named it. Until then somebody may read it, or refer to it in a save that is not committed yet.
+    """
+    if view.needed is None:
+        return {}
+    named: dict[str, list[tuple[float, tuple[tuple[int, int], ...]]]] = defaultdict(list)
+    unknown_s = -math.inf
+    for tombstone in view.tombstones.values():
+        if tombstone.named is None:
+            unknown_s = max(unknown_s, tombstone.written_s)
+        for folder, runs in (tombstone.named or {}).items():
+            named[folder].append((tombstone.written_s, runs))
+    found = {}
+    for save, seconds in _useless_for_s(view, in_flight).items():
+        for key in set(view.packs.get(save, ())) - set(view.needed):
+            folder, number = split_key(key)
+            since = [t for t, runs in named.get(folder, ()) if any(first <= number <= last for first, last in runs)]
+            found[key] = min(seconds, view.now_s - max(since, default=-math.inf), view.now_s - unknown_s)
+    return found
+
+
+def _too_much(view: RepositoryView, waits: Mapping[str, float], deleted: Collection[str], cap: int) -> set[str]:
+    """The packs of the newest epoch, longest useless first, that must go for no more than `cap` bytes to wait.
+
+    Only an incarnation that has claimed a newer epoch since could refer to them, and it finds their checkpoints retired.
+    """
+    held = sum(view.sizes.get(key, 0) for key in waits if key not in deleted)
+    found: set[str] = set()
+    for key in sorted(waits.keys() - set(deleted), key=lambda key: (-waits[key], key)):
+        save = keys.parse_pack(key)
+        if held > cap and save is not None and save.epoch == view.newest_epoch:
+            found.add(key)
+            held -= view.sizes.get(key, 0)
+    return found
+
+
+def held_bytes(
+    packs: Mapping[SaveId, Collection[str]],
+    sizes: Mapping[str, int],
+    needed: Collection[str] | None,
+    useless: Collection[SaveId],
+) -> HeldBytes:
+    """What packs hold. needed: those that living checkpoints name; None: not known. useless: saves not needed for their own sake."""
+    stored = base = grace = 0
+    for save, some in packs.items():
+        for key in some:
+            n_bytes = sizes.get(key, 0)
+            stored += n_bytes
+            if save in useless and (needed is None or key in needed):
+                base += n_bytes
+            elif save in useless:
+                grace += n_bytes
+    return HeldBytes(stored, base, grace)
+
+
+def _delete_packs(result: RetentionPlan, view: RepositoryView, deleted: Collection[str]) -> None:
+    result.delete += [key for _, packs in sorted(view.packs.items()) for key in sorted(packs) if key in deleted]
     if view.needed is None:
         result.notes.append(
             "no pack is deleted: a living checkpoint cannot be read, so what it needs is not known. Try `fastckpt check`"
         )
-    return left
 
 
 def _delete_tombstones(
@@ -295,3 +284,19 @@ def _delete_tombstones(
             over_s = tombstone.bare_since_s if tombstone.replaced else None
         if over_s is not None and view.now_s - over_s >= grace_s:
             result.delete.append(keys.commit_key(checkpoint))
+
+
+__all__ = [
+    "GRACE_S",
+    "UNFINISHED",
+    "Candidate",
+    "HeldBytes",
+    "Keep",
+    "Pins",
+    "RepositoryView",
+    "RetentionPlan",
+    "TombstoneSeen",
+    "held_bytes",
+    "not_kept",
+    "plan_retention",
+]

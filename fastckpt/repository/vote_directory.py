@@ -10,7 +10,7 @@ from fastckpt.format.directory import Directory
 from fastckpt.format.keys import vote_key
 from fastckpt.format.repository_records import Commit
 from fastckpt.format.vote import save_info
-from fastckpt.repository.commit import named_object
+from fastckpt.repository.file_tables import read_range
 from fastckpt.store.base import Store
 
 
@@ -20,14 +20,15 @@ def read_directory(store: Store, commit: Commit, rank: int) -> bytes:
     The footer has a checksum of its own. What is read later, chunks and the records that describe them, is verified then.
     """
     name = commit.vote(rank)
-    key = vote_key(name)
-    source = f"{store.url}/{key}"
-    footer = parse_footer(_range(store, key, name.n_bytes - FOOTER_BYTES, FOOTER_BYTES), name.n_bytes, source)
+    source = f"{store.url}/{vote_key(name)}"
+    footer = parse_footer(
+        read_range(store, commit, rank, name.n_bytes - FOOTER_BYTES, FOOTER_BYTES), name.n_bytes, source
+    )
     part = footer.parts["directory"]
     if part.n_bytes > MAX_PART_BYTES["directory"]:
         expected = f"at most {MAX_PART_BYTES['directory']} bytes"
         raise CorruptCheckpointError(source, [Damage("directory", "length", expected, str(part.n_bytes))])
-    data = _range(store, key, part.offset, part.n_bytes)
+    data = read_range(store, commit, rank, part.offset, part.n_bytes)
     found = digest(data)
     if found != part.digest:
         place = f"bytes {part.offset}–{part.offset + part.n_bytes}, digest"
@@ -42,15 +43,3 @@ def parse_directory(store: Store, commit: Commit, rank: int, data: bytes) -> Dir
     listed = directory_reader.parse(data, None, source)
     save_info(listed, name, source)
     return listed
-
-
-def _range(store: Store, key: str, offset: int, n_bytes: int) -> bytes:
-    data = bytearray(n_bytes)
-    try:
-        with named_object(store, key):
-            store.get_into(key, offset, data)
-    except EOFError as error:
-        raise CorruptCheckpointError(
-            f"{store.url}/{key}", [Damage("vote", "length", f"at least {offset + n_bytes} bytes", str(error))]
-        ) from error
-    return bytes(data)

@@ -10,6 +10,8 @@ progress.py       how far each copy and the whole have come; the lock that all p
 fenced.py         what only an optimizer's step changes; hooks.py calls the fence before it does
 tearing.py        whether state and copies still are what the state was at the call: by torch's versions, by fingerprints.py: of samples of
                   host memory (sampled.py), of all bytes of a device (device_prints.py)
+unchanged.py      which chunks of a device still have the base's bytes and need no copy: by fingerprints (fingerprint_op.py, with a CUDA
+                  kernel: fingerprint_kernel.py, nvrtc.py) of chunks that candidates.py chooses
 probation.py      whether anything else changes the state between a save and that step
 kept.py           what save_async keeps of it from call to call
 """
@@ -22,5 +24,18 @@ from fastckpt.snapshot.probation import Probation
 from fastckpt.snapshot.sampled import Sampled, Sampler
 from fastckpt.snapshot.snapshot import Snapshot
 from fastckpt.snapshot.stager import Stager
+from fastckpt.snapshot.unchanged import ChunkPrints, KnownPrints
 
-__all__ = ["DoesNotFit", "FenceHooks", "FencedTensors", "Probation", "Sampled", "Sampler", "Snapshot", "Stager", "kept"]
+__all__ = [
+    "ChunkPrints",
+    "DoesNotFit",
+    "FenceHooks",
+    "FencedTensors",
+    "KnownPrints",
+    "Probation",
+    "Sampled",
+    "Sampler",
+    "Snapshot",
+    "Stager",
+    "kept",
+]

@@ -55,7 +55,7 @@ def plan_copies(
     limit = slab_limit(budget_bytes, MAX_RAW_BYTES if sum(n_bytes) > MAX_RAW_BYTES else max(n_bytes, default=1))
     if not limit:
         raise DoesNotFit
-    first = [] if fenced is None else [n for n, chunk in enumerate(chunks) if not _is_fenced(captured, chunk, fenced)]
+    first = [] if fenced is None else [n for n, chunk in enumerate(chunks) if not is_fenced(captured, chunk, fenced)]
     is_first = set(first)
     order = [*first, *(n for n in range(len(chunks)) if n not in is_first)]
     layout = lay_out([n_bytes[n] for n in order], limit)
@@ -68,5 +68,6 @@ def plan_copies(
     return CopyPlan(order, len(first), layout, needed, for_device)
 
 
-def _is_fenced(captured: Captured, chunk: Chunk, fenced: FencedTensors) -> bool:
+def is_fenced(captured: Captured, chunk: Chunk, fenced: FencedTensors) -> bool:
+    """Whether nothing changes a chunk before the fence."""
     return all(captured.addresses[piece.storage] in fenced.addresses for piece in chunk.pieces)

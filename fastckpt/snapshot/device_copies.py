@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -95,6 +95,19 @@ class DeviceCopies:
         return all(looked)
 
     # -- streams -------------------------------------------------------------------------------------------------------
+
+    @property
+    def sources(self) -> Mapping[int, Sequence[torch.Tensor]]:
+        """Number of a chunk → tensors of its bytes on their device, of copies that were not given out."""
+        return self._sources
+
+    def side(self, device: torch.device) -> SideStream:
+        """The side stream of one of the devices."""
+        return self._sides[device]
+
+    def spare(self, copy: Copy) -> None:
+        """This copy will not be made."""
+        self._sources.pop(copy.number, None)
 
     def begin(self) -> None:
         """Make all copies wait for the work that the caller's current streams have been given so far."""

@@ -2,6 +2,12 @@
 
 Allocating fresh pages costs as much as the copy into them, and pinning them costs more; so a slab is made once and kept. Each slab counts
 with all bytes that it really occupies: torch's pinned allocator rounds up to powers of two, and so do we.
+
+    in use (a snapshot) ──→ of a base (base_slabs.py) ──→ free ──→ in use
+                     └──────────────────────────────────────┘
+
+A base's slabs count in the budget, and give way first: whoever takes memory gets it as if there were no base. The pool's lock comes last:
+nobody who holds it takes another one.
 """
 
 from __future__ import annotations
@@ -9,26 +15,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from fastckpt._types import U8
 from fastckpt.events import logger
+from fastckpt.host.deadline import Deadline
 from fastckpt.host.pages import fresh_pages
+from fastckpt.snapshot.base_slabs import Shelf
+from fastckpt.snapshot.slab import Slab
 
-
-@dataclass(frozen=True, eq=False)
-class Slab:
-    """A stretch of host memory: `array` and `tensor` are the same bytes."""
-
-    n_bytes: int
-    tensor: torch.Tensor
-    array: U8
-    for_device: bool
-    """It was requested for copies from a device."""
-    pinned: bool
-    """It could be pinned, so copies into it do not block."""
+LEASE_LIMIT_S = 5.0
+"""An encoder has a chunk of a base for some milliseconds. If it has it for so long, the save that waits for the memory is deferred."""
 
 
 def _nothing() -> None:
@@ -53,7 +50,8 @@ class SlabPool:
     def __init__(self, budget_bytes: int, allocate_pinned: Callable[[int], torch.Tensor] = _pinned) -> None:
         self.budget_bytes = budget_bytes
         self._allocate_pinned = allocate_pinned
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()  # reentrant
+        """Notified when a lease ends."""
         self._in_use: set[Slab] = set()
         self._in_use_bytes = 0
         """Kept as a counter instead of a sum: a snapshot of 80 GB takes 1,300 slabs, and each request asks for it."""
@@ -61,6 +59,7 @@ class SlabPool:
         """Bytes of slabs that are being made."""
         self._free: dict[tuple[int, bool], list[Slab]] = {}
         self._free_bytes = 0
+        self.bases = Shelf(self._lock, self._leave, self._set_free)
         self.unpinned_bytes = 0
         """Bytes that should have been pinned and could not be: copies into them block the device's stream. A warning tells this once."""
 
@@ -68,15 +67,13 @@ class SlabPool:
     def used_bytes(self) -> int:
         """Bytes that snapshots hold now."""
         with self._lock:
-            return self._used()
-
-    def _used(self) -> int:
-        return self._reserved_bytes + self._in_use_bytes
+            return self._reserved_bytes + self._in_use_bytes
 
     @property
     def held_bytes(self) -> int:
-        """Bytes that snapshots hold, and those that wait for the next one."""
-        return self.used_bytes + self._free_bytes
+        """Bytes that snapshots hold, those of bases, and those that wait for the next snapshot."""
+        with self._lock:
+            return self.used_bytes + self._free_bytes + self.bases.n_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -88,22 +85,23 @@ class SlabPool:
         """Set the budget from now on. Free memory beyond it is released; memory in use stays until its snapshots end."""
         with self._lock:
             self.budget_bytes = budget_bytes
-            if self._used() + self._free_bytes > budget_bytes:
+            if self.held_bytes > budget_bytes:
                 self._drop_free()
+            while self.held_bytes > budget_bytes and self._release_one():
+                pass
 
-    def take(self, n_bytes: int, for_device: bool) -> Slab | None:
-        """A slab of exactly this size, or None if it does not fit into the budget now."""
+    def take(self, n_bytes: int, for_device: bool, *, from_bases: bool = True) -> Slab | None:
+        """A slab of exactly this size, or None if it does not fit into the budget now.
+
+        from_bases: whether a base's slab may be taken. Waits for the end of a lease, if nothing else is left.
+        """
         with self._lock:
-            kept = self._free.get((n_bytes, for_device))
-            if kept:
-                slab = kept.pop()
-                self._free_bytes -= n_bytes
+            slab = self._again(n_bytes, for_device, from_bases=from_bases)
+            if slab is not None:
                 self._use(slab)
                 return slab
-            if self._used() + n_bytes > self.budget_bytes:
+            if not self._has_room(n_bytes):
                 return None
-            if self._used() + self._free_bytes + n_bytes > self.budget_bytes:
-                self._drop_free()
             self._reserved_bytes += n_bytes
         try:
             slab = self._new(n_bytes, for_device)
@@ -116,16 +114,54 @@ class SlabPool:
             self._use(slab)
         return slab
 
+    def _again(self, n_bytes: int, for_device: bool, *, from_bases: bool) -> Slab | None:
+        """A slab that exists already: a free one, or one of a base if nobody needs its bytes, or if there is no other memory. Otherwise
+        makes room for a new one, as far as it may.
+        """
+        kept = self._free.get((n_bytes, for_device))
+        if kept:
+            self._free_bytes -= n_bytes
+            return kept.pop()
+        if not from_bases:
+            return None
+        spent = self.bases.evict(n_bytes, for_device, only_spent=True)
+        if spent is not None:
+            return spent
+        if self.held_bytes + n_bytes > self.budget_bytes:
+            self._drop_free()
+        limit = Deadline.after(LEASE_LIMIT_S, "a lease")
+        while self.used_bytes + n_bytes <= self.budget_bytes < self.held_bytes + n_bytes:
+            found = self.bases.evict(n_bytes, for_device)
+            if found is not None:
+                return found
+            if not self._release_one() and not self._lock.wait(limit.left_s()):
+                break
+        return None
+
+    def _has_room(self, n_bytes: int) -> bool:
+        """Whether a new slab fits, once free ones have made room for it."""
+        if self.held_bytes - self._free_bytes + n_bytes > self.budget_bytes:
+            return False
+        if self.held_bytes + n_bytes > self.budget_bytes:
+            self._drop_free()
+        return True
+
     def _use(self, slab: Slab) -> None:
         self._in_use.add(slab)
         self._in_use_bytes += slab.n_bytes
 
-    def _leave(self, slab: Slab) -> None:
+    def _leave(self, slab: Slab) -> bool:
+        """False: nobody uses it."""
+        if slab not in self._in_use:
+            return False
         self._in_use.remove(slab)
         self._in_use_bytes -= slab.n_bytes
+        return True
 
     def take_all(self, sizes: Sequence[int], for_device: bool) -> list[Slab] | None:
         """A slab of each size, or None if they do not all fit into the budget now."""
+        if self.used_bytes + sum(sizes) > self.budget_bytes:  # a base need not give way for nothing
+            return None
         taken: list[Slab] = []
         try:
             for n_bytes in sizes:
@@ -155,6 +191,24 @@ class SlabPool:
         except BaseException:
             self.forget(self._in_use - before)
             raise
+
+    # -- memory that waits ---------------------------------------------------------------------------------------------
+
+    def evict_bases(self) -> None:
+        """Release the memory of all bases, but for what is lent."""
+        with self._lock:
+            while self._release_one():
+                pass
+
+    def _release_one(self) -> bool:
+        """Release the memory of one slab of a base. False: there is none that nobody reads."""
+        slab = self.bases.evict_any()
+        if slab is None:
+            return False
+        pinned, slab = slab.pinned, None
+        if pinned:
+            empty_host_cache()
+        return True
 
     def drop_free(self) -> None:
         """Give back the memory that waits for the next snapshot."""
@@ -193,9 +247,14 @@ class SlabPool:
         """Take slabs back: nothing reads or writes them any more. Slabs that are not in use are ignored."""
         with self._lock:
             for slab in slabs:
-                if slab in self._in_use:
-                    self._leave(slab)
-                    self._free.setdefault((slab.n_bytes, slab.for_device), []).append(slab)
-                    self._free_bytes += slab.n_bytes
-            if self._used() + self._free_bytes > self.budget_bytes:
-                self._drop_free()
+                if self._leave(slab):
+                    self._set_free(slab)
+
+    def _set_free(self, slab: Slab) -> None:
+        self._free.setdefault((slab.n_bytes, slab.for_device), []).append(slab)
+        self._free_bytes += slab.n_bytes
+        if self.held_bytes > self.budget_bytes:
+            self._drop_free()
+
+
+__all__ = ["LEASE_LIMIT_S", "Slab", "SlabPool", "empty_host_cache", "pageable"]

@@ -41,6 +41,8 @@ class Copy:
     stage: Stage = Stage.WAITING
     event: torch.Event | None = None
     """The event after the copy, once a device's copy is marked."""
+    spared: bool = False
+    """It was never made: the chunk has the base's bytes (unchanged.py). THERE from then on."""
 
 
 class Progress:
@@ -61,7 +63,7 @@ class Progress:
         self.closed = False
         self._captured = captured
         self._to_copy_bytes = captured.own_bytes
-        self._there_bytes = 0
+        self._there_bytes = self._spared_bytes = 0
         self._began_s = 0.0
 
     def begin(self) -> None:
@@ -112,6 +114,7 @@ class Progress:
                 return
             copy.stage = Stage.THERE
             self._there_bytes += copy.n_bytes
+            self._spared_bytes += copy.n_bytes if copy.spared else 0
             if self._there_bytes < self._to_copy_bytes:
                 return
             self._captured.release()
@@ -120,6 +123,7 @@ class Progress:
                 target=self.target,
                 step=self.step,
                 raw_bytes=self._there_bytes,
+                spared_bytes=self._spared_bytes,
                 seconds=time.perf_counter() - self._began_s,
             )
         )

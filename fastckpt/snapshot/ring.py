@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fastckpt._types import U8
+from fastckpt.snapshot.base_slabs import BaseSlabs
 from fastckpt.snapshot.copy_plan import CopyPlan
 from fastckpt.snapshot.pool import Slab, SlabPool
 from fastckpt.snapshot.progress import Copy
@@ -19,8 +20,10 @@ from fastckpt.snapshot.progress import Copy
 class Ring:
     """See the module. All methods except `content` and `target` are called under the snapshot's lock."""
 
-    def __init__(self, pool: SlabPool, plan: CopyPlan, slabs: Sequence[Slab]) -> None:
-        """slabs: the first ones of the plan, taken from the pool."""
+    def __init__(self, pool: SlabPool, plan: CopyPlan, slabs: Sequence[Slab], base: BaseSlabs | None = None) -> None:
+        """slabs: the first ones of the plan, taken from the pool. base: gets each slab that the encoder has finished with; None: they are
+        used again.
+        """
         self._pool = pool
         self._slab_bytes, self._for_device = plan.layout.slab_bytes, plan.for_device
         self._slot_of = dict(zip(plan.order, plan.layout.slots, strict=True))
@@ -31,8 +34,11 @@ class Ring:
             self._chunks[self._slot_of[number].slab].append(number)
         self._unread = [len(chunks) for chunks in self._chunks]
         """For each slab, the number of its chunks that have not been released."""
+        self._is_whole = len(slabs) == len(self._slab_bytes)
+        """All slabs exist from the beginning."""
         self._read_from: set[int] = set()
         """Slabs that the encoder has begun to read: they stay until it has finished with them."""
+        self._base = base
         self.leaving: int | None = None
         """The slab that is being written to the disk; None if there is none."""
 
@@ -65,14 +71,36 @@ class Ring:
         """The encoder needs a chunk now: from now on its slab must not go to the disk."""
         self._read_from.add(self.slab_of(copy))
 
+    def hold(self, copy: Copy) -> bool:
+        """Keep the slab of a chunk until one more `release`. False: it is in no slab any more, or the slabs are used again meanwhile."""
+        slab = self.slab_of(copy)
+        if not self._is_whole or slab not in self._slabs:
+            return False
+        self._unread[slab] += 1
+        return True
+
     def release(self, copy: Copy) -> bool:
         """The encoder has finished with a chunk. True if it has finished with the whole slab, which may be used again now."""
         slab = self.slab_of(copy)
         self._unread[slab] -= 1
         if self._unread[slab] or slab not in self._slabs:
             return False
-        self.give_back(slab)
+        if self._base is None:
+            self.give_back(slab)
+        else:
+            self._base.keep(slab, self._slabs.pop(slab))
         return True
+
+    def skip(self, copy: Copy) -> None:
+        """A chunk will not be copied. A slab that gets no chunk at all waits for another snapshot."""
+        slab = self.slab_of(copy)
+        self._chunks[slab].remove(copy.number)
+        if self._base is not None:
+            self._base.disown(copy.number)
+        if self._chunks[slab] or slab not in self._slabs:
+            self.release(copy)
+        else:
+            self.give_back(slab)
 
     def give_back(self, slab: int) -> None:
         """Give one slab back to the pool, by its number."""

@@ -6,7 +6,7 @@ Uses torch's generic API, so that the code is the same on every accelerator; CUD
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -111,8 +111,11 @@ class SideStream:
         torch.accelerator.current_stream(self.device).wait_event(event)
 
 
-def wait_for(event: torch.Event) -> None:
-    """Block this thread until the event has happened. Raises the device's error."""
+def wait_for(event: torch.Event, is_over: Callable[[], bool] = lambda: False) -> bool:
+    """Block this thread until the event has happened. False: `is_over` has become true before that. Raises the device's error."""
     with cuda.while_others_capture(event.device):
         while not event.query():
+            if is_over():
+                return False
             time.sleep(_POLL_S)
+    return True

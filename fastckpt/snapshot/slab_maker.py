@@ -13,7 +13,7 @@ class SlabMaker:
     """Makes slabs one after the other in its own thread, and leaves them in the pool. Used by the training thread."""
 
     def __init__(self, pool: SlabPool, sizes: Sequence[int], for_device: bool) -> None:
-        """sizes: of the slabs, in bytes. Slabs that do not fit the budget are not made."""
+        """sizes: of the slabs, in bytes. Slabs that do not fit the budget beside a base are not made."""
         self._pool, self._sizes, self._for_device = pool, list(sizes), for_device
         self._stopped = False
         self._thread = start_thread(self._make, "fastckpt-slabs")
@@ -31,7 +31,7 @@ class SlabMaker:
             for n_bytes in self._sizes:
                 if self._stopped or is_ending():  # the interpreter's end waits for this thread
                     return
-                slab = self._pool.take(n_bytes, self._for_device)
+                slab = self._pool.take(n_bytes, self._for_device, from_bases=False)
                 if slab is None:
                     return
                 made.append(slab)

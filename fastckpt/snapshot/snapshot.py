@@ -28,9 +28,11 @@ import torch
 
 from fastckpt import events
 from fastckpt._types import U8
-from fastckpt.errors import SaveError, SnapshotStalledError
+from fastckpt.errors import BaseLostError, SaveError, SnapshotStalledError
+from fastckpt.events import logger
 from fastckpt.host.deadline import Deadline
 from fastckpt.snapshot import cuda
+from fastckpt.snapshot.base_slabs import BaseSlabs
 from fastckpt.snapshot.copier import Copier
 from fastckpt.snapshot.copy_plan import CopyPlan
 from fastckpt.snapshot.fenced import FencedTensors
@@ -43,6 +45,7 @@ from fastckpt.snapshot.side_stream import SideStream
 from fastckpt.snapshot.spill import SpillFile
 from fastckpt.snapshot.spiller import Spiller
 from fastckpt.snapshot.tearing import TearWatch
+from fastckpt.snapshot.unchanged import ChunkPrints, Unchanged
 from fastckpt.state import Captured
 from fastckpt.state.chunking import Cuts
 
@@ -67,13 +70,16 @@ class Snapshot:
         step: int | None,
         fingerprints: SaveFingerprints | None = None,
         spill: SpillFile | None = None,
+        keeps: bool = False,
+        unchanged: Unchanged | None = None,
     ) -> None:
         """On return everything that is not fenced may change; but nothing may change if `must_fence` is True.
 
         plan: for this state. slabs: those that must exist at the beginning. side_of: gives the same side stream for one device every time.
         fingerprints: taken now from chunks that are copied later, and compared with their copies; None: nothing is compared. spill: takes
-        slabs that hold up the ring; closed with this object. Raises the error that prevented the first copies; then the pool has its slabs
-        back.
+        slabs that hold up the ring; closed with this object. keeps: whether slabs go to `base`
+        when the encoder has finished with them. unchanged: finds chunks that the save's base has; None: all are copied. Raises the error
+        that prevented the first copies; then the pool has its slabs back.
         """
         fingerprints = fingerprints or SaveFingerprints()
         self.cuts = cuts
@@ -82,21 +88,41 @@ class Snapshot:
             Copy(number, chunk, chunk.n_bytes, captured.storages[chunk.pieces[0].storage].device)
             for number, chunk in enumerate(cuts.chunks)
         ]
-        self._ring = Ring(pool, plan, slabs)
-        self._watch = TearWatch(captured, fenced, fingerprints, step)
+        self.base: BaseSlabs | None = None
+        """What is kept of this snapshot for the next save. Whoever saves drops it if the save fails, or when a newer one is durable."""
+        if keeps and not plan.is_ring:
+            places = dict(zip(plan.order, plan.layout.slots, strict=True))
+            self.base = BaseSlabs(pool.bases, places, [copy.n_bytes for copy in self._copies])
+        self._ring = Ring(pool, plan, slabs, self.base)
+        self._watch = TearWatch(captured, fenced, fingerprints, step, unchanged)
         self._progress = progress = Progress(captured, settings.target, step)
         order = [self._copies[number] for number in plan.order]
-        self._copier = Copier(captured, order, self._ring, self._watch, progress, side_of, settings.threads)
+        self.unchanged = unchanged
+        """Finds chunks that need no copy; None: all are copied."""
+        self._copier = Copier(
+            captured,
+            order,
+            self._ring,
+            self._watch,
+            progress,
+            side_of,
+            settings.threads,
+            unchanged,
+            in_order=plan.is_ring,
+        )
         self._spiller = None if spill is None else Spiller(spill, self._copies, self._copier, self._ring, progress)
         self.must_fence = False
         """True if chunks that are copied later could not be fingerprinted: the caller has to fence at once."""
         progress.begin()
+        self._start(plan.n_first, fingerprints)
+
+    def _start(self, n_first: int, fingerprints: SaveFingerprints) -> None:
         try:
-            self.must_fence = not self._copier.start(plan.n_first, fingerprints)
+            self.must_fence = not self._copier.start(n_first, fingerprints)
             if self._spiller is not None:
                 self._spiller.start()
         except BaseException as error:
-            progress.fail(error)
+            self._progress.fail(error)
             self.close()
             raise
 
@@ -110,7 +136,7 @@ class Snapshot:
         memory, and in ring mode until the last copy is given out: for max_stall_s at most, and not beyond `by` (a number means seconds from
         now). Errors of the snapshot are not raised here: see `error`.
         """
-        limit = self._limit(by)
+        limit = _limit(by, self._max_stall_s)
         started_s = time.perf_counter()
         with self._progress.changed:
             if self._progress.fenced:
@@ -144,15 +170,6 @@ class Snapshot:
         """While this context is open, the training thread waits for the save: torn copies are repeated at once, or the snapshot fails."""
         with self._copier.host.attended():
             yield
-
-    def _limit(self, by: Deadline | float | None) -> Deadline:
-        """The deadline of the training thread's wait. Its `why` appears in the error."""
-        limit = Deadline.after(self._max_stall_s, f"max_stall_s = {self._max_stall_s:g} s")
-        deadline = by if isinstance(by, Deadline) else Deadline.after(by, "as the caller of the fence says")
-        left_s = deadline.left_s()
-        if left_s is None:
-            return limit
-        return limit.sooner(Deadline(deadline.at_s, f"the {left_s:.1f} s that were left ({deadline.why})"))
 
     def _stalled(self, limit: Deadline) -> SnapshotStalledError:
         return SnapshotStalledError(
@@ -189,6 +206,29 @@ class Snapshot:
         """The first tensor that was seen to be torn, whether or not its copy could be repeated."""
         return self._watch.torn_name
 
+    def known(self, number: int) -> bytes | None:
+        """See `ChunkSource`."""
+        copy, unchanged = self._copies[number], self.unchanged
+        if unchanged is None:
+            return None
+        with self._progress.changed:
+            self._progress.changed.wait_for(lambda: self._progress.error is not None or not self._copier.is_open(copy))
+            if self._progress.error is not None:
+                raise self._progress.error
+            return unchanged.digest(number)
+
+    def prints(self) -> ChunkPrints | None:
+        """The fingerprints of this snapshot's chunks, for the one that has its checkpoint as base. None: there are none. Asked once all
+        chunks have been read.
+        """
+        try:
+            return None if self.unchanged is None else self.unchanged.prints()
+        except Exception as error:  # of the device; the checkpoint is whole
+            logger.warning(
+                "the fingerprints of step %s are lost: %s: %s", self._progress.step, type(error).__name__, error
+            )
+            return None
+
     def raw(self, number: int, scratch: U8) -> U8:
         """A chunk's bytes, once they are there; they stay until `release`. Raises the snapshot's error."""
         copy = self._copies[number]
@@ -196,6 +236,11 @@ class Snapshot:
             self._wait_for_copy(copy)
             if self._progress.error is not None:
                 raise self._progress.error
+            if copy.spared:
+                raise BaseLostError(
+                    f"step {self._progress.step} was not saved: a part of it was not copied, because the checkpoint before it had it. "
+                    "That one is gone, or was given up, meanwhile. Nothing was committed; the next save is a whole one"
+                )
             spiller = self._spiller if self._spiller is not None and copy in self._spiller else None
             if spiller is None:
                 self._ring.begin_reading(copy)
@@ -206,6 +251,25 @@ class Snapshot:
             raise
         self._progress.there(copy)
         return content
+
+    @contextlib.contextmanager
+    def peek(self, number: int, scratch: U8) -> Iterator[U8 | None]:
+        """Context with any chunk's bytes, before `raw` or after `release`. None: memory does not hold all chunks, or not any more."""
+        copy = self._copies[number]
+        with self._progress.changed:
+            held = self._spiller is None and self._ring.hold(copy)
+            if held:
+                self._wait_for_copy(copy)
+        if not held:
+            with contextlib.nullcontext() if self.base is None else self.base.lend(number) as content:
+                yield content
+            return
+        try:
+            if self._progress.error is not None:
+                raise self._progress.error
+            yield None if copy.spared else self._content(copy)
+        finally:
+            self.release(number)
 
     def _wait_for_copy(self, copy: Copy) -> None:
         """Wait until a copy can be waited for, or an error has occurred. The caller holds the lock."""
@@ -264,6 +328,8 @@ class Snapshot:
             progress.changed.notify_all()
             progress.changed.wait_for(lambda: self._copier.host.are_idle and self._ring.leaving is None)
             slabs = self._ring.take_out()
+        if self.base is not None and not progress.confirmed:
+            self.base.drop()
         self._copier.host.end_threads()
         if self._spiller is not None:
             self._spiller.close()
@@ -278,3 +344,13 @@ class Snapshot:
                 self._watch.forget_tensors()
                 self._copier.devices.forget_sources()
         self._pool.give_back(slabs)
+
+
+def _limit(by: Deadline | float | None, max_stall_s: float) -> Deadline:
+    """The deadline of the training thread's wait. Its `why` appears in the error."""
+    limit = Deadline.after(max_stall_s, f"max_stall_s = {max_stall_s:g} s")
+    deadline = by if isinstance(by, Deadline) else Deadline.after(by, "as the caller of the fence says")
+    left_s = deadline.left_s()
+    if left_s is None:
+        return limit
+    return limit.sooner(Deadline(deadline.at_s, f"the {left_s:.1f} s that were left ({deadline.why})"))

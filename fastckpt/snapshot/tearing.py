@@ -12,6 +12,7 @@ from fastckpt.format.tensor_names import dotted
 from fastckpt.snapshot.fenced import FencedTensors
 from fastckpt.snapshot.fingerprints import SaveFingerprints
 from fastckpt.snapshot.progress import Copy
+from fastckpt.snapshot.unchanged import Unchanged
 from fastckpt.state import Captured
 
 
@@ -19,10 +20,18 @@ class TearWatch:
     """See the module. Any thread."""
 
     def __init__(
-        self, captured: Captured, fenced: FencedTensors | None, fingerprints: SaveFingerprints, step: int | None
+        self,
+        captured: Captured,
+        fenced: FencedTensors | None,
+        fingerprints: SaveFingerprints,
+        step: int | None,
+        unchanged: Unchanged | None = None,
     ) -> None:
-        """fenced: with the versions of the call of save. fingerprints: taken before any copy is left for later."""
+        """fenced: with the versions of the call of save. fingerprints: taken before any copy is left for later. unchanged: knows chunks
+        whose copies waited although they are not fenced.
+        """
         self._captured, self._fingerprints, self._step = captured, fingerprints, step
+        self._unchanged = unchanged
         self._fenced = fenced or FencedTensors()
         others = {
             number for number in captured.shares if not captured.stretch(number)[1]
@@ -47,7 +56,8 @@ class TearWatch:
     def is_torn(self, copy: Copy, content: U8) -> bool:
         """Whether a copy's bytes differ from those at the call of save. Also False if those are not known."""
         is_copy = self._fingerprints.is_host_copy if copy.device is None else self._fingerprints.is_device_copy
-        return self._note(copy, torn=not is_copy(copy.number, content))
+        late = self._unchanged is None or self._unchanged.is_copy(copy.number, content)
+        return self._note(copy, torn=not (late and is_copy(copy.number, content)))
 
     def is_changed(self, copy: Copy) -> bool:
         """Whether a chunk in host memory differs, as it is now, from the call of save. Asked before and after its copy: a write to a whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 
 from fastckpt._types import U8
 from fastckpt.format.directory import TensorEntry
@@ -31,6 +32,9 @@ class LiveChunks:
             self._error = error
             self._changed.wait_for(lambda: not self._reading)
 
+    def known(self, number: int) -> bytes | None:
+        """None: every chunk is read."""
+
     def raw(self, number: int, scratch: U8) -> U8:
         """A private copy, although the pieces could often be encoded in place. If another thread wrote to them between digest and encoder,
         the file would be written with damage.
@@ -48,6 +52,10 @@ class LiveChunks:
                 self._reading -= 1
                 self._changed.notify_all()
         return raw
+
+    def peek(self, number: int, scratch: U8) -> AbstractContextManager[U8 | None]:
+        """A private copy, too."""
+        return nullcontext(self.raw(number, scratch))
 
     def release(self, number: int) -> None:
         """Does nothing: the scratch buffer belongs to the caller."""

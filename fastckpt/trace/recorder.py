@@ -209,11 +209,19 @@ def _first_line() -> bytes:
 
 def _line(item: _Item) -> bytes:
     end_s, thread, name, event = item
-    fields = dataclasses.fields(event)[:_MAX_FIELDS]  # type: ignore[arg-type]
-    data = {field.name: _plain(getattr(event, field.name)) for field in fields}
+    data: dict[str, Any] = {}
+    for field in dataclasses.fields(event)[:_MAX_FIELDS]:  # type: ignore[arg-type]
+        value = getattr(event, field.name)
+        if (
+            isinstance(value, dict) and len(data) + len(value) <= _MAX_FIELDS
+        ):  # a table: a field for each of its entries
+            data |= {f"{field.name}_{str(key)[:MAX_TEXT]}": _plain(one) for key, one in value.items()}
+        else:
+            data[field.name] = _plain(value)
     kind = type(event).__name__.lstrip("_")
-    value = {"event": kind, "t": round(end_s, 9), "tid": thread, "thread": name[:MAX_TEXT], "data": data}
-    return json.dumps(value).encode() + b"\n"
+    data = dict(list(data.items())[:_MAX_FIELDS])
+    line = {"event": kind, "t": round(end_s, 9), "tid": thread, "thread": name[:MAX_TEXT], "data": data}
+    return json.dumps(line).encode() + b"\n"
 
 
 def _plain(value: object) -> Any:
@@ -227,3 +235,14 @@ def _plain(value: object) -> Any:
     except Exception:
         text = f"<{type(value).__name__}>"
     return text[:MAX_TEXT]
+
+
+def open_recorder(path: str | None) -> Recorder | None:
+    """The recorder that FASTCKPT_TRACE asks for. None: it asks for none, or none can be made, which is logged."""
+    if not path:
+        return None
+    try:
+        return Recorder(os.path.expanduser(path))
+    except Exception as error:  # a failing recorder is no reason to fail
+        logger.warning("FASTCKPT_TRACE: events are not recorded: %s: %s", type(error).__name__, error)
+        return None

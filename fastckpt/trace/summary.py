@@ -23,6 +23,7 @@ _OF_SAVES = frozenset(
         "ChunkEncoded",
         "ChunkStored",
         "PackStored",
+        "DeltasUsed",
         "SaveFinished",
         "SaveFailed",
         "Committed",
@@ -30,14 +31,26 @@ _OF_SAVES = frozenset(
     ]
 )
 
+OUTCOMES = ("equal", "difference", "cast", "full")
+"""What becomes of a chunk in a save that has a base, as `events.DeltasUsed` names it."""
 _TICK_S = (
     1e-9  # smallest step of the recording's clock; a shorter time could give an infinite speed, which JSON cannot hold
 )
 
 
 @dataclass
+class _Marks:
+    """What has been seen of a save."""
+
+    has_snapshot: bool = False
+    started: bool = False
+    in_packs: bool = False
+    last_put_s: float = 0.0
+
+
+@dataclass
 class Save:
-    """One try to save. Spans are in seconds since the epoch, on any thread. Its 14 attributes are members of `fastckpt trace --json`."""
+    """One try to save. Spans are in seconds since the epoch, on any thread. What is told of it is what `fastckpt trace --json` has."""
 
     process: str
     target: str
@@ -51,10 +64,11 @@ class Save:
     stored_bytes: int = 0
     error: str = ""
     spans: dict[str, list[Span]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
-    has_snapshot: bool = False
-    started: bool = False
-    in_packs: bool = False
-    last_put_s: float = 0.0
+    marks: _Marks = field(default_factory=_Marks)
+    against: dict[str, int] = field(default_factory=dict)
+    """Raw bytes of chunks by what became of them against the checkpoint before: equal, difference, cast, full. Empty: there was none."""
+    why_full: str = ""
+    """Why there was none although there should have been."""
 
     @property
     def seconds(self) -> float:
@@ -90,7 +104,7 @@ class Save:
         details = f"{longest:.3g} of {self.seconds:.3g} s"
         first = names[0]
         if first in (ENCODE, UPLOAD):
-            what = "threads" if first == ENCODE or not self.in_packs else "puts"
+            what = "threads" if first == ENCODE or not self.marks.in_packs else "puts"
             details += f", {self.busy_s(first) / walls[first]:.1f} {what} at once"
         return f"{' and '.join(names)} ({details})"
 
@@ -168,7 +182,7 @@ class _Grouping:
 def _begins_anew(kind: str, save: Save) -> bool:
     if kind == "SnapshotStarted":
         return True
-    return kind == "SaveStarted" and (save.started or save.state != "unfinished")
+    return kind == "SaveStarted" and (save.marks.started or save.state != "unfinished")
 
 
 def _add(save: Save, event: Recorded) -> None:
@@ -180,23 +194,23 @@ def _add(save: Save, event: Recorded) -> None:
     save.raw_bytes = max(save.raw_bytes, event.n_bytes("raw_bytes"))
     match kind:
         case "SnapshotStarted":
-            save.has_snapshot = True
+            save.marks.has_snapshot = True
         case "PieceStaged":
             save.spans[STAGE].append(span)
         case "SnapshotStaged":
-            save.has_snapshot = True
+            save.marks.has_snapshot = True
             if not save.spans[STAGE]:
                 save.spans[STAGE].append(span)
         case "SaveStarted":
-            save.started = True
+            save.marks.started = True
             span = span_of(event, "skeleton_s")
-            if span.seconds and not save.has_snapshot:
+            if span.seconds and not save.marks.has_snapshot:
                 save.spans[STAGE].append(span)
         case "ChunkEncoded":
             save.spans[ENCODE].append(span)
             raw = raw_span(event)
             if (
-                raw.seconds > 0 and not save.has_snapshot
+                raw.seconds > 0 and not save.marks.has_snapshot
             ):  # with a step it is the wait for a piece, which has a span of its own
                 save.spans[STAGE].append(raw)
         case "ChunkStored":
@@ -205,23 +219,26 @@ def _add(save: Save, event: Recorded) -> None:
                 save.spans[UPLOAD].append(span)
             save.stored_bytes += event.n_bytes("stored_bytes")
         case "PackStored":
-            save.in_packs = True
+            save.marks.in_packs = True
             save.spans[UPLOAD].append(span)
-            save.last_put_s = max(save.last_put_s, event.end_s)
+            save.marks.last_put_s = max(save.marks.last_put_s, event.end_s)
         case "SaveFinished":
             save.stored_bytes = event.n_bytes("file_bytes")
             save.state = "written" if save.step is None else "uploaded"
             if event.seconds("durable_s"):
                 save.spans[COMMIT].append(span_of(event, "durable_s"))
-            if save.step is None and not save.has_snapshot and event.thread_name == "MainThread":
+            if save.step is None and not save.marks.has_snapshot and event.thread_name == "MainThread":
                 save.spans[STALL].append(span)  # fastckpt.save, called by the training thread
+        case "DeltasUsed":
+            save.against = {what: n for what in OUTCOMES if (n := event.n_bytes(f"raw_bytes_{what}"))}
+            save.why_full = event.text("why_full")
         case "SaveFailed" | "SnapshotDropped":
             save.state, save.error = "failed", event.text("error")
         case "CheckpointDurable":
             save.state = "durable"
             save.stored_bytes = event.n_bytes("stored_bytes") or save.stored_bytes
-            if save.last_put_s:
-                save.spans[COMMIT].append(Span(save.last_put_s, event.end_s))
+            if save.marks.last_put_s:
+                save.spans[COMMIT].append(Span(save.marks.last_put_s, event.end_s))
     save.start_s = min(save.start_s, span.start_s)
 
 
@@ -267,6 +284,8 @@ def _save_to_json(save: Save) -> dict[str, Any]:
         "seconds": save.seconds,
         "raw_bytes": save.raw_bytes,
         "stored_bytes": save.stored_bytes,
+        "against": save.against,
+        "why_full": save.why_full or None,
         "stages": {
             stage: {"wall_s": save.wall_s(stage), "busy_s": save.busy_s(stage), "bytes_s": save.speed(stage)}
             for stage in STAGES

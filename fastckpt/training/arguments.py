@@ -93,16 +93,20 @@ def asked_for(
     metrics: Mapping[str, float] | None,
     meta: Mapping[str, Any] | None,
     last: SaveAsked | None,
+    *,
+    full: bool = False,
 ) -> SaveAsked:
-    """Describe the save that a call asks for. TypeError: metrics or meta cannot be written. SaveError: the step is not a number, or lies
-    before the last one.
+    """Describe the save that a call asks for. TypeError: metrics or meta cannot be written; `full` is no bool. SaveError: the step is
+    no number, or lies before the last one.
     """
     numbers, copy = checked(metrics, meta)
     if type(step) is not int or not 0 <= step <= MAX_STEP:
         raise SaveError(f"step is {step!r}: expected an integer from 0 to {MAX_STEP}")
     if last is not None and step < last.step:
         raise SaveError(f"step {step} comes after step {last.step}: to go back, call restore(step=…)")
-    return SaveAsked(step, trigger=trigger, metrics=numbers, meta=copy)
+    if not isinstance(full, bool):
+        raise TypeError(f"full is {full!r}: expected True or False")
+    return SaveAsked(step, trigger=trigger, metrics=numbers, meta=copy, full=full)
 
 
 def asked_of(step: object, weights_only: bool | None, *, strict: bool, atomic: bool, overlap: bool) -> RestoreAsked:

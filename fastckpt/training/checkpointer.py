@@ -230,7 +230,12 @@ class Checkpointer:
         return False
 
     def save_now(
-        self, step: int, *, metrics: Mapping[str, float] | None = None, meta: Mapping[str, Any] | None = None
+        self,
+        step: int,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        meta: Mapping[str, Any] | None = None,
+        full: bool = False,
     ) -> CommitHandle:
         """Save this step, due or not. Waits while earlier saves hold the memory that this one needs.
 
@@ -239,6 +244,7 @@ class Checkpointer:
 
         Args:
             step, metrics, meta: as those of `step`.
+            full: True: the new checkpoint names bytes of no other one. Of several ranks each speaks for its own part.
 
         Returns:
             `handle.wait()` blocks until the save is durable.
@@ -250,7 +256,7 @@ class Checkpointer:
         self._require_writing()
         if self._decisions.raises_first:
             self._engine.raise_failures()
-        asked = asked_for(step, "manual", metrics, meta, self._last)
+        asked = asked_for(step, "manual", metrics, meta, self._last, full=full)
         self._engine.positions.reached(step)
         handle = self._decisions.save_now(asked)
         self._last = asked

@@ -77,6 +77,7 @@ class Engine(NamedTuple):
                 options.max_stall_s,
                 options.verify_snapshot,
                 options.spill_dir,
+                keeps=options.deltas and hooked,
             )
             team = None
             if not world.is_alone:
@@ -86,7 +87,7 @@ class Engine(NamedTuple):
             incarnation = Incarnation(Repository(store), options, team=team, in_a_hurry=in_a_hurry)
             if not world.leads:
                 keep = None  # rank 0 retires old checkpoints
-            queue = SaveQueue(incarnation, keep, grace_s, in_a_hurry)
+            queue = SaveQueue(incarnation, keep, grace_s, in_a_hurry, deltas=options.deltas and hooked)
             # "first" and "off" leave the decision to the user: there is no sample to compare with.
             proven = options.verify_snapshot in ("first", "off")
             fence = Fence(live.optimizers if hooked else [], queue, proven=proven)
@@ -141,6 +142,7 @@ class Engine(NamedTuple):
                 last_first.callback(self.owned.close)
             last_first.callback(self.incarnation.close)
             last_first.callback(self.stager.pool.drop_free)
+            last_first.callback(self.queue.bases.drop, for_good=True)
             last_first.callback(self.stager.stop_preparing)
             last_first.callback(self.fence.hooks.remove)
             if self.team is not None:

@@ -159,23 +159,32 @@ class LiveState:
         """The state of all objects whose `state_dict` has no side effects; None if they cannot be saved. before: sample the same places as
         that one.
         """
-        asked = {name: target for name, target in self.targets.items() if stateful.may_be_looked_at(target)}
-        recapturer, sampler = self._recapturer, self._sampler
-        try:
-            if all(name in asked or isinstance(target, RNGState) for name, target in self.targets.items()):
-                captured, cuts = self.look()  # its pickling is not repeated by the first save
-            else:
-                recapturer, sampler = Recapturer(), Sampler()
-                captured = recapturer.capture(*stateful.state_of(asked))
-                cuts = KnownCuts().of(captured)
-        except Exception as error:  # the next save raises the same error
-            logger.info("what was restored cannot be looked at: %s: %s", type(error).__name__, error)
+        peeked = self._peek()
+        if peeked is None:
             return None
+        captured, cuts, recapturer, sampler = peeked
         samples = None
         if self._sampled:
             seed = None if before is None or before.samples is None else before.samples.seed
             samples = sampler.take(captured, cuts, seed)
         return _Seen(recapturer.identity, samples)
+
+    def peek(self) -> tuple[Captured, Cuts] | None:
+        """As `look`, of all objects whose `state_dict` has no side effects; None if they cannot be saved."""
+        peeked = self._peek()
+        return None if peeked is None else peeked[:2]
+
+    def _peek(self) -> tuple[Captured, Cuts, Recapturer, Sampler] | None:
+        asked = {name: target for name, target in self.targets.items() if stateful.may_be_looked_at(target)}
+        try:
+            if all(name in asked or isinstance(target, RNGState) for name, target in self.targets.items()):
+                return *self.look(), self._recapturer, self._sampler  # its pickling is not repeated by the first save
+            recapturer = Recapturer()
+            captured = recapturer.capture(*stateful.state_of(asked))
+            return captured, KnownCuts().of(captured), recapturer, Sampler()
+        except Exception as error:  # the next save raises the same error
+            logger.info("what was restored cannot be looked at: %s: %s", type(error).__name__, error)
+            return None
 
     def tell_what_is_refused(self, step: int, where: str) -> None:
         """Warn once of each type that `restore` refuses. The warning comes at the save, because only then can the user still choose another

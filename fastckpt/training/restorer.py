@@ -21,7 +21,8 @@ from fastckpt.errors import (
 )
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit, Skipped
-from fastckpt.format.tensor_names import dotted
+from fastckpt.format.tensor_names import Name, dotted
+from fastckpt.format.wholes import Whole
 from fastckpt.ranks.world import ALONE
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.catalog import Catalog, Choice, Which
@@ -47,6 +48,16 @@ MOST_ROUNDS = 2
 """How often a restore loads before it claims first."""
 
 
+class Together(NamedTuple):
+    """Where the parts of a state come from."""
+
+    ranks: SavedRanks
+    first: int
+    """The rank that all else than parts comes from."""
+    assembled: Mapping[Name, Whole]
+    """What was put together from blocks."""
+
+
 class Loaded(NamedTuple):
     """A checkpoint that fits the objects, and was read completely but for what goes straight into them."""
 
@@ -61,6 +72,8 @@ class Loaded(NamedTuple):
     straight: Straight = NOTHING
     choice: Choice | None = None
     """What is to be claimed, if it was not."""
+    together: Together | None = None
+    """How it was put together from what ranks of another layout have saved; None: it is one rank's."""
 
 
 class Compared(NamedTuple):
@@ -254,7 +267,8 @@ class Restorer:
         self.writing.refuse_leftovers({key: loaded[key] for key in loaded if key not in left}, location, plan)
         if base:
             self._refuse_mixture(ranks, base, plan, asked)
-        return Loaded(commit, loaded, plan, asked.strict, frozenset(left))
+        together = Together(ranks, base, resharding.assembled)
+        return Loaded(commit, loaded, plan, asked.strict, frozenset(left), together=together)
 
     def _refuse_mixture(self, ranks: SavedRanks, base: int, plan: PlacementPlan, asked: RestoreAsked) -> None:
         """RestoreError if DTensors would be made of plain tensors of several ranks that are not the same."""

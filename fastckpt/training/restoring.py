@@ -13,6 +13,7 @@ from fastckpt.training.decisions import Decisions
 from fastckpt.training.ending import Ending
 from fastckpt.training.engine import Engine
 from fastckpt.training.restore_asked import RestoreAsked
+from fastckpt.training.restored_base import Prints, RestoredBase
 from fastckpt.training.restorer import Loaded, Restorer
 from fastckpt.training.saver import Saver
 from fastckpt.training.straight import are_taken
@@ -28,6 +29,7 @@ class Restoring:
         self._ending, self._decisions, self._read_only = ending, decisions, read_only
         self._arrival: Arrival | None = None
         self._broken: PartialRestoreError | None = None
+        self._base = RestoredBase(engine, read_only=read_only)
 
     @property
     def is_whole(self) -> bool:
@@ -89,6 +91,7 @@ class Restoring:
         if found is None:
             return None
         self._ending.forget_step()
+        prints = self._base.before(found)
         self._restorer.put_in(found)
         self._restorer.writing.ends_well()
         self._broken = None
@@ -101,7 +104,7 @@ class Restoring:
                 self._restorer.put_in(found)
                 self._restorer.writing.ends_well()
         else:
-            self._is_there(found.commit)
+            self._is_there(found, prints)
         self._ending.mark_step()
         return found.commit
 
@@ -123,12 +126,13 @@ class Restoring:
             self._arrival = self._engine.fence.hooks.arriving = None
             self._saver.begins_after(claimed=True)
             changed = has_changed()
-            self._is_there(found.commit)
+            self._is_there(found, {})
             self._engine.fence.updated |= changed
             self._engine.queue.retaining.go_on()
 
         self._arrival = Arrival(read, finish, self._restorer.writing.broken_by)
         self._engine.fence.hooks.arriving = self._arrival.wait
 
-    def _is_there(self, commit: Commit) -> None:
-        self._saver.has_restored(commit, looked_at=not self._read_only)
+    def _is_there(self, found: Loaded, prints: Prints) -> None:
+        self._saver.has_restored(found.commit, looked_at=not self._read_only)
+        self._base.after(found, prints)

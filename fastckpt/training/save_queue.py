@@ -12,11 +12,18 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from fastckpt import events
-from fastckpt.errors import AbandonedError, TornSnapshotError, as_save_error
+from fastckpt.errors import (
+    AbandonedError,
+    BaseLostError,
+    CorruptCheckpointError,
+    SupersededError,
+    TornSnapshotError,
+    as_save_error,
+)
 from fastckpt.events import logger
 from fastckpt.format.repository_records import Commit
 from fastckpt.format.sealed_state import SealedState
@@ -25,10 +32,12 @@ from fastckpt.repository.incarnation import Incarnation
 from fastckpt.repository.joint_commit import JointTurn, abandon
 from fastckpt.repository.retaining import Retaining
 from fastckpt.repository.retention import Keep
-from fastckpt.snapshot import Snapshot
+from fastckpt.snapshot import KnownPrints, Snapshot
 from fastckpt.state import Captured
 from fastckpt.state.chunks import LiveChunks
 from fastckpt.state.sealing import seal
+from fastckpt.training.bases import Bases
+from fastckpt.writing.bases import Uploaded
 from fastckpt.writing.handles import Handle, Waiting
 from fastckpt.writing.rank import SaveAsked, UploadThreads
 
@@ -94,8 +103,12 @@ class SaveQueue:
         grace_s: float,
         in_a_hurry: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        deltas: bool = True,
     ) -> None:
-        """in_a_hurry: whether a notice has come; after that no retention runs. clock: measures saves; that of `SaveAsked.called_s`."""
+        """in_a_hurry: whether a notice has come; after that no retention runs. clock: measures saves; that of `SaveAsked.called_s`. deltas:
+        whether a save may refer to the checkpoint before it.
+        """
         self._incarnation, self._clock = incarnation, clock
         self._changed = threading.Condition()
         self._jobs: deque[Job] = deque()
@@ -107,6 +120,7 @@ class SaveQueue:
         self.measured_s: float | None = None
         """Seconds of the last save, from the start of the upload to the acknowledgement. Used to estimate the next one."""
         self.last_commit: Commit | None = None
+        self.bases = Bases(incarnation.repository.url, wanted=deltas)
         self.retaining = Retaining(incarnation, keep, grace_s, functools.partial(bool, self._jobs), in_a_hurry)
 
     def __len__(self) -> int:
@@ -117,6 +131,10 @@ class SaveQueue:
         """Jobs that have not ended, oldest first."""
         with self._changed:
             return tuple(self._jobs)
+
+    def known_prints(self, jobs: Sequence[Job]) -> KnownPrints | None:
+        """The fingerprints of the newest checkpoint. None: there are none, or one of these jobs has none, and may become the newest."""
+        return self.bases.prints if all(isinstance(job.source, Snapshot) for job in jobs) else None
 
     def put(self, job: Job) -> bool:
         """Queue a job. The caller has checked `len` before. If this raises (no thread can be started, an interrupt), the job is not queued.
@@ -209,6 +227,10 @@ class SaveQueue:
             self._log(job, error)
             if isinstance(job.source, Snapshot):
                 job.source.fail(error)
+                if job.source.base is not None:  # it may have been confirmed, and not be committed
+                    job.source.base.drop()
+            if isinstance(error, (SupersededError, BaseLostError, CorruptCheckpointError)):
+                self.bases.drop()
             _forget_locals(raised)
         try:
             if self._finish(job, error):
@@ -219,13 +241,22 @@ class SaveQueue:
 
     def _run(self, job: Job) -> Commit:
         started = self._clock()
+        sealed, uploaded = _seal(job), list[Uploaded]()
+        base = None if job.asked.full else self.bases.newest
+        if base is not None:
+            self.bases.tell_of_lost_memory(job.step, base)
         commit = self._incarnation.save(
-            _seal(job),
+            sealed,
             job.asked,
             cancelled=job.cancelled.is_set,
             threads=job.threads,
             turn=job.turn,
+            base=base,
+            uploaded=uploaded.append,
         )
+        memory = job.source.base if isinstance(job.source, Snapshot) else None
+        prints = job.source.prints() if isinstance(job.source, Snapshot) else None
+        self.bases.committed(commit, sealed, uploaded[0] if uploaded else None, memory, prints)
         self.measured_s = self._clock() - started
         self.last_commit = commit
         events.emit(

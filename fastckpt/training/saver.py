@@ -49,7 +49,9 @@ class Saver:
             _,
         ) = engine
         self._owner, self.fresh = owner, fresh
-        self._began = self._prepared = False
+        self._began = False
+        self._prepared = 0
+        """How many snapshots there was memory made for."""
         self.counts = Counts()
         self.restored: Commit | None = None
         """The checkpoint that the objects were restored from last."""
@@ -130,11 +132,15 @@ class Saver:
 
     def prepare(self) -> None:
         """At the first step, when optimizers have their state: allocate the memory of the first save in the background, and pickle the
-        state. Errors here are left for the save to raise.
+        state. After the first save: allocate that of the next one, while the first one's bytes are kept. Errors here are left for the save
+        to raise.
         """
         if self._prepared:
+            if self._prepared == 1 and self._queue.bases.memory is not None:
+                self._prepared = 2
+                self._stager.prepare_next()
             return
-        self._prepared = True
+        self._prepared = 1
         if self.counts.saves:
             return
         try:
@@ -223,10 +229,19 @@ class Saver:
 
     def _queue_up(self, beginning: _Beginning) -> bool:
         """Begin the copy and queue the job. False: there is no memory for it now."""
-        asked, taken, alone = beginning.asked, beginning.taken, not len(self._queue)
+        asked, taken = beginning.asked, beginning.taken
+        jobs = self._queue.jobs  # before the fingerprints: one of them may become the base at any time
+        alone = not jobs
         try:
             beginning.source = self._stager.begin(
-                taken.captured, taken.cuts, beginning.permit.fenced, asked.step, ring=alone, samples=taken.samples
+                taken.captured,
+                taken.cuts,
+                beginning.permit.fenced,
+                asked.step,
+                ring=alone,
+                samples=taken.samples,
+                known=None if asked.full else self._queue.known_prints(jobs),
+                pending=[job.source for job in jobs if isinstance(job.source, Snapshot)],
             )
         except DoesNotFit:
             beginning.source = LiveChunks(taken.captured, taken.cuts) if alone else None

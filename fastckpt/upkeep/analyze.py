@@ -1,37 +1,44 @@
-"""Measures, on a state's own bytes, how well the codec would compress it, and how much deltas against an older state would gain.
+"""Measures, on a state's own bytes, what a save of it would store: in full, and against an older state.
 
-    state ─→ chunks as a save cuts them ─→ encoded, timed, thrown away ─→ sums for each group of tensors
-    older state ─→ bases, by name ──────┘
+    state ─→ upload, as a save does it ─→ a store that keeps nothing ─→ rows of the index ─→ sums for each group of tensors
+    older state ─→ its rows and bytes as the base ──┘
 
-Nothing is written. A group is a pair of element type and role (`exp_avg`, `step`, …; parameters have none).
+Nothing is written, and nothing is estimated: these are the very decisions and the very bytes of a save. A group is a pair of element type
+and role (`exp_avg`, `step`, …; parameters have none).
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from fastckpt import codec
 from fastckpt._types import U8, Progress
-from fastckpt.format.tensor_names import Name
-from fastckpt.kernels.transform import MAX_RAW_BYTES, Transform
-from fastckpt.state import Captured, chunking
-from fastckpt.state.chunking import Chunk
+from fastckpt.format.keys import parse_pack
+from fastckpt.format.records import Records
+from fastckpt.format.sealed_state import ChunkSource, SealedState
+from fastckpt.kernels.transform import Transform
+from fastckpt.options import Options
+from fastckpt.state import Captured
 from fastckpt.state.chunks import storage_shapes
+from fastckpt.state.sealing import seal
+from fastckpt.upkeep.dry_saves import dry_base, dry_upload, for_dry_saves, rows_of
+from fastckpt.writing.bases import Base, Uploaded
+from fastckpt.writing.matching import match
 
 
 @dataclass
 class CodingResult:
-    """The cost of storing a group in one way: alone, or as a delta."""
+    """The cost of storing a group in one way: in full, or against the older state."""
 
     stored_bytes: int = 0
     seconds: float = 0.0
     transforms: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    """Raw bytes by transform."""
+    """Raw bytes by transform. REF: named again."""
 
 
 @dataclass
@@ -45,8 +52,9 @@ class TensorGroup:
     entropy_bytes: float = 0.0
     """Order-0 entropy of the byte planes, summed over chunks: the size with an ideal coder of single bytes."""
     alone: CodingResult = field(default_factory=CodingResult)
+    """The cost in a full save: copies of masters in the same state take nothing there either."""
     delta: CodingResult | None = None
-    """The cost as a delta against the older state. None: there is no older state."""
+    """The cost in a save that has the older state as its base. None: there is no older state."""
     based_bytes: int = 0
     """Raw bytes whose older version is known: the same name, type and size."""
     same_bytes: int = 0
@@ -54,94 +62,168 @@ class TensorGroup:
 
 
 def analyze(
-    captured: Captured, older: Captured | None = None, progress: Progress = lambda done, total: None
+    captured: Captured,
+    older: Captured | Base | None = None,
+    progress: Progress = lambda done, total: None,
+    options: Options | None = None,
 ) -> list[TensorGroup]:
-    """Encode everything once, and once more against an older state if there is one. Returns the groups, the largest first.
+    """Encode everything as a full save would, and once more against an older state if there is one. Returns the groups, the largest first.
 
-    Runs on one thread, because speeds are given for one thread. Takes some 20 MiB besides the states.
+    Encodes on one thread, because speeds are given for one thread. Takes, besides the states, what an upload takes: `encoder_bytes` and
+    `pack_bytes` of the options.
 
     Args:
-        older: None measures no delta.
-        progress: called with raw bytes done and raw bytes in all.
+        older: None measures no save against it. A Base is that of a checkpoint: what it refers to itself counts, too.
+        progress: called with raw bytes done and raw bytes in all, on any thread, by one at a time.
+        options: of the saves; None for the defaults. An effort that would follow the link is `normal` here.
     """
-    shapes = storage_shapes(captured)
-    cuts = chunking.cut(shapes)
-    bases = _storages_by_name(older) if older is not None else {}
-    groups: dict[tuple[str, str], TensorGroup] = {}
-    counted: set[int] = set()
-    out, raw_scratch, base_scratch = (np.empty(MAX_RAW_BYTES, np.uint8) for _ in range(3))
-    total, done = sum(chunk.n_bytes for chunk in cuts.chunks), 0
-    for chunk in cuts.chunks:
-        first = shapes[chunk.pieces[0].storage]
-        group = groups.setdefault((first.element.name, first.role), TensorGroup(first.element.name, first.role))
-        for piece in chunk.pieces:
-            if piece.storage not in counted:
-                counted.add(piece.storage)
-                group.tensors += sum(tensor.storage == piece.storage for tensor in captured.tensors)
-        raw = _gather(chunk, ((captured, piece.storage) for piece in chunk.pieces), raw_scratch)
-        group.raw_bytes += raw.size
-        group.entropy_bytes += _entropy_bytes(raw, chunk.element.float_lane_bytes)
-        alone = _encode(raw, chunk, None, out, group.alone)
-        if older is not None:
-            group.delta = group.delta or CodingResult()
-            found = [bases.get(shapes[p.storage].name) for p in chunk.pieces]
-            base = _base(chunk, captured, older, found, base_scratch)
-            if base is None:
-                _add(group.delta, alone, raw.size)
-            else:
-                group.based_bytes += raw.size
-                if np.array_equal(raw, base):
-                    group.same_bytes += raw.size
-                    group.delta.transforms["REF"] += raw.size
-                else:
-                    _encode(raw, chunk, base, out, group.delta)
-        done += raw.size
-        progress(done, total)
-    return sorted(groups.values(), key=lambda g: g.raw_bytes, reverse=True)
+    options = for_dry_saves(options)
+    sealed = seal(captured)
+    passes = 1 if older is None else 2 if isinstance(older, Base) else 3
+    done = _counted(progress, max(sealed.own_bytes * passes, 1))
+    groups = _Groups(captured)
+    alone = _Measured(sealed, done, entropies=True)
+    groups.enter_alone(dry_upload(alone.state, None, options), alone)
+    if older is not None:
+        base = older if isinstance(older, Base) else dry_base(_Measured(seal(older), done).state, options)
+        measured = _Measured(sealed, done)
+        groups.enter_delta(dry_upload(measured.state, base, options), measured, base)
+    progress(1, 1)
+    return sorted(groups.found.values(), key=lambda group: group.raw_bytes, reverse=True)
 
 
-def _storages_by_name(captured: Captured) -> dict[Name | None, int]:
-    return {shape.name: shape.number for shape in storage_shapes(captured) if shape.name is not None}
+def _counted(progress: Progress, total: int) -> Callable[[int], None]:
+    """For bytes that are done with, by one thread at a time. The end is for the caller to tell."""
+    done = 0
+
+    def add(n_bytes: int) -> None:
+        nonlocal done
+        done += n_bytes
+        progress(min(done, total - 1), total)
+
+    return add
 
 
-def _gather(chunk: Chunk, sources: Iterator[tuple[Captured, int]], scratch: U8) -> U8:
-    raw, position = scratch[: chunk.n_bytes], 0
-    for piece, (state, storage) in zip(chunk.pieces, sources, strict=True):
-        state.read([(storage, piece.offset, piece.n_bytes)], raw[position : position + piece.n_bytes])
-        position += piece.n_bytes
-    return raw
+class _Measured:
+    """A `ChunkSource` around that of a state: how long each chunk was encoded, and its entropy. For one encoding thread."""
+
+    def __init__(self, sealed: SealedState, done: Callable[[int], None], *, entropies: bool = False) -> None:
+        self._inner: ChunkSource = sealed.source
+        self._chunks, self._done, self._entropies = sealed.chunks, done, entropies
+        self.seconds = np.zeros(len(sealed.chunks))
+        self.entropy_bytes = np.zeros(len(sealed.chunks))
+        self.state = replace(sealed, source=self)
+
+    def known(self, number: int) -> bytes | None:
+        return None
+
+    def peek(self, number: int, scratch: U8) -> AbstractContextManager[U8 | None]:
+        return nullcontext(self._inner.raw(number, scratch))
+
+    def raw(self, number: int, scratch: U8) -> U8:
+        raw = self._inner.raw(number, scratch)
+        if self._entropies:
+            self.entropy_bytes[number] = _entropy_bytes(raw, self._chunks[number].element.float_lane_bytes)
+        self.seconds[number] = -time.perf_counter()
+        return raw
+
+    def release(self, number: int) -> None:
+        self.seconds[number] += time.perf_counter()
+        self._inner.release(number)
+        self._done(self._chunks[number].n_bytes)
+
+    def confirm(self) -> None:
+        self._inner.confirm()
+
+    def close(self) -> None:
+        """Does nothing: the state is its owner's."""
 
 
-def _base(chunk: Chunk, state: Captured, older: Captured, found: list[int | None], scratch: U8) -> U8 | None:
-    """Gather the same stretches from the older state's storages. None: a tensor is missing, or has another type or size."""
-    storages: list[int] = []
-    for piece, number in zip(chunk.pieces, found, strict=True):
-        if number is None:
-            return None
-        new, old = state.storages[piece.storage], older.storages[number]
-        if (new.dtype, new.n_bytes) != (old.dtype, old.n_bytes) or not old.has_data:
-            return None
-        storages.append(number)
-    return _gather(chunk, ((older, number) for number in storages), scratch)
+class _Groups:
+    """Sorts what two uploads have placed by groups."""
+
+    def __init__(self, captured: Captured) -> None:
+        shapes = storage_shapes(captured)
+        self._of_storage = [(shape.element.name, shape.role) for shape in shapes]
+        self.found: dict[tuple[str, str], TensorGroup] = {}
+        for (dtype, role), storage in zip(self._of_storage, captured.storages, strict=True):
+            if storage.has_data and storage.n_bytes:
+                self.found.setdefault((dtype, role), TensorGroup(dtype, role))
+        for tensor in captured.tensors:
+            group = self.found.get(self._of_storage[tensor.storage])
+            if group is not None:
+                group.tensors += 1
+
+    def enter_alone(self, uploaded: Uploaded, measured: _Measured) -> None:
+        state = measured.state
+        groups = self._of_chunks(state)
+        for number, group in enumerate(groups):
+            group.raw_bytes += state.chunks[number].n_bytes
+            group.entropy_bytes += float(measured.entropy_bytes[number])
+        self._enter(uploaded, measured, lambda group: group.alone)
+
+    def enter_delta(self, uploaded: Uploaded, measured: _Measured, base: Base) -> None:
+        for group in self.found.values():
+            group.delta = CodingResult()
+        self._enter(uploaded, measured, _delta_of)
+        state, theirs = measured.state, match(base, measured.state).tolist()
+        for number, group in enumerate(self._of_chunks(state)):
+            if theirs[number] >= 0:
+                group.based_bytes += state.chunks[number].n_bytes
+                if _is_same(uploaded, number, base, theirs[number], state.chunks[number].n_bytes):
+                    group.same_bytes += state.chunks[number].n_bytes
+
+    def _of_chunks(self, state: SealedState) -> list[TensorGroup]:
+        """The group of each chunk; pieces of a bundle are of one."""
+        found: dict[int, TensorGroup] = {}
+        ends = np.cumsum([chunk.n_bytes for chunk in state.chunks])
+        for number, storage in enumerate(state.storages):
+            for row in rows_of(storage.extents or (), ends):
+                found[row] = self.found[self._of_storage[number]]
+        return [found[number] for number in range(len(state.chunks))]
+
+    def _enter(self, uploaded: Uploaded, measured: _Measured, result: Callable[[TensorGroup], CodingResult]) -> None:
+        for seconds, group in zip(measured.seconds.tolist(), self._of_chunks(measured.state), strict=True):
+            result(group).seconds += seconds
+        vote, rows = uploaded.vote, uploaded.records
+        own = [False, *(parse_pack(file.key) == vote.name.save for file in vote.files)]
+        ends = np.cumsum(rows["raw_bytes"], dtype=np.int64)
+        counted: set[tuple[int, int]] = set()
+        seen: set[int] = set()
+        for number, storage in enumerate(vote.directory.storages):
+            into = result(self.found[self._of_storage[number]]) if storage.extents else None
+            for row in rows_of(storage.extents or (), ends):
+                if into is None or row in seen:
+                    continue
+                seen.add(row)
+                place = int(rows["file"][row]), int(rows["offset"][row])
+                into.transforms[_words(rows, row, own[place[0]])] += int(rows["raw_bytes"][row])
+                if own[place[0]] and place not in counted:
+                    counted.add(place)
+                    into.stored_bytes += int(rows["stored_bytes"][row])
 
 
-def _encode(raw: U8, chunk: Chunk, base: U8 | None, out: U8, result: CodingResult) -> codec.Encoded:
-    started = time.perf_counter()
-    element = chunk.element
-    encoded = codec.encode(raw, element.const_lane_bytes, element.float_lane_bytes, base=base, out=out[: raw.size])
-    result.seconds += time.perf_counter() - started
-    _add(result, encoded, raw.size)
-    return encoded
+def _delta_of(group: TensorGroup) -> CodingResult:
+    assert group.delta is not None
+    return group.delta
 
 
-def _add(result: CodingResult, encoded: codec.Encoded, raw_bytes: int) -> None:
-    result.stored_bytes += len(encoded.stored)
-    result.transforms[_words(encoded)] += raw_bytes
+def _is_same(uploaded: Uploaded, number: int, base: Base, theirs: int, n_bytes: int) -> bool:
+    """Whether a chunk has the digest that the base's has; only where both are whole rows."""
+    places = (uploaded.rows[number], uploaded.records), (base.places[theirs], base.records)
+    digests = set()
+    for place, rows in places:
+        if place is None or place.start or int(rows["raw_bytes"][place.row]) != n_bytes:
+            return False
+        digests.add(rows["digest"][place.row].tobytes())
+    return len(digests) == 1
 
 
-def _words(encoded: codec.Encoded) -> str:
-    name = encoded.transform.name
-    return f"{name} {encoded.pack_bits}" if encoded.transform is Transform.SUBPACK else name
+def _words(rows: Records, row: int, is_own: bool) -> str:
+    if rows["file"][row] and not is_own:
+        return "REF"
+    transform = Transform(int(rows["transform"][row]))
+    return f"SUBPACK {int(rows['pack_bits'][row])}" if transform is Transform.SUBPACK else transform.name
 
 
 def _entropy_bytes(raw: U8, lane_bytes: int) -> float:
@@ -158,4 +240,4 @@ def _entropy_bytes(raw: U8, lane_bytes: int) -> float:
     return total / 8
 
 
-__all__ = ["CodingResult", "TensorGroup", "analyze"]
+__all__ = ["Base", "CodingResult", "TensorGroup", "analyze"]

@@ -15,7 +15,8 @@ from fastckpt._types import U8
 from fastckpt.format.directory import FileEntry, StorageEntry, TensorEntry
 from fastckpt.format.records import Records
 from fastckpt.format.repository_records import Parent
-from fastckpt.format.sealed_state import SealedChunk
+from fastckpt.format.sealed_state import SealedChunk, SealedState
+from fastckpt.format.vote import Vote
 
 
 class Place(NamedTuple):
@@ -50,3 +51,25 @@ class Base:
     memory: BaseBytes | None = None
     seen_s: float = 0.0
     """time.monotonic() at which the checkpoint was last known to live."""
+
+
+class Uploaded(NamedTuple):
+    """What an upload has placed: together with the state's form, all that a Base of it needs once it is committed."""
+
+    vote: Vote
+    records: Records
+    """The rows of the vote's index."""
+    rows: Sequence[Place | None]
+    """Where each chunk of the sealed state is stored."""
+
+    def as_base(self, sealed: SealedState, parent: Parent, memory: BaseBytes | None, seen_s: float) -> Base:
+        """The base of the next save, once this one was acknowledged.
+
+        Args:
+            sealed: the state that was uploaded.
+            parent: the checkpoint that it has become.
+            memory: the state's bytes, as far as they are kept.
+            seen_s: time.monotonic() before the acknowledgement.
+        """
+        form = sealed.storages, sealed.tensors, sealed.chunks
+        return Base(parent, *form, self.rows, self.records, self.vote.files, memory, seen_s)

@@ -105,9 +105,10 @@ class _Carried:
 class Efforts:
     """See the module. `level` may be read by any thread at any time; the methods are called under the lock of their owner."""
 
-    def __init__(self, encoders: int, fixed: Effort | None = None) -> None:
-        """encoders: threads that encode. fixed: the level that a person wants; None: the fastest."""
+    def __init__(self, encoders: int, fixed: Effort | None = None, least: Effort = Effort.NONE) -> None:
+        """encoders: threads that encode. fixed: the level that a person wants; None: the fastest, and none below `least`."""
         self._encoders, self._follows = encoders, fixed is None
+        self._levels = tuple(level for level in _LEVELS if level >= least)
         self.level = Effort.NORMAL if fixed is None else fixed
         self.why = "as it begins" if fixed is None else "as the options say"
         """The reason for the last change of the level, for events."""
@@ -137,9 +138,9 @@ class Efforts:
         here = self._known.get(self.level)
         if not self._follows or here is None or not here.raw_bytes:
             return False
-        speeds = {level: self._speed(level, here) for level in _LEVELS}
+        speeds = {level: self._speed(level, here) for level in self._levels}
         most = max(speeds.values())
-        wanted = max(level for level in _LEVELS if speeds[level] >= _AS_FAST * most)
+        wanted = max(level for level in self._levels if speeds[level] >= _AS_FAST * most)
         self._in_a_row = self._in_a_row + 1 if wanted == self._wanted else 1
         self._wanted = wanted
         here.fade()
@@ -171,3 +172,10 @@ def fixed_effort(options: Options) -> Effort | None:
     if not options.compress:
         return Effort.NONE
     return None if options.effort == "auto" else Effort[options.effort.upper()]
+
+
+def least_effort(options: Options) -> Effort:
+    """The least that a save which follows the link may spend. What a chain of differences stores is read at each restore of it and kept as
+    long as any of them: a link that is faster than FAST is no reason to store it raw.
+    """
+    return Effort.FAST if options.deltas else Effort.NONE

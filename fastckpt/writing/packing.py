@@ -1,6 +1,7 @@
 """The chunks of a rank, encoded in the memory of its packs by several threads.
 
     next chunk ─→ raw ─→ encode into the pack's rest ─→ keep, unless an equal one is stored ─→ release ─→ … ─→ seal the pack
+              └─→ known to equal the base's: nothing to do
 
 Each thread takes the next chunk and puts it behind the others in a pack of its own: chunks of one pack are in the order of the state, and
 which pack a chunk is in depends on which thread was faster. The index has each chunk's place, so nothing else depends on it.
@@ -11,6 +12,8 @@ from __future__ import annotations
 import functools
 import threading
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from fastckpt import codec, events
 from fastckpt._types import U8
@@ -18,31 +21,48 @@ from fastckpt.format import records
 from fastckpt.format.sealed_state import SealedState
 from fastckpt.host.pages import fresh_pages
 from fastckpt.host.threads import WorkerPool
-from fastckpt.kernels.transform import MAX_RAW_BYTES, transform_name
+from fastckpt.kernels.transform import MAX_RAW_BYTES, Transform, transform_name
+from fastckpt.writing.chunk_coder import Cast, ChunkCoder, Coded
 from fastckpt.writing.chunk_writer import ChunkWriter
+from fastckpt.writing.deltas import Against, Kept
 from fastckpt.writing.packs import Pack, PackWriter
 from fastckpt.writing.uplink import Uplink
 
 
-class _Upcoming:
-    """The chunks that no encoder has taken yet, in order. Any thread."""
+class _Took(NamedTuple):
+    """What a chunk has taken."""
 
-    def __init__(self, sealed: SealedState) -> None:
-        self._chunks = sealed.chunks
+    effort: codec.Effort
+    raw_s: float
+    """Until its bytes were there."""
+    encode_s: float
+    waited_s: float
+    """For memory of a pack."""
+
+
+class _Upcoming:
+    """The chunks that no encoder has taken yet, in the order in which they are encoded. Any thread."""
+
+    def __init__(self, sealed: SealedState, order: Sequence[int], expected_bytes: Sequence[int] | None) -> None:
+        """expected_bytes: of each chunk what it is likely to store; None: its raw bytes."""
+        self._chunks, self._order = sealed.chunks, order
+        self._expected = expected_bytes or [chunk.n_bytes for chunk in sealed.chunks]
         self._lock = threading.Lock()
-        self._next, self.left_bytes = 0, sealed.own_bytes
+        self._next, self.left_bytes = 0, sum(self._expected)
 
     def __bool__(self) -> bool:
-        return self._next < len(self._chunks)
+        return self._next < len(self._order)
 
     def take(self, pack: Pack) -> int | None:
         """The number of the next chunk, if there is one and it fits the pack."""
         with self._lock:
-            number = self._next
-            if number == len(self._chunks) or self._chunks[number].n_bytes > pack.room:
+            if self._next == len(self._order):
+                return None
+            number = self._order[self._next]
+            if self._chunks[number].n_bytes > pack.room:
                 return None
             self._next += 1
-            self.left_bytes -= self._chunks[number].n_bytes
+            self.left_bytes -= self._expected[number]
             return number
 
 
@@ -57,12 +77,14 @@ class PackingWriter(ChunkWriter):
         pool: WorkerPool | None,
         uplink: Uplink,
         encoders: int,
+        coder: ChunkCoder,
     ) -> None:
-        """pool: None: `run` encodes itself. encoders: the largest number of packs that are filled at once."""
+        """pool: None: `run` encodes itself. encoders: the largest number of packs that are filled at once. coder: encodes."""
         super().__init__(sealed, target)
+        self._coder = coder
         self._packs, self._pool, self._uplink = packs, pool, uplink
         self._encoders = min(encoders, max(1, len(self.chunks))) if pool is not None else 1
-        self._upcoming = _Upcoming(sealed)
+        self._upcoming = _Upcoming(sealed, coder.order, coder.expected_bytes)
         self._ended = threading.Semaphore(0)
         """One for each encoder that has ended."""
 
@@ -140,55 +162,62 @@ class PackingWriter(ChunkWriter):
         return more
 
     def _add(self, number: int, pack: Pack, scratch: U8, waited_s: float) -> None:
-        chunk, started = self.chunks[number], time.perf_counter()
-        element, effort = chunk.element, self._uplink.efforts.level
-        raw = self._source.raw(number, scratch)
+        started, effort = time.perf_counter(), self._uplink.efforts.level
+        found: Coded | None = self._coder.known(number)
+        raw = None if found is not None else self._source.raw(number, scratch)
         encode_from = time.perf_counter()
-        found = codec.encode_into(raw, element.const_lane_bytes, element.float_lane_bytes, pack.rest, effort=effort)
-        now = time.perf_counter()
-        raw_s, seconds = encode_from - started, now - encode_from
+        if found is None:
+            assert raw is not None
+            found = self._coder.encode(number, raw, pack.rest, effort)
+        took = _Took(effort, encode_from - started, time.perf_counter() - encode_from, waited_s)
         with self._packs.lock:
-            self._uplink.efforts.encoded(effort, chunk.n_bytes, len(found.stored), seconds, raw_s)
-            stored_bytes = 0
-            if not self.is_stored(number, found):
-                stored_bytes = len(found.stored)
-                place = self._packs.keep(pack, stored_bytes, found.crc64nvme) if stored_bytes else (0, 0)
-                self.enter(number, found, *place)
-        self._source.release(number)
+            stored_bytes = self._enter(number, found, pack, took)
+        if raw is not None:
+            self._source.release(number)
         if events.enabled():
-            self._tell(number, found, effort, stored_bytes, raw_s, seconds, waited_s)
+            self._tell(number, found, stored_bytes, took)
 
-    def _tell(
-        self,
-        number: int,
-        found: codec.Encoded,
-        effort: codec.Effort,
-        stored_bytes: int,
-        raw_s: float,
-        seconds: float,
-        waited_s: float,
-    ) -> None:
+    def _enter(self, number: int, found: Coded, pack: Pack, took: _Took) -> int:
+        """Complete the record of a chunk. Returns the bytes that are kept in the pack. The caller holds the lock."""
+        if isinstance(found, Kept):
+            self.keep(number, *found)
+            return 0
+        if isinstance(found, Cast):
+            self.cast(number, found.rows)
+            return 0
+        encoded, base = found
+        stored_bytes = len(encoded.stored)
+        self._uplink.efforts.encoded(took.effort, self.chunks[number].n_bytes, stored_bytes, took.encode_s, took.raw_s)
+        if self.is_stored(number, encoded):
+            return 0
+        place = self._packs.keep(pack, stored_bytes, encoded.crc64nvme) if stored_bytes else (0, 0)
+        self.enter(number, encoded, *place, base)
+        return stored_bytes
+
+    def _tell(self, number: int, found: Coded, stored_bytes: int, took: _Took) -> None:
         target, n_bytes = self._target, self.chunks[number].n_bytes
+        encoded = found.encoded if isinstance(found, Against) else None
+        nothing = transform_name(Transform.REF if isinstance(found, Kept) else Transform.CAST)
         events.emit(
             events.ChunkEncoded(
                 target=target,
                 record=number,
-                transform=transform_name(found.transform),
+                transform=nothing if encoded is None else transform_name(encoded.transform),
                 raw_bytes=n_bytes,
-                stored_bytes=len(found.stored),
-                seconds=seconds,
-                effort=effort.name.lower(),
-                raw_s=raw_s,
+                stored_bytes=0 if encoded is None else len(encoded.stored),
+                seconds=took.encode_s,
+                effort=took.effort.name.lower(),
+                raw_s=took.raw_s,
             )
         )
         events.emit(
             events.ChunkStored(
                 target=target,
                 record=number,
-                transform=records.transform_of(self.records[number]),
+                transform=nothing if encoded is None else records.transform_of(self.records[number]),
                 raw_bytes=n_bytes,
                 stored_bytes=stored_bytes,
-                encode_s=raw_s + seconds,
-                write_s=waited_s,
+                encode_s=took.raw_s + took.encode_s,
+                write_s=took.waited_s,
             )
         )

@@ -18,7 +18,13 @@ from fastckpt.host import cycle_collector
 from fastckpt.host.threads import WorkerPool
 from fastckpt.options import Options
 from fastckpt.store.base import Store
+from fastckpt.writing import index_rows
+from fastckpt.writing.bases import Base, Uploaded
+from fastckpt.writing.casting import Casting
+from fastckpt.writing.chunk_coder import ChunkCoder
 from fastckpt.writing.container import start_workers
+from fastckpt.writing.deltas import Deltas
+from fastckpt.writing.index_rows import Built
 from fastckpt.writing.packing import PackingWriter
 from fastckpt.writing.packs import PackWriter
 from fastckpt.writing.uplink import Uplink
@@ -36,6 +42,8 @@ class SaveAsked:
     meta: Mapping[str, Any] = field(default_factory=dict)
     called_s: float = field(default_factory=time.monotonic)
     """time.monotonic() at which the save was asked for."""
+    full: bool = False
+    """Whether the save must name no other one: then it is given no base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +95,15 @@ def upload(
     cancelled: Callable[[], bool] = lambda: False,
     uplink: Uplink | None = None,
     threads: UploadThreads | None = None,
-) -> Vote:
+    base: Base | None = None,
+    why_full: str = "",
+) -> Uploaded:
     """Encode and upload a rank's state, then place its vote. Blocks; the first error cancels the rest and is raised.
 
     The chunks' source has to be closed by the caller. cancelled: asked before every chunk; True ends the
-    save with a SaveError. uplink: kept by the caller for its next save to this store. threads: closed by this function. Memory needed
-    besides the state: `options.encoder_bytes` and `options.pack_bytes`.
+    save with a SaveError. uplink: kept by the caller for its next save to this store. threads: closed by this function. base: what the
+    vote may name instead of uploading it: the parent, of which the caller has seen that it lives. why_full: why there is none, for events.
+    Memory needed besides the state: `options.encoder_bytes` and `options.pack_bytes`.
     """
     started = time.perf_counter()
     target = f"{store.url} step {request.save.step}"
@@ -104,14 +115,17 @@ def upload(
             threads.uploaders.grow(uplink.link.connections - len(threads.uploaders))
             uplink.begin(sealed.own_bytes)
             with PackWriter(store, request.save, request.rank, threads.uploaders, uplink, cancelled) as packs:
-                chunks = PackingWriter(sealed, packs, target, threads.encoders, uplink, options.encoders)
+                deltas = _deltas(sealed, base, request, options)
+                coder = ChunkCoder(sealed, deltas, Casting(sealed, uplink.masters, request.rank))
+                chunks = PackingWriter(sealed, packs, target, threads.encoders, uplink, options.encoders, coder)
                 chunks.tell_start(skeleton_s=0.0)
                 chunks.run()
                 files = packs.finish()
                 chunks.tell_efforts(request.save.step)
         finally:
             threads.close()
-        vote, data = _build(chunks, sealed, files, request, packs.stored_bytes)
+        built = index_rows.build(chunks.records, chunks.links, base, len(files), sealed.storages)
+        vote, data = _build(chunks, sealed, built, files, request, packs.stored_bytes)
         vote = replace(vote, groups=sealed.groups)
         if cancelled():  # the last moment at which the save can still be cancelled
             raise SaveError(f"the save of step {request.save.step} was cancelled. Nothing was committed")
@@ -130,11 +144,44 @@ def upload(
             durable_s=0.0,
         )
     )
-    return vote
+    _tell_deltas(target, request, coder, base, why_full)
+    return Uploaded(vote, built.records, built.places)
+
+
+def _deltas(sealed: SealedState, base: Base | None, request: SaveRequest, options: Options) -> Deltas | None:
+    if base is None or not len(base.records) or not sealed.chunks:
+        return None
+    if base.parent != request.parent:
+        raise SaveError(
+            f"step {request.save.step} continues from {request.parent}, and its base is {base.parent}: a save may name nothing but packs "
+            "of its parent. Nothing was committed"
+        )
+    return Deltas(base, sealed, request.rank, options.read_amplification)
+
+
+def _tell_deltas(target: str, request: SaveRequest, coder: ChunkCoder, base: Base | None, why_full: str) -> None:
+    chunks, raw_bytes = coder.outcome
+    if base is None and not why_full and not chunks["cast"]:
+        return
+    events.emit(
+        events.DeltasUsed(
+            target=target,
+            step=request.save.step,
+            base_step=None if base is None else base.parent.checkpoint.step,
+            chunks=dict(chunks),
+            raw_bytes=dict(raw_bytes),
+            why_full=why_full,
+        )
+    )
 
 
 def _build(
-    chunks: PackingWriter, sealed: SealedState, files: Sequence[FileEntry], request: SaveRequest, stored_bytes: int
+    chunks: PackingWriter,
+    sealed: SealedState,
+    built: Built,
+    files: Sequence[FileEntry],
+    request: SaveRequest,
+    stored_bytes: int,
 ) -> tuple[Vote, bytes]:
     """Build the vote and its bytes. SaveError if a reader would refuse it."""
     asked = request.asked
@@ -152,6 +199,7 @@ def _build(
     listed = chunks.directory()
     listed = replace(
         listed,
+        storages=built.storages,
         step=request.save.step,
         rank=request.rank,
         world=request.world,
@@ -160,4 +208,4 @@ def _build(
         save=save_to_json(info),
     )
     with cycle_collector.held_off():
-        return build_vote(request.save, listed, files, chunks.records, sealed.skeleton)
+        return build_vote(request.save, listed, [*files, *built.files], built.records, sealed.skeleton)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fastckpt.format.tensor_names import Name
 from fastckpt.options import Options
-from fastckpt.writing.effort import Efforts, fixed_effort
+from fastckpt.writing.effort import Efforts, fixed_effort, least_effort
 from fastckpt.writing.link import Link
 from fastckpt.writing.pack_buffers import PackBuffers
 from fastckpt.writing.rate_limit import RateLimit
@@ -23,8 +24,10 @@ class Uplink:
         self._options = options
         self.limit = RateLimit(options.max_upload_bytes_per_s, in_a_hurry)
         self.link = Link(options.connections, options.max_connections)
-        self.efforts = Efforts(options.encoders, fixed_effort(options))
+        self.efforts = Efforts(options.encoders, fixed_effort(options), least_effort(options))
         self.buffers = PackBuffers()
+        self.masters: dict[Name, Name] = {}
+        """First names of bfloat16 copies → those of their float32 masters, as saves have found them."""
 
     @property
     def packs_at_once(self) -> int:

@@ -38,7 +38,7 @@ def load() -> None:
     library.fakegpu_violation.restype = ctypes.c_char_p
     for name in ("stall_us", "end_us", "host_us"):
         getattr(library, f"fakegpu_{name}").restype = ctypes.c_double
-    for name in ("operations", "copies"):
+    for name in ("operations", "copies", "bytes_to_host"):
         getattr(library, f"fakegpu_{name}").restype = ctypes.c_uint64
     library.fakegpu_advance_host_us.argtypes = [ctypes.c_double]
     library.fakegpu_cost.argtypes = [ctypes.c_double] * 3
@@ -168,6 +168,11 @@ def operations() -> int:
 def copies() -> int:
     """Given to streams since the process began, between host and device."""
     return int(_library.fakegpu_copies())
+
+
+def bytes_to_host() -> int:
+    """Of all copies from a device to the host that were given to streams since the process began."""
+    return int(_library.fakegpu_bytes_to_host())
 
 
 def starve(stream: torch.Stream | None) -> None:

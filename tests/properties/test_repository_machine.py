@@ -181,7 +181,11 @@ def pruner(world: World, run: Incarnation, rng: random.Random) -> None:
     arguments = argparse.Namespace(
         keep_last=rng.choice([1, 2]),
         keep_every=None,
+        keep_every_minutes=None,
+        keep_for_minutes=None,
+        keep_steps=None,
         keep_best=None,
+        keep_best_count=1,
         branches=rng.random() < 0.3 and not world.rewinds,
         grace=0.0,
         run_is_stopped=True,

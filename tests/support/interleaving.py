@@ -63,6 +63,12 @@ class Turns:
                 assert self._changed.wait_for(lambda: name in self._waiting or name in self._ended, WAIT_S)
             return name not in self._ended
 
+    def reaches(self, name: str) -> bool:
+        """Wait until an actor stands before an operation. False once it has ended."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: name in self._waiting or name in self._ended, WAIT_S)
+            return name not in self._ended
+
     def kill(self, name: str) -> None:
         with self._changed:
             self._dead.add(name)

@@ -15,7 +15,7 @@ from fastckpt.format import container, directory
 from fastckpt.format.container import READ_SHARED
 from fastckpt.format.directory import Share
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, vote_key
-from fastckpt.format.repository_records import Commit, Epoch, Parent
+from fastckpt.format.repository_records import Commit, Epoch, Parent, parent_to_json
 from fastckpt.format.shares import first_entries, shared_numbers
 from fastckpt.format.tensor_names import dotted
 from fastckpt.format.vote import Vote, vote_name
@@ -78,7 +78,7 @@ def vote(
     """One rank's part of a save: packs and vote."""
     of = None if parent is None else Parent(parent.checkpoint, parent.digest)
     request = SaveRequest(asked=SaveAsked(step), save=SaveId(epoch, step, attempt), parent=of, rank=rank, world=world)
-    return upload(sealed(obj), store, request, IN_PARALLEL)
+    return upload(sealed(obj), store, request, IN_PARALLEL).vote
 
 
 def shared(obj: Any, rank: int, shares: Mapping[str, Sequence[tuple[int, int]]]) -> Captured:
@@ -96,7 +96,7 @@ def vote_shared(store: Store, epoch: int, step: int, world: int, state: Captured
     """A rank's part of a save, of a state that `shared` has made."""
     save = SaveId(epoch, step, 0)
     request = SaveRequest(asked=SaveAsked(step), save=save, parent=None, rank=state.rank, world=world)
-    return upload(seal(state), store, request, IN_PARALLEL)
+    return upload(seal(state), store, request, IN_PARALLEL).vote
 
 
 def save_shared(store: Store, epoch: int, step: int, states: Sequence[Captured]) -> Commit:
@@ -135,10 +135,16 @@ def place_vote(
 def reuse(store: Store, old: int, new: int, epoch: int = 1) -> Commit:
     """A checkpoint whose vote names only packs of an earlier one."""
     save = SaveId(epoch, new, 0)
-    place_vote(store, save, open_vote(store, commit_of(store, old, epoch).vote(0)), parent=None)
+    parent = commit_of(store, old, epoch)
+    place_vote(store, save, open_vote(store, parent.vote(0)), parent=as_parent(parent))
     commit = try_commit(store, save)
     assert commit is not None
     return commit
+
+
+def as_parent(commit: Commit) -> dict[str, Any] | None:
+    """What a vote says of the checkpoint that it continues from."""
+    return parent_to_json(Parent(commit.checkpoint, commit.digest))
 
 
 def commit_of(store: Store, step: int, epoch: int = 1) -> Commit:

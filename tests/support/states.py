@@ -53,6 +53,8 @@ def same(a: Any, b: Any) -> bool:
     """Bit for bit, shapes, types and structure too."""
     if isinstance(a, dict):
         return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return isinstance(b, list) and len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, torch.Tensor):
         if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
             return False

@@ -12,8 +12,8 @@ import torch
 
 import fastckpt
 from fastckpt.cli import BAD_CHECKPOINT, USAGE, main
-from fastckpt.reading.chunk_reader import Reader
-from fastckpt.reading.sources import PathSource
+from fastckpt.store.local import LocalStore
+from tests.support.repositories import commit_of
 
 
 def state(seed: int, moved: bool) -> dict[str, Any]:
@@ -43,14 +43,9 @@ def groups(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[tuple[st
     return {(g["dtype"], g["role"]): g for g in found["groups"]}
 
 
-def test_sums_are_those_of_a_save(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_groups_and_their_codings(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     _, old = files
     found = groups(capsys, old)
-    source = PathSource(old)
-    reader = Reader.open(source, alone=True)
-    assert sum(g["alone"]["stored_bytes"] for g in found.values()) == int(reader.records["stored_bytes"].sum())
-    assert sum(g["raw_bytes"] for g in found.values()) == int(reader.records["raw_bytes"].sum())
-    source.close()
     assert set(found) == {
         ("float32", ""),
         ("bfloat16", ""),
@@ -59,11 +54,43 @@ def test_sums_are_those_of_a_save(files: tuple[str, str], capsys: pytest.Capture
         ("int64", ""),
     }
     weights = found["float32", ""]
-    assert weights["tensors"] == 2
+    assert (weights["tensors"], weights["raw_bytes"]) == (2, 4 * (700 * 900 + 600 * 700))
     assert weights["delta"] is None
     assert set(weights["alone"]["transforms"]) == {"ROT"}
     assert set(found["float32", "exp_avg_sq"]["alone"]["transforms"]) == {"ROTU"}
     assert 0.97 < weights["alone"]["stored_bytes"] / weights["entropy_bytes"] < 1.02
+
+
+def test_what_is_promised_is_what_real_saves_store(
+    files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the byte: of a full save, of one against a state that was saved in full, and of one against a checkpoint with differences."""
+    new, old = files
+    run, live = str(tmp_path / "run"), state(1, False)
+    with fastckpt.Checkpointer(run, live, every=None, spot=None, options=fastckpt.Options(effort="normal")) as ckpt:
+        ckpt.save_now(1).wait()
+        for part in ("model", "optimizer"):
+            copy_into(live[part], state(1, True)[part])
+        ckpt.save_now(2).wait()
+        ckpt.wait()
+        promised = groups(capsys, old, "--against", run)
+        for part in ("model", "optimizer"):
+            copy_into(live[part], state(1, False)[part])
+        ckpt.save_now(3).wait()
+    stored = {step: commit_of(LocalStore(run), step).stored_bytes for step in (1, 2, 3)}
+    found = groups(capsys, new, "--against", old)
+    assert sum(g["alone"]["stored_bytes"] for g in groups(capsys, old).values()) == stored[1]
+    assert sum(g["delta"]["stored_bytes"] for g in found.values()) == stored[2]
+    assert sum(g["delta"]["stored_bytes"] for g in promised.values()) == stored[3]
+    assert stored[2] < 0.8 * stored[1]
+
+
+def copy_into(live: Any, new: Any) -> None:
+    for key, value in new.items():
+        if isinstance(value, torch.Tensor):
+            live[key].copy_(value)
+        else:
+            copy_into(live[key], value)
 
 
 def test_a_delta_against_an_older_state(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,9 +99,28 @@ def test_a_delta_against_an_older_state(files: tuple[str, str], capsys: pytest.C
     weights = found["float32", ""]
     assert weights["based_bytes"] == weights["raw_bytes"]
     assert weights["same_bytes"] == 600 * 700 * 4, "what is frozen"
+    assert weights["delta"]["transforms"]["REF"] == 600 * 700 * 4
     assert weights["delta"]["stored_bytes"] < 0.6 * weights["alone"]["stored_bytes"]
     half = found["bfloat16", ""]
-    assert half["delta"]["stored_bytes"] < 0.2 * half["alone"]["stored_bytes"]
+    assert half["delta"]["stored_bytes"] == half["alone"]["stored_bytes"] == 0, "a copy of a master takes nothing"
+    assert set(half["alone"]["transforms"]) == {"CAST"}
+
+
+def test_saves_in_a_row_keep_what_a_restore_reads_within_its_cap(
+    files: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    new, old = files
+    assert main(["analyze", new, "--against", old, "--saves", "6", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    row = found["saves"]
+    assert len(row["stored_bytes"]) == 6
+    assert row["stored_bytes"][0] == found["next_bytes"]
+    assert sum(row["stored_bytes"]) < 6 * found["full_bytes"]
+    assert max(row["read_amplification"]) <= fastckpt.Options().read_amplification + 0.01
+    assert 1 <= row["longest_chain"] <= 6
+    assert main(["analyze", new, "--against", old, "--saves", "2"]) == 0
+    assert "2 saves in a row" in capsys.readouterr().out
+    assert main(["analyze", new, "--saves", "2"]) == USAGE
 
 
 def test_what_has_no_older_version(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ class Machine:
         self, kind: Kind, link: list[tuple[float, float]], threads: int, fixed: str, source: float = 1e12
     ) -> None:
         """link: (from when on, bytes a second). source: bytes a second that the snapshot gives each thread."""
-        options = Options(threads=threads, connections=8, host_budget_bytes=8 << 30, effort=fixed)
+        options = Options(threads=threads, connections=8, host_budget_bytes=8 << 30, effort=fixed, deltas=False)
         self.kind, self.link, self.source, self.threads = kind, link, source, threads
         self.uplink = Uplink(options)
         self.now_s = 0.0
@@ -139,6 +139,15 @@ def test_an_encoder_that_waits_for_the_state_keeps_its_effort() -> None:
     machine = Machine(FLOAT32, [(0.0, 12e9)], 2, "auto", source=1e9)
     machine.save(STATE_BYTES)
     assert machine.uplink.efforts.level is Effort.NORMAL
+
+
+def test_saves_that_refer_to_others_are_never_stored_raw() -> None:
+    machine = Machine(SLOW_CORE, [(0.0, 12e9)], 2, "auto")
+    machine.save(STATE_BYTES)
+    assert machine.uplink.efforts.level is Effort.NONE
+    machine.uplink = Uplink(Options(threads=2, connections=8, host_budget_bytes=8 << 30))
+    machine.save(STATE_BYTES)
+    assert machine.uplink.efforts.level is Effort.FAST
 
 
 def test_a_fixed_effort_stays() -> None:

@@ -41,6 +41,7 @@ from fastckpt.upkeep.mirror.plan import MirrorAsked
 from fastckpt.upkeep.mirror.transfer import Transfer
 from tests.support.repositories import (
     IN_PARALLEL,
+    as_parent,
     check_all,
     commit_of,
     flip,
@@ -406,7 +407,7 @@ def test_a_vote_that_names_packs_of_a_later_epoch_brings_nothing_there() -> None
     later = file._replace(key=file.key.replace("data/000001", "data/000009"))
     source.put(later.key, source.get(file.key))
     reader.files = (later,)
-    place_vote(source, SaveId(1, 2, 0), reader, parent=None)
+    place_vote(source, SaveId(1, 2, 0), reader, parent=as_parent(commit_of(source, 1)))
     assert try_commit(source, SaveId(1, 2, 0)) is not None
     report = mirror(source, target, options=IN_PARALLEL)
     assert [c.step for c in report.copied] == [1]

@@ -202,10 +202,17 @@ def test_what_cannot_be_left_there_is_left_to_the_store(
     assert folder.size(FILE.key) is None
 
 
-def test_files_of_earlier_saves_go(folder: CacheFolder) -> None:
+def test_files_of_earlier_saves_go_unless_they_have_just_come(folder: CacheFolder) -> None:
+    """A checkpoint may name packs of earlier saves: what a prefetch or another rank has brought of those is needed now."""
     NodePacks(folder, SAVE)
     for step in (0, 1, 2):
         folder.put(f"data/000001-00000000000{step}-000/r00000/000000.pack", DATA)
+    NodePacks(folder, SAVE)
+    assert len(list(Path(folder.root).rglob("*.pack"))) == 3
+    for path in Path(folder.root).rglob("*-000*"):
+        os.utime(path, (1, 1))
+    for path in Path(folder.root).rglob("r00000"):
+        os.utime(path, (1, 1))
     NodePacks(folder, SAVE)
     steps = sorted(path.parent.parent.name for path in Path(folder.root).rglob("*.pack"))
     assert steps == ["000001-000000000001-000", "000001-000000000002-000"]

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import fastckpt
 from fastckpt.errors import UnknownTensorError, UnsupportedFormatError
 from fastckpt.reading.lazy_views import lazy_views
-from fastckpt.reading.range_chunks import RangeChunks
+from fastckpt.reading.places import Places
 from tests.support.readers import index_of
 
 # torch deprecates its quantized types, which people still have in their files.
@@ -110,13 +110,13 @@ def test_from_a_file_object(state: object) -> None:
 def chunk_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The records that are read from now on."""
     read: list[int] = []
-    settle = RangeChunks._settle
+    settle = Places.settle
 
-    def counted(self: RangeChunks, chunk: int, *arguments: Any) -> None:
+    def counted(self: Places, chunk: int, *arguments: Any) -> None:
         read.append(chunk)
         settle(self, chunk, *arguments)
 
-    monkeypatch.setattr(RangeChunks, "_settle", counted)
+    monkeypatch.setattr(Places, "settle", counted)
     return read
 
 

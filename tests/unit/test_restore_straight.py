@@ -27,7 +27,7 @@ from fastckpt.reading import storage_loader, window
 from fastckpt.repository.commit import open_vote, try_commit
 from fastckpt.store.memory import MemoryStore
 from fastckpt.training.restorer import Loaded, Restorer
-from tests.support.repositories import commit_of, flip, keys_of, place_vote
+from tests.support.repositories import as_parent, commit_of, flip, keys_of, place_vote
 from tests.support.straight import ReadStore, addresses, all_straight, place_of, plain
 
 OPTIONS = Options(threads=2, connections=2)
@@ -422,7 +422,7 @@ def rewritten() -> Callable[[MemoryStore, bytes, bytes], None]:
         assert reader.skeleton.count(old) == 1, reader.skeleton
         reader.skeleton = reader.skeleton.replace(old, new)
         save_id = SaveId(1, 2, 0)
-        place_vote(store, save_id, reader, parent=None)
+        place_vote(store, save_id, reader, parent=as_parent(commit_of(store, 1)))
         assert try_commit(store, save_id) is not None
 
     return rewrite

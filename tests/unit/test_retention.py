@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,55 +18,15 @@ from fastckpt.repository.retention import (
     RepositoryView,
     RetentionPlan,
     TombstoneSeen,
-    not_kept,
     plan_retention,
 )
 from fastckpt.repository.vote_set import VoteSetState
 from fastckpt.store.memory import MemoryStore
+from tests.support.keeping import keeps
 from tests.support.repositories import begin, check_all, flip, keys_of, living, reuse, save_steps, vote
 from tests.support.states import rich_state, sealed
 
 GRACE_S = 100.0
-numbers = st.floats(allow_nan=True, allow_infinity=True)
-
-
-@st.composite
-def histories(draw: st.DrawFn) -> list[Candidate]:
-    steps = draw(st.lists(st.integers(0, 40), unique=True, max_size=12))
-    return [
-        Candidate(CheckpointId(1, step), draw(st.dictionaries(st.sampled_from(["loss", "accuracy"]), numbers)))
-        for step in sorted(steps, reverse=True)
-    ]
-
-
-keeps = st.builds(
-    Keep,
-    last=st.integers(1, 5),
-    every=st.none() | st.integers(1, 10),
-    best=st.none() | st.sampled_from(["loss", "accuracy"]),
-    mode=st.sampled_from(["min", "max"]),
-    best_count=st.integers(1, 3),
-)
-
-
-@given(histories(), keeps)
-def test_what_a_rule_wants_stays(history: list[Candidate], keep: Keep) -> None:
-    gone = not_kept(history, keep)
-    stay = [c for c in history if c.checkpoint not in gone]
-    assert stay[: keep.last] == history[: keep.last]
-    for candidate in history:
-        if keep.every is not None and candidate.checkpoint.step % keep.every == 0:
-            assert candidate in stay
-    if keep.best is not None:
-        values = [c.metrics.get(keep.best, math.nan) for c in history]
-        real = [v for v in values if not math.isnan(v)]
-        if real:
-            best = min(real) if keep.mode == "min" else max(real)
-            assert any(c.metrics.get(keep.best) == best for c in stay)
-        else:
-            assert not gone, "one of them is the best, and nobody knows which"
-    if keep.every is None and keep.best is None:
-        assert len(stay) == min(keep.last, len(history)), "and nothing else does"
 
 
 @st.composite
@@ -160,12 +116,17 @@ def test_votes_go_before_packs_before_tombstones() -> None:
         unreadable=(),
         votes={save: ["vote"]},
         vote_sets={},
-        packs={save: ["pack"]},
+        packs={save: [pack_key(save, 0, 0)]},
         needed=set(),
         pins=Pins(expired=["pin"]),
         now_s=GRACE_S,
     )
-    assert plan_retention(view, None, (), GRACE_S).delete == ["vote", "pack", commit_key(dead), "pin"]
+    assert plan_retention(view, None, (), GRACE_S).delete == [
+        "vote",
+        pack_key(save, 0, 0),
+        commit_key(dead),
+        "pin",
+    ]
 
 
 def collect(store: MemoryStore, keep: Keep, grace_s: float = 0.0) -> list[str]:
@@ -173,58 +134,6 @@ def collect(store: MemoryStore, keep: Keep, grace_s: float = 0.0) -> list[str]:
     todo = plan_retention(collector.look(), keep, (), grace_s)
     collector.run(todo, None)
     return todo.notes
-
-
-VIEW = RepositoryView(
-    newest_epoch=1,
-    history=[],
-    living={},
-    tombstones={},
-    commit_times_s={},
-    unreadable=(),
-    votes={},
-    vote_sets={},
-    packs={},
-    needed=set(),
-    pins=Pins(),
-    now_s=0.0,
-)
-
-
-def candidates(*metrics: Mapping[str, float]) -> list[Candidate]:
-    """Newest first."""
-    return [Candidate(CheckpointId(1, len(metrics) - n), found) for n, found in enumerate(metrics)]
-
-
-@pytest.mark.parametrize(
-    ("metrics", "words"),
-    [
-        ([{"val_loss": 0.7}, {"val_loss": 0.1}, {}], "Did you mean 'val_loss'?"),
-        ([{}, {}], "there are: none"),
-        ([{"accuracy": 1.0}, {}], "there are: 'accuracy'"),
-        ([{"val_los": math.nan}, {}, {"val_los": math.nan}], "NaN in every checkpoint"),
-    ],
-)
-def test_the_best_of_what_nobody_measured_deletes_nothing_and_is_told(
-    metrics: list[Mapping[str, float]], words: str
-) -> None:
-    history = candidates(*metrics)
-    keep = Keep(last=1, best="val_los")
-    found = plan_retention(replace(VIEW, history=history), keep, (), 0.0)
-    assert not found.retire
-    (warning,) = found.warnings
-    assert "'val_los'" in warning
-    assert words in warning
-    assert not plan_retention(replace(VIEW, history=history), Keep(last=9, best="val_los"), (), 0.0).warnings, (
-        "nothing is at stake"
-    )
-
-
-def test_once_the_metric_is_there_the_rule_is_followed() -> None:
-    history = candidates({"loss": 0.5}, {}, {"loss": math.nan}, {"loss": 0.1}, {"other": 0.0}, {"loss": 0.2})
-    found = plan_retention(replace(VIEW, history=history), Keep(last=1, best="loss"), (), 0.0)
-    assert sorted(checkpoint.step for checkpoint, _ in found.retire) == [1, 2, 4, 5]
-    assert not found.warnings
 
 
 def steps(store: MemoryStore) -> list[int]:
@@ -299,33 +208,6 @@ def test_only_the_newest_epoch_collects() -> None:
     begin(store, 1, None)
     collector.run(todo, 1)
     assert steps(store) == [1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"last": 0},
-        {"last": True},
-        {"last": None},
-        {"every": 0},
-        {"every": 2.0},
-        {"mode": "most"},
-        {"mode": ["min"]},
-        {"best_count": 0},
-        {"best_count": 1.0},
-        {"best": ""},
-        {"best": " "},
-        {"best": 0.5},
-        {"best": True},
-        {"best": ["loss"]},
-        {"best": ("loss", "min")},
-        {"best": b"loss"},
-    ],
-    ids=repr,
-)
-def test_senseless_rules_are_refused(bad: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        Keep(**bad)  # type: ignore[arg-type]
 
 
 class Locked(MemoryStore):

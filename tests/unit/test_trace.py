@@ -45,7 +45,10 @@ def line(**changes: Any) -> dict[str, Any]:
 KINDS = [kind.__name__ for kind in events.Event.__subclasses__()] + ["Novel"]
 TEXT = st.text(max_size=12) | st.sampled_from(["t", "t step 3", "MainThread", "fastckpt-save-1", "$x$", "\x1b[2J"])
 NUMBER = st.integers(0, 1 << 60) | st.floats(0, 1e8) | st.none() | st.integers(0, 5)
-FIELDS = "target step raw_bytes stored_bytes seconds durable_s skeleton_s encode_s write_s raw_s device file_bytes record error why source"
+FIELDS = (
+    "target step raw_bytes stored_bytes seconds durable_s skeleton_s encode_s write_s raw_s device file_bytes record error why source "
+    "raw_bytes_full why_full"
+)
 DATA = st.dictionaries(st.sampled_from(FIELDS.split()), NUMBER | TEXT | st.booleans(), max_size=8)
 EVENT = st.builds(Recorded, st.sampled_from(KINDS), st.floats(0, 1e9) | st.floats(0, 10), st.integers(0, 3), TEXT, DATA)
 RECORDING = st.builds(
@@ -235,6 +238,27 @@ def test_a_real_save_makes_a_trace_and_a_summary(tmp_path: Path) -> None:
     assert at["put pack"] == "fastckpt-upload-"
     assert at["until durable"] == "saves, call to durable"
     assert at["load chunk"] == "fastckpt-load-"
+
+
+def test_what_became_of_a_save_against_the_one_before(tmp_path: Path) -> None:
+    frozen, trained = torch.randn(400_000), torch.randn(300_000)
+    state = {"m": {"a": frozen, "b": trained}}
+    with (
+        events.record(tmp_path / "run.jsonl"),
+        fastckpt.Checkpointer(tmp_path / "r", state, every=None, spot=None) as ckpt,
+    ):
+        ckpt.save_now(1).wait()
+        trained.copy_(torch.randn(300_000))
+        ckpt.save_now(2).wait()
+    first, second = summarize([read(tmp_path / "run.jsonl")]).saves
+    assert (first.step, first.against, first.why_full) == (1, {}, "")
+    assert (second.step, second.against) == (2, {"equal": 1_600_000, "full": 1_200_000})
+
+
+def test_why_a_save_was_written_in_full() -> None:
+    told = event("DeltasUsed", 2.0, target="s3://b/r step 7", step=7, why_full="the base was retired", raw_bytes_full=9)
+    (save,) = summarize([recording(event("SaveStarted", 1.0, target="s3://b/r step 7", skeleton_s=0.0), told)]).saves
+    assert (save.why_full, save.against) == ("the base was retired", {"full": 9})
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ class FastckptWriter(StorageWriter, WriterBase):  # type: ignore[misc]
             parent = None if turn.parent is None else Parent(*turn.parent)
             asked = SaveAsked(turn.save.step, trigger="dcp", meta=meta_of(planner))
             request = SaveRequest(asked=asked, save=turn.save, parent=parent, rank=turn.rank, world=turn.world)
-            vote = upload(seal(captured), store, request, options)
+            vote = upload(seal(captured), store, request, options).vote
         captured.release()
         if self._turn is not None:
             self._vote = vote

@@ -2,7 +2,16 @@
 
 from fastckpt.kernels.reference.crc import crc64nvme, crc64nvme_combine, crc_tables
 from fastckpt.kernels.reference.estimate import Estimate, sample
-from fastckpt.kernels.reference.memory import ROW_WORDS, WHOLE_BELOW, equal, gather, lines, lines_bytes, rows
+from fastckpt.kernels.reference.memory import (
+    ROW_WORDS,
+    WHOLE_BELOW,
+    equal,
+    fingerprint,
+    gather,
+    lines,
+    lines_bytes,
+    rows,
+)
 from fastckpt.kernels.reference.streams import (
     STRIPE_LANES,
     cast,
@@ -30,6 +39,7 @@ __all__ = [
     "crc_tables",
     "difference",
     "equal",
+    "fingerprint",
     "gather",
     "is_constant",
     "lanes_of",

@@ -107,6 +107,41 @@ def rows(data: Any, keys: U64, out: U64) -> None:
         out[whole:] = _row_sums(last.view(np.uint64)[None], keys)
 
 
+_STEPS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)
+_BLOCK_WORDS = 1 << 15
+
+
+def fingerprint(data: Any, keys: U64, out: U64) -> None:
+    """Two words that stand for all of `data`: why contents have different ones, csrc/cuda/fingerprint.cuh tells. Word 0 is the number of
+    bytes; words 1, 2, … are the bytes in groups of 8, the last one filled up with zeros. Word i, xored with key[s] + i * step[s], is mixed;
+    out[s] is the sum of the results. All modulo 2^64. ValueError unless there are two keys and room for two words.
+    """
+    view = np.frombuffer(data, np.uint8)
+    if keys.size != 2 or out.size != 2:
+        raise ValueError(f"{keys.size} keys, room for {out.size} words: expected 2 of each")
+    last = np.zeros(8, np.uint8)
+    last[: view.size % 8] = view[view.size - view.size % 8 :]
+    whole = view[: view.size // 8 * 8].view(np.uint64)
+    out[:] = 0
+    _absorb(np.array([view.size], np.uint64), 0, keys, out)
+    for first in range(0, whole.size, _BLOCK_WORDS):
+        _absorb(whole[first : first + _BLOCK_WORDS], first + 1, keys, out)
+    if view.size % 8:
+        _absorb(last.view(np.uint64), whole.size + 1, keys, out)
+
+
+def _absorb(words: U64, first: int, keys: U64, out: U64) -> None:
+    places = np.arange(first, first + words.size, dtype=np.uint64)
+    for s, step in enumerate(_STEPS):
+        out[s : s + 1] += _mixed(words ^ (places * np.uint64(step) + keys[s : s + 1])).sum(dtype=np.uint64)
+
+
+def _mixed(x: U64) -> U64:
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return np.asarray(x ^ (x >> np.uint64(33)))
+
+
 def _row_sums(words: U64, keys: U64) -> U64:
     x = words ^ keys
     return np.asarray((x * (x.view(np.int64) >> 32).view(np.uint64)).sum(axis=1, dtype=np.uint64))

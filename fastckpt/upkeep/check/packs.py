@@ -3,7 +3,7 @@
     votes of a checkpoint ─→ uses: which rank has which chunks in which pack ─→ what is not known yet ─→ read on workers ─→ findings
 
 Checkpoints share packs. Chunks that were right for one checkpoint are not read again for the next; chunks that were damaged are listed
-again for it.
+again for it. Of a damaged base only the base is listed, with the tensors of all chunks that are made from it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,10 +22,11 @@ from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError,
 from fastckpt.format import keys, records
 from fastckpt.format.digest import crc64nvme, digest
 from fastckpt.format.directory import FileEntry
+from fastckpt.format.records import RECORD_BYTES
 from fastckpt.format.repository_records import Commit
 from fastckpt.format.shares import Claims
 from fastckpt.host.threads import WorkerPool
-from fastckpt.kernels.transform import MAX_RAW_BYTES
+from fastckpt.kernels.transform import HAS_BASE, MAX_RAW_BYTES
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.object_source import BytesSource
@@ -65,19 +66,45 @@ def check_packs(
     progress(needed_bytes, needed_bytes)
 
 
+class _Rows:
+    """What tells the rows of one index apart, and what they are made from."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.identities: list[bytes] = []
+        """Of each row a digest of its pack's key, its place, all values that it is checked against, and the identities of its bases."""
+        self._bases: dict[int, tuple[int, ...]] = {}
+        keys_of_files = ["", *(file.key for file in reader.files)]
+        files, bare = reader.records["file"].tolist(), reader.records.copy()
+        based = np.isin(bare["transform"], sorted(HAS_BASE))
+        bare["file"] = 0
+        bare["parameter"][based] = np.void(bytes(8))  # the number of a row: another one in the next index
+        data = bare.tobytes()
+        for number, record in enumerate(reader.records):
+            parts = [keys_of_files[files[number]].encode(), data[number * RECORD_BYTES : (number + 1) * RECORD_BYTES]]
+            if based[number]:  # bases come before
+                first, start, n_bytes = records.base_of(record)
+                spans = start + n_bytes > int(reader.records["raw_bytes"][first])
+                bases = self._bases[number] = (first, first + 1) if spans else (first,)
+                parts += [start.to_bytes(8, "little"), *(self.identities[base] for base in bases)]
+            self.identities.append(digest(b"".join(parts)))
+
+    def is_of(self, number: int, bad: Container[bytes]) -> bool:
+        """Whether any row that a chunk is made from is a bad one."""
+        return any(self.identities[base] in bad or self.is_of(base, bad) for base in self._bases.get(number, ()))
+
+
 class _Use(NamedTuple):
     """A pack as one rank's file table describes it, and the rank's chunks in it."""
 
     rank: int
     reader: Reader
+    rows: _Rows
     entry: FileEntry
     numbers: list[int]
 
 
 class _BadChunk(NamedTuple):
-    identity: bytes
-    rank: int
-    reader: Reader
+    use: _Use
     number: int
     damage: Damage
 
@@ -105,16 +132,25 @@ class _Verdicts:
     def enter(self, result: _Result) -> None:
         """Remember the results for the chunks of a pack that was read."""
         self._good.update(result.good)
-        self._bad.update((chunk.identity, chunk.damage) for chunk in result.bad)
+        self._bad.update((chunk.use.rows.identities[chunk.number], chunk.damage) for chunk in result.bad)
+
+    def lose(self, uses: Sequence[_Use]) -> None:
+        """Remember that a pack is missing."""
+        missing = Damage("pack", uses[0].entry.key, "an object", "none")
+        self._bad.update((use.rows.identities[number], missing) for use in uses for number in use.numbers)
 
     def is_good(self, use: _Use, number: int) -> bool | None:
         """Whether a chunk is right. None: not known yet."""
-        identity = _identity(use.entry.key, use.reader.records[number])
+        identity = use.rows.identities[number]
         return True if identity in self._good else False if identity in self._bad else None
 
     def damage(self, use: _Use, number: int) -> Damage:
         """The damage of a chunk that is known to be bad. It names the tensors of the index in which it was found."""
-        return self._bad[_identity(use.entry.key, use.reader.records[number])]
+        return self._bad[use.rows.identities[number]]
+
+    def is_lost_by_base(self, use: _Use, number: int) -> bool:
+        """Whether a chunk is bad because something that it is made from is: that is listed."""
+        return use.rows.is_of(number, self._bad)
 
 
 class _PackCheck:
@@ -145,7 +181,8 @@ class _PackCheck:
         pending = []
         for key, uses in self._uses(commit).items():
             if key and key not in self._sizes:
-                continue  # missing: listed together with the tensors that are lost with it
+                self._verdicts.lose(uses)  # listed by the check of the votes, with the tensors that are lost with it
+                continue
             known = [[self._verdicts.is_good(use, number) for number in use.numbers] for use in uses]
             self._repeat(commit, uses, known)
             if key in self._verdicts.crcs and not any(None in one for one in known):
@@ -156,8 +193,11 @@ class _PackCheck:
                 for use, one in zip(uses, known, strict=True)
             ]
             pending.append((key, uses, self._pool.submit(functools.partial(self._read_pack, key, todo))))
-        for key, uses, future in pending:
-            self._enter(commit, key, uses, future.result())
+        read = [(key, uses, future.result()) for key, uses, future in pending]
+        for _, _, result in read:
+            self._verdicts.enter(result)
+        for key, uses, result in read:
+            self._report(commit, key, uses, result)
 
     def _uses(self, commit: Commit) -> dict[str, list[_Use]]:
         """Uses of packs, by key. Key "": chunks without stored bytes (constant ones)."""
@@ -169,14 +209,15 @@ class _PackCheck:
             except (CorruptCheckpointError, UnsupportedFormatError, ObjectNotFoundError):
                 continue  # listed by the check of the votes
             self._claims.add(rank, reader.directory)
-            unread = set(records.unsupported(reader.records))
+            rows = _Rows(reader)
+            unread = records.unreadable(reader.records)
             by_file: dict[int, list[int]] = defaultdict(list)
             for number, file in enumerate(reader.records["file"].tolist()):
                 if number not in unread:
                     by_file[file].append(number)
             for file, numbers in by_file.items():
                 entry = reader.files[file - 1] if file else FileEntry("", 0, 0)
-                uses[entry.key].append(_Use(rank, reader, entry, numbers))
+                uses[entry.key].append(_Use(rank, reader, rows, entry, numbers))
         return uses
 
     def _open(self, commit: Commit, rank: int) -> Reader:
@@ -189,7 +230,7 @@ class _PackCheck:
         """List damage that is known from an earlier checkpoint, with the tensors of this one."""
         for use, verdicts in zip(uses, known, strict=True):
             for number, verdict in zip(use.numbers, verdicts, strict=True):
-                if verdict is False:
+                if verdict is False and not self._verdicts.is_lost_by_base(use, number):
                     again = replace(self._verdicts.damage(use, number), tensors=use.reader.tensors_of(number))
                     self._add(commit, use.entry.key, use.rank, use.reader, number, again)
 
@@ -203,24 +244,25 @@ class _PackCheck:
         try:
             for use in uses:
                 for number in use.numbers:
-                    identity = _identity(key, use.reader.records[number])
                     damage = use.reader.read_chunk(number, out[: int(use.reader.records["raw_bytes"][number])])
                     if damage is None:
-                        good.append(identity)
+                        good.append(use.rows.identities[number])
                     else:
-                        bad.append(_BadChunk(identity, use.rank, use.reader, number, damage))
+                        bad.append(_BadChunk(use, number, damage))
         finally:
             self._held.release()
         return _Result(n_bytes, crc, too_large, good, bad)
 
-    def _enter(self, commit: Commit, key: str, uses: Sequence[_Use], result: _Result) -> None:
-        """Remember and report a worker's findings."""
+    def _report(self, commit: Commit, key: str, uses: Sequence[_Use], result: _Result) -> None:
+        """Report a worker's findings."""
         report = self._found.report
-        self._verdicts.enter(result)
-        for chunk in result.bad:
-            owner = key or keys.vote_key(commit.vote(chunk.rank))
-            damage = replace(chunk.damage, tensors=chunk.reader.tensors_of(chunk.number))
-            self._add(commit, owner, chunk.rank, chunk.reader, chunk.number, damage)
+        for use, number, damage in result.bad:
+            if self._verdicts.is_lost_by_base(use, number):
+                continue
+            owner = key or keys.vote_key(commit.vote(use.rank))
+            self._add(
+                commit, owner, use.rank, use.reader, number, replace(damage, tensors=use.reader.tensors_of(number))
+            )
         report.chunks += len(result.good) + len(result.bad)
         if not key:
             return
@@ -232,7 +274,7 @@ class _PackCheck:
             if result.too_large:
                 words = f"{key}: {result.n_bytes} bytes do not fit the memory of a check; its chunks were read, its crc64nvme was not"
                 self._found.add_unsupported(words)
-        self._compare_crcs(commit, key, uses, {chunk.rank for chunk in result.bad})
+        self._compare_crcs(commit, key, uses, {chunk.use.rank for chunk in result.bad})
 
     def _add(self, commit: Commit, key: str, rank: int, reader: Reader, chunk: int, damage: Damage) -> None:
         """Enter a damaged chunk of one rank, and who loses it with that rank."""
@@ -248,13 +290,6 @@ class _PackCheck:
                 found = f"{crc:016x}" + ("" if hurt else ", in bytes that no tensor of this checkpoint needs")
                 damage = Damage("pack", "crc64nvme of the whole", f"{use.entry.crc64nvme:016x}", found)
                 self._found.add(key, [damage], commit.checkpoint if hurt else None, rank=use.rank)
-
-
-def _identity(key: str, record: Any) -> bytes:
-    """Identity of a chunk in a pack: a digest of key, place and all values that the chunk is checked against."""
-    bare = record.copy()
-    bare["file"] = 0
-    return digest(key.encode() + bare.tobytes())
 
 
 class HeldPack:

@@ -21,6 +21,7 @@ from fastckpt.repository.commit import open_vote
 from fastckpt.repository.rank_reader import lost_shares
 from fastckpt.store.base import Store
 from fastckpt.upkeep.check.report import ReportBuilder
+from fastckpt.upkeep.mirror.named import misplaced
 
 
 def check_votes(store: Store, commit: Commit, sizes: Mapping[str, int], found: ReportBuilder) -> set[str]:
@@ -45,6 +46,8 @@ def check_votes(store: Store, commit: Commit, sizes: Mapping[str, int], found: R
         if info is not None:
             votes.append(Vote(name, info, reader.directory, part_ranges(reader.footer), reader.files))
         named.update(file.key for file in reader.files)
+        later = [wrong for file in reader.files if (wrong := misplaced(file, commit)) is not None]
+        found.add(key, later, checkpoint, rank=rank)
         if any(sizes.get(file.key) != file.n_bytes for file in reader.files):
             short.append((rank, reader))
         unread = records.unsupported(reader.records)

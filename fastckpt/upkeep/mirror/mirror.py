@@ -9,7 +9,6 @@ uses. Epoch records come before the packs of their epochs: whoever goes on from 
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping
 
 from fastckpt._types import Progress
 from fastckpt.errors import (
@@ -21,13 +20,8 @@ from fastckpt.errors import (
     UnreadableError,
 )
 from fastckpt.format import keys
-from fastckpt.format.keys import CheckpointId, commit_key, epoch_key, vote_key
-from fastckpt.format.repository_records import (
-    Commit,
-    Marker,
-    Origin,
-    Tombstone,
-)
+from fastckpt.format.keys import CheckpointId, commit_key, vote_key
+from fastckpt.format.repository_records import Commit, Tombstone
 from fastckpt.options import Options
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.commit import create
@@ -37,7 +31,8 @@ from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.upkeep.mirror.follow import follow
 from fastckpt.upkeep.mirror.named import NamedObjects, read_named, votes_of
-from fastckpt.upkeep.mirror.plan import MirrorAsked, MirrorReport, require_not_gone_on, require_related, select
+from fastckpt.upkeep.mirror.open_copy import marker_of, open_copy, require_still_a_copy
+from fastckpt.upkeep.mirror.plan import MirrorAsked, MirrorReport, is_compacted, select
 from fastckpt.upkeep.mirror.records import AllRecords
 from fastckpt.upkeep.mirror.transfer import Transfer
 
@@ -92,18 +87,15 @@ class _Mirror:
 
     def run(self) -> MirrorReport:
         source = self._source
-        marker = source.marker()
-        if marker is None:
-            raise RepositoryError(
-                f"{source.url} is no fastckpt repository with a {keys.MARKER}: check the URL. If a lifecycle rule has deleted it, "
-                "`fastckpt check --repair` makes it anew"
-            )
+        marker = marker_of(source)
         self._report.origin = marker.repository
         records = AllRecords(source.store, self._transfer.connections)
         catalog = Catalog(records, checks_votes=False)
         wanted = select(catalog, self._asked)
         self._epochs = records.epochs(catalog.listing)
-        commits = self._missing(wanted, records, self._open_target(marker))
+        copy, there = open_copy(marker, source.url, self._epochs, self._target, self._transfer.connections)
+        self._report.repository = copy.repository
+        commits = self._missing(wanted, records, there)
         self._all_bytes = sum(commit.stored_bytes for commit, _ in commits.values())
         with Pinning(source.store, f"fastckpt mirror on {socket.gethostname()}, to {self._target.url}") as pins:
             for checkpoint, (commit, record) in commits.items():
@@ -119,27 +111,6 @@ class _Mirror:
 
     # -- what stands before the first checkpoint -----------------------------------------------------------------------
 
-    def _open_target(self, source: Marker) -> AllRecords:
-        """The target's records, after its marker was made or compared and the source's epochs were put there. RepositoryError."""
-        target, origin = self._target, self._source
-        marker = target.marker()
-        records = AllRecords(target.store, self._transfer.connections)
-        there = records.list()
-        if marker is None and (there.commits or there.epochs):
-            target.initialise()  # raises what says how to mend it
-        if marker is not None:
-            require_related(source, marker, origin.url, target.url)
-            require_not_gone_on(self._epochs, records.epochs(there), origin.url, target.url)
-        target.probe()
-        if marker is None:
-            marker = target.make_marker(Origin(source.repository, origin.url))
-            require_related(source, marker, origin.url, target.url)  # somebody else's may have come first
-        self._report.repository = marker.repository
-        for number in sorted(self._epochs.keys() - set(there.epochs)):  # in order: a parent before its child
-            found = create(target.store, epoch_key(number), self._epochs[number])
-            require_not_gone_on(self._epochs, {number: found}, origin.url, target.url)
-        return records
-
     def _missing(
         self, wanted: list[CheckpointId], source: AllRecords, target: AllRecords
     ) -> dict[CheckpointId, tuple[Commit, bytes]]:
@@ -150,7 +121,7 @@ class _Mirror:
                 commit, record = source.commit(checkpoint), source.data(commit_key(checkpoint))
                 if not isinstance(commit, Commit):
                     self._leave_out(checkpoint, "retired at the source")
-                elif not self._stands(checkpoint, record, target):
+                elif not self._stands(commit, record, target):
                     found[checkpoint] = commit, record
             except MissingObjectError:  # deleted since the LIST
                 self._leave_out(checkpoint, "retired at the source")
@@ -158,8 +129,9 @@ class _Mirror:
                 self._report.failed.append((checkpoint, error))
         return found
 
-    def _stands(self, checkpoint: CheckpointId, record: bytes, target: AllRecords) -> bool:
+    def _stands(self, source: Commit, record: bytes, target: AllRecords) -> bool:
         """Whether the target needs nothing of a checkpoint. RepositoryError: it has another one under this key."""
+        checkpoint = source.checkpoint
         try:
             found = target.data(commit_key(checkpoint))
         except (KeyError, MissingObjectError):  # never there; or a tombstone whose time was over
@@ -170,6 +142,9 @@ class _Mirror:
             self._report.present.append(checkpoint)
             return True
         other = target.commit(checkpoint)
+        if isinstance(other, Commit) and is_compacted(other, source):
+            self._report.present.append(checkpoint)
+            return True
         if isinstance(other, Tombstone):
             self._report.left_out.append((checkpoint, f"retired at the target ({other.why})"))
             return True
@@ -257,8 +232,7 @@ class _Mirror:
                 f"{target.url}: {len(wrong)} objects of step {commit.save.step} are gone that were put there just now ({shown}): somebody "
                 "deletes what the mirror copies. The step is not committed"
             )
-        own: Mapping[int, bytes] = {number: b"" for number in target.list().epochs if number not in self._epochs}
-        require_not_gone_on(self._epochs, own, self._source.url, target.url)
+        require_still_a_copy(self._epochs, target, self._source.url)
 
     def _commit(self, commit: Commit, record: bytes) -> None:
         target = self._target

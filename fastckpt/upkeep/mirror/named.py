@@ -58,14 +58,21 @@ def votes_of(
     return zip(names, in_parallel(calls, connections, "fastckpt-votes"), strict=True)
 
 
-def _enter(found: NamedObjects, file: FileEntry, commit: Commit, source: str) -> None:
+def misplaced(file: FileEntry, commit: Commit) -> Damage | None:
+    """What is wrong with a pack that a checkpoint names, by its key alone: no save can know packs of later ones."""
     save = keys.parse_pack(file.key)
-    if save is None or save.epoch > commit.save.epoch:  # the copy's next epoch may have this key for itself
-        expected = f"a pack of epoch {commit.save.epoch} or an earlier one"
-        raise CorruptCheckpointError(source, [Damage("file table", "key", expected, file.key)])
+    if save is not None and (save == commit.save or save.checkpoint < commit.checkpoint):
+        return None
+    return Damage("file table", "key", f"a pack of {commit.save} or of an earlier checkpoint", file.key)
+
+
+def _enter(found: NamedObjects, file: FileEntry, commit: Commit, source: str) -> None:
+    wrong = misplaced(file, commit)
+    if wrong is not None:  # the copy's next epoch may have this key for itself
+        raise CorruptCheckpointError(source, [wrong])
     there = found.files.setdefault(file.key, file)
     if there != file:
         raise CorruptCheckpointError(source, [Damage("file table", file.key, str(there[1:]), str(file[1:]))])
 
 
-__all__ = ["NamedObjects", "read_named", "votes_of"]
+__all__ = ["NamedObjects", "misplaced", "read_named", "votes_of"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fastckpt.errors import CheckpointError, NoCheckpointError, RepositoryError
 from fastckpt.format.keys import CheckpointId
-from fastckpt.format.repository_records import Marker
+from fastckpt.format.repository_records import Commit, Marker, metrics_to_json
 from fastckpt.repository.catalog import Catalog
 
 
@@ -91,6 +91,20 @@ def require_not_gone_on(
         )
 
 
+COMPACT = "compact"
+"""The trigger of a checkpoint that was written again, in full."""
+
+
+def is_compacted(found: Commit, source: Commit) -> bool:
+    """Whether a checkpoint of a copy is that of the source, written in full: it says the same of everything but its bytes as stored."""
+    same = ("world", "parent", "meta", "raw_bytes", "checkpoint")
+    return (
+        found.trigger == COMPACT
+        and all(getattr(found, name) == getattr(source, name) for name in same)
+        and metrics_to_json(found.metrics) == metrics_to_json(source.metrics)
+    )
+
+
 def select(catalog: Catalog, asked: MirrorAsked) -> list[CheckpointId]:
     """The checkpoints to copy, the most wanted first. NoCheckpointError: there is none; UnreadableError, StoreError."""
     url = catalog.repository.url
@@ -113,4 +127,4 @@ def _words(asked: MirrorAsked) -> str:
     return " of ".join([*step, *([] if asked.epoch is None else [f"epoch {asked.epoch}"])])
 
 
-__all__ = ["MirrorAsked", "MirrorReport", "require_not_gone_on", "require_related", "select"]
+__all__ = ["COMPACT", "MirrorAsked", "MirrorReport", "is_compacted", "require_not_gone_on", "require_related", "select"]

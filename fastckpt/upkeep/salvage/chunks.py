@@ -6,6 +6,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ def bad_chunks(
 
     progress: called on any of the threads, but only on one at a time, with chunks done and chunks in all.
     """
-    unread = set(records.unsupported(reader.records))
+    unread = records.unreadable(reader.records)
     bad: dict[int, Damage] = {}
     lock, stop, done = threading.Lock(), threading.Event(), 0
 
@@ -119,6 +120,9 @@ class SalvagedChunks:
         self._stored = stored
         self._stored_as = stored_as
 
+    def known(self, number: int) -> bytes | None:
+        """None: every chunk is read."""
+
     def raw(self, number: int, scratch: U8) -> U8:
         """A chunk's bytes, in `scratch`. CorruptCheckpointError if they have become damaged."""
         chunk = self.cuts.chunks[number]
@@ -128,6 +132,10 @@ class SalvagedChunks:
             self._stored.read_into(self._stored_as[piece.storage], piece.offset, part)
             position += piece.n_bytes
         return raw
+
+    def peek(self, number: int, scratch: U8) -> AbstractContextManager[U8 | None]:
+        """As `raw`."""
+        return nullcontext(self.raw(number, scratch))
 
     def release(self, number: int) -> None:
         """Does nothing: the scratch buffer is the caller's."""

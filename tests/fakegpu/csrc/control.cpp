@@ -64,6 +64,7 @@ void fakegpu_advance_host_us(double us) {
 }
 uint64_t fakegpu_operations() { return g_machine.operations; }
 uint64_t fakegpu_copies() { return g_machine.copies; }
+uint64_t fakegpu_bytes_to_host() { return g_machine.bytes_to_host; }
 void fakegpu_fail_copy(long after, bool sticky) {
     Lock lock;
     g_machine.copies_until_failure = after;

@@ -308,6 +308,8 @@ uint64_t give(int id, const std::string& name, std::vector<Touch> touches, std::
         op.cost_us = g.launch_us + static_cast<double>(n_bytes) / (g.memory_gb_s * 1e3);
     ++g.operations;
     g.copies += is_copy;
+    if (is_copy && name == "copy to host" && !touches.empty())
+        g.bytes_to_host += touches.front().region.row_bytes * touches.front().region.rows;  // of its source
     if (is_copy && g.copies_until_failure >= 0 && g.copies_until_failure-- == 0)
         run = [] { TORCH_CHECK(false, "the copy engine reported an error (as the test wants)"); };
     op.run = std::move(run);

@@ -71,7 +71,7 @@ struct Machine {
     std::vector<int> pool[kMaxDevices];
     size_t pool_next[kMaxDevices] = {};
     double copy_gb_s = 25, memory_gb_s = 2000, launch_us = 5;
-    uint64_t operations = 0, copies = 0;
+    uint64_t operations = 0, copies = 0, bytes_to_host = 0;
     long copies_until_failure = -1;
     std::vector<Captured> graph;
 };

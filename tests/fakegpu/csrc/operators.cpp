@@ -393,6 +393,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
     m.impl("convolution_overrideable", torch::CppFunction::makeFromBoxedFunction<&fallback>());
     m.impl("convolution_backward_overrideable", torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
+// One operation, as CUDA's kernel is; of a device that has none it would be some thirty of torch's own.
+TORCH_LIBRARY_IMPL(fastckpt, PrivateUse1, m) { m.impl("fingerprint", torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 
 }  // namespace

@@ -21,7 +21,7 @@ from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import Keep
 from fastckpt.store.local import LocalStore
 from tests.support.command_line import rewound, run, run_json
-from tests.support.repositories import IN_PARALLEL, keys_of, save_steps
+from tests.support.repositories import IN_PARALLEL, keys_of, reuse, save_steps
 
 # prune
 
@@ -110,6 +110,41 @@ def test_prune_with_grace_leaves_packs(store: LocalStore, url: str, capsys: pyte
     assert len(keys_of(store, "data/")) == 1
 
 
+def test_prune_keeps_by_time_and_by_step(store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    save_steps(store, [1, 2, 3, 4])
+    argv = ["prune", url, "--keep-last", "1", "--run-is-stopped", "--yes"]
+    assert run(capsys, *argv, "--keep-for-minutes", "60")[0] == cli.OK
+    assert steps_of(store) == [4, 3, 2, 1]
+    assert run(capsys, *argv, "--keep-steps", "2", "--keep-every-minutes", "60")[0] == cli.OK
+    assert steps_of(store) == [4, 2, 1]
+
+
+def test_what_checkpoints_refer_to_stays_and_is_counted(
+    store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_steps(store, [1])
+    reuse(store, 1, 2)
+    save_steps(store, [3])  # of epoch 2, after the restore that epoch 1's newest one is given to
+    n_bytes = {info.key: info.n_bytes for info in store.list("data/")}
+    first = sum(n for key, n in n_bytes.items() if "-000000000001-" in key)
+    argv = ["prune", url, "--keep-last", "2", "--run-is-stopped"]
+    status, value = run_json(capsys, *argv, "--yes")
+    assert status == cli.OK
+    assert value["base_bytes"] == first
+    assert value["waiting_bytes"] == 0
+    assert steps_of(store) == [3, 2]
+    (listed,) = run_json(capsys, "ls", url)[1]["repositories"]
+    assert (listed["stored_bytes"], listed["base_bytes"], listed["grace_bytes"]) == (sum(n_bytes.values()), first, 0)
+    assert "to which checkpoints refer" in run(capsys, "ls", url)[2]
+    assert "refer to them" in run(capsys, *argv, "--dry-run")[1]
+    assert run(capsys, "prune", url, "--keep-last", "1", "--run-is-stopped", "--grace", "3600", "--yes")[0] == cli.OK
+    (listed,) = run_json(capsys, "ls", url)[1]["repositories"]
+    assert (listed["base_bytes"], listed["grace_bytes"]) == (0, first)
+    assert run(capsys, "prune", url, "--keep-last", "1", "--run-is-stopped", "--yes")[0] == cli.OK
+    assert len(keys_of(store, "data/")) == 1
+    assert run(capsys, "check", url)[0] == cli.OK
+
+
 def test_prune_leaves_what_is_pinned_and_says_so(
     store: LocalStore, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +176,10 @@ def test_prune_asks_at_a_terminal(
     [
         ["--keep-last", "0"],
         ["--keep-every", "0"],
+        ["--keep-every-minutes", "0"],
+        ["--keep-for-minutes", "-1"],
+        ["--keep-steps", "1,x"],
+        ["--keep-best-count", "0"],
         ["--keep-best", "loss"],
         ["--keep-best", "loss:most"],
         ["--grace", "-1"],
@@ -185,5 +224,14 @@ def test_a_forecast_is_what_happens(store: LocalStore, url: str) -> None:
 
 
 def test_a_metric_may_have_a_colon() -> None:
-    arguments = argparse.Namespace(keep_best="eval:loss:max", keep_last=1, keep_every=None, grace=0.0)
-    assert keep_of(arguments) == Keep(last=1, best="eval:loss", mode="max")
+    arguments = argparse.Namespace(
+        keep_last=1,
+        keep_every=None,
+        keep_every_minutes=None,
+        keep_for_minutes=None,
+        keep_steps="5,3",
+        keep_best="eval:loss:max",
+        keep_best_count=2,
+        grace=0.0,
+    )
+    assert keep_of(arguments) == Keep(last=1, steps=(3, 5), best="eval:loss", mode="max", best_count=2)
