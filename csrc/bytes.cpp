@@ -53,12 +53,6 @@ extern "C" int fastckpt_equal(const void* a, const void* b, size_t n_bytes, int*
 
 namespace {
 
-// float32 to bfloat16: to nearest, ties to even; NaNs stay NaNs.
-u16 rounded(u32 u) {
-    if ((u & 0x7fffffff) > 0x7f800000) return static_cast<u16>(u >> 16 | 0x0040);
-    return static_cast<u16>((u + 0x7fff + (u >> 16 & 1)) >> 16);
-}
-
 int check_lanes(const void* narrow, const void* wide, size_t n_lanes) {
     if (n_lanes > kMostBytes / 4) return FASTCKPT_BAD_LENGTH;
     if (const int status = check_memory(narrow, 2 * n_lanes)) return status;
@@ -69,10 +63,7 @@ int check_lanes(const void* narrow, const void* wide, size_t n_lanes) {
 
 extern "C" int fastckpt_cast(const void* wide, size_t n_lanes, void* narrow) {
     if (const int status = check_lanes(narrow, wide, n_lanes)) return status;
-    for (size_t i = 0; i < n_lanes; ++i) {
-        const u16 x = rounded(load32(static_cast<const u8*>(wide) + 4 * i));
-        std::memcpy(static_cast<u8*>(narrow) + 2 * i, &x, 2);
-    }
+    kernels().cast(static_cast<const u8*>(wide), n_lanes, static_cast<u8*>(narrow));
     return FASTCKPT_OK;
 }
 
@@ -80,16 +71,11 @@ extern "C" int fastckpt_cast_equal(const void* narrow, const void* wide, size_t 
     if (!equal) return FASTCKPT_BAD_ARGUMENT;
     if (const int status = check_lanes(narrow, wide, n_lanes)) return status;
     constexpr size_t kStep = 4096;
+    const auto *x = static_cast<const u8*>(narrow), *from = static_cast<const u8*>(wide);
     *equal = 0;
-    for (size_t from = 0; from < n_lanes; from += kStep) {
-        const size_t n = n_lanes - from < kStep ? n_lanes - from : kStep;
-        unsigned differ = 0;
-        for (size_t i = from; i < from + n; ++i) {
-            u16 x;
-            std::memcpy(&x, static_cast<const u8*>(narrow) + 2 * i, 2);
-            differ |= x ^ rounded(load32(static_cast<const u8*>(wide) + 4 * i));
-        }
-        if (differ) return FASTCKPT_OK;
+    for (size_t at = 0; at < n_lanes; at += kStep) {
+        const size_t n = n_lanes - at < kStep ? n_lanes - at : kStep;
+        if (kernels().cast_differs(x + 2 * at, from + 4 * at, n)) return FASTCKPT_OK;
     }
     *equal = 1;
     return FASTCKPT_OK;

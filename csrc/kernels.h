@@ -76,6 +76,10 @@ struct Kernels {
     void (*split)(const u8* raw, const u8* base, size_t lanes, unsigned w, Map map, u8* const* planes);
     void (*merge)(const u8* const* planes, const u8* base, size_t lanes, unsigned w, Map map, u8* raw);
 
+    // float32 to bfloat16: to nearest, ties to even; NaNs stay NaNs. And whether some lanes are not those.
+    void (*cast)(const u8* wide, size_t lanes, u8* narrow);
+    bool (*cast_differs)(const u8* narrow, const u8* wide, size_t lanes);
+
     // Bits 1-7 of every byte, least significant first: (7n + 7) / 8 bytes. Returns the OR of all bits 0.
     u8 (*pack7)(const u8* bytes, size_t n, u8* packed);
     void (*unpack7)(const u8* packed, size_t n, u8* bytes);

@@ -353,3 +353,24 @@ void merge(const u8* const* planes, const u8* base, size_t lanes, unsigned w, Ma
     if (map == Map::kSub) merge_width<Map::kSub>(planes, base, lanes, w, raw);
     if (map == Map::kPlain) merge_width<Map::kPlain>(planes, base, lanes, w, raw);
 }
+
+// ---- CAST ----
+
+FC_INLINE u16 rounded(u32 u) {
+    const u32 nearest = (u + 0x7fff + (u >> 16 & 1)) >> 16, nan = u >> 16 | 0x0040;
+    return static_cast<u16>((u & 0x7fffffff) > 0x7f800000 ? nan : nearest);
+}
+
+void cast(const u8* __restrict wide, size_t lanes, u8* __restrict narrow) {
+    for (size_t i = 0; i < lanes; ++i) {
+        const u16 x = rounded(load32(wide + 4 * i));
+        std::memcpy(narrow + 2 * i, &x, 2);
+    }
+}
+
+bool cast_differs(const u8* narrow, const u8* wide, size_t lanes) {
+    u32 differ = 0;
+    for (size_t i = 0; i < lanes; ++i)
+        differ |= u32{load_lane<u16>(narrow + 2 * i)} ^ rounded(load32(wide + 4 * i));
+    return differ != 0;
+}

@@ -14,7 +14,7 @@ using namespace fastckpt;
 namespace {
 
 constexpr size_t kPiece = 64, kEvery = 4096;
-constexpr size_t kDeltaPiece = 256, kDeltaEvery = 8192;
+constexpr size_t kDeltaPiece = 256, kDeltaEvery = 8192, kLineEvery = 1024;
 constexpr unsigned kPackBits[4] = {1, 2, 4, 8};
 constexpr size_t kManyBytes = 32768;  // of a plane: counted by halves
 constexpr double kRawBits = 7.6, kZeroPieces = 0.08;  // as in frame_sink.cpp
@@ -189,6 +189,28 @@ size_t gather(fastckpt_context& context, const u8* raw, const u8* base, size_t n
     return n;
 }
 
+// The share of lines of 64 bytes, one in `every` bytes, that are not the base's.
+double changed_lines(const u8* raw, const u8* base, size_t n, size_t every) {
+    size_t lines = 0, changed = 0;
+    for (size_t at = 0; at + kPiece <= n; at += every, ++lines) {
+        u64 differ = 0;
+        for (size_t i = 0; i < kPiece; i += 8) differ |= load64(raw + at + i) ^ load64(base + at + i);
+        changed += differ != 0;
+    }
+    return static_cast<double>(changed) / static_cast<double>(lines);
+}
+
+// Where rows change or do not, a sample of few pieces may have met too many of either: more lines, only compared, tell.
+void correct(const u8* raw, const u8* base, size_t n_bytes, const u8* x, const u8* under, size_t n,
+             fastckpt_estimate* out) {
+    const double sampled = changed_lines(x, under, n, kPiece);
+    if (n_bytes < 64 * kDeltaEvery || sampled <= 0 || sampled > 0.7) return;
+    double factor = changed_lines(raw, base, n_bytes, kLineEvery) / sampled;
+    factor = factor < 0.5 ? 0.5 : factor > 2 ? 2 : factor;
+    out->sub_bits *= factor;
+    for (double& bits : out->subpack_bits) bits *= factor;
+}
+
 void sample_delta(fastckpt_context& context, const u8* raw, const u8* base, size_t n_bytes, unsigned w,
                   fastckpt_estimate* out) {
     const Kernels& loops = kernels();
@@ -232,6 +254,7 @@ void sample_delta(fastckpt_context& context, const u8* raw, const u8* base, size
         const double packed = plane_bits(context.packed, (lanes * bits + 7) / 8, (row * bits + 7) / 8);
         out->subpack_bits[p] = packed * bits / 8 + static_cast<double>(far) / static_cast<double>(lanes) * escape_bits;
     }
+    correct(raw, base, n_bytes, x, under, n, out);
 }
 
 }  // namespace

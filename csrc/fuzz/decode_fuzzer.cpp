@@ -1,5 +1,5 @@
 // libFuzzer: fastckpt_decode of any bytes stays within its buffers, and what it accepts can be encoded and decoded
-// again.
+// again; a delta gives the same bytes in place of its base, and what is refused leaves the base there.
 //
 // An input: bytes 0-2 choose transform, lane bytes and pack bits, bytes 3-5 the lanes less 1; then the frame. Unless
 // bit 7 of byte 0 is set, the frame's head is made right for that length (SUBPACK: but for the content size, which
@@ -65,6 +65,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     require(fastckpt_decode(context, frame.get(), n_frame, base.get(), n, transform, w, pack_bits, second.get(),
                             again) == status,
             "another status the second time");
+    if (transform == FASTCKPT_SUB || transform == FASTCKPT_SUBPACK) {  // in place: the same, or the base is still there
+        const auto both = exactly(n);
+        std::memcpy(both.get(), base.get(), n);
+        require(fastckpt_decode(context, frame.get(), n_frame, both.get(), n, transform, w, pack_bits, both.get(),
+                                nullptr) == status,
+                "another status in place");
+        require(!std::memcmp(both.get(), status == FASTCKPT_OK ? raw.get() : base.get(), n), "other bytes in place");
+    }
     if (status != FASTCKPT_OK) return 0;
     require(!std::memcmp(raw.get(), second.get(), n) && !std::memcmp(digest, again, 16), "other bytes the second time");
     std::memset(again, 0, sizeof again);

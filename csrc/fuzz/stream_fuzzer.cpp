@@ -73,6 +73,13 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const int status =
         fastckpt_merge(context, stream.get(), wanted.size(), base.get(), n, transform, w, pack_bits, raw.get());
     require(status == FASTCKPT_OK || status == FASTCKPT_FOREIGN, "a status that merge does not give");
+    if (transform == FASTCKPT_SUB || transform == FASTCKPT_SUBPACK) {
+        std::memcpy(second.get(), base.get(), n);
+        require(fastckpt_merge(context, stream.get(), wanted.size(), second.get(), n, transform, w, pack_bits,
+                               second.get()) == status,
+                "another status in place");
+        require(!std::memcmp(second.get(), status == FASTCKPT_OK ? raw.get() : base.get(), n), "other bytes in place");
+    }
     if (status != FASTCKPT_OK) return 0;
 
     const size_t room = transform == FASTCKPT_SUBPACK ? 4 + lanes + n : n;

@@ -1065,7 +1065,7 @@ int seeds(const std::string& folder) {
     Context context(0);
     unsigned number = 0;
     for (const Way& way : all_ways())
-        for (size_t lanes : {5, 1027, 1500}) {
+        for (size_t lanes : {5, 1027, 1500, 3000}) {
             Case c{way, {}, {}, fastckpt_isa()};
             some_chunk(r, way, ++number % 3 ? 0 : 5, lanes, c.raw, c.base);
             Bytes frame;

@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
 
 
 _PIECE, _EVERY = 64, 4096
-_DELTA_PIECE, _DELTA_EVERY = 256, 8192
+_DELTA_PIECE, _DELTA_EVERY, _LINE_EVERY = 256, 8192, 1024
 """With a base: longer pieces, in which runs of zeros can be seen."""
 _MANY_BYTES = 32768
 _RAW_BITS, _ZERO_PIECES = 7.6, 0.08
@@ -128,6 +128,25 @@ def _dominant(counts: _Counts) -> float:
     return float(counts.max() / counts.sum())
 
 
+def _changed_lines(raw: U8, base: U8, every: int) -> float:
+    """The share of lines of 64 bytes, one in `every` bytes, that are not the base's."""
+    starts = np.arange(0, raw.size - _PIECE + 1, every)
+    lines = starts[:, None] + np.arange(_PIECE)
+    return float((raw[lines] != base[lines]).any(axis=1).mean())
+
+
+def _correction(raw: U8, base: U8, sampled: tuple[U8, U8]) -> float:
+    """What to multiply estimates of deltas with: where rows change or do not, a sample of few pieces may have met too many of either.
+    More lines, only compared, tell.
+    """
+    if raw.size < 64 * _DELTA_EVERY:
+        return 1.0
+    changed = _changed_lines(*sampled, _PIECE)
+    if not 0 < changed <= 0.7:
+        return 1.0
+    return min(2.0, max(0.5, _changed_lines(raw, base, _LINE_EVERY) / changed))
+
+
 def _pieces(n_bytes: int, piece: int, most: int, lane_bytes: int, *, whole: bool) -> _Places:
     """Lanes of a sample: `piece` bytes of every `most`, of small chunks of more, or all. whole: no piece that ends early, but the first."""
     every = most if n_bytes >= 64 * most else most // 8 if n_bytes >= 64 * piece else piece
@@ -159,7 +178,9 @@ def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
     if under.size != x.size or x.nbytes > MAX_RAW_BYTES:
         raise ValueError(f"raw has {x.nbytes} bytes, base {under.nbytes}: they must be equal, at most {MAX_RAW_BYTES}")
     pick = _pieces(x.nbytes, _DELTA_PIECE, _DELTA_EVERY, lane_bytes, whole=True)
+    whole = x.view(np.uint8), under.view(np.uint8)
     x, under = x[pick], under[pick]
+    factor = _correction(*whole, (x.view(np.uint8), under.view(np.uint8)))
     rot, rotu, dominant = _alone(x, [_counted(plane) for plane in planes_of(rotated(x))])
     z, row = difference(x, under), min(x.size, _DELTA_PIECE // lane_bytes)
     planes = planes_of(z)
@@ -170,6 +191,6 @@ def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
         far = z[z >= esc] - esc
         escape_bits = sum(_plane_bits(plane, far.size) for plane in planes_of(far)) if far.size else 0.0
         packs.append(_plane_bits(packed, (row * bits + 7) // 8) * bits / 8 + far.size / z.size * escape_bits)
-    one, two, four, eight = packs
-    sub = sum(_plane_bits(plane, row) for plane in planes)
+    one, two, four, eight = (factor * bits for bits in packs)
+    sub = factor * sum(_plane_bits(plane, row) for plane in planes)
     return Estimate(rot, rotu, sub, (one, two, four, eight), dominant, _dominant(_counted(planes[0])), x.size)
