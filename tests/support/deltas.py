@@ -64,7 +64,11 @@ def save_again(store: Store, step: int, like: Commit, parent: Commit, casts: Map
     """A save against a checkpoint, of the state that another checkpoint has."""
     options = Options(threads=1, connections=1)
     states = [stored_state(open_vote(store, like.vote(rank)), options) for rank in range(like.world)]
-    return save_on(store, parent, step, states, casts=casts)
+    try:
+        return save_on(store, parent, step, states, casts=casts)
+    finally:
+        for one in states:
+            one.source.close()
 
 
 def chain_state(step: int) -> dict[str, Any]:

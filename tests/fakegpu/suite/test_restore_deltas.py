@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -33,7 +34,8 @@ def made(where: torch.device, seed: int) -> dict[str, Any]:
     return {"m": model, "w": {name: one.detach().bfloat16() for name, one in model.named_parameters()}}
 
 
-def saved(where: torch.device) -> tuple[MemoryStore, Any]:
+@functools.cache
+def _saved(where: torch.device) -> tuple[MemoryStore, Any]:
     """Step 3 is the state of step 2, against step 1; its bfloat16 copies are those of the masters."""
     store, state = MemoryStore(), made(where, 1)
     with Checkpointer(store, state, every=None, spot=None, options=FULL) as ckpt:
@@ -46,11 +48,20 @@ def saved(where: torch.device) -> tuple[MemoryStore, Any]:
     casts = {f"w.{name}": f"m.{name}" for name in state["w"]}
     save_again(store, 3, commit_of(store, 2), commit_of(store, 1), casts)
     records = open_vote(store, commit_of(store, 3).vote(0)).records
-    assert {Transform.CAST, Transform.SUBPACK} <= set(records["transform"].tolist())
+    assert {Transform.CAST, Transform.SUB} <= set(records["transform"].tolist())
     return store, plain(state)
 
 
-@pytest.mark.parametrize("asked", [{}, {"overlap": True}, {"atomic": True}])
+def saved(where: torch.device) -> tuple[MemoryStore, Any]:
+    """As `_saved`, in a store of its own."""
+    template, held = _saved(where)
+    store = MemoryStore()
+    for one in template.list(""):
+        store.put(one.key, template.get(one.key))
+    return store, held
+
+
+@pytest.mark.parametrize("asked", [{}, {"overlap": True}])
 def test_it_is_what_was_saved(gpu: torch.device, asked: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     store, held = saved(gpu)
     state = made(gpu, 2)
@@ -62,5 +73,5 @@ def test_it_is_what_was_saved(gpu: torch.device, asked: dict[str, bool], monkeyp
         state["m"](torch.ones(4, 64, device=gpu)).sum()  # at once after it
         ckpt.fence()
         assert plain(state) == held
-    assert asked.get("atomic") or sum(taken) == 0
+    assert sum(taken) == 0
     assert not reports()
