@@ -39,8 +39,8 @@ _JOINED_BYTES = 32 << 20
 class ChunkPrints:
     """The fingerprints of one snapshot's chunks, and what the next save needs besides. The owner of the base keeps them with it."""
 
-    form: object
-    """`Captured.form`: a state of another form has other chunks."""
+    form: tuple[object, Sequence[Chunk]]
+    """`Captured.form` and all chunks: of a state whose form or cuts are others, the same numbers may mean other bytes."""
     fingerprints: Mapping[int, tuple[int, int]]
     """By the number of a chunk."""
     versions: Mapping[int, tuple[int, int]]
@@ -76,11 +76,12 @@ class Unchanged:
         """chunks: all of the state. fenced: None: everything is. known: of the base, if there is one. pending: of saves that may become the
         base before this one is written: only what is equal in all of them is spared.
         """
-        if known is not None and (known.prints.form is not captured.form or len(known.digests) != len(chunks)):
+        self.form = captured.form, chunks
+        if known is not None and known.prints.form != self.form:
             known = None
-        self._known, self.form = known, captured.form
+        self._known = known
         history = History.none(len(chunks)) if known is None else known.prints.history
-        n_pending = [one.n_saves + 1 for one in pending if one.form is captured.form]
+        n_pending = [one.n_saves + 1 for one in pending if one.form == self.form]
         self._history = history._replace(n_saves=max(history.n_saves, *n_pending, 0))
         self._versions = _versions(captured)
         on_device = np.array([captured.storages[chunk.pieces[0].storage].device is not None for chunk in chunks], bool)
@@ -139,7 +140,7 @@ class Unchanged:
             found = one.fetch(is_over)
             if found is None:
                 return None
-            equal = self._equal(equal, found if one.form is self.form else {})
+            equal = self._equal(equal, found if one.form == self.form else {})
         self._pending = ()  # they may have others before them
         return equal
 
