@@ -12,6 +12,8 @@ constexpr double kRawBits = 7.6;
 // So many symbols that a sample has missed are given a count of 1; if there may be more, all are counted.
 constexpr unsigned kMostGuessed = 32;
 constexpr size_t kMinCounted = 16384;
+// Shorter parts are coded in less time than a stripe needs to come.
+constexpr size_t kMinFetching = 16384;
 // Planes in which so many pieces of 16 bytes are zeros are tried as runs.
 constexpr double kZeroPieces = 0.08;
 
@@ -217,9 +219,14 @@ size_t FrameSink::literals(unsigned slot, const u8* bytes, size_t n, u8* to, siz
     const size_t header = n >= 16384 ? 5 : n >= 1024 ? 4 : 3;
     const size_t before = header + (treeless ? 0 : table.description_bytes);
     if (room < before + 7) return kNoRoom;
-    const size_t streams =
-        kernels_.huffman_encode(table.codes, bytes, n, to + before, room - before, context_.streams, soon_);
-    soon_ = {.from = nullptr, .n_bytes = 0};
+    const Soon none = {.from = nullptr, .n_bytes = 0};
+    const bool fetches = n >= kMinFetching;
+    const size_t streams = kernels_.huffman_encode(table.codes, bytes, n, to + before, room - before, context_.streams,
+                                                   fetches ? soon_ : none);
+    if (fetches) {
+        soon_ = base_soon_;
+        base_soon_ = none;
+    }
     if (streams == 0 || streams == kNoRoom) return streams;
     if (!treeless) std::memcpy(to + header, table.description, table.description_bytes);
     const u64 size = before - header + streams;

@@ -19,8 +19,11 @@ public:
     // one that is expected to compress. last: of the frame.
     bool plane(unsigned slot, const u8* bytes, size_t n, bool top, bool last);
 
-    // What the caller reads after this stripe: fetched while the next part is coded.
-    void read_soon(const u8* from, size_t n_bytes) { soon_ = {.from = from, .n_bytes = n_bytes}; }
+    // What the caller reads after this stripe, and of its base: fetched while the next parts are coded.
+    void read_soon(const u8* from, const u8* base, size_t n_bytes) {
+        soon_ = {.from = from, .n_bytes = n_bytes};
+        base_soon_ = {.from = base, .n_bytes = base ? n_bytes : 0};
+    }
 
     size_t stored_bytes() const { return static_cast<size_t>(at_ - first_); }
     u64 crc() const { return ~crc_; }
@@ -56,7 +59,7 @@ private:
     u8 *first_, *at_, *end_;
     u64 crc_ = ~u64{0};
     int current_ = -1;  // the slot whose table the decoder has
-    Soon soon_ = {.from = nullptr, .n_bytes = 0};
+    Soon soon_ = {.from = nullptr, .n_bytes = 0}, base_soon_ = {.from = nullptr, .n_bytes = 0};
 };
 
 }  // namespace fastckpt

@@ -83,7 +83,9 @@ extern "C" int fastckpt_encode(fastckpt_context* context, const void* raw, const
     if (const int status = checked(context, chunk, raw, stored, capacity)) return status;
     // Second moments have another range in each row: blocks of 32 KiB make them 0.9 % smaller than blocks of 128 KiB.
     // Weights gain nothing from that, and the decoder, which makes as many tables, loses a tenth.
-    const size_t part_bytes = transform == FASTCKPT_ROT ? kBlock : transform == FASTCKPT_ROTU ? kBlock / 4 : kBlock / 2;
+    const size_t part_bytes = transform == FASTCKPT_ROTU      ? kBlock / 4
+                              : transform == FASTCKPT_SUBPACK ? kBlock / 2
+                                                              : kBlock;
     Xxh3 digest(chunk.raw, n_bytes);
     const bool digested = n_bytes >= FASTCKPT_MIN_DIGEST_BYTES;
     FrameSink sink(*context, stored, capacity, part_bytes, chunk.base != nullptr);

@@ -53,7 +53,7 @@ int write_planes(fastckpt_context& context, const Chunk& chunk, Sink& sink, Xxh3
         if (digest) digest->advance((from + lanes) * w);  // brings the stripe into the cache
         loops.split(chunk.raw + from * w, chunk.base ? chunk.base + from * w : nullptr, lanes, w, map, planes);
         from += lanes;
-        sink.read_soon(chunk.raw + from * w, stripe(chunk, from) * w);
+        sink.read_soon(chunk.raw + from * w, chunk.base ? chunk.base + from * w : nullptr, stripe(chunk, from) * w);
         size_t low_bytes = lanes;
         if (unsigned_) {
             if (loops.pack7(planes[w - 1], lanes, planes[w - 1]))

@@ -15,7 +15,7 @@ public:
     PlainSink(void* stream, size_t capacity) : first_(static_cast<u8*>(stream)), at_(first_), end_(first_ + capacity) {}
     bool begin(size_t content_bytes) const { return content_bytes <= static_cast<size_t>(end_ - at_); }
     bool plane(unsigned slot, const u8* bytes, size_t n, bool top, bool last);
-    void read_soon(const u8*, size_t) {}
+    void read_soon(const u8*, const u8*, size_t) {}
     size_t stored_bytes() const { return static_cast<size_t>(at_ - first_); }
 
 private:

@@ -22,7 +22,7 @@ from fastckpt.repository.rank_reader import open_rank
 from fastckpt.repository.repository import Repository
 from fastckpt.state import Captured, capture
 from fastckpt.upkeep.analyze import Base, CodingResult, TensorGroup, analyze
-from fastckpt.upkeep.dry_saves import RowOfSaves, row_of_saves
+from fastckpt.upkeep.dry_saves import RowOfSaves, for_dry_saves, row_of_saves
 from fastckpt.upkeep.stored_base import stored_base
 
 HELP = "what compression and deltas would gain on this state; writes nothing"
@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
             "next_bytes": _next(groups),
         }
         sums |= {"saves": None if row is None else _row_to_json(row)}
-        value = {"path": arguments.path, "against": arguments.against, "kernels": kernels().name, **sums}
+        value = {"path": arguments.path, "against": arguments.against, "kernels": kernels().name}
+        value |= {"effort": for_dry_saves(options()).effort, **sums}
         print_json("analyze", {**value, "groups": [_to_json(group) for group in groups]})
         return OK
     if not groups:
@@ -189,7 +190,7 @@ def _print(groups: list[TensorGroup], with_delta: bool) -> None:
     found = _next(groups)
     if found is not None:
         words += f"; the next checkpoint against the older state {human(found)} ({found / max(raw, 1):.4f})"
-    say(f"{words}, and its index")
+    say(f"{words}, and its index; effort {for_dry_saves(options()).effort}")
     if kernels().name != "native":
         note(f"the speeds are of the {kernels().name} kernels: the native ones are not installed")
 

@@ -101,6 +101,16 @@ def unsupported(records: Records) -> list[int]:
     return [int(i) for i in np.flatnonzero(~np.isin(records["transform"], (0, *_READ_HERE)))]
 
 
+def unreadable(records: Records) -> set[int]:
+    """Numbers of the records that this version cannot decode: those with such a transform, and all that are made from them."""
+    found = set(unsupported(records))
+    for row in np.flatnonzero(np.isin(records["transform"], _HAS_BASE)).tolist() if found else ():
+        first, start, n_bytes = base_of(records[row])  # it comes before the row
+        if first in found or (start + n_bytes > int(records["raw_bytes"][first]) and first + 1 in found):
+            found.add(row)
+    return found
+
+
 Mask = npt.NDArray[np.bool_]
 
 

@@ -24,6 +24,8 @@ class Gathered:
         self.files: list[FileEntry] = [*own.files] if whole else []
         self.sources: list[Source] = [*own.sources] if whole else [own.source]
         """Of the own index itself, then of each file."""
+        self._numbers = {file: number for number, file in enumerate(self.files, 1)}
+        """Ranks may name the same packs of an earlier save: what lies side by side there is read together."""
         self.origins: list[tuple[int, int]] = []
         """Rank and number of each record that was taken."""
 
@@ -38,15 +40,23 @@ class Gathered:
         first = sum(map(len, self._chunks))
         chunks = other.records[numbers].copy()
         in_pack = chunks["file"] > 0
-        used = np.unique(chunks["file"][in_pack])
-        chunks["file"][in_pack] = len(self.files) + 1 + np.searchsorted(used, chunks["file"][in_pack])
+        used, places = np.unique(chunks["file"][in_pack], return_inverse=True)
+        files = np.array([self._number(other, file) for file in used.tolist()], np.uint32)
+        chunks["file"][in_pack] = files[places]
         _move_bases(chunks, numbers, first)
         self._chunks.append(chunks)
-        self.files += [other.files[file - 1] for file in used.tolist()]
-        self.sources += [other.sources[file] for file in used.tolist()]
         self.origins += [(rank, number) for number in numbers.tolist()]
-        places = np.searchsorted(numbers, np.array([extent.record for extent in extents], np.int64))
-        return [extent._replace(record=first + int(at)) for extent, at in zip(extents, places.tolist(), strict=True)]
+        found = np.searchsorted(numbers, np.array([extent.record for extent in extents], np.int64))
+        return [extent._replace(record=first + int(at)) for extent, at in zip(extents, found.tolist(), strict=True)]
+
+    def _number(self, other: Reader, file: int) -> int:
+        """The number that a file of another vote has among all files."""
+        entry = other.files[file - 1]
+        if entry not in self._numbers:
+            self.files.append(entry)
+            self.sources.append(other.sources[file])
+            self._numbers[entry] = len(self.files)
+        return self._numbers[entry]
 
 
 def _needed_records(chunks: Records, extents: Sequence[Extent]) -> npt.NDArray[np.int64]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from fastckpt import events
@@ -42,7 +42,7 @@ from fastckpt.store.base import ObjectInfo, Store
 T = TypeVar("T")
 
 _MOST_BEFORE_COMMIT_S = 60.0
-"""Between the reading of a save's parent and its commit: a process that was stopped in between reads it again."""
+"""Between the readings on which a commit is decided and the commit: a process that was stopped in between reads again."""
 MAX_VOTE_BYTES = 2 << 30
 _READS_AT_ONCE = 64
 """Votes of many ranks are read by one: an answer takes 30 ms, and one by one they would take longer than others wait."""
@@ -206,6 +206,7 @@ def try_commit(store: Store, save: SaveId, own: Vote | None = None) -> Commit | 
     own: the vote that this process has placed; it is not read back. RepositoryError if the votes contradict each other or the step was
     retired; CorruptCheckpointError for a damaged vote; StoreError.
     """
+    seen_s = seconds_since_boot()
     inventory = take_inventory(store, votes_prefix(save))
     names = complete_set(inventory.votes.get(save, ()), f"{store.url}/{votes_prefix(save)}")
     if names is None:
@@ -222,25 +223,21 @@ def try_commit(store: Store, save: SaveId, own: Vote | None = None) -> Commit | 
             pool.submit(functools.partial(read_vote, store, name, inventory.infos[vote_key(name)])) for name in others
         ]
         read = {name: call.result() for name, call in zip(others, calls, strict=True)}
-    return commit_votes(store, [read[name] if own is None or name != own.name else own for name in names])
+    return commit_votes(store, [read[name] if own is None or name != own.name else own for name in names], seen_s)
 
 
-def commit_votes(store: Store, votes: Sequence[Vote]) -> Commit:
+def commit_votes(store: Store, votes: Sequence[Vote], seen_s: float | None = None) -> Commit:
     """Commit a save whose votes are all there, rank 0's first: the record that stands afterwards. Errors as those of `try_commit`.
 
-    BaseLostError: the votes name packs of earlier saves, and the checkpoint that kept these was retired.
+    seen_s: when the votes were seen, by `seconds_since_boot`; None: just now. BaseLostError: the votes name packs of earlier saves, and the
+    checkpoint that kept these was retired.
     """
     save = votes[0].name.save
     commit = commit_of(votes, f"{store.url}/{votes_prefix(save)}")
     record = commit_bytes(commit)
     key = commit_key(save.checkpoint)
-    try:
-        _check_bases(store, commit, {file.key: file for vote in votes for file in vote.files})
-    except BaseLostError:
-        if (
-            poll_commit(store, save.checkpoint) is None
-        ):  # otherwise another rank has committed it, and its parent may be retired since
-            raise
+    others = {file.key: file for vote in votes for file in vote.files if keys.parse_pack(file.key) != save}
+    _look_before_commit(store, commit, votes, list(others.values()), seconds_since_boot() if seen_s is None else seen_s)
     try:
         stands = create(store, key, record)
         if stands != record:  # a bit may have flipped on the way
@@ -283,22 +280,39 @@ def _retired(store: Store, save: SaveId, found: Tombstone) -> RepositoryError:
     )
 
 
-def _check_bases(store: Store, commit: Commit, files: Mapping[str, FileEntry]) -> None:
-    """Packs of *other* saves must be there in full length, and stay: the save's parent, which names them, must live.
+def _look_before_commit(
+    store: Store, commit: Commit, votes: Sequence[Vote], others: Sequence[FileEntry], seen_s: float
+) -> None:
+    """What the commit is decided on, no more than a minute before it: all votes are there; and packs of *other* saves are there in full
+    length, and stay, as the save's parent, which names them, lives.
 
-    This save's own packs need no check: they were acknowledged before the vote was placed. Retention deletes what a checkpoint names a
-    grace after it was retired. So the record that follows has that long to take effect (A1), counted from the reading of the parent.
+    Retention deletes votes first, packs a grace after the checkpoint or the parent was retired. So the record has that long to take effect
+    (A1). This save's own packs need no look: they were acknowledged before the votes were placed.
     """
-    others = [file for key, file in files.items() if keys.parse_pack(key) != commit.save]
-    if not others:
-        return
     damage = packs_at_odds(store, others)
     if damage:
         raise CorruptCheckpointError(f"{store.url}/{votes_prefix(commit.save)}", damage)
-    read_s = -math.inf
-    while seconds_since_boot() - read_s > _MOST_BEFORE_COMMIT_S:  # this process may have been stopped meanwhile
-        read_s = seconds_since_boot()
-        _require_parent(store, commit)
+    parent_s = -math.inf if others else math.inf
+    while seconds_since_boot() - min(seen_s, parent_s) > _MOST_BEFORE_COMMIT_S:  # this process may have been stopped
+        if seconds_since_boot() - seen_s > _MOST_BEFORE_COMMIT_S:
+            seen_s = seconds_since_boot()
+            _require_votes(store, commit.save, votes)
+        if seconds_since_boot() - parent_s > _MOST_BEFORE_COMMIT_S:
+            parent_s = seconds_since_boot()
+            try:
+                _require_parent(store, commit)
+            except BaseLostError:  # another rank may have committed the save, and its parent may be retired since
+                if poll_commit(store, commit.checkpoint) is None:
+                    raise
+
+
+def _require_votes(store: Store, save: SaveId, votes: Sequence[Vote]) -> None:
+    gone = {vote.name for vote in votes} - set(list_votes(store, save))
+    if gone:
+        raise RepositoryError(
+            f"{store.url}/{vote_key(min(gone))} is gone: step {save.step} of epoch {save.epoch} was retired while this process was held "
+            "up. It is not committed"
+        )
 
 
 def _require_parent(store: Store, commit: Commit) -> None:

@@ -27,6 +27,7 @@ from fastckpt.repository.commit import create, list_votes, require_vote, try_com
 from fastckpt.repository.joint_commit import Cancelled, JointCommit, JointTurn, abandon, begin
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import GRACE_S, Keep, RetentionPlan, plan_retention
+from fastckpt.repository.still_ours import StillOurs
 from fastckpt.writing.bases import Base, Uploaded
 from fastckpt.writing.rank import SaveAsked, SaveRequest, UploadThreads, upload
 from fastckpt.writing.uplink import Uplink
@@ -244,8 +245,9 @@ class Incarnation:
         base: Base | None,
     ) -> Uploaded:
         store = self.repository.store
+        ends = StillOurs(self.repository, request.save.epoch, cancelled)
         base, why_full = usable(base, request.parent, store, self._clock())
-        return upload(sealed, store, request, self._options, cancelled, self.uplink, threads, base, why_full)
+        return upload(sealed, store, request, self._options, ends, self.uplink, threads, base, why_full)
 
     def adopt(self, epoch: Epoch, last: Parent | None) -> None:
         """Save under an epoch that rank 0 of this job has claimed. last: what it continues from."""
@@ -346,6 +348,6 @@ class Incarnation:
         return todo
 
     def _in_use(self) -> set[SaveId]:
-        """Saves under way, and what the next one refers to: the history has a newer one if the answer to a commit was lost."""
+        """Saves under way, and the checkpoint to which the next one refers: not the newest of the history if an answer was lost."""
         last = self.last
         return self.in_flight | (set() if last is None else {SaveId(*last.checkpoint, 0)})

@@ -32,6 +32,7 @@ from fastckpt.format.keys import DATA, SaveId, VoteName, commit_key
 from fastckpt.format.repository_records import Commit, Tombstone, parse_commit_record, tombstone_bytes, utc_now
 from fastckpt.format.shares import GroupClaim, group_of_json, group_to_json, groups_at_odds
 from fastckpt.format.vote import Vote, replica_conflicts, save_info, save_to_json, unmet_shares
+from fastckpt.host.boot_clock import seconds_since_boot
 from fastckpt.ranks.board import BoardLostError
 from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.pulse import Listener, silent_s
@@ -158,7 +159,7 @@ class JointCommit:
         self._cancelled, self._timeout_s = cancelled, timeout_s
         self._turn = commit_turn(team.world)
         self._listener = Listener(team.world, team.board, team.clock)
-        self._since = _Since()
+        self._since, self._placed_s = _Since(), seconds_since_boot()
         self._pause_s = 0.005 if self._turn is not None else max(0.005, share_s(team.world.size, 8192))
 
     def run(self, vote: Vote) -> Commit:
@@ -248,7 +249,7 @@ class JointCommit:
             problem = self._problem(votes)
         self._raise_if_abandoned(save.step, self._fate.commit() if problem is None else self._fate.abandon(problem))
         try:
-            commit = commit_votes(self._store, votes)
+            commit = commit_votes(self._store, votes, self._placed_s)
         except CheckpointError as error:
             if not isinstance(error, StoreError) or world.rank == committers(world)[-1]:
                 self._fate.finish({"failed": f"{type(error).__name__}: {error}"})  # nobody will try again

@@ -31,7 +31,7 @@ class History(NamedTuple):
     """What earlier saves of the same form have found."""
 
     n_saves: int
-    """Committed saves so far."""
+    """Saves of this form so far."""
     since_unchanged: Counts
     """For each chunk, the number of saves since it was last found unchanged; NEVER."""
     deceives: Flags

@@ -267,7 +267,7 @@ class Snapshot:
         try:
             if self._progress.error is not None:
                 raise self._progress.error
-            yield self._content(copy)
+            yield None if copy.spared else self._content(copy)
         finally:
             self.release(number)
 

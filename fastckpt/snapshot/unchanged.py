@@ -79,7 +79,9 @@ class Unchanged:
         if known is not None and (known.prints.form is not captured.form or len(known.digests) != len(chunks)):
             known = None
         self._known, self.form = known, captured.form
-        self._history = History.none(len(chunks)) if known is None else known.prints.history
+        history = History.none(len(chunks)) if known is None else known.prints.history
+        n_pending = [one.n_saves + 1 for one in pending if one.form is captured.form]
+        self._history = history._replace(n_saves=max(history.n_saves, *n_pending, 0))
         self._versions = _versions(captured)
         on_device = np.array([captured.storages[chunk.pieces[0].storage].device is not None for chunk in chunks], bool)
         self._unwritten = _unwritten(chunks, self._versions, {} if known is None else known.prints.versions)
@@ -98,6 +100,11 @@ class Unchanged:
         self._found: dict[int, tuple[int, int]] = {}
         self.spared: set[int] = set()
         """Numbers of the chunks that have the base's bytes, and are not copied."""
+
+    @property
+    def n_saves(self) -> int:
+        """Saves of this form before this one, as far as they have not failed."""
+        return self._history.n_saves
 
     def take(
         self, side_of: Callable[[torch.device], SideStream], sources: Mapping[int, Sequence[torch.Tensor]]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastckpt.format.directory import Directory, Extent, FileEntry, TensorEntry
+from fastckpt.format.element_types import element_type
 from fastckpt.format.records import Records
 from fastckpt.format.tensor_names import Name
 from fastckpt.format.wholes import Block, Whole
@@ -81,32 +82,39 @@ def stretches_of_many(captured: Captured, wholes: Mapping[Name, Whole], first: S
     stretch.
     """
     found: dict[int, Sequence[Stretch]] = {}
+    spread: set[int] = set()
     for entry in captured.tensors:
         name = entry.name[:-2] if is_box(entry) else entry.name
         whole = wholes.get(name)
-        if whole is None or not whole.was_spread or entry.storage in found or entry.dtype != whole.dtype:
+        if whole is None or not whole.was_spread:
             continue
-        stretches = _of_blocks(captured, entry, whole)
+        spread.add(entry.storage)
+        if entry.storage in found or entry.dtype != whole.dtype:
+            continue
+        if whole.doubtful or whole.is_contradicted:  # which of them was taken is not known here
+            continue
+        stretches = _of_blocks(entry, whole)
         if stretches:
             found[entry.storage] = stretches
-    return {**{number: one for number, one in first.items() if number not in found}, **found}
+    return {**{number: one for number, one in first.items() if number not in spread}, **found}
 
 
-def _of_blocks(captured: Captured, entry: TensorEntry, whole: Whole) -> list[Stretch]:
+def _of_blocks(entry: TensorEntry, whole: Whole) -> list[Stretch]:
     at = (0,) * len(entry.shape) if entry.place is None else entry.place.offset
-    n_bytes = captured.storages[entry.storage].n_bytes
-    numbers = math.prod(entry.shape)
-    if not numbers or entry.offset or not _is_flat(entry.shape, entry.stride, whole.shape, at) or n_bytes % numbers:
+    element = element_type(entry.dtype)
+    if element is None or entry.offset or not _is_flat(entry.shape, entry.stride, whole.shape, at):
         return []
-    width = n_bytes // numbers  # of a storage with anything else in it nothing is known
+    width = element.n_bytes  # what lies behind the tensor, such as the padding of FSDP's last rank, is in no stretch
     row = width * math.prod(entry.shape[1:])
-    found = []
+    found: list[Stretch] = []
     for block in sorted(whole.blocks):
         if not _is_flat(block.shape, block.stride, whole.shape, block.at):
             return []
         start = max(at[0], block.at[0]) if at else 0
         end = min(at[0] + entry.shape[0], block.at[0] + block.shape[0]) if at else 1
         if start < end:
+            if found and start * row < found[-1].at + found[-1].n_bytes + at[0] * row:
+                return []  # blocks that overlap: which of them was taken is not known here
             here, there = (start - at[0], start - block.at[0]) if at else (0, 0)
             found.append(
                 Stretch(here * row, (end - start) * row, block.rank, block.storage, block.offset * width + there * row)

@@ -80,8 +80,8 @@ class Resharding:
         self._targets, self._ranks, self._base = targets, ranks, base
         self._options, self._where, self._asked = options, where, asked
         self._threads = options.load_threads
-        self.wholes: Mapping[Name, Whole] = {}
-        """What `load` has found of tensors that are spread."""
+        self.assembled: Mapping[Name, Whole] = {}
+        """What `load` has put together from blocks, whatever `given` has."""
 
     def load(
         self, given: Mapping[str, Any], left: Collection[str] = (), saved_parts: Collection[int] = ()
@@ -117,8 +117,8 @@ class Resharding:
             raise RestoreError(
                 f"{self._where}: the votes of its ranks contradict each other: {'; '.join(wholes.problems[:20])}"
             )
-        self.wholes = wholes.found
         parts = dict(_parts(entries, wholes.found, patterns, targets, base.directory))
+        self.assembled = {name: wholes.found[name] for name in parts}
         known = {entry.name for entry in base.directory.tensors}
         of_others = {name: wholes.found[name] for name in parts if wholes.found[name].was_spread or name not in known}
         self._refuse_several(of_others)

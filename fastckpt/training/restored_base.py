@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from fastckpt.snapshot import DoesNotFit, Snapshot
 from fastckpt.snapshot.base_slabs import BaseSlabs
 from fastckpt.snapshot.copy_plan import CopyPlan, plan_copies
 from fastckpt.state import Captured
-from fastckpt.state.chunking import Cuts
+from fastckpt.state.chunking import Chunk, Cuts
 from fastckpt.state.naming import named_tensors
 from fastckpt.state.sealing import seal
 from fastckpt.state.shards import is_box
@@ -52,7 +51,11 @@ class RestoredBase:
         """Note what was read, before the objects get it: what somebody changes on the way must not count as the checkpoint's."""
         if not self._is_wanted or found.together is None:
             return {}
-        return {name: digest(content) for name, content in _contents(found.state)}
+        try:
+            return {name: digest(_bytes_of(tensor)) for name, tensor in _tensors_of(found)}
+        except Exception as error:
+            logger.info("the bytes of what is restored will not be kept: %s: %s", type(error).__name__, error)
+            return {}
 
     def after(self, found: Loaded, prints: Prints) -> None:
         """The objects have the state of a checkpoint: it is the base of the next save. prints: of `before`."""
@@ -78,14 +81,20 @@ class RestoredBase:
             return
         digests = placed.digests(cuts)
         if found.together is not None:
-            self._fill(base, plan, captured, cuts, dict(_contents(found.state)), prints, digests)
+            put_together = _PutTogether(found, captured, prints)
+            self._fill(base, plan, cuts, put_together, digests)
             return
         snapshot = self._stager.begin(captured, cuts, None, found.commit.save.step, ring=False)
-        if snapshot is not None:
+        if snapshot is None:
+            return
+        try:
             snapshot.fence("restore")
             compare = functools.partial(self._compare, base, snapshot, digests)
             if start_thread(compare, "fastckpt-base") is None:  # the interpreter is ending
                 compare()
+        except BaseException:
+            snapshot.close()
+            raise
 
     def _plan(self, captured: Captured, cuts: Cuts) -> CopyPlan | None:
         """Where the bytes go. None: they do not fit the budget beside the snapshot of a save."""
@@ -104,8 +113,8 @@ class RestoredBase:
             scratch = np.empty(0, np.uint8)  # not used: all chunks lie in slabs
             same: set[int] = set()
             for number in range(len(base.chunks)):
-                if memory.is_dropped or self._bases.newest is not base:
-                    return
+                if self._bases.newest is not base:  # nobody needs the rest
+                    break
                 if digest(snapshot.raw(number, scratch)) == digests.get(number):
                     same.add(number)
                 else:
@@ -120,14 +129,7 @@ class RestoredBase:
             snapshot.close()
 
     def _fill(
-        self,
-        base: Base,
-        plan: CopyPlan,
-        captured: Captured,
-        cuts: Cuts,
-        contents: Mapping[Name, U8],
-        prints: Prints,
-        digests: Mapping[int, bytes],
+        self, base: Base, plan: CopyPlan, cuts: Cuts, put_together: _PutTogether, digests: Mapping[int, bytes]
     ) -> None:
         """Keep the chunks of tensors that were put together, and are still what they were."""
         pool = self._stager.pool
@@ -137,17 +139,11 @@ class RestoredBase:
         places = dict(zip(plan.order, plan.layout.slots, strict=True))
         memory = BaseSlabs(pool.bases, places, [chunk.n_bytes for chunk in cuts.chunks])
         try:
-            of_storage = _by_storage(captured, contents, prints)
             for number, slot in list(places.items()):
                 chunk = cuts.chunks[number]
                 target = slabs[slot.slab].array[slot.offset : slot.offset + chunk.n_bytes]
-                at = 0
-                for piece in chunk.pieces if base.places[number] is not None else ():
-                    content = of_storage.get(piece.storage)
-                    if content is not None:
-                        target[at : at + piece.n_bytes] = content[piece.offset : piece.offset + piece.n_bytes]
-                        at += piece.n_bytes
-                if at != chunk.n_bytes or digests.get(number, digest(target)) != digest(target):
+                known = base.places[number] is not None and put_together.read(chunk, target)
+                if not known or (number in digests and digest(target) != digests[number]):
                     memory.disown(number)
             for number, slab in enumerate(slabs):
                 memory.keep(number, slab)
@@ -156,43 +152,67 @@ class RestoredBase:
             pool.give_back(slabs)  # those that are not kept
 
 
+class _PutTogether:
+    """The bytes of tensors that were put together from blocks of several ranks, each of which was verified when it was read."""
+
+    def __init__(self, found: Loaded, captured: Captured, prints: Prints) -> None:
+        """captured: the live objects, whose storages have the bytes now. prints: of the tensors before the objects got them."""
+        known = dict(_tensors_of(found))
+        self._tensors: dict[int, torch.Tensor] = {}
+        """By the number of a live storage: of those that are one such tensor, which nobody has changed since."""
+        for entry in captured.tensors:
+            name = entry.name[:-2] if is_box(entry) else entry.name
+            tensor = known.get(name)
+            if (
+                tensor is not None
+                and entry.storage not in self._tensors
+                and not entry.offset
+                and captured.storages[entry.storage].n_bytes == tensor.nbytes
+                and prints.get(name) == digest(_bytes_of(tensor))
+            ):
+                self._tensors[entry.storage] = tensor
+        self._last: tuple[int, U8] = -1, np.empty(0, np.uint8)
+        """A storage and its bytes: those on a device are copied, one at a time."""
+
+    def read(self, chunk: Chunk, out: U8) -> bool:
+        """Fill `out` with a chunk's bytes. False: not all of them are known."""
+        at = 0
+        for storage, offset, n_bytes in chunk.pieces:
+            if storage not in self._tensors:
+                return False
+            if self._last[0] != storage:
+                self._last = storage, _bytes_of(self._tensors[storage])
+            out[at : at + n_bytes] = self._last[1][offset : offset + n_bytes]
+            at += n_bytes
+        return True
+
+
 def _placed(found: Loaded, captured: Captured, cuts: Cuts) -> Placed:
     if found.together is None:
         assert found.reader is not None
         rank = found.reader.directory.rank
         return place_chunks(cuts, stretches_of_one(captured, found.reader.directory, rank), {rank: found.reader})
-    ranks, first, wholes = found.together
+    ranks, first, assembled = found.together
     of_first = stretches_of_one(captured, ranks.whole(first).directory, first)
-    stretches = stretches_of_many(captured, wholes, of_first)
+    stretches = stretches_of_many(captured, assembled, of_first)
     needed = {first, *(one.rank for some in stretches.values() for one in some)}
     return place_chunks(cuts, stretches, {rank: ranks.whole(rank) for rank in sorted(needed)})
 
 
-def _contents(state: Any) -> Iterator[tuple[Name, U8]]:
-    """The bytes of the contiguous tensors of a state, by name. On a device: copied."""
-    for named in named_tensors(state):
-        if isinstance(named.value, torch.Tensor):
-            tensor = local_of(named.value)
-            tensor = named.value if tensor is None else tensor
-            if tensor.layout is torch.strided and tensor.is_contiguous() and tensor.device.type != "meta":
-                flat = tensor.detach().cpu().reshape(-1)
-                yield named.name, flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+def _tensors_of(found: Loaded) -> Iterator[tuple[Name, torch.Tensor]]:
+    """This rank's parts of what was put together, by name. What else a state has may be anybody's: `reassign` decides."""
+    assert found.together is not None
+    for named in named_tensors(found.state):
+        whole = found.together.assembled.get(named.name)
+        if whole is not None and whole.was_spread and isinstance(named.value, torch.Tensor):
+            part = local_of(named.value)
+            tensor = named.value if part is None else part
+            if tensor.layout is torch.strided and tensor.is_contiguous() and tensor.numel():
+                yield named.name, tensor.detach()
 
 
-def _by_storage(captured: Captured, contents: Mapping[Name, U8], prints: Prints) -> dict[int, U8]:
-    """The bytes of live storages, as they were read: of those that are one tensor, whose bytes have not changed since."""
-    found: dict[int, U8] = {}
-    for entry in captured.tensors:
-        name = entry.name[:-2] if is_box(entry) else entry.name
-        content = contents.get(name)
-        if (
-            content is not None
-            and entry.storage not in found
-            and not entry.offset
-            and captured.storages[entry.storage].n_bytes == content.nbytes
-            and prints.get(name) == digest(content)
-        ):
-            found[entry.storage] = content
+def _bytes_of(tensor: torch.Tensor) -> U8:
+    found: U8 = tensor.cpu().reshape(-1).view(torch.uint8).numpy()
     return found
 
 

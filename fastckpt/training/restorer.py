@@ -54,7 +54,8 @@ class Together(NamedTuple):
     ranks: SavedRanks
     first: int
     """The rank that all else than parts comes from."""
-    wholes: Mapping[Name, Whole]
+    assembled: Mapping[Name, Whole]
+    """What was put together from blocks."""
 
 
 class Loaded(NamedTuple):
@@ -266,7 +267,7 @@ class Restorer:
         self.writing.refuse_leftovers({key: loaded[key] for key in loaded if key not in left}, location, plan)
         if base:
             self._refuse_mixture(ranks, base, plan, asked)
-        together = Together(ranks, base, resharding.wholes)
+        together = Together(ranks, base, resharding.assembled)
         return Loaded(commit, loaded, plan, asked.strict, frozenset(left), together=together)
 
     def _refuse_mixture(self, ranks: SavedRanks, base: int, plan: PlacementPlan, asked: RestoreAsked) -> None:

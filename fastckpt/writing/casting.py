@@ -57,6 +57,8 @@ class Casting:
         self._pieces: dict[int, list[_Piece]] = {}
         self._masters: dict[int, list[_Piece]] = {}
         """The pieces of each float32 storage that may be a master, in order."""
+        self._first: dict[int, _Piece] = {}
+        """The first piece of each copy."""
         self._names: dict[int, Name] = {}
         self._scratch = _Scratch()
         if self._candidates:
@@ -78,6 +80,7 @@ class Casting:
                 self._masters.setdefault(piece.storage, []).append(piece)
             elif self._sealed.storages[piece.storage].dtype == "bfloat16":
                 self._pieces.setdefault(piece.chunk, []).append(piece)
+                self._first.setdefault(piece.storage, piece)
 
     def rows(self, number: int, raw: U8) -> tuple[CastRow, ...] | None:
         """The rows of a chunk all of whose pieces are copies; None: one of them is none, or a master is not in memory."""
@@ -96,7 +99,8 @@ class Casting:
             if self._is_cast(stretches, raw):
                 self._known[copy] = self._names[master]
                 return CastRow(piece.n_bytes, digest(raw), *stretches[0][:2])
-            if self._known.get(copy) != self._names[master]:  # most likely no number of the others is equal, either
+            is_first = piece is self._first[piece.storage]
+            if is_first and self._known.get(copy) != self._names[master]:  # most likely the others are none, either
                 left = [other for other in self._candidates[piece.storage] if other != master]
                 self._candidates[piece.storage] = left
         return None
@@ -113,7 +117,7 @@ class Casting:
                 yield piece.chunk, piece.offset + low - piece.start, high - low
 
     def _is_cast(self, stretches: list[tuple[int, int, int]], raw: U8) -> bool:
-        if len(stretches) > 2 or any(start % 4 for _, start, _ in stretches):
+        if len(stretches) > 2 or any(start % 4 or n_bytes % 4 for _, start, n_bytes in stretches):
             return False
         at = 0
         for chunk, start, n_bytes in stretches:

@@ -23,13 +23,13 @@ WORK = {
     Transform.CONST: 0.2,
     Transform.ROT: 1.0,
     Transform.ROTU: 1.0,
-    Transform.SUB: 0.7,
-    Transform.SUBPACK: 0.5,
+    Transform.SUB: 0.5,
+    Transform.SUBPACK: 0.4,
     Transform.CAST: 0.4,
     Transform.REF: 0.3,
 }
 """What a raw byte takes in a restore, in units of what it takes as ROT, reading and fresh memory included."""
-_OF_TWO_BYTES = 0.8
+_OF_TWO_BYTES = 0.7
 """Differences of lanes of two bytes take so much of that."""
 _CAST_RATIO = 0.67
 """Stored bytes of bfloat16 numbers for each raw byte, where they cannot be cast from others any more."""

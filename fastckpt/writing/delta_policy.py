@@ -74,7 +74,7 @@ class Packs(NamedTuple):
 
     n_bytes: Amounts
     chunk: Numbers
-    """Pairs: this chunk needs …"""
+    """Pairs, sorted by chunk: this chunk needs …"""
     pack: Numbers
     """… this pack."""
 
@@ -94,6 +94,13 @@ class Plan:
     read_amplification: float
     rests: Mask
     """Chunks of a role of which some rest."""
+    packs: Packs
+    named: Mask
+    """Of each pack whether it will be needed, if all goes as planned."""
+    own_bytes: Amounts
+    """What each chunk will store."""
+    left_packs: float
+    """Bytes of packs that may be needed beyond that."""
 
 
 def plan(known: Known, packs: Packs, read_amplification: float) -> Plan:
@@ -111,8 +118,22 @@ def plan(known: Known, packs: Packs, read_amplification: float) -> Plan:
     renew = _freed(known, packs, keeps)
     keeps &= ~renew
     extra_bytes, extra_work = np.where(keeps, bytes_kept, 0), np.where(keeps, work_kept, 0)
-    left_bytes, left_work = room_bytes - extra_bytes.sum(), room_work - extra_work.sum()
-    return Plan(known, extra_bytes, extra_work, renew, left_bytes, left_work, read_amplification, rests)
+    own_bytes = np.where(keeps, known.delta_bytes, known.full_bytes)
+    named = np.bincount(packs.pack[keeps[packs.chunk]], minlength=packs.n_bytes.size) > 0
+    return Plan(
+        known,
+        extra_bytes,
+        extra_work,
+        renew,
+        left_bytes=room_bytes - extra_bytes.sum(),
+        left_work=room_work - extra_work.sum(),
+        read_amplification=read_amplification,
+        rests=rests,
+        packs=packs,
+        named=named,
+        own_bytes=own_bytes,
+        left_packs=_MOST_PACKS * known.full_bytes.sum() - own_bytes.sum() - packs.n_bytes[named].sum(),
+    )
 
 
 def _within(known: Known, keeps: Mask, gain: Amounts, read: tuple[Amounts, float], work: tuple[Amounts, float]) -> Mask:
@@ -172,8 +193,10 @@ class Balance:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._left_bytes, self._left_work = plan.left_bytes, plan.left_work
+        self._left_bytes, self._left_work, self._left_packs = plan.left_bytes, plan.left_work, plan.left_packs
         known = plan.known
+        self._named = plan.named.copy()
+        self._first_pair = np.searchsorted(plan.packs.chunk, np.arange(known.raw_bytes.size + 1))
         self._waiting = np.bincount(known.role, np.where(known.is_guess & known.may_differ, known.full_bytes, 0))
         """Of each role the full bytes of chunks of which nothing is known, and that have not come yet."""
         self._tried, self._gained, self._stored = np.zeros((3, self._waiting.size))
@@ -211,7 +234,17 @@ class Balance:
                 left_bytes -= self._for_others(int(plan.known.role[number]))
         more_bytes, more_work = self._extra(number, stored_bytes, work)
         left_work = self._left_work + plan.extra_work[number]
-        return bool(more_bytes <= max(0.0, left_bytes) and more_work <= max(0.0, left_work))
+        left_packs = self._left_packs + plan.own_bytes[number] - stored_bytes
+        return bool(
+            more_bytes <= max(0.0, left_bytes)
+            and more_work <= max(0.0, left_work)
+            and plan.packs.n_bytes[self._more_packs(number)].sum() <= max(0.0, left_packs)
+        )
+
+    def _more_packs(self, number: int) -> Numbers:
+        """The packs that a chunk needs and no other so far."""
+        packs = self.plan.packs.pack[self._first_pair[number] : self._first_pair[number + 1]]
+        return packs[~self._named[packs]]
 
     def _for_others(self, role: int) -> float:
         """What differences of other roles are likely to add, unless they are poor, too."""
@@ -232,16 +265,20 @@ class Balance:
         more_bytes, more_work = self._extra(number, stored_bytes, work)
         self._left_bytes += float(self.plan.extra_bytes[number]) - more_bytes
         self._left_work += float(self.plan.extra_work[number]) - more_work
-        self._has_come(number)
+        packs = self._more_packs(number)
+        self._named[packs] = True
+        self._left_packs -= float(self.plan.packs.n_bytes[packs].sum())
+        self._has_come(number, stored_bytes)
 
     def is_full(self, number: int, stored_bytes: float) -> None:
         """The chunk was stored in full."""
         more = stored_bytes - float(self.plan.known.full_bytes[number])
         self._left_bytes += float(self.plan.extra_bytes[number]) + (self.plan.read_amplification - 1) * more
         self._left_work += float(self.plan.extra_work[number])
-        self._has_come(number)
+        self._has_come(number, stored_bytes)
 
-    def _has_come(self, number: int) -> None:
+    def _has_come(self, number: int, stored_bytes: float) -> None:
         known = self.plan.known
+        self._left_packs += float(self.plan.own_bytes[number]) - stored_bytes
         if known.is_guess[number] and known.may_differ[number]:
             self._waiting[known.role[number]] -= known.full_bytes[number]

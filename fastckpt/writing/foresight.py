@@ -61,7 +61,12 @@ def foresee(base: Base, sealed: Form, places: Sequence[Place | None], numbers: M
     costs = costs_of(base.records, rows)
     again = _named_again(base)
     is_same = spans.has & again[spans.first] & again[spans.second] if again.size else spans.has
-    full = np.where(spans.has, spans.sum_of(costs.full_bytes), np.where(numbers, _FULL_RATIO, 1.0) * raw)
+    # The master of a copy is in the state, too, and is counted there.
+    is_cast = spans.has & (base.records["transform"][spans.first] == Transform.CAST)
+    casts = work_of(Transform.CAST, 2, 1.0) * raw
+    full = np.where(
+        spans.has, np.where(is_cast, 0, spans.sum_of(costs.full_bytes)), np.where(numbers, _FULL_RATIO, 1.0) * raw
+    )
     kinds = [f"{role} {chunk.element.name}" for role, chunk in zip(roles(sealed), sealed.chunks, strict=True)]
     _, role = np.unique(np.array(kinds, np.str_), return_inverse=True)
     delta, is_guess = _differences(base.records, spans, role, full)
@@ -73,13 +78,13 @@ def foresee(base: Base, sealed: Form, places: Sequence[Place | None], numbers: M
         raw_bytes=raw,
         has_base=spans.has,
         full_bytes=full,
-        read_bytes=spans.sum_of(costs.read_bytes),
-        work=spans.sum_of(costs.work),
-        full_work=np.where(spans.has, spans.sum_of(costs.full_work), raw),
-        excess=spans.sum_of(costs.excess),
+        read_bytes=np.where(is_cast, 0, spans.sum_of(costs.read_bytes)),
+        work=np.where(is_cast, casts, spans.sum_of(costs.work)),
+        full_work=np.where(is_cast, casts, np.where(spans.has, spans.sum_of(costs.full_work), raw)),
+        excess=np.where(is_cast, 0, spans.sum_of(costs.excess)),
         delta_bytes=delta,
         delta_work=np.where(is_same, 0.0, work),
-        may_differ=spans.has & numbers & (depth < MAX_DEPTH) & has_bytes,
+        may_differ=spans.has & numbers & ~is_cast & (depth < MAX_DEPTH) & has_bytes,
         is_guess=is_guess & ~is_same,
         role=role,
         pack=_oldest(packs, base.files, raw.size),

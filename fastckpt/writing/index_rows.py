@@ -94,6 +94,8 @@ def build(
     """
     if not links.kind.any():
         return Built(rows, storages, (), [Place(number) for number in range(len(rows))])
+    if base is not None:
+        _cast_from_own(links, base)
     counts = np.ones(len(rows), np.int64)
     for number, casts in links.casts.items():
         counts[number] = len(casts)
@@ -116,6 +118,27 @@ def build(
     places = [Place(at) if n <= 2 else None for at, n in zip(first.tolist(), counts.tolist(), strict=True)]
     with cycle_collector.held_off():
         return Built(out, _moved(storages, links.casts, first), files, places)
+
+
+def _cast_from_own(links: Links, base: Base) -> None:
+    """Copies and masters that are both the base's again: the copy's row names the master's here, so that nothing is carried for it."""
+    copied = np.flatnonzero(links.kind == Kind.COPIED)
+    casts = copied[base.records["transform"][links.row[copied]] == Transform.CAST]
+    if not casts.size:
+        return
+    bases = bases_of(base.records)
+    owner = dict(zip(links.row[copied].tolist(), copied.tolist(), strict=True))
+    for number in casts.tolist():
+        row = int(links.row[number])
+        first, second = int(bases.first[row]), int(bases.second[row])
+        master = owner.get(first)
+        if master is None or (second != first and owner.get(second) != master + 1):
+            continue
+        record = base.records[row]
+        links.set_cast(
+            number,
+            (CastRow(int(record["raw_bytes"]), record["digest"].tobytes(), master, int(bases.start[row])),),
+        )
 
 
 def _carried(rows: Records, links: Links, base: Base | None) -> tuple[Numbers, Numbers]:

@@ -12,8 +12,8 @@ from fastckpt.store.local import LocalStore
 from tests.distributed.programs import Training, by_modulus, checkpointer, same
 from tests.support.bases import settle, share_of
 
-SIZES = {"width": 512, "hidden": 2100, "layers": 1}
-"""Parts of three and of four ranks are larger than a megabyte: each has chunks of its own."""
+SIZES = {"width": 516, "hidden": 2100, "layers": 1}
+"""Parts of three and of four ranks are larger than a megabyte, so each has chunks of its own; and even, as FSDP pads uneven ones."""
 
 
 def _save(ckpt: Any, url: str, training: Training, step: int) -> dict[str, float]:

@@ -18,7 +18,7 @@ def test_four_ranks_then_three_and_back(tmp_path: Path) -> None:
     begun = run_ranks(4, delta_programs.begin, url)
     for found in run_ranks(3, delta_programs.go_on, url):
         assert found["placed"] > 0.97, "all but bundles of small tensors"
-        assert found["lent"] == found["placed"], "what was put together is known byte for byte"
+        assert found["placed"] >= found["lent"] > 0.97, "all but what each rank has for itself: generators"
         assert found["back"] > 0.97
         for step in ("step 4", "step 5", "step 6"):
             assert found[step]["stored"] < 1.15 * begun[0][2]["stored"]

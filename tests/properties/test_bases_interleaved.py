@@ -21,7 +21,7 @@ from fastckpt.errors import CheckpointError
 from fastckpt.format.keys import CheckpointId, parse_pack
 from fastckpt.format.repository_records import Tombstone
 from fastckpt.format.sealed_state import SealedState
-from fastckpt.repository import commit, incarnation, retention
+from fastckpt.repository import commit, incarnation, retention, still_ours
 from fastckpt.repository.catalog import Catalog, complete_pending
 from fastckpt.repository.collector import Collector
 from fastckpt.repository.repository import Repository
@@ -121,8 +121,8 @@ def rewind(world: World) -> Acts:
     """A person goes back to a step that a job, which still runs, is about to retire, with all its bytes at once."""
     job = Job(world, "old", keep=Keep(last=1, max_grace_bytes=0))
     job.restore()
-    job.save(5)
-    job.save(6)
+    job.save(5, value=9)
+    job.save(6, value=12)
 
     def old() -> None:
         job.retain()
@@ -131,7 +131,7 @@ def rewind(world: World) -> Acts:
     def person() -> None:
         other = Job(world, "person")
         other.restore(5)
-        other.save(7)
+        other.save(7, value=10)  # as 5, and not as 6
 
     return {"person": person, "old": old}
 
@@ -211,7 +211,8 @@ def explore(scenario: Scenario, stops: Stops, schedules: Iterator[Schedule]) -> 
     for schedule in schedules:
         world = World(stops, beginning())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(commit, "seconds_since_boot", world.boot_clock_s)
+            for module in (commit, still_ours):
+                patch.setattr(module, "seconds_since_boot", world.boot_clock_s)
             try:
                 world.run(scenario.make(world), schedule)
                 world.judge()
@@ -276,9 +277,10 @@ def test_packs_of_a_save_that_failed_are_never_named(answer_is_lost: bool) -> No
 # -- bug switches: what the protocol does, left out ------------------------------------------------------------------------
 
 
-def nobody_looks_at_the_parent(patch: pytest.MonkeyPatch) -> None:
-    """Whoever commits looks only whether the packs are there."""
+def nobody_looks_at_the_base(patch: pytest.MonkeyPatch) -> None:
+    """Whoever commits looks neither for the parent nor for the packs that it names."""
     patch.setattr(commit, "_require_parent", lambda store, commit: None)
+    patch.setattr(commit, "packs_at_odds", lambda store, files: [])
 
 
 def the_look_may_be_old(patch: pytest.MonkeyPatch) -> None:
@@ -340,7 +342,7 @@ def a_save_names_what_a_failed_one_has_put(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("bug", "where"),
     [
-        (nobody_looks_at_the_parent, "a writer is stopped, the next one saves in full"),
+        (nobody_looks_at_the_base, "a rewind beside retention"),
         (the_look_may_be_old, "a writer is stopped, the next one saves in full"),
         (retention_retires_what_the_next_save_refers_to, "retention after a lost answer"),
         (retention_forgets_packs_of_earlier_saves, "a writer is stopped, the next one refers"),

@@ -29,14 +29,17 @@ TRAININGS = {
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_long_runs_stay_within_all_caps(name: str) -> None:
-    found = Run(TRAININGS[name]).saves(120)
+@pytest.mark.parametrize("pack_mib", [16, 1000])
+def test_long_runs_stay_within_all_caps(name: str, pack_mib: int) -> None:
+    """Also where each save has but two packs, in which all kinds of chunks lie."""
+    found = Run(TRAININGS[name], pack_bytes=pack_mib << 20).saves(120)
     assert max(one.read for one in found) <= 1.51
     assert max(one.work for one in found) <= 1.46
     assert max(one.store for one in found) <= 4.5
     assert sum(one.stored for one in found[1:]) <= 0.97 * (len(found) - 1)
     if name != "training that changes":
-        assert max(one.full for one in found[1:]) < 0.8, "never all at once again"
+        most = 0.8 if pack_mib == 16 else 0.99  # two packs die only with all that lies in them
+        assert max(one.full for one in found[1:]) < most, "never all at once again"
 
 
 def test_the_second_checkpoint_takes_what_the_caps_allow() -> None:

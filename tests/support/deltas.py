@@ -21,11 +21,13 @@ from fastckpt.format.sealed_state import SealedState
 from fastckpt.format.tensor_names import dotted
 from fastckpt.format.vote import SaveInfo, save_to_json
 from fastckpt.kernels.transform import HAS_BASE, MAX_RAW_BYTES, Transform
+from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote, try_commit
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
+from fastckpt.upkeep.compact.stored_state import stored_state
 from fastckpt.writing.chunk_writer import ChunkWriter
 from fastckpt.writing.vote_builder import build_vote
 from tests.support.repositories import begin, keys_of, save_ranks
@@ -56,6 +58,17 @@ def save_on(
     commit = try_commit(store, save)
     assert commit is not None
     return commit
+
+
+def save_again(store: Store, step: int, like: Commit, parent: Commit, casts: Mapping[str, str] | None = None) -> Commit:
+    """A save against a checkpoint, of the state that another checkpoint has."""
+    options = Options(threads=1, connections=1)
+    states = [stored_state(open_vote(store, like.vote(rank)), options) for rank in range(like.world)]
+    try:
+        return save_on(store, parent, step, states, casts=casts)
+    finally:
+        for one in states:
+            one.source.close()
 
 
 def chain_state(step: int) -> dict[str, Any]:
@@ -239,4 +252,4 @@ def _move(table: Any, row: int, at: Mapping[int, int], old: Any) -> None:
         table["parameter"][row] = np.void(at[first].to_bytes(4, "little") + rest)
 
 
-__all__ = ["chain", "chain_state", "save_on"]
+__all__ = ["chain", "chain_state", "save_again", "save_on"]

@@ -12,7 +12,6 @@ from fastckpt.writing.delta_policy import MAX_DEPTH, Balance, Known, Packs, plan
 
 MIB = 1 << 20
 RAW_BYTES = 4 * MIB
-_PACK_BYTES = 16 * MIB
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,15 @@ class Checkpoint(NamedTuple):
 
 
 class Run:
-    """Saves of one state. keep: how many checkpoints the store has."""
+    """Saves of one state. pack_bytes: a pack's. keep: how many checkpoints the store has."""
 
-    def __init__(self, kinds: Sequence[Kind], read_amplification: float = 1.5, seed: int = 0, keep: int = 3) -> None:
+    def __init__(
+        self, kinds: Sequence[Kind], read_amplification: float = 1.5, pack_bytes: float = 16 * MIB, keep: int = 3
+    ) -> None:
         self.chunks = [Chunk(kind, role) for role, kind in enumerate(kinds) for _ in range(kind.n)]
         self._amplification, self._keep = read_amplification, keep
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(0)
+        self._most = pack_bytes
         self._pack_bytes: list[float] = []
         self._open: dict[int, int] = {}
         self._named: list[set[int]] = []
@@ -118,7 +120,7 @@ class Run:
     def _put(self, n_bytes: float, number: int) -> int:
         encoder = number % 2
         pack = self._open.get(encoder)
-        if pack is None or self._pack_bytes[pack] + n_bytes > _PACK_BYTES:
+        if pack is None or self._pack_bytes[pack] + n_bytes > self._most:
             pack = self._open[encoder] = len(self._pack_bytes)
             self._pack_bytes.append(0.0)
         self._pack_bytes[pack] += n_bytes

@@ -199,12 +199,15 @@ class Job:
 
     def restore(self, which: Which = "latest") -> None:
         """Choose, read, verify, claim; what was restored is what the next save refers to."""
-        choice = self.run.choose_and_claim(which)
-        if choice is None:
-            return
-        assert choice.reader is not None
-        value = value_of(self.world, choice.commit, choice.reader)
-        self.base = base_of(choice.commit, choice.reader, value, self.world.now_s)
+        own: set[int] = set()
+        while True:
+            choice, self.base = self.run.choose(which, own=own), None
+            if choice is not None:
+                assert choice.reader is not None
+                value = value_of(self.world, choice.commit, choice.reader)
+                self.base = base_of(choice.commit, choice.reader, value, self.world.now_s)
+            if self.run.claim(choice, which, own):
+                return
 
     def save(self, step: int, *, value: int | None = None, full: bool = False) -> None:
         assert self.run.epoch is not None

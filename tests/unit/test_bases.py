@@ -19,17 +19,18 @@ from tests.support.host_training import MIB, SHORT_S
 
 
 class Run:
-    """A model of 5 MB with AdamW: six storages of a slab each where slabs are small, and a bundle of small ones."""
+    """A model with AdamW: six storages of 1.3 MB, three of which fill a small slab, and a bundle of small ones."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, width: int = 300) -> None:
         torch.manual_seed(seed)
-        self.model = torch.nn.Sequential(torch.nn.Linear(300, 2200), torch.nn.Linear(2200, 300))
+        self.width = width
+        self.model = torch.nn.Sequential(torch.nn.Linear(width, 1100), torch.nn.Linear(1100, width))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.state: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "rng": fastckpt.RNGState()}
 
     def step(self) -> None:
         self.optimizer.zero_grad()
-        self.model(torch.randn(4, 300)).square().mean().backward()
+        self.model(torch.randn(4, self.width)).square().mean().backward()
         self.optimizer.step()
 
 
@@ -69,7 +70,7 @@ def test_an_acknowledged_save_is_the_base_of_the_next() -> None:
             ckpt.save_now(step).wait(SHORT_S)
             base = newest(ckpt)
             assert base.parent.checkpoint.step == step
-            assert share_of(base, store) == 1
+        assert share_of(base, store) == 1
         settle()
     assert bases_of(ckpt).newest is None
     assert ckpt._engine.stager.pool.held_bytes == 0, "closing gives the memory back"
@@ -125,7 +126,7 @@ def test_a_budget_for_one_snapshot_keeps_what_the_next_leaves(caplog: pytest.Log
 
     with opened(store, run) as ckpt, caplog.at_level(logging.INFO), fastckpt.events.subscribe(see):
         pool = ckpt._engine.stager.pool
-        pool.set_budget(28 * MIB)  # slabs of 4 MiB: six for a snapshot
+        pool.set_budget(12 * MIB)  # slabs of 4 MiB: two for a snapshot
         run.step()
         ckpt.save_now(1).wait(SHORT_S)
         ckpt.wait()
@@ -137,17 +138,17 @@ def test_a_budget_for_one_snapshot_keeps_what_the_next_leaves(caplog: pytest.Log
             assert newest(ckpt).parent.checkpoint.step == step
         assert ckpt.stats.deferred == 0
     assert [event.step for event in seen] == [2, 3, 4]
-    assert all(12 * MIB <= event.lacking_bytes <= 16 * MIB for event in seen)
+    assert [event.lacking_bytes for event in seen] == [4 * MIB] * 3
     assert "are not in memory (host_budget_bytes has no room" in caplog.text
     assert caplog.text.count("This is told once") == 1
 
 
 def test_a_state_that_goes_through_in_parts_is_not_kept() -> None:
-    store, run = MemoryStore(), Run()
+    store, run = MemoryStore(), Run(width=700)
     with opened(store, run) as ckpt:
         run.step()
         pool = ckpt._engine.stager.pool
-        pool.set_budget(16 * MIB)
+        pool.set_budget(12 * MIB)
         for step in (1, 2):
             ckpt.save_now(step).wait(SHORT_S)
             assert newest(ckpt).memory is None
@@ -164,7 +165,7 @@ def saved(store: MemoryStore, steps: int = 2) -> Run:
     return run
 
 
-@pytest.mark.parametrize("how", [{}, {"overlap": True}, {"atomic": True}, {"weights_only": False}, {"step": 1}])
+@pytest.mark.parametrize("how", [{}, {"overlap": True}, {"atomic": True}, {"step": 1}])
 def test_what_was_restored_is_a_base(how: dict[str, Any]) -> None:
     store = MemoryStore()
     saved(store)
@@ -214,10 +215,10 @@ def test_a_restore_needs_no_memory_that_a_save_needs() -> None:
     run = Run()
     with opened(store, run) as ckpt:
         pool = ckpt._engine.stager.pool
-        pool.set_budget(48 * MIB)  # a snapshot takes 24 at most
+        pool.set_budget(16 * MIB)  # a snapshot takes 8
         ckpt.restore()
         assert newest(ckpt).memory is not None
-        pool.set_budget(28 * MIB)
+        pool.set_budget(12 * MIB)
         ckpt.restore()
         assert newest(ckpt).memory is None
         assert share_of(newest(ckpt), store, "stored") == 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,3 +127,30 @@ def test_a_checkpointer_stores_them_as_nothing() -> None:
     told = [event for event in seen if isinstance(event, events.DeltasUsed)]
     assert [event.raw_bytes["cast"] for event in told] == [2 * sum(SIZES)] * 2
     check_all(store)
+
+
+def test_copies_that_rest_with_their_masters_carry_nothing() -> None:
+    """Where digests alone tell: the copies' rows name their masters' rows in the new index."""
+    run = Run(MemoryStore(), keeps=None)
+    state = same_names(masters()[:3])
+    run.save(1, state)
+    rows = run.transforms()
+
+    class Blind:
+        """Gives no chunk but in its turn."""
+
+        def __init__(self, source: Any) -> None:
+            self._source = source
+
+        def peek(self, number: int, scratch: Any) -> Any:
+            return contextlib.nullcontext()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._source, name)
+
+    form = sealed(state)
+    for step in (2, 3):
+        run.save(step, replace(form, source=Blind(form.source)))
+        assert run.stored_bytes == 0
+        assert Counter(run.transforms()) == Counter(rows)
+    check_all(run.job.repository.store)

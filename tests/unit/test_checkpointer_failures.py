@@ -71,15 +71,18 @@ def test_a_failed_save_reaches_the_next_call_and_harms_nothing(store: HeldStore)
         ckpt.step(1)
         ckpt.wait()
         store.failing = StoreUnavailableError
+        training.step()
         ckpt.step(2)
         with pytest.raises(StoreUnavailableError, match="as the test wants"):
             ckpt.wait()
         store.failing = None
         assert living(store) == [1]
+        training.step()
         ckpt.step(3)  # going on is allowed
         ckpt.wait()
         assert living(store) == [3, 1]
         store.failing = StoreUnavailableError
+        training.step()
         ckpt.step(4)
         with pytest.raises(StoreUnavailableError):
             ckpt.close()
@@ -106,6 +109,7 @@ def test_leaving_by_an_exception_saves_nothing_new_and_shows_the_original(store:
         ckpt.step(1)
         ckpt.wait()
         store.failing = StoreUnavailableError
+        training.step()
         ckpt.step(2)
         raise ZeroDivisionError
     assert living(store) == [1]
@@ -195,8 +199,10 @@ def test_latest_valid_passes_over_damage_and_records_it(store: HeldStore) -> Non
 
 
 def test_damage_that_a_list_finds_names_the_newest_complete_step(store: HeldStore) -> None:
-    with checkpointer(store, keep=None) as ckpt:
+    training = Training()
+    with checkpointer(store, training, keep=None) as ckpt:
         for step in (1, 2):
+            training.step()
             ckpt.step(step)
             ckpt.wait()
     store.delete(next(info.key for info in store.list("data/000001-000000000002-000/")))

@@ -58,9 +58,9 @@ def model(value: float) -> torch.nn.Linear:
     return made
 
 
-def trained(store: Store, steps: int = 2) -> Checkpointer:
-    """A training job under way; the weights of each step are its number."""
-    net = model(0.0)
+def trained(store: Store, steps: int = 2, net: torch.nn.Linear | None = None) -> Checkpointer:
+    """A training job under way; the weights of each step are its number. net: what is trained."""
+    net = net or model(0.0)
     job = Checkpointer(store, {"model": net}, every=None, spot=None, keep=None)
     job.restore()
     for step in range(1, steps + 1):
@@ -114,7 +114,8 @@ def retire_all_but_the_newest(store: MemoryStore) -> None:
 @pytest.mark.parametrize("moment", ["votes", "data", "gone"])
 def test_who_wants_the_newest_gets_what_is_newest_when_it_was_retired_meanwhile(moment: str) -> None:
     store = MemoryStore()
-    job = trained(store, 1)
+    net = model(0.0)
+    job = trained(store, 1, net)
     reading = ReadOnlyStore(store)
     done: list[bool] = []
 
@@ -122,6 +123,8 @@ def test_who_wants_the_newest_gets_what_is_newest_when_it_was_retired_meanwhile(
         wanted = ("get", "votes/") if moment == "votes" else ("get_into", "data/")
         if not done and verb == wanted[0] and key.startswith(wanted[1]):
             done.append(True)
+            torch.nn.init.constant_(net.weight, 2)
+            torch.nn.init.constant_(net.bias, 2)  # nothing of step 1 is needed any more
             job.save_now(2).wait(SHORT_S)
             retire_all_but_the_newest(store)
             if moment == "gone":

@@ -25,10 +25,9 @@ from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
 from fastckpt.upkeep.check.container import check_container
-from fastckpt.upkeep.compact.stored_state import stored_state
 from fastckpt.upkeep.export import export
 from fastckpt.upkeep.salvage import salvage
-from tests.support.deltas import chain, chain_state, save_on
+from tests.support.deltas import chain, chain_state, save_again
 from tests.support.repositories import begin, commit_of, flip, load, save_shared, shared
 from tests.support.states import same
 from tests.support.straight import ReadStore, addresses, all_straight, plain
@@ -56,12 +55,6 @@ def opened(store: Store, state: dict[str, Any]) -> Checkpointer:
     return Checkpointer(store, state, every=None, spot=None, options=OPTIONS)
 
 
-def on(store: Store, step: int, like: Commit, parent: Commit, casts: dict[str, str] | None = None) -> Commit:
-    """A save against a checkpoint, of the state that another checkpoint has."""
-    states = [stored_state(open_vote(store, like.vote(rank)), OPTIONS) for rank in range(like.world)]
-    return save_on(store, parent, step, states, casts=casts)
-
-
 @pytest.fixture(scope="module")
 def saved() -> tuple[dict[str, bytes], dict[str, Any]]:
     """Step 3 is the state of step 2, against step 1: the objects of the store, and the state."""
@@ -72,7 +65,9 @@ def saved() -> tuple[dict[str, bytes], dict[str, Any]]:
             for step in (1, 2):
                 train(state)
                 ckpt.save_now(step).wait()
-    commit = on(store, 3, commit_of(store, 2), commit_of(store, 1), {f"w.{name}": f"m.{name}" for name in state["w"]})
+    commit = save_again(
+        store, 3, commit_of(store, 2), commit_of(store, 1), {f"w.{name}": f"m.{name}" for name in state["w"]}
+    )
     found = set(open_vote(store, commit.vote(0)).records["transform"].tolist())
     assert found >= {Transform.SUBPACK, Transform.CAST}, found
     return {one.key: store.get(one.key) for one in store.list("")}, plain(
@@ -204,7 +199,7 @@ def test_ranks_that_share_what_they_hold_alike() -> None:
 
     first = save_shared(store, 1, 1, states(1))
     second = save_shared(store, 1, 2, states(2))
-    third = on(store, 3, second, first)
+    third = save_again(store, 3, second, first)
     for rank in range(2):
         reader = open_rank(store, third, rank)
         assert Transform.SUBPACK in reader.records["transform"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastckpt.errors import CheckpointError, CorruptCheckpointError
+from fastckpt.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
 from fastckpt.format import keys, records
 from fastckpt.format.digest import crc64nvme, digest
 from fastckpt.format.directory import FileEntry
@@ -29,6 +29,7 @@ from fastckpt.upkeep.compact.elsewhere import compact_to
 from fastckpt.upkeep.mirror.mirror import mirror
 from fastckpt.upkeep.mirror.plan import MirrorAsked
 from fastckpt.upkeep.prefetch import prefetch
+from fastckpt.upkeep.salvage.chunks import bad_chunks
 from tests.support.deltas import chain, chain_state
 from tests.support.repositories import OPTIONS, check_all, commit_of, flip, keys_of, place_vote, read
 from tests.support.states import same
@@ -201,6 +202,26 @@ def test_keys_outside_of_data_are_refused_by_every_reader(key: str) -> None:
     with pytest.raises(CorruptCheckpointError, match="file table"):
         try_commit(store, save)
     assert commit_key(save.checkpoint) not in keys_of(store, keys.COMMITS)
+
+
+def test_what_is_made_from_a_chunk_of_a_newer_version_is_told_and_not_read() -> None:
+    store, target = MemoryStore(), MemoryStore()
+    chain(store, 3)
+
+    def newer(reader: Reader) -> None:
+        row = int(np.flatnonzero(reader.records["transform"] == Transform.SUBPACK)[0])
+        reader.records["transform"][records.base_of(reader.records[row])[0]] = 10
+
+    commit = _vote(store, newer)
+    report = checked(store)
+    assert states_of(report)[9] == "unsupported"
+    assert "newer fastckpt" in report.not_checked[0]
+    with pytest.raises(UnsupportedFormatError):
+        read(store, commit)
+    with pytest.raises(UnsupportedFormatError):
+        compact_to(store, target, options=OPTIONS)
+    salvaged = bad_chunks(open_vote(store, commit.vote(0)), range(len(open_vote(store, commit.vote(0)).records)), 1)
+    assert len(salvaged) >= 2
 
 
 ACTS: dict[str, Callable[[Store, Store, Path], Any]] = {

@@ -62,6 +62,7 @@ def check_container(source: Source, progress: Callable[[int, int], None] = lambd
         report.not_checked.append(
             f"chunk {number}: transform {name} (affects {', '.join(reader.tensors_of(number)[:3])})"
         )
+    unread = records.unreadable(reader.records)  # and what is made from them
     out = np.empty(MAX_RAW_BYTES, np.uint8)
     for number in range(report.chunks):
         progress(number, report.chunks)

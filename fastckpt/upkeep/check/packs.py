@@ -210,7 +210,7 @@ class _PackCheck:
                 continue  # listed by the check of the votes
             self._claims.add(rank, reader.directory)
             rows = _Rows(reader)
-            unread = set(records.unsupported(reader.records))
+            unread = records.unreadable(reader.records)
             by_file: dict[int, list[int]] = defaultdict(list)
             for number, file in enumerate(reader.records["file"].tolist()):
                 if number not in unread:

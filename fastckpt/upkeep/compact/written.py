@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
-from itertools import zip_longest
+from collections.abc import Callable
 
 from fastckpt._types import Progress
-from fastckpt.errors import CorruptCheckpointError, Damage, SaveError
+from fastckpt.errors import SaveError
 from fastckpt.format.keys import SaveId, parse_pack
 from fastckpt.format.repository_records import Commit, Parent
 from fastckpt.options import Options
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import list_votes, open_vote
 from fastckpt.store.base import Store
+from fastckpt.upkeep.compact.comparing import require_same
 from fastckpt.upkeep.compact.stored_state import stored_state
 from fastckpt.upkeep.mirror.plan import COMPACT
 from fastckpt.writing.rank import SaveAsked, SaveRequest, upload
@@ -57,7 +57,12 @@ def write_again(
         state = stored_state(old, options, ADVICE, done)
         with contextlib.closing(state.source):
             upload(state, target, request, options, uplink=uplink)
-        _require_same(old, _written(target, save, rank), save)
+        new = _written(target, save, rank)
+        require_same(old, new, save)
+        if not is_full(new, save):
+            raise SaveError(
+                f"{new.source.name} names packs of other saves: a fault of fastckpt, please report it. Nothing is committed"
+            )
 
 
 def _counted(progress: Progress, total: int) -> Callable[[int], None]:
@@ -81,44 +86,6 @@ def _written(store: Store, save: SaveId, rank: int) -> Reader:
     raise SaveError(
         f"{store.url}: the vote of rank {rank} was placed and is gone: somebody deletes what is written. Nothing is committed"
     )
-
-
-def _require_same(old: Reader, new: Reader, save: SaveId) -> None:
-    """SaveError unless the new index says of every byte the same as the old one, and needs only its own packs."""
-    damage = []
-    parts: tuple[tuple[str, object, object], ...] = (
-        ("skeleton", old.skeleton, new.skeleton),
-        ("tensors", old.directory.tensors, new.directory.tensors),
-        ("storages", _forms(old), _forms(new)),
-    )
-    for what, before, now in parts:
-        if before != now:
-            damage.append(Damage("vote", what, "as in the checkpoint that was read", "a difference"))
-    for number in range(len(old.directory.storages) if not damage else 0):
-        for was, found in zip_longest(_digests(old, number), _digests(new, number)):
-            if was is None or found is None or was[:2] != found[:2]:
-                break  # cut at other places: there is nothing to compare, and the encoder has digested verified bytes
-            if was != found:
-                damage.append(Damage("vote", f"storage {number}, byte {was[0]}", was[2].hex(), found[2].hex()))
-    if not is_full(new, save):
-        damage.append(Damage("vote", "file table", "packs of this save alone", "others"))
-    if damage:
-        cause = CorruptCheckpointError(new.source.name, damage)
-        raise SaveError(
-            f"step {save.step} was not written again: what was written differs from what was read. Nothing is committed. Run it once "
-            "more; if it fails again, a memory of this machine may be faulty"
-        ) from cause
-
-
-def _forms(reader: Reader) -> list[tuple[object, ...]]:
-    return [(s.dtype, s.n_bytes, s.location, s.extents is None, s.shares, s.print) for s in reader.directory.storages]
-
-
-def _digests(reader: Reader, storage: int) -> Iterator[tuple[int, int, bytes]]:
-    """Position, length of the chunk and its digest, of each piece of a storage."""
-    for piece in reader.pieces(storage):
-        record = reader.records[piece.chunk]
-        yield piece.position - piece.offset, int(record["raw_bytes"]), record["digest"].tobytes()
 
 
 __all__ = ["is_full", "needs_others", "write_again"]

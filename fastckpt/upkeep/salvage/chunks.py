@@ -32,7 +32,7 @@ def bad_chunks(
 
     progress: called on any of the threads, but only on one at a time, with chunks done and chunks in all.
     """
-    unread = set(records.unsupported(reader.records))
+    unread = records.unreadable(reader.records)
     bad: dict[int, Damage] = {}
     lock, stop, done = threading.Lock(), threading.Event(), 0
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastckpt.errors import SaveError, TornSnapshotError
+from fastckpt.errors import BaseLostError, SaveError, TornSnapshotError
 from fastckpt.format.digest import digest
 from fastckpt.snapshot import FencedTensors, KnownPrints, Snapshot, Stager, fingerprint_op, unchanged
 from fastckpt.snapshot.side_stream import SideStream
@@ -219,6 +219,18 @@ def test_without_device_memory_all_is_copied(gpu: torch.device, caplog: pytest.L
     ]
     assert run.train_and_save() == [], "nothing to compare with"
     assert run.train_and_save() == frozen(run)
+
+
+@on("eager")
+def test_a_save_that_has_lost_its_base_ends(gpu: torch.device) -> None:
+    run = Run(gpu)
+    run.train_and_save()
+    snapshot = run.save()
+    snapshot.fence()
+    assert run.write(snapshot) == frozen(run)
+    with pytest.raises(BaseLostError, match="step 2 was not saved: a part of it was not copied"):
+        snapshot.raw(frozen(run)[0], np.empty(4 * MIB, np.uint8))
+    snapshot.close()
 
 
 @on("eager", "starve_copies")
