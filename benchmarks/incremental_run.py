@@ -117,7 +117,8 @@ def long_run(given: dict[str, Any]) -> dict[str, Any]:
     """All saves, and the checks between them."""
     run, form, root = begin(given), given["form"], Path(given["work"]) / "run"
     store = Clocked(LocalStore(root))
-    saves, checks = [], []
+    saves: list[dict[str, Any]] = []
+    checks: list[dict[str, Any]] = []
     reading = Reading(given, root)
     keep = fastckpt.Keep(last=KEEP)
     with fastckpt.Checkpointer(store, run.objects(form), every=None, spot=None, keep=keep) as checkpointer:
