@@ -20,7 +20,7 @@ CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl) csrc/compile_flags.txt
 CSRC_FORMATTED := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl csrc/*/*.cpp)
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-long-run bench-many-ranks bench-objects bench-resharding bench-rivals bench-scale bench-stall bench-storage clean
+.PHONY: help system venv native demo demo-s3 test test-slow test-matrix test-gpu gpu-checklist gpu-node wheelhouse wheels check fmt lint types docs bench bench-codec bench-first-contact bench-host bench-incremental bench-long-run bench-many-ranks bench-objects bench-resharding bench-rivals bench-scale bench-stall bench-storage clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,9 @@ bench-first-contact: venv ## measure what somebody meets who tries it: import, f
 
 bench-host: venv ## measure what the call of save costs for each of 10,000 storages
 	$(PY) benchmarks/host_time.py $(ARGS)
+
+bench-incremental: venv bench-rivals ## what each save adds, and what restores take, with deltas: real training, against moonclip (ARGS="--only pairs")
+	$(PY) benchmarks/incremental.py $(ARGS)
 
 bench-long-run: venv ## measure whether a run's age costs anything: 2,000 saves, retention and fresh readers
 	$(PY) benchmarks/long_run.py $(ARGS)

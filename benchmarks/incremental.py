@@ -64,6 +64,7 @@ def measured(args: argparse.Namespace) -> output.Result:
         rounds=args.rounds,
         saves=args.saves,
         jobs=args.jobs,
+        run_s=args.run_seconds,
         stall_size=args.stall_size,
         quick=args.quick,
         cache=Path(args.cache),
@@ -124,6 +125,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=1, help="of each contender (default 1)")
     parser.add_argument("--saves", type=int, help="of each long run (default 200, with --quick 12)")
     parser.add_argument("--stall-size", default="21m", help="of the model in the group stall (default 21m)")
+    parser.add_argument(
+        "--run-seconds", type=float, default=600, help="a long run ends then, with fewer saves (default 600)"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="long runs at once (default 2)")
     everything, tasks = list(GROUPS), list(changing.TASKS)
     parser.add_argument(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import in_process
+from benchmarks.processes import LIMIT, in_process
 from benchmarks.workloads import changing
 
 
@@ -26,6 +26,8 @@ class Lab:
     """Of each long run."""
     jobs: int
     """Long runs at once."""
+    run_s: float
+    """After so many seconds a long run ends, with fewer saves."""
     stall_size: str
     """Of the model that trains while it is saved (benchmarks/workloads/gpt.py)."""
     quick: bool
@@ -65,6 +67,7 @@ class Lab:
             self.work / f"{module}-{asked.get('task', '')}.json",
             python=self.rivals if rival else sys.executable,
             variables=variables,
+            limit_s=LIMIT + self.run_s,
         )
         self.load_averages += [found["load_average"]] if "load_average" in found else []
         return found

@@ -44,12 +44,32 @@ def markdown(result: Result, image: str = "") -> str:
         "",
         *(f"* {note}" for note in NOTES),
         "",
+        *by_kind(result),
         "## Settings",
         "",
         *tables.settings_lines(result["contenders"]),
         "",
     ]
     return "\n".join(lines)
+
+
+def by_kind(result: Result) -> list[str]:
+    """What to expect of each kind of training: bytes of a save as a share of a whole one."""
+    gaps = result["settings"].get("gaps", [])
+    rows = []
+    for what, contenders in result["samples"].items():
+        group, _, task = what.partition(": ")
+        found = [one["forms"] for one in contenders.get("fastckpt", []) if "forms" in one]
+        for form in found[0] if group == "pairs" and found else []:
+            own = [one[form] for one in found]
+            full = min(first["bytes"] for one in own for first in one["first"])
+            shares = [min(one["gaps"][str(gap)]["bytes"] for one in own) / full for gap in gaps]
+            sizes = [f"{own[0]['raw_bytes'] / 1e6:.0f} MB", f"{full / 1e6:.1f} MB"]
+            rows.append(tables.row([task, form, *sizes, *(f"{100 * share:.3g} %" for share in shares)]))
+    if not rows:
+        return []
+    head = tables.head(["training", "form", "raw", "whole checkpoint", *(f"{gap} steps later" for gap in gaps)])
+    return ["## By kind of training: bytes of a save, of a whole checkpoint", "", *head, *rows, ""]
 
 
 def write(path: Path) -> list[Path]:

@@ -117,12 +117,16 @@ def long_run(given: dict[str, Any]) -> dict[str, Any]:
     """All saves, and the checks between them."""
     run, form, root = begin(given), given["form"], Path(given["work"]) / "run"
     store = Clocked(LocalStore(root))
-    saves, checks = [], []
+    saves: list[dict[str, Any]] = []
+    checks: list[dict[str, Any]] = []
     reading = Reading(given, root)
     keep = fastckpt.Keep(last=KEEP)
     with fastckpt.Checkpointer(store, run.objects(form), every=None, spot=None, keep=keep) as checkpointer:
         checkpointer.restore()
+        end_s = time.monotonic() + given["run_s"]
         for number in range(1, given["saves"] + 1):
+            if time.monotonic() > end_s and checks:
+                break
             began = time.perf_counter()
             run.step()
             stepped = time.perf_counter()

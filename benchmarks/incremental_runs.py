@@ -48,7 +48,7 @@ def one(lab: Lab, task: str) -> dict[str, Any]:
     work = lab.empty(f"run-{task}")
     asked = {"task": task, "form": form, "states": states, "cache": str(lab.cache), "quick": lab.quick}
     asked |= {"saves": lab.saves, "check": max(1, lab.saves // CHECKS), "work": str(work)}
-    asked |= {"threads": 1 if lab.jobs > 1 else 2}
+    asked |= {"run_s": lab.run_s, "threads": 1 if lab.jobs > 1 else 2}
     found = lab.worker("incremental_run", asked)
     shutil.rmtree(work, ignore_errors=True)
     return found
@@ -74,7 +74,8 @@ def rows_of(task: str, found: dict[str, Any]) -> list[Row]:
             unit="×",
             bar=STORE_BAR,
             against={"one full checkpoint, MB": full / 1e6, "last": worst[-1]},
-            note=f"a save adds {sum(added) / len(added) / 1e6:.1f} MB on average, so that a grace of n saves holds n × that",
+            note=f"{len(found['saves'])} saves; one adds {sum(added) / len(added) / 1e6:.1f} MB on average, "
+            "and a grace of n saves holds n times as much",
         ),
     ]
 

@@ -27,6 +27,7 @@ def in_process(
     python: str = sys.executable,
     before: Sequence[str] = (),
     variables: Mapping[str, str] | None = None,
+    limit_s: float = LIMIT,
 ) -> dict[str, Any]:
     """Runs a module in a process of its own, with `out` as its last argument; the JSON object that it writes there.
 
@@ -39,10 +40,10 @@ def in_process(
     command = [*before, python, "-m", module, *arguments, str(out)]
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit_s, check=False
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"{arguments[0]}: no end after {LIMIT} s"}
+        return {"error": f"{arguments[0]}: no end after {limit_s:.0f} s"}
     if done.returncode != 0 or not out.exists():
         words = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return {"error": f"{arguments[0]}: exit code {done.returncode}: {words[:300]}", "stderr": done.stderr[-4000:]}
