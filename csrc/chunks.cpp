@@ -208,9 +208,9 @@ int read_chunk(fastckpt_context* context, const Stored& stored, u8* scratch, siz
     const u8* frame = read_frame(stored, chunk, scratch, &status);
     if (!frame) return status;
     u8 found[16];
-    status = fastckpt_decode(context, frame, chunk.stored_bytes, has_base(chunk) ? at(chunk.base) : nullptr,
-                             chunk.raw_bytes, chunk.transform, chunk.lane_bytes, chunk.pack_bits, raw,
-                             chunk.is_base ? nullptr : found);
+    status =
+        fastckpt_decode(context, frame, chunk.stored_bytes, has_base(chunk) ? at(chunk.base) : nullptr, chunk.raw_bytes,
+                        chunk.transform, chunk.lane_bytes, chunk.pack_bits, raw, chunk.is_base ? nullptr : found);
     if (status || chunk.is_base) return status;
     return std::memcmp(found, chunk.digest, 16) ? FASTCKPT_DAMAGED : FASTCKPT_OK;
 }

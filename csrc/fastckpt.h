@@ -1,9 +1,9 @@
 /* The C interface of fastckpt's native kernels and codec.
  *
  * Rules for every function: the caller owns all buffers and keeps them unchanged during the call; sources and
- * destinations do not overlap, but for a base that is decoded in place; bytes need no alignment, arrays of uint64_t have theirs; nothing is allocated. Functions
- * without a context may be called by any number of threads at once; a context belongs to one thread at a time. Every
- * status but FASTCKPT_OK leaves the destination undefined.
+ * destinations do not overlap, but for a base that is decoded in place; bytes need no alignment, arrays of uint64_t
+ * have theirs; nothing is allocated. Functions without a context may be called by any number of threads at once; a
+ * context belongs to one thread at a time. Every status but FASTCKPT_OK leaves the destination undefined.
  *
  * Every number and pointer is checked before memory is touched, except that a buffer is trusted to be as long as the
  * caller says: null where bytes are expected is FASTCKPT_BAD_ARGUMENT, a length beyond PTRDIFF_MAX is

@@ -151,7 +151,8 @@ bool FrameSink::runs(unsigned slot, const u8* bytes, size_t n, bool last) {
     // What plain codes would take, and all that these literals take at least.
     const auto plain = static_cast<size_t>(static_cast<double>(n) * of_all.coded_bits() / 8);
     const size_t most = capacity() < plain ? capacity() : plain;
-    if (static_cast<double>(n_literals) * bits / 8 + static_cast<double>(n_runs) > static_cast<double>(most)) return false;
+    if (static_cast<double>(n_literals) * bits / 8 + static_cast<double>(n_runs) > static_cast<double>(most))
+        return false;
     size_t size = 0;
     const bool coded = n_literals >= kMinLiterals && bits <= kRawBits && histogram.distinct >= 2 &&
                        has_table(slot, histogram, bits, context_.literals, n_literals);
@@ -191,8 +192,8 @@ bool FrameSink::block(bool last, unsigned kind, size_t n, const u8* data, size_t
 bool FrameSink::build(unsigned slot, const Histogram& histogram) {
     if (current_ == static_cast<int>(slot)) current_ = -1;
     Slot& known = context_.slots[slot];
-    // Rare symbols of differences are counted as often as a code of 11 bits is worth: so hardly any code gets longer, and
-    // cutting those that do took up to 14 % more.
+    // Rare symbols of differences are counted as often as a code of 11 bits is worth: so hardly any code gets longer,
+    // and cutting those that do took up to 14 % more.
     const u32 least = delta_ ? (histogram.total + 2047) / 2048 : 0;
     u32 counts[256];
     for (unsigned s = 0; s < 256; ++s) {

@@ -30,7 +30,8 @@ constexpr size_t kStreamRoom = kStripeLanes / 4 * kMaxCodeBits / 8 + 8 + kSlack;
 static_assert(kStreamRoom >= (kStripeLanes / 4 * kMaxCodeBits + 1) / 8 + 8, "each put stores 8 bytes at its cursor");
 
 constexpr size_t kMinHuffman = 1024;
-constexpr size_t kMinLiterals = 256;  // of literals between runs: each of four streams has 8 bytes, as the decoder wants
+constexpr size_t kMinLiterals =
+    256;  // of literals between runs: each of four streams has 8 bytes, as the decoder wants
 constexpr size_t kNoRoom = ~size_t{0};
 
 // How a lane becomes the integer whose bytes are the planes (docs/format.md, sections 4.3 and 4.4).

@@ -16,7 +16,7 @@ namespace {
 constexpr size_t kPiece = 64, kEvery = 4096;
 constexpr size_t kDeltaPiece = 256, kDeltaEvery = 8192, kLineEvery = 1024;
 constexpr unsigned kPackBits[4] = {1, 2, 4, 8};
-constexpr size_t kManyBytes = 32768;  // of a plane: counted by halves
+constexpr size_t kManyBytes = 32768;                  // of a plane: counted by halves
 constexpr double kRawBits = 7.6, kZeroPieces = 0.08;  // as in frame_sink.cpp
 constexpr size_t kMinRow = 16;
 
@@ -135,9 +135,7 @@ double code_bits(const u32* counts, double zero) {
     return bits > 8 ? 8 : bits;
 }
 
-double geometric_bits(double mean) {
-    return mean > 0 ? (mean + 1) * std::log2(mean + 1) - mean * std::log2(mean) : 0;
-}
+double geometric_bits(double mean) { return mean > 0 ? (mean + 1) * std::log2(mean + 1) - mean * std::log2(mean) : 0; }
 
 Counts counted(const u8* bytes, size_t n) {
     Histogram histogram;
@@ -156,8 +154,7 @@ double run_bits(const Counts& counts, const Zeros& zeros, double n, double place
     const double total = static_cast<double>(counts.total);
     const double zero = counts.of[0] - (in_runs - runs) * total;
     double bits = literals * raw_if_many(code_bits(counts.of, zero > 0 ? zero : 0));
-    if (runs > 0)
-        bits += runs * (geometric_bits(in_runs / runs - kMinRun) + geometric_bits(literals / runs - 2));
+    if (runs > 0) bits += runs * (geometric_bits(in_runs / runs - kMinRun) + geometric_bits(literals / runs - 2));
     return bits;
 }
 
@@ -177,8 +174,8 @@ double plane_bits(const u8* bytes, size_t n, size_t row) {
 
 // The pieces of raw and base, one after the other, in the context; returns their bytes.
 size_t gather(fastckpt_context& context, const u8* raw, const u8* base, size_t n_bytes) {
-    const size_t every = n_bytes < 64 * kDeltaEvery ? (n_bytes < 64 * kDeltaPiece ? kDeltaPiece : kDeltaEvery / 8)
-                                                    : kDeltaEvery;
+    const size_t every =
+        n_bytes < 64 * kDeltaEvery ? (n_bytes < 64 * kDeltaPiece ? kDeltaPiece : kDeltaEvery / 8) : kDeltaEvery;
     size_t n = 0;
     for (size_t at = 0; at < n_bytes; at += every) {
         const size_t left = n_bytes - at, size = left < kDeltaPiece ? (at ? 0 : left) : kDeltaPiece;

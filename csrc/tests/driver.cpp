@@ -238,7 +238,7 @@ void some_chunk(Random& r, const Way& way, unsigned kind, size_t lanes, Bytes& r
         for (size_t i = 0; i < lanes; ++i) raw[i * way.w + way.w - 1] &= 0x7f;
     if (!way.delta()) return;
     base = raw;
-    const size_t far = r.one_in(4) ? 1 : 5 + r.below(500), 
+    const size_t far = r.one_in(4) ? 1 : 5 + r.below(500),
                  spread = r.one_in(3) ? 1 : size_t{1} << r.below(10);  // 1: most lanes equal their base
     for (size_t i = 0; i < lanes; ++i) {
         uint64_t x = lane_at(base, i, way.w);
