@@ -34,7 +34,8 @@ typedef unsigned char byte;
 
 constexpr word kStepA = 0x9E3779B97F4A7C15ull, kStepB = 0xC2B2AE3D27D4EB4Full;  // odd: no place's key comes twice
 
-// MurmurHash3's finaliser. The shift is 33, so that the signs of two float32 (bits 63 and 31) do not fall on each other.
+// MurmurHash3's finaliser. The shift is 33, so that the signs of two float32 (bits 63 and 31) do not fall on each
+// other.
 FASTCKPT_BOTH word mixed(word x) {
     x ^= x >> 33;
     x *= 0xFF51AFD7ED558CCDull;

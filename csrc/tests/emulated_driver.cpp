@@ -26,8 +26,8 @@ extern "C" int cuGetErrorString(int status, const char** text) {
 }
 
 extern "C" int cuLaunchKernel(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
-                              unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream,
-                              void** arguments, void** extra) {
+                              unsigned block_y, unsigned block_z, unsigned shared_bytes, void* stream, void** arguments,
+                              void** extra) {
     if (!function || grid_y != 1 || grid_z != 1 || block_x != fingerprint::kThreads || block_y != 1 || block_z != 1 ||
         shared_bytes || stream != reinterpret_cast<void*>(0x5) || extra)
         return 1;  // CUDA_ERROR_INVALID_VALUE
