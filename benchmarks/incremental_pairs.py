@@ -13,7 +13,7 @@ GROUP = "pairs"
 RIVAL = "moonclip"
 BARS = {"pre-training": (0.97, 0.94), "fine-tuning": (0.93, 0.905), "copy": (0.87, 0.85)}
 """Of bytes against the rival: one step apart, and ten or more."""
-CPU_BAR, PROMISE_BAR, WEIGHTS_BAR, FEW_BAR = 1 / 3, 1.02, 0.70, 1.05
+CPU_BAR, PROMISE_BAR, WEIGHTS_BAR, FEW_BAR, COPY_BAR = 1 / 3, 1.02, 0.70, 1.05, 0.001
 FEW = ("lora", "frozen")
 """Tasks of which most stays as it was."""
 
@@ -40,6 +40,8 @@ def measure(lab: Lab) -> list[Row]:
         lab.keep(f"{GROUP}: {task}", "analyze", lab.worker("incremental_promise", asked))
         for form in folders:
             rows += rows_of(task, form, lab.gaps, Samples(lab, task, form))
+        if "fp32" in folders and "copy" in folders and task.startswith("pretraining"):
+            rows += working_copy_row(task, Samples(lab, task, "fp32"), Samples(lab, task, "copy"))
     return rows
 
 
@@ -153,6 +155,27 @@ def few_row(name: str, task: str, gap: int, samples: Samples) -> list[Row]:
             unit="MB",
             bar=FEW_BAR * (changed + index) / 1e6,
             against={"changed": changed / 1e6, "index": index / 1e6},
+        )
+    ]
+
+
+def working_copy_row(task: str, alone: Samples, both: Samples) -> list[Row]:
+    """What bfloat16 copies of float32 masters add to a whole save, of their own size. Of states without zero rows: these are stored
+    differently from time to time."""
+    with_copy, without = both.full("bytes"), alone.full("bytes")
+    if with_copy is None or without is None:
+        return []
+    size = both.forms("fastckpt")[0]["raw_bytes"] - alone.forms("fastckpt")[0]["raw_bytes"]
+    indexes = (both.full("index") or 0) - (alone.full("index") or 0)
+    return [
+        row(
+            GROUP,
+            f"{task}: bfloat16 copies of masters, in packs",
+            f"≤ {100 * COPY_BAR:.1f} % of their size",
+            [100 * max(0.0, with_copy - without - indexes) / size],
+            unit="%",
+            bar=100 * COPY_BAR,
+            against={"their size, MB": size / 1e6, "more index, MB": indexes / 1e6},
         )
     ]
 
