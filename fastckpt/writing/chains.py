@@ -30,9 +30,9 @@ WORK = {
 }
 """What a raw byte takes in a restore, in units of what it takes as ROT, reading and fresh memory included.
 
-Of a difference it is what comes on top of its base, in place of which it is decoded: float32 0.33 to 0.47, second moments 0.36 to 0.46, bfloat16
-weights 0.11 to 0.7 (AVX-512, chunks of 4 MiB from the page cache, where ROT takes 1.0 to 1.4 ns a byte). To memory in use ROT takes 0.17 to
-0.28 ns, and a difference 1.2 to 2.6 times that: a restore over a live state may decode up to twice as long.
+Of a difference it is what comes on top of its base, in place of which it is decoded: float32 0.33 to 0.47, second moments 0.36 to 0.46,
+bfloat16 weights 0.11 to 0.7 (AVX-512, chunks of 4 MiB from the page cache, where ROT takes 1.0 to 1.4 ns a byte). To memory in use ROT
+takes 0.17 to 0.28 ns, and a difference 1.2 to 2.6 times that: a restore over a live state may decode up to twice as long.
 """
 _OF_TWO_BYTES = 0.7
 """Differences of lanes of two bytes take so much of that."""

@@ -36,10 +36,10 @@ class ChunkCoder:
 
     @property
     def order(self) -> Sequence[int]:
-        """The order in which chunks are best encoded."""
-        numbers = range(len(self._sealed.chunks))
-        first = frozenset[int]() if self._casting is None else self._casting.chunks
-        return numbers if not first else [*sorted(first), *(number for number in numbers if number not in first)]
+        """The order in which chunks are best encoded: copies while their masters are in memory, then what tells most about the others."""
+        copies = [] if self._casting is None else sorted(self._casting.chunks)
+        scouts = [] if self._deltas is None else self._deltas.scouts
+        return list(dict.fromkeys([*copies, *scouts, *range(len(self._sealed.chunks))]))
 
     @property
     def expected_bytes(self) -> Sequence[int] | None:

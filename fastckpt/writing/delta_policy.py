@@ -136,6 +136,15 @@ def plan(known: Known, packs: Packs, read_amplification: float) -> Plan:
     )
 
 
+def scouts(known: Known) -> list[int]:
+    """One chunk of each role of which nothing is known. What comes of it tells how much the others will need, so that poor differences of
+    one role need not leave room for others that turn out to be none.
+    """
+    tried = np.flatnonzero(known.is_guess & known.may_differ)
+    _, first = np.unique(known.role[tried], return_index=True)
+    return sorted(tried[first].tolist())
+
+
 def _within(known: Known, keeps: Mask, gain: Amounts, read: tuple[Amounts, float], work: tuple[Amounts, float]) -> Mask:
     """Those of the chunks `keeps` whose extra costs stay within both rooms."""
     weights = []

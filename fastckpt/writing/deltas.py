@@ -28,7 +28,7 @@ from fastckpt.kernels.checksums import digest
 from fastckpt.kernels.transform import HAS_BASE
 from fastckpt.writing.bases import Base, Place
 from fastckpt.writing.chains import work_of
-from fastckpt.writing.delta_policy import LEAST_GAIN, Balance, plan
+from fastckpt.writing.delta_policy import LEAST_GAIN, Balance, plan, scouts
 from fastckpt.writing.foresight import foresee
 from fastckpt.writing.index_rows import Kind
 from fastckpt.writing.matching import match
@@ -70,6 +70,8 @@ class Deltas:
         self.chunks: Counter[str] = Counter()
         """How many chunks became what: equal, difference, full."""
         self.raw_bytes: Counter[str] = Counter()
+        self.scouts = scouts(seen.known)
+        """Chunks that are best encoded first."""
         self.expected_bytes: list[int] = np.minimum(seen.known.delta_bytes, seen.known.raw_bytes).astype(int).tolist()
         """Of each chunk the bytes that it is likely to store."""
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastckpt.writing.delta_policy import MAX_DEPTH, Balance, Known, Packs, plan
+from fastckpt.writing.delta_policy import MAX_DEPTH, Balance, Known, Packs, plan, scouts
 
 MIB = 1 << 20
 RAW_BYTES = 4 * MIB
@@ -68,10 +68,12 @@ class Run:
         return [self._save() for _ in range(n)]
 
     def _save(self) -> Checkpoint:
-        balance = Balance(plan(self._known(), self._packs(), self._amplification)) if self._step else None
+        known = self._known() if self._step else None
+        balance = Balance(plan(known, self._packs(), self._amplification)) if known is not None else None
         self._open = {}
         full_bytes = stored = n_full = 0.0
-        for number, chunk in enumerate(self.chunks):
+        for number in dict.fromkeys([*(scouts(known) if known is not None else []), *range(len(self.chunks))]):
+            chunk = self.chunks[number]
             full, delta, rests = self._sizes(chunk.kind)
             full_bytes += full
             if balance is None or not self._is_kept(balance, number, chunk, full, delta, rests):
