@@ -258,7 +258,7 @@ def _plan_work(reader: Reader, wanted: Sequence[int], threads: int, reads: Reads
     rows = reader.records[rows_needed(wanted, chains)]
     sources = [reader.sources[file] for file in np.unique(rows["file"][rows["stored_bytes"] > 0]).tolist()]
     if chains:
-        reads = reads.with_chains()
+        reads = reads.with_chains(has_window=window_bytes is not None)
         window_bytes = None if window_bytes is None else min(window_bytes, reads.window_bytes)
     reads = reads._replace(at_once=min(reads.at_once, _reads_at_once(sources)))
     are_files = kernels().read_chunks is not None and all(source.is_file for source in sources)

@@ -114,7 +114,9 @@ def test_a_load_keeps_within_its_extra_memory(threads: int, extra_bytes: int, co
     assert least * reads.at_once <= reads.buffers_bytes
     taken = options.load_threads * DECODER_BYTES + reads.at_once * (2 << 20) + reads.buffers_bytes + reads.window_bytes
     assert taken <= options.load_extra_bytes
-    chains = reads.with_chains()
-    assert chains.buffers_bytes + chains.parked_bytes == reads.buffers_bytes
-    assert chains.window_bytes + chains.scratch_bytes == reads.window_bytes
+    for has_window in (True, False):
+        chains = reads.with_chains(has_window=has_window)
+        parts = chains.buffers_bytes, chains.parked_bytes, chains.window_bytes, chains.scratch_bytes
+        assert sum(parts) == reads.buffers_bytes + reads.window_bytes
+        assert bool(chains.window_bytes) == has_window
     assert min(chains) >= 0
