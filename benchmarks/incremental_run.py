@@ -28,6 +28,8 @@ from benchmarks import incremental_states as states
 from benchmarks.processes import answer
 from benchmarks.storage_contenders.base import tensors_of
 from benchmarks.workloads import changing
+from fastckpt.repository.collector import Collector
+from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import GRACE_S
 from fastckpt.store.base import ObjectInfo, Store
 from fastckpt.store.local import LocalStore
@@ -113,6 +115,13 @@ def begin(given: dict[str, Any]) -> changing.Run:
     return run
 
 
+def living_bytes(store: Store) -> int:
+    """Bytes of the packs that living checkpoints need: what is left once the grace of all others is over, and a pass has gone by."""
+    view = Collector(Repository(store)).look()
+    own = {key for commit in view.living.values() for key in view.packs[commit.save]}
+    return sum(store.head(key).n_bytes for key in own | set(view.needed or ()))
+
+
 def long_run(given: dict[str, Any]) -> dict[str, Any]:
     """All saves, and the checks between them."""
     run, form, root = begin(given), given["form"], Path(given["work"]) / "run"
@@ -136,6 +145,7 @@ def long_run(given: dict[str, Any]) -> dict[str, Any]:
             store.pass_time(GRACE_S + 60)
             checkpointer.wait()
             found |= {"store_bytes": sum(states.files(root).values()), "step_s": stepped - began}
+            found |= {"living_bytes": living_bytes(store)}
             saves.append({**found, "save_s": time.perf_counter() - stepped})
             if number % given["check"] == 0:
                 state = run.state(form)

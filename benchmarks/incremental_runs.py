@@ -60,7 +60,8 @@ def rows_of(task: str, found: dict[str, Any]) -> list[Row]:
     name, checks = f"{task}, {found['form']}", found["checks"]
     full = min(check["full"]["stored"] for check in checks)
     settled = found["saves"][min(SETTLED, len(found["saves"]) - 1) :]
-    worst = [save["store_bytes"] / full for save in settled]
+    worst = [save["living_bytes"] / full for save in settled]
+    most = max(save["store_bytes"] for save in settled) / full
     added = [save["bytes"] for save in found["saves"][1:]]
     return [
         ratio_row(f"{name}: a restore's stored bytes read", READ_BAR, checks, "read", "MB"),
@@ -74,7 +75,8 @@ def rows_of(task: str, found: dict[str, Any]) -> list[Row]:
             unit="×",
             bar=STORE_BAR,
             against={"one full checkpoint, MB": full / 1e6, "last": worst[-1]},
-            note=f"{len(found['saves'])} saves; one adds {sum(added) / len(added) / 1e6:.1f} MB on average, "
+            note=f"{len(found['saves'])} saves; right after a pass, with the checkpoint that it has just retired, {most:.2f} ×; "
+            f"one adds {sum(added) / len(added) / 1e6:.1f} MB on average, "
             "and a grace of n saves holds n times as much",
         ),
     ]

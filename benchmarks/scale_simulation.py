@@ -288,10 +288,10 @@ class Save:
     def _fakes(self) -> Iterator[None]:
         real = joint_commit.commit_votes
 
-        def commit_votes(store: Any, votes: Sequence[Vote]) -> Commit:
+        def commit_votes(store: Any, votes: Sequence[Vote], seen_s: float | None = None) -> Commit:
             if self.plan.dies_before_put and self.now.rank == 0:
                 raise Died
-            return real(store, votes)
+            return real(store, votes, seen_s)
 
         def read_vote(store: Any, name: VoteName, listed: Any = None) -> Vote:
             store.get(vote_key(name))

@@ -183,13 +183,19 @@ def words_as_numbers(vocabulary: int, characters: int | None) -> Tensor:
     return torch.from_numpy(np.fromiter((known.get(word, 0) for word in words), np.int64, len(words)))
 
 
+def _order(optimizer: torch.optim.Optimizer, weights: Weights) -> list[str]:
+    """Names of the weights, in the order in which an optimizer numbers them."""
+    names = {id(tensor): name for name, tensor in weights.items()}
+    return [names[id(tensor)] for group in optimizer.param_groups for tensor in group["params"]]
+
+
 class Run:
     """One training. precision: "mixed": float32 masters and their bfloat16 copy; "bf16": bfloat16 weights and moments."""
 
     def __init__(self, task: Task, precision: str) -> None:
         torch.manual_seed(SEED)
         self.task, self.number = task, 0
-        weights = task.weights()
+        weights = dict(sorted(task.weights().items()))
         own = torch.float32 if precision == "mixed" else torch.bfloat16
         self.copy = {n: t.bfloat16() for n, t in weights.items()} if precision == "mixed" else None
         self.masters = {n: t.to(own) for n, t in weights.items()}
@@ -223,7 +229,13 @@ class Run:
         for mine, found in ((self.masters, everything["masters"]), (self.copy or {}, everything["copy"] or {})):
             for name, tensor in mine.items():
                 tensor.copy_(found[name])
-        self.optimizer.load_state_dict(everything["optimizer"])
+        trained = {
+            n: t for n, t in everything["masters"].items() if self.task.trains(n)
+        }  # in the order of that process
+        then = _order(self.task.optimizer(trained), trained)
+        found = {name: everything["optimizer"]["state"][i] for i, name in enumerate(then)}
+        state = {i: found[name] for i, name in enumerate(_order(self.optimizer, self.trained))}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         self.number = number
 
     def objects(self, form: str) -> dict[str, Any]:

@@ -91,7 +91,10 @@ def test_rows_of_a_long_run_judge_the_worst_checkpoint() -> None:
     worse = {**check, "read": 170.0}
     found = {
         "form": "fp32",
-        "saves": [{"bytes": 50, "store_bytes": 300}, {"bytes": 40, "store_bytes": 460}],
+        "saves": [
+            {"bytes": 50, "store_bytes": 320, "living_bytes": 300},
+            {"bytes": 40, "store_bytes": 480, "living_bytes": 460},
+        ],
         "checks": [{"save": 1, "ours": check, "full": check}, {"save": 2, "ours": worse, "full": check}],
     }
     rows = incremental_runs.rows_of("lora", found)
