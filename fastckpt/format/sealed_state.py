@@ -25,9 +25,15 @@ from fastckpt.format.shares import GroupClaim
 
 
 class ChunkSource(Protocol):
-    """The bytes of one state's chunks, in host memory. `raw` and `release` may be called by any thread, each chunk once and in order;
-    neither of them for a chunk that is `known`.
+    """The bytes of one state's chunks, in host memory. `raw` and `release` may be called by any thread, each chunk once, and in the order
+    of their numbers unless `any_order`; neither of them for a chunk that is `known`.
     """
+
+    @property
+    def any_order(self) -> bool:
+        """Whether chunks may be asked for in any order, and peeked at. False: memory holds only some of them at a time, and gets the next
+        ones when those before them are released: who asks for a later one first waits for ever.
+        """
 
     def known(self, number: int) -> bytes | None:
         """The digest of a chunk that was not copied, because it equals the base's chunk that it is matched with (`writing.matching`).

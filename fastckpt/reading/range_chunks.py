@@ -138,7 +138,8 @@ class RangeChunks:
 
     def _together(self, range_: Range, rooms: Sequence[Room], file: int, stored: U8 | None) -> dict[int, float]:
         """Read chunks by one native call. Returns those that are whole, and the seconds that each took."""
-        if self._native is None:  # since the call before this one
+        native = self._native
+        if native is None:  # since the call before this one; and another thread may find so during this one
             return {}
         records = self._reader.records[list(range_.chunks)]
         start = self._position(range_) - range_.start if stored is None else -range_.start
@@ -148,7 +149,7 @@ class RangeChunks:
         if not readable.all():
             table = table[readable]
         outcomes = np.zeros(len(table), OUTCOME)
-        self._native(file, stored, table, outcomes)
+        native(file, stored, table, outcomes)
         if len(outcomes) and (outcomes["status"] == FOREIGN).all():
             self._native = None  # of another writer, so the rest is, too
         whole = np.flatnonzero(readable)[outcomes["status"] == OK].tolist()

@@ -34,7 +34,7 @@ class Ring:
             self._chunks[self._slot_of[number].slab].append(number)
         self._unread = [len(chunks) for chunks in self._chunks]
         """For each slab, the number of its chunks that have not been released."""
-        self._is_whole = len(slabs) == len(self._slab_bytes)
+        self.is_whole = len(slabs) == len(self._slab_bytes)
         """All slabs exist from the beginning."""
         self._read_from: set[int] = set()
         """Slabs that the encoder has begun to read: they stay until it has finished with them."""
@@ -74,7 +74,7 @@ class Ring:
     def hold(self, copy: Copy) -> bool:
         """Keep the slab of a chunk until one more `release`. False: it is in no slab any more, or the slabs are used again meanwhile."""
         slab = self.slab_of(copy)
-        if not self._is_whole or slab not in self._slabs:
+        if not self.is_whole or slab not in self._slabs:
             return False
         self._unread[slab] += 1
         return True

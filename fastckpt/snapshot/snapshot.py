@@ -94,6 +94,7 @@ class Snapshot:
             places = dict(zip(plan.order, plan.layout.slots, strict=True))
             self.base = BaseSlabs(pool.bases, places, [copy.n_bytes for copy in self._copies])
         self._ring = Ring(pool, plan, slabs, self.base)
+        self.any_order = self._ring.is_whole  # see `ChunkSource`
         self._watch = TearWatch(captured, fenced, fingerprints, step, unchanged)
         self._progress = progress = Progress(captured, settings.target, step)
         order = [self._copies[number] for number in plan.order]

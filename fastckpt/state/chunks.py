@@ -19,6 +19,8 @@ from fastckpt.state.chunking import Cuts, StorageShape
 class LiveChunks:
     """A `ChunkSource` of the live state: sealed by its owner's word not to change it until the save is done, or `stop` has returned."""
 
+    any_order = True
+
     def __init__(self, captured: Captured, cuts: Cuts | None = None) -> None:
         self.cuts = cuts or cuts_of(captured)
         self._captured = captured

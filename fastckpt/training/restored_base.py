@@ -74,12 +74,12 @@ class RestoredBase:
         placed = _placed(found, captured, cuts)
         sealed, parent = seal(captured), Parent(found.commit.checkpoint, found.commit.digest)
         form = sealed.storages, sealed.tensors, sealed.chunks
-        base = Base(parent, *form, placed.places, placed.records, placed.files, None, time.monotonic())
+        digests = placed.digests(cuts)
+        base = Base(parent, *form, placed.places, placed.records, placed.files, None, time.monotonic(), digests)
         self._bases.restored(base)
         plan = self._plan(captured, cuts)
         if plan is None:
             return
-        digests = placed.digests(cuts)
         if found.together is not None:
             put_together = _PutTogether(found, captured, prints)
             self._fill(base, plan, cuts, put_together, digests)
@@ -129,9 +129,9 @@ class RestoredBase:
             snapshot.close()
 
     def _fill(
-        self, base: Base, plan: CopyPlan, cuts: Cuts, put_together: _PutTogether, digests: Mapping[int, bytes]
+        self, base: Base, plan: CopyPlan, cuts: Cuts, put_together: _PutTogether, digests: dict[int, bytes]
     ) -> None:
-        """Keep the chunks of tensors that were put together, and are still what they were."""
+        """Keep the chunks of tensors that were put together, and are still what they were. digests: gets those of chunks without one."""
         pool = self._stager.pool
         slabs = pool.take_all(plan.layout.slab_bytes, plan.for_device)
         if slabs is None:
@@ -143,7 +143,7 @@ class RestoredBase:
                 chunk = cuts.chunks[number]
                 target = slabs[slot.slab].array[slot.offset : slot.offset + chunk.n_bytes]
                 known = base.places[number] is not None and put_together.read(chunk, target)
-                if not known or (number in digests and digest(target) != digests[number]):
+                if not known or (theirs := digest(target)) != digests.setdefault(number, theirs):
                     memory.disown(number)
             for number, slab in enumerate(slabs):
                 memory.keep(number, slab)

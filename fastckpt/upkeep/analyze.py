@@ -114,6 +114,10 @@ class _Measured:
         self.entropy_bytes = np.zeros(len(sealed.chunks))
         self.state = replace(sealed, source=self)
 
+    @property
+    def any_order(self) -> bool:
+        return self._inner.any_order
+
     def known(self, number: int) -> bytes | None:
         return None
 

@@ -6,9 +6,9 @@ committed checkpoint ─→ Base ─→ next save: equal chunks are named again,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from fastckpt._types import U8
@@ -51,6 +51,8 @@ class Base:
     memory: BaseBytes | None = None
     seen_s: float = 0.0
     """time.monotonic() at which the checkpoint was last known to live."""
+    digests: Mapping[int, bytes] = field(default_factory=dict)
+    """Of chunks that are not one whole row, by number: the digest of the bytes that `memory` was given."""
 
 
 class Uploaded(NamedTuple):

@@ -53,7 +53,7 @@ class Casting:
     def __init__(self, sealed: SealedState, known: MutableMapping[Name, Name], rank: int = 0) -> None:
         """known: first names of copies → those of their masters: kept from save to save, and added to here."""
         self._sealed, self._known = sealed, known
-        self._candidates = candidates(sealed, known)
+        self._candidates = candidates(sealed, known) if sealed.source.any_order else {}
         self._pieces: dict[int, list[_Piece]] = {}
         self._masters: dict[int, list[_Piece]] = {}
         """The pieces of each float32 storage that may be a master, in order."""

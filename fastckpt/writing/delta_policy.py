@@ -24,6 +24,10 @@ from fastckpt.writing.chains import Amounts, Mask, Numbers
 
 _MOST_WORK = 1.45
 _MOST_PACKS = 2.3
+_SMALL_BYTES = 1 << 20
+MOST_SMALL = 1000
+"""Most packs below `_SMALL_BYTES` that a checkpoint names; larger ones are few by the third cap. Each costs a restore a request, and
+retention a line of its listings."""
 MAX_DEPTH = 32
 """Longest chain that is made; the format allows 64."""
 _STEP = 1.4
@@ -117,6 +121,9 @@ def plan(known: Known, packs: Packs, read_amplification: float) -> Plan:
     keeps = _within(known, keeps, gain, (bytes_kept, room_bytes), (work_kept, room_work))
     renew = _freed(known, packs, keeps)
     keeps &= ~renew
+    few = _fewer(known, packs, keeps)
+    renew |= few
+    keeps &= ~few
     extra_bytes, extra_work = np.where(keeps, bytes_kept, 0), np.where(keeps, work_kept, 0)
     own_bytes = np.where(keeps, known.delta_bytes, known.full_bytes)
     named = np.bincount(packs.pack[keeps[packs.chunk]], minlength=packs.n_bytes.size) > 0
@@ -191,6 +198,26 @@ def _freed(known: Known, packs: Packs, keeps: Mask) -> Mask:
             continue
         renew[rows] = True
         total += costs - packs.n_bytes[number]
+    return renew
+
+
+def _fewer(known: Known, packs: Packs, keeps: Mask) -> Mask:
+    """Chunks to be written anew so that no more than `MOST_SMALL` small packs are named: of packs for which that takes least."""
+    alive = keeps[packs.chunk]
+    chunk, pack = packs.chunk[alive], packs.pack[alive]
+    users = np.bincount(pack, minlength=packs.n_bytes.size)
+    is_small = packs.n_bytes < _SMALL_BYTES
+    renew = np.zeros(keeps.size, bool)
+    if np.count_nonzero(is_small & (users > 0)) < MOST_SMALL:  # with that of this save
+        return renew
+    takes = np.where(keeps, known.full_bytes - known.delta_bytes, 0)
+    cost = np.where(is_small & (users > 0), np.bincount(pack, takes[chunk], packs.n_bytes.size), np.inf)
+    for number in np.argsort(cost, kind="stable").tolist():
+        if np.count_nonzero(is_small & (users > 0)) < MOST_SMALL:
+            break
+        rows = np.unique(chunk[pack == number])
+        renew[rows] = True
+        users = np.bincount(pack[~renew[chunk]], minlength=users.size)
     return renew
 
 

@@ -115,7 +115,10 @@ class Deltas:
         if not is_equal and (effort == codec.Effort.NONE or not self._may_differ(number)):
             return self._full(number, raw, out, effort)
         theirs = self._digest(number, place)
-        if theirs is not None and digest(old) != theirs:  # a bit of that memory has flipped: nothing may be built on it
+        known = self._base.digests.get(self._chunk_of[number]) if theirs is None else theirs
+        if known is None and not is_equal:
+            return self._full(number, raw, out, effort)
+        if known is not None and digest(old) != known:  # a bit of that memory has flipped: nothing may be built on it
             logger.warning(
                 "what memory keeps of chunk %d of step %d has changed", number, self._base.parent.checkpoint.step
             )

@@ -47,6 +47,8 @@ from fastckpt.store.memory import MemoryStore
 from fastckpt.writing.rank import SaveAsked, SaveRequest, upload
 
 class Given:
+    any_order = True
+
     def __init__(self, chunks, torn=False):
         self.chunks, self.torn, self.released = chunks, torn, []
 

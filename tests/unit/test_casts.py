@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastckpt
-from fastckpt import events
+from fastckpt import Checkpointer, Options, events
 from fastckpt.store.memory import MemoryStore
 from fastckpt.writing.casts import candidates
 from tests.support.delta_runs import OPTIONS, Run
@@ -154,3 +154,17 @@ def test_copies_that_rest_with_their_masters_carry_nothing() -> None:
         assert run.stored_bytes == 0
         assert Counter(run.transforms()) == Counter(rows)
     check_all(run.job.repository.store)
+
+
+def test_copies_of_a_state_that_goes_through_the_budget_in_parts() -> None:
+    """Its chunks come in their order alone: who asks for the copies first waits for masters that nobody has read."""
+    master = torch.randn(6 << 20)
+    state = {"a": {"w": master}, "b": {"w": master.bfloat16()}}
+    options = Options(threads=1, connections=1, host_budget_bytes=40 << 20, max_stall_s=2.0)
+    assert options.snapshot_bytes < sum(one["w"].nbytes for one in state.values())
+    store = MemoryStore()
+    with Checkpointer(store, {"state": state}, every=None, spot=None, options=options) as ckpt:
+        commit = ckpt.save_now(1).wait()
+    found = read(store, commit)["state"]
+    assert torch.equal(found["a"]["w"], master)
+    assert torch.equal(found["b"]["w"], state["b"]["w"])

@@ -18,7 +18,8 @@ from fastckpt.errors import NoCheckpointError
 from fastckpt.format import keys
 from fastckpt.host import pages
 from fastckpt.kernels import kernels
-from fastckpt.reading import sources
+from fastckpt.kernels.chunk_table import table_of
+from fastckpt.reading import range_chunks, sources
 from fastckpt.reading.sources import PathSource
 from fastckpt.reading.workers import WAITING_THREADS
 
@@ -140,6 +141,30 @@ def test_a_disk_is_told_ahead_and_waited_for_by_a_few_threads_more(
     assert most <= 2 + waits * WAITING_THREADS
     assert bool(told) is waits
     assert len(told) == len(set(told)), "the system was told twice"
+
+
+def test_a_thread_finds_foreign_frames_while_others_read(
+    file: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a thread's look at the native kernel and its call of it, another one has given it up."""
+    path, state = file
+    readers: list[Any] = []
+    own = range_chunks.RangeChunks.__init__
+
+    def init(self: Any, *args: Any) -> None:
+        own(self, *args)
+        readers.append(self)
+
+    def table(*args: Any) -> Any:
+        readers[-1]._native = None
+        return table_of(*args)
+
+    monkeypatch.setattr(range_chunks.RangeChunks, "__init__", init)
+    monkeypatch.setattr(range_chunks, "table_of", table)
+    loaded = fastckpt.load(path)
+    assert readers
+    assert readers[-1]._native is None
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
 
 
 def test_arguments_that_play_no_part_are_told_at_the_line_of_the_call(tmp_path: Path) -> None:

@@ -94,6 +94,8 @@ def _element_of(storage: StorageEntry) -> ElementType:
 class StoredChunks:
     """A `ChunkSource` of a stored index. Any thread; a chunk may be asked for again."""
 
+    any_order = True
+
     def __init__(
         self, reader: Reader, numbers: Sequence[int], options: Options, advice: str, done: Callable[[int], None]
     ) -> None:

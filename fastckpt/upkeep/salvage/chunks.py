@@ -115,6 +115,8 @@ class SalvagedChunks:
     cuts: where the new container's storages are cut. stored_as: number of a new storage → its number in the old index.
     """
 
+    any_order = True
+
     def __init__(self, cuts: Cuts, stored: StoredBytes, stored_as: Mapping[int, int]) -> None:
         self.cuts = cuts
         self._stored = stored
