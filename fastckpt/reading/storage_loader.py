@@ -28,7 +28,7 @@ from fastckpt.errors import CorruptCheckpointError, Damage, ObjectNotFoundError,
 from fastckpt.kernels import kernels
 from fastckpt.kernels.transform import MAX_RAW_BYTES
 from fastckpt.reading.chain_chunks import Allowance, ChainChunks
-from fastckpt.reading.chains import Chain, Together, bases_of, plan_chains
+from fastckpt.reading.chains import Chain, Together, plan_chains
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.reading.hedging import Hedging
 from fastckpt.reading.jobs import Job, Jobs, plan_jobs, rows_needed
@@ -230,11 +230,9 @@ class StorageLoader:
         found = set(self._damage)
         records = self._reader.records
         scratch = np.empty(MAX_RAW_BYTES, np.uint8)
-        bases = {base for some in bases_of(records).values() for base in some}
-        for chunk in range(len(records)):
-            if chunk not in bases:  # which are read with what needs them
-                damage = self._reader.read_chunk(chunk, scratch[: int(records["raw_bytes"][chunk])])
-                found |= set() if damage is None else {damage}
+        for chunk in range(len(records)):  # bases too: of what needs them, only the first that is damaged is found
+            damage = self._reader.read_chunk(chunk, scratch[: int(records["raw_bytes"][chunk])])
+            found |= set() if damage is None else {damage}
         raise CorruptCheckpointError(self._reader.source.name, sorted(found, key=lambda item: item.place))
 
 

@@ -135,18 +135,17 @@ class Saver:
         state. After the first save: allocate that of the next one, while the first one's bytes are kept. Errors here are left for the save
         to raise.
         """
-        if self._prepared:
-            if self._prepared == 1 and self._queue.bases.memory is not None:
-                self._prepared = 2
-                self._stager.prepare_next()
-            return
-        self._prepared = 1
-        if self.counts.saves:
-            return
-        try:
-            self._stager.prepare(*self._live.look(), self._fence.fenced())
-        except Exception as error:
-            logger.info("nothing could be prepared for the first save: %s: %s", type(error).__name__, error)
+        if not self._prepared:
+            self._prepared = 1
+            if not self.counts.saves:
+                try:
+                    self._stager.prepare(*self._live.look(), self._fence.fenced())
+                except Exception as error:
+                    logger.info("nothing could be prepared for the first save: %s: %s", type(error).__name__, error)
+                return
+        if self._prepared == 1 and self._queue.bases.memory is not None:
+            self._prepared = 2
+            self._stager.prepare_next()
 
     def wait_for_step(self, step: int) -> None:
         """Wait for the end of a save of this step that is under way. Its error is told as that of any other."""

@@ -107,7 +107,7 @@ def test_memory_of_what_waits_is_bounded(seed: int, depth: int, limit_bytes: int
         patched.setattr(Parking, "bring", watched)
         patched.setattr(Allowance, "held", watched_held)
         patched.setattr(
-            Reads, "with_chains", lambda self: self._replace(parked_bytes=limit_bytes, scratch_bytes=limit_bytes)
+            Reads, "with_chains", lambda self, **_: self._replace(parked_bytes=limit_bytes, scratch_bytes=limit_bytes)
         )
         assert filled(rows.vote(Counted(MemoryStore()), storages)) == expected
     assert max(parked) <= limit_bytes
@@ -144,6 +144,18 @@ def test_what_goes_to_a_device_takes_one_room_at_a_time(seed: int, depth: int, i
         reader = rows.vote(MemoryStore() if is_remote else LocalStore(folder), storages)
         sinks = {n: OneRoom(one.n_bytes) for n, one in enumerate(reader.directory.storages)}
         assert filled(reader, sinks) == expected  # type: ignore[comparison-overlap]
+
+
+def test_each_missing_row_of_one_chain_is_found() -> None:
+    """A row that is wanted itself lies behind another missing one in the chain of a third."""
+    rows, storages, _ = small_world(178875959, 5)
+    store = MemoryStore()
+    reader = rows.vote(store, storages)
+    file = int(reader.records["file"][19])
+    store.delete(reader.files[file - 1].key)
+    with pytest.raises(CorruptCheckpointError) as caught:
+        filled(reader)
+    assert {name for one in caught.value.damage for name in one.tensors} == set(reader.tensors_of_file(file))
 
 
 @given(_SEEDS, st.integers(1, 5), st.booleans(), st.data())

@@ -15,9 +15,10 @@ from fastckpt.format import directory, directory_columns, directory_reader
 from fastckpt.format.directory import Directory, Extent, FileEntry, GlobalPlace, Share, StorageEntry, TensorEntry
 from fastckpt.format.keys import CheckpointId, SaveId, commit_key
 from fastckpt.format.tensor_names import ReprKey
+from fastckpt.format.vote import Vote
 from fastckpt.repository.commit import list_votes, read_vote, try_commit
 from fastckpt.store.memory import MemoryStore
-from fastckpt.writing.chunk_writer import ChunkWriter
+from fastckpt.writing import rank
 from fastckpt.writing.packing import PackingWriter
 from fastckpt.writing.packs import PackWriter
 from tests.support.repositories import begin, check_all, keys_of, vote
@@ -54,8 +55,12 @@ def test_who_has_placed_it_commits_what_others_would(store: MemoryStore) -> None
 
 def change_directory(change: Callable[[Directory], Directory]) -> Callable[[pytest.MonkeyPatch], None]:
     def switch(patch: pytest.MonkeyPatch) -> None:
-        right = ChunkWriter.directory
-        patch.setattr(ChunkWriter, "directory", lambda writer: change(right(writer)))
+        right = rank.build_vote
+
+        def wrong(save: SaveId, listed: Directory, *rest: Any) -> tuple[Vote, bytes]:
+            return right(save, change(listed), *rest)
+
+        patch.setattr(rank, "build_vote", wrong)
 
     return switch
 
