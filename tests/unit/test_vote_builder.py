@@ -18,7 +18,7 @@ from fastckpt.format.tensor_names import ReprKey
 from fastckpt.format.vote import Vote
 from fastckpt.repository.commit import list_votes, read_vote, try_commit
 from fastckpt.store.memory import MemoryStore
-from fastckpt.writing import rank
+from fastckpt.writing import rank, vote_builder
 from fastckpt.writing.packing import PackingWriter
 from fastckpt.writing.packs import PackWriter
 from tests.support.repositories import begin, check_all, keys_of, vote
@@ -55,7 +55,7 @@ def test_who_has_placed_it_commits_what_others_would(store: MemoryStore) -> None
 
 def change_directory(change: Callable[[Directory], Directory]) -> Callable[[pytest.MonkeyPatch], None]:
     def switch(patch: pytest.MonkeyPatch) -> None:
-        right = rank.build_vote
+        right = vote_builder.build_vote
 
         def wrong(save: SaveId, listed: Directory, *rest: Any) -> tuple[Vote, bytes]:
             return right(save, change(listed), *rest)
