@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,12 +56,11 @@ def files(folder: Path) -> dict[str, int]:
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int]]:
-    for path in sorted(folder.rglob("*")):
-        try:
-            if path.is_file():
+    for root, _, names in os.walk(folder):  # what retention deletes meanwhile is left out
+        for name in sorted(names):
+            path = Path(root) / name
+            with contextlib.suppress(FileNotFoundError):
                 yield path, path.stat().st_size
-        except FileNotFoundError:  # retention was faster
-            continue
 
 
 def added(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:

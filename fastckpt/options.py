@@ -97,7 +97,7 @@ class Options:
     """Whether a save of a Checkpointer names chunks of the checkpoint before it that have not changed, and stores differences where
     they are smaller. For differences the bytes of that checkpoint stay in memory, as far as they fit the budget beside a snapshot. False:
     every checkpoint is whole by itself."""
-    read_amplification: float = 1.55
+    read_amplification: float = 1.53
     """How many times the stored bytes of a whole checkpoint a restore may read because of differences, at least 1. More: smaller saves;
     less: faster restores."""
     host_budget_bytes: int = 0
