@@ -167,7 +167,8 @@ FC_INLINE size_t pack_many(const u8* raw, const u8* base, size_t lanes, u8* pack
         __m512i values;
         if constexpr (w == 2) {
             const __m256i low = pack_some16<bits>(x, b, escapes, end);
-            values = _mm512_inserti64x4(_mm512_castsi256_si512(low), pack_some16<bits>(x + 64, b + 64, escapes, end), 1);
+            values =
+                _mm512_inserti64x4(_mm512_castsi256_si512(low), pack_some16<bits>(x + 64, b + 64, escapes, end), 1);
         } else {
             values = _mm512_castsi128_si512(pack_some32<bits>(x, b, escapes, end));
             values = _mm512_inserti32x4(values, pack_some32<bits>(x + 64, b + 64, escapes, end), 1);

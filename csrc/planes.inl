@@ -370,7 +370,6 @@ void cast(const u8* __restrict wide, size_t lanes, u8* __restrict narrow) {
 
 bool cast_differs(const u8* narrow, const u8* wide, size_t lanes) {
     u32 differ = 0;
-    for (size_t i = 0; i < lanes; ++i)
-        differ |= u32{load_lane<u16>(narrow + 2 * i)} ^ rounded(load32(wide + 4 * i));
+    for (size_t i = 0; i < lanes; ++i) differ |= u32{load_lane<u16>(narrow + 2 * i)} ^ rounded(load32(wide + 4 * i));
     return differ != 0;
 }
