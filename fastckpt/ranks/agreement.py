@@ -221,13 +221,14 @@ class Agreement:
         if rank >= N_DECIDERS or waited_s < rank:
             return None
         group = f"answer/{number}"
-        answers = None
-        if self._board.n_joined(group) >= size:
+        answers, silent = None, None
+        if waited_s >= VOID_S:
+            silent = missing_members(self._board, group, size, _SHOWN + 1)
+        if silent == [] or self._board.n_joined(group) >= size:
             answers = self._board.get_all([member_key(group, member) for member in range(size)])
         if answers is not None:
             decision = _decided(number, wish, [json.loads(answer) for answer in answers])
-        elif waited_s >= VOID_S:
-            silent = missing_members(self._board, group, size, _SHOWN + 1)
+        elif silent:
             why = f"no answer of ranks {_some(silent)} within {VOID_S:g} s"
             decision = Decision(number, wish, None, why=why)
         else:

@@ -66,7 +66,9 @@ class Board(Protocol):
         ...
 
     def n_joined(self, group: str) -> int:
-        """How many members have joined a group: exact or, after answers that were lost, too many."""
+        """How many members have joined a group: exact, or too many after answers that were lost, or too few if a member has died between
+        its value and its count: then `missing_members` names nobody.
+        """
         ...
 
     def delete(self, keys: Sequence[str]) -> None:

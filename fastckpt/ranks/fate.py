@@ -40,7 +40,7 @@ class Fate:
         self._board.join(f"{self._at}/votes", self._world.rank, json.dumps(summary).encode())
 
     def all_voted(self) -> bool:
-        """Whether no vote is missing, as far as they were counted."""
+        """Whether no vote is missing, as far as they were counted: see `Board.n_joined`."""
         return self._board.n_joined(f"{self._at}/votes") >= self._world.size
 
     def votes(self) -> list[dict[str, Any]] | None:
@@ -50,7 +50,7 @@ class Fate:
         return None if found is None else [json.loads(one) for one in found]
 
     def missing(self, most: int) -> list[int]:
-        """The first ranks that have not voted."""
+        """The first ranks that have not voted, counted or not."""
         return missing_members(self._board, f"{self._at}/votes", self._world.size, most)
 
     def commit(self) -> str | None:

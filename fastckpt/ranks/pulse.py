@@ -45,12 +45,12 @@ class Pulse:
 
 
 class Listener:
-    """Hears the beats of others, by its own clock: clocks of machines differ. For one thread."""
+    """Hears the beats of others, by its own clock: clocks of machines differ. Any thread; what it has heard is kept between saves."""
 
     def __init__(self, world: World, board: Board, clock: Callable[[], float] = time.monotonic) -> None:
         self._board, self._clock, self._limit_s = board, clock, silent_s(world.size)
-        self._heard: dict[int, tuple[bytes | None, float]] = {}
-        """Rank → its last beat, and when that was new."""
+        self._heard: dict[int, tuple[bytes | None, float, float]] = {}
+        """Rank → its last beat, when that was new, and when it was listened for last."""
 
     def silent(self, ranks: Iterable[int]) -> list[int]:
         """Those that have been heard of last, or listened for first, too long ago. BoardLostError."""
@@ -59,8 +59,11 @@ class Listener:
             beat = self._board.get(f"pulse/{rank}")
             now_s = self._clock()
             known = self._heard.get(rank)
-            if known is None or known[0] != beat:
-                self._heard[rank] = (beat, now_s)
-            elif now_s - known[1] > self._limit_s:
+            # Whoever did not listen for so long cannot tell silence from a machine that stood still as a whole.
+            if known is None or known[0] != beat or now_s - known[2] > self._limit_s:
+                self._heard[rank] = (beat, now_s, now_s)
+                continue
+            self._heard[rank] = (beat, known[1], now_s)
+            if now_s - known[1] > self._limit_s:
                 found.append(rank)
         return found

@@ -37,7 +37,8 @@ class Roll:
         """come_s: seconds that ranks may come later than each other; after that they have to be heard of all the time."""
         self._world, self._board, self._come_s = world, board, come_s
         self._clock, self._sleep = clock, sleep
-        self._listener = Listener(world, board, clock)
+        self.listener = Listener(world, board, clock)
+        """Of the whole team: who is silent when a save ends is silent for the next one, too."""
         self._patience_s = min(come_s, silent_s(world.size) / 2)
         """After which it is looked for who is missing."""
         self._number = 0
@@ -71,8 +72,9 @@ class Roll:
 
     def _wait_all(self, what: str, group: str, members: list[str], *, meets: bool) -> list[Any]:
         started_s, pause_s, told = self._clock(), 0.002, False
+        missing: list[int] | None = None
         while True:
-            if self._board.n_joined(group) >= self._world.size:
+            if missing == [] or self._board.n_joined(group) >= self._world.size:
                 found = self._board.get_all(members)
                 if found is not None:
                     return [json.loads(value) for value in found]
@@ -100,7 +102,7 @@ class Roll:
 
     def _raise_if_gone(self, what: str, missing: list[int], waited_s: float, *, meets: bool) -> None:
         """RanksError for those that have died, that have never come, or that do something else while all `meets`."""
-        silent, late = self._listener.silent(missing), waited_s > self._come_s
+        silent, late = self.listener.silent(missing), waited_s > self._come_s
         living = [rank for rank in missing if self._board.get(f"pulse/{rank}") is not None]
         gone = [rank for rank in missing if (rank in silent if rank in living else late)]
         if not gone and not (meets and late and living):

@@ -35,7 +35,7 @@ from fastckpt.format.vote import Vote, replica_conflicts, save_info, save_to_jso
 from fastckpt.host.boot_clock import seconds_since_boot
 from fastckpt.ranks.board import BoardLostError
 from fastckpt.ranks.fate import Fate
-from fastckpt.ranks.pulse import Listener, silent_s
+from fastckpt.ranks.pulse import silent_s
 from fastckpt.ranks.roles import N_COMMITTERS, commit_turn, committers, share_s, watches
 from fastckpt.ranks.team import Team
 from fastckpt.repository.commit import commit_votes, create, has_all_votes, poll_commit, read_vote, try_commit
@@ -158,7 +158,7 @@ class JointCommit:
         self._store, self._team, self._fate, self._acknowledge = store, team, fate, acknowledge
         self._cancelled, self._timeout_s = cancelled, timeout_s
         self._turn = commit_turn(team.world)
-        self._listener = Listener(team.world, team.board, team.clock)
+        self._listener = team.roll.listener
         self._since, self._placed_s = _Since(), seconds_since_boot()
         self._pause_s = 0.005 if self._turn is not None else max(0.005, share_s(team.world.size, 8192))
 
@@ -310,7 +310,11 @@ class JointCommit:
             return None
         since.watched_s = waited_s
         if self._turn is not None:
-            dead = self._listener.silent(self._fate.missing(_MAX_LISTENED_TO))[:1]
+            late = self._fate.missing(_MAX_LISTENED_TO)
+            if not late:  # a rank has died when it had voted, and before it was counted
+                since.complete_s = since.complete_s or self._team.clock()
+                return None
+            dead = self._listener.silent(late)[:1]
         else:
             order = committers(world)
             silent = self._listener.silent(order)

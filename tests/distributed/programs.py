@@ -328,48 +328,6 @@ def hurry(silent_s: float = 2.5) -> None:
     pulse.BEAT_S, pulse.SILENT_S = 0.3, silent_s
 
 
-def train_until_killed(url: str, mode: str, pause_s: float = 0.05) -> None:
-    """Saves each step, and says which are durable."""
-    hurry()
-    training = Training(mode)
-    with checkpointer(url, training, every=Every(steps=1), close_timeout_s=25.0) as ckpt:
-        start = ckpt.restore()
-        said = start
-        for step in range(start, 100_000):
-            training.step(step)
-            if ckpt.step(step + 1):
-                return
-            durable = ckpt.stats.durable_step or 0
-            if durable > said:
-                said = durable
-                print(f"durable {durable}", flush=True)
-            time.sleep(pause_s)
-
-
-def die_before_commit(url: str, moment: str) -> int:
-    """One save; rank 0 dies when it has seen all votes: before the fate is decided, before the commit record is put, or after it."""
-    hurry(6.0)  # whoever commits next waits 2 s for its turn, and votes are looked for for so long
-    import signal
-
-    from fastckpt.ranks.fate import Fate
-    from fastckpt.repository import joint_commit
-
-    def die(*_: Any, **__: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if dist.get_rank() == 0:
-        if moment == "before the fate":
-            Fate.commit = die  # type: ignore[method-assign]
-        elif moment == "before the put":
-            joint_commit.commit_votes = die  # type: ignore[assignment]
-        else:
-            Fate.finish = die  # type: ignore[method-assign]
-    training = Training("plain")
-    with checkpointer(url, training, every=None) as ckpt:
-        ckpt.restore()
-        return ckpt.save_now(1).wait().save.step
-
-
 def restored_step(url: str, mode: str) -> int:
     training = Training(mode)
     with checkpointer(url, training, every=None) as ckpt:

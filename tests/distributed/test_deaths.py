@@ -20,7 +20,7 @@ import fastckpt
 from fastckpt.repository.catalog import Catalog
 from fastckpt.repository.repository import Repository
 from fastckpt.store.local import LocalStore
-from tests.distributed import programs
+from tests.distributed import deaths, programs
 from tests.support.ranks import Rank, join, run_ranks, started
 
 DECIDED_S = 30.0
@@ -38,7 +38,7 @@ def a_killed_rank(tmp_path: Path, seed: int) -> dict[str, Any]:
     agent_store = dice.random() < 0.5
     victim, at_step, then_s = dice.randrange(n), dice.randint(1, 5), dice.uniform(0, 0.2)
     url = f"{tmp_path}/{seed}"
-    with started(n, programs.train_until_killed, url, mode, agent_store=agent_store) as ranks:
+    with started(n, deaths.train_until_killed, url, mode, agent_store=agent_store) as ranks:
         ranks[victim].wait_for(f"durable {at_step}")
         time.sleep(then_s)
         ranks[victim].kill()
@@ -107,6 +107,18 @@ def record(name: str, seed: int, **figures: Any) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps({**head, **versions, **figures}, indent=1) + "\n")
 
 
+def test_a_rank_dies_between_its_vote_and_the_count(tmp_path: Path) -> None:
+    """All votes are there, and durable: the save is committed, and nobody waits until it has to be given up."""
+    url = f"{tmp_path}/run"
+    with started(3, deaths.die_uncounted, url, agent_store=True) as ranks:
+        ranks[2].process.join(60)
+        began = time.monotonic()
+        join(ranks, DECIDED_S)
+        print(f"decided in {time.monotonic() - began:.1f} s")
+        assert [rank.result for rank in ranks[:2]] == [1, 1]
+    assert run_ranks(3, programs.restored_step, url, "plain") == [1, 1, 1]
+
+
 @pytest.mark.parametrize("moment", ["before the fate", "before the put", "after the put"])
 @pytest.mark.parametrize("agent_store", [False, True])
 def test_who_commits_dies(tmp_path: Path, moment: str, agent_store: bool) -> None:
@@ -117,7 +129,7 @@ def test_who_commits_dies(tmp_path: Path, moment: str, agent_store: bool) -> Non
 def who_commits_dies(tmp_path: Path, moment: str, *, agent_store: bool) -> float:
     """Seconds until all others had their outcome."""
     url = f"{tmp_path}/run"
-    with started(3, programs.die_before_commit, url, moment, agent_store=agent_store) as ranks:
+    with started(3, deaths.die_before_commit, url, moment, agent_store=agent_store) as ranks:
         ranks[0].process.join(60)
         began = time.monotonic()
         join(ranks, DECIDED_S)

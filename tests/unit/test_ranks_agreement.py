@@ -198,6 +198,17 @@ def test_a_round_that_lacks_an_answer_is_given_up_by_name() -> None:
     assert job.ranks[1].agreement.given_up == given_up
 
 
+def test_an_answer_that_was_not_counted_is_an_answer() -> None:
+    """Its rank has died between the two: the round is not given up for the lack of nobody's answer."""
+    job = Job(2)
+    job.act(0, "interval")
+    job.board.put("answer/0/1", b'{"calls": 3, "fresh_s": null, "in_flight_s": 0.0, "has_room": true}')
+    job.act(0, "look")
+    assert job.board.get("decision/0") is None
+    job.act(0, "look", VOID_S)
+    assert [one.calls for one in job.ranks[0].agreement._due] == [4]
+
+
 def test_another_decider_where_the_first_is_silent() -> None:
     """Rank 0 has answered and then hangs: rank 1 decides a second later."""
     job = Job(3)

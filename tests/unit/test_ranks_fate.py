@@ -148,7 +148,22 @@ def test_a_rank_that_was_never_heard_of_is_given_the_same_time() -> None:
     now = [0.0]
     listener = Listener(World(0, 2), MemoryBoard(), lambda: now[0])
     assert listener.silent([1]) == []
+    now[0] = silent_s(2) / 2
+    assert listener.silent([1]) == []
     now[0] = silent_s(2) + 0.1
+    assert listener.silent([1]) == [1]
+
+
+def test_whoever_did_not_listen_knows_of_no_silence() -> None:
+    """A machine that stood still as a whole: the beats of the others did, too."""
+    now = [0.0]
+    listener = Listener(World(0, 2), MemoryBoard(), lambda: now[0])
+    assert listener.silent([1]) == []
+    now[0] = 1e4
+    assert listener.silent([1]) == []
+    now[0] += silent_s(2) / 2
+    assert listener.silent([1]) == []
+    now[0] += silent_s(2) / 2 + 0.1
     assert listener.silent([1]) == [1]
 
 
@@ -207,7 +222,9 @@ class Threads:
                 self.found[rank] = error
 
         threads = [
-            threading.Thread(target=work, args=(rank, call)) for rank, call in enumerate(calls) if call is not None
+            threading.Thread(target=work, args=(rank, call), daemon=True)
+            for rank, call in enumerate(calls)
+            if call is not None
         ]
         for thread in threads:
             thread.start()
@@ -255,6 +272,13 @@ def test_a_rank_that_never_comes_is_named_on_every_rank(monkeypatch: pytest.Monk
     found = job.run([lambda roll: roll.decide("making a Checkpointer", None, len)] * 2 + [None])
     assert all(isinstance(one, RanksError) for one in found[:2]), found
     assert all("nothing was heard of rank 2 of 3" in str(one) for one in found[:2]), found
+
+
+def test_a_rank_that_died_uncounted_has_said_what_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "SILENT_S", 0.4)
+    job = Threads(3)
+    job.board.put("roll/1/2", b'{"what": "restoring", "said": 5}')
+    assert job.run([lambda roll: roll.decide("restoring", 1, sum)] * 2 + [None])[:2] == [7, 7]
 
 
 def test_a_silent_rank_0_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
