@@ -137,6 +137,8 @@ def test_torchs_own_operators_give_the_same(monkeypatch: pytest.MonkeyPatch, bat
     assert fingerprint_op._on_any(chunks(), *KEYS).tolist() == expected()
 
 
+# torch 2.14's own check looks at `.grad` of what it has made.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 def test_torch_accepts_the_operator() -> None:
     """Over 5 s: opcheck compiles."""
     fingerprints(chunks()[:1], KEYS)
