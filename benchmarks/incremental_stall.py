@@ -87,5 +87,7 @@ def memory_row(share: float, state_bytes: int, peaks: dict[str, float]) -> Row:
         [peaks[WITH]] if WITH in peaks else [],
         unit="MB",
         bar=BAR * peaks[WITHOUT] if WITHOUT in peaks else None,
+        # A save that finds differences has two states in memory: the new one, and the one that it differs from.
+        floor=None if share or WITHOUT not in peaks else peaks[WITHOUT] + state_bytes / 1e6,
         against={"without deltas": peaks.get(WITHOUT, float("nan")), "state": state_bytes / 1e6},
     )

@@ -145,7 +145,8 @@ class Saver:
                 return
         if self._prepared == 1 and self._queue.bases.memory is not None:
             self._prepared = 2
-            self._stager.prepare_next()
+            if self.counts.saves == 1:  # the second one has brought its own: a third copy of the state would never be used
+                self._stager.prepare_next()
 
     def wait_for_step(self, step: int) -> None:
         """Wait for the end of a save of this step that is under way. Its error is told as that of any other."""

@@ -36,7 +36,7 @@ class Run:
 
 def opened(store: Any, run: Run, **settings: Any) -> Checkpointer:
     options = {"threads": 2, "connections": 1, "host_budget_bytes": 256 * MIB, **settings.pop("options", {})}
-    return Checkpointer(store, run.state, every=None, spot=None, options=Options(**options), **settings)
+    return Checkpointer(store, run.state, **{"every": None, "spot": None, "options": Options(**options), **settings})
 
 
 def bases_of(ckpt: Checkpointer) -> Bases:
@@ -141,6 +141,24 @@ def test_a_budget_for_one_snapshot_keeps_what_the_next_leaves(caplog: pytest.Log
     assert [event.lacking_bytes for event in seen] == [4 * MIB] * 3
     assert "are not in memory (host_budget_bytes has no room" in caplog.text
     assert caplog.text.count("This is told once") == 1
+
+
+@pytest.mark.parametrize("steps_between", [0, 3])
+def test_memory_is_made_for_a_base_and_a_snapshot_and_no_third_copy(steps_between: int) -> None:
+    """Also where the second save begins before a step has made its memory ahead."""
+    store, run = MemoryStore(), Run()
+    with opened(store, run, every=fastckpt.Every(steps=1)) as ckpt:
+        engine, held = ckpt._engine, []
+        for step in range(1, 5):
+            run.step()
+            ckpt.step(step)
+            ckpt.wait()
+            for _ in range(steps_between):
+                ckpt._saver.prepare()
+            engine.stager.stop_preparing()
+            held.append(engine.stager.pool.held_bytes)
+        one = sum(engine.stager._newest_sizes)
+        assert max(held) <= 2 * one, (held, one)
 
 
 def test_a_state_that_goes_through_in_parts_is_not_kept() -> None:
