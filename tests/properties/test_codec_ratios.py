@@ -69,6 +69,16 @@ def test_zero_rows_are_found_by_each_effort(effort: Effort, data: dict[str, np.n
     assert len(codec.encode(raw, 4, 4, effort=effort).stored) <= 0.3516 * raw.size
 
 
+def test_no_difference_takes_the_place_of_a_smaller_chunk(data: dict[str, np.ndarray]) -> None:
+    """Zero rows are cheap in full: what is not the base's is not worth a difference then."""
+    if kernels().name != "native":
+        pytest.skip("no native kernels: there was no compiler")
+    lanes = data["exp_avg_sq fp32, zero rows"]
+    base = np.where(lanes == 0, lanes, np.random.default_rng(5).random(lanes.size, np.float32).reshape(lanes.shape))
+    encoded = codec.encode(lanes.view(np.uint8), 4, 4, base=base.astype(np.float32).view(np.uint8))
+    assert encoded.transform is Transform.ROTU
+
+
 def test_effort_buys_size() -> None:
     rows = np.random.default_rng(3).standard_normal((64, 256), np.float32)
     rows[:, ::2] = rows[:, 1:40:2] = 0  # hardly any runs, but rows come again
