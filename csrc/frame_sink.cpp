@@ -87,7 +87,7 @@ bool FrameSink::begin(size_t content_bytes) {
 
 bool FrameSink::plane(unsigned slot, const u8* bytes, size_t n, bool top, bool last) {
     assert(slot <= kMaxPlanes && n >= 1 && n <= kBlock);
-    if (delta_ && n >= kMinHuffman && runs(slot, bytes, n, last)) return true;
+    if (n >= kMinHuffman && runs(slot, bytes, n, last)) return true;
     if (n <= part_bytes_) return part(slot, bytes, n, top, last);
     Histogram histogram;
     histogram.sample(bytes, n, clamped(n / 2048, 1, 64));

@@ -10,7 +10,7 @@ namespace fastckpt {
 class FrameSink {
 public:
     // part_bytes: a plane that compresses is cut into blocks of so many bytes, each with a table of its own where that
-    // pays. delta: zeros are looked for, as most lanes may equal their base.
+    // pays. delta: rare symbols are counted with more care, and short parts are coded, too.
     FrameSink(fastckpt_context& context, void* stored, size_t capacity, size_t part_bytes, bool delta);
 
     // All of these: false if the frame would be longer than `capacity`.

@@ -50,6 +50,19 @@ u8 pack7(const u8* bytes, size_t n, u8* packed) {
 
 void unpack7(const u8* packed, size_t n, u8* bytes) {
     size_t i = 0;
+#if FASTCKPT_AVX512
+    alignas(64) u8 sevens[64], shifts[64];  // each word: seven bytes, of which every seventh bit begins a value
+    for (unsigned k = 0; k < 64; ++k) {
+        sevens[k] = static_cast<u8>(k / 8 * 7 + k % 8);
+        shifts[k] = static_cast<u8>(k % 8 * 7);
+    }
+    const __m512i words = _mm512_load_si512(sevens), shift = _mm512_load_si512(shifts);
+    for (; i + 64 <= n; i += 64, packed += 56) {
+        const __m512i x = _mm512_maskz_loadu_epi8(~u64{0} >> 8, packed);
+        const __m512i values = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(words, x));
+        _mm512_storeu_si512(bytes + i, _mm512_add_epi8(values, values));
+    }
+#endif
     for (; i + 16 <= n; i += 8, packed += 7) {  // 16: an 8-byte load here ends within the packed bytes
         const u64 y = spread<7, 1>(load64(packed));
         std::memcpy(bytes + i, &y, 8);
@@ -300,8 +313,17 @@ size_t subunpack_lanes(const u8* packed, const u8* base, size_t lanes, const u8*
 
 size_t count_escapes(const u8* packed, size_t n_bytes, unsigned bits) {
     size_t found = 0;
+    size_t i = 0;
+#if FASTCKPT_AVX512
+    for (; bits == 4 && i + 64 <= n_bytes; i += 64) {
+        const __m512i x = _mm512_loadu_si512(packed + i), low = _mm512_set1_epi8(15);
+        const u64 one = _mm512_cmpeq_epi8_mask(_mm512_and_si512(x, low), low);
+        const u64 other = _mm512_cmpge_epu8_mask(x, _mm512_set1_epi8(static_cast<char>(0xf0)));
+        found += static_cast<size_t>(__builtin_popcountll(one) + __builtin_popcountll(other));
+    }
+#endif
     if (bits == 8) {
-        for (size_t i = 0; i < n_bytes; ++i) found += packed[i] == 0xff;
+        for (; i < n_bytes; ++i) found += packed[i] == 0xff;
         return found;
     }
     const u64 lowest = bits == 1 ? ~u64{0} : bits == 2 ? 0x5555555555555555ull : 0x1111111111111111ull;
@@ -310,7 +332,6 @@ size_t count_escapes(const u8* packed, size_t n_bytes, unsigned bits) {
         if (bits == 4) x &= x >> 2;
         return static_cast<size_t>(__builtin_popcountll(x & lowest));
     };
-    size_t i = 0;
     for (; i + 8 <= n_bytes; i += 8) found += in_word(load64(packed + i));
     u64 rest = 0;
     std::memcpy(&rest, packed + i, n_bytes - i);

@@ -158,11 +158,8 @@ double run_bits(const Counts& counts, const Zeros& zeros, double n, double place
     return bits;
 }
 
-// Bits a byte of a plane. row: bytes that lie together.
-double plane_bits(const u8* bytes, size_t n, size_t row) {
-    if (!n) return 0;
-    const Counts counts = counted(bytes, n);
-    const double plain = raw_if_many(code_bits(counts.of, counts.of[0]));
+// Bits a byte of a plane: `plain` as codes, or less as runs of zeros. row: bytes that lie together.
+double or_runs(double plain, const Counts& counts, const u8* bytes, size_t n, size_t row) {
     if (row < kMinRow || n < kMinHuffman) return plain;
     size_t pieces = 0, empty = 0;
     for (size_t i = 0; i + 16 <= n; i += 16, ++pieces) empty += !(load64(bytes + i) | load64(bytes + i + 8));
@@ -170,6 +167,13 @@ double plane_bits(const u8* bytes, size_t n, size_t row) {
     const double runs = run_bits(counts, kernels().count_zeros(bytes, n, row), static_cast<double>(n),
                                  static_cast<double>(n / row * (row - 1)));
     return runs < plain ? runs : plain;
+}
+
+// The same for a plane of a difference.
+double plane_bits(const u8* bytes, size_t n, size_t row) {
+    if (!n) return 0;
+    const Counts counts = counted(bytes, n);
+    return or_runs(raw_if_many(code_bits(counts.of, counts.of[0])), counts, bytes, n, row);
 }
 
 // The pieces of raw and base, one after the other, in the context; returns their bytes.
@@ -229,7 +233,7 @@ void sample_delta(fastckpt_context& context, const u8* raw, const u8* base, size
     for (unsigned k = 0; k < w; ++k) {
         const Counts counts = counted(planes[k], lanes);
         if (k == 0) out->rot_dominant = counts.dominant();
-        low = counts.bits();
+        low = or_runs(counts.bits(), counts, planes[k], lanes, row);
         out->rot_bits += low;
     }
     bool negative = false;

@@ -147,13 +147,14 @@ bool write_pieces(Sink& sink, unsigned slot, const u8* bytes, size_t n, bool top
     return true;
 }
 
+// out: room for n and kSlack.
 template <class Source>
-bool read_pieces(Source& source, unsigned slot, size_t n, u8* out, u8* room, bool last) {
+bool read_pieces(Source& source, unsigned slot, size_t n, u8* out, bool last) {
     for (size_t done = 0; done < n;) {
         const size_t size = n - done < kBlock ? n - done : kBlock;
-        const u8* found = source.plane(slot, size, room, last && done + size == n);
+        const u8* found = source.plane(slot, size, out + done, last && done + size == n);
         if (!found) return false;
-        std::memcpy(out + done, found, size);
+        if (found != out + done) std::memcpy(out + done, found, size);
         done += size;
     }
     return true;
@@ -197,14 +198,13 @@ int read_subpack(fastckpt_context& context, const Chunk& chunk, Source& source, 
     const size_t n_escapes = load32(head);
     if (n_escapes > chunk.lanes || content != 4 + packed_bytes + n_escapes * w || content > 2 * chunk.n_bytes + 64)
         return FASTCKPT_FOREIGN;
-    if (!read_pieces(source, kMaxPlanes, packed_bytes, context.packed, context.planes[0], !n_escapes))
-        return FASTCKPT_FOREIGN;
+    if (!read_pieces(source, kMaxPlanes, packed_bytes, context.packed, !n_escapes)) return FASTCKPT_FOREIGN;
     assert(packed_bytes <= sizeof context.packed - kSlack);
     const u8* planes[kMaxPlanes];
     for (unsigned i = 0; i < w; ++i) {
         u8* plane = context.escape_planes + i * n_escapes;
         planes[i] = plane;
-        if (!read_pieces(source, i, n_escapes, plane, context.planes[0], i == w - 1)) return FASTCKPT_FOREIGN;
+        if (!read_pieces(source, i, n_escapes, plane, i == w - 1)) return FASTCKPT_FOREIGN;
     }
     if (!source.done()) return FASTCKPT_FOREIGN;
     if (const unsigned odd = chunk.lanes * bits % 8; odd && context.packed[packed_bytes - 1] >> odd)

@@ -1,7 +1,7 @@
 """Chooses transform and coder of a chunk. Pure: from the estimate of a sample to a choice.
 
                    bits per lane           gains over 8 %?            commonest byte > ½?
-sample of 1/64 ─→  ROT(U) SUB SUBPACK ─→   a delta, else ROT     ─→   real zstd, else our Huffman (deltas: always ours)
+sample of 1/64 ─→  ROT(U) SUB SUBPACK ─→   a delta, else ROT     ─→   real zstd if it makes less than our Huffman, else ours
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class Effort(enum.IntEnum):
     FAST = 1
     """Our own Huffman frames: 2 to 4 GB/s a core."""
     NORMAL = 2
-    """Also zstd's match search where one byte value dominates (zero rows): 0.4 to 1.3 GB/s a core, for such chunks only."""
+    """Also zstd's match search where one byte value dominates, and runs of zeros are not most of the chunk: 0.4 to 1.3 GB/s a core, for
+    such chunks only.
+    """
     HIGH = 3
     """The same with zstd -9: for links under 50 MB/s a core, and for background work."""
 
@@ -32,7 +34,7 @@ class Coding(NamedTuple):
     transform: Transform
     pack_bits: int = 0
     zstd_level: int | None = None
-    """None: fastckpt's own frames."""
+    """None: fastckpt's own frames. Otherwise of zstd's match search, where it makes less than they do."""
 
 
 # A delta makes a restore read two chunks. A smaller gain is not worth that.
@@ -67,7 +69,7 @@ def choose(
             return Coding(Transform.SUBPACK if pack_bits else Transform.SUB, pack_bits)
     dominated = estimate.rot_dominant > _DOMINANT
     if dominated and level is not None:
-        return Coding(Transform.ROT, 0, level)
+        return Coding(alone, 0, level)
     if alone_bits > 8 * lane_bytes * (1 - MIN_SAVING):
         return Coding(Transform.RAW)
     return Coding(alone)

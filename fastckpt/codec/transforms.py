@@ -21,6 +21,8 @@ from fastckpt.kernels.checksums import crc64nvme, digest
 from fastckpt.kernels.reference import STRIPE_LANES
 from fastckpt.kernels.transform import HAS_FRAME, Transform
 
+_FOUND = 0.5
+"""Of the raw bytes: where our own frames take no more, their runs of zeros have found what there is, and zstd's match search finds less."""
 # XXH3 has other rules for shorter inputs; native kernels leave those to the xxhash package.
 _MIN_FUSED_BYTES = 241
 
@@ -109,12 +111,28 @@ def _smaller(
         estimate = kernels(raw.size).sample(raw, base, float_lane_bytes)
         coding = choose(estimate, float_lane_bytes, effort, min_gain)
         while coding.transform is not Transform.RAW:
-            encoded = encode_as(coding, raw, base, float_lane_bytes, out)
+            encoded = _encoded(coding, raw, base, float_lane_bytes, out)
             if encoded is not None:
                 return encoded
             # ROTU met a sign bit that the sample had missed: try ROT. Any other transform does not pay: store RAW.
             coding = Coding(Transform.ROT if coding.transform is Transform.ROTU else Transform.RAW)
     return None
+
+
+def _encoded(coding: Coding, raw: U8, base: U8 | None, lane_bytes: int, out: U8 | None) -> Encoded | None:
+    """As `encode_as`, but zstd's match search is used only where it makes less than our own frames do."""
+    if coding.zstd_level is None:
+        return encode_as(coding, raw, base, lane_bytes, out)
+    searching = coding._replace(transform=Transform.ROT)
+    if kernels(raw.size).encode is None:
+        return encode_as(searching, raw, base, lane_bytes, out)
+    own = encode_as(coding._replace(zstd_level=None), raw, base, lane_bytes, out)
+    if own is not None and len(own.stored) <= _FOUND * raw.size:
+        return own
+    searched = encode_as(searching, raw, base, lane_bytes, out)
+    if own is None or searched is None:
+        return own or searched
+    return searched if len(searched.stored) < len(own.stored) else own
 
 
 def encode_as(coding: Coding, raw: U8, base: U8 | None, lane_bytes: int, out: U8 | None = None) -> Encoded | None:

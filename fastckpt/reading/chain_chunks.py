@@ -22,6 +22,7 @@ from fastckpt.kernels.chunk_table import OK, OUTCOME, Table, can_be_read, table_
 from fastckpt.reading.chain_rooms import ChainRooms
 from fastckpt.reading.chains import Chain
 from fastckpt.reading.chunk_reader import position_of
+from fastckpt.reading.open_files import OpenFiles
 from fastckpt.reading.places import Places, Room, new_room
 
 _NOTHING = np.empty(0, np.uint8)
@@ -68,6 +69,8 @@ class ChainChunks:
     def __init__(self, places: Places, chains: Sequence[Chain], scratch: Allowance) -> None:
         """scratch: for what has no place in the loaded state."""
         self.chains = chains
+        self.files = OpenFiles(places.reader.sources)
+        """Of the load. To be closed when no thread reads any more."""
         self._places, self._reader, self._scratch = places, places.reader, scratch
         self._native = kernels().read_chunks
 
@@ -160,7 +163,7 @@ class ChainChunks:
         source, offset = self._reader.sources[number], position_of(self._reader, record)
         if source.is_file:
             if number not in opened:
-                opened[number] = files.enter_context(source.opened())
+                opened[number] = files.enter_context(self.files.opened(number))
             return _Stored(opened[number], None, offset)
         data = np.empty(n_bytes, np.uint8)
         source.read_into(offset, data)

@@ -62,7 +62,11 @@ class Together(NamedTuple):
     """Which wanted chunks may be in one chain, because they need the same rows."""
 
     raw_bytes: int = 16 << 20
-    """Most raw bytes of all rows: a chain is decoded by one thread."""
+    """Most raw bytes of wanted chunks: a chain is decoded by one thread."""
+    all_bytes: int = 512 << 20
+    """Most raw bytes of all rows. What chains apart need is decoded once for each, so this is no tight limit: twelve MiB and 32 differences
+    of each fit.
+    """
     reach_bytes: int = 1 << 62
     """Most raw bytes of wanted chunks from a chain's first to its last: memory of storages that are begun long before they are needed."""
 
@@ -125,18 +129,31 @@ class _Group:
         self.wanted: list[int] = []
         self.rows: dict[int, None] = {}
         """Each after its bases."""
-        self.raw_bytes = 0
+        self.wanted_bytes = self.all_bytes = 0
+        """Raw bytes of wanted chunks, and of all rows."""
 
-    def takes(self, others: Iterable[int], begun_at: int, rows: _Rows, together: Together) -> bool:
-        """Whether more rows may join. begun_at: how many raw bytes were wanted before the chunks that need them."""
-        raw_bytes = self.raw_bytes + sum(rows.raw_bytes(row) for row in others if row not in self.rows)
-        return raw_bytes <= together.raw_bytes and abs(begun_at - self.begun_at) <= together.reach_bytes
+    def takes(self, wanted_bytes: int, others: Iterable[int], begun_at: int, rows: _Rows, together: Together) -> bool:
+        """Whether more rows may join.
+
+        Args:
+            wanted_bytes: raw bytes of the wanted chunks among them.
+            others: all of them.
+            begun_at: how many raw bytes were wanted before the chunks that need them.
+            rows: of the index.
+            together: limits.
+        """
+        all_bytes = self.all_bytes + sum(rows.raw_bytes(row) for row in others if row not in self.rows)
+        return (
+            self.wanted_bytes + wanted_bytes <= together.raw_bytes
+            and all_bytes <= together.all_bytes
+            and abs(begun_at - self.begun_at) <= together.reach_bytes
+        )
 
     def add(self, others: Iterable[int], rows: _Rows) -> list[int]:
         """Add rows. Returns those that are new."""
         new = [row for row in others if row not in self.rows]
         self.rows |= dict.fromkeys(new)
-        self.raw_bytes += sum(map(rows.raw_bytes, new))
+        self.all_bytes += sum(map(rows.raw_bytes, new))
         return new
 
 
@@ -204,12 +221,16 @@ def _enter(
 ) -> None:
     """Add a wanted chunk to the groups that have rows of it, as far as they may be one."""
     joined: _Group | None = None
+    n_bytes = rows.raw_bytes(chunk)
     for other in {group_of[row]: None for row in closure if row in group_of}:
         if joined is None:
-            joined = other if other.takes(closure, at, rows, together) else None
-        elif joined.takes({**other.rows, **dict.fromkeys(closure)}, other.begun_at, rows, together):
+            joined = other if other.takes(n_bytes, closure, at, rows, together) else None
+        elif joined.takes(
+            n_bytes + other.wanted_bytes, {**other.rows, **dict.fromkeys(closure)}, other.begun_at, rows, together
+        ):
             joined.begun_at = min(joined.begun_at, other.begun_at)
             joined.wanted += other.wanted
+            joined.wanted_bytes += other.wanted_bytes
             group_of |= dict.fromkeys(other.rows, joined)
             joined.add(other.rows, rows)
             del groups[other]
@@ -218,6 +239,7 @@ def _enter(
         groups[joined] = None
         group_of |= dict.fromkeys(closure, joined)  # whoever comes next is nearer to this one
     joined.wanted.append(chunk)
+    joined.wanted_bytes += n_bytes
     group_of |= dict.fromkeys(joined.add(closure, rows), joined)
 
 

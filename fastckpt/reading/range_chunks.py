@@ -61,13 +61,17 @@ class RangeChunks:
             if job.start == job.stop:
                 return self.place(job, _NOTHING)
             if source.is_file and self._native is not None and not job.parts:
-                with source.opened() as file:
+                with self._chains.files.opened(job.file) as file:
                     return Settled(job.chunks, self._place(job, file, None))
             buffer = self._buffer(job.stop - job.start)
             self.read(job, buffer)
         except (EOFError, ObjectNotFoundError):
             return self.reread(job)
         return self.place(job, buffer)
+
+    def close(self) -> None:
+        """Let go of files. No thread reads any more."""
+        self._chains.files.close()
 
     def place_known(self, chunk: int, raw: U8) -> Settled:
         """Put a chunk in place whose verified bytes the caller has kept."""

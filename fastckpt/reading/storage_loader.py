@@ -124,6 +124,7 @@ class StorageLoader:
     ) -> None:
         if self._pool is not None:
             self._pool.close()
+        self._chunks.close()
 
     def n_bytes(self, number: int) -> int | None:
         return self._storages[number].n_bytes if number < len(self._storages) else None

@@ -230,6 +230,19 @@ def test_a_copy_is_decoded_with_its_master_unless_that_is_wanted_much_later() ->
     assert sum(len(one.chunks) + len(one.parts) for one in ranges) == 8  # type: ignore[union-attr]
 
 
+def test_a_master_of_many_differences_is_decoded_once_for_its_copy() -> None:
+    rows = Rows()
+    raw = floats(1000)
+    master = rows.add(raw, Transform.ROT)
+    for _ in range(20):
+        raw.view("<u4")[7] += 1
+        master = rows.add(raw, Transform.SUB, (master, 0))
+    wanted = [master, rows.add(np.zeros(2000, np.uint8), Transform.CAST, (master, 0), lane_bytes=2)]
+    (chain,) = plan_chains(wanted, rows.records, Together(raw_bytes=6000))
+    assert chain.wanted == tuple(wanted)
+    assert (len(chain.links), chain.scratch_bytes) == (22, 0)
+
+
 def test_deltas_are_decoded_in_the_place_of_the_newest() -> None:
     rows = Rows()
     raw = floats(1000)
@@ -251,8 +264,9 @@ def test_a_row_that_many_need_is_decoded_once_within_the_limits() -> None:
     (chain,) = plan_chains(wanted, rows.records, Together())
     assert chain.wanted == tuple(wanted)
     assert chain.scratch_bytes == 4000
-    some = plan_chains(wanted, rows.records, Together(raw_bytes=6000))
-    assert [len(one.wanted) for one in some] == [5, 5]
+    for limits in (Together(raw_bytes=2000), Together(all_bytes=6000)):
+        some = plan_chains(wanted, rows.records, limits)
+        assert [len(one.wanted) for one in some] == [5, 5]
     jobs = plan_jobs(wanted, some, rows.records, Limits(), ahead=True).all
     assert [(part.row, len(part.takers)) for job in jobs for part in job.parts if part.row == old] == [(old, 2)]  # type: ignore[union-attr]
 

@@ -115,6 +115,7 @@ def test_choices() -> None:
     assert choose(estimate(rot=31.9), 4) == Coding(Transform.RAW)
     assert choose(estimate(), 4, Effort.NONE) == Coding(Transform.RAW)
     assert choose(estimate(rot_dominant=0.6), 4) == Coding(Transform.ROT, 0, 1)
+    assert choose(estimate(rot_dominant=0.6, rotu=26.4), 4) == Coding(Transform.ROTU, 0, 1)
     assert choose(estimate(rot_dominant=0.6), 4, Effort.HIGH) == Coding(Transform.ROT, 0, 9)
     assert choose(estimate(rot_dominant=0.6), 4, Effort.FAST) == Coding(Transform.ROT)
     packs = (20.0, 9.0, 12.0, 14.0)

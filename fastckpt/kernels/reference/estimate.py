@@ -102,12 +102,8 @@ def _long_runs(values: U8, row: int) -> tuple[int, int]:
     return begun, zeros
 
 
-def _plane_bits(values: U8, row: int) -> float:
-    """Bits for each byte of a plane: as codes, or as runs of zeros with literals between them. row: bytes that lie together."""
-    if not values.size:
-        return 0.0
-    counts = _counted(values)
-    plain = _raw_if_many(_code_bits(counts))
+def _or_runs(plain: float, counts: _Counts, values: U8, row: int) -> float:
+    """Bits for each byte of a plane: `plain` as codes, or less as runs of zeros and literals. row: bytes that lie together."""
     if row < _MIN_ROW or values.size < _MIN_PLANE:
         return plain
     pieces = values[: values.size // 16 * 16].reshape(-1, 16)
@@ -117,11 +113,20 @@ def _plane_bits(values: U8, row: int) -> float:
     in_runs = zeros / values.size
     runs = begun / (values.size // row * (row - 1))
     literals = 1 - in_runs + runs
+    counts = counts.copy()
     counts[0] = max(0.0, counts[0] - (in_runs - runs) * counts.sum())
     bits = literals * _raw_if_many(_code_bits(counts))
     if runs:
         bits += runs * (_geometric_bits(in_runs / runs - _MIN_RUN) + _geometric_bits(literals / runs - 2))
     return min(plain, bits)
+
+
+def _plane_bits(values: U8, row: int) -> float:
+    """The same for a plane of a difference."""
+    if not values.size:
+        return 0.0
+    counts = _counted(values)
+    return _or_runs(_raw_if_many(_code_bits(counts)), counts, values, row)
 
 
 def _dominant(counts: _Counts) -> float:
@@ -158,12 +163,11 @@ def _pieces(n_bytes: int, piece: int, most: int, lane_bytes: int, *, whole: bool
     return pick[pick < n]
 
 
-def _alone(x: Any, counts: list[_Counts]) -> tuple[float, float, float]:
-    """Of ROT: bits, bits as ROTU or -1, and the share of the commonest byte in the highest plane."""
-    bits = [_symbol_bits(one) for one in counts]
+def _alone(x: Any, bits: list[float]) -> tuple[float, float]:
+    """Bits as ROT, and as ROTU or -1. bits: of the planes of ROT."""
     rot = sum(bits)
     negative = bool((x >> x.dtype.type(8 * x.itemsize - 1)).any())
-    return rot, -1.0 if negative else rot - bits[-1] + min(bits[-1], 7.0), _dominant(counts[0])
+    return rot, -1.0 if negative else rot - bits[-1] + min(bits[-1], 7.0)
 
 
 def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
@@ -172,8 +176,8 @@ def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
     if base is None:
         x = x[_pieces(x.nbytes, _PIECE, _EVERY, lane_bytes, whole=False)]
         counts = [np.bincount(plane, minlength=256).astype(np.float64) for plane in planes_of(rotated(x))]
-        rot, rotu, dominant = _alone(x, counts)
-        return Estimate(rot, rotu, -1.0, (-1.0,) * 4, dominant, 0.0, x.size)
+        rot, rotu = _alone(x, [_symbol_bits(one) for one in counts])
+        return Estimate(rot, rotu, -1.0, (-1.0,) * 4, _dominant(counts[0]), 0.0, x.size)
     under = lanes_of(base, lane_bytes)
     if under.size != x.size or x.nbytes > MAX_RAW_BYTES:
         raise ValueError(f"raw has {x.nbytes} bytes, base {under.nbytes}: they must be equal, at most {MAX_RAW_BYTES}")
@@ -181,8 +185,12 @@ def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
     whole = x.view(np.uint8), under.view(np.uint8)
     x, under = x[pick], under[pick]
     factor = _correction(*whole, (x.view(np.uint8), under.view(np.uint8)))
-    rot, rotu, dominant = _alone(x, [_counted(plane) for plane in planes_of(rotated(x))])
-    z, row = difference(x, under), min(x.size, _DELTA_PIECE // lane_bytes)
+    row = min(x.size, _DELTA_PIECE // lane_bytes)
+    planes = planes_of(rotated(x))
+    counts = [_counted(plane) for plane in planes]
+    rot, rotu = _alone(x, [_or_runs(_symbol_bits(n), n, plane, row) for n, plane in zip(counts, planes, strict=True)])
+    dominant = _dominant(counts[0])
+    z = difference(x, under)
     planes = planes_of(z)
     packs = []
     for bits in PACK_BITS:
