@@ -19,7 +19,7 @@ constexpr unsigned kPackBits[4] = {1, 2, 4, 8};
 constexpr size_t kManyBytes = 32768;                  // of a plane: counted by halves
 constexpr double kRawBits = 7.6, kZeroPieces = 0.08;  // as in frame_sink.cpp
 constexpr size_t kMinRow = 16;
-constexpr size_t kAhead = 4;  // pieces: each lies in a page of its own, and mostly out of all caches
+constexpr size_t kAhead = 4;       // pieces: each lies in a page of its own, and mostly out of all caches
 constexpr double kMostFar = 0.75;  // of the lanes: where more escape, packing gains nothing over SUB
 
 // Bits a symbol as a block of literals has them: raw at most; a symbol in more than half of the places takes a bit all
