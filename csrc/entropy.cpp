@@ -14,9 +14,9 @@ struct CountLogs {
 };
 const CountLogs kCountLogs;
 
-double count_log(u32 c) { return c < CountLogs::kSize ? kCountLogs.of[c] : c * std::log2(static_cast<double>(c)); }
-
 }  // namespace
+
+double count_log(u32 c) { return c < CountLogs::kSize ? kCountLogs.of[c] : c * std::log2(static_cast<double>(c)); }
 
 void Histogram::sample(const u8* bytes, size_t n, size_t step) {
     // Four tables: equal neighbours would wait for each other's increments.

@@ -15,6 +15,9 @@ inline double entropy_of(double sum, double total, unsigned distinct) {
     return std::log2(total) - sum / total + (distinct - 1) / (2 * kLn2 * total);
 }
 
+// c log2 c; 0 of 0.
+double count_log(u32 c);
+
 // The bytes of a plane, counted.
 struct Histogram {
     u32 counts[256] = {};

@@ -21,6 +21,15 @@ FC_INLINE u64 others_of(const u8* bytes) {
 #endif
 }
 
+// Literals, in pieces of 16 bytes as long as they are few: most are. Slack lies behind both.
+FC_INLINE void copy_literals(u8* to, const u8* from, size_t n) {
+    if (n > 256) {
+        std::memcpy(to, from, n);
+        return;
+    }
+    for (size_t i = 0; i < n; i += 16) std::memcpy(to + i, from + i, 16);
+}
+
 size_t find_runs(const u8* bytes, size_t n, Run* runs, u8* literals, size_t* n_literals) {
     Run* run = runs;
     u8* to = literals;
@@ -29,22 +38,31 @@ size_t find_runs(const u8* bytes, size_t n, Run* runs, u8* literals, size_t* n_l
         if (at - next < kMinRun) return;
         const size_t size = next + 1 - start;
         assert(run < runs + kMaxRuns);
-        std::memcpy(to, bytes + start, 16);  // slack behind both
-        if (size > 16) std::memcpy(to, bytes + start, size);
+        copy_literals(to, bytes + start, size);
         to += size;
         *run++ = {.literals = static_cast<u32>(size), .match = static_cast<u32>(at - next - 1)};
         start = at;
     };
     size_t i = 0;
     for (; i + 64 <= n; i += 64) {
-        for (u64 mask = others_of(bytes + i); mask;) {
-            const unsigned at = static_cast<unsigned>(__builtin_ctzll(mask));
-            const u64 behind = ~(mask >> at);  // 0 only if all 64 are others
-            const unsigned together = behind ? static_cast<unsigned>(__builtin_ctzll(behind)) : 64;
-            end_run(i + at);
-            next = i + at + together;
-            mask = at + together < 64 ? mask >> (at + together) << (at + together) : 0;
+        const u64 others = others_of(bytes + i);
+        if (!others) continue;
+        end_run(i + static_cast<unsigned>(__builtin_ctzll(others)));
+        const unsigned behind = 64 - static_cast<unsigned>(__builtin_clzll(others));  // the last other byte
+        // Bit k: eight zeros from byte k on, and an other byte behind them. Shorter runs are passed over at once.
+        static_assert(kMinRun == 8, "three steps");
+        const u64 zeros = ~others & (~u64{0} >> (64 - behind)) & (~u64{0} << __builtin_ctzll(others));
+        u64 eight = zeros & zeros >> 1;
+        eight &= eight >> 2;
+        eight &= eight >> 4;
+        while (eight) {
+            const unsigned from = static_cast<unsigned>(__builtin_ctzll(eight));
+            const unsigned end = from + static_cast<unsigned>(__builtin_ctzll(others >> from));
+            next = i + from;
+            end_run(i + end);
+            eight = eight >> end << end;  // end < 64: an other byte
         }
+        next = i + behind;
     }
     for (; i < n; ++i)
         if (bytes[i]) {

@@ -19,6 +19,8 @@ constexpr unsigned kPackBits[4] = {1, 2, 4, 8};
 constexpr size_t kManyBytes = 32768;                  // of a plane: counted by halves
 constexpr double kRawBits = 7.6, kZeroPieces = 0.08;  // as in frame_sink.cpp
 constexpr size_t kMinRow = 16;
+constexpr size_t kAhead = 4;       // pieces: each lies in a page of its own, and mostly out of all caches
+constexpr double kMostFar = 0.75;  // of the lanes: where more escape, packing gains nothing over SUB
 
 // Bits a symbol as a block of literals has them: raw at most; a symbol in more than half of the places takes a bit all
 // the same; nothing where there is one symbol only. sum: of c log2 c over all counts.
@@ -42,12 +44,11 @@ struct Counts {
         double sum = 0;
         unsigned distinct = 0;
         u32 most = 0;
-        for (u32 c : of)
-            if (c) {
-                sum += c * std::log2(static_cast<double>(c));
-                ++distinct;
-                most = c > most ? c : most;
-            }
+        for (u32 c : of) {
+            sum += count_log(c);
+            distinct += c != 0;
+            most = c > most ? c : most;
+        }
         return symbol_bits(sum, static_cast<double>(total), distinct, most);
     }
     double dominant() const {
@@ -116,7 +117,7 @@ double code_bits(const u32* counts, double zero) {
     const bool capped = most > total / 2;
     double space = capped ? 0.5 : 1, middle = 0, sum = 0, bits = capped ? most : 0;
     bool seen = false;
-    const auto take = [&](double c) {
+    const auto take = [&](double c, double log) {
         if (c <= 0) return;
         if (capped && !seen && c == most) {
             seen = true;
@@ -125,11 +126,11 @@ double code_bits(const u32* counts, double zero) {
             bits += 11 * c;
         } else {
             middle += c;
-            sum += c * std::log2(c);
+            sum += log;
         }
     };
-    take(zero);
-    for (unsigned s = 1; s < 256; ++s) take(counts[s]);
+    take(zero, zero > 0 ? zero * std::log2(zero) : 0);
+    for (unsigned s = 1; s < 256; ++s) take(counts[s], count_log(counts[s]));
     if (middle > 0) bits += middle * std::log2(middle / space) - sum;
     bits = bits / total + (distinct - 1) / (2 * 0.6931 * total);
     return bits > 8 ? 8 : bits;
@@ -170,9 +171,10 @@ double or_runs(double plain, const Counts& counts, const u8* bytes, size_t n, si
 }
 
 // The same for a plane of a difference.
-double plane_bits(const u8* bytes, size_t n, size_t row) {
+double plane_bits(const u8* bytes, size_t n, size_t row, double* dominant = nullptr) {
     if (!n) return 0;
     const Counts counts = counted(bytes, n);
+    if (dominant) *dominant = counts.dominant();
     return or_runs(raw_if_many(code_bits(counts.of, counts.of[0])), counts, bytes, n, row);
 }
 
@@ -180,12 +182,20 @@ double plane_bits(const u8* bytes, size_t n, size_t row) {
 size_t gather(fastckpt_context& context, const u8* raw, const u8* base, size_t n_bytes) {
     const size_t every =
         n_bytes < 64 * kDeltaEvery ? (n_bytes < 64 * kDeltaPiece ? kDeltaPiece : kDeltaEvery / 8) : kDeltaEvery;
+    if (n_bytes < kDeltaPiece) {
+        std::memcpy(context.escapes, raw, n_bytes);
+        std::memcpy(context.escape_planes, base, n_bytes);
+        return n_bytes;
+    }
     size_t n = 0;
-    for (size_t at = 0; at < n_bytes; at += every) {
-        const size_t left = n_bytes - at, size = left < kDeltaPiece ? (at ? 0 : left) : kDeltaPiece;
-        std::memcpy(context.escapes + n, raw + at, size);
-        std::memcpy(context.escape_planes + n, base + at, size);
-        n += size;
+    for (size_t at = 0; at + kDeltaPiece <= n_bytes; at += every, n += kDeltaPiece) {
+        if (const size_t soon = at + kAhead * every; soon + kDeltaPiece <= n_bytes)
+            for (size_t i = 0; i < kDeltaPiece; i += kPiece) {
+                __builtin_prefetch(raw + soon + i);
+                __builtin_prefetch(base + soon + i);
+            }
+        std::memcpy(context.escapes + n, raw + at, kDeltaPiece);
+        std::memcpy(context.escape_planes + n, base + at, kDeltaPiece);
     }
     return n;
 }
@@ -194,6 +204,10 @@ size_t gather(fastckpt_context& context, const u8* raw, const u8* base, size_t n
 double changed_lines(const u8* raw, const u8* base, size_t n, size_t every) {
     size_t lines = 0, changed = 0;
     for (size_t at = 0; at + kPiece <= n; at += every, ++lines) {
+        if (const size_t soon = at + 4 * kAhead * every; soon < n) {
+            __builtin_prefetch(raw + soon);
+            __builtin_prefetch(base + soon);
+        }
         u64 differ = 0;
         for (size_t i = 0; i < kPiece; i += 8) differ |= load64(raw + at + i) ^ load64(base + at + i);
         changed += differ != 0;
@@ -236,18 +250,23 @@ void sample_delta(fastckpt_context& context, const u8* raw, const u8* base, size
         low = or_runs(counts.bits(), counts, planes[k], lanes, row);
         out->rot_bits += low;
     }
-    bool negative = false;
-    for (size_t i = 0; i < lanes; ++i) negative |= planes[w - 1][i] & 1;
+    u8 signs = 0;
+    for (size_t i = 0; i < lanes; ++i) signs |= planes[w - 1][i];
+    const bool negative = signs & 1;
     out->rotu_bits = negative ? -1 : out->rot_bits - low + (low < 7 ? low : 7);
 
     loops.split(x, under, lanes, w, Map::kSub, planes);
     out->sub_bits = 0;
-    for (unsigned k = 0; k < w; ++k) out->sub_bits += plane_bits(planes[k], lanes, row);
-    out->sub_dominant = counted(planes[0], lanes).dominant();
+    for (unsigned k = 0; k < w; ++k)
+        out->sub_bits += plane_bits(planes[k], lanes, row, k == 0 ? &out->sub_dominant : nullptr);
 
     for (unsigned p = 0; p < 4; ++p) {
         const unsigned bits = kPackBits[p];
         const size_t far = loops.subpack(x, under, lanes, w, bits, context.packed, escapes);
+        if (static_cast<double>(far) > kMostFar * static_cast<double>(lanes)) {
+            out->subpack_bits[p] = 8 * w;
+            continue;
+        }
         for (unsigned k = 0; k < w; ++k) planes[k] = escape_planes + k * far;
         loops.split(escapes, nullptr, far, w, Map::kPlain, planes);
         double escape_bits = 0;

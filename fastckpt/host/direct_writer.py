@@ -32,8 +32,8 @@ class DirectWriter:
 
     What is synced at once anyway gains nothing there: through the cache, 420 MB cost 110 ms of a processor that training wants, past it 15,
     and the disk works from the first megabytes on, not from the fsync on (ext4 on a virtual disk, 2 cores). Direct writes want whole blocks
-    from aligned memory; what comes in other pieces is joined in one of two buffers while a thread writes the other. Files that do not fill
-    one go the ordinary way.
+    from aligned memory, which is written from where it lies if it is long enough. What comes in other pieces is joined in one of two
+    buffers while a thread writes the other; what does not fill one goes the ordinary way.
     """
 
     def __init__(self, fd: int) -> None:
@@ -53,7 +53,7 @@ class DirectWriter:
                 self._settle()
                 write_all(self._fd, view)
                 return
-            if not self._filled and view.nbytes >= _DIRECT_BYTES and _address(view) % _BLOCK_BYTES == 0:
+            if not self._filled and view.nbytes >= _DIRECT_BYTES // 4 and _address(view) % _BLOCK_BYTES == 0:
                 whole = view.nbytes // _BLOCK_BYTES * _BLOCK_BYTES
                 self._settle()
                 self._write_blocks(view[:whole])

@@ -6,7 +6,7 @@ in the next row, each of the two counts by the part that is needed.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +90,7 @@ def costs_of(records: Records, bases: Bases | None = None) -> Costs:
     """The costs of all rows of a checked index."""
     bases = bases_of(records) if bases is None else bases
     stored, raw = records["stored_bytes"].astype(np.float64), records["raw_bytes"].astype(np.float64)
-    work = raw * _weights(records["transform"], records["lane_bytes"])
+    work = raw * _WEIGHTS[(records["lane_bytes"] == 2).astype(np.intp), records["transform"]]
     costs = Costs(stored.copy(), stored.copy(), work.copy(), work.copy(), np.zeros(raw.size), depths(bases))
     for depth in range(1, int(costs.depth.max(initial=0)) + 1):
         rows = np.flatnonzero(costs.depth == depth)
@@ -108,16 +108,19 @@ def costs_of(records: Records, bases: Bases | None = None) -> Costs:
 
 def work_of(transform: Transform, lane_bytes: int, raw_bytes: float) -> float:
     """What decoding one row takes, without its base."""
-    return raw_bytes * float(_weights(np.array([transform]), np.array([lane_bytes]))[0])
+    return raw_bytes * float(_WEIGHTS[int(lane_bytes == 2), transform])
 
 
-def _weights(transform: Any, lane_bytes: Any) -> Amounts:
-    table = np.zeros(256)
+def _weight_table() -> Amounts:
+    table = np.zeros((2, 256))
     for one, weight in WORK.items():
-        table[one] = weight
-    is_small_delta = (lane_bytes == 2) & np.isin(transform, (Transform.SUB, Transform.SUBPACK))
-    weights: Amounts = table[transform] * np.where(is_small_delta, _OF_TWO_BYTES, 1.0)
-    return weights
+        table[0, one] = weight
+        table[1, one] = weight * (_OF_TWO_BYTES if one in (Transform.SUB, Transform.SUBPACK) else 1)
+    return table
+
+
+_WEIGHTS = _weight_table()
+"""By whether lanes have two bytes, and by transform."""
 
 
 def depths(bases: Bases) -> Numbers:

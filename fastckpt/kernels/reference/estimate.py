@@ -22,7 +22,7 @@ class Estimate(NamedTuple):
     rotu: float
     sub: float
     subpack: tuple[float, float, float, float]
-    """For 1, 2, 4 and 8 pack bits."""
+    """For 1, 2, 4 and 8 pack bits. Those of raw lanes where most lanes do not fit into these bits: packing gains nothing there."""
     rot_dominant: float
     """Share of the most frequent byte in the highest ROT plane."""
     sub_dominant: float
@@ -37,6 +37,8 @@ _MANY_BYTES = 32768
 _RAW_BITS, _ZERO_PIECES = 7.6, 0.08
 """As in frames of the native encoder: bits from which a plane stays raw; the share of zero pieces from which it looks for runs."""
 _MIN_RUN, _MIN_ROW, _MIN_PLANE = 8, 16, 1024
+_MOST_FAR = 0.75
+"""Of the lanes: where more do not fit into the pack bits, packing gains nothing over SUB."""
 
 
 def _symbol_bits(counts: _Counts) -> float:
@@ -195,6 +197,9 @@ def sample(raw: Any, base: Any, lane_bytes: int) -> Estimate:
     packs = []
     for bits in PACK_BITS:
         esc = z.dtype.type((1 << bits) - 1)
+        if np.count_nonzero(z >= esc) > _MOST_FAR * z.size:
+            packs.append(8.0 * lane_bytes)
+            continue
         packed = pack_bits_of(np.minimum(z, esc).astype(np.uint8), bits)
         far = z[z >= esc] - esc
         escape_bits = sum(_plane_bits(plane, far.size) for plane in planes_of(far)) if far.size else 0.0
