@@ -82,6 +82,7 @@ void sample_alone(const u8* raw, size_t n_bytes, unsigned w, fastckpt_estimate* 
     std::memset(&t, 0, sizeof t);
     const size_t every = n_bytes < 64 * kEvery ? (n_bytes < 64 * kPiece ? kPiece : kEvery / 8) : kEvery;
     for (size_t at = 0; at < n_bytes; at += every) {
+        if (const size_t soon = at + 4 * kAhead * every; soon < n_bytes) __builtin_prefetch(raw + soon);
         const size_t n = n_bytes - at < kPiece ? n_bytes - at : kPiece;
         if (w == 2) look<u16>(raw + at, n / 2, t);
         if (w == 4) look<u32>(raw + at, n / 4, t);

@@ -142,7 +142,7 @@ def _tensor_text(entry: TensorEntry, forms: dict[Any, tuple[str, str]]) -> str:
             _json({"dtype": dtype, "shape": shape, "stride": stride})[1:-1],
             _json({"kind": kind, "requires_grad": requires_grad})[1:-1],
         )
-    keys = ",".join([_text(key) if type(key) is str else _json(key) for key in to_json(name)])
+    keys = ",".join([_text(k) if type(k) is str else str(k) if type(k) is int else _json(k) for k in to_json(name)])
     place_text = "" if place is None else f',"global":{_json({"shape": place.shape, "offset": place.offset})}'
     return f'{{"name":[{keys}],{form[0]},"offset":{offset},"storage":{storage},{form[1]}{place_text}}}'
 
