@@ -10,12 +10,13 @@ from typing import Any
 import torch.distributed as dist
 
 from fastckpt import Every
-from tests.distributed.programs import Training, checkpointer, hurry
+from tests.distributed.programs import Training, checkpointer, hurry, leave_at_once
 
 
 def train_until_killed(url: str, mode: str, pause_s: float = 0.05) -> None:
     """Saves each step, and says which are durable."""
     hurry()
+    leave_at_once()
     training = Training(mode)
     with checkpointer(url, training, every=Every(steps=1), close_timeout_s=25.0) as ckpt:
         start = ckpt.restore()
@@ -56,6 +57,7 @@ def die_before_commit(url: str, moment: str) -> int:
 def die_uncounted(url: str) -> int:
     """One save; rank 2 dies when it has told its vote, before that is counted."""
     hurry()
+    leave_at_once()
     if dist.get_rank() == 2:
         from fastckpt.ranks.board import StoreBoard, member_key
 

@@ -18,8 +18,17 @@ import pytest
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
 
-# These go to the processes first: a long one that starts last would leave the other process idle.
-FIRST = ("tests/fakegpu/", "tests/distributed/", "tests/native/", "tests/s3/", "tests/faults/", "tests/crash/")
+# These go to the processes first: a long one that starts last would leave the other processes idle. The S3 tests are one long scope;
+# they and those of killed ranks mostly wait, which leaves the cores to the test device that runs beside them.
+FIRST = (
+    "tests/s3/",
+    "tests/distributed/test_deaths.py",
+    "tests/fakegpu/",
+    "tests/distributed/",
+    "tests/native/",
+    "tests/faults/",
+    "tests/crash/",
+)
 # All of it stays in one process, which starts one S3 server, and a second one would cost another 300 MB.
 TOGETHER = ("tests/s3/",)
 # Each test is a process of its own that takes up to minutes.
