@@ -57,7 +57,7 @@ demo-s3: venv ## the same against a real S3 server on loopback (radosgw)
 check: lint types ## what to run before each commit, in two minutes: style, types, and the tests that need no processes and servers
 	$(PYTEST) --session-timeout=600 tests/unit tests/golden tests/contract tests/differential $(ARGS)
 
-# At most 10 minutes on two quiet cores; no test starts after 25.
+# Some 15 minutes on two quiet cores; no test starts after 25.
 test: venv ## run all tests but the slow ones (JOBS=1: in one process)
 	$(PYTEST) --session-timeout=1500 $(ARGS)
 

@@ -145,7 +145,8 @@ class Saver:
                 return
         if self._prepared == 1 and self._queue.bases.memory is not None:
             self._prepared = 2
-            if self.counts.saves == 1:  # the second one has brought its own: a third copy of the state would never be used
+            # A second save that has begun brought its own: a third copy of the state would never be used.
+            if self.counts.saves == 1:
                 self._stager.prepare_next()
 
     def wait_for_step(self, step: int) -> None:
