@@ -343,6 +343,10 @@ class MemoryBoard:
 
     def join(self, group: str, member: int, value: bytes) -> None:
         self.put(member_key(group, member), value)
+        self.count(group)
+
+    def count(self, group: str) -> None:
+        """Count one more member: the second half of `join`."""
         with self._lock:
             self._joined[group] = self._joined.get(group, 0) + 1
 

@@ -11,6 +11,8 @@ from fastckpt.ranks.world import World
 
 BEAT_S = 2.0
 SILENT_S = 15.0
+_MOST_OF_A_GAP = 0.8
+"""Of the limit of silence: no pause between two looks counts for more, as the others may have stood still meanwhile, too."""
 
 
 def beat_s(size: int) -> float:
@@ -50,7 +52,7 @@ class Listener:
     def __init__(self, world: World, board: Board, clock: Callable[[], float] = time.monotonic) -> None:
         self._board, self._clock, self._limit_s = board, clock, silent_s(world.size)
         self._heard: dict[int, tuple[bytes | None, float, float]] = {}
-        """Rank → its last beat, when that was new, and when it was listened for last."""
+        """Rank → its last beat, for how many seconds it has been silent since, and when it was listened for last."""
 
     def silent(self, ranks: Iterable[int]) -> list[int]:
         """Those that have been heard of last, or listened for first, too long ago. BoardLostError."""
@@ -59,11 +61,13 @@ class Listener:
             beat = self._board.get(f"pulse/{rank}")
             now_s = self._clock()
             known = self._heard.get(rank)
+            gap_s = 0.0 if known is None else now_s - known[2]
             # Whoever did not listen for so long cannot tell silence from a machine that stood still as a whole.
-            if known is None or known[0] != beat or now_s - known[2] > self._limit_s:
-                self._heard[rank] = (beat, now_s, now_s)
+            if known is None or known[0] != beat or gap_s > self._limit_s:
+                self._heard[rank] = (beat, 0.0, now_s)
                 continue
-            self._heard[rank] = (beat, known[1], now_s)
-            if now_s - known[1] > self._limit_s:
+            silent_s = known[1] + min(gap_s, _MOST_OF_A_GAP * self._limit_s)
+            self._heard[rank] = (beat, silent_s, now_s)
+            if silent_s > self._limit_s:
                 found.append(rank)
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import logging
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 from fastckpt import errors
 from fastckpt.errors import CheckpointError, CorruptCheckpointError, Damage, RanksError
-from fastckpt.ranks.board import Board, member_key, missing_members
+from fastckpt.ranks.board import Board, BoardLostError, member_key, missing_members
 from fastckpt.ranks.pulse import Listener, silent_s
 from fastckpt.ranks.roles import share_s
 from fastckpt.ranks.world import World
@@ -58,17 +59,31 @@ class Roll:
         """
         self._number += 1
         group = f"roll/{self._number}"
-        self._board.join(group, self._world.rank, json.dumps({"what": what, "said": said}).encode())
+        told = json.dumps({"what": what, "said": said}).encode()
+        self._surely(lambda: self._board.join(group, self._world.rank, told))
         if not self._world.leads:
             return _verdict(self._wait(what, group, meets=meets))
         try:
             members = [member_key(group, rank) for rank in range(self._world.size)]
             verdict = judge(_alike(what, self._wait_all(what, group, members, meets=meets)))
         except BaseException as error:
-            self._board.put(f"{group}/verdict", _error_bytes(error))
+            known = _error_bytes(error)
+            with contextlib.suppress(BoardLostError):
+                self._surely(lambda: self._board.put(f"{group}/verdict", known))
             raise
-        self._board.put(f"{group}/verdict", json.dumps({"verdict": verdict}).encode())
+        self._surely(lambda: self._board.put(f"{group}/verdict", json.dumps({"verdict": verdict}).encode()))
         return verdict
+
+    def _surely(self, write: Callable[[], None]) -> None:
+        """Write, again while the board does not answer: the others wait for it as long as this rank lives. BoardLostError in the end."""
+        end_s = self._clock() + silent_s(self._world.size)
+        while True:
+            try:
+                return write()
+            except BoardLostError:
+                if self._clock() > end_s:
+                    raise
+                self._sleep(0.1)
 
     def _wait_all(self, what: str, group: str, members: list[str], *, meets: bool) -> list[Any]:
         started_s, pause_s, told = self._clock(), 0.002, False

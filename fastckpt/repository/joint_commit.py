@@ -209,6 +209,8 @@ class JointCommit:
             self._raise_if_abandoned(vote.info.save.step, decided or None)
             self._since.decided_s = None if decided is None else waited_s
         is_decided = self._since.decided_s is not None
+        if is_decided:  # by a rank that has seen all votes
+            self._since.complete_s = self._since.complete_s or self._team.clock()
         outcome = self._fate.outcome() if is_decided else None
         if outcome is not None:
             return self._learnt(vote, outcome)
@@ -321,8 +323,7 @@ class JointCommit:
             dead = silent if len(silent) == len(order) else []
         if dead:
             return f"!nothing was heard of rank{'s' if dead[1:] else ''} {', '.join(map(str, dead))} for {silent_s(world.size):.0f} s"
-        if waited_s >= self._timeout_s:
-            missing = self._fate.missing(_SHOWN)
+        if waited_s >= self._timeout_s and (missing := self._fate.missing(_SHOWN)):
             idle = self._fate.not_begun(missing)
             what = f", and ranks {idle} have not even begun it" if idle else ""
             return f"!no vote of ranks {missing} after {self._timeout_s:.0f} s{what}"

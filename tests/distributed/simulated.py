@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ import torch
 
 from fastckpt import Every, Options
 from fastckpt.errors import AbandonedError, CheckpointError
-from fastckpt.ranks.board import Board, BoardLostError, MemoryBoard
+from fastckpt.ranks.board import Board, BoardLostError, MemoryBoard, member_key
 from fastckpt.ranks.team import Team
 from fastckpt.ranks.world import World
 from fastckpt.repository import joint_commit
@@ -31,17 +33,64 @@ from tests.support.virtual_time import VirtualTime
 OPTIONS = Options(threads=1, connections=1)
 
 
+class Died(BaseException):
+    """A rank's process is no more."""
+
+
+class Requests:
+    """Those of one rank, of its board and its store: counted, and the last one at which it dies."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.dies_at: int | None = None
+        """It dies instead of making the request of this number."""
+        self.died: Callable[[], None] = lambda: None
+
+    def next(self) -> None:
+        self.n += 1
+        if self.dies_at is not None and self.n >= self.dies_at:
+            self.died()
+            raise Died
+
+
+class CountedStore:
+    """A store whose requests are those of one rank."""
+
+    def __init__(self, inner: Store, requests: Requests) -> None:
+        self._inner, self._requests = inner, requests
+
+    def __getattr__(self, name: str) -> Any:
+        verb = getattr(self._inner, name)
+        if name not in ("put", "put_if_absent", "get", "get_into", "list", "delete", "head"):
+            return verb
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            self._requests.next()
+            return verb(*arguments, **settings)
+
+        return call
+
+
 class LatentBoard:
     """A board whose answers take time, and which may be lost to one rank for a while."""
 
-    def __init__(self, inner: Board, time: VirtualTime, dice: random.Random, latency_s: float) -> None:
+    def __init__(
+        self, inner: Board, time: VirtualTime, dice: random.Random, latency_s: float, requests: Requests
+    ) -> None:
         self._inner, self._time, self._dice, self._latency_s = inner, time, dice, latency_s
+        self._requests = requests
         self.lost: Callable[[], bool] = lambda: False
+
+    def join(self, group: str, member: int, value: bytes) -> None:
+        """Two requests, as of a real store."""
+        self.put(member_key(group, member), value)
+        self.count(group)
 
     def __getattr__(self, name: str) -> Any:
         verb = getattr(self._inner, name)
 
         def call(*arguments: Any) -> Any:
+            self._requests.next()
             self._time.sleep(self._latency_s * self._dice.uniform(0.2, 2))
             if self.lost():
                 raise BoardLostError("cut off")
@@ -69,6 +118,7 @@ class SimulatedRank:
     team: Team
     incarnation: Incarnation
     upload_s: float
+    requests: Requests
     outcomes: dict[tuple[str, int], str] = field(default_factory=dict)
     jobs: list[Job] = field(default_factory=list)
     counts: Counts = field(default_factory=Counts)
@@ -118,8 +168,10 @@ class Simulation:
         epoch = Incarnation(Repository(self.store), OPTIONS, world=n).begin()
         for rank in range(n):
             skew = self.dice.uniform(-skew_s, skew_s)
-            latent = LatentBoard(board, self.time, random.Random(seed + rank), 0.002)
-            objects = ObjectBoard(self.store, lambda: epoch.number)
+            requests = Requests()
+            latent = LatentBoard(board, self.time, random.Random(seed + rank), 0.002, requests)
+            own: Any = CountedStore(self.store, requests)
+            objects = ObjectBoard(own, lambda: epoch.number)
             team = Team(
                 World(rank, n),
                 latent,  # type: ignore[arg-type]
@@ -128,11 +180,10 @@ class Simulation:
                 sleep=self.time.sleep,
             )
             team.hold = lambda seconds: self.time.sleep(min(seconds, 0.01))  # type: ignore[method-assign]
-            incarnation = Incarnation(
-                Repository(self.store), OPTIONS, team=team, sleep=self.time.sleep, clock=team.clock
-            )
+            incarnation = Incarnation(Repository(own), OPTIONS, team=team, sleep=self.time.sleep, clock=team.clock)
             incarnation.adopt(epoch, None)
-            one = SimulatedRank(World(rank, n), team, incarnation, upload_s(rank))
+            one = SimulatedRank(World(rank, n), team, incarnation, upload_s(rank), requests)
+            requests.died = functools.partial(setattr, one, "dead", True)
             one.counts.begun_s = team.clock()
             self.ranks.append(one)
         self.every = every
@@ -141,9 +192,13 @@ class Simulation:
         for one in self.ranks:
             self._stopped = False
             for part in (self._train, self._speak, self._save):
-                self.time.spawn(lambda part=part, one=one: part(one, calls))  # type: ignore[misc]
+                self.time.spawn(functools.partial(self._until_it_dies, part, one, calls))
         self.time.run(limit_s)
         self.check()
+
+    def _until_it_dies(self, part: Callable[[SimulatedRank, int], None], one: SimulatedRank, calls: int) -> None:
+        with contextlib.suppress(Died):
+            part(one, calls)
 
     def check(self) -> None:
         living = [one for one in self.ranks if not one.dead]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import random
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,70 @@ def test_a_rank_dies_at_any_moment(seed: int) -> None:
     world.run(calls=150)
     print(seed, waited, world.ranks[(seed + 1) % 4].outcomes)
     assert waited[0] <= 30
+
+
+def die_at_requests(seed: int, deaths: dict[int, int]) -> Simulation:
+    """Four ranks save every fifth step; some die, each before so many requests of the board or the store. The others decide within 30 s."""
+    world = Simulation(4, seed=seed, every=Every(steps=5), step_s=0.2, upload_s=lambda rank: 0.4)
+    waited = [0.0]
+    for rank, n in deaths.items():
+        world.ranks[rank].requests.dies_at = n
+
+    def watch() -> None:
+        while not any(one.dead for one in world.ranks):
+            if all(one.team._stop.is_set() for one in world.ranks):
+                return
+            world.time.sleep(0.1)
+        died_s = world.time.now_s
+        while any(one.jobs for one in world.ranks if not one.dead):
+            world.time.sleep(0.1)
+        waited[0] = world.time.now_s - died_s
+
+    world.time.spawn(watch)
+    world.run(calls=16)
+    assert waited[0] <= 30, (seed, deaths, waited)
+    return world
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_rank_dies_before_any_of_its_requests(rank: int) -> None:
+    """A third of them in `make test`, the others in `test_ranks_die_before_each_of_their_requests`."""
+    whole = die_at_requests(1, {})
+    assert whole.committed == 3
+    for n in range(1 + rank % 3, whole.ranks[rank].requests.n, 3):
+        die_at_requests(1, {rank: n})
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_two_ranks_die_before_any_of_their_requests(seed: int) -> None:
+    two_die(seed, 30)
+
+
+def two_die(seed: int, times: int) -> None:
+    dice = random.Random(seed)
+    for _ in range(times):
+        die_at_requests(seed, {rank: dice.randrange(1, 108) for rank in dice.sample(range(4), 2)})
+
+
+@pytest.mark.slow
+def test_ranks_die_before_each_of_their_requests() -> None:
+    """Some minutes: each request of each of four ranks in three saves, on three seeds; and two ranks at random."""
+    swept, twice = 0, 500
+    two_die(7, twice)
+    for seed in (1, 2, 3):
+        for rank in range(4):
+            for n in range(1, die_at_requests(seed, {}).ranks[rank].requests.n):
+                die_at_requests(seed, {rank: n})
+                swept += 1
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "fastckpt": fastckpt.__version__,
+        "python": platform.python_version(),
+        "deaths of one rank": swept,
+        "deaths of two": twice,
+        "decided otherwise by others, or later than 30 s": 0,
+    }
+    (RESULT.parent / "each_request.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 @pytest.mark.parametrize("seed", range(4))

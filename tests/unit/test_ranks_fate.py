@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fastckpt import errors
 from fastckpt.errors import RanksError, RepositoryError, SaveError
 from fastckpt.ranks import pulse
-from fastckpt.ranks.board import MemoryBoard
+from fastckpt.ranks.board import BoardLostError, MemoryBoard
 from fastckpt.ranks.fate import Fate
 from fastckpt.ranks.pulse import Listener, Pulse, beat_s, silent_s
 from fastckpt.ranks.roles import N_COMMITTERS, N_WATCHERS, commit_turn, committers, watches
@@ -167,6 +167,15 @@ def test_whoever_did_not_listen_knows_of_no_silence() -> None:
     assert listener.silent([1]) == [1]
 
 
+def test_a_standstill_counts_for_less_than_the_limit() -> None:
+    """Two seconds of quiet, and then the machine stood still for nearly as long as a rank may be silent."""
+    now, limit_s = [0.0], silent_s(2)
+    listener = Listener(World(0, 2), MemoryBoard(), lambda: now[0])
+    for gap_s in (0.0, 2.0, limit_s - 1.5):
+        now[0] += gap_s
+        assert listener.silent([1]) == []
+
+
 @given(SIZES)
 def test_requests_of_all_ranks_fit_into_a_second_of_one_store(size: int) -> None:
     """docs/scale.md: it answers 40,000; beats are not answered."""
@@ -279,6 +288,21 @@ def test_a_rank_that_died_uncounted_has_said_what_it_said(monkeypatch: pytest.Mo
     job = Threads(3)
     job.board.put("roll/1/2", b'{"what": "restoring", "said": 5}')
     assert job.run([lambda roll: roll.decide("restoring", 1, sum)] * 2 + [None])[:2] == [7, 7]
+
+
+@pytest.mark.parametrize("verb", ["put", "join"])
+def test_a_write_without_an_answer_is_made_again(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    """The rank lives and beats, so the others would wait for what it has to say."""
+    job = Threads(2)
+    write, fails = getattr(job.board, verb), iter([True, True])
+
+    def late(*arguments: Any) -> None:
+        if next(fails, False):
+            raise BoardLostError("not within 2 s")
+        write(*arguments)
+
+    monkeypatch.setattr(job.board, verb, late)
+    assert job.run([lambda roll: roll.decide("restoring", 1, sum)] * 2) == [2, 2]
 
 
 def test_a_silent_rank_0_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
