@@ -65,6 +65,8 @@ class Damage:
     found: str
     tensors: tuple[str, ...] = field(default=())
     """Dotted names of the tensors that cannot be restored because of this damage."""
+    stored: tuple[str, int] | None = field(default=None, compare=False)
+    """Of stored bytes of a repository: the key of their pack, and the first byte's offset there. Other checkpoints may name them, too."""
 
     def __str__(self) -> str:
         text = f"{self.part}, {self.place}: expected {self.expected}, found {self.found}"

@@ -16,7 +16,7 @@ from fastckpt.cli.target import (
     refuse_existing,
     safe_history,
 )
-from fastckpt.errors import NoCheckpointError
+from fastckpt.errors import CorruptCheckpointError, NoCheckpointError
 from fastckpt.repository.catalog import Catalog, Which
 from fastckpt.repository.repository import Repository
 from fastckpt.upkeep.export import export_to
@@ -55,13 +55,16 @@ def _restore(repository: Repository, arguments: argparse.Namespace) -> int:
         raise NoCheckpointError(f"{repository.url} has no checkpoint yet: nothing was ever committed")
     commit = choice.commit
     words = ""
-    if arguments.rank is None and commit.world > 1:
-        n_bytes, words = export_whole_to(out, repository, commit, options(), bar(out))
-        which, rank = f"{commit.world} ranks as one", None
-    else:
-        rank = arguments.rank or 0
-        n_bytes = export_to(out, repository, commit, rank, options(), bar(out))
-        which = f"rank {rank} of {commit.world}"
+    rank = None if arguments.rank is None and commit.world > 1 else arguments.rank or 0
+    try:
+        if rank is None:
+            n_bytes, words = export_whole_to(out, repository, commit, options(), bar(out))
+            which = f"{commit.world} ranks as one"
+        else:
+            n_bytes = export_to(out, repository, commit, rank, options(), bar(out))
+            which = f"rank {rank} of {commit.world}"
+    except CorruptCheckpointError as error:
+        raise catalog.with_advice(commit.checkpoint, error) from error
     checkpoint = {"epoch": commit.save.epoch, "step": commit.save.step, "rank": rank, "world": commit.world}
     if arguments.json:
         print_json("restore", {"url": repository.url, **checkpoint, "path": out, "container_bytes": n_bytes})

@@ -171,7 +171,8 @@ def _verdict(data: bytes) -> Any:
 
 
 def _damage_of(told: dict[str, Any]) -> Damage:
-    return Damage(**{**told, "tensors": tuple(told["tensors"])})
+    stored = told["stored"]
+    return Damage(**{**told, "tensors": tuple(told["tensors"]), "stored": None if stored is None else tuple(stored)})
 
 
 def remote_error(name: str, words: str) -> Exception:

@@ -275,7 +275,10 @@ class Reader:
         return None
 
     def _damage(self, chunk: int, place: str, expected: str, found: str) -> Damage:
-        return Damage("payload", place, expected, found, self.tensors_of(chunk))
+        record = self.records[chunk]
+        file = int(record["file"])
+        stored = (self.files[file - 1].key, int(record["offset"])) if file else None
+        return Damage("payload", place, expected, found, self.tensors_of(chunk), stored)
 
     def _scratch_of(self, n_bytes: int) -> U8:
         """This thread's buffer for stored bytes: allocating fresh pages for every chunk would cost as much as reading it."""

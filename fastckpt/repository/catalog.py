@@ -30,7 +30,7 @@ from fastckpt.format.shares import Claims
 from fastckpt.reading.chunk_reader import Reader
 from fastckpt.repository.commit import open_vote, try_commit
 from fastckpt.repository.inventory import Inventory, take_inventory
-from fastckpt.repository.rank_reader import lost_shares
+from fastckpt.repository.rank_reader import lost_shares, needs_any
 from fastckpt.repository.record_reader import RecordReader
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
@@ -266,14 +266,17 @@ class Catalog:
         )
 
     def with_advice(self, checkpoint: CheckpointId, error: CheckpointError) -> CheckpointError:
-        """The error, with advice what to restore instead."""
+        """The error, with advice what to restore instead: a checkpoint that is complete, and names none of the damaged bytes."""
         if not isinstance(error, CorruptCheckpointError):
             return error
+        lost = {item.stored for item in error.damage if item.stored is not None}
         for other in self.history():
             if other == checkpoint:
                 continue
             try:
-                self._opened(other)
+                commit, _ = self._opened(other)
+                if needs_any(self.repository.store, commit, lost):
+                    continue
             except CheckpointError:
                 continue
             where = f"step {other.step} (epoch {other.epoch})"

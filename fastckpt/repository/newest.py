@@ -53,10 +53,7 @@ def _read(store: Store, step: Which, read: Callable[[SavedRanks, str], T]) -> T:
     try:
         # The votes of many ranks are read as far as they are needed.
         opened = {0: open_checked(store, commit)} if commit.world == 1 else NONE
+        return read(SavedRanks(store, commit, opened), repository.location(commit.checkpoint))
     except (CorruptCheckpointError, ObjectNotFoundError) as error:
         found = catalog.blame(commit.checkpoint, error)
         raise (Catalog(repository).with_advice(commit.checkpoint, found) if isinstance(step, str) else found) from error
-    try:
-        return read(SavedRanks(store, commit, opened), repository.location(commit.checkpoint))
-    except (CorruptCheckpointError, ObjectNotFoundError) as error:
-        raise catalog.blame(commit.checkpoint, error) from error

@@ -70,6 +70,19 @@ def opened_votes(store: Store, commit: Commit, ranks: Iterable[int]) -> Iterator
         pool.close()
 
 
+def needs_any(store: Store, commit: Commit, stored: Collection[tuple[str, int]]) -> bool:
+    """Whether a checkpoint names any of these stored bytes (`Damage.stored`). Reads its votes. UnreadableError, StoreError."""
+    if not stored:
+        return False
+    for rank in range(commit.world):
+        reader = open_vote(store, commit.vote(rank))
+        keys, offsets = [file.key for file in reader.files], reader.records["offset"]
+        for key, offset in stored:
+            if key in keys and ((reader.records["file"] == keys.index(key) + 1) & (offsets == offset)).any():
+                return True
+    return False
+
+
 class LostShares(NamedTuple):
     """What one owner should have written and its vote does not have."""
 

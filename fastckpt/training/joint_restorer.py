@@ -132,7 +132,9 @@ class JointRestorer(Restorer):
             return None, {"retired": str(error)}
         except Damaged as damaged:
             return None, {
-                "damaged": [[d.part, d.place, d.expected, d.found, list(d.tensors)] for d in damaged.error.damage[:20]]
+                "damaged": [
+                    [d.part, d.place, d.expected, d.found, d.tensors, d.stored] for d in damaged.error.damage[:20]
+                ]
             }
         except Exception as error:
             return None, {"error": type(error).__name__, "words": str(error)}
@@ -166,9 +168,9 @@ class JointRestorer(Restorer):
                 raise RetiredError(next(said["retired"] for said in all_said if "retired" in said))
             return "retired"
         damage = [
-            Damage(part, f"rank {rank}, {place}", expected, found, tuple(tensors))
+            Damage(part, f"rank {rank}, {place}", expected, found, tuple(tensors), stored and tuple(stored))
             for rank, said in enumerate(all_said)
-            for part, place, expected, found, tensors in said.get("damaged", ())
+            for part, place, expected, found, tensors, stored in said.get("damaged", ())
         ]
         if damage:
             assert choice is not None

@@ -214,12 +214,14 @@ def _verify(reader: Reader, layout: Layout, store: Store, run: RangeRead, data: 
         position += n_bytes
         place = f"{reader.chunk_name(chunk)}, bytes {offset}–{offset + n_bytes} of {key}"
         if stored is None:
-            found.append(Damage("payload", place, f"{n_bytes} stored bytes", "none", _users(reader, layout, chunk)))
+            names = _users(reader, layout, chunk)
+            found.append(Damage("payload", place, f"{n_bytes} stored bytes", "none", names, (key, offset)))
             continue
         expected, actual = int(reader.records["crc64nvme"][chunk]), crc64nvme(stored)
         if actual != expected:
             names = _users(reader, layout, chunk)
-            found.append(Damage("payload", f"{place}, crc64nvme", f"{expected:016x}", f"{actual:016x}", names))
+            where, wrong = f"{place}, crc64nvme", f"{actual:016x}"
+            found.append(Damage("payload", where, f"{expected:016x}", wrong, names, (key, offset)))
     return found
 
 
