@@ -27,7 +27,7 @@ from fastckpt.format import keys
 from fastckpt.format.digest import digest
 from fastckpt.format.directory import FileEntry
 from fastckpt.format.keys import CheckpointId, SaveId, VoteName, commit_key, vote_key, votes_prefix
-from fastckpt.format.repository_records import Commit, Tombstone, commit_bytes, parse_commit_record
+from fastckpt.format.repository_records import Commit, Parent, Tombstone, commit_bytes, parse_commit_record
 from fastckpt.format.sealed import MAX_SEALED_BYTES
 from fastckpt.format.vote import Vote, commit_of, part_ranges, save_info
 from fastckpt.host.boot_clock import seconds_since_boot
@@ -300,7 +300,7 @@ def _look_before_commit(
         if seconds_since_boot() - parent_s > _MOST_BEFORE_COMMIT_S:
             parent_s = seconds_since_boot()
             try:
-                _require_parent(store, commit)
+                require_parent(store, commit.save, commit.parent)
             except BaseLostError:  # another rank may have committed the save, and its parent may be retired since
                 if poll_commit(store, commit.checkpoint) is None:
                     raise
@@ -315,13 +315,12 @@ def _require_votes(store: Store, save: SaveId, votes: Sequence[Vote]) -> None:
         )
 
 
-def _require_parent(store: Store, commit: Commit) -> None:
-    """BaseLostError unless the parent of a save is the living checkpoint that its votes name."""
-    parent = commit.parent
+def require_parent(store: Store, save: SaveId, parent: Parent | None) -> None:
+    """BaseLostError unless the parent of a save, as its votes name it, is a living checkpoint. UnreadableError, StoreError."""
     found = None if parent is None else poll_commit(store, parent.checkpoint)
     if parent is None or not isinstance(found, Commit) or found.digest != parent.digest:
         which = "no parent" if parent is None else f"the checkpoint {parent.checkpoint}"
         raise BaseLostError(
-            f"{store.url}: step {commit.save.step} refers to packs of {which}, which does not exist any more: it was retired while the "
+            f"{store.url}: step {save.step} refers to packs of {which}, which does not exist any more: it was retired while the "
             "step was being saved, perhaps by another process. Nothing was committed; the next save is written in full"
         )

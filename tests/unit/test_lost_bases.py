@@ -14,9 +14,11 @@ from fastckpt.errors import BaseLostError, CheckpointError, CorruptCheckpointErr
 from fastckpt.format import keys
 from fastckpt.format.keys import commit_key
 from fastckpt.format.repository_records import Tombstone, tombstone_bytes
+from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
 from fastckpt.store.memory import MemoryStore
 from fastckpt.testing.faulty_store import FaultyStore, Mode
+from fastckpt.upkeep.check.repository import check_repository
 from tests.support.delta_runs import OPTIONS, Run
 from tests.support.repositories import check_all, living, read
 from tests.support.states import same
@@ -101,6 +103,9 @@ def test_a_base_that_is_retired_during_the_save_ends_it() -> None:
     with pytest.raises(BaseLostError, match="written in full"):
         run.save(3, state(3))
     assert [c.step for c in living(store)] == [1]
+    (left,) = check_repository(Repository(store), options=OPTIONS).unfinished
+    assert left.state == "superseded"  # nobody can complete it, so a repair must not promise it
+    assert "does not exist any more" in left.why
     commit = run.save(4, state(4), full=True)
     assert same(read(store, commit), state(4))
 

@@ -61,7 +61,8 @@ class UnfinishedSave:
 
     save: SaveId
     state: str
-    """"completable", "incomplete" (votes are missing), "damaged", or "superseded" (another try of the step was committed)."""
+    """"completable", "incomplete" (votes are missing), "damaged", or "superseded" (another try of the step was committed, or the
+    checkpoint that it refers to is gone)."""
     why: str
     votes: int
     world: int | None

@@ -6,11 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from fastckpt.errors import CorruptCheckpointError, ObjectNotFoundError, RepositoryError, UnsupportedFormatError
+from fastckpt.errors import (
+    BaseLostError,
+    CorruptCheckpointError,
+    ObjectNotFoundError,
+    RepositoryError,
+    UnreadableError,
+    UnsupportedFormatError,
+)
 from fastckpt.format import keys
-from fastckpt.format.keys import SaveId, VoteName
+from fastckpt.format.keys import SaveId, VoteName, parse_pack
+from fastckpt.format.repository_records import Parent
 from fastckpt.format.shares import Claims
-from fastckpt.repository.commit import complete_set, read_vote
+from fastckpt.repository.commit import complete_set, read_vote, require_parent
 from fastckpt.repository.inventory import Inventory
 from fastckpt.repository.repository import Repository
 from fastckpt.store.base import Store
@@ -86,7 +94,7 @@ def _completable(
             "incomplete",
             f"votes of {len(votes)} of {of} ranks: under way, or its job died and nothing can complete it",
         )
-    claims = Claims()
+    claims, parents = Claims(), set[Parent | None]()
     for name in names:
         try:
             vote = read_vote(store, name)
@@ -98,10 +106,17 @@ def _completable(
             if n_bytes != file.n_bytes:
                 return "damaged", f"{file.key}: expected {file.n_bytes} bytes, found {n_bytes or 'no such object'}"
             named.add(file.key)
+            if parse_pack(file.key) != save:
+                parents.add(vote.info.parent)
         claims.add(name.rank, vote.directory)
     unmet = claims.unmet()
     if unmet:
         return "damaged", "; ".join(map(str, unmet[:3])) + (f"; and {len(unmet) - 3} more" if len(unmet) > 3 else "")
+    for parent in parents:
+        try:
+            require_parent(store, save, parent)
+        except (BaseLostError, UnreadableError) as error:
+            return "superseded", str(error)
     return "completable", "the votes of all ranks are there"
 
 
