@@ -17,6 +17,8 @@ from fastckpt.host.threads import WorkerPool
 
 _WRITE_BYTES = 16 << 20  # Linux writes at most 2 GiB - 4 KiB in one call; a smaller step also lets signals through
 _DIRECT_BYTES = 4 << 20
+_WHOLE_BYTES = 1 << 20
+"""Aligned memory of so many bytes is written from where it lies: the last packs of a save are shorter than a buffer."""
 _BLOCK_BYTES = 4096
 
 
@@ -53,7 +55,7 @@ class DirectWriter:
                 self._settle()
                 write_all(self._fd, view)
                 return
-            if not self._filled and view.nbytes >= _DIRECT_BYTES // 4 and _address(view) % _BLOCK_BYTES == 0:
+            if not self._filled and view.nbytes >= _WHOLE_BYTES and _address(view) % _BLOCK_BYTES == 0:
                 whole = view.nbytes // _BLOCK_BYTES * _BLOCK_BYTES
                 self._settle()
                 self._write_blocks(view[:whole])

@@ -66,8 +66,8 @@ class Listener:
             if known is None or known[0] != beat or gap_s > self._limit_s:
                 self._heard[rank] = (beat, 0.0, now_s)
                 continue
-            silent_s = known[1] + min(gap_s, _MOST_OF_A_GAP * self._limit_s)
-            self._heard[rank] = (beat, silent_s, now_s)
-            if silent_s > self._limit_s:
+            quiet_s = known[1] + min(gap_s, _MOST_OF_A_GAP * self._limit_s)
+            self._heard[rank] = (beat, quiet_s, now_s)
+            if quiet_s > self._limit_s:
                 found.append(rank)
         return found

@@ -212,6 +212,16 @@ def floats(n: int, seed: int = 0) -> U8:
     return np.random.default_rng(seed).standard_normal(n).astype("<f4").view(np.uint8).copy()
 
 
+def add_chain(rows: Rows, n: int) -> int:
+    """A full row of 4,000 bytes, and so many differences, each against the one before. The number of the newest."""
+    raw = floats(1000)
+    number = rows.add(raw, Transform.ROT)
+    for _ in range(n):
+        raw.view("<u4")[7] += 1
+        number = rows.add(raw, Transform.SUB, (number, 0))
+    return number
+
+
 def test_a_copy_is_decoded_with_its_master_unless_that_is_wanted_much_later() -> None:
     rows = Rows()
     master = floats(1000)
@@ -232,11 +242,7 @@ def test_a_copy_is_decoded_with_its_master_unless_that_is_wanted_much_later() ->
 
 def test_a_master_of_many_differences_is_decoded_once_for_its_copy() -> None:
     rows = Rows()
-    raw = floats(1000)
-    master = rows.add(raw, Transform.ROT)
-    for _ in range(20):
-        raw.view("<u4")[7] += 1
-        master = rows.add(raw, Transform.SUB, (master, 0))
+    master = add_chain(rows, 20)
     wanted = [master, rows.add(np.zeros(2000, np.uint8), Transform.CAST, (master, 0), lane_bytes=2)]
     (chain,) = plan_chains(wanted, rows.records, Together(raw_bytes=6000))
     assert chain.wanted == tuple(wanted)
@@ -245,11 +251,7 @@ def test_a_master_of_many_differences_is_decoded_once_for_its_copy() -> None:
 
 def test_deltas_are_decoded_in_the_place_of_the_newest() -> None:
     rows = Rows()
-    raw = floats(1000)
-    number = rows.add(raw, Transform.ROT)
-    for _ in range(5):
-        raw.view("<u4")[7] += 1
-        number = rows.add(raw, Transform.SUB, (number, 0))
+    number = add_chain(rows, 5)
     (chain,) = plan_chains([number], rows.records, Together())
     assert [link.room for link in chain.links] == [number] * 6
     assert [link.is_first for link in chain.links] == [True, *[False] * 5]
