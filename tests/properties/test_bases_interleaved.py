@@ -279,7 +279,7 @@ def test_packs_of_a_save_that_failed_are_never_named(answer_is_lost: bool) -> No
 
 def nobody_looks_at_the_base(patch: pytest.MonkeyPatch) -> None:
     """Whoever commits looks neither for the parent nor for the packs that it names."""
-    patch.setattr(commit, "_require_parent", lambda store, commit: None)
+    patch.setattr(commit, "require_parent", lambda store, save, parent: None)
     patch.setattr(commit, "packs_at_odds", lambda store, files: [])
 
 
