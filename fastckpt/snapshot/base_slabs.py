@@ -11,28 +11,31 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from fastckpt._types import U8
 from fastckpt.snapshot.slab import Slab
 from fastckpt.snapshot.slots import Slot
+from fastckpt.state.chunking import Chunk
 
 
 class BaseSlabs:
     """See the module; a `writing.bases.BaseBytes`. Any thread. All but the places belongs to the shelf, and is used under its lock."""
 
-    def __init__(self, shelf: Shelf, places: dict[int, Slot], chunk_bytes: Sequence[int]) -> None:
-        """places: of chunks in slabs. chunk_bytes: raw bytes of all chunks, by number."""
-        self._shelf, self._places, self._chunk_bytes = shelf, places, chunk_bytes
+    def __init__(self, shelf: Shelf, places: dict[int, Slot], chunks: Sequence[Chunk]) -> None:
+        """places: of chunks in slabs, by number. chunks: all of them."""
+        self._shelf, self._places = shelf, places
+        self._chunk_bytes = [chunk.n_bytes for chunk in chunks]
+        self.roles = [chunk.role for chunk in chunks]
         self.slabs: dict[int, Slab] = {}
-        """Those that are still kept, by their numbers in the snapshot's layout."""
+        """Those that are still kept, by their numbers in the snapshot's layout, in the order in which they give way."""
         self.leases: Counter[int] = Counter()
         """How many chunks of each slab are lent now."""
         self.is_dropped = False
         """Slabs that come now, or whose last lease ends, are free memory."""
-        self.n_spent = 0
-        """So many of the first slabs are not needed any more, unless the save under way fails: it has encoded what lies there."""
+        self.spent: set[int] = set()
+        """Slabs that are not needed any more, unless the save under way fails: it has encoded what lies there."""
         self.evicted_bytes = 0
         """Of slabs that the pool has given away, though a save might have needed them."""
 
@@ -47,6 +50,15 @@ class BaseSlabs:
     def drop(self) -> None:
         """Nobody needs the bytes any more: the memory waits for the next snapshot. May be called twice."""
         self._shelf.drop(self)
+
+    def sort(self, worth: Callable[[str], float]) -> None:
+        """From now on, slabs whose bytes are worth least give way first. worth: of a byte of a chunk with this role."""
+        of_role = {role: worth(role) for role in set(self.roles)}
+        sums, n_bytes = defaultdict[int, float](float), Counter[int]()
+        for chunk, place in self._places.items():
+            sums[place.slab] += of_role[self.roles[chunk]] * self._chunk_bytes[chunk]
+            n_bytes[place.slab] += self._chunk_bytes[chunk]
+        self._shelf.sort(self, lambda slab: sums[slab] / max(n_bytes[slab], 1))
 
     @contextlib.contextmanager
     def lend(self, chunk: int) -> Iterator[U8 | None]:
@@ -99,7 +111,7 @@ class Shelf:
             if base not in self._bases:
                 self._bases.append(base)
             for older in self._bases[: self._bases.index(base)]:
-                older.n_spent = max(older.n_spent, number + 1)
+                older.spent.add(number)
 
     def drop(self, base: BaseSlabs) -> None:
         """A base's slabs are free memory, those that are lent as soon as they are not."""
@@ -109,7 +121,12 @@ class Shelf:
                 if not base.leases[number]:
                     self._set_free(self._remove(base, number))
             for older in self._bases:  # the save that had encoded what lies there will not be a base
-                older.n_spent = 0
+                older.spent.clear()
+
+    def sort(self, base: BaseSlabs, worth: Callable[[int], float]) -> None:
+        """A base's slabs give way in the order of their worth; those of equal worth as before."""
+        with self._lock:
+            base.slabs = dict(sorted(base.slabs.items(), key=lambda item: worth(item[0])))
 
     def lease(self, base: BaseSlabs, number: int) -> Slab | None:
         """A slab of a base, which keeps its bytes until `end_lease`. None: the base has it no more."""
@@ -130,9 +147,9 @@ class Shelf:
     def evict(self, n_bytes: int, for_device: bool, *, only_spent: bool = False) -> Slab | None:
         """Take a slab of this size from a base, the oldest one first. None: there is none that nobody reads."""
         for base in self._bases:
-            for number, slab in base.slabs.items():  # mostly in order: the encoder goes through them so
-                if only_spent and number >= base.n_spent:
-                    break
+            for number, slab in base.slabs.items():
+                if only_spent and number not in base.spent:
+                    continue
                 if (slab.n_bytes, slab.for_device) == (n_bytes, for_device) and not base.leases[number]:
                     return self._evicted(base, number)
         return None
@@ -147,7 +164,7 @@ class Shelf:
 
     def _evicted(self, base: BaseSlabs, number: int) -> Slab:
         slab = self._remove(base, number)
-        if number >= base.n_spent:
+        if number not in base.spent:
             base.evicted_bytes += slab.n_bytes
         return slab
 

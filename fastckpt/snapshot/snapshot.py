@@ -77,9 +77,9 @@ class Snapshot:
 
         plan: for this state. slabs: those that must exist at the beginning. side_of: gives the same side stream for one device every time.
         fingerprints: taken now from chunks that are copied later, and compared with their copies; None: nothing is compared. spill: takes
-        slabs that hold up the ring; closed with this object. keeps: whether slabs go to `base`
-        when the encoder has finished with them. unchanged: finds chunks that the save's base has; None: all are copied. Raises the error
-        that prevented the first copies; then the pool has its slabs back.
+        slabs that hold up the ring; closed with this object. keeps: whether slabs go to `base` when the encoder has finished with them.
+        unchanged: finds chunks that the save's base has; None: all are copied. Raises the error that prevented the first copies; then the
+        pool has its slabs back.
         """
         fingerprints = fingerprints or SaveFingerprints()
         self.cuts = cuts
@@ -91,8 +91,7 @@ class Snapshot:
         self.base: BaseSlabs | None = None
         """What is kept of this snapshot for the next save. Whoever saves drops it if the save fails, or when a newer one is durable."""
         if keeps and not plan.is_ring:
-            places = dict(zip(plan.order, plan.layout.slots, strict=True))
-            self.base = BaseSlabs(pool.bases, places, [copy.n_bytes for copy in self._copies])
+            self.base = BaseSlabs(pool.bases, dict(zip(plan.order, plan.layout.slots, strict=True)), cuts.chunks)
         self._ring = Ring(pool, plan, slabs, self.base)
         self.any_order = self._ring.is_whole  # see `ChunkSource`
         self._watch = TearWatch(captured, fenced, fingerprints, step, unchanged)

@@ -27,6 +27,7 @@ class StorageShape(NamedTuple):
     name: Name | None = None
     """Its first name in canonical order; None if it has no name."""
     role: str = ""
+    """What an optimizer keeps it for, such as exp_avg; "" of all other storages."""
     requires_grad: bool = False
     location: str = ""
     """Its location. A bundle never mixes devices, so that its copy is one transfer."""
@@ -54,6 +55,8 @@ class Chunk(NamedTuple):
 
     pieces: tuple[Piece, ...]
     element: ElementType
+    role: str = ""
+    """That of its storages: see `StorageShape`."""
 
     @property
     def n_bytes(self) -> int:
@@ -92,7 +95,7 @@ def cut(storages: Iterable[StorageShape]) -> Cuts:
     for members in bundles.values():
         for bundle in _fill(members):
             pieces = tuple(Piece(storage.number, 0, storage.n_bytes) for storage in bundle)
-            groups.append((Chunk(pieces, bundle[0].element),))
+            groups.append((Chunk(pieces, bundle[0].element, bundle[0].role),))
             first_of_group.append(_order(bundle[0]))
     chunks = [chunk for _, group in sorted(zip(first_of_group, groups, strict=True)) for chunk in group]
     return Cuts(chunks, _extents(ordered, chunks))
@@ -111,7 +114,7 @@ def _cut_one(storage: StorageShape) -> Iterator[Chunk]:
     stop = start + step - (storage.first_element * storage.element.n_bytes + start) % step
     while start < end:
         stop = min(stop, end)
-        yield Chunk((Piece(storage.number, start, stop - start),), storage.element)
+        yield Chunk((Piece(storage.number, start, stop - start),), storage.element, storage.role)
         start, stop = stop, stop + step
 
 

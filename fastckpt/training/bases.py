@@ -20,6 +20,7 @@ from fastckpt.format.repository_records import Commit, Parent
 from fastckpt.format.sealed_state import SealedState
 from fastckpt.snapshot import ChunkPrints, KnownPrints
 from fastckpt.snapshot.base_slabs import BaseSlabs
+from fastckpt.training.worth import Worth
 from fastckpt.writing.bases import Base, Uploaded
 
 
@@ -36,6 +37,7 @@ class Bases:
         self._prints: KnownPrints | None = None
         """Those of `newest`."""
         self._told = False
+        self._worth = Worth()
 
     @property
     def newest(self) -> Base | None:
@@ -66,6 +68,9 @@ class Bases:
         base = None
         if uploaded is not None:
             base = uploaded.as_base(sealed, Parent(commit.checkpoint, commit.digest), memory, self._clock())
+            if memory is not None:
+                self._worth.learn(memory.roles, uploaded.saved)
+                memory.sort(self._worth.of)
         self._set(base, memory, prints)
 
     def restored(self, base: Base | None, memory: BaseSlabs | None = None) -> None:

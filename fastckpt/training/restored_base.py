@@ -137,7 +137,7 @@ class RestoredBase:
         if slabs is None:
             return
         places = dict(zip(plan.order, plan.layout.slots, strict=True))
-        memory = BaseSlabs(pool.bases, places, [chunk.n_bytes for chunk in cuts.chunks])
+        memory = BaseSlabs(pool.bases, places, cuts.chunks)
         try:
             for number, slot in list(places.items()):
                 chunk = cuts.chunks[number]

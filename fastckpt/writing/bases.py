@@ -63,6 +63,8 @@ class Uploaded(NamedTuple):
     """The rows of the vote's index."""
     rows: Sequence[Place | None]
     """Where each chunk of the sealed state is stored."""
+    saved: Mapping[int, float] = {}
+    """Of each chunk that was compared with the base's bytes: the part of its full stored bytes that these have saved."""
 
     def as_base(self, sealed: SealedState, parent: Parent, memory: BaseBytes | None, seen_s: float) -> Base:
         """The base of the next save, once this one was acknowledged.

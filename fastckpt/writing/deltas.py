@@ -70,6 +70,8 @@ class Deltas:
         self.chunks: Counter[str] = Counter()
         """How many chunks became what: equal, difference, full."""
         self.raw_bytes: Counter[str] = Counter()
+        self.saved: dict[int, float] = {}
+        """See `Uploaded`. What equals the base is found by its digest, too: bytes in memory save nothing of it."""
         self.scouts = scouts(seen.known)
         """Chunks that are best encoded first."""
         self.expected_bytes: list[int] = np.minimum(seen.known.delta_bytes, seen.known.raw_bytes).astype(int).tolist()
@@ -176,6 +178,7 @@ class Deltas:
             if not self._balance.fits(number, 0, 0):
                 return None
             self._balance.is_kept(number, 0, 0)
+            self.saved[number] = 0.0
             self._count(number, "equal")
         return Kept(Kind.BASED, place, digest(raw)) if found is None else Kept(Kind.COPIED, place, found)
 
@@ -183,7 +186,7 @@ class Deltas:
         """Whether a difference that was made may be stored."""
         n_bytes, work = len(found.stored), work_of(found.transform, found.lane_bytes, self._chunks[number].n_bytes)
         with self._lock:
-            self._balance.tried(number, n_bytes)
+            self._tried(number, n_bytes)
             if not self._balance.fits(number, n_bytes, work):
                 return False
             self._balance.is_kept(number, n_bytes, work)
@@ -193,9 +196,15 @@ class Deltas:
     def _settle_full(self, number: int, found: codec.Encoded, *, tried: bool = False) -> None:
         with self._lock:
             if tried:
-                self._balance.tried(number, None)
+                self._tried(number, None)
             self._balance.is_full(number, len(found.stored))
             self._count(number, "full")
+
+    def _tried(self, number: int, stored_bytes: int | None) -> None:
+        """What a difference took; None: it does not pay."""
+        self._balance.tried(number, stored_bytes)
+        full_bytes = max(float(self._balance.plan.known.full_bytes[number]), 1.0)
+        self.saved[number] = 0.0 if stored_bytes is None else max(0.0, 1 - stored_bytes / full_bytes)
 
     def _count(self, number: int, what: str) -> None:
         self.chunks[what] += 1

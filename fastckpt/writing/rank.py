@@ -145,7 +145,7 @@ def upload(
         )
     )
     _tell_deltas(target, request, coder, base, why_full)
-    return Uploaded(vote, built.records, built.places)
+    return Uploaded(vote, built.records, built.places, {} if deltas is None else deltas.saved)
 
 
 def _deltas(sealed: SealedState, base: Base | None, request: SaveRequest, options: Options) -> Deltas | None:

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from fastckpt._types import U8
+from fastckpt.format.element_types import element_type
 from fastckpt.snapshot import pool as pool_module
 from fastckpt.snapshot.base_slabs import BaseSlabs
 from fastckpt.snapshot.pool import Slab, SlabPool
 from fastckpt.snapshot.slots import PAGE_BYTES, Slot
+from fastckpt.state.chunking import Chunk, Piece
 from tests.support.host_training import SHORT_S
 
 SLABS = 4
@@ -25,12 +27,16 @@ SLABS = 4
 HALF = PAGE_BYTES // 2
 PLACES = {2 * slab + half: Slot(slab, half * HALF) for slab in range(SLABS) for half in range(2)}
 
+ELEMENT = element_type("uint8")
+assert ELEMENT is not None
+CHUNKS = [Chunk((Piece(n, 0, HALF),), ELEMENT, "exp_avg" if slot.slab % 2 else "") for n, slot in PLACES.items()]
+
 
 class Snapshot:
     """Slabs full of one number, which go to a base."""
 
     def __init__(self, pool: SlabPool, slabs: list[Slab], content: int) -> None:
-        self.base = BaseSlabs(pool.bases, PLACES, [HALF] * 2 * SLABS)
+        self.base = BaseSlabs(pool.bases, PLACES, CHUNKS)
         self.slabs, self.content = slabs, content
         for slab in slabs:
             slab.array[:] = content
@@ -162,12 +168,22 @@ def test_only_as_much_is_given_up_as_is_needed() -> None:
     assert there(base) == [2, 3], "nothing is given up for what does not fit anyway"
 
 
+def test_what_is_worth_least_is_given_up_first() -> None:
+    pool = SlabPool(6 * PAGE_BYTES)
+    base = kept(pool, 1)
+    base.sort({"exp_avg": 0.05, "": 0.3}.__getitem__)
+    assert pool.take_all([PAGE_BYTES] * SLABS, False) is not None
+    assert there(base) == [0, 2]
+    base.sort({"exp_avg": 0.3, "": 0.05}.__getitem__)  # what is gone stays gone
+    assert there(base) == [0, 2]
+
+
 def test_what_the_save_under_way_has_encoded_is_used_before_new_memory_is_made() -> None:
     pool = SlabPool(100 * PAGE_BYTES)
     old = kept(pool, 1)
     young = pool.take_all([PAGE_BYTES] * SLABS, False)
     assert young is not None
-    base = BaseSlabs(pool.bases, PLACES, [HALF] * 2 * SLABS)
+    base = BaseSlabs(pool.bases, PLACES, CHUNKS)
     for number in range(2):
         base.keep(number, young[number])
     before = pool.held_bytes

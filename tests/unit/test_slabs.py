@@ -202,3 +202,30 @@ def test_chunks_lie_apart_and_in_their_slabs(budget: int, sizes: list[int]) -> N
     assert list(end) == list(range(len(layout.slab_bytes))), "in order"
     assert all(end[slab] <= n_bytes <= limit for slab, n_bytes in enumerate(layout.slab_bytes))
     assert all(n_bytes & (n_bytes - 1) == 0 for n_bytes in layout.slab_bytes)
+
+
+@settings(max_examples=200)
+@given(
+    budget=st.integers(256 * 1024, 512 * MIB),
+    chunks=st.lists(st.tuples(st.integers(1, 4 * MIB), st.sampled_from(["", "exp_avg", "exp_avg_sq"])), min_size=1),
+)
+def test_roles_fill_slabs_of_their_own_and_share_the_last_ones(budget: int, chunks: list[tuple[int, str]]) -> None:
+    sizes, roles = [n_bytes for n_bytes, _ in chunks], [role for _, role in chunks]
+    limit = slab_limit(budget, max(sizes))
+    if not limit:
+        return
+    layout = lay_out(sizes, limit, roles)
+    end: dict[int, int] = {}
+    inside: dict[int, set[str]] = {}
+    for slot, (n_bytes, role) in zip(layout.slots, chunks, strict=True):
+        assert slot.offset % PAGE_BYTES == 0
+        assert slot.offset >= end.get(slot.slab, 0)
+        end[slot.slab] = slot.offset + n_bytes
+        inside.setdefault(slot.slab, set()).add(role)
+    assert sorted(end) == list(range(len(layout.slab_bytes)))
+    assert all(end[slab] <= n_bytes <= limit for slab, n_bytes in enumerate(layout.slab_bytes))
+    in_shared = sum(layout.slab_bytes[slab] for slab, found in inside.items() if len(found) > 1)
+    if max(sizes) <= PAGE_BYTES:
+        assert in_shared <= 3 * limit, "what does not fill a slab, of three roles"
+    if len(set(roles)) == 1 and max(sizes) <= PAGE_BYTES:
+        assert layout == lay_out(sizes, limit), "one role: as if there were none"
