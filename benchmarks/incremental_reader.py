@@ -26,7 +26,7 @@ from fastckpt.store.base import Store
 from fastckpt.store.local import LocalStore
 from fastckpt.store.wrap import Wrapper
 
-TRIES = 2
+TRIES = 5
 
 
 class Counted(Wrapper):
