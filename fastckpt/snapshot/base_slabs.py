@@ -35,7 +35,7 @@ class BaseSlabs:
         self.is_dropped = False
         """Slabs that come now, or whose last lease ends, are free memory."""
         self.spent: set[int] = set()
-        """Slabs that are not needed any more, unless the save under way fails: it has encoded what lies there."""
+        """Those of `slabs` that are not needed any more, unless the save under way fails: it has encoded what lies there."""
         self.evicted_bytes = 0
         """Of slabs that the pool has given away, though a save might have needed them."""
 
@@ -111,7 +111,8 @@ class Shelf:
             if base not in self._bases:
                 self._bases.append(base)
             for older in self._bases[: self._bases.index(base)]:
-                older.spent.add(number)
+                if number in older.slabs:
+                    older.spent.add(number)
 
     def drop(self, base: BaseSlabs) -> None:
         """A base's slabs are free memory, those that are lent as soon as they are not."""
@@ -147,9 +148,8 @@ class Shelf:
     def evict(self, n_bytes: int, for_device: bool, *, only_spent: bool = False) -> Slab | None:
         """Take a slab of this size from a base, the oldest one first. None: there is none that nobody reads."""
         for base in self._bases:
-            for number, slab in base.slabs.items():
-                if only_spent and number not in base.spent:
-                    continue
+            for number in base.spent if only_spent else base.slabs:
+                slab = base.slabs[number]
                 if (slab.n_bytes, slab.for_device) == (n_bytes, for_device) and not base.leases[number]:
                     return self._evicted(base, number)
         return None
@@ -163,13 +163,13 @@ class Shelf:
         return None
 
     def _evicted(self, base: BaseSlabs, number: int) -> Slab:
-        slab = self._remove(base, number)
         if number not in base.spent:
-            base.evicted_bytes += slab.n_bytes
-        return slab
+            base.evicted_bytes += base.slabs[number].n_bytes
+        return self._remove(base, number)
 
     def _remove(self, base: BaseSlabs, number: int) -> Slab:
         slab = base.slabs.pop(number)
+        base.spent.discard(number)
         self.n_bytes -= slab.n_bytes
         if not base.slabs:
             self._bases.remove(base)
