@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -224,8 +225,10 @@ def test_roles_fill_slabs_of_their_own_and_share_the_last_ones(budget: int, chun
         inside.setdefault(slot.slab, set()).add(role)
     assert sorted(end) == list(range(len(layout.slab_bytes)))
     assert all(end[slab] <= n_bytes <= limit for slab, n_bytes in enumerate(layout.slab_bytes))
-    in_shared = sum(layout.slab_bytes[slab] for slab, found in inside.items() if len(found) > 1)
-    if max(sizes) <= PAGE_BYTES:
-        assert in_shared <= 3 * limit, "what does not fill a slab, of three roles"
-    if len(set(roles)) == 1 and max(sizes) <= PAGE_BYTES:
+    rests = Counter[str]()
+    for slot, (n_bytes, role) in zip(layout.slots, chunks, strict=True):
+        if len(inside[slot.slab]) > 1:
+            rests[role] += n_bytes
+    assert all(n_bytes < limit for n_bytes in rests.values()), "only what does not fill a slab"
+    if len(set(roles)) == 1:
         assert layout == lay_out(sizes, limit), "one role: as if there were none"
