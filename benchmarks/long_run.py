@@ -36,7 +36,7 @@ import torch
 import fastckpt
 from benchmarks import ROOT, long_run_report, measure, output
 from benchmarks.progress import bar
-from fastckpt.cli import pruning, repositories
+from fastckpt.cli import ls, prune
 from fastckpt.repository.repository import Repository
 from fastckpt.repository.retention import GRACE_S, Keep
 from fastckpt.store.base import ObjectInfo, Store
@@ -249,24 +249,22 @@ def readers(objects: Any) -> dict[str, Cost]:
             evaluation.restore()
         evaluation.close()
         with timed(store, found["ls"]):
-            repositories.list_repository(Repository(store))
+            ls.list_repository(Repository(store))
         copy = Counted(Remote(objects.copy()))
         with timed(copy, found["prune"]), contextlib.redirect_stdout(io.StringIO()):
-            pruning.prune(Repository(copy), PRUNE)
+            prune.prune(Repository(copy), PRUNE)
     return {name: middle(costs) for name, costs in found.items()}
 
 
-PRUNE = argparse.Namespace(
-    keep_last=3,
-    keep_every=None,
-    keep_best=None,
-    branches=False,
-    grace=0.0,
-    run_is_stopped=True,
-    dry_run=False,
-    yes=True,
-    json=True,
-)
+def _prune_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    prune.add_arguments(parser)
+    asked = parser.parse_args(["url", "--keep-last=3", "--grace=0", "--run-is-stopped", "--yes"])
+    asked.json = True  # every command has it, from the parser above it
+    return asked
+
+
+PRUNE = _prune_arguments()
 """As `fastckpt prune --keep-last 3 --run-is-stopped --yes --json`."""
 
 
